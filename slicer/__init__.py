@@ -1,0 +1,46 @@
+"""slicer: make a large language model shallower and leave it a standard checkpoint.
+
+The data's way, each step a function and a subcommand:
+open (`Checkpoint.open`), measure, select, export, verify; `convert` is all of them in order.
+Names load when first used, so that importing slicer costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slicer.checkpoint.export import export as export
+    from slicer.checkpoint.reader import Checkpoint as Checkpoint
+    from slicer.convert import Goal as Goal
+    from slicer.convert import Options as Options
+    from slicer.convert import convert as convert
+    from slicer.errors import SlicerError as SlicerError
+    from slicer.measure.analysis import measure as measure
+    from slicer.measure.calibration import CalibrationSpec as CalibrationSpec
+    from slicer.plan import Plan as Plan
+    from slicer.plan import parse_amount as parse_amount
+    from slicer.select import select as select
+
+__version__ = "0.1.0"
+_HOMES = {
+    "Checkpoint": "slicer.checkpoint.reader",
+    "export": "slicer.checkpoint.export",
+    "convert": "slicer.convert",
+    "Goal": "slicer.convert",
+    "Options": "slicer.convert",
+    "SlicerError": "slicer.errors",
+    "measure": "slicer.measure.analysis",
+    "CalibrationSpec": "slicer.measure.calibration",
+    "Plan": "slicer.plan",
+    "parse_amount": "slicer.plan",
+    "select": "slicer.select",
+}
+__all__ = ["__version__", *sorted(_HOMES)]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'slicer' has no attribute {name!r}")

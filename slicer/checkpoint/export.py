@@ -1,0 +1,148 @@
+"""Checkpoint + Plan -> a directory: the kept tensors under their new names, the rewritten config, the companions.
+
+Builds no model. Tensors keep their bytes; config.json keeps every field that does not speak of layers.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from slicer.checkpoint import architectures
+from slicer.checkpoint.hub import COMPANIONS
+from slicer.checkpoint.reader import BIN_INDEX, INDEX, Checkpoint, inside
+from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES, Progress, atomic_directory, check_space, write_tensors
+from slicer.errors import ArchitectureError, OutputError, PlanError, SourceError
+from slicer.plan import Plan
+
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def expand_config(path: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """config.json as transformers understands it, every default and per-layer list written out.
+
+    Raises SourceError with transformers' reason when it refuses the config.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code, local_files_only=True)
+        return dict(config.to_dict())
+    except Exception as error:  # a config class may raise anything for a field it does not like
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            raise ArchitectureError(f"{path}: needs its own code; read it, then pass --trust-remote-code") from None
+        raise SourceError(f"{path}/config.json: transformers refuses it: {reason[:300]}") from None
+
+
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Raise SourceError for a checkpoint whose weights are quantized."""
+    for part in (checkpoint.config, architectures.text_config(checkpoint.config)):
+        quantization = part.get("quantization_config")
+        if quantization:
+            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+            raise SourceError(
+                f"{checkpoint.path}: quantized ({method}); unquantized float32, float16 and bfloat16 checkpoints "
+                "are supported: slice the original and quantize the result"
+            )
+
+
+def export(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    force: bool = False,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Write the checkpoint that keeps `plan.kept`, whole or not at all, with its plan; returns `out`.
+
+    Raises PlanError, ArchitectureError, SourceError or OutputError; then `out` is as it was.
+    """
+    check_output(out, checkpoint.path, force=force)
+    config = sliced_config(checkpoint, plan, dtype=dtype, trust_remote_code=trust_remote_code)
+    with atomic_directory(out, replace=force) as directory:
+        write_checkpoint(checkpoint, plan, config, directory, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    return out
+
+
+def sliced_config(
+    checkpoint: Checkpoint, plan: Plan, *, dtype: str | None = None, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """The new config.json. Raises ArchitectureError when its fields cannot express the cut."""
+    if plan.depth != checkpoint.depth:
+        raise PlanError(f"the plan is for {plan.depth} layers but {checkpoint.path} has {checkpoint.depth}")
+    expanded = expand_config(checkpoint.path, trust_remote_code=trust_remote_code)
+    config = architectures.rewrite_config(checkpoint.config, expanded, plan.kept)
+    if dtype:
+        for part in (config, architectures.text_config(config)):
+            for name in ("dtype", "torch_dtype"):
+                if name in part:
+                    part[name] = dtype
+        if "dtype" not in config and "torch_dtype" not in config:
+            config["dtype"] = dtype
+    return config
+
+
+def write_checkpoint(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    config: Mapping[str, Any],
+    directory: Path,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Progress | None = None,
+) -> None:
+    """Fill the empty `directory`: weights, config.json, companions and slicer/plan.json."""
+    tensors = checkpoint.sliced(plan.kept)
+    cast = DTYPES[dtype] if dtype else None
+    check_space(directory, sum(span.cast(cast)[1] for span in tensors.values()) + (1 << 20))
+    copy_companions(checkpoint.path, directory)
+    (directory / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    (directory / "slicer").mkdir()
+    (directory / "slicer" / "plan.json").write_text(plan.to_json(), "utf-8")
+    write_tensors(
+        directory, tensors, checkpoint.metadata, cast=cast, max_shard_bytes=max_shard_bytes, progress=progress
+    )
+
+
+def copy_companions(source: Path, directory: Path) -> None:
+    """Copy tokenizer, chat template, generation config, code and licence; never weights or the old card."""
+    skipped = {"config.json", "README.md", INDEX, BIN_INDEX}
+    for file in sorted(source.rglob("*")):
+        relative = file.relative_to(source)
+        nested = len(relative.parts) > 1
+        if any(part.startswith(".") or part in ("slicer", "__pycache__", "original") for part in relative.parts):
+            continue
+        if relative.name in skipped or not any(fnmatch(relative.name, pattern) for pattern in COMPANIONS):
+            continue
+        if nested and file.suffix not in (".py", ".jinja", ".json"):
+            continue
+        if relative.name.endswith(".index.json") or not inside(source, relative.as_posix()).is_file():
+            continue
+        target = directory / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+
+
+def check_output(out: Path, source: Path, *, force: bool = False) -> None:
+    """Raise OutputError unless `out` may be written: free, or replaceable, and apart from `source`."""
+    real, real_source = out.resolve(), source.resolve()
+    if real == real_source or real.is_relative_to(real_source):
+        raise OutputError(f"{out}: lies inside the source; choose another place with -o")
+    if real_source.is_relative_to(real):
+        raise OutputError(f"{out}: contains the source; choose another place with -o")
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise OutputError(f"{out}: exists and is not a directory; choose another place with -o")
+    if out.is_dir() and any(out.iterdir()):
+        if not force:
+            raise OutputError(f"{out}: not empty; choose another place with -o, or replace it with --force")
+        if not (out / "config.json").is_file():
+            raise OutputError(f"{out}: --force replaces checkpoints only, and this has no config.json; remove it first")

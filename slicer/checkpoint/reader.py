@@ -1,0 +1,326 @@
+"""A checkpoint on disk, opened without reading a tensor: config, index, and where every tensor's bytes lie.
+
+Everything is checked before anything is trusted: headers against file sizes, the index against the headers,
+and every file against the directory it must lie in. Standard library only, but for `.bin` files, which need torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from slicer.checkpoint import architectures
+from slicer.errors import SourceError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+DTYPE_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
+}
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class TensorSpan:
+    """Where one tensor's bytes lie: `file[start:end]`, both counted from the start of the file.
+
+    `dtype` is the safetensors name ("BF16"). For a tensor of a `.bin` file the bytes are reached through
+    torch instead, under `key`; `start` and `end` are then 0 and its size.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+    key: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+    def cast(self, dtype: str | None) -> tuple[str, int]:
+        """(dtype, bytes) of this tensor once written as `dtype`; only floating-point tensors change."""
+        if dtype is None or self.dtype not in FLOATS:
+            return self.dtype, self.nbytes
+        return dtype, self.numel * DTYPE_BITS[dtype] // 8
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint directory.
+
+    Attributes:
+        path: the directory.
+        config: config.json, as written.
+        tensors: raw key -> span, in the order of the bytes on disk.
+        metadata: `__metadata__` of the first safetensors file.
+        is_bin: whether the weights are pickled `.bin` files.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorSpan]
+    metadata: dict[str, str]
+    is_bin: bool = False
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Open and check a checkpoint directory; no tensor is read.
+
+        Raises SourceError (what, where, what to do) for anything that is not a whole, consistent checkpoint.
+        """
+        if not path.exists():
+            raise SourceError(f"{path}: no such directory; give a checkpoint directory or a Hub id like org/name")
+        if not path.is_dir():
+            raise SourceError(f"{path}: not a directory; give the directory that holds config.json")
+        config = read_config(path)
+        for name, is_bin in ((SINGLE, False), (INDEX, False), (BIN, True), (BIN_INDEX, True)):
+            if not (path / name).exists() and not (path / name).is_symlink():
+                continue
+            weight_map = _read_index(path, name) if name.endswith(".json") else None
+            files = sorted(set(weight_map.values())) if weight_map is not None else [name]
+            break
+        else:
+            files, weight_map, is_bin = _loose_files(path), None, False
+        if is_bin:
+            tensors, metadata = _bin_tensors(path, files), {"format": "pt"}
+        else:
+            tensors, metadata = _safetensors(path, files)
+        found = _merge(path, tensors, weight_map)
+        if not found:
+            raise SourceError(f"{path}: the weight files hold no tensors; the checkpoint is incomplete")
+        return cls(path, config, found, metadata, is_bin)
+
+    @cached_property
+    def architecture(self) -> architectures.Architecture:
+        """The row of the table. Raises ArchitectureError for an unknown or refused model type."""
+        return architectures.lookup(self.config)
+
+    @cached_property
+    def depth(self) -> int:
+        """The number of decoder layers, L."""
+        return architectures.depth(self.config)
+
+    @cached_property
+    def layer_prefix(self) -> str:
+        """What the raw keys of the decoder layers start with, such as "model.layers."."""
+        return architectures.layer_prefix(self.architecture, self.tensors)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(span.nbytes for span in self.tensors.values())
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors."""
+        return sum(span.numel for span in self.tensors.values())
+
+    def sliced(self, kept: Iterable[int]) -> dict[str, TensorSpan]:
+        """New key -> span of the old tensor, for the checkpoint that keeps the layers `kept`."""
+        kept = tuple(kept)
+        renamed = {
+            architectures.slice_key(key, self.layer_prefix, kept, self.depth): span
+            for key, span in self.tensors.items()
+        }
+        return {key: span for key, span in renamed.items() if key is not None}
+
+    def check_layers(self) -> None:
+        """Raise SourceError when the tensors are not those of `depth` layers."""
+        pattern = re.compile(re.escape(self.layer_prefix) + r"(\d+)\.")
+        present = {int(m[1]) for key in self.tensors if (m := pattern.match(key))}
+        for i in range(self.depth):
+            if i not in present:
+                raise SourceError(
+                    f"{self.path}: config.json says {self.depth} layers but no tensor named "
+                    f"{self.layer_prefix}{i}.* is there; the config and the weights do not belong together"
+                )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of the directory `path`. Raises SourceError."""
+    if not (path / "config.json").exists():
+        hint = "only adapter weights; merge the adapter first" if (path / "adapter_config.json").exists() else ""
+        hint = hint or "give the directory of a transformers checkpoint"
+        raise SourceError(f"{path}: no config.json ({hint})")
+    return _read_json(inside(path, "config.json"))
+
+
+def inside(root: Path, name: str) -> Path:
+    """`root/name`, when it stays inside `root`; a Hub cache snapshot may link into its own `blobs/`.
+
+    Raises SourceError for absolute names, `..`, and links that lead out.
+    """
+    pure = PurePosixPath(name)
+    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
+        raise SourceError(f"{root}: refers to a file {name!r} outside the directory; such a checkpoint is refused")
+    file = root / name
+    real_root = root.resolve()
+    target = file.resolve()
+    allowed = [real_root]
+    if real_root.parent.name == "snapshots":
+        allowed.append(real_root.parent.parent / "blobs")
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise SourceError(
+            f"{file}: a link that leads out of the directory is not followed; put the file itself there"
+        )
+    return file
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(f"{file}: cannot be read as JSON ({error}); fetch the file again") from None
+    if not isinstance(content, dict):
+        raise SourceError(f"{file}: must hold a JSON object; fetch the file again")
+    return content
+
+
+def _read_index(path: Path, name: str) -> dict[str, str]:
+    weight_map = _read_json(inside(path, name)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceError(f"{path / name}: has no weight_map; fetch the file again")
+    for key, file in weight_map.items():
+        if not isinstance(file, str):
+            raise SourceError(f"{path / name}: the file of tensor {key} is not a name; fetch the index again")
+        if not inside(path, file).is_file():
+            raise SourceError(f"{path / name}: names {file}, which is missing; fetch that shard")
+    return weight_map
+
+
+def _loose_files(path: Path) -> list[str]:
+    """Safetensors files without an index: one file, or a complete numbered set."""
+    names = sorted(p.name for p in path.glob("*.safetensors"))
+    numbered = [m for n in names if (m := re.fullmatch(r"(.+)-(\d+)-of-(\d+)\.safetensors", n))]
+    if numbered:
+        stem, total = numbered[0][1], int(numbered[0][3])
+        wanted = {i: None for i in range(1, total + 1)}
+        have = {int(m[2]) for m in numbered if m[1] == stem and int(m[3]) == total}
+        missing = [i for i in wanted if i not in have]
+        if missing:
+            raise SourceError(f"{path}: shard {missing[0]} of {total} is missing; fetch it")
+        return [m[0] for m in numbered if m[1] == stem and int(m[3]) == total]
+    if len(names) == 1:
+        return names
+    if names:
+        raise SourceError(f"{path}: {len(names)} safetensors files and no {INDEX}; fetch the index")
+    others = sorted(p.name for p in path.iterdir() if p.suffix in {".gguf", ".pth", ".pt", ".h5", ".msgpack", ".onnx"})
+    found = f"; {others[0]} is not a supported format" if others else ""
+    raise SourceError(f"{path}: no weights ({SINGLE}, {INDEX} or {BIN}){found}")
+
+
+def _safetensors(path: Path, names: list[str]) -> tuple[dict[str, dict[str, TensorSpan]], dict[str, str]]:
+    tensors: dict[str, dict[str, TensorSpan]] = {}
+    metadata: dict[str, str] = {}
+    for name in names:
+        tensors[name], found = read_header(inside(path, name))
+        metadata = metadata or found
+    return tensors, metadata
+
+
+def read_header(file: Path) -> tuple[dict[str, TensorSpan], dict[str, str]]:
+    """The tensors of one safetensors file, by offset, and its `__metadata__`.
+
+    Raises SourceError unless the header is whole and the tensors tile the data exactly.
+    """
+    damaged = "the file is damaged; fetch it again"
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            head = stream.read(8)
+            if len(head) < 8:
+                raise SourceError(f"{file}: {size} bytes, too short for a safetensors header; {damaged}")
+            (length,) = struct.unpack("<Q", head)
+            if length > size - 8 or length > MAX_HEADER_BYTES:
+                raise SourceError(f"{file}: its header claims {length} bytes but the file has {size}; {damaged}")
+            header = json.loads(stream.read(length))
+    except (ValueError, RecursionError):
+        raise SourceError(f"{file}: the safetensors header is not JSON; {damaged}") from None
+    except OSError as error:
+        raise SourceError(f"{file}: cannot be read ({error.strerror}); check the file") from None
+    if not isinstance(header, dict):
+        raise SourceError(f"{file}: the safetensors header is not a JSON object; {damaged}")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise SourceError(f"{file}: __metadata__ must map text to text; {damaged}")
+    spans = [(key, _span(file, key, entry, 8 + length)) for key, entry in header.items()]
+    spans.sort(key=lambda item: (item[1].start, item[1].end))
+    position = 8 + length
+    for key, span in spans:
+        if span.start != position:
+            kind = "overlaps another tensor" if span.start < position else "leaves a gap before it"
+            raise SourceError(f"{file}: tensor {key} {kind} (offset {span.start}); {damaged}")
+        position = span.end
+        if position > size:
+            raise SourceError(f"{file}: truncated: tensor {key} ends at byte {position} of {size}; fetch it again")
+    if position != size:
+        raise SourceError(f"{file}: {size - position} bytes after the last tensor; {damaged}")
+    return dict(spans), metadata
+
+
+def _span(file: Path, key: str, entry: Any, data_start: int) -> TensorSpan:
+    try:
+        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        whole = all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in (*shape, start, end))
+        if not whole or not isinstance(dtype, str):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise SourceError(f"{file}: the header entry of tensor {key} is malformed; fetch the file again") from None
+    if dtype not in DTYPE_BITS:
+        raise SourceError(f"{file}: tensor {key} has the unknown dtype {dtype!r}; slicer may be too old for it")
+    if math.prod(shape) * DTYPE_BITS[dtype] != (end - start) * 8:
+        raise SourceError(
+            f"{file}: tensor {key} of shape {list(shape)} and dtype {dtype} does not fill its "
+            f"{end - start} bytes; fetch the file again"
+        )
+    return TensorSpan(file, dtype, shape, data_start + start, data_start + end)
+
+
+def _bin_tensors(path: Path, names: list[str]) -> dict[str, dict[str, TensorSpan]]:
+    from slicer.checkpoint import tensors as torch_tensors
+
+    return {
+        name: {
+            key: TensorSpan(path / name, torch_tensors.dtype_name(tensor), tuple(tensor.shape), 0, tensor.nbytes, key)
+            for key, tensor in torch_tensors.load(inside(path, name)).items()
+        }
+        for name in names
+    }
+
+
+def _merge(
+    path: Path, tensors: dict[str, dict[str, TensorSpan]], weight_map: dict[str, str] | None
+) -> dict[str, TensorSpan]:
+    """One key -> span over all files; the index, where there is one, must agree with the files."""
+    merged: dict[str, TensorSpan] = {}
+    for name, spans in tensors.items():
+        for key, span in spans.items():
+            owner = weight_map.get(key, name) if weight_map is not None else name
+            if owner != name:
+                continue
+            if key in merged:
+                raise SourceError(f"{path}: tensor {key} is in {merged[key].file.name} and in {name}; keep one")
+            merged[key] = span
+    for key, name in (weight_map or {}).items():
+        if key not in merged:
+            raise SourceError(f"{path}: the index says {name} holds tensor {key}, but it is not there; fetch both")
+    return merged

@@ -1,0 +1,103 @@
+"""What a checkpoint weighs and costs: parameters, bytes, FLOPs a token and KV bytes a token, from headers alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from slicer.checkpoint import architectures
+from slicer.checkpoint.reader import Checkpoint, TensorSpan
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Depth and cost of a checkpoint, or of what a plan would leave of it.
+
+    Attributes:
+        depth: decoder layers.
+        parameters: elements of all stored tensors.
+        total_bytes: bytes of all stored tensors.
+        layer_bytes: bytes of each decoder layer, in order.
+        flops_per_token: 2 x the matrix parameters a token meets: embeddings looked up cost nothing, of the experts
+            only the routed share counts, attention over the context is left out (it grows with its length).
+        kv_bytes_per_token: bytes the key-value cache takes for each token of full-attention context, at the
+            checkpoint's dtype; layers with a sliding window stop growing at its width.
+    """
+
+    depth: int
+    parameters: int
+    total_bytes: int
+    layer_bytes: tuple[int, ...]
+    flops_per_token: int
+    kv_bytes_per_token: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "layer_bytes": list(self.layer_bytes)}
+
+
+def measure_sizes(checkpoint: Checkpoint, kept: Iterable[int] | None = None, cast: str | None = None) -> Sizes:
+    """Sizes of `checkpoint`, or of what is left when only the layers `kept` stay, written as dtype `cast`."""
+    stay = tuple(range(checkpoint.depth)) if kept is None else tuple(kept)
+    tensors = checkpoint.tensors if kept is None else checkpoint.sliced(stay)
+    prefix = checkpoint.layer_prefix
+    config = architectures.text_config(checkpoint.config)
+    layers: list[dict[str, TensorSpan]] = [{} for _ in stay]
+    for key, span in tensors.items():
+        match = re.match(re.escape(prefix) + r"(\d+)\.(.*)", key)
+        if match and int(match[1]) < len(layers):
+            layers[int(match[1])][match[2]] = span
+    share = _expert_share(config)
+    flops = _head_parameters(tensors, config)
+    for layer in layers:
+        for name, span in layer.items():
+            if len(span.shape) >= 2:
+                flops += round(span.numel * (share if re.search(r"(^|\.)experts(\.|$)", name) else 1))
+    return Sizes(
+        depth=len(stay),
+        parameters=sum(span.numel for span in tensors.values()),
+        total_bytes=sum(span.cast(cast)[1] for span in tensors.values()),
+        layer_bytes=tuple(sum(span.cast(cast)[1] for span in layer.values()) for layer in layers),
+        flops_per_token=2 * flops,
+        kv_bytes_per_token=sum(_kv_bytes(layer, config, cast) for layer in layers),
+    )
+
+
+def _expert_share(config: Mapping[str, Any]) -> float:
+    """The share of the routed experts that each token passes through."""
+    total = next((config[k] for k in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(k)), None)
+    active = config.get("num_experts_per_tok") or config.get("moe_topk") or config.get("moe_k")
+    return active / total if isinstance(total, int) and isinstance(active, int) and total else 1.0
+
+
+def _head_parameters(tensors: Mapping[str, TensorSpan], config: Mapping[str, Any]) -> int:
+    """Matrix parameters of the output head; a tied head multiplies by the embedding."""
+    for pattern in (r"(^|\.)(lm_head|embed_out|output)\.weight$", r"(embed_tokens|wte|word_embeddings|embed_in|embeddings)\.weight$"):
+        for key, span in tensors.items():
+            if re.search(pattern, key) and len(span.shape) == 2:
+                return span.numel
+    return 0
+
+
+def _kv_bytes(layer: Mapping[str, TensorSpan], config: Mapping[str, Any], cast: str | None) -> int:
+    """Key-value bytes one token adds in this layer."""
+
+    def rows(name: str) -> int:
+        span = next((s for k, s in layer.items() if k.endswith(name)), None)
+        return 0 if span is None else span.shape[0] * span.cast(cast)[1] // span.numel
+
+    latent = rows("kv_a_proj_with_mqa.weight")  # multi-head latent attention caches the compressed state
+    separate = rows(".k_proj.weight") + rows(".v_proj.weight")
+    if latent or separate:
+        return latent or separate
+    fused = next((s for k, s in layer.items() if re.search(r"(qkv\w*|c_attn|query_key_value|Wqkv)\.weight$", k)), None)
+    if fused is None:
+        return 0
+    hidden = config.get("hidden_size") or config.get("n_embd") or config.get("d_model") or 0
+    heads = config.get("num_attention_heads") or config.get("n_head") or config.get("n_heads") or 1
+    kv_heads = config.get("num_key_value_heads") or config.get("num_kv_heads") or heads
+    if config.get("multi_query") and not config.get("new_decoder_architecture"):
+        kv_heads = 1
+    head_size = config.get("head_dim") or hidden // heads
+    return int(2 * kv_heads * head_size * fused.cast(cast)[1] // fused.numel)

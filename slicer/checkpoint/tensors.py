@@ -1,0 +1,74 @@
+"""Tensor bytes that must pass through torch: pickled `.bin` files, and casts to another dtype.
+
+Pickles are read without running them (`weights_only`) and mapped, never loaded whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slicer.errors import SourceError
+
+if TYPE_CHECKING:
+    import torch
+
+    from slicer.checkpoint.reader import TensorSpan
+
+_NAMES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
+    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+}  # fmt: skip
+_CHUNK = 4 << 20  # elements at a time, so that memory stays at a few buffers
+
+
+@lru_cache(maxsize=4)  # a few files stay mapped; mapping costs address space, not memory
+def load(file: Path) -> dict[str, torch.Tensor]:
+    """Key -> tensor, memory-mapped. Raises SourceError when the file is no plain state dict."""
+    import torch
+
+    try:
+        content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many kinds for a broken or hostile pickle
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        raise SourceError(f"{file}: cannot be read as weights ({reason}); convert it to safetensors") from None
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(isinstance(t, torch.Tensor) for t in content.values()):
+        raise SourceError(f"{file}: holds something other than named tensors; convert it to safetensors")
+    return content
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """The safetensors name of the tensor's dtype. Raises SourceError for one the format lacks."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    if name not in _NAMES:
+        raise SourceError(f"a tensor has the dtype {name}, which safetensors cannot hold; convert the checkpoint")
+    return _NAMES[name]
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    return next(getattr(torch, key) for key, value in _NAMES.items() if value == name)
+
+
+def chunks(span: TensorSpan, dtype: str) -> Iterator[bytes]:
+    """The tensor's bytes, cast to `dtype` (a safetensors name), in pieces of a few MB."""
+    import torch
+
+    if span.key is not None:
+        flat = load(span.file)[span.key].detach().contiguous().flatten()
+        for start in range(0, flat.numel(), _CHUNK):
+            piece = flat[start : start + _CHUNK].to(_torch_dtype(dtype))
+            yield piece.view(torch.uint8).numpy().tobytes()
+        return
+    old = _torch_dtype(span.dtype)
+    with open(span.file, "rb") as stream:
+        size = _CHUNK * old.itemsize
+        for start in range(span.start, span.end, size):
+            stream.seek(start)
+            block = bytearray(stream.read(min(size, span.end - start)))
+            yield torch.frombuffer(block, dtype=old).to(_torch_dtype(dtype)).view(torch.uint8).numpy().tobytes()

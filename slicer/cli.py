@@ -1,0 +1,198 @@
+"""The command line: options in, one line of error or a summary out. What a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from slicer import __version__
+from slicer.errors import SlicerError
+
+# Options that do not change what is written stay out of the recorded command, so the same work has the same record.
+_UNRECORDED = {"out", "force", "as_json", "dry_run", "debug", "device", "verify", "source"}
+
+
+class _Group(click.Group):
+    """Reports every SlicerError as one line; a traceback only with --debug."""
+
+    def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:  # type: ignore[override]
+        arguments = list(sys.argv[1:] if args is None else args)
+        debug = "--debug" in arguments
+        signal.signal(signal.SIGTERM, _terminate)
+        try:
+            return super().main(arguments, **extra)
+        except SlicerError as error:
+            if debug:
+                raise
+            _fail(str(error), error.exit_code)
+        except MemoryError:
+            _fail("out of memory; name the layers (--drop 24-31) or use --strategy deepest, and --verify load", 1)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except Exception as error:
+            if debug:
+                raise
+            reason = " ".join(str(error).split())[:400] or type(error).__name__
+            _fail(f"{type(error).__name__}: {reason} (run again with --debug for the traceback)", 1)
+
+
+def _terminate(_signal: int, _frame: object) -> NoReturn:
+    sys.exit(143)  # as an exception, so that temporary directories are removed
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo("slicer: " + " ".join(message.split()), err=True)
+    sys.exit(code)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="slicer")
+def main() -> None:
+    """Make a large language model shallower and leave it a standard checkpoint.
+
+    \b
+    slicer convert meta-llama/Llama-2-70b-hf --drop 0.4
+    slicer inspect Llama-2-70b-hf-48L
+    """
+
+
+@main.command()
+@click.argument("source")
+@click.option("--drop", metavar="AMOUNT", help="Fraction 0.4, count 8, block 24-31 (inclusive) or list 3,7,9-12.")
+@click.option("--keep", type=int, metavar="LAYERS", help="Keep this many layers.")
+@click.option("--max-params", metavar="SIZE", help="Drop as few layers as bring the parameters to SIZE, e.g. 5B.")
+@click.option("--max-bytes", metavar="SIZE", help="Drop as few layers as bring the weights to SIZE, e.g. 16GB.")
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Replay a saved plan.json.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Output directory  [default: SOURCE's name-LAYERSL]")
+@click.option(
+    "--strategy",
+    type=click.Choice(["similarity", "deepest", "tail"]),
+    default="similarity",
+    show_default=True,
+    help="similarity: the block whose ends lie closest (angular distance). deepest: the last layers but the final "
+    "one. tail: the last layers.",
+)
+@click.option(
+    "--calibration",
+    metavar="DATA",
+    help="What similarity measures on: a Hub data set, a .jsonl, .txt or .parquet file, or 'self' (text sampled from "
+    "the model)  [default: allenai/c4, streamed; self for the demo model]",
+)
+@click.option("--samples", type=click.IntRange(min=1), help="Calibration sequences.")
+@click.option("--seq-len", type=click.IntRange(min=2), help="Tokens in each.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Sequences in a forward pass.")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of the calibration sample.")
+@click.option("--text-column", metavar="NAME", help="Column of the calibration data that holds the text.")
+@click.option("--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest weight file.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Cast the weights (and measure with them)  [default: as stored, bit for bit]",
+)
+@click.option("--device", default="auto", show_default=True, help="Where the model runs: auto, cpu, cuda, cuda:1.")
+@click.option(
+    "--verify",
+    type=click.Choice(["auto", "none", "load", "logits"]),
+    default="auto",
+    show_default=True,
+    help="Check before the output appears: every key and shape (load), and the logits against the source with those "
+    "layers bypassed (logits). auto: logits while the model fits in memory.",
+)
+@click.option("--dry-run", is_flag=True, help="Show the plan, sizes and FLOPs a token; write nothing.")
+@click.option("--force", is_flag=True, help="Replace the output directory if it holds a checkpoint.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the checkpoint's own Python code.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def convert(source: str, **given: Any) -> None:
+    """Drop layers of SOURCE and write a standard checkpoint.
+
+    SOURCE is a directory, a Hub id (org/name or org/name@revision), or "demo", the embedded model.
+    """
+    from slicer import console
+    from slicer.convert import Goal, Options
+    from slicer.convert import convert as run
+    from slicer.measure.calibration import CalibrationSpec
+    from slicer.plan import Plan, parse_amount, parse_size
+
+    amounts = {name: given[name] for name in ("drop", "keep", "max_params", "max_bytes") if given[name] is not None}
+    goal = None
+    if amounts:
+        goal = Goal(
+            drop=parse_amount(given["drop"]) if given["drop"] is not None else None,
+            keep=given["keep"],
+            max_params=parse_size(given["max_params"], "--max-params") if given["max_params"] is not None else None,
+            max_bytes=parse_size(given["max_bytes"], "--max-bytes") if given["max_bytes"] is not None else None,
+        )
+    plan = Plan.load(given["plan_file"]) if given["plan_file"] is not None else None
+    calibration = given["calibration"] or ("self" if source == "demo" else None)
+    chosen = {k: given[k] for k in ("samples", "seq_len", "batch_size", "seed", "text_column") if given[k] is not None}
+    options = Options(
+        strategy=given["strategy"],
+        calibration=CalibrationSpec(source=calibration, **chosen),
+        verify=given["verify"],
+        dtype=given["dtype"],
+        device=given["device"],
+        max_shard_bytes=parse_size(given["max_shard_size"], "--max-shard-size"),
+        force=given["force"],
+        dry_run=given["dry_run"],
+        trust_remote_code=given["trust_remote_code"],
+        command=_command(source),
+    )
+    with console.progress() as progress:
+        summary = run(source, goal, given["out"], options, plan=plan, progress=progress)
+    if given["as_json"]:
+        click.echo(json.dumps(summary.to_dict(), indent=2))
+    else:
+        console.print_summary(summary)
+
+
+@main.command()
+@click.argument("source")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def inspect(source: str, as_json: bool, debug: bool) -> None:
+    """Show what SOURCE is: architecture, depth, sizes, costs, and what was sliced off it."""
+    from slicer import console
+    from slicer.inspect import inspect as look
+
+    found = look(source)
+    if as_json:
+        click.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        console.print_inspection(found)
+
+
+@main.command()
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Keep the sliced model here.")
+@click.option("--drop", metavar="AMOUNT", default="3", show_default=True, help="How much to drop, as in convert.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def demo(out: Path | None, drop: str, debug: bool) -> None:
+    """Slice the embedded model and let both write a line."""
+    from slicer import console
+    from slicer.demo.show import show
+
+    with console.progress() as progress:
+        shown = show(drop, out, progress)
+    console.print_demo(shown)
+
+
+def _command(source: str) -> str:
+    """The command that makes the same bytes again: what was given, in the order of the help."""
+    context = click.get_current_context()
+    words = ["slicer", "convert", source]
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        default = parameter.get_default(context)
+        if parameter.name in _UNRECORDED or value in (None, False) or value == default:
+            continue
+        words += [parameter.opts[-1]] if value is True else [parameter.opts[-1], str(value)]
+    return shlex.join(words)

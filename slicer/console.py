@@ -1,0 +1,158 @@
+"""What the terminal shows: progress on stderr, tables on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bars, SpinnerColumn, TaskID, TextColumn
+from rich.progress import DownloadColumn, TimeElapsedColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from slicer.plan import Plan, spell_layers
+from slicer.progress import Progress
+
+if TYPE_CHECKING:
+    from slicer.checkpoint.sizes import Sizes
+    from slicer.convert import Summary
+    from slicer.demo.show import Shown
+    from slicer.inspect import Inspection
+
+_ERR = Console(stderr=True, highlight=False)
+
+
+class _Bars(Progress):
+    """One line for each stage; counted stages get a bar with rate and time left."""
+
+    def __init__(self) -> None:
+        self._bars: Bars | None = None
+        self._task: TaskID | None = None
+
+    def stage(self, text: str, total: int | None = None, unit: str = "") -> None:
+        self.close()
+        if total is None:
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+            self._bars = Bars(*columns, console=_ERR, transient=True)
+        elif unit == "bytes":
+            self._bars = Bars(
+                TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+                console=_ERR, transient=True,
+            )  # fmt: skip
+        else:
+            self._bars = Bars(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn(),
+                console=_ERR, transient=True,
+            )  # fmt: skip
+        self._bars.start()
+        self._task = self._bars.add_task(text, total=total)
+
+    def advance(self, amount: int = 1) -> None:
+        if self._bars is not None and self._task is not None:
+            self._bars.advance(self._task, amount)
+
+    def note(self, text: str) -> None:
+        _ERR.print(f"note: {text}")
+
+    def close(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+        self._bars = None
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Progress]:
+    """A progress display on stderr; transformers' and datasets' own chatter is turned off."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    bars = _Bars()
+    try:
+        yield bars
+    finally:
+        bars.close()
+
+
+def _stdout() -> Console:
+    return Console(highlight=False, soft_wrap=True)
+
+
+def _size(count: float) -> str:
+    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count:.0f} "
+
+
+def _rows(sizes: Sizes) -> list[tuple[str, float, str]]:
+    return [
+        ("layers", sizes.depth, f"{sizes.depth}"),
+        ("parameters", sizes.parameters, _size(sizes.parameters).strip()),
+        ("weights", sizes.total_bytes, _size(sizes.total_bytes) + "B"),
+        ("FLOPs a token", sizes.flops_per_token, _size(sizes.flops_per_token).strip()),
+        ("KV cache a token", sizes.kv_bytes_per_token, _size(sizes.kv_bytes_per_token) + "B"),
+    ]
+
+
+def print_summary(summary: Summary) -> None:
+    """The table before and after, the block, the checks, the warnings."""
+    console = _stdout()
+    plan = summary.plan
+    table = Table(title=f"{plan.source}: {plan.depth} to {len(plan.kept)} layers", title_justify="left")
+    for name in ("", "before", "after", "left"):
+        table.add_column(name, justify="left" if not name else "right")
+    for (label, old, before), (_, new, after) in zip(_rows(summary.before), _rows(summary.after), strict=True):
+        table.add_row(label, before, after, f"{new / old:.1%}" if old else "-")
+    console.print(table)
+    console.print(f"dropped   layers {spell_layers(plan.dropped)} ({_why(plan)})")
+    for other in plan.runners_up[:2]:
+        console.print(f"          next best {other['block']} at {other['distance']:.4f}")
+    error = "" if summary.logits_error is None else f" (largest relative error {summary.logits_error:.1e})"
+    console.print(f"verified  {summary.verified}{error}")
+    for warning in summary.warnings:
+        console.print(f"warning   {warning}")
+    console.print(f"written   {summary.out}" if summary.out else "written   nothing (dry run)")
+
+
+def _why(plan: Plan) -> str:
+    if plan.distance is not None:
+        return f"{plan.strategy}: angular distance {plan.distance:.4f} across the block"
+    return plan.strategy if plan.strategy != "explicit" else "as named"
+
+
+def print_inspection(found: Inspection) -> None:
+    """One fact a line."""
+    console = _stdout()
+    sizes = found.sizes
+    low, high = min(sizes.layer_bytes), max(sizes.layer_bytes)
+    a_layer = _size(low) + "B" if low == high else f"{_size(low)}B to {_size(high)}B"
+    files = "1 file" if found.files == 1 else f"{found.files} files"
+    facts = [
+        ("checkpoint", str(found.path)),
+        ("architecture", f"{', '.join(found.classes) or 'unnamed'} ({found.model_type})"),
+        *((label, text) for label, _, text in _rows(sizes)),
+        ("bytes a layer", a_layer),
+        ("stored as", f"{', '.join(found.dtypes)} in {files}"),
+    ]
+    if found.plan is not None:
+        plan = found.plan
+        revision = f" at {plan.revision}" if plan.revision else ""
+        facts += [
+            ("sliced from", f"{plan.source}{revision}, {plan.depth} layers"),
+            ("kept", spell_layers(plan.kept)),
+            ("dropped", f"{spell_layers(plan.dropped)} ({_why(plan)})"),
+        ]
+    for label, text in facts:
+        console.print(f"{label:<18}{text}")
+
+
+def print_demo(shown: Shown) -> None:
+    """The summary, and a line from each model."""
+    print_summary(shown.summary)
+    console = _stdout()
+    console.print()
+    console.print(f"prompt    {shown.prompt}", markup=False)
+    console.print(f"original  {shown.original}", markup=False)
+    console.print(f"sliced    {shown.sliced}", markup=False)

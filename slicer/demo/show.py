@@ -1,0 +1,51 @@
+"""The demonstration: slice the embedded model, then let the original and the sliced model write on."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from slicer import demo
+from slicer.convert import Goal, Options, Summary, convert
+from slicer.measure.calibration import CalibrationSpec
+from slicer.plan import parse_amount
+from slicer.progress import Progress
+
+PROMPT = "The captain of the ship"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the demonstration has to show."""
+
+    summary: Summary
+    prompt: str
+    original: str
+    sliced: str
+
+
+def show(drop: str, out: Path | None, progress: Progress) -> Shown:
+    """Convert the embedded model and generate a line from both; without `out` the result is thrown away."""
+    with tempfile.TemporaryDirectory(prefix="slicer-demo-") as scratch:
+        target = out or Path(scratch) / "sliced"
+        options = Options(calibration=CalibrationSpec(source="self"), command=f"slicer convert demo --drop {drop}")
+        summary = convert("demo", Goal(drop=parse_amount(drop)), target, options, progress=progress)
+        progress.stage("Writing a line from each")
+        return Shown(summary, PROMPT, _continue(demo.path()), _continue(target))
+
+
+def _continue(path: Path, new_tokens: int = 40) -> str:
+    """The greedy continuation of the prompt, on one line."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from slicer.checkpoint.model import load_model
+
+    tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    model = load_model(path, dtype="float32", device="cpu")
+    inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
+    with torch.inference_mode():
+        ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, repetition_penalty=1.2)
+    text = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return " ".join(text.split())
