@@ -18,7 +18,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(PYTHON) .ci/install.py --venv $(VENV) --torch "$(TORCH)"
 PACKAGING := pyproject.toml .ci/install.py
-DEMO_OUT := build/demo
 
 .PHONY: help demo test lint format docs bench clean python
 .DEFAULT_GOAL := help
@@ -42,17 +41,17 @@ $(VENV)/.full: $(PACKAGING) | python
 	@touch $(VENV)/.core $@
 
 demo: $(VENV)/.core
-	$(BIN)/slicer convert demo --drop 4 --calibration self --force -o $(DEMO_OUT)
-	$(BIN)/python -m slicer.demo $(DEMO_OUT)
+	$(BIN)/slicer demo $(ARGS)
 
 test: $(VENV)/.full
 	$(BIN)/python -m pytest $(ARGS)
 
+# All four speak, then it fails if any did.
 lint: $(VENV)/.full
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/python docs/generate.py --check
+	@status=0; \
+	for check in "ruff check ." "ruff format --check ." "mypy" "python docs/generate.py --check"; do \
+		echo "$$check"; $(BIN)/$$check || status=1; \
+	done; exit $$status
 
 format: $(VENV)/.full
 	$(BIN)/ruff check --fix .

@@ -78,11 +78,12 @@ def install_torch(python: Path, requirement: str) -> list[str]:
     if not plain or platform.system() != "Linux":  # elsewhere the registry's build is the CPU build
         pip(python, "install", requirement)
         return []
-    if run(python, "-m", "pip", "install", "-q", f"{requirement}+cpu").returncode == 0:
+    print(f"pip install {requirement}+cpu", flush=True)
+    if run(python, "-m", "pip", "install", f"{requirement}+cpu").returncode == 0:
         return []
     print(f"no CPU build of {requirement} in pip's configuration; trying {TORCH_CPU_INDEX}", flush=True)
     options = ["--extra-index-url", TORCH_CPU_INDEX]
-    if run(python, "-m", "pip", "install", *options, f"{requirement}+cpu").returncode == 0:
+    if run(python, "-m", "pip", "install", "--retries", "1", *options, f"{requirement}+cpu").returncode == 0:
         return options
     print("PyTorch's CPU index cannot be reached; installing the registry's build of torch", flush=True)
     pip(python, "install", requirement)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import time
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -51,6 +53,14 @@ ALLOWED = {
     "matplotlib": ("slicer.judge", "slicer.benchmarks"),
 }
 
+# Come with a declared dependency for good, and may be imported without being declared.
+TRANSITIVE = {
+    "numpy": "transformers",
+    "tokenizers": "transformers",
+    "pyarrow": "datasets",
+    "yaml": "transformers",
+}
+
 # The rooms of the house, lowest floor first: a module imports its own floor and those below, never above.
 FLOORS = (
     ("slicer.errors", "slicer.progress"),
@@ -60,8 +70,10 @@ FLOORS = (
     ("slicer.select",),
     ("slicer.heal", "slicer.judge"),
     ("slicer.convert", "slicer.inspect", "slicer.serve"),
-    ("slicer.benchmarks", "slicer.demo.train", "slicer.demo.__main__"),
+    ("slicer.benchmarks", "slicer.demo.show", "slicer.demo.train"),
+    ("slicer.console",),
     ("slicer.cli",),
+    ("slicer.__main__",),
 )
 # The only places that build a transformers model: everything else asks these, or works on the files.
 BUILDERS = ("slicer.checkpoint.model", "slicer.checkpoint.verify", "slicer.demo.train", "slicer.benchmarks")
@@ -188,6 +200,21 @@ def test_library_stays_in_its_room(library: str) -> None:
         and not any(within(module, room) for room in ALLOWED[library])
     ]
     assert not strays, f"{library} belongs in {', '.join(ALLOWED[library])}, and these import it: {strays}"
+
+
+def test_the_core_imports_only_what_it_declares() -> None:
+    """A library that merely happens to be installed here is missing on someone else's machine."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in project["dependencies"]}
+    known = declared | TRANSITIVE.keys() | ALLOWED.keys() | sys.stdlib_module_names | {"slicer"}
+    undeclared = {
+        f"{module}: {target}"
+        for module in modules()
+        if not module.startswith(("slicer.benchmarks", "slicer.serve", "slicer.heal", "slicer.demo.train"))
+        for target, _ in imports(module)
+        if target.split(".")[0] not in known
+    }
+    assert not undeclared, f"not a dependency of slicer-llm: {sorted(undeclared)}"
 
 
 def test_models_are_built_in_one_place() -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ def sliced_config(
         raise PlanError(f"the plan is for {plan.depth} layers but {checkpoint.path} has {checkpoint.depth}")
     expanded = expand_config(checkpoint.path, trust_remote_code=trust_remote_code)
     config = architectures.rewrite_config(checkpoint.config, expanded, plan.kept)
+    _check_expressed(checkpoint, expanded, config, plan.kept, trust_remote_code)
     if dtype:
         for part in (config, architectures.text_config(config)):
             for name in ("dtype", "torch_dtype"):
@@ -88,6 +90,27 @@ def sliced_config(
         if "dtype" not in config and "torch_dtype" not in config:
             config["dtype"] = dtype
     return config
+
+
+def _check_expressed(
+    checkpoint: Checkpoint,
+    expanded: Mapping[str, Any],
+    config: Mapping[str, Any],
+    kept: Sequence[int],
+    trust_remote_code: bool,
+) -> None:
+    """Let transformers read the new config, and compare what it makes of each layer."""
+    with tempfile.TemporaryDirectory(prefix="slicer-config-") as scratch:
+        if trust_remote_code:  # the config class itself may be the checkpoint's own code
+            for file in checkpoint.path.glob("*.py"):
+                shutil.copyfile(inside(checkpoint.path, file.name), Path(scratch) / file.name)
+        (Path(scratch) / "config.json").write_text(json.dumps(config), "utf-8")
+        try:
+            again = expand_config(Path(scratch), trust_remote_code=trust_remote_code)
+        except SourceError as error:
+            reason = str(error).rsplit("refuses it: ", 1)[-1]
+            raise ArchitectureError(f"transformers refuses the config of this cut: {reason}") from None
+    architectures.check_rewritten(expanded, again, kept)
 
 
 def write_checkpoint(

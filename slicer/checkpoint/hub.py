@@ -19,6 +19,7 @@ COMPANIONS = (
     "*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken", "*.bpe", "*.vocab", "*.spm",
     "LICENSE*", "LICENCE*", "License*", "NOTICE*", "USE_POLICY*", "README.md",
 )  # fmt: skip
+_IGNORED = ("original/*", "onnx/*", ".*")
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,12 @@ def _indexed(index: Path) -> list[str]:
 
 
 def _snapshot(repo: str, revision: str | None, patterns: list[str] | tuple[str, ...]) -> Path:
-    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub import errors as hub
 
     named = f"{repo}@{revision}" if revision else repo
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(_IGNORED)))
     except hub.GatedRepoError:
         raise HubError(f"{named}: gated; accept its licence on the Hub and set HF_TOKEN") from None
     except hub.RevisionNotFoundError:
@@ -94,11 +94,16 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str] | tuple[str, 
         ) from None
     except hub.HFValidationError as error:
         raise HubError(f"{named}: not a valid Hub id ({str(error).splitlines()[0]})") from None
+    except hub.IncompleteSnapshotError:
+        raise HubError(
+            f"{named}: the Hub cache holds only a part of it and the Hub cannot be reached "
+            "(offline or HF_HUB_OFFLINE is set); go online once to complete it"
+        ) from None
     except hub.LocalEntryNotFoundError:
         raise HubError(
             f"{named}: no such local directory, not in the Hub cache, and the Hub cannot be reached "
             "(offline or HF_HUB_OFFLINE is set); go online or give a local directory"
         ) from None
-    except (hub.HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except Exception as error:  # the HTTP library underneath is huggingface_hub's choice, and so are its errors
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise HubError(f"{named}: the download failed ({reason}); run the command again to resume it") from None

@@ -1,0 +1,122 @@
+"""The model card of a sliced checkpoint: what it is, what was dropped and why, how to load it, what it lost."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from slicer.checkpoint.reader import Checkpoint
+from slicer.checkpoint.sizes import Sizes
+from slicer.plan import Plan, spell_layers
+
+_KEPT_FIELDS = ("license", "license_name", "license_link", "language")
+
+
+def for_slice(checkpoint: Checkpoint, plan: Plan, before: Sizes, after: Sizes, *, figures: bool) -> str:
+    """The README.md of the output: front matter, then prose. The same card for the same plan."""
+    base = plan.source or "unknown"
+    local = Path(base).exists()
+    name = Path(base).resolve().name if local else base
+    lines = ["---"]
+    if not local and "/" in base:
+        lines += [f"base_model: {base.split('@')[0]}", "base_model_relation: finetune"]
+    lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- slicer", "- depth-pruning"]
+    lines += _inherited(checkpoint.path) + ["---", ""]
+    lines += [
+        f"# {name}, {len(plan.kept)} of {plan.depth} layers",
+        "",
+        f"{name} without its decoder layers {spell_layers(plan.dropped)} (counted from 0). The other layers keep their "
+        "weights" + (f", cast to {plan.dtype}" if plan.dtype else " bit for bit") + "; nothing was trained or healed.",
+        "",
+        "| | before | after |",
+        "|---|---|---|",
+        f"| layers | {before.depth} | {after.depth} |",
+        f"| parameters | {before.parameters:,} | {after.parameters:,} |",
+        f"| bytes of weights | {before.total_bytes:,} | {after.total_bytes:,} |",
+        f"| FLOPs a token | {before.flops_per_token:,} | {after.flops_per_token:,} |",
+        f"| KV-cache bytes a token | {before.kv_bytes_per_token:,} | {after.kv_bytes_per_token:,} |",
+        "",
+        "## How the layers were chosen",
+        "",
+        _reason(plan),
+        "",
+    ]
+    if figures:
+        lines += [
+            "![Angular distance across every block](slicer/distances.png)",
+            "",
+            "![Angular distance by the layer where the block starts](slicer/curves.png)",
+            "",
+        ]
+    lines += [
+        "## How to load it",
+        "",
+        "It is an ordinary checkpoint of its architecture. Give the path or id of this directory:",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")',
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+        "```",
+        "",
+        "```sh",
+        "vllm serve PATH",
+        "```",
+        "",
+        "## Limits",
+        "",
+        "Dropping layers costs ability, and not evenly. Reasoning suffers first: mathematics, code and long chains of "
+        "thought break down after few layers and do not fully come back by healing, while questions of knowledge hold "
+        "much longer. Short answers can look well while long generations repeat or wander. Measure on your own task "
+        "before you rely on it.",
+        "",
+        "## How it was made",
+        "",
+        f"With [slicer](https://pypi.org/project/slicer-llm/){_version(plan)}; `slicer/plan.json` has every setting.",
+        "",
+    ]
+    if plan.command and not local:
+        lines += ["```sh", plan.command, "```", ""]
+    return "\n".join(lines)
+
+
+def _reason(plan: Plan) -> str:
+    if plan.strategy == "similarity" and plan.distance is not None:
+        data = plan.calibration or {}
+        source = str(data.get("source", "calibration text"))
+        source = Path(source).name if Path(source).exists() else source
+        sentence = (
+            f"Among all blocks of {len(plan.dropped)} layers this one changes the residual stream least: the angular "
+            f"distance between what enters it and what leaves it, at the last token, is {plan.distance:.4f} (in units "
+            f"of pi, mean of {data.get('samples', '?')} sequences of {data.get('seq_len', '?')} tokens, source: "
+            f"{source}). The measure is equation 7 of Gromov et al., *The Unreasonable Ineffectiveness of the Deeper "
+            "Layers*."
+        )
+        others = ", ".join(f"{r['block']} ({r['distance']:.4f})" for r in plan.runners_up)
+        return sentence + (f" Next best: {others}." if others else "")
+    return {
+        "deepest": "They are the deepest ones, without the final layer, which stays; nothing was measured.",
+        "tail": "They are the last ones; nothing was measured.",
+    }.get(plan.strategy, "They were named by hand.")
+
+
+def _inherited(source: Path) -> list[str]:
+    """Licence and language lines of the source's own card."""
+    try:
+        match = re.match(r"---\n(.*?)\n---", (source / "README.md").read_text("utf-8"), re.DOTALL)
+    except (OSError, UnicodeDecodeError):
+        return []
+    lines: list[str] = []
+    keeping = False
+    for line in match[1].splitlines() if match else []:
+        field = re.match(r"(\w+):", line)
+        keeping = field[1] in _KEPT_FIELDS if field else keeping and line.startswith(("-", " "))
+        if keeping:
+            lines.append(line)
+    return lines
+
+
+def _version(plan: Plan) -> str:
+    version = plan.versions.get("slicer-llm")
+    return f" {version}" if version else ""

@@ -1,0 +1,164 @@
+"""The checkpoint as a transformers model: load it, find its layers, tap its residual stream, bypass layers.
+
+Everything rests on hooks, so that any class of the table works unchanged: a layer is called with its hidden states
+as the first argument or by keyword, and returns them bare or first in a tuple.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from slicer.checkpoint import architectures
+from slicer.checkpoint.reader import read_config
+from slicer.errors import ArchitectureError, SourceError, UsageError
+
+Model = Any  # a transformers PreTrainedModel, whose classes carry no types
+
+
+def load_model(
+    path: Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> Model:
+    """Load `path` for inference: eval mode, no gradients.
+
+    `dtype` is "auto" (as stored) or a torch name; `device` is "auto" (a GPU if there is one, spread over several when
+    one is too small and accelerate is installed), "cpu", "cuda", "cuda:1". Raises SourceError with the reason.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    target = pick_device(device)
+    arguments: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "local_files_only": True}
+    spread = device == "auto" and target.type == "cuda" and _needs_several(path, target)
+    if spread:
+        arguments["device_map"] = "auto"
+    failure: Exception | None = None
+    for auto in auto_classes(path):
+        try:
+            model = auto.from_pretrained(str(path), **arguments)
+            break
+        except (torch.cuda.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # transformers raises many kinds; the next class may fit
+            failure = failure or error
+    else:
+        reason = " ".join(str(failure).split())[:300]
+        raise SourceError(f"{path}: transformers cannot load it: {reason}")
+    model.requires_grad_(False)
+    return model.eval() if spread else model.eval().to(target)
+
+
+def auto_classes(path: Path) -> list[Any]:
+    """The transformers auto classes to try for the checkpoint, in order: a multimodal wrapper's own comes first."""
+    import transformers
+
+    config = read_config(path)
+    wrapped = architectures.text_config(config) is not config
+    return [transformers.AutoModelForImageTextToText] * wrapped + [transformers.AutoModelForCausalLM]
+
+
+def pick_device(device: str) -> torch.device:
+    """The torch device that `device` names. Raises UsageError when it is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device}: not available here ({str(error).splitlines()[0][:120]})") from None
+    return target
+
+
+def _needs_several(path: Path, target: torch.device) -> bool:
+    from importlib.util import find_spec
+
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    return size * 1.1 > torch.cuda.mem_get_info(target)[0] and find_spec("accelerate") is not None
+
+
+def decoder_layers(model: Model) -> nn.ModuleList:
+    """The list of decoder layers, in order. Raises ArchitectureError when none of the right length is found."""
+    config = model.config.get_text_config()
+    depth = config.num_hidden_layers
+    lists = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    text = [(n, m) for n, m in lists if not any(part in n for part in ("vision", "audio", "visual", "mtp"))]
+    if not text:
+        raise ArchitectureError(f"{type(model).__name__}: no list of {depth} decoder layers in it")
+    return min(text, key=lambda item: item[0].count("."))[1]
+
+
+def _states_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    states = args[0] if args else kwargs["hidden_states"]
+    assert isinstance(states, torch.Tensor)
+    return states
+
+
+@contextlib.contextmanager
+def watch(model: Model, listener: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    """Call `listener(l, x)` with x(l), [batch, seq, d], for l = 0..L in every forward pass.
+
+    x(l) is what enters layer l; x(L) is what leaves the last layer: the residual stream before the final norm.
+    """
+    layers = decoder_layers(model)
+    handles = []
+
+    def entering(index: int) -> Callable[..., None]:
+        return lambda module, args, kwargs: listener(index, _states_in(args, kwargs))
+
+    def leaving(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        listener(len(layers), output[0] if isinstance(output, tuple) else output)
+
+    try:
+        for index, layer in enumerate(layers):
+            handles.append(layer.register_forward_pre_hook(entering(index), with_kwargs=True))
+        handles.append(layers[-1].register_forward_hook(leaving, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Tap:
+    """The residual stream of the latest forward pass: `states[l]` is x(l), [batch, seq, d], l = 0..L."""
+
+    def __init__(self) -> None:
+        self.states: list[torch.Tensor] = []
+
+
+@contextlib.contextmanager
+def residual_stream(model: Model) -> Iterator[Tap]:
+    """Keep the residual stream of each forward pass made inside the block."""
+    tap = Tap()
+
+    def listener(index: int, states: torch.Tensor) -> None:
+        if index == 0:
+            tap.states = []
+        tap.states.append(states.detach())
+
+    with watch(model, listener):
+        yield tap
+
+
+@contextlib.contextmanager
+def bypass(model: Model, dropped: Iterable[int]) -> Iterator[None]:
+    """Inside the block the layers `dropped` pass their input on unchanged. They still run: this is for checking."""
+    layers = decoder_layers(model)
+
+    def skip(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        states = _states_in(args, kwargs)
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    handles = [layers[i].register_forward_hook(skip, with_kwargs=True) for i in dropped]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,164 @@
+"""Is the written checkpoint what it should be? Its keys and shapes, and its logits against the bypassed source's."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slicer.checkpoint.model import auto_classes, bypass, load_model, pick_device
+from slicer.checkpoint.reader import Checkpoint
+from slicer.errors import SlicerError, VerificationError
+
+# What rounding may do: both runs do the same operations on the same weights, so a whole layer gone wrong shows at
+# once, and only a different order of summation may differ by some units of the last place.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+PROBE_SHAPE = (2, 24)
+_MARGIN = 1.3  # activations, buffers and the loader's own copies
+
+
+def check_load(path: Path, *, trust_remote_code: bool = False) -> None:
+    """Check that every tensor the architecture expects is there, of its shape, and nothing else.
+
+    The model is built on the meta device: no weight is read. Raises VerificationError naming the tensor or field.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        checkpoint = Checkpoint.open(path)
+        checkpoint.check_layers()
+        config = transformers.AutoConfig.from_pretrained(
+            str(path), trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        if (path / "generation_config.json").exists():
+            transformers.GenerationConfig.from_pretrained(str(path), local_files_only=True)
+    except SlicerError as error:
+        raise VerificationError(f"the written checkpoint cannot be opened: {error}") from None
+    except Exception as error:
+        raise VerificationError(f"the written config does not reload: {' '.join(str(error).split())[:300]}") from None
+    tensors = {
+        key: torch.empty(span.shape, dtype=_DTYPES.get(span.dtype, torch.float32), device="meta")
+        for key, span in checkpoint.tensors.items()
+    }
+    problems = _load_on_meta(path, config, tensors, trust_remote_code)
+    for kind, words in (
+        ("missing_keys", "is missing"),
+        ("unexpected_keys", "is there but the architecture has no place for it"),
+        ("mismatched_keys", "has the wrong shape"),
+    ):
+        found = sorted(problems.get(kind) or (), key=str)
+        if found:
+            name = found[0] if isinstance(found[0], str) else found[0][0]
+            shapes = "" if isinstance(found[0], str) else f" ({list(found[0][1])}, expected {list(found[0][2])})"
+            more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+            raise VerificationError(f"tensor {name} {words}{shapes}{more}; nothing was written")
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+
+
+def _load_on_meta(path: Path, config: Any, tensors: dict[str, torch.Tensor], trust_remote_code: bool) -> dict[str, Any]:
+    failure: Exception | None = None
+    for auto in auto_classes(path):
+        try:
+            _, info = auto.from_pretrained(
+                str(path),
+                config=config,
+                state_dict=dict(tensors),
+                device_map={"": "meta"},
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+            )
+            return dict(info)
+        except Exception as error:  # a model class may raise anything for a config or a tensor it does not like
+            failure = failure or error
+    raise VerificationError(f"transformers cannot build the model: {' '.join(str(failure).split())[:300]}")
+
+
+def probe_tokens(vocab_size: int, seed: int = 0) -> torch.Tensor:
+    """Random token ids, int64 [2, 24], the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab_size, PROBE_SHAPE, generator=generator)
+
+
+@torch.inference_mode()
+def logits_of(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """The logits of every position, [batch, seq, vocabulary], on the CPU."""
+    device = model.get_input_embeddings().weight.device
+    logits: torch.Tensor = model(input_ids=tokens.to(device), use_cache=False).logits
+    return logits.cpu()
+
+
+def reference_logits(model: Any, tokens: torch.Tensor, dropped: Iterable[int]) -> torch.Tensor:
+    """The source's logits with the layers `dropped` bypassed."""
+    with bypass(model, dropped):
+        return logits_of(model, tokens)
+
+
+def check_logits(
+    out: Path,
+    reference: torch.Tensor,
+    tokens: torch.Tensor,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> float:
+    """Load `out` and compare its logits with `reference`; returns max |a - b| / max |b|.
+
+    Raises VerificationError when that exceeds the tolerance of the dtype, or anything is not finite.
+    """
+    try:
+        model = load_model(out, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    except SlicerError as error:
+        raise VerificationError(f"the written checkpoint does not load: {error}") from None
+    logits = logits_of(model, tokens)
+    if logits.shape != reference.shape:
+        raise VerificationError(f"logits have the shape {list(logits.shape)}, the source's {list(reference.shape)}")
+    if not torch.isfinite(reference).all():
+        raise VerificationError(
+            "the source's own logits are not finite with these layers bypassed; try --dtype float32, or --verify load"
+        )
+    apart = (logits.double() - reference.double()).abs()
+    error = float(apart.max() / reference.double().abs().max().clamp_min(1e-30))
+    tolerance = TOLERANCE.get(logits.dtype, 1e-4)
+    if not error <= tolerance:
+        position = [int(i) for i in torch.unravel_index(apart.argmax(), apart.shape)]
+        raise VerificationError(
+            f"logits differ from the source's with those layers bypassed by {error:.2e} (at most {tolerance:.0e}; "
+            f"sequence {position[0]}, position {position[1]}, token {position[2]}); nothing was written"
+        )
+    return error
+
+
+def fits_in_memory(total_bytes: int, device: str = "auto") -> bool:
+    """Whether a model of `total_bytes` can be loaded on `device` beside what runs already."""
+    target = pick_device(device)
+    host = total_bytes * _MARGIN < available_memory()
+    if target.type != "cuda":
+        return host
+    free = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
+    here = sum(free) if device == "auto" else free[target.index or 0]
+    return total_bytes * _MARGIN < here
+
+
+def available_memory() -> int:
+    """Bytes of memory that can be taken without swapping, within the limit of the control group."""
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            available = min(available, int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return available

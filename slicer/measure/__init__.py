@@ -1,0 +1,1 @@
+"""What the layers do: calibration data, and statistics of the residual stream over it."""

@@ -1,0 +1,295 @@
+"""Text -> batches of tokens: packed, seeded, never padded; or tokens sampled from the model itself."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from slicer.errors import CalibrationError
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_DATASET = ("allenai/c4", "en")
+_SHUFFLE_BUFFER = 1000  # documents of a stream that are mixed at a time
+_SUFFIXES = (".jsonl", ".json", ".txt", ".parquet", ".jsonl.gz", ".json.gz", ".txt.gz")
+_REMEDY = "give --calibration self (text sampled from the model) or a local .jsonl, .txt or .parquet file"
+
+
+@dataclass(frozen=True)
+class CalibrationSpec:
+    """What to calibrate on.
+
+    Attributes:
+        source: None for allenai/c4 (English, streamed), "self" for sequences sampled from the model, a local file, or
+            a Hub data set, `name` or `name:config`.
+        samples: sequences.
+        seq_len: tokens in each, BOS included.
+        batch_size: sequences in a forward pass.
+        seed: of the choice of documents, or of the sampling.
+        text_column: the column that holds the text.
+    """
+
+    source: str | None = None
+    samples: int = 64
+    seq_len: int = 256
+    batch_size: int = 4
+    seed: int = 0
+    text_column: str = "text"
+
+
+@dataclass(frozen=True)
+class TokenBatches:
+    """`batches`: int64 tensors [batch, seq_len]. `provenance`: where they came from, for the record."""
+
+    batches: list[torch.Tensor]
+    provenance: dict[str, Any]
+
+
+def token_batches(
+    spec: CalibrationSpec, path: Path, model: Any, *, trust_remote_code: bool = False
+) -> TokenBatches:
+    """`spec.samples` sequences of `spec.seq_len` tokens for the checkpoint at `path`, in batches.
+
+    Documents are put in an order drawn from the seed, tokenized one after another with an end-of-text token between,
+    and cut into sequences; each begins with BOS where the tokenizer begins a text with it. `model` is needed for
+    `self`. Raises CalibrationError when there is no, or not enough, text.
+    """
+    import torch
+
+    _check_length(spec, model)
+    if spec.source == "self":
+        tokens = sample_tokens(model, spec)
+        source = "self"
+    else:
+        tokenizer = _tokenizer(path, trust_remote_code)
+        source = spec.source or ":".join(DEFAULT_DATASET)
+        tokens = _pack(_documents(spec), tokenizer, spec, source)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if int(tokens.max()) >= vocabulary:
+        raise CalibrationError(
+            f"{path}: the tokenizer makes token {int(tokens.max())} but the model has {vocabulary}; "
+            "the tokenizer is another model's"
+        )
+    provenance = {
+        "source": source,
+        "samples": spec.samples,
+        "seq_len": spec.seq_len,
+        "batch_size": spec.batch_size,
+        "seed": spec.seed,
+        "text_column": spec.text_column,
+        "tokens_sha256": hashlib.sha256(tokens.to(torch.int64).numpy().tobytes()).hexdigest(),
+    }
+    return TokenBatches(list(tokens.split(spec.batch_size)), provenance)
+
+
+def _check_length(spec: CalibrationSpec, model: Any) -> None:
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if isinstance(limit, int) and spec.seq_len > limit:
+        raise CalibrationError(f"--seq-len {spec.seq_len}: the model reads at most {limit} tokens; lower it")
+
+
+def _tokenizer(path: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # tokenizer classes raise anything
+        reason = " ".join(str(error).split())[:160]
+        raise CalibrationError(
+            f"{path}: no usable tokenizer ({reason}); give --calibration self, or name the layers to drop"
+        ) from None
+
+
+# --- packing ---------------------------------------------------------------------------------------------------------
+
+
+def _pack(documents: Iterable[str], tokenizer: Any, spec: CalibrationSpec, source: str) -> torch.Tensor:
+    import torch
+
+    bos = _leading_token(tokenizer)
+    end = tokenizer.eos_token_id
+    body = spec.seq_len - (bos is not None)
+    needed = spec.samples * body
+    stream: list[int] = []
+    count = 0
+    for text in documents:
+        if not text.strip():
+            continue
+        count += 1
+        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if end is not None:
+            stream.append(end)
+        if len(stream) >= needed:
+            break
+    if count == 0:
+        raise CalibrationError(f"{source}: empty, there is no text in it; give a file with text, or --calibration self")
+    if len(stream) < needed:
+        raise CalibrationError(
+            f"{source}: too short: {len(stream)} tokens, but {spec.samples} sequences of {spec.seq_len} need {needed}; "
+            f"give more text, or at most --samples {len(stream) // body}"
+            + ("" if len(stream) >= body else f" with --seq-len {max(2, len(stream))}")
+        )
+    tokens = torch.tensor(stream[:needed], dtype=torch.int64).view(spec.samples, body)
+    if bos is not None:
+        tokens = torch.cat([torch.full((spec.samples, 1), bos, dtype=torch.int64), tokens], dim=1)
+    return tokens
+
+
+def _leading_token(tokenizer: Any) -> int | None:
+    """The token that the tokenizer puts before a text by itself, if any."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    special = tokenizer("a")["input_ids"]
+    if len(special) > len(plain) and special[: 1] != plain[: 1]:
+        return int(special[0])
+    return None
+
+
+# --- documents -------------------------------------------------------------------------------------------------------
+
+
+def _documents(spec: CalibrationSpec) -> Iterator[str]:
+    if spec.source is not None and (Path(spec.source).exists() or spec.source.endswith(_SUFFIXES)):
+        texts = _read_file(Path(spec.source), spec.text_column)
+        random.Random(spec.seed).shuffle(texts)
+        return iter(texts)
+    return _stream_hub(spec)
+
+
+def _read_file(file: Path, column: str) -> list[str]:
+    """Every document of a local file. A .txt file is cut at blank lines."""
+    if not file.is_file():
+        raise CalibrationError(f"{file}: no such file; {_REMEDY}")
+    readers: dict[str, Callable[[Path, str], list[str]]] = {
+        ".jsonl": _read_jsonl, ".json": _read_json, ".txt": _read_text, ".parquet": _read_parquet,
+    }  # fmt: skip
+    suffix = Path(file.name.removesuffix(".gz")).suffix.lower()
+    if suffix not in readers:
+        raise CalibrationError(f"{file}: not a .jsonl, .json, .txt or .parquet file; {_REMEDY}")
+    if file.stat().st_size == 0:
+        raise CalibrationError(f"{file}: empty; give a file with text, or --calibration self")
+    try:
+        return readers[suffix](file, column)
+    except (OSError, UnicodeDecodeError, EOFError) as error:
+        raise CalibrationError(f"{file}: cannot be read ({' '.join(str(error).split())[:120]})") from None
+
+
+def _open(file: Path) -> TextIO:
+    if file.suffix == ".gz":
+        return gzip.open(file, "rt", encoding="utf-8")
+    return open(file, encoding="utf-8")
+
+
+def _read_text(file: Path, column: str) -> list[str]:
+    with _open(file) as stream:
+        return [part for part in stream.read().split("\n\n") if part.strip()]
+
+
+def _read_jsonl(file: Path, column: str) -> list[str]:
+    texts = []
+    with _open(file) as stream:
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                try:
+                    texts.append(_text_of(json.loads(line), column, f"{file}, line {number}"))
+                except ValueError:
+                    raise CalibrationError(f"{file}, line {number}: not JSON; mend or remove the line") from None
+    return texts
+
+
+def _read_json(file: Path, column: str) -> list[str]:
+    with _open(file) as stream:
+        try:
+            rows = json.load(stream)
+        except ValueError:
+            return _read_jsonl(file, column)
+    rows = rows if isinstance(rows, list) else [rows]
+    return [_text_of(row, column, f"{file}, row {number}") for number, row in enumerate(rows, 1)]
+
+
+def _read_parquet(file: Path, column: str) -> list[str]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        names = parquet.read_schema(file).names
+        if column not in names:
+            raise CalibrationError(f"{file}: no column {column!r} (it has {', '.join(names)}); name it: --text-column")
+        return [str(text) for text in parquet.read_table(file, columns=[column])[column].to_pylist() if text]
+    except pyarrow.ArrowException as error:
+        raise CalibrationError(f"{file}: not a parquet file ({' '.join(str(error).split())[:120]})") from None
+
+
+def _text_of(row: Any, column: str, where: str) -> str:
+    if isinstance(row, str):
+        return row
+    if not isinstance(row, dict) or column not in row:
+        names = ", ".join(row) if isinstance(row, dict) else "none"
+        raise CalibrationError(f"{where}: no column {column!r} (it has {names}); name it: --text-column")
+    if not isinstance(row[column], str):
+        raise CalibrationError(f"{where}: column {column!r} holds no text; name another: --text-column")
+    return row[column]
+
+
+def _stream_hub(spec: CalibrationSpec) -> Iterator[str]:
+    """Documents of a Hub data set, streamed and mixed by the seed; raises CalibrationError when unreachable."""
+    name, config = DEFAULT_DATASET if spec.source is None else (*spec.source.split(":", 1), None)[:2]
+    if any(os.environ.get(k, "").upper() in ("1", "TRUE", "YES", "ON") for k in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")):
+        raise CalibrationError(f"{name}: cannot be streamed offline (HF_HUB_OFFLINE is set); {_REMEDY}")
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(name, config, split="train", streaming=True)
+        for row in rows.shuffle(seed=spec.seed, buffer_size=_SHUFFLE_BUFFER):
+            yield _text_of(row, spec.text_column, name)
+    except CalibrationError:
+        raise
+    except Exception as error:  # the network, the Hub and the data set's format each raise their own
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise CalibrationError(f"{name}: cannot be streamed ({reason}); {_REMEDY}") from None
+
+
+# --- the model's own text --------------------------------------------------------------------------------------------
+
+
+def sample_tokens(model: Any, spec: CalibrationSpec) -> torch.Tensor:
+    """Sequences drawn from the model at temperature 1, int64 [samples, seq_len], the same for the same seed.
+
+    They begin with BOS, or EOS where there is none, or else with a random token. Special ends are drawn over, so that
+    every sequence is full.
+    """
+    import torch
+
+    config = model.config.get_text_config()
+    device = model.get_input_embeddings().weight.device
+    generator = torch.Generator().manual_seed(spec.seed)
+    first = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
+    first = first[0] if isinstance(first, list) else first
+    sequences = []
+    with torch.inference_mode():
+        for start in range(0, spec.samples, spec.batch_size):
+            count = min(spec.batch_size, spec.samples - start)
+            if first is None:
+                tokens = torch.randint(config.vocab_size, (count, 1), generator=generator)
+            else:
+                tokens = torch.full((count, 1), first, dtype=torch.int64)
+            cache = None
+            while tokens.shape[1] < spec.seq_len:
+                step = tokens if cache is None else tokens[:, -1:]
+                output = model(input_ids=step.to(device), past_key_values=cache, use_cache=True)
+                cache = getattr(output, "past_key_values", None)
+                chances = output.logits[:, -1].float().cpu().softmax(-1)
+                if not torch.isfinite(chances).all():
+                    raise CalibrationError("the model's own samples are not finite; measure in --dtype float32")
+                tokens = torch.cat([tokens, torch.multinomial(chances, 1, generator=generator)], dim=1)
+            sequences.append(tokens)
+    return torch.cat(sequences)

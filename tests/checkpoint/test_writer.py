@@ -1,0 +1,132 @@
+"""Bytes are copied exactly, and a directory appears whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import files
+import pytest
+
+from slicer.checkpoint import writer
+from slicer.checkpoint.reader import Checkpoint, read_header
+from slicer.errors import OutputError
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 12_000, 100])
+@pytest.mark.parametrize("kernel", [True, False])
+def test_the_same_bytes_whatever_the_shards(
+    tmp_path: Path, shards: int, max_shard_bytes: int, kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernel:  # another file system: the kernel refuses to copy
+        monkeypatch.setattr(os, "copy_file_range", _refuse(errno.EXDEV), raising=False)
+    tensors = files.write_checkpoint(tmp_path / "source", shards=shards)
+    out = tmp_path / "out"
+    out.mkdir()
+    told: list[int] = []
+    spans = Checkpoint.open(tmp_path / "source").tensors
+    written = writer.write_tensors(out, spans, {"format": "pt"}, max_shard_bytes=max_shard_bytes, progress=told.append)
+    assert files.read_tensors(out) == tensors
+    assert sum(told) == sum(map(len, tensors.values()))
+    for file in written:
+        found, metadata = read_header(file)
+        assert metadata == {"format": "pt"}
+        assert len(found) == 1 or sum(span.nbytes for span in found.values()) <= max_shard_bytes
+    if len(written) > 1:
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        assert set(index["weight_map"]) == set(tensors)
+        assert index["metadata"]["total_size"] == sum(map(len, tensors.values()))
+
+
+def _refuse(code: int):  # type: ignore[no-untyped-def]
+    def copy_file_range(*_: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    return copy_file_range
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files.write_checkpoint(tmp_path / "source")
+    spans = Checkpoint.open(tmp_path / "source").tensors
+    monkeypatch.setattr(os, "copy_file_range", _refuse(errno.ENOSPC), raising=False)
+    with pytest.raises(OutputError, match="disk is full"), writer.atomic_directory(tmp_path / "deep" / "out") as made:
+        writer.write_tensors(made, spans, {})
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_too_little_space_is_seen_before_writing(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="free"):
+        writer.check_space(tmp_path / "not" / "there", 10**18)
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_an_exception_leaves_what_was_there(tmp_path: Path, replace: bool) -> None:
+    out = tmp_path / "out"
+    if replace:
+        out.mkdir()
+        (out / "old").write_text("old")
+    with pytest.raises(RuntimeError), writer.atomic_directory(out, replace=replace) as made:
+        (made / "new").write_text("new")
+        raise RuntimeError
+    assert os.listdir(tmp_path) == (["out"] if replace else [])
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_replacing_leaves_only_the_new(tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not exchange:
+        monkeypatch.setattr(writer, "_exchange", lambda *_: False)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    with writer.atomic_directory(out, replace=True) as made:
+        (made / "new").write_text("new")
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(out) == ["new"]
+
+
+def test_a_directory_that_fills_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match="meanwhile"), writer.atomic_directory(out):
+        out.mkdir()
+        (out / "theirs").write_text("x")
+    assert os.listdir(out) == ["theirs"] and os.listdir(tmp_path) == ["out"]
+
+
+def test_the_result_has_ordinary_permissions(tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    with writer.atomic_directory(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_what_a_killed_run_left_is_swept_by_the_next(tmp_path: Path) -> None:
+    code = """
+        import sys, time
+        from pathlib import Path
+        from slicer.checkpoint.writer import atomic_directory
+        with atomic_directory(Path(sys.argv[1])) as made:
+            (made / "half").write_text("x")
+            print("writing", flush=True)
+            time.sleep(60)
+    """
+    out = tmp_path / "out"
+    child = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), str(out)], stdout=subprocess.PIPE, env={**os.environ}
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"writing\n"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    time.sleep(0.01)
+    assert not out.exists()
+    with writer.atomic_directory(out) as made:
+        (made / "whole").write_text("x")
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(out) == ["whole"]
