@@ -33,6 +33,8 @@ class _Bars(Progress):
 
     def stage(self, text: str, total: int | None = None, unit: str = "") -> None:
         self.close()
+        if not _ERR.is_terminal:
+            return
         if total is None:
             columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
             self._bars = Bars(*columns, console=_ERR, transient=True)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slicer import __version__
 from slicer.checkpoint import architectures, hub
 from slicer.checkpoint.export import (
     DTYPES,
@@ -433,15 +434,9 @@ def _short_name(source: str) -> str:
 
 
 def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib.metadata import version
 
-    versions = {}
-    for name in ("slicer-llm", "torch", "transformers", "safetensors"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "unknown"
-    return versions
+    return {"slicer-llm": __version__} | {name: version(name) for name in ("torch", "transformers", "safetensors")}
 
 
 def _parent(path: Path) -> dict[str, Any] | None:

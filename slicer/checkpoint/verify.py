@@ -67,20 +67,28 @@ def _load_on_meta(path: Path, config: Any, tensors: dict[str, torch.Tensor], tru
     failure: Exception | None = None
     for auto in auto_classes(path):
         try:
-            _, info = auto.from_pretrained(
-                str(path),
+            _, info = _model_class(auto, path, config, trust_remote_code).from_pretrained(
+                None,
                 config=config,
                 state_dict=dict(tensors),
                 device_map={"": "meta"},
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
-                trust_remote_code=trust_remote_code,
-                local_files_only=True,
             )
             return dict(info)
         except Exception as error:  # a model class may raise anything for a config or a tensor it does not like
             failure = failure or error
     raise VerificationError(f"transformers cannot build the model: {' '.join(str(failure).split())[:300]}")
+
+
+def _model_class(auto: Any, path: Path, config: Any, trust_remote_code: bool) -> Any:
+    """The class that `auto` would load: the checkpoint's own code where that is trusted, else transformers'."""
+    remote = (getattr(config, "auto_map", None) or {}).get(auto.__name__)
+    if remote and trust_remote_code:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        return get_class_from_dynamic_module(remote, str(path), local_files_only=True)
+    return auto._model_mapping[type(config)]
 
 
 def probe_tokens(vocab_size: int, seed: int = 0) -> torch.Tensor:
