@@ -34,7 +34,10 @@ class _Group(click.Group):
                 raise
             _fail(str(error), error.exit_code)
         except MemoryError:
-            _fail("out of memory; name the layers (--drop 24-31) or use --strategy deepest, and --verify load", 1)
+            _fail(
+                "out of memory; name the layers (--drop 24-31) or use --strategy deepest, and --verify load",
+                1,
+            )
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
@@ -67,12 +70,20 @@ def main() -> None:
 
 @main.command()
 @click.argument("source")
-@click.option("--drop", metavar="AMOUNT", help="Fraction 0.4, count 8, block 24-31 (inclusive) or list 3,7,9-12.")
+@click.option(
+    "--drop", metavar="AMOUNT", help="Fraction 0.4, count 8, block 24-31 (inclusive) or list 3,7,9-12."
+)
 @click.option("--keep", type=int, metavar="LAYERS", help="Keep this many layers.")
-@click.option("--max-params", metavar="SIZE", help="Drop as few layers as bring the parameters to SIZE, e.g. 5B.")
-@click.option("--max-bytes", metavar="SIZE", help="Drop as few layers as bring the weights to SIZE, e.g. 16GB.")
+@click.option(
+    "--max-params", metavar="SIZE", help="Drop as few layers as bring the parameters to SIZE, e.g. 5B."
+)
+@click.option(
+    "--max-bytes", metavar="SIZE", help="Drop as few layers as bring the weights to SIZE, e.g. 16GB."
+)
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Replay a saved plan.json.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Output directory  [default: SOURCE's name-LAYERSL]")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="Output directory  [default: SOURCE's name-LAYERSL]"
+)
 @click.option(
     "--strategy",
     type=click.Choice(["similarity", "deepest", "tail"]),
@@ -92,13 +103,17 @@ def main() -> None:
 @click.option("--batch-size", type=click.IntRange(min=1), help="Sequences in a forward pass.")
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of the calibration sample.")
 @click.option("--text-column", metavar="NAME", help="Column of the calibration data that holds the text.")
-@click.option("--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest weight file.")
+@click.option(
+    "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest weight file."
+)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="Cast the weights (and measure with them)  [default: as stored, bit for bit]",
 )
-@click.option("--device", default="auto", show_default=True, help="Where the model runs: auto, cpu, cuda, cuda:1.")
+@click.option(
+    "--device", default="auto", show_default=True, help="Where the model runs: auto, cpu, cuda, cuda:1."
+)
 @click.option(
     "--verify",
     type=click.Choice(["auto", "none", "load", "logits"]),
@@ -123,18 +138,28 @@ def convert(source: str, **given: Any) -> None:
     from slicer.measure.calibration import CalibrationSpec
     from slicer.plan import Plan, parse_amount, parse_size
 
-    amounts = {name: given[name] for name in ("drop", "keep", "max_params", "max_bytes") if given[name] is not None}
+    amounts = {
+        name: given[name] for name in ("drop", "keep", "max_params", "max_bytes") if given[name] is not None
+    }
     goal = None
     if amounts:
         goal = Goal(
             drop=parse_amount(given["drop"]) if given["drop"] is not None else None,
             keep=given["keep"],
-            max_params=parse_size(given["max_params"], "--max-params") if given["max_params"] is not None else None,
-            max_bytes=parse_size(given["max_bytes"], "--max-bytes") if given["max_bytes"] is not None else None,
+            max_params=parse_size(given["max_params"], "--max-params")
+            if given["max_params"] is not None
+            else None,
+            max_bytes=parse_size(given["max_bytes"], "--max-bytes")
+            if given["max_bytes"] is not None
+            else None,
         )
     plan = Plan.load(given["plan_file"]) if given["plan_file"] is not None else None
     calibration = given["calibration"] or ("self" if source == "demo" else None)
-    chosen = {k: given[k] for k in ("samples", "seq_len", "batch_size", "seed", "text_column") if given[k] is not None}
+    chosen = {
+        k: given[k]
+        for k in ("samples", "seq_len", "batch_size", "seed", "text_column")
+        if given[k] is not None
+    }
     options = Options(
         strategy=given["strategy"],
         calibration=CalibrationSpec(source=calibration, **chosen),
@@ -173,7 +198,9 @@ def inspect(source: str, as_json: bool, debug: bool) -> None:
 
 @main.command()
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Keep the sliced model here.")
-@click.option("--drop", metavar="AMOUNT", default="3", show_default=True, help="How much to drop, as in convert.")
+@click.option(
+    "--drop", metavar="AMOUNT", default="3", show_default=True, help="How much to drop, as in convert."
+)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def demo(out: Path | None, drop: str, debug: bool) -> None:
     """Slice the embedded model and let both write a line."""

@@ -8,8 +8,18 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bars, SpinnerColumn, TaskID, TextColumn
-from rich.progress import DownloadColumn, TimeElapsedColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.progress import Progress as Bars
 from rich.table import Table
 
 from slicer.plan import Plan, spell_layers
@@ -105,7 +115,9 @@ def print_summary(summary: Summary) -> None:
     table = Table(title=f"{plan.source}: {plan.depth} to {len(plan.kept)} layers", title_justify="left")
     for name in ("", "before", "after", "left"):
         table.add_column(name, justify="left" if not name else "right")
-    for (label, old, before), (_, new, after) in zip(_rows(summary.before), _rows(summary.after), strict=True):
+    for (label, old, before), (_, new, after) in zip(
+        _rows(summary.before), _rows(summary.after), strict=True
+    ):
         table.add_row(label, before, after, f"{new / old:.1%}" if old else "-")
     console.print(table)
     console.print(f"dropped   layers {spell_layers(plan.dropped)} ({_why(plan)})")

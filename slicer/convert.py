@@ -1,6 +1,6 @@
 """The main job, its stages in order: open, measure, select, export, verify, and only then appear.
 
-    resolve -> Checkpoint.open -> [load -> calibrate -> measure -> select] -> write -> verify -> rename
+resolve -> Checkpoint.open -> [load -> calibrate -> measure -> select] -> write -> verify -> rename
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class Goal:
 
     def __post_init__(self) -> None:
         if sum(value is not None for value in asdict(self).values()) != 1:
-            raise UsageError("say how much to drop with exactly one of --drop, --keep, --max-params and --max-bytes")
+            raise UsageError(
+                "say how much to drop with exactly one of --drop, --keep, --max-params and --max-bytes"
+            )
 
     def counts(self, depth: int) -> Iterable[int]:
         """The numbers of layers to drop to try, in order; `met` says when to stop."""
@@ -57,7 +59,9 @@ class Goal:
             return (self.drop.resolve(depth),)
         if self.keep is not None:
             if not 0 < self.keep < depth:
-                raise PlanError(f"--keep {self.keep}: the model has {depth} layers; keep between 1 and {depth - 1}")
+                raise PlanError(
+                    f"--keep {self.keep}: the model has {depth} layers; keep between 1 and {depth - 1}"
+                )
             return (depth - self.keep,)
         return range(1, depth)
 
@@ -225,7 +229,9 @@ def _write(
     if summary.verified == "logits":
         reference = model.get()
         progress.stage("Reference logits of the source with those layers bypassed")
-        vocabulary = architectures.text_config(checkpoint.config).get("vocab_size") or reference.config.vocab_size
+        vocabulary = (
+            architectures.text_config(checkpoint.config).get("vocab_size") or reference.config.vocab_size
+        )
         tokens = verify.probe_tokens(vocabulary, seed=0)
         probe = tokens, verify.reference_logits(reference, tokens, summary.plan.dropped)
         del reference
@@ -287,7 +293,12 @@ class _Configs:
 
 
 def _choose(
-    checkpoint: Checkpoint, goal: Goal, options: Options, model: _Model, config_of: _Configs, progress: Progress
+    checkpoint: Checkpoint,
+    goal: Goal,
+    options: Options,
+    model: _Model,
+    config_of: _Configs,
+    progress: Progress,
 ) -> tuple[Plan, Distances | None]:
     """The plan that reaches the goal, and the distances it was chosen by (similarity only)."""
     depth = checkpoint.depth
@@ -354,7 +365,9 @@ def _by_similarity(
             cuts[at][1],
             strategy="similarity",
             distance=ranked[at].distance,
-            runners_up=tuple({"block": f"{c.start}-{c.start + n - 1}", "distance": c.distance} for c in others),
+            runners_up=tuple(
+                {"block": f"{c.start}-{c.start + n - 1}", "distance": c.distance} for c in others
+            ),
             calibration=dict(calibration),
             seed=options.calibration.seed,
         )
@@ -412,7 +425,9 @@ def _card(checkpoint: Checkpoint, summary: Summary, figures: bool) -> str:
 
 def _check_options(options: Options, goal: Goal | None, plan: Plan | None) -> None:
     if (goal is None) == (plan is None):
-        raise UsageError("say how much to drop (--drop, --keep, --max-params, --max-bytes) or give --plan, not both")
+        raise UsageError(
+            "say how much to drop (--drop, --keep, --max-params, --max-bytes) or give --plan, not both"
+        )
     if options.strategy not in STRATEGIES:
         raise UsageError(f"strategy {options.strategy!r}: choose one of {', '.join(STRATEGIES)}")
     if options.verify not in ("auto", "none", "load", "logits"):
@@ -436,7 +451,9 @@ def _short_name(source: str) -> str:
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    return {"slicer-llm": __version__} | {name: version(name) for name in ("torch", "transformers", "safetensors")}
+    return {"slicer-llm": __version__} | {
+        name: version(name) for name in ("torch", "transformers", "safetensors")
+    }
 
 
 def _parent(path: Path) -> dict[str, Any] | None:

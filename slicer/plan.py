@@ -54,7 +54,9 @@ class Plan:
         object.__setattr__(self, "kept", tuple(self.kept))
         object.__setattr__(self, "runners_up", tuple(self.runners_up))
         if list(self.kept) != sorted(set(self.kept)) or any(not 0 <= i < self.depth for i in self.kept):
-            raise PlanError(f"the plan keeps {list(self.kept)}, which is no ascending choice of {self.depth} layers")
+            raise PlanError(
+                f"the plan keeps {list(self.kept)}, which is no ascending choice of {self.depth} layers"
+            )
         if not self.kept:
             raise PlanError(f"the plan drops all {self.depth} layers; keep at least one")
         if len(self.kept) == self.depth:
@@ -91,11 +93,17 @@ class Plan:
         if not isinstance(record, dict):
             raise PlanError(f"{where}: not a JSON object; give a plan.json that slicer wrote")
         if record.get("format", FORMAT) != FORMAT:
-            raise PlanError(f"{where}: plan format {record['format']!r} is not {FORMAT}; use the slicer that wrote it")
+            raise PlanError(
+                f"{where}: plan format {record['format']!r} is not {FORMAT}; use the slicer that wrote it"
+            )
         depth, kept = record.get("depth"), record.get("kept")
         if not _is_count(depth):
             raise PlanError(f"{where}: 'depth' must be a whole number of layers, not {depth!r}")
-        if kept is None and isinstance(record.get("dropped"), list) and all(map(_is_count, record["dropped"])):
+        if (
+            kept is None
+            and isinstance(record.get("dropped"), list)
+            and all(map(_is_count, record["dropped"]))
+        ):
             kept = [i for i in range(depth) if i not in set(record["dropped"])]
         if not isinstance(kept, list) or not all(map(_is_count, kept)):
             raise PlanError(f"{where}: 'kept' must be a list of layer indices")
@@ -105,7 +113,9 @@ class Plan:
         except PlanError as error:
             raise PlanError(f"{where}: {error}") from None
         except TypeError as error:
-            raise PlanError(f"{where}: a field has the wrong type ({error}); give a plan.json slicer wrote") from None
+            raise PlanError(
+                f"{where}: a field has the wrong type ({error}); give a plan.json slicer wrote"
+            ) from None
 
     @classmethod
     def load(cls, path: Path) -> Plan:
@@ -115,7 +125,9 @@ class Plan:
             return cls.from_json(file.read_text("utf-8"), str(path))
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not text"
-            raise PlanError(f"{path}: cannot read the plan ({reason}); give a plan.json that slicer wrote") from None
+            raise PlanError(
+                f"{path}: cannot read the plan ({reason}); give a plan.json that slicer wrote"
+            ) from None
 
 
 def _is_count(value: object) -> bool:
@@ -169,7 +181,9 @@ def parse_amount(text: str) -> Amount:
             raise UsageError(f"--drop {text}: {part.strip()!r} is not understood; give {forms}")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise UsageError(f"--drop {text}: the block {part.strip()} ends before it starts; write {last}-{first}")
+            raise UsageError(
+                f"--drop {text}: the block {part.strip()} ends before it starts; write {last}-{first}"
+            )
         if last > 100_000:
             raise UsageError(f"--drop {text}: no model has a layer {last}")
         if layers.intersection(range(first, last + 1)):

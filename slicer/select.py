@@ -12,7 +12,9 @@ from slicer.errors import PlanError
 class BlockDistances(Protocol):
     """What selection needs of an analysis."""
 
-    depth: int
+    @property
+    def depth(self) -> int:
+        """L, the number of layers."""
 
     def block(self, n: int) -> Sequence[float]:
         """d(l, l+n) for every start l = 0..L-n."""
@@ -38,7 +40,9 @@ def rank(distances: BlockDistances, n: int) -> list[Choice]:
     The deeper of two equal blocks disturbs fewer of the layers after it (section 3.1 of the paper).
     """
     if not 0 < n < distances.depth:
-        raise PlanError(f"cannot drop {n} of {distances.depth} layers; drop between 1 and {distances.depth - 1}")
+        raise PlanError(
+            f"cannot drop {n} of {distances.depth} layers; drop between 1 and {distances.depth - 1}"
+        )
     choices = [Choice(start, n, float(d)) for start, d in enumerate(distances.block(n))]
     return sorted(choices, key=lambda choice: (choice.distance, -choice.start))
 

@@ -31,14 +31,21 @@ def contents(layers: int = 4, size: int = 5000) -> dict[str, bytes]:
     tensors = {"model.embed_tokens.weight": b"e" * 16}
     for i in range(layers):
         for name in ("self_attn.q_proj.weight", "mlp.down_proj.weight"):
-            tensors[f"model.layers.{i}.{name}"] = bytes((i * 7 + len(name) + k) % 251 for k in range(size + i))
+            tensors[f"model.layers.{i}.{name}"] = bytes(
+                (i * 7 + len(name) + k) % 251 for k in range(size + i)
+            )
     return tensors | {"model.norm.weight": b"n" * 8, "lm_head.weight": b"h" * 16}
 
 
 def write_checkpoint(directory: Path, layers: int = 4, shards: int = 1, size: int = 5000) -> dict[str, bytes]:
     """A llama-like directory (config, weights, index) of meaningless bytes; returns its tensors."""
     directory.mkdir(parents=True, exist_ok=True)
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": layers, "vocab_size": 4}
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": layers,
+        "vocab_size": 4,
+    }
     (directory / "config.json").write_text(json.dumps(config))
     tensors = contents(layers, size)
     if shards == 1:

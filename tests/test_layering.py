@@ -59,6 +59,7 @@ TRANSITIVE = {
     "tokenizers": "transformers",
     "pyarrow": "datasets",
     "yaml": "transformers",
+    "psutil": "accelerate",
 }
 
 # The rooms of the house, lowest floor first: a module imports its own floor and those below, never above.

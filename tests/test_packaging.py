@@ -59,7 +59,7 @@ def test_the_command_and_the_version() -> None:
 def test_the_core_stays_light() -> None:
     """peft, bitsandbytes, lm-eval and vLLM come with extras only."""
     core = " ".join(PYPROJECT["project"]["dependencies"])
-    assert not [name for name in ("peft", "bitsandbytes", "lm-eval", "vllm", "accelerate") if name in core]
+    assert not [name for name in ("peft", "bitsandbytes", "lm-eval", "vllm") if name in core]
 
 
 def test_package_is_typed_and_licensed() -> None:

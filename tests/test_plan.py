@@ -11,7 +11,8 @@ from slicer.plan import Plan, parse_amount, parse_size, spell_layers
 
 
 @pytest.mark.parametrize(
-    ("text", "depth", "n"), [("0.4", 80, 32), ("0.25", 24, 6), (".5", 12, 6), ("8", 24, 8), ("24-31", 80, 8), ("3,7,9-12", 24, 6)]
+    ("text", "depth", "n"),
+    [("0.4", 80, 32), ("0.25", 24, 6), (".5", 12, 6), ("8", 24, 8), ("24-31", 80, 8), ("3,7,9-12", 24, 6)],
 )
 def test_amount_counts_layers(text: str, depth: int, n: int) -> None:
     assert parse_amount(text).resolve(depth) == n
@@ -21,13 +22,17 @@ def test_a_list_names_its_layers() -> None:
     assert parse_amount("3, 7,9-12").layers == (3, 7, 9, 10, 11, 12)
 
 
-@pytest.mark.parametrize("text", ["1.5", "-1", "0", "0.0", "1.0", "-0.5", "x", "", "5-3", "3,3", "3-5,4", "3,,4", "nan", "1e400"])
+@pytest.mark.parametrize(
+    "text", ["1.5", "-1", "0", "0.0", "1.0", "-0.5", "x", "", "5-3", "3,3", "3-5,4", "3,,4", "nan", "1e400"]
+)
 def test_what_no_model_could_satisfy_is_a_usage_error(text: str) -> None:
     with pytest.raises(UsageError):
         parse_amount(text)
 
 
-@pytest.mark.parametrize(("text", "depth"), [("0.01", 12), ("12", 12), ("13", 12), ("0-11", 12), ("10-12", 12), ("0.99", 12)])
+@pytest.mark.parametrize(
+    ("text", "depth"), [("0.01", 12), ("12", 12), ("13", 12), ("0-11", 12), ("10-12", 12), ("0.99", 12)]
+)
 def test_nothing_everything_and_layers_outside_are_refused(text: str, depth: int) -> None:
     with pytest.raises(PlanError):
         parse_amount(text).resolve(depth)
@@ -41,7 +46,15 @@ def test_the_suggested_fraction_drops_a_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("5B", 5 * 10**9), ("16GB", 16 * 10**9), ("1.5GiB", 3 * 2**29), ("800M", 8 * 10**8), ("123", 123), ("2kb", 2000)]
+    ("text", "size"),
+    [
+        ("5B", 5 * 10**9),
+        ("16GB", 16 * 10**9),
+        ("1.5GiB", 3 * 2**29),
+        ("800M", 8 * 10**8),
+        ("123", 123),
+        ("2kb", 2000),
+    ],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text, "--max-bytes") == size

@@ -195,7 +195,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama4_text": _LLAMA4,
     "llama4": {
         "text_config": _LLAMA4,
-        "vision_config": {**_VISION, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
+        "vision_config": {
+            **_VISION,
+            "vision_output_dim": 32,
+            "projector_input_dim": 32,
+            "projector_output_dim": 32,
+        },
         "boi_token_index": 150,
         "eoi_token_index": 151,
         "image_token_index": 152,

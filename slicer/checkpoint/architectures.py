@@ -187,7 +187,9 @@ def _exaone4_rope(old: Mapping[str, Any], kept: Sequence[int], depth: int) -> st
     if isinstance(pattern, str):
         pattern = len(pattern)
     types = _given(old, "layer_types", depth)
-    types = types or ["sliding_attention" if (i + 1) % (pattern or 1) else "full_attention" for i in range(depth)]
+    types = types or [
+        "sliding_attention" if (i + 1) % (pattern or 1) else "full_attention" for i in range(depth)
+    ]
     if any(types[i] == "sliding_attention" for i in kept):
         return None
     return (
@@ -269,7 +271,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "dbrx": Architecture("n_layers", prefixes=("transformer.blocks.",)),
     "deepseek_v2": Architecture(counts=("first_k_dense_replace",), note=_moe_frequency),
     "deepseek_v3": _DENSE_FIRST,
-    "diffllama": Architecture(refuse="each layer's attention is computed with its index, which no config field sets"),
+    "diffllama": Architecture(
+        refuse="each layer's attention is computed with its index, which no config field sets"
+    ),
     "dots1": Architecture(slices=_TYPES, counts=("first_k_dense_replace", "max_window_layers")),
     "ernie4_5": _PLAIN,
     "ernie4_5_moe": Architecture(rule=_ernie_moe, mtp=True),
@@ -333,7 +337,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mamba": Architecture(prefixes=_BACKBONE),
     "mamba2": Architecture(prefixes=_BACKBONE),
     "minicpm3": Architecture(rule=_scale_depth),
-    "minimax": Architecture(refuse="its linear attention decays by layer index over depth, which no field sets"),
+    "minimax": Architecture(
+        refuse="its linear attention decays by layer index over depth, which no field sets"
+    ),
     "ministral": _LAYER_TYPES,
     "ministral3": _PLAIN,
     "mistral": _PLAIN,
@@ -417,7 +423,9 @@ def depth(config: Mapping[str, Any]) -> int:
         value = next((part[field] for field in names if part.get(field) is not None), row.default_depth)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         where = f"{row.text_config}.{row.depth_field}" if part is not config else row.depth_field
-        raise ArchitectureError(f"config.json: {where} of this {name} must be a number of layers, not {value!r}")
+        raise ArchitectureError(
+            f"config.json: {where} of this {name} must be a number of layers, not {value!r}"
+        )
     return value
 
 
@@ -464,7 +472,7 @@ def rewrite_config(config: Mapping[str, Any], expanded: Mapping[str, Any], kept:
     express the cut, or that does not fit the depth to begin with.
     """
     row, old_depth = lookup(config), depth(config)
-    new = _copy(config)
+    new: Fields = _copy(config)
     part, old = text_config(new), text_config(expanded)
     read = _expanded_depth(row, old)
     if read is not None and read != old_depth:
@@ -509,7 +517,9 @@ def check_rewritten(expanded: Mapping[str, Any], again: Mapping[str, Any], kept:
     row, old, new = lookup(expanded), text_config(expanded), text_config(again)
     old_depth, new_depth = _expanded_depth(row, old), _expanded_depth(row, new)
     if new_depth != len(kept) and new_depth is not None:
-        raise ArchitectureError(f"{row.depth_field}: transformers reads {new_depth} layers where {len(kept)} were kept")
+        raise ArchitectureError(
+            f"{row.depth_field}: transformers reads {new_depth} layers where {len(kept)} were kept"
+        )
     for name in _per_layer(old, row, old_depth or 0):
         if list(new.get(name) or ()) != [old[name][i] for i in kept]:
             raise ArchitectureError(
@@ -557,7 +567,9 @@ def _expanded_depth(row: Architecture, old: Mapping[str, Any]) -> int | None:
     return len(value) if isinstance(value, list) else value
 
 
-def _slice_lists(part: Fields, old: Mapping[str, Any], row: Architecture, kept: Sequence[int], depth: int) -> None:
+def _slice_lists(
+    part: Fields, old: Mapping[str, Any], row: Architecture, kept: Sequence[int], depth: int
+) -> None:
     for name in row.slices:
         names = [n for n in (name, _ALIASES.get(name, name)) if part.get(n)]
         for given in names:
@@ -576,5 +588,8 @@ def _per_layer(config: Mapping[str, Any], row: Architecture, depth: int) -> list
     return [
         name
         for name, value in config.items()
-        if isinstance(value, list | tuple) and len(value) == depth and name not in other and "token" not in name
+        if isinstance(value, list | tuple)
+        and len(value) == depth
+        and name not in other
+        and "token" not in name
     ]

@@ -20,13 +20,21 @@ def for_slice(checkpoint: Checkpoint, plan: Plan, before: Sizes, after: Sizes, *
     lines = ["---"]
     if not local and "/" in base:
         lines += [f"base_model: {base.split('@')[0]}", "base_model_relation: finetune"]
-    lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- slicer", "- depth-pruning"]
+    lines += [
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags:",
+        "- slicer",
+        "- depth-pruning",
+    ]
     lines += _inherited(checkpoint.path) + ["---", ""]
     lines += [
         f"# {name}, {len(plan.kept)} of {plan.depth} layers",
         "",
         f"{name} without its decoder layers {spell_layers(plan.dropped)} (counted from 0). The other layers keep their "
-        "weights" + (f", cast to {plan.dtype}" if plan.dtype else " bit for bit") + "; nothing was trained or healed.",
+        "weights"
+        + (f", cast to {plan.dtype}" if plan.dtype else " bit for bit")
+        + "; nothing was trained or healed.",
         "",
         "| | before | after |",
         "|---|---|---|",

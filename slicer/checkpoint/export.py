@@ -16,7 +16,13 @@ from typing import Any
 from slicer.checkpoint import architectures
 from slicer.checkpoint.hub import COMPANIONS
 from slicer.checkpoint.reader import BIN_INDEX, INDEX, Checkpoint, inside
-from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES, Progress, atomic_directory, check_space, write_tensors
+from slicer.checkpoint.writer import (
+    DEFAULT_SHARD_BYTES,
+    Progress,
+    atomic_directory,
+    check_space,
+    write_tensors,
+)
 from slicer.errors import ArchitectureError, OutputError, PlanError, SourceError
 from slicer.plan import Plan
 
@@ -31,12 +37,16 @@ def expand_config(path: Path, *, trust_remote_code: bool = False) -> dict[str, A
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code, local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            str(path), trust_remote_code=trust_remote_code, local_files_only=True
+        )
         return dict(config.to_dict())
     except Exception as error:  # a config class may raise anything for a field it does not like
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:
-            raise ArchitectureError(f"{path}: needs its own code; read it, then pass --trust-remote-code") from None
+            raise ArchitectureError(
+                f"{path}: needs its own code; read it, then pass --trust-remote-code"
+            ) from None
         raise SourceError(f"{path}/config.json: transformers refuses it: {reason[:300]}") from None
 
 
@@ -45,7 +55,9 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
     for part in (checkpoint.config, architectures.text_config(checkpoint.config)):
         quantization = part.get("quantization_config")
         if quantization:
-            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+            method = (
+                quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+            )
             raise SourceError(
                 f"{checkpoint.path}: quantized ({method}); unquantized float32, float16 and bfloat16 checkpoints "
                 "are supported: slice the original and quantize the result"
@@ -142,7 +154,9 @@ def copy_companions(source: Path, directory: Path) -> None:
     for file in sorted(source.rglob("*")):
         relative = file.relative_to(source)
         nested = len(relative.parts) > 1
-        if any(part.startswith(".") or part in ("slicer", "__pycache__", "original") for part in relative.parts):
+        if any(
+            part.startswith(".") or part in ("slicer", "__pycache__", "original") for part in relative.parts
+        ):
             continue
         if relative.name in skipped or not any(fnmatch(relative.name, pattern) for pattern in COMPANIONS):
             continue
@@ -168,4 +182,6 @@ def check_output(out: Path, source: Path, *, force: bool = False) -> None:
         if not force:
             raise OutputError(f"{out}: not empty; choose another place with -o, or replace it with --force")
         if not (out / "config.json").is_file():
-            raise OutputError(f"{out}: --force replaces checkpoints only, and this has no config.json; remove it first")
+            raise OutputError(
+                f"{out}: --force replaces checkpoints only, and this has no config.json; remove it first"
+            )

@@ -64,7 +64,9 @@ def _download(repo: str, revision: str | None, weights: bool) -> Source:
         else:
             path = _snapshot(repo, revision, ["*.safetensors"])
         if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
-            raise HubError(f"{repo}: the Hub has no safetensors or .bin weights for it; choose another repository")
+            raise HubError(
+                f"{repo}: the Hub has no safetensors or .bin weights for it; choose another repository"
+            )
     commit = path.name if re.fullmatch(r"[0-9a-f]{40}", path.name) else revision
     return Source(repo + (f"@{revision}" if revision else ""), path, commit)
 
@@ -78,12 +80,16 @@ def _indexed(index: Path) -> list[str]:
 
 
 def _snapshot(repo: str, revision: str | None, patterns: list[str] | tuple[str, ...]) -> Path:
-    from huggingface_hub import snapshot_download
     from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
 
     named = f"{repo}@{revision}" if revision else repo
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(_IGNORED)))
+        return Path(
+            snapshot_download(
+                repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(_IGNORED)
+            )
+        )
     except hub.GatedRepoError:
         raise HubError(f"{named}: gated; accept its licence on the Hub and set HF_TOKEN") from None
     except hub.RevisionNotFoundError:
@@ -104,6 +110,10 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str] | tuple[str, 
             f"{named}: no such local directory, not in the Hub cache, and the Hub cannot be reached "
             "(offline or HF_HUB_OFFLINE is set); go online or give a local directory"
         ) from None
-    except Exception as error:  # the HTTP library underneath is huggingface_hub's choice, and so are its errors
+    except (
+        Exception
+    ) as error:  # the HTTP library underneath is huggingface_hub's choice, and so are its errors
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise HubError(f"{named}: the download failed ({reason}); run the command again to resume it") from None
+        raise HubError(
+            f"{named}: the download failed ({reason}); run the command again to resume it"
+        ) from None

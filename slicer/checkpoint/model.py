@@ -34,7 +34,11 @@ def load_model(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     target = pick_device(device)
-    arguments: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "local_files_only": True}
+    arguments: dict[str, Any] = {
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "local_files_only": True,
+    }
     spread = device == "auto" and target.type == "cuda" and _needs_several(path, target)
     if spread:
         arguments["device_map"] = "auto"
@@ -71,7 +75,9 @@ def pick_device(device: str) -> torch.device:
         target = torch.device(device)
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {device}: not available here ({str(error).splitlines()[0][:120]})") from None
+        raise UsageError(
+            f"--device {device}: not available here ({str(error).splitlines()[0][:120]})"
+        ) from None
     return target
 
 
@@ -87,7 +93,9 @@ def decoder_layers(model: Model) -> nn.ModuleList:
     config = model.config.get_text_config()
     depth = config.num_hidden_layers
     lists = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
     ]
     text = [(n, m) for n, m in lists if not any(part in n for part in ("vision", "audio", "visual", "mtp"))]
     if not text:

@@ -27,7 +27,9 @@ DTYPE_BITS = {
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
-    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
 }
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -88,7 +90,9 @@ class Checkpoint:
         Raises SourceError (what, where, what to do) for anything that is not a whole, consistent checkpoint.
         """
         if not path.exists():
-            raise SourceError(f"{path}: no such directory; give a checkpoint directory or a Hub id like org/name")
+            raise SourceError(
+                f"{path}: no such directory; give a checkpoint directory or a Hub id like org/name"
+            )
         if not path.is_dir():
             raise SourceError(f"{path}: not a directory; give the directory that holds config.json")
         config = read_config(path)
@@ -158,7 +162,9 @@ class Checkpoint:
 def read_config(path: Path) -> dict[str, Any]:
     """config.json of the directory `path`. Raises SourceError."""
     if not (path / "config.json").exists():
-        hint = "only adapter weights; merge the adapter first" if (path / "adapter_config.json").exists() else ""
+        hint = (
+            "only adapter weights; merge the adapter first" if (path / "adapter_config.json").exists() else ""
+        )
         hint = hint or "give the directory of a transformers checkpoint"
         raise SourceError(f"{path}: no config.json ({hint})")
     return _read_json(inside(path, "config.json"))
@@ -171,7 +177,9 @@ def inside(root: Path, name: str) -> Path:
     """
     pure = PurePosixPath(name)
     if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
-        raise SourceError(f"{root}: refers to a file {name!r} outside the directory; such a checkpoint is refused")
+        raise SourceError(
+            f"{root}: refers to a file {name!r} outside the directory; such a checkpoint is refused"
+        )
     file = root / name
     real_root = root.resolve()
     target = file.resolve()
@@ -223,7 +231,9 @@ def _loose_files(path: Path) -> list[str]:
         return names
     if names:
         raise SourceError(f"{path}: {len(names)} safetensors files and no {INDEX}; fetch the index")
-    others = sorted(p.name for p in path.iterdir() if p.suffix in {".gguf", ".pth", ".pt", ".h5", ".msgpack", ".onnx"})
+    others = sorted(
+        p.name for p in path.iterdir() if p.suffix in {".gguf", ".pth", ".pt", ".h5", ".msgpack", ".onnx"}
+    )
     found = f"; {others[0]} is not a supported format" if others else ""
     raise SourceError(f"{path}: no weights ({SINGLE}, {INDEX} or {BIN}){found}")
 
@@ -251,7 +261,9 @@ def read_header(file: Path) -> tuple[dict[str, TensorSpan], dict[str, str]]:
                 raise SourceError(f"{file}: {size} bytes, too short for a safetensors header; {damaged}")
             (length,) = struct.unpack("<Q", head)
             if length > size - 8 or length > MAX_HEADER_BYTES:
-                raise SourceError(f"{file}: its header claims {length} bytes but the file has {size}; {damaged}")
+                raise SourceError(
+                    f"{file}: its header claims {length} bytes but the file has {size}; {damaged}"
+                )
             header = json.loads(stream.read(length))
     except (ValueError, RecursionError):
         raise SourceError(f"{file}: the safetensors header is not JSON; {damaged}") from None
@@ -271,7 +283,9 @@ def read_header(file: Path) -> tuple[dict[str, TensorSpan], dict[str, str]]:
             raise SourceError(f"{file}: tensor {key} {kind} (offset {span.start}); {damaged}")
         position = span.end
         if position > size:
-            raise SourceError(f"{file}: truncated: tensor {key} ends at byte {position} of {size}; fetch it again")
+            raise SourceError(
+                f"{file}: truncated: tensor {key} ends at byte {position} of {size}; fetch it again"
+            )
     if position != size:
         raise SourceError(f"{file}: {size - position} bytes after the last tensor; {damaged}")
     return dict(spans), metadata
@@ -284,9 +298,13 @@ def _span(file: Path, key: str, entry: Any, data_start: int) -> TensorSpan:
         if not whole or not isinstance(dtype, str):
             raise ValueError
     except (KeyError, TypeError, ValueError):
-        raise SourceError(f"{file}: the header entry of tensor {key} is malformed; fetch the file again") from None
+        raise SourceError(
+            f"{file}: the header entry of tensor {key} is malformed; fetch the file again"
+        ) from None
     if dtype not in DTYPE_BITS:
-        raise SourceError(f"{file}: tensor {key} has the unknown dtype {dtype!r}; slicer may be too old for it")
+        raise SourceError(
+            f"{file}: tensor {key} has the unknown dtype {dtype!r}; slicer may be too old for it"
+        )
     if math.prod(shape) * DTYPE_BITS[dtype] != (end - start) * 8:
         raise SourceError(
             f"{file}: tensor {key} of shape {list(shape)} and dtype {dtype} does not fill its "
@@ -300,7 +318,9 @@ def _bin_tensors(path: Path, names: list[str]) -> dict[str, dict[str, TensorSpan
 
     return {
         name: {
-            key: TensorSpan(path / name, torch_tensors.dtype_name(tensor), tuple(tensor.shape), 0, tensor.nbytes, key)
+            key: TensorSpan(
+                path / name, torch_tensors.dtype_name(tensor), tuple(tensor.shape), 0, tensor.nbytes, key
+            )
             for key, tensor in torch_tensors.load(inside(path, name)).items()
         }
         for name in names
@@ -318,9 +338,13 @@ def _merge(
             if owner != name:
                 continue
             if key in merged:
-                raise SourceError(f"{path}: tensor {key} is in {merged[key].file.name} and in {name}; keep one")
+                raise SourceError(
+                    f"{path}: tensor {key} is in {merged[key].file.name} and in {name}; keep one"
+                )
             merged[key] = span
     for key, name in (weight_map or {}).items():
         if key not in merged:
-            raise SourceError(f"{path}: the index says {name} holds tensor {key}, but it is not there; fetch both")
+            raise SourceError(
+                f"{path}: the index says {name} holds tensor {key}, but it is not there; fetch both"
+            )
     return merged

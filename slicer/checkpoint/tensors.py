@@ -33,7 +33,9 @@ def load(file: Path) -> dict[str, torch.Tensor]:
         content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds for a broken or hostile pickle
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise SourceError(f"{file}: cannot be read as weights ({reason}); convert it to safetensors") from None
+        raise SourceError(
+            f"{file}: cannot be read as weights ({reason}); convert it to safetensors"
+        ) from None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not all(isinstance(t, torch.Tensor) for t in content.values()):
@@ -45,14 +47,17 @@ def dtype_name(tensor: torch.Tensor) -> str:
     """The safetensors name of the tensor's dtype. Raises SourceError for one the format lacks."""
     name = str(tensor.dtype).removeprefix("torch.")
     if name not in _NAMES:
-        raise SourceError(f"a tensor has the dtype {name}, which safetensors cannot hold; convert the checkpoint")
+        raise SourceError(
+            f"a tensor has the dtype {name}, which safetensors cannot hold; convert the checkpoint"
+        )
     return _NAMES[name]
 
 
 def _torch_dtype(name: str) -> torch.dtype:
     import torch
 
-    return next(getattr(torch, key) for key, value in _NAMES.items() if value == name)
+    dtype: torch.dtype = next(getattr(torch, key) for key, value in _NAMES.items() if value == name)
+    return dtype
 
 
 def chunks(span: TensorSpan, dtype: str) -> Iterator[bytes]:
@@ -71,4 +76,6 @@ def chunks(span: TensorSpan, dtype: str) -> Iterator[bytes]:
         for start in range(span.start, span.end, size):
             stream.seek(start)
             block = bytearray(stream.read(min(size, span.end - start)))
-            yield torch.frombuffer(block, dtype=old).to(_torch_dtype(dtype)).view(torch.uint8).numpy().tobytes()
+            yield (
+                torch.frombuffer(block, dtype=old).to(_torch_dtype(dtype)).view(torch.uint8).numpy().tobytes()
+            )

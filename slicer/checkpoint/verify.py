@@ -40,7 +40,9 @@ def check_load(path: Path, *, trust_remote_code: bool = False) -> None:
     except SlicerError as error:
         raise VerificationError(f"the written checkpoint cannot be opened: {error}") from None
     except Exception as error:
-        raise VerificationError(f"the written config does not reload: {' '.join(str(error).split())[:300]}") from None
+        raise VerificationError(
+            f"the written config does not reload: {' '.join(str(error).split())[:300]}"
+        ) from None
     tensors = {
         key: torch.empty(span.shape, dtype=_DTYPES.get(span.dtype, torch.float32), device="meta")
         for key, span in checkpoint.tensors.items()
@@ -54,7 +56,9 @@ def check_load(path: Path, *, trust_remote_code: bool = False) -> None:
         found = sorted(problems.get(kind) or (), key=str)
         if found:
             name = found[0] if isinstance(found[0], str) else found[0][0]
-            shapes = "" if isinstance(found[0], str) else f" ({list(found[0][1])}, expected {list(found[0][2])})"
+            shapes = (
+                "" if isinstance(found[0], str) else f" ({list(found[0][1])}, expected {list(found[0][2])})"
+            )
             more = f", and {len(found) - 1} more" if len(found) > 1 else ""
             raise VerificationError(f"tensor {name} {words}{shapes}{more}; nothing was written")
 
@@ -63,7 +67,9 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
            "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
 
 
-def _load_on_meta(path: Path, config: Any, tensors: dict[str, torch.Tensor], trust_remote_code: bool) -> dict[str, Any]:
+def _load_on_meta(
+    path: Path, config: Any, tensors: dict[str, torch.Tensor], trust_remote_code: bool
+) -> dict[str, Any]:
     failure: Exception | None = None
     for auto in auto_classes(path):
         try:
@@ -76,7 +82,9 @@ def _load_on_meta(path: Path, config: Any, tensors: dict[str, torch.Tensor], tru
                 ignore_mismatched_sizes=True,
             )
             return dict(info)
-        except Exception as error:  # a model class may raise anything for a config or a tensor it does not like
+        except (
+            Exception
+        ) as error:  # a model class may raise anything for a config or a tensor it does not like
             failure = failure or error
     raise VerificationError(f"transformers cannot build the model: {' '.join(str(failure).split())[:300]}")
 
@@ -130,21 +138,23 @@ def check_logits(
         raise VerificationError(f"the written checkpoint does not load: {error}") from None
     logits = logits_of(model, tokens)
     if logits.shape != reference.shape:
-        raise VerificationError(f"logits have the shape {list(logits.shape)}, the source's {list(reference.shape)}")
+        raise VerificationError(
+            f"logits have the shape {list(logits.shape)}, the source's {list(reference.shape)}"
+        )
     if not torch.isfinite(reference).all():
         raise VerificationError(
             "the source's own logits are not finite with these layers bypassed; try --dtype float32, or --verify load"
         )
     apart = (logits.double() - reference.double()).abs()
-    error = float(apart.max() / reference.double().abs().max().clamp_min(1e-30))
+    relative = float(apart.max() / reference.double().abs().max().clamp_min(1e-30))
     tolerance = TOLERANCE.get(logits.dtype, 1e-4)
-    if not error <= tolerance:
+    if not relative <= tolerance:
         position = [int(i) for i in torch.unravel_index(apart.argmax(), apart.shape)]
         raise VerificationError(
-            f"logits differ from the source's with those layers bypassed by {error:.2e} (at most {tolerance:.0e}; "
+            f"logits differ from the source's with those layers bypassed by {relative:.2e} (at most {tolerance:.0e}; "
             f"sequence {position[0]}, position {position[1]}, token {position[2]}); nothing was written"
         )
-    return error
+    return relative
 
 
 def fits_in_memory(total_bytes: int, device: str = "auto") -> bool:

@@ -43,7 +43,9 @@ def atomic_directory(out: Path, *, replace: bool = False) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.slicer-{os.getpid()}-", dir=parent))
     except OSError as error:
         _remove_empty(made)
-        raise OutputError(f"{out}: cannot be created ({error.strerror}); choose another place with -o") from None
+        raise OutputError(
+            f"{out}: cannot be created ({error.strerror}); choose another place with -o"
+        ) from None
     try:
         umask = os.umask(0)
         os.umask(umask)
@@ -54,9 +56,13 @@ def atomic_directory(out: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         _remove_empty(made)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"{out}: the disk is full; free some space or choose another place with -o") from None
+            raise OutputError(
+                f"{out}: the disk is full; free some space or choose another place with -o"
+            ) from None
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise OutputError(f"{out}: cannot be written ({error.strerror}); choose another place with -o") from None
+            raise OutputError(
+                f"{out}: cannot be written ({error.strerror}); choose another place with -o"
+            ) from None
         raise
 
 
@@ -155,9 +161,13 @@ def write_tensors(
     """
     shards = plan_shards(tensors, max_shard_bytes, cast)
     total = len(shards)
-    names = [SINGLE] if total == 1 else [f"model-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
+    names = (
+        [SINGLE] if total == 1 else [f"model-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
+    )
     for name, shard in zip(names, shards, strict=True):
-        _write_shard(directory / name, shard, {"format": "pt", **metadata}, cast, progress or (lambda _: None))
+        _write_shard(
+            directory / name, shard, {"format": "pt", **metadata}, cast, progress or (lambda _: None)
+        )
     if total > 1:
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         sizes = {
@@ -170,7 +180,11 @@ def write_tensors(
 
 
 def _write_shard(
-    file: Path, shard: Mapping[str, TensorSpan], metadata: Mapping[str, str], cast: str | None, progress: Progress
+    file: Path,
+    shard: Mapping[str, TensorSpan],
+    metadata: Mapping[str, str],
+    cast: str | None,
+    progress: Progress,
 ) -> None:
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0

@@ -1,4 +1,5 @@
 """The embedded model."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -29,7 +29,9 @@ def show(drop: str, out: Path | None, progress: Progress) -> Shown:
     """Convert the embedded model and generate a line from both; without `out` the result is thrown away."""
     with tempfile.TemporaryDirectory(prefix="slicer-demo-") as scratch:
         target = out or Path(scratch) / "sliced"
-        options = Options(calibration=CalibrationSpec(source="self"), command=f"slicer convert demo --drop {drop}")
+        options = Options(
+            calibration=CalibrationSpec(source="self"), command=f"slicer convert demo --drop {drop}"
+        )
         summary = convert("demo", Goal(drop=parse_amount(drop)), target, options, progress=progress)
         progress.stage("Writing a line from each")
         return Shown(summary, PROMPT, _continue(demo.path()), _continue(target))

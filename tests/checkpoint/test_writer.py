@@ -33,7 +33,9 @@ def test_the_same_bytes_whatever_the_shards(
     out.mkdir()
     told: list[int] = []
     spans = Checkpoint.open(tmp_path / "source").tensors
-    written = writer.write_tensors(out, spans, {"format": "pt"}, max_shard_bytes=max_shard_bytes, progress=told.append)
+    written = writer.write_tensors(
+        out, spans, {"format": "pt"}, max_shard_bytes=max_shard_bytes, progress=told.append
+    )
     assert files.read_tensors(out) == tensors
     assert sum(told) == sum(map(len, tensors.values()))
     for file in written:
@@ -57,7 +59,10 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch:
     files.write_checkpoint(tmp_path / "source")
     spans = Checkpoint.open(tmp_path / "source").tensors
     monkeypatch.setattr(os, "copy_file_range", _refuse(errno.ENOSPC), raising=False)
-    with pytest.raises(OutputError, match="disk is full"), writer.atomic_directory(tmp_path / "deep" / "out") as made:
+    with (
+        pytest.raises(OutputError, match="disk is full"),
+        writer.atomic_directory(tmp_path / "deep" / "out") as made,
+    ):
         writer.write_tensors(made, spans, {})
     assert os.listdir(tmp_path) == ["source"]
 
@@ -80,7 +85,9 @@ def test_an_exception_leaves_what_was_there(tmp_path: Path, replace: bool) -> No
 
 
 @pytest.mark.parametrize("exchange", [True, False])
-def test_replacing_leaves_only_the_new(tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replacing_leaves_only_the_new(
+    tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not exchange:
         monkeypatch.setattr(writer, "_exchange", lambda *_: False)
     out = tmp_path / "out"
