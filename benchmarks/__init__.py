@@ -1,1 +1,1 @@
-"""Benchmarks against rivals, each in the same run (installed as `slicer.benchmarks`, started by `make bench`)."""
+"""What slicer claims about speed and memory, measured against a rival in the same run."""

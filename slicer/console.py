@@ -12,6 +12,7 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     MofNCompleteColumn,
+    ProgressColumn,
     SpinnerColumn,
     TaskID,
     TextColumn,
@@ -45,19 +46,16 @@ class _Bars(Progress):
         self.close()
         if not _ERR.is_terminal:
             return
+        columns: tuple[ProgressColumn, ...]
         if total is None:
             columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
             self._bars = Bars(*columns, console=_ERR, transient=True)
         elif unit == "bytes":
-            self._bars = Bars(
-                TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
-                console=_ERR, transient=True,
-            )  # fmt: skip
+            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+            self._bars = Bars(*columns, TimeRemainingColumn(), console=_ERR, transient=True)
         else:
-            self._bars = Bars(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn(),
-                console=_ERR, transient=True,
-            )  # fmt: skip
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+            self._bars = Bars(*columns, TimeRemainingColumn(), console=_ERR, transient=True)
         self._bars.start()
         self._task = self._bars.add_task(text, total=total)
 

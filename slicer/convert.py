@@ -202,7 +202,7 @@ def convert(
     out = out or Path(f"{_short_name(source)}-{len(plan.kept)}L")
     cast = DTYPES[options.dtype] if options.dtype else None
     before, after = measure_sizes(checkpoint), measure_sizes(checkpoint, plan.kept, cast)
-    warnings = tuple(architectures.warnings(checkpoint.config, plan.kept))
+    warnings = tuple(architectures.warnings(checkpoint.config, plan.kept, config_of(plan.kept)))
     if options.dry_run:
         return Summary(None, plan, before, after, "nothing written", warnings=warnings)
     check_output(out, found.path, force=options.force)

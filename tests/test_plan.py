@@ -78,7 +78,8 @@ def test_plan_survives_json() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"depth": 4}', '{"depth": 4, "kept": [9]}', '{"depth": 4, "kept": [1, 1]}', '{"depth": "4", "kept": [1]}',
+    ["", "[]", "{}", '{"depth": 4}', '{"depth": 4, "kept": [9]}', '{"depth": 4, "kept": [1, 1]}',
+     '{"depth": "4", "kept": [1]}',
      '{"depth": 4, "kept": []}', '{"depth": 4, "kept": [0,1,2,3]}', '{"format": 99, "depth": 4, "kept": [1]}'],
 )  # fmt: skip
 def test_bad_plans_are_refused_by_name(text: str) -> None:

@@ -385,8 +385,8 @@ def _row(config: Mapping[str, Any]) -> tuple[str, Architecture]:
         raise ArchitectureError("config.json has no model_type; give a transformers checkpoint")
     if name not in ARCHITECTURES:
         raise ArchitectureError(
-            f"model type {name!r} is not in slicer's table, so its per-layer fields are unknown; to add it, write a row "
-            "in slicer/checkpoint/architectures.py (docs/architecture.md, 'Adding an architecture')"
+            f"model type {name!r} is not in slicer's table, so its per-layer fields are unknown; to add it, write a "
+            "row in slicer/checkpoint/architectures.py (docs/architecture.md, 'Adding an architecture')"
         )
     return name, ARCHITECTURES[name]
 
@@ -527,11 +527,35 @@ def check_rewritten(expanded: Mapping[str, Any], again: Mapping[str, Any], kept:
             )
 
 
-def warnings(config: Mapping[str, Any], kept: Sequence[int]) -> list[str]:
-    """Where vLLM would read the sliced checkpoint otherwise than transformers, and what to choose instead."""
+def warnings(config: Mapping[str, Any], kept: Sequence[int], rewritten: Mapping[str, Any]) -> list[str]:
+    """Where the sliced checkpoint will load but not serve as one would think, and what to choose instead.
+
+    `config` is the raw config.json of the source, `rewritten` what `rewrite_config` made of it.
+    """
     row = lookup(config)
-    note = row.note(text_config(config), kept, depth(config)) if row.note else None
-    return [note] if note else []
+    found = [_unattended(config, kept, rewritten)]
+    if row.note:
+        found.append(row.note(text_config(config), kept, depth(config)))
+    return [note for note in found if note]
+
+
+def _unattended(config: Mapping[str, Any], kept: Sequence[int], rewritten: Mapping[str, Any]) -> str | None:
+    """transformers counts a hybrid's cached tokens in an attention layer: without one it cannot generate."""
+    part = text_config(rewritten)
+    if isinstance(part.get("attn_layer_indices"), list):
+        attention = bool(part["attn_layer_indices"])
+    else:
+        fields = ("layers_block_type", "layer_types", "hybrid_override_pattern")
+        kinds = next((part[name] for name in fields if part.get(name)), None)
+        if kinds is None:
+            return None
+        attention = any(kind == "*" or ("attention" in kind and kind != "linear_attention") for kind in kinds)
+    if attention:
+        return None
+    return (
+        "no attention layer stays, and transformers cannot generate from such a hybrid with a cache: "
+        "keep at least one attention layer"
+    )
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------

@@ -157,7 +157,8 @@ def train(out: Path, minutes: float) -> None:
     figures = {
         "steps": step, "tokens": step * BATCH * SEQ_LEN, "training_stream_tokens": len(stream),
         "minutes": round((time.monotonic() - started) / 60, 1), "parameters": model.num_parameters(),
-        "held_out_loss": round(held_out_loss(model, held), 4), "seed": SEED, "torch": torch.__version__, "history": history,
+        "held_out_loss": round(held_out_loss(model, held), 4), "seed": SEED,
+        "torch": torch.__version__, "history": history,
     }  # fmt: skip
     save(out, model, tokenizer, held_out, figures)
 

@@ -236,7 +236,7 @@ def _read_parquet(file: Path, column: str) -> list[str]:
         raise CalibrationError(f"{file}: not a parquet file ({' '.join(str(error).split())[:120]})") from None
 
 
-def _text_of(row: Any, column: str, where: str) -> str:
+def _text_of(row: Any, column: str, where: str | None) -> str:
     if isinstance(row, str):
         return row
     if not isinstance(row, dict) or column not in row:

@@ -1,0 +1,59 @@
+"""The model card: front matter that the Hub reads, the facts, nothing of the machine that made it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import files
+import pytest
+import yaml
+
+from slicer.checkpoint import card
+from slicer.checkpoint.reader import Checkpoint
+from slicer.checkpoint.sizes import measure_sizes
+from slicer.plan import Plan
+
+
+def make(path: Path, **fields: Any) -> tuple[dict[str, Any], str]:
+    files.write_checkpoint(path, layers=4)
+    (path / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: own\nlanguage:\n- en\n- de\ntags:\n- x\n---\n# Old\n"
+    )
+    checkpoint = Checkpoint.open(path)
+    plan = Plan.dropping(4, (1, 2))
+    plan = Plan(plan.depth, plan.kept, **fields)
+    text = card.for_slice(
+        checkpoint, plan, measure_sizes(checkpoint), measure_sizes(checkpoint, plan.kept), figures=True
+    )
+    _, front, body = text.split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def test_front_matter(tmp_path: Path) -> None:
+    front, body = make(
+        tmp_path, source="org/name@main", strategy="tail", command="slicer convert org/name --drop 2"
+    )
+    assert front["base_model"] == "org/name" and front["library_name"] == "transformers"
+    assert (front["license"], front["license_name"], front["language"]) == ("other", "own", ["en", "de"])
+    assert "slicer" in front["tags"] and "x" not in front["tags"]
+    assert "1-2" in body and "slicer convert org/name --drop 2" in body and "Reasoning suffers first" in body
+    assert "slicer/distances.png" in body and "vllm serve" in body
+
+
+def test_a_local_source_stays_private(tmp_path: Path) -> None:
+    front, body = make(
+        tmp_path / "mine", source=str(tmp_path / "mine"), command=f"slicer convert {tmp_path}/mine --drop 2"
+    )
+    assert "base_model" not in front
+    assert str(tmp_path) not in body and "mine" in body
+
+
+@pytest.mark.parametrize("strategy", ["similarity", "deepest", "tail", "explicit"])
+def test_the_reason_is_given(tmp_path: Path, strategy: str) -> None:
+    measured = {"distance": 0.1234, "calibration": {"source": "self", "samples": 8, "seq_len": 32}}
+    _, body = make(
+        tmp_path, source="org/name", strategy=strategy, **(measured if strategy == "similarity" else {})
+    )
+    words = {"similarity": "0.1234", "deepest": "final layer", "tail": "last ones", "explicit": "by hand"}
+    assert words[strategy] in body

@@ -1,0 +1,41 @@
+"""The residual stream as slicer taps it, and layers bypassed."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from slicer.checkpoint.model import bypass, decoder_layers, pick_device, residual_stream
+from slicer.errors import UsageError
+
+TYPES = ("llama", "gemma3", "gpt2", "bloom", "falcon", "opt", "gpt_neox", "mixtral", "mamba2", "lfm2")
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_the_stream_begins_and_ends_where_the_layers_do(model_type: str) -> None:
+    model = tiny.tiny_model(model_type)
+    tokens = torch.randint(3, 140, (2, 9), generator=torch.Generator().manual_seed(0))
+    assert len(decoder_layers(model)) == tiny.DEPTH
+    with torch.no_grad(), residual_stream(model) as tap:
+        whole = model(input_ids=tokens, use_cache=False).logits
+    assert len(tap.states) == tiny.DEPTH + 1
+    assert all(state.shape == tap.states[0].shape == (2, 9, tap.states[0].shape[-1]) for state in tap.states)
+    with torch.no_grad(), bypass(model, range(2, 5)), residual_stream(model) as cut:
+        model(input_ids=tokens, use_cache=False)
+    assert torch.equal(cut.states[0], tap.states[0]) and torch.equal(cut.states[2], tap.states[2])
+    assert torch.equal(cut.states[2], cut.states[5])
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=tokens, use_cache=False).logits, whole), "hooks were left behind"
+
+
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(UsageError, match="not available"):
+        pick_device("cuda:97")
+    with pytest.raises(UsageError):
+        pick_device("quantum")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    assert pick_device("auto").type == "cuda"

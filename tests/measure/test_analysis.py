@@ -1,0 +1,83 @@
+"""One pass gives every d(l, l+n), of the residual stream that enters the final norm."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sources
+import torch
+
+from slicer.checkpoint.model import load_model
+from slicer.errors import PlanError
+from slicer.measure.analysis import Distances, measure
+
+LAYERS = 5
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    path = sources.save_llama(tmp_path_factory.mktemp("model"), layers=LAYERS, tokenizer=False)
+    return load_model(Path(path), dtype="float32", device="cpu")
+
+
+def batches(count: int = 3, batch: int = 2, length: int = 10) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return list(torch.randint(258, (count, batch, length), generator=generator))
+
+
+@torch.no_grad()
+def stream_by_hand(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """x(0)..x(L) of the last token, [L+1, batch, d], the last one caught where it enters the final norm."""
+    caught = []
+    handle = model.model.norm.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    hidden = model(input_ids=tokens, output_hidden_states=True).hidden_states
+    handle.remove()
+    return torch.stack([*hidden[:LAYERS], caught[0]])[:, :, -1].double()
+
+
+def test_every_block_is_measured_at_once(model: Any) -> None:
+    distances = measure(model, batches())
+    x = torch.cat([stream_by_hand(model, tokens) for tokens in batches()], dim=1)
+    for n in range(1, LAYERS + 1):
+        assert len(distances.block(n)) == LAYERS - n + 1
+        for start, found in enumerate(distances.block(n)):
+            cosine = torch.nn.functional.cosine_similarity(x[start], x[start + n], dim=-1)
+            assert found == pytest.approx(float(torch.arccos(cosine).mean()) / math.pi, abs=1e-6)
+    assert distances.samples == 6 and distances.seq_len == 10
+
+
+def test_the_final_norm_is_never_seen(model: Any) -> None:
+    before = measure(model, batches())
+    weight = model.model.norm.weight.data
+    kept = weight.clone()
+    weight.copy_(torch.linspace(-3, 5, len(weight)))
+    try:
+        assert measure(model, batches()) == before
+    finally:
+        weight.copy_(kept)
+
+
+def test_the_size_of_a_batch_does_not_matter(model: Any) -> None:
+    one = measure(model, [row[None] for tokens in batches() for row in tokens])
+    for n, row in measure(model, batches()).mean.items():
+        assert one.mean[n] == pytest.approx(row, abs=1e-6)
+
+
+def test_progress_counts_batches(model: Any) -> None:
+    seen: list[tuple[int, int]] = []
+    measure(model, batches(), progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_json_there_and_back(model: Any) -> None:
+    distances = measure(model, batches())
+    assert Distances.from_json(distances.to_json()) == distances
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"depth": 3, "distances": 4}'])
+def test_other_json_is_refused(text: str) -> None:
+    with pytest.raises(PlanError, match="measure them again"):
+        Distances.from_json(text)

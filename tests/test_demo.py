@@ -1,0 +1,87 @@
+"""The embedded model has learned something, and its layers are not alike."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from slicer import demo
+from slicer.checkpoint.model import bypass, load_model
+from slicer.cli import main
+from slicer.measure.analysis import Distances, measure
+from slicer.measure.calibration import CalibrationSpec, token_batches
+from slicer.select import select
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return load_model(demo.path(), dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def held_out() -> torch.Tensor:
+    """int64 [12, 256]: text that the training never saw."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(demo.path())
+    ids = tokenizer((demo.path().parent / "heldout.txt").read_text("utf-8"), verbose=False)["input_ids"]
+    return torch.tensor(ids[: len(ids) // 256 * 256]).view(-1, 256)[::5][:12]
+
+
+@pytest.fixture(scope="module")
+def distances(model: Any) -> Distances:
+    """Measured on the model's own text: the held-out text takes no part in the choice."""
+    spec = CalibrationSpec(source="self", samples=32, seq_len=64, batch_size=32)
+    return measure(model, token_batches(spec, demo.path(), model).batches)
+
+
+def loss(model: Any, tokens: torch.Tensor, dropped: Iterable[int] = ()) -> float:
+    with torch.inference_mode(), bypass(model, dropped):
+        return float(model(input_ids=tokens, labels=tokens).loss)
+
+
+def test_it_is_what_its_card_says(model: Any) -> None:
+    config = model.config
+    assert config.model_type == "llama" and config.num_hidden_layers >= 12
+    assert config.head_dim >= 32 and config.vocab_size >= 4096
+    assert sum(file.stat().st_size for file in demo.path().iterdir()) <= 20e6
+    figures = json.loads((demo.path().parent / "training.json").read_text())
+    assert figures["parameters"] == model.num_parameters()
+
+
+def test_it_has_learned(model: Any, held_out: torch.Tensor) -> None:
+    """A uniform guess over 4096 tokens loses 8.3 nats; knowing only how often each occurs, about 6."""
+    assert loss(model, held_out) < 4.1
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_similar_layers_are_missed_less_than_random_ones(
+    model: Any, held_out: torch.Tensor, distances: Distances, n: int
+) -> None:
+    whole = loss(model, held_out)
+    chosen = loss(model, held_out, select(distances, n).dropped) - whole
+    draw = random.Random(n)
+    others = [loss(model, held_out, draw.sample(range(distances.depth), n)) - whole for _ in range(8)]
+    assert chosen < 0.75 * mean(others)
+
+
+def test_the_command_shows_it(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["demo", "-o", str(tmp_path / "sliced"), "--drop", "3"])
+    assert result.exit_code == 0, result.output
+    assert "12 to 9 layers" in result.output and "logits" in result.output
+    assert (tmp_path / "sliced" / "model.safetensors").is_file()
+
+
+def test_demo_is_a_source(tmp_path: Path) -> None:
+    out = tmp_path / "o"
+    result = CliRunner().invoke(main, ["convert", "demo", "--drop", "0.25", "--samples", "8", "-o", str(out)])
+    assert result.exit_code == 0, result.output
+    assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 9

@@ -1,0 +1,67 @@
+"""vLLM reads a sliced checkpoint as transformers does: the same greedy tokens from both."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from slicer import demo
+from slicer.checkpoint.export import export
+from slicer.checkpoint.model import load_model
+from slicer.checkpoint.reader import Checkpoint
+from slicer.plan import Plan
+
+PROMPTS = ["And the LORD said unto", "The captain of the"]
+TOKENS = 12
+SERVE = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    path, out, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    llm = LLM(path, dtype="float32", max_model_len=128, enforce_eager=True, max_num_seqs=4)
+    results = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=int(sys.argv[4]), ignore_eos=True))
+    with open(out, "w") as stream:
+        json.dump([list(result.outputs[0].token_ids) for result in results], stream)
+"""
+
+
+@pytest.mark.skipif(
+    find_spec("vllm") is None, reason="vLLM is not installed: pip install slicer-llm[serve-cpu]"
+)
+def test_vllm_and_transformers_write_the_same(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoTokenizer
+
+    out = export(Checkpoint.open(demo.path()), Plan.dropping(12, (4, 5, 6)), tmp_path / "sliced")
+    tokenizer, model = AutoTokenizer.from_pretrained(out), load_model(out, dtype="float32", device="cpu")
+    expected = []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            made = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=TOKENS,
+                min_new_tokens=TOKENS,
+                do_sample=False,
+            )
+        expected.append(made[0, ids.shape[1] :].tolist())
+
+    (tmp_path / "serve.py").write_text(SERVE)
+    arguments = [out, tmp_path / "tokens.json", json.dumps(PROMPTS), TOKENS]
+    environment = os.environ | {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_HOST_IP": "127.0.0.1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [sys.executable, str(tmp_path / "serve.py"), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=540)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads((tmp_path / "tokens.json").read_text()) == expected
