@@ -6,7 +6,6 @@ import ast
 import re
 import subprocess
 import sys
-import time
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -255,8 +254,8 @@ def test_light_modules_load_nothing_heavy() -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_help_is_quick_and_light() -> None:
-    """`slicer --help` answers in under a second (the bound here allows for a busy machine) without torch."""
+def test_help_loads_nothing_heavy() -> None:
+    """What keeps `slicer --help` under a second."""
     code = (
         "import sys; sys.argv = ['slicer', '--help']\n"
         "from slicer.cli import main\n"
@@ -264,11 +263,6 @@ def test_help_is_quick_and_light() -> None:
         "except SystemExit as end: assert not end.code, end.code\n"
         f"heavy = sorted(set(sys.modules) & {HEAVY!r}); assert not heavy, heavy\n"
     )
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - started)
-        assert result.returncode == 0, result.stderr
-        assert "Usage: slicer" in result.stdout
-    assert min(seconds) < 1.0, f"slicer --help took {min(seconds):.2f} s"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "Usage: slicer" in result.stdout

@@ -333,10 +333,12 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
 def tiny_model(model_type: str, *, seed: int = 0, **overrides: Any) -> Any:
     """A random float32 model in eval mode of that configuration, the same for the same arguments."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides)).float().eval()
+    # As a causal LM, transformers makes of llama4 the decoder without its wrapper.
+    auto = AutoModelForImageTextToText if model_type == "llama4" else AutoModelForCausalLM
+    model = auto.from_config(tiny_config(model_type, **overrides)).float().eval()
     _randomize(model, seed)
     return model
 

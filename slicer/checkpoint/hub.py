@@ -34,9 +34,10 @@ class Source:
 def resolve(source: str, *, weights: bool = True) -> Source:
     """Find or fetch `source`: "demo", a local directory, or `org/name[@revision]` on the Hub.
 
-    With `weights=False` nothing but config and companions is fetched. Raises SourceError or HubError.
+    "demo" is the embedded model wherever it is said; a directory of that name is "./demo". With `weights=False`
+    nothing but config and companions is fetched. Raises SourceError or HubError.
     """
-    if source == "demo" and not Path(source).exists():
+    if source == "demo":
         from slicer import demo
 
         return Source("demo", demo.path())

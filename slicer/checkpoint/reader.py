@@ -96,14 +96,14 @@ class Checkpoint:
         if not path.is_dir():
             raise SourceError(f"{path}: not a directory; give the directory that holds config.json")
         config = read_config(path)
-        for name, is_bin in ((SINGLE, False), (INDEX, False), (BIN, True), (BIN_INDEX, True)):
-            if not (path / name).exists() and not (path / name).is_symlink():
-                continue
-            weight_map = _read_index(path, name) if name.endswith(".json") else None
-            files = sorted(set(weight_map.values())) if weight_map is not None else [name]
-            break
+        known = (SINGLE, INDEX, BIN, BIN_INDEX)
+        name = next((n for n in known if (path / n).exists() or (path / n).is_symlink()), None)
+        is_bin = name in (BIN, BIN_INDEX)
+        weight_map = _read_index(path, name) if name in (INDEX, BIN_INDEX) else None
+        if weight_map is not None:
+            files = sorted(set(weight_map.values()))
         else:
-            files, weight_map, is_bin = _loose_files(path), None, False
+            files = _loose_files(path) if name is None else [name]
         if is_bin:
             tensors, metadata = _bin_tensors(path, files), {"format": "pt"}
         else:
