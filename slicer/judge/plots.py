@@ -31,7 +31,7 @@ def heat_map(distances: Distances, path: Path, *, chosen: tuple[int, int] | None
     )  # fmt: skip
     for n in range(1, depth):
         row = list(distances.block(n))
-        axes.plot(row.index(min(row)), n, marker=".", markersize=3, color="white")
+        axes.plot(row.index(min(row)), n, marker=".", markersize=3, color="black")
     if chosen is not None:
         axes.plot(
             *chosen, marker="s", markersize=9, markerfacecolor="none", markeredgecolor="red", linestyle="none",
@@ -44,7 +44,7 @@ def heat_map(distances: Distances, path: Path, *, chosen: tuple[int, int] | None
         title="Angular distance d(l, l+n)",
     )
     axes.locator_params(integer=True)
-    figure.colorbar(image, ax=axes, label="scaled within each n (white dot: the least)")
+    figure.colorbar(image, ax=axes, label="scaled within each n (black dot: the least)")
     _save(figure, path)
 
 
