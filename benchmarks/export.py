@@ -9,9 +9,9 @@ A Llama of 12 layers and 5.4 GB in bfloat16 is written in shards of 1 GB; layers
     cp        `cp -r` of what export wrote: the same bytes to the same disk
     mergekit  the whole command, `mergekit-yaml` with a passthrough of layers 0-3 and 8-11
 
-in turn, round after round, each round beginning with another of them, after everything earlier was flushed to the
-disk. The source is in the page cache (or, with --cold, dropped from it: then all wait for the same disk). Without
---mergekit, a virtual environment with mergekit 0.1.5 is made under --directory the first time.
+round after round, each round in another order drawn from a seed, after everything earlier was flushed to the disk. The
+source is in the page cache (or, with --cold, dropped from it: then all wait for the same disk). Without --mergekit, a
+virtual environment with mergekit 0.1.5 is made under --directory the first time.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -179,8 +180,7 @@ def main() -> None:
     names = list(contestants)
     for number in range(options.rounds):
         print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
+        for name in random.Random(number).sample(names, len(names)):
             reads, compete = contestants[name]
             prepare(reads, options.cold)
             seconds, held = compete()

@@ -15,6 +15,7 @@ import click
 
 from slicer import __version__
 from slicer.errors import SlicerError
+from slicer.serve.command import serve
 
 # Options that do not change what is written stay out of the recorded command, so the same work has the same record.
 _UNRECORDED = {"out", "force", "as_json", "dry_run", "debug", "device", "verify", "source"}
@@ -210,6 +211,9 @@ def demo(out: Path | None, drop: str, debug: bool) -> None:
     with console.progress() as progress:
         shown = show(drop, out, progress)
     console.print_demo(shown)
+
+
+main.add_command(serve)
 
 
 def _command(source: str) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -168,3 +170,32 @@ def print_demo(shown: Shown) -> None:
     console.print(f"prompt    {shown.prompt}", markup=False)
     console.print(f"original  {shown.original}", markup=False)
     console.print(f"sliced    {shown.sliced}", markup=False)
+
+
+def print_serving(path: Path, notes: Sequence[str]) -> None:
+    """What is about to be served, and what was chosen unasked; on stderr, like all that is not an answer."""
+    if (path / "slicer" / "plan.json").is_file():
+        plan = Plan.load(path)
+        _ERR.print(
+            f"serving   {path.name}: {len(plan.kept)} of the {plan.depth} layers of {plan.source}, "
+            f"without {spell_layers(plan.dropped)} ({_why(plan)})",
+            markup=False,
+            soft_wrap=True,
+        )
+    else:
+        _ERR.print(f"serving   {path.name}", markup=False, soft_wrap=True)
+    for note in notes:
+        _ERR.print(f"chosen    {note}", markup=False, soft_wrap=True)
+
+
+def print_ready(base_url: str, model: str, has_key: bool) -> None:
+    """The one line that scripts wait for, and how to ask."""
+    console = _stdout()
+    key = " -H 'Authorization: Bearer KEY'" if has_key else ""
+    body = json.dumps({"model": model, "prompt": "Once upon a time", "max_tokens": 32})
+    console.print(f"ready     {base_url} (model {model})", markup=False)
+    console.print(
+        f"try       curl {base_url}/completions -H 'Content-Type: application/json'{key} -d '{body}'",
+        markup=False,
+    )
+    console.file.flush()

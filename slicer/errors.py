@@ -9,7 +9,8 @@
         ├── PlanError           a plan that does not fit the model
         ├── CalibrationError    no, unreadable or too little calibration data
         ├── OutputError         the output cannot be written there
-        └── VerificationError   the written checkpoint is not what it should be
+        ├── VerificationError   the written checkpoint is not what it should be
+        └── ServeError          vLLM is missing, cannot serve this, or went down
 
 A message is one line: what is wrong, where, and what to do.
 """
@@ -55,3 +56,7 @@ class OutputError(SlicerError):
 
 class VerificationError(SlicerError):
     """The written checkpoint failed its check."""
+
+
+class ServeError(SlicerError):
+    """vLLM is not installed, cannot serve the checkpoint as asked, or ended with an error."""

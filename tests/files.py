@@ -19,7 +19,8 @@ def entry(start: int, end: int, shape: list[int] | None = None, dtype: str = "U8
 
 
 def write_file(file: Path, tensors: Mapping[str, bytes]) -> None:
-    entries, offset = {}, 0
+    entries: dict[str, Any] = {}
+    offset = 0
     for key, data in tensors.items():
         entries[key] = entry(offset, offset + len(data))
         offset += len(data)

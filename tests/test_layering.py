@@ -72,6 +72,7 @@ FLOORS = (
     ("slicer.convert", "slicer.inspect", "slicer.serve"),
     ("slicer.benchmarks", "slicer.demo.show", "slicer.demo.train"),
     ("slicer.console",),
+    ("slicer.serve.command", "slicer.benchmarks.command"),
     ("slicer.cli",),
     ("slicer.__main__",),
 )

@@ -19,7 +19,6 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from slicer.errors import ArchitectureError
@@ -207,8 +206,14 @@ def _moe_frequency(old: Mapping[str, Any], kept: Sequence[int], depth: int) -> s
     )
 
 
-def _unserved(name: str, old: Mapping[str, Any], kept: Sequence[int], depth: int) -> str:
-    return f"vLLM 0.32 does not serve {name}; run the result in transformers"
+@dataclass(frozen=True)
+class _Unserved:
+    """A note that holds for every cut."""
+
+    name: str
+
+    def __call__(self, old: Mapping[str, Any], kept: Sequence[int], depth: int) -> str:
+        return f"vLLM 0.32 does not serve {self.name}; run the result in transformers"
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -261,10 +266,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     # model_type: where its layers are, and the fields that speak of single layers
     "apertus": _PLAIN,
     "arcee": _PLAIN,
-    "bamba": Architecture(reindexes=("attn_layer_indices",), note=partial(_unserved, "bamba")),
+    "bamba": Architecture(reindexes=("attn_layer_indices",), note=_Unserved("bamba")),
     "biogpt": Architecture(prefixes=("biogpt.layers.",)),
     "bloom": Architecture("n_layer", prefixes=_H),
-    "codegen": Architecture("n_layer", prefixes=_H, note=partial(_unserved, "codegen")),
+    "codegen": Architecture("n_layer", prefixes=_H, note=_Unserved("codegen")),
     "cohere": _PLAIN,
     "cohere2": _LAYER_TYPES,
     "cwm": _LAYER_TYPES,
@@ -305,7 +310,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         prefixes=_H,
         slices=("attention_layers",),
         rule=_gpt_neo_attention,
-        note=partial(_unserved, "gpt_neo"),
+        note=_Unserved("gpt_neo"),
     ),
     "gpt_neox": Architecture(prefixes=("gpt_neox.layers.",)),
     "gpt_oss": Architecture(slices=_TYPES, note=_gpt_oss_parity),
@@ -345,7 +350,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral": _PLAIN,
     "mixtral": _PLAIN,
     "mllama": Architecture(refuse="its cross-attention layers read another encoder; not supported yet"),
-    "mpt": Architecture("n_layers", prefixes=("transformer.blocks.",), note=partial(_unserved, "mpt")),
+    "mpt": Architecture("n_layers", prefixes=("transformer.blocks.",), note=_Unserved("mpt")),
     "nemotron": _PLAIN,
     "nemotron_h": Architecture(
         "layers_block_type", prefixes=_BACKBONE, slices=("layers_block_type",), rule=_hybrid_pattern, mtp=True
@@ -355,7 +360,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "olmo3": _LAYER_TYPES,
     "olmoe": _PLAIN,
     "opt": Architecture(prefixes=("model.decoder.layers.",)),
-    "persimmon": Architecture(note=partial(_unserved, "persimmon")),
+    "persimmon": Architecture(note=_Unserved("persimmon")),
     "phi": _PLAIN,
     "phi3": _PLAIN,
     "phimoe": _PLAIN,
@@ -364,13 +369,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": _QWEN,
     "qwen3_moe": Architecture(rule=_sparse_step),
     "qwen3_next": Architecture(slices=_TYPES, rule=_sparse_step),
-    "recurrent_gemma": Architecture(rule=_recurrent_blocks, note=partial(_unserved, "recurrent_gemma")),
+    "recurrent_gemma": Architecture(rule=_recurrent_blocks, note=_Unserved("recurrent_gemma")),
     "seed_oss": _PLAIN,
     "smollm3": Architecture(slices=("no_rope_layers", "layer_types")),
     "stablelm": _PLAIN,
     "starcoder2": _PLAIN,
     "vaultgemma": _LAYER_TYPES,
-    "xglm": Architecture("num_layers", note=partial(_unserved, "xglm")),
+    "xglm": Architecture("num_layers", note=_Unserved("xglm")),
     "zamba": Architecture(refuse=_SHARED),
     "zamba2": Architecture(refuse=_SHARED),
 }
@@ -506,6 +511,25 @@ def rewrite_config(config: Mapping[str, Any], expanded: Mapping[str, Any], kept:
     if row.rule:
         row.rule(part, old, kept, old_depth)
     return new
+
+
+def is_explicit(config: Mapping[str, Any]) -> bool:
+    """Whether a raw config.json says all that its rewriting needs: the depth, and no other field for single layers.
+
+    Then no default of transformers is asked for: `rewrite_config(config, config, kept)` is the whole story.
+    """
+    row = lookup(config)
+    rewritten = row.slices or row.reindexes or row.counts or row.rule or row.mtp or row.text_config
+    lists = [
+        k for k, v in config.items() if isinstance(v, list) and k != "architectures" and "token" not in k
+    ]
+    return not rewritten and row.depth_field in config and not lists and "per_layer_config" not in config
+
+
+def unserved(config: Mapping[str, Any]) -> str | None:
+    """Why vLLM cannot serve a checkpoint of this model type at all, or None."""
+    row = ARCHITECTURES.get(str(config.get("model_type")))
+    return row.note({}, (), 0) if row is not None and isinstance(row.note, _Unserved) else None
 
 
 def check_rewritten(expanded: Mapping[str, Any], again: Mapping[str, Any], kept: Sequence[int]) -> None:

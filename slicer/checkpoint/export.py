@@ -91,9 +91,13 @@ def sliced_config(
     """The new config.json. Raises ArchitectureError when its fields cannot express the cut."""
     if plan.depth != checkpoint.depth:
         raise PlanError(f"the plan is for {plan.depth} layers but {checkpoint.path} has {checkpoint.depth}")
-    expanded = expand_config(checkpoint.path, trust_remote_code=trust_remote_code)
-    config = architectures.rewrite_config(checkpoint.config, expanded, plan.kept)
-    _check_expressed(checkpoint, expanded, config, plan.kept, trust_remote_code)
+    if architectures.is_explicit(checkpoint.config):
+        # transformers, whose import takes seconds, has nothing to add.
+        config = architectures.rewrite_config(checkpoint.config, checkpoint.config, plan.kept)
+    else:
+        expanded = expand_config(checkpoint.path, trust_remote_code=trust_remote_code)
+        config = architectures.rewrite_config(checkpoint.config, expanded, plan.kept)
+        _check_expressed(checkpoint, expanded, config, plan.kept, trust_remote_code)
     if dtype:
         for part in (config, architectures.text_config(config)):
             for name in ("dtype", "torch_dtype"):

@@ -1,7 +1,8 @@
-"""Writing: whole directories that appear at once, and shards whose bytes the kernel copies.
+"""Writing: whole directories that appear at once, and shards that are copied, not loaded.
 
-A kept tensor's bytes never pass through Python: neighbours on disk are copied as one run with copy_file_range,
-which shares the blocks themselves (a reflink) where the file system can. Standard library only.
+Neighbours on disk are copied as one run: their blocks are shared (a reflink) where the file system can, else they go
+through one buffer that stays in the processor's cache into a file whose blocks were reserved. On ext4 that takes
+half the time of copy_file_range, which moves 64 KB at a time. Standard library only.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import json
 import os
 import re
@@ -23,7 +25,7 @@ from slicer.errors import OutputError
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 _BLOCK = 4096  # file systems share blocks of this size, and only between equal offsets within one
-_BUFFER = 8 << 20
+_BUFFER = 1 << 16
 Progress = Callable[[int], None]
 
 
@@ -198,15 +200,21 @@ def _write_shard(
     encoded += b" " * (-(8 + len(encoded)) % 8)
     if first.key is None and first.start % 8 == 0:
         encoded += b" " * ((first.start - 8 - len(encoded)) % _BLOCK)
-    with open(file, "wb") as out:
+    with open(file, "wb", buffering=0) as out:
         out.write(struct.pack("<Q", len(encoded)) + encoded)
-        out.flush()
+        position = 8 + len(encoded)
+        shared = first.key is None and _shares_blocks(first.file, out.fileno(), position)
+        if not shared:
+            _reserve(out.fileno(), position + offset)
+        buffer = memoryview(bytearray(_BUFFER))
         for first, end in _runs(shard, cast):
             if first.key is not None or first.cast(cast)[0] != first.dtype:
-                _write_through_torch(first, first.cast(cast)[0], out.fileno(), progress)
+                position = _write_through_torch(first, first.cast(cast)[0], out.fileno(), position, progress)
                 continue
-            with open(first.file, "rb") as stream:
-                _copy(stream.fileno(), first.start, out.fileno(), end - first.start, progress)
+            with open(first.file, "rb", buffering=0) as stream:
+                copied = (stream.fileno(), first.start, out.fileno(), position, end - first.start)
+                _copy(*copied, buffer, shared, progress)
+            position += end - first.start
 
 
 def _runs(shard: Mapping[str, TensorSpan], cast: str | None) -> Iterator[tuple[TensorSpan, int]]:
@@ -224,41 +232,76 @@ def _runs(shard: Mapping[str, TensorSpan], cast: str | None) -> Iterator[tuple[T
         yield current
 
 
-def _copy(source: int, start: int, target: int, length: int, progress: Progress) -> None:
-    """Append source[start:start+length] to `target` without taking the bytes through Python where possible."""
-    position = os.lseek(target, 0, os.SEEK_END)
-    kernel = hasattr(os, "copy_file_range")
-    while length:
-        size = min(length, 1 << 28)
-        lead = -start % _BLOCK
-        if start % _BLOCK == position % _BLOCK and 0 < lead < size:
-            size = lead  # up to the block border, so that the rest can be shared
-        elif size > _BLOCK and size == length and start % _BLOCK == position % _BLOCK:
-            size -= size % _BLOCK
-        copied = 0
-        if kernel:
-            try:
-                copied = os.copy_file_range(source, target, size, start, position)
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-                    raise
-                kernel = False  # another file system or an old kernel: copy by hand
-        if not kernel:
-            block = os.pread(source, min(size, _BUFFER), start)
-            copied = os.pwrite(target, block, position) if block else 0
-        if not copied:
+def _shares_blocks(source: Path, target: int, position: int) -> bool:
+    """Whether the file system can let `target` share blocks with `source` (a reflink); tried on one block."""
+    with open(source, "rb", buffering=0) as stream:
+        return os.fstat(stream.fileno()).st_size >= _BLOCK and _share(
+            stream.fileno(), 0, target, -(-position // _BLOCK) * _BLOCK, _BLOCK
+        )
+
+
+def _share(source: int, start: int, target: int, position: int, length: int) -> bool:
+    """Share whole blocks between two files, or return False where that cannot be (Linux FICLONERANGE)."""
+    ficlonerange = 0x4020940D
+    try:
+        fcntl.ioctl(target, ficlonerange, struct.pack("=qQQQ", source, start, length, position))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        return False
+    return True
+
+
+def _reserve(target: int, length: int) -> None:
+    """Have the blocks of the whole file allocated at once: no fragments, a full disk found out at the start, and
+    writing takes half the time. Left out where the system or file system cannot (Linux fallocate)."""
+    try:
+        fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+    except (OSError, AttributeError):
+        return
+    offset, size = ctypes.c_int64(0), ctypes.c_int64(length)
+    if fallocate(target, 0, offset, size) and ctypes.get_errno() in (errno.ENOSPC, errno.EDQUOT):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _copy(
+    source: int,
+    start: int,
+    target: int,
+    position: int,
+    length: int,
+    buffer: memoryview,
+    shared: bool,
+    progress: Progress,
+) -> None:
+    """Copy source[start:start+length] to `position` in `target`, sharing the whole blocks where `shared`."""
+    end = start + length
+    while start < end:
+        size = min(end - start, len(buffer) - position % len(buffer))  # pieces that fill whole pages
+        if shared and start % _BLOCK == position % _BLOCK:
+            lead, whole = -start % _BLOCK, (end - start) // _BLOCK * _BLOCK
+            if lead:
+                size = min(size, lead)  # up to the block border
+            elif whole and _share(source, start, target, position, whole):
+                start, position = start + whole, position + whole
+                progress(whole)
+                continue
+        read = os.preadv(source, [buffer[:size]], start)
+        if not read:
             raise OSError(errno.EIO, "the source file became shorter while it was copied")
-        start, position, length = start + copied, position + copied, length - copied
-        progress(copied)
+        written = os.pwrite(target, buffer[:read], position)
+        start, position = start + written, position + written
+        progress(written)
 
 
-def _write_through_torch(span: TensorSpan, dtype: str, target: int, progress: Progress) -> None:
+def _write_through_torch(span: TensorSpan, dtype: str, target: int, position: int, progress: Progress) -> int:
+    """Write the tensor as `dtype` at `position`; returns where it ends."""
     from slicer.checkpoint import tensors
 
-    position = os.lseek(target, 0, os.SEEK_END)
     for block in tensors.chunks(span, dtype):
         written = 0
         while written < len(block):
             written += os.pwrite(target, block[written:], position + written)
         position += written
         progress(written)
+    return position

@@ -22,12 +22,13 @@ from slicer.errors import OutputError
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 12_000, 100])
-@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("reserves", [True, False])
 def test_the_same_bytes_whatever_the_shards(
-    tmp_path: Path, shards: int, max_shard_bytes: int, kernel: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shards: int, max_shard_bytes: int, reserves: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not kernel:  # another file system: the kernel refuses to copy
-        monkeypatch.setattr(os, "copy_file_range", _refuse(errno.EXDEV), raising=False)
+    if not reserves:  # a file system that cannot allocate ahead, and a buffer smaller than the tensors
+        monkeypatch.setattr(writer, "_reserve", lambda *_: None)
+        monkeypatch.setattr(writer, "_BUFFER", 1000)
     tensors = files.write_checkpoint(tmp_path / "source", shards=shards)
     out = tmp_path / "out"
     out.mkdir()
@@ -48,17 +49,38 @@ def test_the_same_bytes_whatever_the_shards(
         assert index["metadata"]["total_size"] == sum(map(len, tensors.values()))
 
 
-def _refuse(code: int):  # type: ignore[no-untyped-def]
-    def copy_file_range(*_: object) -> int:
-        raise OSError(code, os.strerror(code))
+def test_shared_blocks_hold_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system with reflinks, played by a plain copy: every call must be of whole blocks."""
 
-    return copy_file_range
+    def share(source: int, start: int, target: int, position: int, length: int) -> bool:
+        assert start % 4096 == position % 4096 == length % 4096 == 0 and length > 0
+        shared.append(length)
+        os.pwrite(target, os.pread(source, length, start), position)
+        return True
+
+    shared: list[int] = []
+    monkeypatch.setattr(writer, "_share", share)
+    tensors = files.write_checkpoint(tmp_path / "source", size=30_000)
+    out = tmp_path / "out"
+    out.mkdir()
+    spans = Checkpoint.open(tmp_path / "source").tensors
+    kept = [key for key in spans if "layers.1." not in key]
+    writer.write_tensors(out, {f"new.{key}": spans[key] for key in kept}, {"format": "pt"})
+    assert files.read_tensors(out) == {f"new.{key}": tensors[key] for key in kept}
+    assert sum(shared) > 20_000
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at", ["pwrite", "preadv"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    tmp_path: Path, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files.write_checkpoint(tmp_path / "source")
     spans = Checkpoint.open(tmp_path / "source").tensors
-    monkeypatch.setattr(os, "copy_file_range", _refuse(errno.ENOSPC), raising=False)
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, at, full)
     with (
         pytest.raises(OutputError, match="disk is full"),
         writer.atomic_directory(tmp_path / "deep" / "out") as made,

