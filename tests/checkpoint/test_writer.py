@@ -32,9 +32,11 @@ def test_the_same_bytes_whatever_the_shards(
     pad: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if not reserves:  # a file system that cannot allocate ahead, and a buffer smaller than the tensors
+    if not reserves:  # a file system that cannot allocate ahead or copy in the kernel, and a small buffer
         monkeypatch.setattr(writer, "_reserve", lambda *_: None)
         monkeypatch.setattr(writer, "_BUFFER", 1000)
+        monkeypatch.setattr(os, "copy_file_range", _other_file_system)
+    monkeypatch.setattr(writer, "_KERNEL_BYTES", 3000)
     tensors = files.write_checkpoint(tmp_path / "source", shards=shards, pad=pad)
     out = tmp_path / "out"
     out.mkdir()
@@ -53,6 +55,10 @@ def test_the_same_bytes_whatever_the_shards(
         index = json.loads((out / "model.safetensors.index.json").read_text())
         assert set(index["weight_map"]) == set(tensors)
         assert index["metadata"]["total_size"] == sum(map(len, tensors.values()))
+
+
+def _other_file_system(*_: object) -> int:
+    raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
 
 def test_shared_blocks_hold_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +82,7 @@ def test_shared_blocks_hold_the_same_bytes(tmp_path: Path, monkeypatch: pytest.M
     assert sum(shared) > 20_000
 
 
-@pytest.mark.parametrize("at", ["pwrite", "preadv"])
+@pytest.mark.parametrize("at", ["copy_file_range", "pwrite", "preadv"])
 def test_a_full_disk_is_one_line_and_leaves_nothing(
     tmp_path: Path, at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,6 +92,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    monkeypatch.setattr(os, "copy_file_range", _other_file_system)
     monkeypatch.setattr(os, at, full)
     with (
         pytest.raises(OutputError, match="disk is full"),
