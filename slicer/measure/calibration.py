@@ -9,6 +9,7 @@ import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -287,6 +288,9 @@ def sample_tokens(model: Any, spec: CalibrationSpec) -> torch.Tensor:
     generator = torch.Generator().manual_seed(spec.seed)
     first = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
     first = first[0] if isinstance(first, list) else first
+    # What the class calls its cache; one without any reads the whole sequence again at each step.
+    names = signature(model.forward).parameters
+    keyword = next((k for k in ("past_key_values", "cache_params", "cache") if k in names), None)
     sequences = []
     with torch.inference_mode():
         for start in range(0, spec.samples, spec.batch_size):
@@ -298,8 +302,9 @@ def sample_tokens(model: Any, spec: CalibrationSpec) -> torch.Tensor:
             cache = None
             while tokens.shape[1] < spec.seq_len:
                 step = tokens if cache is None else tokens[:, -1:]
-                output = model(input_ids=step.to(device), past_key_values=cache, use_cache=True)
-                cache = getattr(output, "past_key_values", None)
+                cached = {} if keyword is None else {keyword: cache, "use_cache": True}
+                output = model(input_ids=step.to(device), **cached)
+                cache = None if keyword is None else getattr(output, keyword, None)
                 chances = output.logits[:, -1].float().cpu().softmax(-1)
                 if not torch.isfinite(chances).all():
                     raise CalibrationError(
