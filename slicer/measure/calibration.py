@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 DEFAULT_DATASET = ("allenai/c4", "en")
 _SHUFFLE_BUFFER = 1000  # documents of a stream that are mixed at a time
+_SAMPLED_TOGETHER = 16  # a step of decoding costs the same for a few sequences and for one
 _SUFFIXES = (".jsonl", ".json", ".txt", ".parquet", ".jsonl.gz", ".json.gz", ".txt.gz")
 _REMEDY = "give --calibration self (text sampled from the model) or a local .jsonl, .txt or .parquet file"
 
@@ -293,8 +294,9 @@ def sample_tokens(model: Any, spec: CalibrationSpec) -> torch.Tensor:
     keyword = next((k for k in ("past_key_values", "cache_params", "cache") if k in names), None)
     sequences = []
     with torch.inference_mode():
-        for start in range(0, spec.samples, spec.batch_size):
-            count = min(spec.batch_size, spec.samples - start)
+        together = max(spec.batch_size, _SAMPLED_TOGETHER)
+        for start in range(0, spec.samples, together):
+            count = min(together, spec.samples - start)
             if first is None:
                 tokens = torch.randint(config.vocab_size, (count, 1), generator=generator)
             else:
