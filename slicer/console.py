@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,12 +31,16 @@ from slicer.plan import Plan, spell_layers
 from slicer.progress import Progress
 
 if TYPE_CHECKING:
+    from slicer.analyze import Planned
     from slicer.checkpoint.sizes import Sizes
     from slicer.convert import Summary
     from slicer.demo.show import Shown
     from slicer.inspect import Inspection
+    from slicer.measure.analysis import Analysis, Distances
 
 _ERR = Console(stderr=True, highlight=False)
+_QUIET_SECONDS = 20  # between lines of progress where stderr is a file
+_SHADES = " .:-=+*#%@"[::-1]  # closest to farthest
 
 
 class _Bars(Progress):
@@ -43,9 +49,12 @@ class _Bars(Progress):
     def __init__(self) -> None:
         self._bars: Bars | None = None
         self._task: TaskID | None = None
+        self._text, self._total, self._done = "", None, 0  # type: str, int | None, int
+        self._told = time.monotonic()
 
     def stage(self, text: str, total: int | None = None, unit: str = "") -> None:
         self.close()
+        self._text, self._total, self._done, self._told = text, total, 0, time.monotonic()
         if not _ERR.is_terminal:
             return
         columns: tuple[ProgressColumn, ...]
@@ -56,14 +65,23 @@ class _Bars(Progress):
             columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
             self._bars = Bars(*columns, TimeRemainingColumn(), console=_ERR, transient=True)
         else:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
+                       TextColumn("{task.fields[detail]}"))  # fmt: skip
             self._bars = Bars(*columns, TimeRemainingColumn(), console=_ERR, transient=True)
         self._bars.start()
-        self._task = self._bars.add_task(text, total=total)
+        self._task = self._bars.add_task(text, total=total, detail="")
 
     def advance(self, amount: int = 1) -> None:
+        self._done += amount
         if self._bars is not None and self._task is not None:
             self._bars.advance(self._task, amount)
+
+    def detail(self, text: str) -> None:
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, detail=text)
+        elif not _ERR.is_terminal and time.monotonic() - self._told > _QUIET_SECONDS:
+            self._told = time.monotonic()
+            _ERR.print(f"{self._text}: {self._done} of {self._total}, {text}", markup=False)
 
     def note(self, text: str) -> None:
         _ERR.print(f"note: {text}")
@@ -131,9 +149,100 @@ def print_summary(summary: Summary) -> None:
 
 
 def _why(plan: Plan) -> str:
+    if plan.distance is not None and plan.metric not in (None, "angular_last_token"):
+        return f"{plan.strategy}: {plan.metric} {plan.distance:.4g}"
     if plan.distance is not None:
         return f"{plan.strategy}: angular distance {plan.distance:.4f} across the block"
     return plan.strategy if plan.strategy != "explicit" else "as named"
+
+
+def print_analysis(analysis: Analysis, out: Path) -> None:
+    """The heat map, the best block of each size by each metric, and where the rest lies."""
+    console = _stdout()
+    distances = analysis.distances()
+    console.print(
+        f"{analysis.source}: {analysis.depth} layers, {analysis.samples} sequences of {analysis.seq_len} tokens"
+    )
+    console.print()
+    console.print("angular distance d(l, l+n), last token; @ closest, blank farthest within each n")
+    for line in heat_lines(distances, width=max(20, min(console.width, 120) - 26)):
+        console.print(line, markup=False)
+    console.print()
+    sizes = sorted({max(1, round(analysis.depth * k / 8)) for k in range(1, 5)})
+    table = Table(title="closest block of n layers, its first layer", title_justify="left")
+    table.add_column("metric")
+    for n in sizes:
+        table.add_column(f"n = {n}", justify="right")
+    for name, found in analysis.metrics.items():
+        row = []
+        for n in sizes:
+            values = [(v, -i) for i, v in enumerate(found.mean.get(n, ())) if not math.isnan(v)]
+            row.append(f"{-min(values)[1]} ({min(values)[0]:.4f})" if values else "-")
+        table.add_row(name, *row)
+    console.print(table)
+    if analysis.base_loss is not None:
+        console.print(f"loss      {analysis.base_loss:.4f} nats a token with all layers")
+    if analysis.greedy:
+        order = ", ".join(f"{int(step['layer'])} ({step['loss']:.3f})" for step in analysis.greedy)
+        console.print(f"greedy    {order}")
+    console.print(f"written   {out} (analysis.json and figures)", markup=False)
+    console.print(f"next      slicer plan {out} --drop 0.25", markup=False)
+
+
+def heat_lines(distances: Distances, width: int) -> list[str]:
+    """The heat map in characters: a line for each n, a column for each l, thinned or doubled to fit `width` columns.
+
+    Each row is scaled within itself, by the root so that what is near the least can be told apart.
+    """
+    depth = distances.depth
+    sizes = [n for n in distances.sizes if n < depth]
+    step = max(1, math.ceil(len(sizes) / 24))
+    thin = max(1, math.ceil(depth / width))
+    wide = max(1, min(3, width // depth))
+    across = -(-depth // thin) * wide
+    lines = []
+    for n in reversed(sizes[::step]):
+        row = list(distances.block(n))
+        known = [v for v in row if not math.isnan(v)]
+        least, most = min(known), max(known)
+        cells = ""
+        for at in range(0, len(row), thin):
+            value = min((v for v in row[at : at + thin] if not math.isnan(v)), default=most)
+            shade = 0.0 if most == least else math.sqrt((value - least) / (most - least))
+            cells += _SHADES[min(len(_SHADES) - 1, int(shade * len(_SHADES)))] * wide
+        best = row.index(least)
+        lines.append(f"n {n:>4} |{cells:<{across}}| {best}-{best + n - 1}  {least:.4f}")
+    last = f"{depth - 1}"
+    lines.append(f"       l = 0{last:>{max(len(last), across - 4)}}")
+    return lines
+
+
+def print_planned(planned: Planned, file: Path) -> None:
+    """The chosen layers and why: the runners-up, their distance, and whether the best two can be told apart."""
+    console = _stdout()
+    plan = planned.plan
+    left = plan.depth - len(plan.dropped)
+    console.print(
+        f"plan      drop {spell_layers(plan.dropped)} of {plan.depth} layers, {left} stay", markup=False
+    )
+    total = " (sum over blocks)" if planned.cuts and len(planned.cuts[0].blocks) > 1 else ""
+    console.print(f"by        {planned.metric} {plan.distance:.4f}{total}")
+    for other in plan.runners_up:
+        more = other["distance"] - (plan.distance or 0.0)
+        console.print(f"          next {other['block']} at {other['distance']:.4f} (+{more:.4f})")
+    if planned.doubt is not None:
+        doubt = planned.doubt
+        settle = (
+            f"about {doubt.samples:,} samples would tell"
+            if doubt.samples is not None
+            else "no number of samples would tell"
+        )
+        console.print(
+            f"warning   the best two cannot be told apart on {planned.samples} samples: they differ by "
+            f"{doubt.difference:.4f} with a standard error of {doubt.error:.4f}; {settle}"
+        )
+    console.print(f"written   {file}", markup=False)
+    console.print(f"next      slicer convert {plan.source or 'SOURCE'} --plan {file}", markup=False)
 
 
 def print_inspection(found: Inspection) -> None:

@@ -6,6 +6,7 @@ resolve -> Checkpoint.open -> [load -> calibrate -> measure -> select] -> write 
 from __future__ import annotations
 
 import gc
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from slicer.checkpoint.export import (
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import Sizes, measure_sizes
 from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES, atomic_directory, check_space
-from slicer.errors import ArchitectureError, PlanError, UsageError
+from slicer.errors import ArchitectureError, PlanError, SourceError, UsageError, VerificationError
 from slicer.measure.calibration import CalibrationSpec
 from slicer.plan import Amount, Plan
 from slicer.progress import Progress
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from slicer.measure.analysis import Distances
+    from slicer.measure.stream import Walk
 
 STRATEGIES = ("similarity", "deepest", "tail")
 RUNNERS_UP = 3
@@ -83,6 +85,7 @@ class Options:
         dtype: None keeps the stored one; otherwise a key of `export.DTYPES` for the written tensors and the model
             that measures.
         device: "auto", "cpu", "cuda", "cuda:1", ...
+        memory: bytes that the weights may take; a larger model is read from disk a layer at a time. None: what is free.
     """
 
     strategy: str = "similarity"
@@ -90,6 +93,7 @@ class Options:
     verify: str = "auto"
     dtype: str | None = None
     device: str = "auto"
+    memory: int | None = None
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     force: bool = False
     dry_run: bool = False
@@ -131,28 +135,45 @@ class Summary:
 
 
 class _Model:
-    """The source as a transformers model, loaded once when first needed and let go before the result is loaded."""
+    """The source as a model to run: loaded when first needed, or walked from disk where it does not fit; let go before
+    the result is checked."""
 
     def __init__(self, checkpoint: Checkpoint, options: Options, progress: Progress) -> None:
         self._checkpoint, self._options, self._progress = checkpoint, options, progress
-        self._model: Any = None
+        self._walk: Walk | None = None
 
-    def get(self) -> Any:
-        if self._model is None:
-            from slicer.checkpoint.model import load_model
+    @property
+    def fits(self) -> bool:
+        """Whether it can be loaded."""
+        from slicer.measure.stream import fits
 
-            self._progress.stage("Loading the model")
+        options = self._options
+        return fits(self._checkpoint, dtype=options.dtype, device=options.device, memory_bytes=options.memory)
+
+    def walk(self) -> Walk:
+        """A walk over it."""
+        if self._walk is None:
+            from slicer.measure.stream import Walk
+
+            if self.fits:
+                self._progress.stage("Loading the model")
+            else:
+                self._progress.note(
+                    "the model does not fit in memory: its layers are read from disk one at a time"
+                    + (", out of pickled .bin files" if self._checkpoint.is_bin else "")
+                )
             options = self._options
-            self._model = load_model(
-                self._checkpoint.path,
-                dtype=options.dtype or "auto",
+            self._walk = Walk.fitting(
+                self._checkpoint,
+                dtype=options.dtype,
                 device=options.device,
+                memory_bytes=options.memory,
                 trust_remote_code=options.trust_remote_code,
             )
-        return self._model
+        return self._walk
 
     def release(self) -> None:
-        self._model = None
+        self._walk = None
         gc.collect()
 
 
@@ -195,7 +216,7 @@ def convert(
         revision=found.revision,
         model_type=checkpoint.config.get("model_type"),
         dtype=options.dtype,
-        versions=_versions(),
+        versions=library_versions(),
         command=options.command,
         parent=_parent(found.path),
     )
@@ -207,7 +228,7 @@ def convert(
         return Summary(None, plan, before, after, "nothing written", warnings=warnings)
     check_output(out, found.path, force=options.force)
     check_space(out, after.total_bytes)
-    verify = _verification(options, before, progress)
+    verify = _verification(options, model, progress)
     summary = Summary(out, plan, before, after, verify, warnings=warnings)
     return _write(checkpoint, summary, config_of(plan.kept), distances, model, options, progress)
 
@@ -227,14 +248,17 @@ def _write(
     assert summary.out is not None
     probe: tuple[torch.Tensor, torch.Tensor] | None = None
     if summary.verified == "logits":
-        reference = model.get()
+        walk = model.walk()
         progress.stage("Reference logits of the source with those layers bypassed")
         vocabulary = (
-            architectures.text_config(checkpoint.config).get("vocab_size") or reference.config.vocab_size
+            architectures.text_config(checkpoint.config).get("vocab_size") or walk.model.config.vocab_size
         )
         tokens = verify.probe_tokens(vocabulary, seed=0)
-        probe = tokens, verify.reference_logits(reference, tokens, summary.plan.dropped)
-        del reference
+        if walk.streamed:
+            probe = tokens, _walked_logits(walk, tokens, summary.plan.kept)
+        else:
+            probe = tokens, verify.reference_logits(walk.model, tokens, summary.plan.dropped)
+        del walk
     model.release()
     with atomic_directory(summary.out, replace=options.force) as directory:
         progress.stage("Writing", summary.after.total_bytes, "bytes")
@@ -255,16 +279,44 @@ def _write(
             verify.check_load(directory, trust_remote_code=options.trust_remote_code)
         if probe is not None:
             progress.stage("Comparing logits")
-            error = verify.check_logits(
-                directory,
-                probe[1],
-                probe[0],
-                dtype=options.dtype or "auto",
-                device=options.device,
-                trust_remote_code=options.trust_remote_code,
-            )
+            if model.fits:
+                error = verify.check_logits(
+                    directory,
+                    probe[1],
+                    probe[0],
+                    dtype=options.dtype or "auto",
+                    device=options.device,
+                    trust_remote_code=options.trust_remote_code,
+                )
+            else:
+                error = _check_walked(directory, probe[1], probe[0], options)
             summary = replace(summary, logits_error=error)
     return summary
+
+
+def _walked_logits(walk: Walk, tokens: torch.Tensor, layers: Iterable[int]) -> torch.Tensor:
+    """The logits of `tokens` after these layers alone, [batch, seq, vocabulary], on the CPU."""
+    states = walk.run(walk.start([tokens]), list(layers))
+    return walk.logits(states, 0).cpu()
+
+
+def _check_walked(out: Path, reference: torch.Tensor, tokens: torch.Tensor, options: Options) -> float:
+    """`verify.check_logits` with the result's layers read one at a time."""
+    from slicer.checkpoint import verify
+    from slicer.measure.stream import Walk
+
+    try:
+        walk = Walk.out_of_core(
+            out,
+            dtype=options.dtype or "auto",
+            device=options.device,
+            memory_bytes=options.memory,
+            trust_remote_code=options.trust_remote_code,
+        )
+        logits = _walked_logits(walk, tokens, range(walk.depth))
+    except SourceError as error:
+        raise VerificationError(f"the written checkpoint does not load: {error}") from None
+    return verify.compare_logits(logits, reference)
 
 
 class _Configs:
@@ -378,14 +430,21 @@ def _by_similarity(
 def _measure(
     checkpoint: Checkpoint, options: Options, model: _Model, progress: Progress
 ) -> tuple[Distances, dict[str, Any]]:
-    from slicer.measure.analysis import measure
+    from slicer.measure.analysis import measure, measure_walk
     from slicer.measure.calibration import token_batches
 
-    loaded = model.get()
+    walk = model.walk()
     progress.stage("Calibration data")
     data = token_batches(
-        options.calibration, checkpoint.path, loaded, trust_remote_code=options.trust_remote_code
+        options.calibration,
+        checkpoint.path,
+        walk.model,
+        streamed=walk.streamed,
+        trust_remote_code=options.trust_remote_code,
     )
+    if walk.streamed:
+        with tempfile.TemporaryDirectory(prefix="slicer-") as work:
+            return measure_walk(walk, data.batches, Path(work), progress=progress), data.provenance
     progress.stage("Measuring layers", len(data.batches), "batches")
     done = 0
 
@@ -394,15 +453,13 @@ def _measure(
         progress.advance(now - done)
         done = now
 
-    return measure(loaded, data.batches, progress=tick), data.provenance
+    return measure(walk.model, data.batches, progress=tick), data.provenance
 
 
-def _verification(options: Options, before: Sizes, progress: Progress) -> str:
+def _verification(options: Options, model: _Model, progress: Progress) -> str:
     if options.verify != "auto":
         return options.verify
-    from slicer.checkpoint.verify import fits_in_memory
-
-    if fits_in_memory(before.total_bytes, options.device):
+    if model.fits:
         return "logits"
     progress.note("the model does not fit in memory: its keys and shapes are checked, its logits are not")
     return "load"
@@ -448,7 +505,8 @@ def _short_name(source: str) -> str:
     return Path(name).name or "model"
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """What made an output: slicer and the libraries that its figures depend on."""
     from importlib.metadata import version
 
     return {"slicer-llm": __version__} | {

@@ -44,7 +44,7 @@ HEAVY = {
 
 # Which modules may import a library at all, now or later in a function (prefixes of module names).
 ALLOWED = {
-    "click": ("slicer.cli", "slicer.serve.command", "slicer.benchmarks.command"),
+    "click": ("slicer.cli", "slicer.measure.command", "slicer.serve.command", "slicer.benchmarks.command"),
     "vllm": ("slicer.serve", "slicer.benchmarks"),
     "peft": ("slicer.heal", "slicer.checkpoint.merge"),
     "bitsandbytes": ("slicer.heal", "slicer.checkpoint.merge"),
@@ -70,9 +70,10 @@ FLOORS = (
     ("slicer.select",),
     ("slicer.heal", "slicer.judge"),
     ("slicer.convert", "slicer.inspect", "slicer.serve"),
+    ("slicer.analyze",),
     ("slicer.benchmarks", "slicer.demo.show", "slicer.demo.train"),
     ("slicer.console",),
-    ("slicer.serve.command", "slicer.benchmarks.command"),
+    ("slicer.measure.command", "slicer.serve.command", "slicer.benchmarks.command"),
     ("slicer.cli",),
     ("slicer.__main__",),
 )

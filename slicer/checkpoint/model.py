@@ -172,6 +172,15 @@ def decoder_layers(model: Model) -> nn.ModuleList:
     return min(text, key=lambda item: item[0].count("."))[1]
 
 
+_MLP_NAMES = ("mlp", "feed_forward", "ffn", "mlp_block", "block_sparse_moe", "fc2", "mixer")
+
+
+def mlp_of(layer: nn.Module) -> nn.Module | None:
+    """The submodule whose output is the feed-forward part of `layer`; None where the layer has no such part."""
+    children = dict(layer.named_children())
+    return next((children[name] for name in _MLP_NAMES if name in children), None)
+
+
 def _states_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     states = args[0] if args else kwargs["hidden_states"]
     assert isinstance(states, torch.Tensor)

@@ -1,13 +1,16 @@
-"""Model + batches -> Distances: how far the residual stream turns across every block of layers.
+"""Model + batches -> Analysis: how far every block of layers changes the residual stream, by every metric.
 
-The class is plain data; torch is needed only to measure.
+`Distances` is one metric's table, `Analysis` all of them with where they came from: plain data, JSON in and out.
+torch is needed only to measure.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slicer.errors import PlanError
@@ -15,19 +18,40 @@ from slicer.errors import PlanError
 if TYPE_CHECKING:
     import torch
 
+    from slicer.measure.share import Share
+    from slicer.measure.stream import Walk
+    from slicer.measure.trace import Trace
+
 METRIC = "angular_last_token"
+FORMAT = 1
+# metric -> what its figures are, for titles and tables; in the order they are shown
+TITLES = {
+    "angular_last_token": "angular distance, last token (units of pi)",
+    "angular_mean": "angular distance, mean over tokens (units of pi)",
+    "block_influence": "block influence, 1 - cosine",
+    "relative_l1": "relative L1 change",
+    "relative_l2": "relative L2 change",
+    "cka": "1 - linear CKA",
+    "fold_residual": "what a fold cannot explain, relative L2",
+    "loss": "loss without the block (nats a token, increase)",
+    "kl": "KL divergence to the full model (nats a token)",
+    "taylor": "Taylor importance, |gradient x weight|",
+    "healed_loss": "loss after closed-form healing (nats a token, increase)",
+}
 
 
 @dataclass(frozen=True)
 class Distances:
-    """Angular distances of blocks.
+    """One metric of every block measured; less is closer.
 
     Attributes:
         depth: L, the number of layers.
         samples: sequences averaged over.
         seq_len: tokens in each.
-        mean: n -> [d(0, n), d(1, 1+n), ..., d(L-n, L)], in units of pi.
+        mean: n -> [d(0, n), d(1, 1+n), ..., d(L-n, L)]; angular distances in units of pi. NaN where not measured.
         standard_error: the same, over samples.
+        metric: a key of `TITLES`.
+        difference_error: n -> standard errors of d(l, l+n) minus the least d of that n, the same samples paired.
     """
 
     depth: int
@@ -35,21 +59,35 @@ class Distances:
     seq_len: int
     mean: Mapping[int, Sequence[float]]
     standard_error: Mapping[int, Sequence[float]]
+    metric: str = METRIC
+    difference_error: Mapping[int, Sequence[float]] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The block sizes n that were measured, ascending."""
+        return tuple(sorted(self.mean))
 
     def block(self, n: int) -> Sequence[float]:
-        """d(l, l+n) for l = 0..L-n."""
+        """d(l, l+n) for l = 0..L-n. Raises PlanError when blocks of n were not measured."""
+        if n not in self.mean:
+            known = ", ".join(map(str, self.sizes))
+            raise PlanError(
+                f"{self.metric} was measured for blocks of {known} layers, not {n}; choose another metric, "
+                "or --blocks to put smaller blocks together"
+            )
         return self.mean[n]
 
     def to_json(self) -> str:
         """The distances as JSON, the same bytes for the same figures."""
         record = {
-            "metric": METRIC,
-            "unit": "pi radians",
+            "metric": self.metric,
+            "unit": "pi radians" if self.metric.startswith("angular") else "1",
             "depth": self.depth,
             "samples": self.samples,
             "seq_len": self.seq_len,
-            "distances": {str(n): list(row) for n, row in self.mean.items()},
-            "standard_error": {str(n): list(row) for n, row in self.standard_error.items()},
+            "distances": _rows_out(self.mean),
+            "standard_error": _rows_out(self.standard_error),
+            "difference_error": _rows_out(self.difference_error),
         }
         return json.dumps(record, indent=1) + "\n"
 
@@ -57,31 +95,145 @@ class Distances:
     def from_json(cls, text: str) -> Distances:
         """Read what `to_json` wrote. Raises PlanError."""
         try:
-            record = json.loads(text)
-            rows = (
-                {int(n): list(row) for n, row in record[k].items()} for k in ("distances", "standard_error")
-            )
-            return cls(record["depth"], record["samples"], record["seq_len"], *rows)
+            return cls._from_record(json.loads(text))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"not distances that slicer wrote ({error}); measure them again") from None
+
+    @classmethod
+    def _from_record(cls, record: Mapping[str, Any]) -> Distances:
+        return cls(
+            record["depth"],
+            record["samples"],
+            record["seq_len"],
+            mean=_rows_in(record["distances"]),
+            standard_error=_rows_in(record["standard_error"]),
+            metric=record.get("metric", METRIC),
+            difference_error=_rows_in(record.get("difference_error", {})),
+        )
+
+
+def _rows_out(rows: Mapping[int, Sequence[float]]) -> dict[str, list[float | None]]:
+    return {str(n): [None if math.isnan(v) else v for v in row] for n, row in rows.items()}
+
+
+def _rows_in(rows: Mapping[str, Sequence[float | None]]) -> dict[int, list[float]]:
+    return {int(n): [math.nan if v is None else float(v) for v in row] for n, row in rows.items()}
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Everything `slicer analyze` measured of a model.
+
+    Attributes:
+        depth, samples, seq_len: as in `Distances`.
+        metrics: name -> its table.
+        greedy: SLEB's order of removal with the loss after each, where it was measured.
+        positions: which tokens of each sequence the averages over tokens take.
+        points: how many tokens CKA and the fold residual take, over all sequences.
+        base_loss: nats a token of the whole model on the calibration data, where losses were measured.
+    """
+
+    depth: int
+    samples: int
+    seq_len: int
+    metrics: Mapping[str, Distances]
+    source: str | None = None
+    revision: str | None = None
+    model_type: str | None = None
+    dtype: str | None = None
+    positions: tuple[int, ...] = ()
+    points: int = 0
+    calibration: Mapping[str, Any] | None = None
+    base_loss: float | None = None
+    greedy: tuple[Mapping[str, float], ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    command: str | None = None
+
+    def distances(self, metric: str = METRIC) -> Distances:
+        """One metric's table. Raises PlanError when it is not there."""
+        if metric not in self.metrics:
+            raise PlanError(f"no {metric} in this analysis; it has {', '.join(self.metrics)}")
+        return self.metrics[metric]
+
+    def to_json(self) -> str:
+        """The same bytes for the same figures."""
+        record: dict[str, Any] = {
+            "format": FORMAT,
+            **{k: getattr(self, k) for k in _PLAIN},
+            "positions": list(self.positions),
+            "greedy": [dict(step) for step in self.greedy],
+            "metrics": {
+                name: {
+                    "what": TITLES.get(name, name),
+                    "distances": _rows_out(table.mean),
+                    "standard_error": _rows_out(table.standard_error),
+                    "difference_error": _rows_out(table.difference_error),
+                }
+                for name, table in self.metrics.items()
+            },
+        }
+        return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "analysis") -> Analysis:
+        """Read what `to_json` wrote. Raises PlanError naming `where`."""
+        try:
+            record = json.loads(text)
+            if record.get("format") != FORMAT:
+                raise ValueError(f"format {record.get('format')!r} is not {FORMAT}")
+            shared = {k: record[k] for k in ("depth", "samples", "seq_len")}
+            metrics = {
+                name: Distances._from_record({**shared, **table, "metric": name})
+                for name, table in record["metrics"].items()
+            }
+            for table in metrics.values():
+                if any(len(row) != table.depth - n + 1 for n, row in table.mean.items()):
+                    raise ValueError(f"{table.metric} has rows of the wrong length")
+            return cls(
+                metrics=metrics,
+                positions=tuple(record.get("positions") or ()),
+                greedy=tuple(record.get("greedy") or ()),
+                **{k: record[k] for k in _PLAIN if k in record},
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PlanError(
+                f"{where}: not an analysis that slicer wrote ({error}); run slicer analyze again"
+            ) from None
+
+    @classmethod
+    def load(cls, path: Path) -> Analysis:
+        """Read analysis.json, or that of a directory. Raises PlanError."""
+        file = path / "analysis.json" if path.is_dir() else path
+        try:
+            return cls.from_json(file.read_text("utf-8"), str(file))
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not text"
+            raise PlanError(
+                f"{file}: cannot read the analysis ({reason}); make one with slicer analyze -o {path}"
+            ) from None
+
+
+_PLAIN = (
+    "source", "revision", "model_type", "depth", "samples", "seq_len", "dtype", "points", "calibration", "base_loss",
+    "versions", "command",
+)  # fmt: skip
 
 
 def measure(
     model: Any, batches: Iterable[torch.Tensor], *, progress: Callable[[int, int], None] | None = None
 ) -> Distances:
-    """One forward pass over `batches` (int64 [batch, seq] each, no padding) gives every d(l, l+n).
+    """One forward pass over `batches` (int64 [batch, seq] each, no padding) gives every d(l, l+n) of a loaded model.
 
     Only the last token's states are kept, [L+1, batch, d], and no logits are computed where the class allows it.
     `progress(done, total)` is told after each batch. Raises CalibrationError for states that are not finite.
     """
     import torch
 
-    from slicer.checkpoint.model import decoder_layers, watch
-    from slicer.measure.metrics import AngularDistance
+    from slicer.checkpoint.model import watch
+    from slicer.measure.metrics import angles, check_finite
 
     batches = list(batches)
-    depth = len(decoder_layers(model))
-    angles = AngularDistance(depth)
+    found: list[torch.Tensor] = []
     last: list[torch.Tensor] = []
     device = model.get_input_embeddings().weight.device
 
@@ -93,14 +245,133 @@ def measure(
         for done, batch in enumerate(batches, 1):
             last.clear()
             decoder(input_ids=batch.to(device), use_cache=False)
-            angles.add(torch.stack(last))
+            stacked = torch.stack(last)
+            check_finite(stacked)
+            found.append(angles(stacked).cpu())
             if progress is not None:
                 progress(done, len(batches))
-    mean, error = angles.mean(), angles.standard_error()
-    return Distances(
-        depth=depth,
-        samples=angles.count,
-        seq_len=batches[0].shape[1],
-        mean={n: mean.diagonal(n).tolist() for n in range(1, depth + 1)},
-        standard_error={n: error.diagonal(n).tolist() for n in range(1, depth + 1)},
+    values = torch.cat(found)
+    return table(METRIC, values, seq_len=batches[0].shape[1])
+
+
+def measure_walk(
+    walk: Walk, batches: Sequence[torch.Tensor], directory: Path, *, progress: Any = None
+) -> Distances:
+    """The same distances as `measure`, of a model walked layer by layer; `directory` holds what is kept meanwhile."""
+    from slicer.measure.metrics import angles
+    from slicer.measure.trace import record
+
+    trace = record(walk, batches, directory, positions=1, progress=progress)
+    last = trace.sequences(0, trace.samples)[:, :, -1]
+    return table(METRIC, angles(last.float()), seq_len=batches[0].shape[1])
+
+
+def summarise(
+    trace: Trace, share: Share, first: int, samples: int, points: int, seq_len: int, progress: Any = None
+) -> dict[str, Distances]:
+    """Every one-pass metric of a recorded trace; `first` is the number of its first sample among all `samples`.
+
+    `points` bounds the tokens that CKA and the fold residual take.
+    """
+    import torch
+
+    from slicer.measure import metrics
+
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in metrics.PER_SEQUENCE}
+    for at in range(0, trace.samples, _AT_ONCE):
+        until = min(at + _AT_ONCE, trace.samples)
+        for name, value in metrics.per_sequence(trace.sequences(at, until)).items():
+            found[name].append(value)
+        if progress is not None:
+            progress.advance(until - at)
+    parts = [torch.cat(values) for values in found.values()]
+    each = len(trace.point_positions)
+    sequences = min(samples, max(1, points // each)) if each else 0
+    taken: Sequence[torch.Tensor] = _Lazy(trace.depth + 1, lambda i: trace.points(i, sequences))
+    mlp: Sequence[torch.Tensor] = _Lazy(trace.depth, lambda i: trace.mlp(i, sequences))
+    if share.world > 1 and each:
+        own = trace.samples
+        parts.append(
+            torch.stack([_by_sequence(trace.points(i, own), own) for i in range(trace.depth + 1)], 1)
+        )
+        if trace.has_mlp:
+            parts.append(torch.stack([_by_sequence(trace.mlp(i, own), own) for i in range(trace.depth)], 1))
+    joined = share.join(parts, first, samples)
+    if share.world > 1 and each:
+        gathered = joined[len(found) :]
+        taken = gathered[0][:sequences].transpose(0, 1).flatten(1, 2)  # type: ignore[assignment]
+        if trace.has_mlp:
+            mlp = gathered[1][:sequences].transpose(0, 1).flatten(1, 2)  # type: ignore[assignment]
+    tables = {
+        name: table(name, values, seq_len=seq_len, samples=samples)
+        for name, values in zip(found, joined, strict=False)
+    }
+    if each and sequences * each > 1:
+        value, pseudo = metrics.cka(taken, sequences)
+        tables["cka"] = table("cka", pseudo, seq_len=seq_len, samples=samples, mean=value)
+        if trace.has_mlp:
+            residual = metrics.fold_residual(taken, mlp, sequences)
+            tables["fold_residual"] = table("fold_residual", residual, seq_len=seq_len, samples=samples)
+    return tables
+
+
+_AT_ONCE = 4  # sequences whose states are in memory together
+
+
+def _by_sequence(points: torch.Tensor, sequences: int) -> torch.Tensor:
+    """[N, d] -> [sequences, N / sequences, d]."""
+    return points.view(sequences, -1, points.shape[-1])
+
+
+class _Lazy(Sequence[Any]):
+    """`make(i)` for i < length, made when asked for."""
+
+    def __init__(self, length: int, make: Callable[[int], Any]) -> None:
+        self._length, self._make = length, make
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._make(index)
+
+
+def table(
+    metric: str,
+    values: torch.Tensor,
+    *,
+    seq_len: int,
+    samples: int | None = None,
+    mean: torch.Tensor | None = None,
+) -> Distances:
+    """The table of a metric from its value for every sample, [samples, L+1, L+1]; `mean` where it is not their mean."""
+    depth = values.shape[-1] - 1
+    return table_of_rows(
+        metric,
+        {n: values.diagonal(n, -2, -1) for n in range(1, depth + 1)},
+        depth,
+        seq_len=seq_len,
+        samples=len(values) if samples is None else samples,
+        means=None if mean is None else {n: mean.diagonal(n) for n in range(1, depth + 1)},
     )
+
+
+def table_of_rows(
+    metric: str,
+    rows: Mapping[int, torch.Tensor],
+    depth: int,
+    *,
+    seq_len: int,
+    samples: int,
+    means: Mapping[int, torch.Tensor] | None = None,
+) -> Distances:
+    """The table of a metric from n -> [samples, L-n+1]; `means` where they are not the rows' means."""
+    from slicer.measure.metrics import standard_error
+
+    middle, errors, differences = {}, {}, {}
+    for n, values in rows.items():
+        middle[n] = (values.mean(0) if means is None else means[n]).tolist()
+        errors[n] = standard_error(values).tolist()
+        best = middle[n].index(min(middle[n]))
+        differences[n] = standard_error(values - values[:, best : best + 1]).tolist()
+    return Distances(depth, samples, seq_len, middle, errors, metric, differences)

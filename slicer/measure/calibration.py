@@ -54,18 +54,29 @@ class TokenBatches:
 
 
 def token_batches(
-    spec: CalibrationSpec, path: Path, model: Any, *, trust_remote_code: bool = False
+    spec: CalibrationSpec,
+    path: Path,
+    model: Any,
+    *,
+    streamed: bool = False,
+    trust_remote_code: bool = False,
 ) -> TokenBatches:
     """`spec.samples` sequences of `spec.seq_len` tokens for the checkpoint at `path`, in batches.
 
     Documents are put in an order drawn from the seed, tokenized one after another with an end-of-text token between,
     and cut into sequences; each begins with BOS where the tokenizer begins a text with it. `model` is needed for
-    `self`. Raises CalibrationError when there is no, or not enough, text.
+    `self`, with its layers' weights: not where they are `streamed` from disk. Raises CalibrationError when there is no,
+    or not enough, text.
     """
     import torch
 
     _check_length(spec, model)
     if spec.source == "self":
+        if streamed:
+            raise CalibrationError(
+                "--calibration self: the model does not fit in memory, and sampling reads it once a token; "
+                "give a local .jsonl, .txt or .parquet file, or a Hub data set"
+            )
         tokens = sample_tokens(model, spec)
         source = "self"
     else:

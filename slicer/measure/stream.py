@@ -8,6 +8,7 @@ each other nothing but the hidden states works unchanged.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,7 @@ from torch import nn
 
 from slicer.checkpoint.model import decoder_layers, pick_device
 from slicer.checkpoint.reader import Checkpoint
+from slicer.checkpoint.verify import MARGIN, available_memory, fits_in_memory
 from slicer.errors import ArchitectureError, PlanError
 from slicer.measure.states import Room, States
 
@@ -113,6 +115,40 @@ class Walk:
         walk.prefetch = ahead
         return walk
 
+    @classmethod
+    def fitting(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        dtype: str | None = None,
+        device: str = "auto",
+        memory_bytes: int | None = None,
+        directory: Path | None = None,
+        trust_remote_code: bool = False,
+    ) -> Walk:
+        """`in_memory` where the model fits into `memory_bytes` (None: what is free), else `out_of_core`."""
+        from slicer.checkpoint.model import load_model
+
+        total, room = budget(checkpoint, dtype, memory_bytes)
+        if fits(checkpoint, dtype=dtype, device=device, memory_bytes=memory_bytes):
+            model = load_model(
+                checkpoint.path, dtype=dtype or "auto", device=device, trust_remote_code=trust_remote_code
+            )
+            return cls.in_memory(model, memory_bytes=max(0, room - total), directory=directory)
+        return cls.out_of_core(
+            checkpoint,
+            dtype=dtype or "auto",
+            device=device,
+            memory_bytes=room,
+            directory=directory,
+            trust_remote_code=trust_remote_code,
+        )
+
+    @property
+    def streamed(self) -> bool:
+        """Whether layers come from disk."""
+        return self._lazy is not None
+
     @property
     def device(self) -> torch.device:
         """Where the model takes its tokens."""
@@ -168,13 +204,21 @@ class Walk:
         with self.layer(i) as layer, torch.no_grad():
             device = next((p.device for p in layer.parameters()), self.device)
             for b in range(len(states)):
-                output = self._calls[b][i](layer, states[b].to(device, non_blocking=True))
-                new = output[0] if isinstance(output, tuple) else output
+                new = self.apply(i, b, states[b].to(device, non_blocking=True))
                 if listener is not None:
                     listener(b, new)
                 states[b] = new
         states.layer = i + 1
         return states
+
+    def apply(self, i: int, batch: int, x: torch.Tensor) -> torch.Tensor:
+        """Layer i on `x`, [batch, seq, d], as states of that batch; tracks gradients where they are enabled.
+
+        Inside a `layer(i)` block.
+        """
+        output = self._calls[batch][i](self.layers[i], x)
+        new: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return new
 
     def run(self, states: States, layers: Sequence[int]) -> States:
         """Advance through `layers`, ascending, reading ahead along them."""
@@ -189,13 +233,13 @@ class Walk:
         """The logits of a batch, [batch, seq, vocabulary], on the device, from its states taken as x(L)."""
         return self.head(states.tokens[batch], states[batch])
 
-    def head(self, tokens: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    def head(self, tokens: torch.Tensor, last: torch.Tensor, *, gradient: bool = False) -> torch.Tensor:
         """Logits from `last`, [batch, seq, d], taken as x(L) of `tokens`: the final norm, the head, and all the model
-        does there."""
+        does there. With `gradient` they can be differentiated."""
         shape = self._shape = self._shape or self._learn_shape(tokens)
         device = self.device
         given = last.to(device)
-        with torch.no_grad(), self._forwards(lambda i, args, kwargs: shape(given)):
+        with torch.set_grad_enabled(gradient), self._forwards(lambda i, args, kwargs: shape(given)):
             logits: torch.Tensor = self.model(input_ids=tokens.to(device), use_cache=False).logits
         return logits
 
@@ -325,3 +369,24 @@ class Walk:
     def _decoder(self, tokens: torch.Tensor) -> Any:
         """The model without its head."""
         return self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
+
+
+_SAFE = 0.7  # of the free memory, where nothing else is said
+
+
+def budget(checkpoint: Checkpoint, dtype: str | None, memory_bytes: int | None) -> tuple[int, int]:
+    """(bytes of the weights as `dtype`, bytes of memory to use: `memory_bytes`, or a safe part of the free)."""
+    cast = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype] if dtype else None
+    total = sum(span.cast(cast)[1] for span in checkpoint.tensors.values())
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun: they share this machine's memory
+    return total, memory_bytes or int(_SAFE * available_memory() / processes)
+
+
+def fits(
+    checkpoint: Checkpoint, *, dtype: str | None = None, device: str = "auto", memory_bytes: int | None = None
+) -> bool:
+    """Whether the model can be loaded on `device` within `memory_bytes` (None: what is free)."""
+    total, room = budget(checkpoint, dtype, memory_bytes)
+    if memory_bytes is not None and total * MARGIN > memory_bytes:
+        return False
+    return fits_in_memory(total * int(os.environ.get("LOCAL_WORLD_SIZE", "1")), device)
