@@ -6,12 +6,8 @@ analysis.json + amount -> Plan, without the model
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,16 +16,13 @@ from slicer.checkpoint import hub
 from slicer.checkpoint.export import DTYPES, refuse_quantized
 from slicer.checkpoint.reader import Checkpoint
 from slicer.convert import library_versions
-from slicer.errors import OutputError, PlanError, SlicerError, UsageError
-from slicer.measure.analysis import METRIC, Analysis
+from slicer.errors import SlicerError, UsageError
+from slicer.measure.analysis import Analysis
 from slicer.measure.calibration import CalibrationSpec
-from slicer.plan import Amount, Plan
+from slicer.measure.workplace import PARTIAL, fingerprint, workplace
 from slicer.progress import Progress
-from slicer.select import Cut, Doubt, best_cuts, doubt
 
 POSITIONS = 16
-RUNNERS_UP = 3
-_PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
@@ -78,9 +71,16 @@ def analyze(
     _check_sizes(options, checkpoint.depth)
     share = Share.of_environment()
     try:
-        with _workplace(
-            out, options, _fingerprint(checkpoint, source, options, share.world), share.rank
-        ) as work:
+        mark = fingerprint(
+            checkpoint,
+            asdict(options.calibration),
+            source=source,
+            dtype=options.dtype,
+            positions=options.positions,
+            world=share.world,
+            versions=library_versions(),
+        )
+        with workplace(out, mark, share.rank, force=options.force) as work:
             analysis = _measure(checkpoint, options, work, share, progress)
             analysis = Analysis(
                 **{
@@ -96,7 +96,7 @@ def analyze(
                 return None
             progress.stage("Drawing")
             _publish(analysis, out)
-        shutil.rmtree(out / _PARTIAL, ignore_errors=True)
+        shutil.rmtree(out / PARTIAL, ignore_errors=True)
         return analysis
     finally:
         share.leave()
@@ -106,9 +106,9 @@ def _measure(
     checkpoint: Checkpoint, options: AnalyzeOptions, work: Path, share: Any, progress: Progress
 ) -> Analysis:
     from slicer.measure import importance
-    from slicer.measure.analysis import summarise
     from slicer.measure.metrics import points_affordable
     from slicer.measure.stream import Walk, fits
+    from slicer.measure.summary import summarise
     from slicer.measure.trace import record
 
     where: dict[str, Any] = {
@@ -239,70 +239,6 @@ def _check_sizes(options: AnalyzeOptions, depth: int) -> None:
         )
 
 
-# --- the directory ---------------------------------------------------------------------------------------------------
-
-
-def _fingerprint(checkpoint: Checkpoint, source: str, options: AnalyzeOptions, world: int) -> str:
-    """What must be the same for a run to go on where another ended."""
-    spec = options.calibration
-    file = Path(spec.source) if spec.source else None
-    record = {
-        "source": source,
-        "config": checkpoint.config,
-        "tensors": [[k, s.file.name, s.dtype, s.shape, s.start, s.file.stat().st_mtime_ns]
-                    for k, s in checkpoint.tensors.items()],
-        "calibration": asdict(spec),
-        "text": [file.stat().st_size, file.stat().st_mtime_ns] if file is not None and file.is_file() else None,
-        "dtype": options.dtype,
-        "positions": options.positions,
-        "world": world,
-        "versions": library_versions(),
-    }  # fmt: skip
-    return hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _workplace(out: Path, options: AnalyzeOptions, fingerprint: str, rank: int) -> Iterator[Path]:
-    """`out/.partial/RANK`, this process's alone, kept only when it belongs to the same run."""
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out}: is a file; choose another directory with -o")
-    if (out / "analysis.json").is_file() and not options.force and not (out / _PARTIAL).exists():
-        raise OutputError(
-            f"{out}: holds an analysis already; choose another place with -o, or --force to replace it"
-        )
-    ours = {_PARTIAL, "analysis.json", "plan.json"}
-    if out.is_dir() and not (out / _PARTIAL).exists() and not (out / "analysis.json").exists():
-        strange = sorted(p.name for p in out.iterdir() if p.name not in ours)
-        if strange:
-            raise OutputError(
-                f"{out}: holds {strange[0]}, which is no analysis; choose another place with -o"
-            )
-    work = out / _PARTIAL / str(rank)
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        with open(work / "lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise OutputError(
-                    f"{out}: another run is at work there; wait for it or choose another -o"
-                ) from None
-            mark = work / "run"
-            if not mark.is_file() or mark.read_text("utf-8") != fingerprint:
-                for old in work.iterdir():
-                    if old.name != "lock":
-                        old.unlink()
-                if rank == 0:
-                    for old in work.parent.glob("tokens.*"):
-                        old.unlink()
-                mark.write_text(fingerprint, "utf-8")
-            yield work
-    except OSError as error:
-        raise OutputError(
-            f"{out}: cannot be written ({error.strerror or error}); choose another -o"
-        ) from None
-
-
 def _publish(analysis: Analysis, out: Path) -> None:
     """Figures first, analysis.json last: where it is, everything is."""
     from slicer.judge import plots
@@ -311,90 +247,3 @@ def _publish(analysis: Analysis, out: Path) -> None:
     part = out / "analysis.json.part"
     part.write_text(analysis.to_json(), "utf-8")
     part.replace(out / "analysis.json")
-
-
-# --- plans -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A plan from an analysis: the chosen cut, the next best, and whether the best two can be told apart."""
-
-    plan: Plan
-    metric: str
-    cuts: tuple[Cut, ...]
-    doubt: Doubt | None
-    samples: int
-
-
-def plan(
-    analysis: Analysis,
-    amount: Amount,
-    *,
-    metric: str = METRIC,
-    blocks: int = 1,
-    protect: frozenset[int] = frozenset(),
-    command: str | None = None,
-) -> Planned:
-    """The best cut of `amount` by `metric` in at most `blocks` separate blocks. Pure. Raises PlanError.
-
-    `metric` "greedy" takes the measured order of removal instead.
-    """
-    if amount.layers is not None:
-        raise UsageError(
-            "--drop: give a fraction or a count; convert --drop takes named layers without a plan"
-        )
-    n = amount.resolve(analysis.depth)
-    shared: dict[str, Any] = {
-        "source": analysis.source,
-        "revision": analysis.revision,
-        "model_type": analysis.model_type,
-        "calibration": analysis.calibration,
-        "seed": (analysis.calibration or {}).get("seed"),
-        "versions": analysis.versions,
-        "command": command,
-        "metric": metric,
-    }
-    if metric == "greedy":
-        if len(analysis.greedy) < n:
-            raise PlanError(
-                f"this analysis has a greedy order of {len(analysis.greedy)} layers, not {n}; "
-                f"run slicer analyze with --greedy {n}"
-            )
-        order = [int(step["layer"]) for step in analysis.greedy[:n]]
-        if set(order) & protect:
-            taken = min(set(order) & protect)
-            raise PlanError(f"the greedy order takes the protected layer {taken}; choose another metric")
-        loss = float(analysis.greedy[n - 1]["loss"])
-        chosen = Plan.dropping(analysis.depth, order, strategy="similarity", distance=loss, **shared)
-        return Planned(chosen, metric, (), None, analysis.samples)
-    distances = analysis.distances(metric)
-    cuts = best_cuts(distances, n, blocks, protect, RUNNERS_UP + 1)
-    best, *others = cuts
-    chosen = Plan.dropping(
-        analysis.depth,
-        best.dropped,
-        strategy="similarity",
-        distance=best.distance,
-        runners_up=tuple({"block": spell(cut), "distance": cut.distance} for cut in others),
-        **shared,
-    )
-    unsure = doubt(distances, best, others[0]) if others else None
-    return Planned(chosen, metric, tuple(cuts), unsure, distances.samples)
-
-
-def write_plan(plan: Plan, file: Path) -> None:
-    """Write `plan`, whole or not at all. Raises OutputError."""
-    part = file.with_name(file.name + ".part")
-    try:
-        part.write_text(plan.to_json(), "utf-8")
-        part.replace(file)
-    except OSError as error:
-        raise OutputError(
-            f"{file}: cannot be written ({error.strerror}); choose another place with -o"
-        ) from None
-
-
-def spell(cut: Cut) -> str:
-    """`9-12` or `3, 9-12`."""
-    return ", ".join(f"{b.start}-{b.start + b.n - 1}" if b.n > 1 else f"{b.start}" for b in cut.blocks)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -31,16 +30,13 @@ from slicer.plan import Plan, spell_layers
 from slicer.progress import Progress
 
 if TYPE_CHECKING:
-    from slicer.analyze import Planned
     from slicer.checkpoint.sizes import Sizes
     from slicer.convert import Summary
     from slicer.demo.show import Shown
     from slicer.inspect import Inspection
-    from slicer.measure.analysis import Analysis, Distances
 
 _ERR = Console(stderr=True, highlight=False)
 _QUIET_SECONDS = 20  # between lines of progress where stderr is a file
-_SHADES = " .:-=+*#%@"[::-1]  # closest to farthest
 
 
 class _Bars(Progress):
@@ -105,7 +101,7 @@ def progress() -> Iterator[Progress]:
         bars.close()
 
 
-def _stdout() -> Console:
+def stdout() -> Console:
     return Console(highlight=False, soft_wrap=True)
 
 
@@ -128,7 +124,7 @@ def _rows(sizes: Sizes) -> list[tuple[str, float, str]]:
 
 def print_summary(summary: Summary) -> None:
     """The table before and after, the block, the checks, the warnings."""
-    console = _stdout()
+    console = stdout()
     plan = summary.plan
     table = Table(title=f"{plan.source}: {plan.depth} to {len(plan.kept)} layers", title_justify="left")
     for name in ("", "before", "after", "left"):
@@ -156,98 +152,9 @@ def _why(plan: Plan) -> str:
     return plan.strategy if plan.strategy != "explicit" else "as named"
 
 
-def print_analysis(analysis: Analysis, out: Path) -> None:
-    """The heat map, the best block of each size by each metric, and where the rest lies."""
-    console = _stdout()
-    distances = analysis.distances()
-    console.print(
-        f"{analysis.source}: {analysis.depth} layers, {analysis.samples} sequences of {analysis.seq_len} tokens"
-    )
-    console.print()
-    console.print("angular distance d(l, l+n), last token; @ closest, blank farthest within each n")
-    for line in heat_lines(distances, width=max(20, min(console.width, 120) - 26)):
-        console.print(line, markup=False)
-    console.print()
-    sizes = sorted({max(1, round(analysis.depth * k / 8)) for k in range(1, 5)})
-    table = Table(title="closest block of n layers, its first layer", title_justify="left")
-    table.add_column("metric")
-    for n in sizes:
-        table.add_column(f"n = {n}", justify="right")
-    for name, found in analysis.metrics.items():
-        row = []
-        for n in sizes:
-            values = [(v, -i) for i, v in enumerate(found.mean.get(n, ())) if not math.isnan(v)]
-            row.append(f"{-min(values)[1]} ({min(values)[0]:.4f})" if values else "-")
-        table.add_row(name, *row)
-    console.print(table)
-    if analysis.base_loss is not None:
-        console.print(f"loss      {analysis.base_loss:.4f} nats a token with all layers")
-    if analysis.greedy:
-        order = ", ".join(f"{int(step['layer'])} ({step['loss']:.3f})" for step in analysis.greedy)
-        console.print(f"greedy    {order}")
-    console.print(f"written   {out} (analysis.json and figures)", markup=False)
-    console.print(f"next      slicer plan {out} --drop 0.25", markup=False)
-
-
-def heat_lines(distances: Distances, width: int) -> list[str]:
-    """The heat map in characters: a line for each n, a column for each l, thinned or doubled to fit `width` columns.
-
-    Each row is scaled within itself, by the root so that what is near the least can be told apart.
-    """
-    depth = distances.depth
-    sizes = [n for n in distances.sizes if n < depth]
-    step = max(1, math.ceil(len(sizes) / 24))
-    thin = max(1, math.ceil(depth / width))
-    wide = max(1, min(3, width // depth))
-    across = -(-depth // thin) * wide
-    lines = []
-    for n in reversed(sizes[::step]):
-        row = list(distances.block(n))
-        known = [v for v in row if not math.isnan(v)]
-        least, most = min(known), max(known)
-        cells = ""
-        for at in range(0, len(row), thin):
-            value = min((v for v in row[at : at + thin] if not math.isnan(v)), default=most)
-            shade = 0.0 if most == least else math.sqrt((value - least) / (most - least))
-            cells += _SHADES[min(len(_SHADES) - 1, int(shade * len(_SHADES)))] * wide
-        best = row.index(least)
-        lines.append(f"n {n:>4} |{cells:<{across}}| {best}-{best + n - 1}  {least:.4f}")
-    last = f"{depth - 1}"
-    lines.append(f"       l = 0{last:>{max(len(last), across - 4)}}")
-    return lines
-
-
-def print_planned(planned: Planned, file: Path) -> None:
-    """The chosen layers and why: the runners-up, their distance, and whether the best two can be told apart."""
-    console = _stdout()
-    plan = planned.plan
-    left = plan.depth - len(plan.dropped)
-    console.print(
-        f"plan      drop {spell_layers(plan.dropped)} of {plan.depth} layers, {left} stay", markup=False
-    )
-    total = " (sum over blocks)" if planned.cuts and len(planned.cuts[0].blocks) > 1 else ""
-    console.print(f"by        {planned.metric} {plan.distance:.4f}{total}")
-    for other in plan.runners_up:
-        more = other["distance"] - (plan.distance or 0.0)
-        console.print(f"          next {other['block']} at {other['distance']:.4f} (+{more:.4f})")
-    if planned.doubt is not None:
-        doubt = planned.doubt
-        settle = (
-            f"about {doubt.samples:,} samples would tell"
-            if doubt.samples is not None
-            else "no number of samples would tell"
-        )
-        console.print(
-            f"warning   the best two cannot be told apart on {planned.samples} samples: they differ by "
-            f"{doubt.difference:.4f} with a standard error of {doubt.error:.4f}; {settle}"
-        )
-    console.print(f"written   {file}", markup=False)
-    console.print(f"next      slicer convert {plan.source or 'SOURCE'} --plan {file}", markup=False)
-
-
 def print_inspection(found: Inspection) -> None:
     """One fact a line."""
-    console = _stdout()
+    console = stdout()
     sizes = found.sizes
     low, high = min(sizes.layer_bytes), max(sizes.layer_bytes)
     a_layer = _size(low) + "B" if low == high else f"{_size(low)}B to {_size(high)}B"
@@ -274,7 +181,7 @@ def print_inspection(found: Inspection) -> None:
 def print_demo(shown: Shown) -> None:
     """The summary, and a line from each model."""
     print_summary(shown.summary)
-    console = _stdout()
+    console = stdout()
     console.print()
     console.print(f"prompt    {shown.prompt}", markup=False)
     console.print(f"original  {shown.original}", markup=False)
@@ -299,7 +206,7 @@ def print_serving(path: Path, notes: Sequence[str]) -> None:
 
 def print_ready(base_url: str, model: str, has_key: bool) -> None:
     """The one line that scripts wait for, and how to ask."""
-    console = _stdout()
+    console = stdout()
     key = " -H 'Authorization: Bearer KEY'" if has_key else ""
     body = json.dumps({"model": model, "prompt": "Once upon a time", "max_tokens": 32})
     console.print(f"ready     {base_url} (model {model})", markup=False)

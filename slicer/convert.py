@@ -430,8 +430,8 @@ def _by_similarity(
 def _measure(
     checkpoint: Checkpoint, options: Options, model: _Model, progress: Progress
 ) -> tuple[Distances, dict[str, Any]]:
-    from slicer.measure.analysis import measure, measure_walk
     from slicer.measure.calibration import token_batches
+    from slicer.measure.summary import measure, measure_walk
 
     walk = model.walk()
     progress.stage("Calibration data")

@@ -16,7 +16,8 @@ from click.testing import CliRunner
 from slicer import demo
 from slicer.checkpoint.model import bypass, load_model
 from slicer.cli import main
-from slicer.measure.analysis import Distances, measure
+from slicer.measure.analysis import Distances
+from slicer.measure.summary import measure
 from slicer.measure.calibration import CalibrationSpec, token_batches
 from slicer.select import select
 

@@ -92,7 +92,7 @@ def analyze(source: str, out: Path, **given: Any) -> None:
     slicer analyze Llama-2-70b-hf --memory 8GB -o analysis
     slicer plan analysis --drop 0.4
     """
-    from slicer import console
+    from slicer import console, show_layers
     from slicer.analyze import AnalyzeOptions
     from slicer.analyze import analyze as run
     from slicer.measure.calibration import CalibrationSpec
@@ -124,7 +124,7 @@ def analyze(source: str, out: Path, **given: Any) -> None:
     if given["as_json"]:
         click.echo(analysis.to_json(), nl=False)
     else:
-        console.print_analysis(analysis, out)
+        show_layers.print_analysis(analysis, out)
 
 
 @click.command()
@@ -166,11 +166,11 @@ def plan(
     slicer plan analysis --drop 8 --blocks 3 --protect 0,1,-1
     slicer convert SOURCE --plan analysis/plan.json
     """
-    from slicer import console
-    from slicer.analyze import plan as choose
-    from slicer.analyze import write_plan
+    from slicer import show_layers
     from slicer.measure.analysis import Analysis
     from slicer.plan import parse_amount
+    from slicer.planning import plan as choose
+    from slicer.planning import write_plan
     from slicer.select import protected
 
     analysis = Analysis.load(directory)
@@ -188,7 +188,7 @@ def plan(
     if as_json:
         click.echo(planned.plan.to_json(), nl=False)
     else:
-        console.print_planned(planned, file)
+        show_layers.print_planned(planned, file)
 
 
 def _sizes(text: str | None) -> tuple[int, ...]:

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from slicer.measure.analysis import Distances, table_of_rows
+from slicer.measure.analysis import Distances
 from slicer.measure.share import Share
 from slicer.measure.states import States
 from slicer.measure.stream import Walk
+from slicer.measure.summary import table_of_rows
 from slicer.progress import Progress
 
 
