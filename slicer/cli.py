@@ -105,6 +105,20 @@ def main() -> None:
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of the calibration sample.")
 @click.option("--text-column", metavar="NAME", help="Column of the calibration data that holds the text.")
 @click.option(
+    "--heal",
+    type=click.Choice(["none", "fold"]),
+    help="Close the cut: fold solves the weights before it again, in closed form, on the calibration data. none: keep "
+    "every byte  [default: fold where there is calibration data and it helps, else none]",
+)
+@click.option(
+    "--fold",
+    type=click.Choice(["resolve", "transform"]),
+    default="resolve",
+    show_default=True,
+    help="resolve: the output matrices themselves, by ridge regression. transform: only a linear map behind the "
+    "feed-forward part (ReplaceMe).",
+)
+@click.option(
     "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest weight file."
 )
 @click.option(
@@ -167,6 +181,8 @@ def convert(source: str, **given: Any) -> None:
         verify=given["verify"],
         dtype=given["dtype"],
         device=given["device"],
+        heal=given["heal"],
+        fold=given["fold"],
         max_shard_bytes=parse_size(given["max_shard_size"], "--max-shard-size"),
         force=given["force"],
         dry_run=given["dry_run"],

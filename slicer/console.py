@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -123,11 +123,21 @@ def print_summary(summary: Summary) -> None:
     console.print(f"dropped   layers {spell_layers(plan.dropped)} ({_why(plan)})")
     for other in plan.runners_up[:2]:
         console.print(f"          next best {other['block']} at {other['distance']:.4f}")
+    if plan.healing is not None:
+        console.print(f"healed    {_healed(plan.healing)}")
     error = "" if summary.logits_error is None else f" (largest relative error {summary.logits_error:.1e})"
     console.print(f"verified  {summary.verified}{error}")
     for warning in summary.warnings:
         console.print(f"warning   {warning}")
     console.print(f"written   {summary.out}" if summary.out else "written   nothing (dry run)")
+
+
+def _healed(record: Mapping[str, Any]) -> str:
+    loss = record["loss"]
+    return (
+        f"{record['method']}: held-out loss {loss['sliced']:.3f} to {loss['healed']:.3f} nats a token "
+        f"(all layers: {loss['source']:.3f})"
+    )
 
 
 def _why(plan: Plan) -> str:
@@ -157,6 +167,7 @@ def print_inspection(found: Inspection) -> None:
             ("sliced from", f"{plan.source}{revision}, {plan.depth} layers"),
             ("kept", spell_layers(plan.kept)),
             ("dropped", f"{spell_layers(plan.dropped)} ({_why(plan)})"),
+            ("healed", _healed(plan.healing) if plan.healing else "no"),
         ]
     for label, text in facts:
         console.print(f"{label:<18}{text}")

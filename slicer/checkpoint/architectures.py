@@ -254,7 +254,15 @@ class Architecture:
 # what stands for it), by module name within the layer. Over all architectures of the table these names are few and
 # mean the same thing wherever they occur, so no row has to choose.
 FEED_FORWARD_OUTPUTS = (
-    *("mlp.down_proj", "mlp.fc2", "mlp.c_proj", "mlp.fc_out", "mlp.dense_4h_to_h", "fc2", "mlp_block.down_proj"),
+    *(
+        "mlp.down_proj",
+        "mlp.fc2",
+        "mlp.c_proj",
+        "mlp.fc_out",
+        "mlp.dense_4h_to_h",
+        "fc2",
+        "mlp_block.down_proj",
+    ),
     *("feed_forward.down_proj", "feed_forward.w2", "ffn.down_proj", "mixer.down_proj"),
     *("mlp.shared_expert.down_proj", "mlp.shared_experts.down_proj", "feed_forward.shared_expert.down_proj"),
     *("mixer.shared_experts.down_proj", "shared_mlp.output_linear"),

@@ -15,7 +15,7 @@ from typing import Any
 
 from slicer.checkpoint import architectures
 from slicer.checkpoint.hub import COMPANIONS
-from slicer.checkpoint.reader import BIN_INDEX, INDEX, Checkpoint, inside
+from slicer.checkpoint.reader import BIN_INDEX, INDEX, Checkpoint, TensorSpan, inside
 from slicer.checkpoint.writer import (
     DEFAULT_SHARD_BYTES,
     Progress,
@@ -138,9 +138,13 @@ def write_checkpoint(
     dtype: str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress | None = None,
+    replaced: Mapping[str, TensorSpan] | None = None,
 ) -> None:
-    """Fill the empty `directory`: weights, config.json, companions and slicer/plan.json."""
-    tensors = checkpoint.sliced(plan.kept)
+    """Fill the empty `directory`: weights, config.json, companions and slicer/plan.json.
+
+    `replaced` has, under raw keys of the source, the tensors whose bytes are taken from elsewhere.
+    """
+    tensors = checkpoint.replacing(replaced or {}).sliced(plan.kept)
     cast = DTYPES[dtype] if dtype else None
     check_space(directory, sum(span.cast(cast)[1] for span in tensors.values()) + (1 << 20))
     copy_companions(checkpoint.path, directory)

@@ -90,9 +90,7 @@ def fold(
                     walk.advance(before, student)
         student.layer = end
     if not any(change.report for change in result.values()):
-        raise HealError(
-            "no layer before the cut has weights into which a fold could go; use --heal none"
-        )
+        raise HealError("no layer before the cut has weights into which a fold could go; use --heal none")
     return {i: change for i, change in result.items() if change.report}
 
 
@@ -111,7 +109,12 @@ def held_out_sequences(batches: Sequence[torch.Tensor]) -> set[int]:
 
 
 def losses(
-    walk: Walk, batches: Sequence[torch.Tensor], dropped: Sequence[int], changes: Mapping[int, LayerChange]
+    walk: Walk,
+    batches: Sequence[torch.Tensor],
+    dropped: Sequence[int],
+    changes: Mapping[int, LayerChange],
+    *,
+    progress: Progress | None = None,
 ) -> dict[str, float]:
     """Nats a token on the sequences held out of the fits: "source", "sliced" (layers dropped, nothing healed) and
     "healed"; all three in one pass over the layers."""
@@ -122,6 +125,8 @@ def losses(
     for i in range(walk.depth):
         with walk.layer(i) as layer:
             walk.advance(i, source)
+            if progress is not None:
+                progress.advance()
             if i in dropped:
                 sliced.layer = healed.layer = i + 1
                 continue
@@ -166,13 +171,15 @@ def _heal(
     for attention in (True, False):
         if attention and solver == "transform":
             continue
-        outputs = find(layer, run, attention=attention, storable=lambda name, module: storable(i, name, module))
+        outputs = find(
+            layer, run, attention=attention, storable=lambda name, module: storable(i, name, module)
+        )
         for output in outputs:
             for _ in range(_NORM_STEPS if output.kind == "normed" else 1):
                 with applied(layer, change):
                     equations = _gather(walk, layer, i, output, student, target, held_out, solver)
                     solution = solve(equations)
-                    if not solution.delta.any():
+                    if solution is None:
                         break
                     _put(output, solution, solver, change)
                 change.report.append(

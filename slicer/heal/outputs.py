@@ -19,7 +19,9 @@ from torch import nn
 
 from slicer.checkpoint.architectures import ATTENTION_OUTPUTS, EXPERT_MODULES, FEED_FORWARD_OUTPUTS
 
-_PROPORTIONAL = 0.05  # how far from a multiple of itself a change may arrive and still count as passed on directly
+_PROPORTIONAL = (
+    0.05  # how far from a multiple of itself a change may arrive and still count as passed on directly
+)
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,12 @@ def _norm_after(layer: nn.Module, output: Output, run: Callable[[], torch.Tensor
 
     def into(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
-            if last and args and isinstance(args[0], torch.Tensor) and args[0].data_ptr() == last[-1].data_ptr():
+            if (
+                last
+                and args
+                and isinstance(args[0], torch.Tensor)
+                and args[0].data_ptr() == last[-1].data_ptr()
+            ):
                 followers.append(name)
 
         return hook

@@ -28,10 +28,12 @@ def test_the_sums_are_those_of_all_tokens_at_once() -> None:
     z, r, _ = data(1000)
     weight = torch.rand(1000)
     equations = gathered(z, r, weight)
+    fitted = torch.cat([torch.arange(s, s + 100) for s in range(0, 1000, 100) if s // 100 % 4 != 3])
+    z, r, weight = z[fitted], r[fitted], weight[fitted]
     exact = (z.double() * weight[:, None].double()).T @ z.double()
-    assert torch.allclose(equations.whole(0) + equations.whole(1), exact, rtol=1e-5, atol=1e-3)
+    assert torch.allclose(equations.gram, exact, rtol=1e-5, atol=1e-3)
     cross = (r.double() * weight[:, None].double()).T @ z.double()
-    assert torch.allclose(equations.cross[0] + equations.cross[1], cross, rtol=1e-5, atol=1e-3)
+    assert torch.allclose(equations.cross, cross, rtol=1e-5, atol=1e-3)
 
 
 def test_ridge_solves_the_stacked_system() -> None:
@@ -53,18 +55,20 @@ def test_the_error_is_that_of_the_tokens() -> None:
     held = torch.cat([torch.arange(s, s + 100) for s in range(300, 1000, 400)])
     delta = truth.double() * 0.9
     exact = float((r[held].double() - z[held].double() @ delta.T).square().sum(1).mean())
-    assert equations.error(delta, equations.whole(1)) == pytest.approx(exact, rel=1e-4)
+    assert equations.error(delta) == pytest.approx(exact, rel=1e-4)
 
 
 def test_a_linear_change_is_found() -> None:
     z, r, truth = data(2000)
     found = solve(gathered(z, r))
+    assert found is not None
     assert found.strength == STRENGTHS[0] and found.left < 1e-4
     assert torch.allclose(found.delta, truth.double(), atol=0.02)
 
 
 def test_the_more_noise_the_stronger_the_ridge() -> None:
-    strengths = [solve(gathered(*data(800, noise=noise)[:2])).strength for noise in (0.0, 1.0, 4.0)]
+    found = [solve(gathered(*data(800, noise=noise)[:2])) for noise in (0.0, 1.0, 4.0)]
+    strengths = [solution.strength for solution in found if solution is not None]
     assert strengths == sorted(strengths) and strengths[0] < strengths[-1]
 
 
@@ -72,10 +76,8 @@ def test_pure_noise_is_left_alone() -> None:
     z, _, _ = data(400)
     r = torch.randn(400, 7, generator=torch.Generator().manual_seed(5))
     found = solve(gathered(z, r))
-    assert found.after <= found.before * (1 + 1e-9)
-    assert float(found.delta.norm()) < 0.2
+    assert found is None or (found.after < found.before and float(found.delta.norm()) < 0.2)
 
 
 def test_features_that_are_all_zero_change_nothing() -> None:
-    found = solve(gathered(torch.zeros(400, 5), torch.randn(400, 3)))
-    assert not found.delta.any() and found.left == 1.0
+    assert solve(gathered(torch.zeros(400, 5), torch.randn(400, 3))) is None
