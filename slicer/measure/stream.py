@@ -165,16 +165,22 @@ class Walk:
         """
         if states.layer > i:
             raise PlanError(f"these states stand at layer {states.layer}, past layer {i}; start again")
-        with self.layer(i) as layer, torch.no_grad():
-            device = next((p.device for p in layer.parameters()), self.device)
+        with self.layer(i), torch.no_grad():
             for b in range(len(states)):
-                output = self._calls[b][i](layer, states[b].to(device, non_blocking=True))
-                new = output[0] if isinstance(output, tuple) else output
+                new = self.call(i, b, states[b])
                 if listener is not None:
                     listener(b, new)
                 states[b] = new
         states.layer = i + 1
         return states
+
+    def call(self, i: int, batch: int, states: torch.Tensor) -> torch.Tensor:
+        """What layer i makes of `states`, [batch, seq, d], taken as x(i) of that batch; nothing is kept."""
+        with self.layer(i) as layer, torch.no_grad():
+            device = next((p.device for p in layer.parameters()), self.device)
+            output = self._calls[batch][i](layer, states.to(device, non_blocking=True))
+            new: torch.Tensor = output[0] if isinstance(output, tuple) else output
+            return new
 
     def run(self, states: States, layers: Sequence[int]) -> States:
         """Advance through `layers`, ascending, reading ahead along them."""
