@@ -15,6 +15,7 @@ import click
 
 from slicer import __version__
 from slicer.errors import SlicerError
+from slicer.heal.command import heal
 from slicer.serve.command import serve
 
 # Options that do not change what is written stay out of the recorded command, so the same work has the same record.
@@ -169,7 +170,7 @@ def convert(source: str, **given: Any) -> None:
             else None,
         )
     plan = Plan.load(given["plan_file"]) if given["plan_file"] is not None else None
-    calibration = given["calibration"] or ("self" if source == "demo" else None)
+    calibration = given["calibration"] or ("self" if source == "demo" and plan is None else None)
     chosen = {
         k: given[k]
         for k in ("samples", "seq_len", "batch_size", "seed", "text_column")
@@ -229,6 +230,7 @@ def demo(out: Path | None, drop: str, debug: bool) -> None:
     console.print_demo(shown)
 
 
+main.add_command(heal)
 main.add_command(serve)
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from slicer.checkpoint.sizes import Sizes
     from slicer.convert import Summary
     from slicer.demo.show import Shown
+    from slicer.heal.job import Healed
     from slicer.inspect import Inspection
 
 _ERR = Console(stderr=True, highlight=False)
@@ -130,6 +131,20 @@ def print_summary(summary: Summary) -> None:
     for warning in summary.warnings:
         console.print(f"warning   {warning}")
     console.print(f"written   {summary.out}" if summary.out else "written   nothing (dry run)")
+
+
+def print_healed(done: Healed) -> None:
+    """What was solved, the losses, the check."""
+    console = _stdout()
+    record = done.plan.healing or {}
+    for layer, module in dict.fromkeys((entry["layer"], entry["module"]) for entry in record["solved"]):
+        console.print(f"solved    {module} of layer {layer} (counted in the source)")
+    console.print(f"healed    {_healed(record)}")
+    if not done.helps:
+        console.print("warning   the loss did not fall; the checkpoint without healing is the better one")
+    error = "" if done.logits_error is None else f" (largest relative error {done.logits_error:.1e})"
+    console.print(f"verified  {done.verified}{error}")
+    console.print(f"written   {done.out}")
 
 
 def _healed(record: Mapping[str, Any]) -> str:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from slicer.checkpoint.export import (
     sliced_config,
     write_checkpoint,
 )
-from slicer.checkpoint.reader import Checkpoint, TensorSpan
+from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import Sizes, measure_sizes
 from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES, atomic_directory, check_space
 from slicer.errors import ArchitectureError, HealError, PlanError, UsageError
@@ -267,6 +266,7 @@ def _write(
 ) -> Summary:
     """Reference logits, then the directory, its figures and card, its checks; renamed into place at the end."""
     from slicer.checkpoint import verify
+    from slicer.heal.healing import as_written, healed, on_disk
 
     assert summary.out is not None
     probe: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -277,14 +277,15 @@ def _write(
             architectures.text_config(checkpoint.config).get("vocab_size") or reference.config.vocab_size
         )
         tokens = verify.probe_tokens(vocabulary, seed=0)
-        with _healed(reference, healing):
+        with contextlib.ExitStack() as stack:
+            if healing is not None:
+                stack.enter_context(healed(reference, healing.changes))
             probe = tokens, verify.reference_logits(reference, tokens, summary.plan.dropped)
         del reference
     model.release()
-    with (
-        atomic_directory(summary.out, replace=options.force) as directory,
-        _replaced(healing) as replaced,
-    ):
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(atomic_directory(summary.out, replace=options.force))
+        replaced = stack.enter_context(on_disk(healing)) if healing is not None else {}
         progress.stage("Writing", summary.after.total_bytes, "bytes")
         write_checkpoint(
             checkpoint,
@@ -303,11 +304,7 @@ def _write(
             progress.stage("Checking every key and shape")
             verify.check_load(directory, trust_remote_code=options.trust_remote_code)
         if healing is not None:
-            kept, depth = summary.plan.kept, summary.plan.depth
-            names = {
-                k: architectures.slice_key(k, checkpoint.layer_prefix, kept, depth) for k in healing.tensors
-            }
-            verify.check_tensors(directory, {names[k] or k: t for k, t in healing.tensors.items()})
+            verify.check_tensors(directory, as_written(checkpoint, summary.plan, healing))
         if probe is not None:
             progress.stage("Comparing logits")
             error = verify.check_logits(
@@ -381,29 +378,6 @@ def _healing_again(plan: Plan, options: Options, data: _Data) -> Options:
     names = {f.name for f in fields(CalibrationSpec)}
     data.spec = CalibrationSpec(**{k: v for k, v in given.items() if k in names})
     return replace(options, heal="fold", fold=str(record.get("solver", options.fold)))
-
-
-@contextlib.contextmanager
-def _healed(model: Any, healing: Healing | None) -> Iterator[None]:
-    if healing is None:
-        yield
-        return
-    from slicer.heal.healing import healed
-
-    with healed(model, healing.changes):
-        yield
-
-
-@contextlib.contextmanager
-def _replaced(healing: Healing | None) -> Iterator[Mapping[str, TensorSpan]]:
-    """Where the healed tensors lie while they are written, under the source's raw keys."""
-    if healing is None:
-        yield {}
-        return
-    from slicer.heal.healing import save_tensors
-
-    with tempfile.TemporaryDirectory(prefix="slicer-healed-") as scratch:
-        yield save_tensors(healing.tensors, Path(scratch) / "healed.safetensors")
 
 
 class _Configs:

@@ -156,6 +156,31 @@ def write_checkpoint(
     )
 
 
+def rewrite_checkpoint(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    directory: Path,
+    *,
+    replaced: Mapping[str, TensorSpan],
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Progress | None = None,
+) -> None:
+    """Fill the empty `directory` with the sliced `checkpoint` as it is, but for the tensors `replaced` and its plan."""
+    tensors = checkpoint.replacing(replaced).tensors
+    cast = DTYPES[plan.dtype] if plan.dtype else None
+    check_space(directory, sum(span.cast(cast)[1] for span in tensors.values()) + (1 << 20))
+    copy_companions(checkpoint.path, directory)
+    shutil.copyfile(inside(checkpoint.path, "config.json"), directory / "config.json")
+    (directory / "slicer").mkdir()
+    for file in sorted((checkpoint.path / "slicer").glob("*")):
+        if file.is_file() and inside(checkpoint.path, f"slicer/{file.name}"):
+            shutil.copyfile(file, directory / "slicer" / file.name)
+    (directory / "slicer" / "plan.json").write_text(plan.to_json(), "utf-8")
+    write_tensors(
+        directory, tensors, checkpoint.metadata, cast=cast, max_shard_bytes=max_shard_bytes, progress=progress
+    )
+
+
 def copy_companions(source: Path, directory: Path) -> None:
     """Copy tokenizer, chat template, generation config, code and licence; never weights or the old card."""
     skipped = {"config.json", "README.md", INDEX, BIN_INDEX}

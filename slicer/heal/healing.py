@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from slicer.checkpoint import architectures
 from slicer.checkpoint import tensors as stored
 from slicer.checkpoint.architectures import EXPERT_OUTPUTS
 from slicer.checkpoint.model import decoder_layers
@@ -20,6 +22,7 @@ from slicer.heal.fold import fold, held_out_sequences, losses
 from slicer.heal.outputs import LayerChange, applied
 from slicer.measure.calibration import TokenBatches
 from slicer.measure.stream import Walk
+from slicer.plan import Plan
 from slicer.progress import Progress
 
 
@@ -66,6 +69,7 @@ def fold_checkpoint(
     )
     progress.stage("Loss before and after healing", walk.depth, "layers")
     figures = losses(walk, data.batches, dropped, changes, progress=progress)
+    tensors = _tensors(checkpoint, changes, cast)
     record = {
         "method": "fold",
         "solver": solver,
@@ -73,8 +77,9 @@ def fold_checkpoint(
         "held_out_sequences": held,
         "loss": {name: round(value, 6) for name, value in figures.items()},
         "solved": [entry for _, change in sorted(changes.items()) for entry in change.report],
+        "tensors": sorted(tensors),
     }
-    return Healing(changes, _tensors(checkpoint, changes, cast), record)
+    return Healing(changes, tensors, record)
 
 
 @contextlib.contextmanager
@@ -87,12 +92,28 @@ def healed(model: Any, changes: Mapping[int, LayerChange]) -> Iterator[None]:
         yield
 
 
-def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> dict[str, TensorSpan]:
-    """Write `tensors` to one safetensors file; returns where each lies, for the writer to copy."""
+@contextlib.contextmanager
+def on_disk(healing: Healing) -> Iterator[dict[str, TensorSpan]]:
+    """Raw key of the source -> where the healed tensor lies on disk inside the block, for the writer to copy."""
     from safetensors.torch import save_file
 
-    save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, file)
-    return read_header(file)[0]
+    with tempfile.TemporaryDirectory(prefix="slicer-healed-") as scratch:
+        file = Path(scratch) / "healed.safetensors"
+        save_file({key: tensor.contiguous().cpu() for key, tensor in healing.tensors.items()}, file)
+        yield read_header(file)[0]
+
+
+def new_keys(checkpoint: Checkpoint, plan: Plan, keys: Iterable[str]) -> dict[str, str]:
+    """Raw key of the source -> key in the sliced checkpoint, of those that stay."""
+    named = {
+        key: architectures.slice_key(key, checkpoint.layer_prefix, plan.kept, plan.depth) for key in keys
+    }
+    return {key: new for key, new in named.items() if new is not None}
+
+
+def as_written(checkpoint: Checkpoint, plan: Plan, healing: Healing) -> dict[str, torch.Tensor]:
+    """The healed tensors under their keys in the sliced checkpoint."""
+    return {new: healing.tensors[key] for key, new in new_keys(checkpoint, plan, healing.tensors).items()}
 
 
 def _storable(checkpoint: Checkpoint) -> Callable[[int, str, nn.Module], bool]:
