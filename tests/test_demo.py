@@ -17,8 +17,8 @@ from slicer import demo
 from slicer.checkpoint.model import bypass, load_model
 from slicer.cli import main
 from slicer.measure.analysis import Distances
-from slicer.measure.summary import measure
 from slicer.measure.calibration import CalibrationSpec, token_batches
+from slicer.measure.summary import measure
 from slicer.select import select
 
 

@@ -44,7 +44,13 @@ HEAVY = {
 
 # Which modules may import a library at all, now or later in a function (prefixes of module names).
 ALLOWED = {
-    "click": ("slicer.cli", "slicer.measure.command", "slicer.serve.command", "slicer.benchmarks.command"),
+    "click": (
+        "slicer.cli",
+        "slicer.heal.command",
+        "slicer.measure.command",
+        "slicer.serve.command",
+        "slicer.benchmarks.command",
+    ),
     "vllm": ("slicer.serve", "slicer.benchmarks"),
     "peft": ("slicer.heal", "slicer.checkpoint.merge"),
     "bitsandbytes": ("slicer.heal", "slicer.checkpoint.merge"),
@@ -74,7 +80,12 @@ FLOORS = (
     ("slicer.benchmarks", "slicer.demo.show", "slicer.demo.train"),
     ("slicer.console",),
     ("slicer.show_layers",),
-    ("slicer.measure.command", "slicer.serve.command", "slicer.benchmarks.command"),
+    (
+        "slicer.heal.command",
+        "slicer.measure.command",
+        "slicer.serve.command",
+        "slicer.benchmarks.command",
+    ),
     ("slicer.cli",),
     ("slicer.__main__",),
 )

@@ -80,3 +80,13 @@ def chunks(span: TensorSpan, dtype: str) -> Iterator[bytes]:
             yield (
                 torch.frombuffer(block, dtype=old).to(torch_dtype(dtype)).view(torch.uint8).numpy().tobytes()
             )
+
+
+def read(span: TensorSpan) -> torch.Tensor:
+    """The tensor, read into memory, in its stored dtype and shape."""
+    import torch
+
+    if span.key is not None:
+        return load(span.file)[span.key].detach().clone()
+    block = bytearray(b"".join(chunks(span, span.dtype)))
+    return torch.frombuffer(block, dtype=torch_dtype(span.dtype)).view(span.shape)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from slicer.checkpoint import tensors as torch_tensors
 from slicer.checkpoint.model import build_on_meta, bypass, load_model, meta_tensors, pick_device
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import SlicerError, SourceError, VerificationError
@@ -67,6 +68,14 @@ def _load_on_meta(
         return build_on_meta(path, tensors, config=config, trust_remote_code=trust_remote_code)[1]
     except SourceError as error:
         raise VerificationError(str(error)) from None
+
+
+def check_tensors(path: Path, expected: Mapping[str, torch.Tensor]) -> None:
+    """Check that the tensors `expected` were written bit for bit. Raises VerificationError naming one that was not."""
+    written = Checkpoint.open(path).tensors
+    for key, tensor in expected.items():
+        if key not in written or not torch.equal(torch_tensors.read(written[key]), tensor.cpu()):
+            raise VerificationError(f"tensor {key} was not written as healed; nothing was written")
 
 
 def probe_tokens(vocab_size: int, seed: int = 0) -> torch.Tensor:

@@ -132,18 +132,17 @@ def leave_out(
     states = walk.start(batches)
     streams: dict[int, States] = {}
     order = [i for i in range(walk.depth) if i not in without]
-    walk.along(order)
-    for i in order:
-        for c, gone in enumerate(candidates):
-            if min(gone) == i:
-                streams[c] = states.copy()
-        with walk.layer(i):
-            walk.advance(i, states)
-            for c, stream in streams.items():
-                if i not in candidates[c]:
-                    walk.advance(i, stream)
-        progress.advance()
-    walk.along(range(walk.depth))
+    with walk.along(order):
+        for i in order:
+            for c, gone in enumerate(candidates):
+                if min(gone) == i:
+                    streams[c] = states.copy()
+            with walk.layer(i):
+                walk.advance(i, states)
+                for c, stream in streams.items():
+                    if i not in candidates[c]:
+                        walk.advance(i, stream)
+            progress.advance()
     base, losses, divergences = [], [], []
     for b, tokens in enumerate(states.tokens):
         for s in range(len(tokens)):
@@ -176,41 +175,46 @@ def taylor_scores(
     progress = progress or Progress()
     rows = [row[None] for batch in batches for row in batch]
     states = walk.start(rows)
-    kept = [states.copy()]
+    kept = []  # x(0)..x(L-1)
     for i in range(walk.depth):
-        walk.advance(i, states)
         kept.append(states.copy())
+        walk.advance(i, states)
         progress.advance()
     gradients = []
     for b, tokens in enumerate(rows):
-        last = kept[-1][b].to(walk.device).requires_grad_()
+        last = states[b].to(walk.device).requires_grad_()
         with torch.enable_grad():
             chances = walk.head(tokens, last, gradient=True)[0].float().log_softmax(-1)
             loss = torch.nn.functional.nll_loss(chances[:-1], tokens[0, 1:].to(chances.device))
         gradients.append(torch.autograd.grad(loss, last)[0].cpu())
     scores = torch.zeros(len(rows), walk.depth, dtype=torch.float64)
-    backwards = list(reversed(range(walk.depth)))
-    walk.along(backwards)
-    for i in backwards:
-        with walk.layer(i) as layer:
-            weights = [p for p in layer.parameters() if p.is_floating_point()]
-            for weight in weights:
-                weight.requires_grad_()
-            device = weights[0].device if weights else walk.device
-            for b in range(len(rows)):
-                x = kept[i][b].to(device).requires_grad_()
-                with torch.enable_grad():
-                    new = walk.apply(i, b, x)
-                found = torch.autograd.grad(new, [x, *weights], gradients[b].to(device), allow_unused=True)
-                gradients[b] = found[0].cpu()
-                scores[b, i] = sum(
-                    float((g.double() * w.detach().double()).abs().sum())
-                    for g, w in zip(found[1:], weights, strict=True)
-                    if g is not None
-                )
-            for weight in weights:
-                weight.requires_grad_(False)
-        kept.pop()
-        progress.advance()
-    walk.along(range(walk.depth))
+    backwards = range(walk.depth - 1, -1, -1)
+    with walk.along(backwards):
+        for i in backwards:
+            with walk.layer(i) as layer:
+                scores[:, i] = _backward(walk, layer, i, kept.pop(), gradients)
+            progress.advance()
+    return scores
+
+
+def _backward(
+    walk: Walk, layer: torch.nn.Module, i: int, entering: States, gradients: list[torch.Tensor]
+) -> torch.Tensor:
+    """The scores of layer i by sample; `gradients`, of what leaves it, become those of what enters it."""
+    weights = [p for p in layer.parameters() if p.is_floating_point()]
+    scores = torch.zeros(len(gradients), dtype=torch.float64)
+    for weight in weights:
+        weight.requires_grad_()
+    for b, gradient in enumerate(gradients):
+        x = entering[b].clone().requires_grad_()
+        new = walk.call(i, b, x, gradient=True)
+        found = torch.autograd.grad(new, [x, *weights], gradient.to(new.device), allow_unused=True)
+        gradients[b] = found[0]
+        scores[b] = sum(
+            float((g.float() * w.detach().float()).abs().sum(dtype=torch.float64))
+            for g, w in zip(found[1:], weights, strict=True)
+            if g is not None
+        )
+    for weight in weights:
+        weight.requires_grad_(False)
     return scores

@@ -159,9 +159,14 @@ class Walk:
         """Bytes read from disk for layer i; 0 for a loaded model."""
         return self._lazy.layer_bytes(i) if self._lazy is not None else 0
 
-    def along(self, order: Sequence[int]) -> None:
-        """The layers to be run next, in order: what is read ahead. By default all of them."""
-        self._order = tuple(order)
+    @contextlib.contextmanager
+    def along(self, order: Sequence[int]) -> Iterator[None]:
+        """Inside the block the layers are run in this order: it says which is to be read ahead. By default all."""
+        before, self._order = self._order, tuple(order)
+        try:
+            yield
+        finally:
+            self._order = before
 
     def start(self, batches: Sequence[torch.Tensor]) -> States:
         """x(0) of every batch (int64 [batch, seq], no padding), and whatever each layer will be given.
@@ -201,32 +206,31 @@ class Walk:
         """
         if states.layer > i:
             raise PlanError(f"these states stand at layer {states.layer}, past layer {i}; start again")
-        with self.layer(i) as layer, torch.no_grad():
-            device = next((p.device for p in layer.parameters()), self.device)
+        with self.layer(i), torch.no_grad():
             for b in range(len(states)):
-                new = self.apply(i, b, states[b].to(device, non_blocking=True))
+                new = self.call(i, b, states[b])
                 if listener is not None:
                     listener(b, new)
                 states[b] = new
         states.layer = i + 1
         return states
 
-    def apply(self, i: int, batch: int, x: torch.Tensor) -> torch.Tensor:
-        """Layer i on `x`, [batch, seq, d], as states of that batch; tracks gradients where they are enabled.
+    def call(self, i: int, batch: int, states: torch.Tensor, *, gradient: bool = False) -> torch.Tensor:
+        """What layer i makes of `states`, [batch, seq, d], taken as x(i) of that batch; nothing is kept.
 
-        Inside a `layer(i)` block.
+        With `gradient` it can be differentiated.
         """
-        output = self._calls[batch][i](self.layers[i], x)
-        new: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return new
+        with self.layer(i) as layer, torch.set_grad_enabled(gradient):
+            device = next((p.device for p in layer.parameters()), self.device)
+            output = self._calls[batch][i](layer, states.to(device, non_blocking=True))
+            new: torch.Tensor = output[0] if isinstance(output, tuple) else output
+            return new
 
     def run(self, states: States, layers: Sequence[int]) -> States:
         """Advance through `layers`, ascending, reading ahead along them."""
-        before = self._order
-        self.along(layers)
-        for i in layers:
-            self.advance(i, states)
-        self._order = before
+        with self.along(layers):
+            for i in layers:
+                self.advance(i, states)
         return states
 
     def logits(self, states: States, batch: int) -> torch.Tensor:
