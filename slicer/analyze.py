@@ -17,7 +17,7 @@ from slicer.checkpoint.export import DTYPES, refuse_quantized
 from slicer.checkpoint.reader import Checkpoint
 from slicer.convert import library_versions
 from slicer.errors import SlicerError, UsageError
-from slicer.measure.analysis import Analysis
+from slicer.measure.analysis import METRIC, Analysis
 from slicer.measure.calibration import CalibrationSpec
 from slicer.measure.workplace import PARTIAL, fingerprint, workplace
 from slicer.progress import Progress
@@ -35,6 +35,7 @@ class AnalyzeOptions:
         losses: block sizes whose every block is also scored by the loss without it; costs further passes.
         greedy: layers to remove one after another by re-scored loss (SLEB); 0 for none.
         taylor: whether to also take |gradient x weight|.
+        healed: block sizes whose closest blocks are also healed in closed form and compared by loss.
     """
 
     calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
@@ -45,6 +46,7 @@ class AnalyzeOptions:
     losses: tuple[int, ...] = ()
     greedy: int = 0
     taylor: bool = False
+    healed: tuple[int, ...] = ()
     force: bool = False
     trust_remote_code: bool = False
     command: str | None = None
@@ -70,6 +72,8 @@ def analyze(
     checkpoint.check_layers()
     _check_sizes(options, checkpoint.depth)
     share = Share.of_environment()
+    if options.healed and share.world > 1:
+        raise UsageError("--healed: solved by one process; run it without torchrun")
     try:
         mark = fingerprint(
             checkpoint,
@@ -160,6 +164,19 @@ def _measure(
         notebook=work / "losses.json",
         progress=progress,
     )
+    if options.healed:
+        from slicer.healed import rank_after_healing
+
+        healed = rank_after_healing(
+            checkpoint,
+            walk,
+            own,
+            tables[METRIC],
+            options.healed,
+            notebook=work / "healed.json",
+            progress=progress,
+        )
+        losses.tables["healed_loss"] = healed
     each = len(trace.point_positions)
     return Analysis(
         depth=walk.depth,
@@ -228,10 +245,10 @@ def _device(device: str) -> str:
 
 
 def _check_sizes(options: AnalyzeOptions, depth: int) -> None:
-    for n in options.losses:
+    for name, n in [*(("losses", n) for n in options.losses), *(("healed", n) for n in options.healed)]:
         if not 0 < n < depth:
             raise UsageError(
-                f"--losses {n}: the model has {depth} layers; give sizes between 1 and {depth - 1}"
+                f"--{name} {n}: the model has {depth} layers; give sizes between 1 and {depth - 1}"
             )
     if not 0 <= options.greedy < depth:
         raise UsageError(

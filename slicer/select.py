@@ -191,7 +191,7 @@ def doubt(distances: MeasuredDistances, best: Cut, other: Cut) -> Doubt | None:
     else:
         error = math.sqrt(sum(distances.standard_error[b.n][b.start] ** 2 for b in (*mine, *theirs)))
     difference = other.distance - best.distance
-    if error == 0 or difference >= SURE * error:
+    if error == 0 or math.isnan(error) or difference >= SURE * error:
         return None
     needed = math.ceil(distances.samples * (SURE * error / difference) ** 2) if difference > 0 else None
     return Doubt(difference, error, needed)

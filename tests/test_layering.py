@@ -54,7 +54,7 @@ ALLOWED = {
     "vllm": ("slicer.serve", "slicer.benchmarks"),
     "peft": ("slicer.heal", "slicer.checkpoint.merge"),
     "bitsandbytes": ("slicer.heal", "slicer.checkpoint.merge"),
-    "lm_eval": ("slicer.judge.evaluate",),
+    "lm_eval": ("slicer.judge.evaluate", "slicer.measure.tasks"),
     "matplotlib": ("slicer.judge", "slicer.benchmarks"),
 }
 
@@ -76,7 +76,7 @@ FLOORS = (
     ("slicer.select",),
     ("slicer.heal", "slicer.judge"),
     ("slicer.convert", "slicer.inspect", "slicer.serve"),
-    ("slicer.analyze", "slicer.planning"),
+    ("slicer.analyze", "slicer.healed", "slicer.planning"),
     ("slicer.benchmarks", "slicer.demo.show", "slicer.demo.train"),
     ("slicer.console",),
     ("slicer.show_layers",),

@@ -135,7 +135,7 @@ def analysis_figures(analysis: Analysis, directory: Path) -> list[Path]:
 
 def heat_maps(analysis: Analysis, path: Path) -> None:
     """The heat map of every metric, small, with the least of each n marked."""
-    shown = [d for d in analysis.metrics.values() if len(d.sizes) > 1]
+    shown = [d for d in analysis.metrics.values() if len(d.sizes) > 2]
     figure, places = _grid(len(shown))
     for distances, axes in zip(shown, places, strict=True):
         image = _heat(axes, distances, percentile=90)
@@ -173,7 +173,7 @@ def analysis_title(metric: str) -> str:
 
 def importance(analysis: Analysis, path: Path) -> None:
     """Bars by layer: what each metric says of every single layer, with its standard error."""
-    shown = [d for d in analysis.metrics.values() if 1 in d.sizes]
+    shown = [d for d in analysis.metrics.values() if 1 in d.sizes and d.metric != "healed_loss"]
     figure = _canvas((7, 1.5 * len(shown) + 0.6))
     for at, distances in enumerate(shown):
         axes = figure.add_subplot(len(shown), 1, at + 1)
@@ -236,7 +236,7 @@ def rank_agreement(one: Distances, other: Distances) -> float:
 
 def chosen_blocks(analysis: Analysis, path: Path) -> None:
     """Which block each metric would drop, for every size: a line from its first layer to its last."""
-    shown = [d for d in analysis.metrics.values() if len(d.sizes) > 1]
+    shown = [d for d in analysis.metrics.values() if len(d.sizes) > 2]
     figure, places = _grid(len(shown))
     for distances, axes in zip(shown, places, strict=True):
         for n in distances.sizes:

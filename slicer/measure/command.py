@@ -75,6 +75,11 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "--taylor", is_flag=True, help="Also |gradient x weight| of each layer. A pass and a backward pass."
 )
 @click.option(
+    "--healed",
+    metavar="N,...",
+    help="Also heal the four closest blocks of these sizes in closed form, and compare their loss.",
+)
+@click.option(
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Measure in  [default: as stored]"
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
@@ -110,7 +115,8 @@ def analyze(source: str, out: Path, **given: Any) -> None:
         dtype=given["dtype"],
         device=given["device"],
         memory=parse_size(given["memory"], "--memory") if given["memory"] is not None else None,
-        losses=_sizes(given["losses"]),
+        losses=_sizes(given["losses"], "--losses"),
+        healed=_sizes(given["healed"], "--healed"),
         taylor=given["taylor"],
         force=given["force"],
         trust_remote_code=given["trust_remote_code"],
@@ -191,7 +197,7 @@ def plan(
         show_layers.print_planned(planned, file)
 
 
-def _sizes(text: str | None) -> tuple[int, ...]:
+def _sizes(text: str | None, option: str) -> tuple[int, ...]:
     from slicer.errors import UsageError
 
     if text is None:
@@ -199,9 +205,9 @@ def _sizes(text: str | None) -> tuple[int, ...]:
     try:
         sizes = tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
-        raise UsageError(f"--losses {text}: give block sizes such as 1,4") from None
+        raise UsageError(f"{option} {text}: give block sizes such as 1,4") from None
     if min(sizes) < 1:
-        raise UsageError(f"--losses {text}: a block has at least one layer")
+        raise UsageError(f"{option} {text}: a block has at least one layer")
     return sizes
 
 
