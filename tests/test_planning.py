@@ -18,7 +18,9 @@ from slicer.select import Choice, Cut, best_cuts, doubt, protected
 DEPTH = 8
 
 
-def table(seed: int = 0, depth: int = DEPTH, metric: str = "angular_last_token", error: float = 0.01) -> Distances:
+def table(
+    seed: int = 0, depth: int = DEPTH, metric: str = "angular_last_token", error: float = 0.01
+) -> Distances:
     draw = random.Random(seed)
     mean = {n: [draw.random() * n for _ in range(depth - n + 1)] for n in range(1, depth + 1)}
     errors = {n: [error] * len(row) for n, row in mean.items()}
@@ -75,9 +77,7 @@ def test_layers_that_stay() -> None:
 
 
 def test_what_cannot_be_told_apart_and_how_many_samples_would() -> None:
-    distances = Distances(
-        2, 16, 8, {1: [0.30, 0.31]}, {1: [0.02, 0.02]}, difference_error={1: [0.0, 0.01]}
-    )
+    distances = Distances(2, 16, 8, {1: [0.30, 0.31]}, {1: [0.02, 0.02]}, difference_error={1: [0.0, 0.01]})
     best, other = (Cut((Choice(i, 1, distances.block(1)[i]),)) for i in (0, 1))
     found = doubt(distances, best, other)
     assert found is not None and found.error == 0.01
