@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -32,9 +33,11 @@ if TYPE_CHECKING:
     from slicer.checkpoint.sizes import Sizes
     from slicer.convert import Summary
     from slicer.demo.show import Shown
+    from slicer.heal.job import Healed
     from slicer.inspect import Inspection
 
 _ERR = Console(stderr=True, highlight=False)
+_QUIET_SECONDS = 20  # between lines of progress where stderr is a file
 
 
 class _Bars(Progress):
@@ -43,9 +46,12 @@ class _Bars(Progress):
     def __init__(self) -> None:
         self._bars: Bars | None = None
         self._task: TaskID | None = None
+        self._text, self._total, self._done = "", None, 0  # type: str, int | None, int
+        self._told = time.monotonic()
 
     def stage(self, text: str, total: int | None = None, unit: str = "") -> None:
         self.close()
+        self._text, self._total, self._done, self._told = text, total, 0, time.monotonic()
         if not _ERR.is_terminal:
             return
         columns: tuple[ProgressColumn, ...]
@@ -56,14 +62,23 @@ class _Bars(Progress):
             columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
             self._bars = Bars(*columns, TimeRemainingColumn(), console=_ERR, transient=True)
         else:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
+                       TextColumn("{task.fields[detail]}"))  # fmt: skip
             self._bars = Bars(*columns, TimeRemainingColumn(), console=_ERR, transient=True)
         self._bars.start()
-        self._task = self._bars.add_task(text, total=total)
+        self._task = self._bars.add_task(text, total=total, detail="")
 
     def advance(self, amount: int = 1) -> None:
+        self._done += amount
         if self._bars is not None and self._task is not None:
             self._bars.advance(self._task, amount)
+
+    def detail(self, text: str) -> None:
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, detail=text)
+        elif not _ERR.is_terminal and time.monotonic() - self._told > _QUIET_SECONDS:
+            self._told = time.monotonic()
+            _ERR.print(f"{self._text}: {self._done} of {self._total}, {text}", markup=False)
 
     def note(self, text: str) -> None:
         _ERR.print(f"note: {text}")
@@ -87,7 +102,7 @@ def progress() -> Iterator[Progress]:
         bars.close()
 
 
-def _stdout() -> Console:
+def stdout() -> Console:
     return Console(highlight=False, soft_wrap=True)
 
 
@@ -110,7 +125,7 @@ def _rows(sizes: Sizes) -> list[tuple[str, float, str]]:
 
 def print_summary(summary: Summary) -> None:
     """The table before and after, the block, the checks, the warnings."""
-    console = _stdout()
+    console = stdout()
     plan = summary.plan
     table = Table(title=f"{plan.source}: {plan.depth} to {len(plan.kept)} layers", title_justify="left")
     for name in ("", "before", "after", "left"):
@@ -123,6 +138,8 @@ def print_summary(summary: Summary) -> None:
     console.print(f"dropped   layers {spell_layers(plan.dropped)} ({_why(plan)})")
     for other in plan.runners_up[:2]:
         console.print(f"          next best {other['block']} at {other['distance']:.4f}")
+    if plan.healing is not None:
+        console.print(f"healed    {_healed(plan.healing)}")
     error = "" if summary.logits_error is None else f" (largest relative error {summary.logits_error:.1e})"
     console.print(f"verified  {summary.verified}{error}")
     for warning in summary.warnings:
@@ -130,7 +147,31 @@ def print_summary(summary: Summary) -> None:
     console.print(f"written   {summary.out}" if summary.out else "written   nothing (dry run)")
 
 
+def print_healed(done: Healed) -> None:
+    """What was solved, the losses, the check."""
+    console = stdout()
+    record = done.plan.healing or {}
+    for layer, module in dict.fromkeys((entry["layer"], entry["module"]) for entry in record["solved"]):
+        console.print(f"solved    {module} of layer {layer} (counted in the source)")
+    console.print(f"healed    {_healed(record)}")
+    if not done.helps:
+        console.print("warning   the loss did not fall; the checkpoint without healing is the better one")
+    error = "" if done.logits_error is None else f" (largest relative error {done.logits_error:.1e})"
+    console.print(f"verified  {done.verified}{error}")
+    console.print(f"written   {done.out}")
+
+
+def _healed(record: Mapping[str, Any]) -> str:
+    loss = record["loss"]
+    return (
+        f"{record['method']}: held-out loss {loss['sliced']:.3f} to {loss['healed']:.3f} nats a token "
+        f"(all layers: {loss['source']:.3f})"
+    )
+
+
 def _why(plan: Plan) -> str:
+    if plan.distance is not None and plan.metric not in (None, "angular_last_token"):
+        return f"{plan.strategy}: {plan.metric} {plan.distance:.4g}"
     if plan.distance is not None:
         return f"{plan.strategy}: angular distance {plan.distance:.4f} across the block"
     return plan.strategy if plan.strategy != "explicit" else "as named"
@@ -138,7 +179,7 @@ def _why(plan: Plan) -> str:
 
 def print_inspection(found: Inspection) -> None:
     """One fact a line."""
-    console = _stdout()
+    console = stdout()
     sizes = found.sizes
     low, high = min(sizes.layer_bytes), max(sizes.layer_bytes)
     a_layer = _size(low) + "B" if low == high else f"{_size(low)}B to {_size(high)}B"
@@ -157,6 +198,7 @@ def print_inspection(found: Inspection) -> None:
             ("sliced from", f"{plan.source}{revision}, {plan.depth} layers"),
             ("kept", spell_layers(plan.kept)),
             ("dropped", f"{spell_layers(plan.dropped)} ({_why(plan)})"),
+            ("healed", _healed(plan.healing) if plan.healing else "no"),
         ]
     for label, text in facts:
         console.print(f"{label:<18}{text}")
@@ -165,7 +207,7 @@ def print_inspection(found: Inspection) -> None:
 def print_demo(shown: Shown) -> None:
     """The summary, and a line from each model."""
     print_summary(shown.summary)
-    console = _stdout()
+    console = stdout()
     console.print()
     console.print(f"prompt    {shown.prompt}", markup=False)
     console.print(f"original  {shown.original}", markup=False)
@@ -190,7 +232,7 @@ def print_serving(path: Path, notes: Sequence[str]) -> None:
 
 def print_ready(base_url: str, model: str, has_key: bool) -> None:
     """The one line that scripts wait for, and how to ask."""
-    console = _stdout()
+    console = stdout()
     key = " -H 'Authorization: Bearer KEY'" if has_key else ""
     body = json.dumps({"model": model, "prompt": "Once upon a time", "max_tokens": 32})
     console.print(f"ready     {base_url} (model {model})", markup=False)

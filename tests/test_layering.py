@@ -44,11 +44,17 @@ HEAVY = {
 
 # Which modules may import a library at all, now or later in a function (prefixes of module names).
 ALLOWED = {
-    "click": ("slicer.cli", "slicer.serve.command", "slicer.benchmarks.command"),
+    "click": (
+        "slicer.cli",
+        "slicer.heal.command",
+        "slicer.measure.command",
+        "slicer.serve.command",
+        "slicer.benchmarks.command",
+    ),
     "vllm": ("slicer.serve", "slicer.benchmarks"),
     "peft": ("slicer.heal", "slicer.checkpoint.merge"),
     "bitsandbytes": ("slicer.heal", "slicer.checkpoint.merge"),
-    "lm_eval": ("slicer.judge.evaluate",),
+    "lm_eval": ("slicer.judge.evaluate", "slicer.measure.tasks"),
     "matplotlib": ("slicer.judge", "slicer.benchmarks"),
 }
 
@@ -70,9 +76,16 @@ FLOORS = (
     ("slicer.select",),
     ("slicer.heal", "slicer.judge"),
     ("slicer.convert", "slicer.inspect", "slicer.serve"),
+    ("slicer.analyze", "slicer.healed", "slicer.planning"),
     ("slicer.benchmarks", "slicer.demo.show", "slicer.demo.train"),
     ("slicer.console",),
-    ("slicer.serve.command", "slicer.benchmarks.command"),
+    ("slicer.show_layers",),
+    (
+        "slicer.heal.command",
+        "slicer.measure.command",
+        "slicer.serve.command",
+        "slicer.benchmarks.command",
+    ),
     ("slicer.cli",),
     ("slicer.__main__",),
 )
