@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -197,8 +197,22 @@ class Walk:
             if self._lazy is not None and not self._open[i]:
                 self._lazy.release(i)
 
-    def advance(self, i: int, states: States, listener: Listener | None = None) -> States:
+    @property
+    def loaded(self) -> bool:
+        """Whether the whole model is in memory, so that running a layer again costs no reading."""
+        return self._lazy is None
+
+    def advance(
+        self,
+        i: int,
+        states: States,
+        listener: Listener | None = None,
+        *,
+        only: Iterable[int] | None = None,
+    ) -> States:
         """Run layer i over all batches: `states`, in place, become x(i+1); returns them.
+
+        `only` names the batches that go on, where the others are not needed any more.
 
         `listener(b, x)` is given the new states of each batch, [batch, seq, d], still on the device. Hooks that the
         caller put on the module of `layer(i)` are live. States may stand anywhere before layer i: that leaves layers
@@ -207,7 +221,7 @@ class Walk:
         if states.layer > i:
             raise PlanError(f"these states stand at layer {states.layer}, past layer {i}; start again")
         with self.layer(i), torch.no_grad():
-            for b in range(len(states)):
+            for b in range(len(states)) if only is None else only:
                 new = self.call(i, b, states[b])
                 if listener is not None:
                     listener(b, new)
