@@ -15,6 +15,7 @@ import click
 
 from slicer import __version__
 from slicer.errors import SlicerError
+from slicer.judge import command as judge
 from slicer.serve.command import serve
 
 # Options that do not change what is written stay out of the recorded command, so the same work has the same record.
@@ -213,6 +214,7 @@ def demo(out: Path | None, drop: str, debug: bool) -> None:
     console.print_demo(shown)
 
 
+main.add_command(judge.evaluate)
 main.add_command(serve)
 
 

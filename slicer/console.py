@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from slicer.convert import Summary
     from slicer.demo.show import Shown
     from slicer.inspect import Inspection
+    from slicer.judge.compare import Difference
+    from slicer.judge.results import Evaluation
 
 _ERR = Console(stderr=True, highlight=False)
 
@@ -199,3 +201,44 @@ def print_ready(base_url: str, model: str, has_key: bool) -> None:
         markup=False,
     )
     console.file.flush()
+
+
+def print_evaluations(results: Sequence[Evaluation], compared: Sequence[Sequence[Difference]]) -> None:
+    """A table for each model: value, standard error, what guessing gets; then each difference from the first."""
+    console = _stdout()
+    for result in results:
+        table = Table(title=result.model, title_justify="left")
+        for name in ("", "value", "standard error", "guessing", "items"):
+            table.add_column(name, justify="left" if not name else "right")
+        for s in result.scores:
+            shots = f", {s.shots}-shot" if s.chance is not None else ""
+            table.add_row(
+                f"{s.task} ({s.metric}{shots})", f"{s.value:.4f}",
+                "-" if s.standard_error is None else f"{s.standard_error:.4f}",
+                "-" if s.chance is None else f"{s.chance:.4f}", f"{s.items}",
+            )  # fmt: skip
+        if result.loss is not None:
+            loss = result.loss
+            guess = loss.nats_per_token / loss.normalised
+            table.add_row(f"loss (nats a token, {loss.source})", f"{loss.nats_per_token:.4f}",
+                          f"{loss.standard_error:.4f}", f"{guess:.4f}", f"{loss.sequences}")  # fmt: skip
+            table.add_row("loss / log V", f"{loss.normalised:.4f}",
+                          f"{loss.standard_error / guess:.4f}", "1", f"{loss.tokens} tokens")  # fmt: skip
+        if result.health is not None:
+            health = result.health
+            for name in ("repetition", "distinct_1", "distinct_2", "length"):
+                mean, error = getattr(health, name)
+                label = f"samples: {name.replace('_', '-')}"
+                table.add_row(label, f"{mean:.3f}", f"{error:.3f}", "-", f"{len(health.samples)}")
+        console.print(table)
+    for result, rows in zip(results[1:], compared, strict=True):
+        console.print(f"{result.model} against {results[0].model}, item by item", markup=False)
+        for d in rows:
+            verdict = "within noise" if d.within_noise else "a real difference"
+            console.print(
+                f"  {d.measure:24} {d.delta:+.4f} ± {d.standard_error:.4f}  p = {d.p_value:.2g} "
+                f"over {d.items}: {verdict}",
+                markup=False,
+            )
+        if not rows:
+            console.print("  no items in common: ask both the same tasks", markup=False)

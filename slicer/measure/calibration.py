@@ -162,13 +162,13 @@ def _leading_token(tokenizer: Any) -> int | None:
 
 def _documents(spec: CalibrationSpec) -> Iterator[str]:
     if spec.source is not None and (Path(spec.source).exists() or spec.source.endswith(_SUFFIXES)):
-        texts = _read_file(Path(spec.source), spec.text_column)
+        texts = read_documents(Path(spec.source), spec.text_column)
         random.Random(spec.seed).shuffle(texts)
         return iter(texts)
     return _stream_hub(spec)
 
 
-def _read_file(file: Path, column: str) -> list[str]:
+def read_documents(file: Path, column: str) -> list[str]:
     """Every document of a local file. A .txt file is cut at blank lines."""
     if not file.is_file():
         raise CalibrationError(f"{file}: no such file; {_REMEDY}")
