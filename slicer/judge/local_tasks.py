@@ -140,7 +140,7 @@ def _boolq_files(data: Path) -> dict[str, Path]:
     if files["validation"] is None and (data / "boolq.jsonl").is_file():
         files["validation"] = data / "boolq.jsonl"
     if files["validation"] is None:
-        raise EvaluationError(f"{root / 'dev.jsonl'}: no such file; boolq needs it")
+        raise EvaluationError(f"{data}: boolq needs its dev.jsonl, and it is not in {root}")
     return {split: file for split, file in files.items() if file is not None}
 
 
