@@ -15,7 +15,8 @@ import click
 
 from slicer import __version__
 from slicer.errors import SlicerError
-from slicer.judge import command as judge
+from slicer.judge.command import evaluate
+from slicer.judge.sweep_command import sweep
 from slicer.serve.command import serve
 
 # Options that do not change what is written stay out of the recorded command, so the same work has the same record.
@@ -214,7 +215,8 @@ def demo(out: Path | None, drop: str, debug: bool) -> None:
     console.print_demo(shown)
 
 
-main.add_command(judge.evaluate)
+main.add_command(evaluate)
+main.add_command(sweep)
 main.add_command(serve)
 
 

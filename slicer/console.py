@@ -34,7 +34,10 @@ if TYPE_CHECKING:
     from slicer.demo.show import Shown
     from slicer.inspect import Inspection
     from slicer.judge.compare import Difference
+    from slicer.judge.promise import Found
     from slicer.judge.results import Evaluation
+    from slicer.judge.table import Row
+    from slicer.judge.table import Table as SweepTable
 
 _ERR = Console(stderr=True, highlight=False)
 
@@ -242,3 +245,60 @@ def print_evaluations(results: Sequence[Evaluation], compared: Sequence[Sequence
             )
         if not rows:
             console.print("  no items in common: ask both the same tasks", markup=False)
+
+
+def print_sweep(table: SweepTable, directory: Path) -> None:
+    """The table of a sweep: each task with its error, starred where it differs from the unpruned model."""
+    console = _stdout()
+    shown = Table(title=f"{table.settings['source']}: {table.depth} layers", title_justify="left")
+    for name in ("dropped", "strategy", "healing"):
+        shown.add_column(name)
+    for task in table.tasks:
+        shown.add_column(task, justify="right")
+    has_loss = any(row.evaluation and row.evaluation.loss for row in table.rows)
+    if has_loss:
+        shown.add_column("loss", justify="right")
+        shown.add_column("/ log V", justify="right")
+    shown.add_column("repetition", justify="right")
+    for row in sorted(table.rows, key=lambda r: (r.n, r.strategy, r.heal, r.seed)):
+        label = row.strategy + (f" (seed {row.seed})" if row.strategy == "random" or row.seed else "")
+        cells = [f"{row.n} ({row.fraction:.0%})", label if row.n else "-", row.heal if row.n else "-"]
+        if row.evaluation is None:
+            shown.add_row(*cells, row.error or "not measured")
+            continue
+        for task in table.tasks:
+            score = row.evaluation.primary(task)
+            error = "" if not score or score.standard_error is None else f" ± {score.standard_error:.3f}"
+            cells.append(f"{score.value:.3f}{error}{_star(row, task)}" if score else "-")
+        if has_loss:
+            loss = row.evaluation.loss
+            cells.append(
+                f"{loss.nats_per_token:.3f} ± {loss.standard_error:.3f}{_star(row, 'c4')}" if loss else "-"
+            )
+            cells.append(f"{loss.normalised:.3f}" if loss else "-")
+        cells.append(f"{row.evaluation.health.repetition[0]:.2f}" if row.evaluation.health else "-")
+        shown.add_row(*cells)
+    console.print(shown)
+    console.print("* differs from the unpruned model beyond noise (paired, item by item, p < 0.05)")
+    if table.missing:
+        console.print(f"missing   {table.missing} cells are not finished")
+    console.print(f"written   {directory / 'table.csv'}", markup=False)
+
+
+def _star(row: Row, measure: str) -> str:
+    change = row.change(measure)
+    return " " if change is None or change.within_noise else "*"
+
+
+def print_kept(found: Found, share: float, metric: str, plan: Path, source: str) -> None:
+    """What bisection found, and the command that makes it."""
+    console = _stdout()
+    for kept in found.tried:
+        verdict = "kept" if kept.kept else "broken"
+        doubt = "" if kept.sure else " (within the error: more items would tell)"
+        console.print(f"drop {kept.n:<4} {kept.share:.1%} of {metric}: {verdict}{doubt}", markup=False)
+    if found.best is None:
+        console.print(f"no cut keeps {share:.1%} of {metric}")
+        return
+    console.print(f"deepest   {found.best.n} layers keep {found.best.share:.1%} of {metric}")
+    console.print(f"next      slicer convert {source} --plan {plan}", markup=False)

@@ -13,7 +13,8 @@ from slicer.errors import EvaluationError, UsageError
 _FILE = click.Path(path_type=Path)
 
 
-def _names(text: str) -> tuple[str, ...]:
+def names(text: str) -> tuple[str, ...]:
+    """Comma-separated names."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
@@ -80,6 +81,7 @@ def evaluate(models: tuple[str, ...], **given: Any) -> None:
     from slicer.checkpoint.reader import Checkpoint
     from slicer.judge.evaluate import EvalOptions, Suite
     from slicer.judge.evaluate import evaluate as run
+    from slicer.judge.journal import write_atomically
     from slicer.judge.results import Evaluation, differences
 
     stored = [model for model in models if model.endswith(".json")]
@@ -95,9 +97,9 @@ def evaluate(models: tuple[str, ...], **given: Any) -> None:
         tasks = tasks or "c4"
     if given["write_tasks"] is not None and given["data"] is None:
         raise UsageError("--write-tasks: there are only tasks to write with --data")
-    _check_batch(given["batch_size"])
+    check_batch(given["batch_size"])
     chosen = {
-        "tasks": _names(tasks) if tasks is not None else None,
+        "tasks": names(tasks) if tasks is not None else None,
         "text": text,
         **{
             k: given[k]
@@ -125,8 +127,6 @@ def evaluate(models: tuple[str, ...], **given: Any) -> None:
         ],
     }
     if out is not None:
-        from slicer.judge.journal import write_atomically
-
         write_atomically(out, json.dumps(record, indent=1) + "\n")
     if given["as_json"]:
         click.echo(json.dumps(record, indent=1))
@@ -134,6 +134,7 @@ def evaluate(models: tuple[str, ...], **given: Any) -> None:
         console.print_evaluations(results, compared)
 
 
-def _check_batch(text: str) -> None:
+def check_batch(text: str) -> None:
+    """Raise UsageError unless it is a number of requests, or auto."""
     if text != "auto" and not (text.isdigit() and int(text) > 0):
         raise UsageError(f"--batch-size {text}: write a number of requests, or auto")

@@ -93,19 +93,19 @@ class Suite:
         named = [tasks.parse(task, options.num_fewshot) for task in dict.fromkeys(options.tasks)]
         if not named:
             raise EvaluationError(f"no tasks given; name some, for example --tasks {','.join(TASKS)}")
-        if any(task == LOSS for _, task, _ in named):
+        if any(task.name == LOSS for task in named):
             self.progress.stage("Drawing text for the loss")
             text = options.text or (loss.find_text(options.data) if options.data else None)
             count = min(options.sequences, options.limit or options.sequences)
             self.excerpts = loss.draw(text, sequences=count, seed=options.seed, column=options.text_column)
-        asked = [(label, task, shots) for label, task, shots in named if task != LOSS]
+        asked = [task for task in named if task.name != LOSS]
         if not asked:
             return
         self.progress.stage("Loading tasks")
         directory = options.keep_tasks or Path(self._scratch.name) / "tasks"
-        manager = tasks.manager([task for _, task, _ in asked], options.data, directory)
+        manager = tasks.manager([task.name for task in asked], options.data, directory)
         # One by one: lm-eval refuses a task beside a group that holds it (mmlu_astronomy, mmlu).
-        self._rounds = [_Round(manager, task, label, shots, options) for label, task, shots in asked]
+        self._rounds = [_Round(manager, task, options) for task in asked]
 
     def run(self, lm: Any, name: str, vocabulary: int) -> Evaluation:
         """Ask `lm` (an lm-eval model) everything. `vocabulary` is V of the normalised loss."""
@@ -136,8 +136,9 @@ class Suite:
 class _Round:
     """One task, group or tag asked with one number of examples; `label` is its name in the results."""
 
-    def __init__(self, manager: Any, name: str, label: str, shots: int | None, options: EvalOptions) -> None:
-        self.name, self.label, self.options = name, label, options
+    def __init__(self, manager: Any, asked: tasks.Asked, options: EvalOptions) -> None:
+        name, shots = asked.name, asked.shots
+        self.name, self.label, self.options = name, asked.label, options
         try:
             self.loaded = manager.load([name])
         except Exception as error:  # data sets, the Hub and task programs raise anything
@@ -152,6 +153,8 @@ class _Round:
                 task.set_config(key="num_fewshot", value=shots)
             elif fixed is None:
                 task.set_config(key="num_fewshot", value=0)
+            if asked.order:
+                _reorder(task, asked.order)
         self.samples = self._shared(options.limit) if options.share_limit and options.limit else None
 
     def _shared(self, limit: int) -> dict[str, list[int]]:
@@ -187,6 +190,18 @@ class _Round:
             inside = self.leaves if score.task == self.label else [score.task]
             if pairs := _items(score.metric, inside, found["samples"]):
                 items[f"{score.task}/{score.metric}"] = pairs
+
+
+def _reorder(task: Any, order: int) -> None:
+    """Put the examples before each question in another order, the same for every question (figure 7 of the paper)."""
+    sample = task.sampler.sample
+
+    def shuffled(*args: Any, **kwargs: Any) -> list[Any]:
+        chosen = list(sample(*args, **kwargs))
+        random.Random(order).shuffle(chosen)
+        return chosen
+
+    task.sampler.sample = shuffled
 
 
 def evaluate(source: str, suite: Suite) -> Evaluation:

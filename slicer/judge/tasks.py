@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +45,23 @@ def manager(tasks: Sequence[str], data: Path | None, directory: Path) -> Any:
     return lm_tasks.TaskManager(**{**where, "include_path": [*where["include_path"], directory]})
 
 
-def parse(task: str, default: int | None) -> tuple[str, str, int | None]:
-    """(label, lm-eval's name, examples) of `mmlu` or `mmlu@5`. Raises EvaluationError."""
-    name, at, count = task.strip().partition("@")
-    if at and not count.isdigit():
+@dataclass(frozen=True)
+class Asked:
+    """A task as it was asked for: `mmlu`, `mmlu@5` (with 5 examples) or `mmlu@5:1` (the same in another order)."""
+
+    label: str
+    name: str
+    shots: int | None = None
+    order: int = 0
+
+
+def parse(task: str, default: int | None) -> Asked:
+    """Read a task's name, number of examples and their order. Raises EvaluationError."""
+    match = re.fullmatch(r"([^@]+)(?:@(\d+)(?::(\d+))?)?", task.strip())
+    if match is None:
         raise EvaluationError(f"--tasks {task}: write a number of examples after the @, as in mmlu@5")
-    return task.strip(), name, int(count) if at else default
+    shots = default if match[2] is None else int(match[2])
+    return Asked(task.strip(), match[1].strip(), shots, int(match[3] or 0))
 
 
 def share(sizes: Mapping[str, int], total: int) -> dict[str, int]:
