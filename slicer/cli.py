@@ -15,6 +15,7 @@ import click
 
 from slicer import __version__
 from slicer.errors import SlicerError
+from slicer.heal.command import heal
 from slicer.judge.command import evaluate
 from slicer.judge.sweep_command import sweep
 from slicer.serve.command import serve
@@ -107,6 +108,20 @@ def main() -> None:
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of the calibration sample.")
 @click.option("--text-column", metavar="NAME", help="Column of the calibration data that holds the text.")
 @click.option(
+    "--heal",
+    type=click.Choice(["none", "fold"]),
+    help="Close the cut: fold solves the weights before it again, in closed form, on the calibration data. none: keep "
+    "every byte  [default: fold where there is calibration data and it helps, else none]",
+)
+@click.option(
+    "--fold",
+    type=click.Choice(["resolve", "transform"]),
+    default="resolve",
+    show_default=True,
+    help="resolve: the output matrices themselves, by ridge regression. transform: only a linear map behind the "
+    "feed-forward part (ReplaceMe).",
+)
+@click.option(
     "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest weight file."
 )
 @click.option(
@@ -157,7 +172,7 @@ def convert(source: str, **given: Any) -> None:
             else None,
         )
     plan = Plan.load(given["plan_file"]) if given["plan_file"] is not None else None
-    calibration = given["calibration"] or ("self" if source == "demo" else None)
+    calibration = given["calibration"] or ("self" if source == "demo" and plan is None else None)
     chosen = {
         k: given[k]
         for k in ("samples", "seq_len", "batch_size", "seed", "text_column")
@@ -169,6 +184,8 @@ def convert(source: str, **given: Any) -> None:
         verify=given["verify"],
         dtype=given["dtype"],
         device=given["device"],
+        heal=given["heal"],
+        fold=given["fold"],
         max_shard_bytes=parse_size(given["max_shard_size"], "--max-shard-size"),
         force=given["force"],
         dry_run=given["dry_run"],
@@ -215,6 +232,7 @@ def demo(out: Path | None, drop: str, debug: bool) -> None:
     console.print_demo(shown)
 
 
+main.add_command(heal)
 main.add_command(evaluate)
 main.add_command(sweep)
 main.add_command(serve)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from slicer.checkpoint.sizes import Sizes
     from slicer.convert import Summary
     from slicer.demo.show import Shown
+    from slicer.heal.job import Healed
     from slicer.inspect import Inspection
     from slicer.judge.compare import Difference
     from slicer.judge.promise import Found
@@ -128,11 +129,35 @@ def print_summary(summary: Summary) -> None:
     console.print(f"dropped   layers {spell_layers(plan.dropped)} ({_why(plan)})")
     for other in plan.runners_up[:2]:
         console.print(f"          next best {other['block']} at {other['distance']:.4f}")
+    if plan.healing is not None:
+        console.print(f"healed    {_healed(plan.healing)}")
     error = "" if summary.logits_error is None else f" (largest relative error {summary.logits_error:.1e})"
     console.print(f"verified  {summary.verified}{error}")
     for warning in summary.warnings:
         console.print(f"warning   {warning}")
     console.print(f"written   {summary.out}" if summary.out else "written   nothing (dry run)")
+
+
+def print_healed(done: Healed) -> None:
+    """What was solved, the losses, the check."""
+    console = _stdout()
+    record = done.plan.healing or {}
+    for layer, module in dict.fromkeys((entry["layer"], entry["module"]) for entry in record["solved"]):
+        console.print(f"solved    {module} of layer {layer} (counted in the source)")
+    console.print(f"healed    {_healed(record)}")
+    if not done.helps:
+        console.print("warning   the loss did not fall; the checkpoint without healing is the better one")
+    error = "" if done.logits_error is None else f" (largest relative error {done.logits_error:.1e})"
+    console.print(f"verified  {done.verified}{error}")
+    console.print(f"written   {done.out}")
+
+
+def _healed(record: Mapping[str, Any]) -> str:
+    loss = record["loss"]
+    return (
+        f"{record['method']}: held-out loss {loss['sliced']:.3f} to {loss['healed']:.3f} nats a token "
+        f"(all layers: {loss['source']:.3f})"
+    )
 
 
 def _why(plan: Plan) -> str:
@@ -162,6 +187,7 @@ def print_inspection(found: Inspection) -> None:
             ("sliced from", f"{plan.source}{revision}, {plan.depth} layers"),
             ("kept", spell_layers(plan.kept)),
             ("dropped", f"{spell_layers(plan.dropped)} ({_why(plan)})"),
+            ("healed", _healed(plan.healing) if plan.healing else "no"),
         ]
     for label, text in facts:
         console.print(f"{label:<18}{text}")

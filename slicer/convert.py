@@ -1,13 +1,14 @@
 """The main job, its stages in order: open, measure, select, export, verify, and only then appear.
 
-resolve -> Checkpoint.open -> [load -> calibrate -> measure -> select] -> write -> verify -> rename
+resolve -> Checkpoint.open -> [load -> calibrate -> measure -> select] -> [heal] -> write -> verify -> rename
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from slicer.checkpoint.export import (
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import Sizes, measure_sizes
 from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES, atomic_directory, check_space
-from slicer.errors import ArchitectureError, PlanError, UsageError
+from slicer.errors import ArchitectureError, HealError, PlanError, UsageError
 from slicer.measure.calibration import CalibrationSpec
 from slicer.plan import Amount, Plan
 from slicer.progress import Progress
@@ -32,9 +33,12 @@ from slicer.select import deepest, rank, tail
 if TYPE_CHECKING:
     import torch
 
+    from slicer.heal.healing import Healing
     from slicer.measure.analysis import Distances
+    from slicer.measure.calibration import TokenBatches
 
 STRATEGIES = ("similarity", "deepest", "tail")
+HEALINGS = ("none", "fold")
 RUNNERS_UP = 3
 
 
@@ -83,6 +87,8 @@ class Options:
         dtype: None keeps the stored one; otherwise a key of `export.DTYPES` for the written tensors and the model
             that measures.
         device: "auto", "cpu", "cuda", "cuda:1", ...
+        heal: "none" or "fold"; None folds where there is calibration data and the architecture allows it.
+        fold: the solver, one of `slicer.heal.fold.SOLVERS`.
     """
 
     strategy: str = "similarity"
@@ -90,6 +96,8 @@ class Options:
     verify: str = "auto"
     dtype: str | None = None
     device: str = "auto"
+    heal: str | None = None
+    fold: str = "resolve"
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     force: bool = False
     dry_run: bool = False
@@ -124,6 +132,7 @@ class Summary:
             "runners_up": list(plan.runners_up),
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
+            "healing": None if plan.healing is None else dict(plan.healing),
             "verified": self.verified,
             "logits_error": self.logits_error,
             "warnings": list(self.warnings),
@@ -156,6 +165,34 @@ class _Model:
         gc.collect()
 
 
+class _Data:
+    """The calibration batches, read once when first needed."""
+
+    def __init__(self, checkpoint: Checkpoint, options: Options, model: _Model, progress: Progress) -> None:
+        self._checkpoint, self._options, self._model, self._progress = checkpoint, options, model, progress
+        self._data: TokenBatches | None = None
+        self.spec = options.calibration
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether healing may use it unasked: it was read already, or named."""
+        return self._data is not None or self.spec.source is not None
+
+    def get(self) -> TokenBatches:
+        if self._data is None:
+            from slicer.measure.calibration import token_batches
+
+            loaded = self._model.get()
+            self._progress.stage("Calibration data")
+            self._data = token_batches(
+                self.spec,
+                self._checkpoint.path,
+                loaded,
+                trust_remote_code=self._options.trust_remote_code,
+            )
+        return self._data
+
+
 def convert(
     source: str,
     goal: Goal | None,
@@ -181,14 +218,15 @@ def convert(
     if out is not None and not options.dry_run:
         check_output(out, found.path, force=options.force)
     model = _Model(checkpoint, options, progress)
+    data = _Data(checkpoint, options, model, progress)
     config_of = _Configs(checkpoint, options)
     distances: Distances | None = None
     if plan is not None:
-        plan = replace(plan, source=source, revision=found.revision, command=options.command)
         config_of(plan.kept if plan.depth == depth else _mismatch(plan, checkpoint))
+        options = _healing_again(plan, options, data)
     else:
         assert goal is not None
-        plan, distances = _choose(checkpoint, goal, options, model, config_of, progress)
+        plan, distances = _choose(checkpoint, goal, options, model, data, config_of, progress)
     plan = replace(
         plan,
         source=source,
@@ -198,6 +236,7 @@ def convert(
         versions=_versions(),
         command=options.command,
         parent=_parent(found.path),
+        healing=None,
     )
     out = out or Path(f"{_short_name(source)}-{len(plan.kept)}L")
     cast = DTYPES[options.dtype] if options.dtype else None
@@ -209,7 +248,10 @@ def convert(
     check_space(out, after.total_bytes)
     verify = _verification(options, before, progress)
     summary = Summary(out, plan, before, after, verify, warnings=warnings)
-    return _write(checkpoint, summary, config_of(plan.kept), distances, model, options, progress)
+    healing = _heal(checkpoint, summary, model, data, options, progress)
+    if healing is not None:
+        summary = replace(summary, plan=replace(plan, healing=healing.record))
+    return _write(checkpoint, summary, config_of(plan.kept), distances, model, healing, options, progress)
 
 
 def _write(
@@ -218,11 +260,13 @@ def _write(
     config: Mapping[str, Any],
     distances: Distances | None,
     model: _Model,
+    healing: Healing | None,
     options: Options,
     progress: Progress,
 ) -> Summary:
     """Reference logits, then the directory, its figures and card, its checks; renamed into place at the end."""
     from slicer.checkpoint import verify
+    from slicer.heal.healing import as_written, healed, on_disk
 
     assert summary.out is not None
     probe: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -233,10 +277,15 @@ def _write(
             architectures.text_config(checkpoint.config).get("vocab_size") or reference.config.vocab_size
         )
         tokens = verify.probe_tokens(vocabulary, seed=0)
-        probe = tokens, verify.reference_logits(reference, tokens, summary.plan.dropped)
+        with contextlib.ExitStack() as stack:
+            if healing is not None:
+                stack.enter_context(healed(reference, healing.changes))
+            probe = tokens, verify.reference_logits(reference, tokens, summary.plan.dropped)
         del reference
     model.release()
-    with atomic_directory(summary.out, replace=options.force) as directory:
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(atomic_directory(summary.out, replace=options.force))
+        replaced = stack.enter_context(on_disk(healing)) if healing is not None else {}
         progress.stage("Writing", summary.after.total_bytes, "bytes")
         write_checkpoint(
             checkpoint,
@@ -246,6 +295,7 @@ def _write(
             dtype=options.dtype,
             max_shard_bytes=options.max_shard_bytes,
             progress=progress.advance,
+            replaced=replaced,
         )
         if distances is not None:
             _draw(distances, summary.plan, directory / "slicer")
@@ -253,6 +303,8 @@ def _write(
         if summary.verified != "none":
             progress.stage("Checking every key and shape")
             verify.check_load(directory, trust_remote_code=options.trust_remote_code)
+        if healing is not None:
+            verify.check_tensors(directory, as_written(checkpoint, summary.plan, healing))
         if probe is not None:
             progress.stage("Comparing logits")
             error = verify.check_logits(
@@ -265,6 +317,67 @@ def _write(
             )
             summary = replace(summary, logits_error=error)
     return summary
+
+
+def _heal(
+    checkpoint: Checkpoint,
+    summary: Summary,
+    model: _Model,
+    data: _Data,
+    options: Options,
+    progress: Progress,
+) -> Healing | None:
+    """The new weights around the cut, or None; unasked, only where that can be done and helps."""
+    asked = options.heal is not None
+    if options.heal == "none":
+        return None
+    if not asked and not data.at_hand:
+        progress.note("not healed: there is no calibration data at hand; --calibration DATA heals the cut")
+        return None
+    from slicer.checkpoint.verify import fits_in_memory
+    from slicer.heal.healing import fold_checkpoint
+    from slicer.measure.stream import Walk
+
+    batches = data.get()
+    if fits_in_memory(summary.before.total_bytes, options.device):
+        walk = Walk.in_memory(model.get())
+    else:
+        walk = Walk.out_of_core(
+            checkpoint,
+            dtype=options.dtype or "auto",
+            device=options.device,
+            trust_remote_code=options.trust_remote_code,
+        )
+    cast = DTYPES[options.dtype] if options.dtype else None
+    try:
+        healing = fold_checkpoint(
+            checkpoint, walk, batches, summary.plan.dropped, solver=options.fold, cast=cast, progress=progress
+        )
+    except (HealError, ArchitectureError) as error:
+        if asked:
+            raise
+        progress.note(f"not healed: {error}")
+        return None
+    if not healing.helps:
+        loss = healing.record["loss"]
+        words = (
+            f"it does not lower the loss on calibration text held out ({loss['healed']:.4f} nats a token, "
+            f"{loss['sliced']:.4f} without)"
+        )
+        progress.note(f"healed as asked, but {words}" if asked else f"not healed: {words}")
+        return healing if asked else None
+    return healing
+
+
+def _healing_again(plan: Plan, options: Options, data: _Data) -> Options:
+    """A plan that was healed is healed again on the same text, unless other options are given."""
+    record = plan.healing
+    if record is None or options.heal is not None or options.calibration.source is not None:
+        return options
+    given = dict(record.get("calibration") or {})
+    names = {f.name for f in fields(CalibrationSpec)}
+    data.spec = CalibrationSpec(**{k: v for k, v in given.items() if k in names})
+    return replace(options, heal="fold", fold=str(record.get("solver", options.fold)))
 
 
 class _Configs:
@@ -297,6 +410,7 @@ def _choose(
     goal: Goal,
     options: Options,
     model: _Model,
+    data: _Data,
     config_of: _Configs,
     progress: Progress,
 ) -> tuple[Plan, Distances | None]:
@@ -313,7 +427,7 @@ def _choose(
     best: Callable[[int], Plan]
     distances: Distances | None = None
     if options.strategy == "similarity":
-        distances, calibration = _measure(checkpoint, options, model, progress)
+        distances, calibration = _measure(model, data, progress)
         best = _by_similarity(distances, calibration, options, config_of, progress)
     else:
         dropped = {"deepest": deepest, "tail": tail}[options.strategy]
@@ -375,18 +489,11 @@ def _by_similarity(
     return best
 
 
-def _measure(
-    checkpoint: Checkpoint, options: Options, model: _Model, progress: Progress
-) -> tuple[Distances, dict[str, Any]]:
+def _measure(model: _Model, data: _Data, progress: Progress) -> tuple[Distances, dict[str, Any]]:
     from slicer.measure.analysis import measure
-    from slicer.measure.calibration import token_batches
 
-    loaded = model.get()
-    progress.stage("Calibration data")
-    data = token_batches(
-        options.calibration, checkpoint.path, loaded, trust_remote_code=options.trust_remote_code
-    )
-    progress.stage("Measuring layers", len(data.batches), "batches")
+    loaded, found = model.get(), data.get()
+    progress.stage("Measuring layers", len(found.batches), "batches")
     done = 0
 
     def tick(now: int, _total: int) -> None:
@@ -394,7 +501,7 @@ def _measure(
         progress.advance(now - done)
         done = now
 
-    return measure(loaded, data.batches, progress=tick), data.provenance
+    return measure(loaded, found.batches, progress=tick), found.provenance
 
 
 def _verification(options: Options, before: Sizes, progress: Progress) -> str:
@@ -430,6 +537,8 @@ def _check_options(options: Options, goal: Goal | None, plan: Plan | None) -> No
         )
     if options.strategy not in STRATEGIES:
         raise UsageError(f"strategy {options.strategy!r}: choose one of {', '.join(STRATEGIES)}")
+    if options.heal is not None and options.heal not in HEALINGS:
+        raise UsageError(f"heal {options.heal!r}: choose one of {', '.join(HEALINGS)}")
     if options.verify not in ("auto", "none", "load", "logits"):
         raise UsageError(f"verify {options.verify!r}: choose auto, none, load or logits")
     if options.dtype is not None and options.dtype not in DTYPES:

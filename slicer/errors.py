@@ -8,6 +8,7 @@
         ├── ArchitectureError   the architecture, or this cut of it, cannot be expressed
         ├── PlanError           a plan that does not fit the model
         ├── CalibrationError    no, unreadable or too little calibration data
+        ├── HealError           a cut that cannot be healed this way, or not with this data
         ├── OutputError         the output cannot be written there
         ├── VerificationError   the written checkpoint is not what it should be
         ├── EvaluationError     a task, its data or a result of it is not there or not as needed
@@ -49,6 +50,10 @@ class PlanError(SlicerError):
 
 class CalibrationError(SlicerError):
     """Calibration data is missing, unreadable or too short."""
+
+
+class HealError(SlicerError):
+    """The cut cannot be healed this way, or not with this data."""
 
 
 class OutputError(SlicerError):

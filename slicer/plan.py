@@ -33,6 +33,7 @@ class Plan:
         distance: angular distance (units of pi) across the dropped block, where it was measured.
         calibration: what the distances were measured on.
         parent: the plan of the source, when the source was itself sliced.
+        healing: how the cut was healed: method, data, what was solved, losses before and after.
     """
 
     depth: int
@@ -49,6 +50,7 @@ class Plan:
     versions: Mapping[str, str] = field(default_factory=dict)
     command: str | None = None
     parent: Mapping[str, Any] | None = None
+    healing: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kept", tuple(self.kept))

@@ -44,7 +44,7 @@ HEAVY = {
 
 # Which modules may import a library at all, now or later in a function (prefixes of module names).
 ALLOWED = {
-    "click": ("slicer.cli", "slicer.serve.command", "slicer.benchmarks.command"),
+    "click": ("slicer.cli", "slicer.heal.command", "slicer.serve.command", "slicer.benchmarks.command"),
     "vllm": ("slicer.serve", "slicer.benchmarks"),
     "peft": ("slicer.heal", "slicer.checkpoint.merge"),
     "bitsandbytes": ("slicer.heal", "slicer.checkpoint.merge"),
@@ -72,7 +72,7 @@ FLOORS = (
     ("slicer.convert", "slicer.inspect", "slicer.serve"),
     ("slicer.benchmarks", "slicer.demo.show", "slicer.demo.train"),
     ("slicer.console",),
-    ("slicer.serve.command", "slicer.benchmarks.command"),
+    ("slicer.heal.command", "slicer.serve.command", "slicer.benchmarks.command"),
     ("slicer.cli",),
     ("slicer.__main__",),
 )

@@ -250,6 +250,38 @@ class Architecture:
     note: Note | None = None
 
 
+# Where a layer writes into the residual stream: the last linear map of its feed-forward part, or of its attention (or
+# what stands for it), by module name within the layer. Over all architectures of the table these names are few and
+# mean the same thing wherever they occur, so no row has to choose.
+FEED_FORWARD_OUTPUTS = (
+    *(
+        "mlp.down_proj",
+        "mlp.fc2",
+        "mlp.c_proj",
+        "mlp.fc_out",
+        "mlp.dense_4h_to_h",
+        "fc2",
+        "mlp_block.down_proj",
+    ),
+    *("feed_forward.down_proj", "feed_forward.w2", "ffn.down_proj", "mixer.down_proj"),
+    *("mlp.shared_expert.down_proj", "mlp.shared_experts.down_proj", "feed_forward.shared_expert.down_proj"),
+    *("mixer.shared_experts.down_proj", "shared_mlp.output_linear"),
+)
+ATTENTION_OUTPUTS = (
+    *("self_attn.o_proj", "self_attn.dense", "self_attn.out_proj", "self_attention.dense", "attention.dense"),
+    *("attn.c_proj", "attn.out_proj", "attn.attention.out_proj", "norm_attn_norm.attn.out_proj"),
+    *("mamba.out_proj", "mixer.out_proj", "mixer.o_proj", "linear_attn.out_proj", "conv.out_proj"),
+    *("temporal_block.linear_out", "temporal_block.o_proj"),
+)
+# A mixture of experts: the module that adds its experts up, and the tensors, by their names on disk, that a linear map
+# of that sum goes into (with the axis of the hidden size).
+EXPERT_MODULES = ("mlp", "block_sparse_moe", "feed_forward", "mixer", "ffn")
+EXPERT_OUTPUTS = (
+    (r"(shared_)?experts?\.(\d+\.)?(down_proj|w2)\.weight", 0),
+    (r"block_sparse_moe\.output_linear\.weight", 1),
+    (r"experts\.(down_proj(_bias)?|mlp\.w2)", -1),
+)
+
 _H, _BACKBONE = ("transformer.h.",), ("backbone.layers.", "model.layers.")
 _WRAPPED = ("model.language_model.layers.", "language_model.model.layers.", "model.layers.")
 _TYPES = ("layer_types",)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import Sizes
@@ -34,7 +36,7 @@ def for_slice(checkpoint: Checkpoint, plan: Plan, before: Sizes, after: Sizes, *
         f"{name} without its decoder layers {spell_layers(plan.dropped)} (counted from 0). The other layers keep their "
         "weights"
         + (f", cast to {plan.dtype}" if plan.dtype else " bit for bit")
-        + "; nothing was trained or healed.",
+        + ("; nothing was trained or healed." if plan.healing is None else ", but for those healed (below)."),
         "",
         "| | before | after |",
         "|---|---|---|",
@@ -49,6 +51,8 @@ def for_slice(checkpoint: Checkpoint, plan: Plan, before: Sizes, after: Sizes, *
         _reason(plan),
         "",
     ]
+    if plan.healing is not None:
+        lines += ["## How the cut was healed", "", *_healing(plan.healing), ""]
     if figures:
         lines += [
             "![Angular distance across every block](slicer/distances.png)",
@@ -107,6 +111,26 @@ def _reason(plan: Plan) -> str:
         "deepest": "They are the deepest ones, without the final layer, which stays; nothing was measured.",
         "tail": "They are the last ones; nothing was measured.",
     }.get(plan.strategy, "They were named by hand.")
+
+
+def _healing(record: Mapping[str, Any]) -> list[str]:
+    """What was solved again, on what, and the loss before and after."""
+    data, loss = record["calibration"], record["loss"]
+    source = str(data.get("source", "calibration text"))
+    source = Path(source).name if Path(source).exists() else source
+    solved = sorted({(entry["layer"], entry["module"]) for entry in record["solved"]})
+    names = ", ".join(f"`{module}` of layer {layer}" for layer, module in solved)
+    return [
+        f"In closed form, without training (`{record['method']}`, `{record['solver']}`): {names} (numbered as in "
+        "the original) were solved again by ridge regression, so that the residual stream arrives behind the cut as it "
+        f"did in the original. Data: {data.get('samples', '?')} sequences of {data.get('seq_len', '?')} tokens, seed "
+        f"{data.get('seed', '?')}, source: {source}. Loss in nats a token on {len(record['held_out_sequences'])} of "
+        "these sequences that took no part in the solving:",
+        "",
+        "| original | cut, not healed | healed |",
+        "|---|---|---|",
+        f"| {loss['source']:.4f} | {loss['sliced']:.4f} | {loss['healed']:.4f} |",
+    ]
 
 
 def _inherited(source: Path) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from slicer.checkpoint import architectures
 from slicer.checkpoint.hub import COMPANIONS
-from slicer.checkpoint.reader import BIN_INDEX, INDEX, Checkpoint, inside
+from slicer.checkpoint.reader import BIN_INDEX, INDEX, Checkpoint, TensorSpan, inside
 from slicer.checkpoint.writer import (
     DEFAULT_SHARD_BYTES,
     Progress,
@@ -138,14 +138,43 @@ def write_checkpoint(
     dtype: str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress | None = None,
+    replaced: Mapping[str, TensorSpan] | None = None,
 ) -> None:
-    """Fill the empty `directory`: weights, config.json, companions and slicer/plan.json."""
-    tensors = checkpoint.sliced(plan.kept)
+    """Fill the empty `directory`: weights, config.json, companions and slicer/plan.json.
+
+    `replaced` has, under raw keys of the source, the tensors whose bytes are taken from elsewhere.
+    """
+    tensors = checkpoint.replacing(replaced or {}).sliced(plan.kept)
     cast = DTYPES[dtype] if dtype else None
     check_space(directory, sum(span.cast(cast)[1] for span in tensors.values()) + (1 << 20))
     copy_companions(checkpoint.path, directory)
     (directory / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
     (directory / "slicer").mkdir()
+    (directory / "slicer" / "plan.json").write_text(plan.to_json(), "utf-8")
+    write_tensors(
+        directory, tensors, checkpoint.metadata, cast=cast, max_shard_bytes=max_shard_bytes, progress=progress
+    )
+
+
+def rewrite_checkpoint(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    directory: Path,
+    *,
+    replaced: Mapping[str, TensorSpan],
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Progress | None = None,
+) -> None:
+    """Fill the empty `directory` with the sliced `checkpoint` as it is, but for the tensors `replaced` and its plan."""
+    tensors = checkpoint.replacing(replaced).tensors
+    cast = DTYPES[plan.dtype] if plan.dtype else None
+    check_space(directory, sum(span.cast(cast)[1] for span in tensors.values()) + (1 << 20))
+    copy_companions(checkpoint.path, directory)
+    shutil.copyfile(inside(checkpoint.path, "config.json"), directory / "config.json")
+    (directory / "slicer").mkdir()
+    for file in sorted((checkpoint.path / "slicer").glob("*")):
+        if file.is_file() and inside(checkpoint.path, f"slicer/{file.name}"):
+            shutil.copyfile(file, directory / "slicer" / file.name)
     (directory / "slicer" / "plan.json").write_text(plan.to_json(), "utf-8")
     write_tensors(
         directory, tensors, checkpoint.metadata, cast=cast, max_shard_bytes=max_shard_bytes, progress=progress

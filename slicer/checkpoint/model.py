@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from slicer.checkpoint import architectures
-from slicer.checkpoint.reader import read_config
-from slicer.errors import ArchitectureError, SourceError, UsageError
+from slicer.checkpoint.reader import Checkpoint, read_config
+from slicer.errors import ArchitectureError, SlicerError, SourceError, UsageError
 
 Model = Any  # a transformers PreTrainedModel, whose classes carry no types
 
@@ -67,6 +67,75 @@ def auto_classes(path: Path) -> list[Any]:
     config = read_config(path)
     wrapped = architectures.text_config(config) is not config
     return [transformers.AutoModelForImageTextToText] * wrapped + [transformers.AutoModelForCausalLM]
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+
+
+def meta_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Every tensor of the checkpoint under its raw key, of its shape and dtype, on the meta device."""
+    return {
+        key: torch.empty(span.shape, dtype=_DTYPES.get(span.dtype, torch.float32), device="meta")
+        for key, span in checkpoint.tensors.items()
+    }
+
+
+def build_on_meta(
+    path: Path,
+    tensors: dict[str, torch.Tensor],
+    *,
+    config: Any = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[Model, dict[str, Any]]:
+    """The model of `path` on the meta device, and transformers' report of how `tensors` (raw keys) fit into it.
+
+    The report has `missing_keys`, `unexpected_keys` and `mismatched_keys`. No weight is read. Raises SourceError when
+    no class can be built.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    failure: Exception | None = None
+    try:
+        if config is None:
+            config = transformers.AutoConfig.from_pretrained(
+                str(path), trust_remote_code=trust_remote_code, local_files_only=True
+            )
+        classes = auto_classes(path)
+    except SlicerError:
+        raise
+    except Exception as error:
+        classes, failure = [], error
+    for auto in classes:
+        try:
+            model, info = _model_class(auto, path, config, trust_remote_code).from_pretrained(
+                None,
+                config=config,
+                state_dict=dict(tensors),
+                dtype=dtype,
+                device_map={"": "meta"},
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+            return model, dict(info)
+        except (
+            Exception
+        ) as error:  # a model class may raise anything for a config or a tensor it does not like
+            failure = failure or error
+    raise SourceError(f"transformers cannot build the model: {' '.join(str(failure).split())[:300]}")
+
+
+def _model_class(auto: Any, path: Path, config: Any, trust_remote_code: bool) -> Any:
+    """The class that `auto` would load: the checkpoint's own code where that is trusted, else transformers'."""
+    remote = (getattr(config, "auto_map", None) or {}).get(auto.__name__)
+    if remote and trust_remote_code:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        return get_class_from_dynamic_module(remote, str(path), local_files_only=True)
+    return auto._model_mapping[type(config)]
 
 
 def pick_device(device: str) -> torch.device:

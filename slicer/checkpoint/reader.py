@@ -10,8 +10,8 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -146,6 +146,15 @@ class Checkpoint:
             for key, span in self.tensors.items()
         }
         return {key: span for key, span in renamed.items() if key is not None}
+
+    def replacing(self, spans: Mapping[str, TensorSpan]) -> Checkpoint:
+        """The checkpoint with the bytes of some tensors taken from elsewhere, shape for shape."""
+        for key, span in spans.items():
+            if key not in self.tensors or span.shape != self.tensors[key].shape:
+                raise SourceError(
+                    f"{self.path}: no tensor {key} of shape {list(span.shape)} is there to be replaced"
+                )
+        return replace(self, tensors={**self.tensors, **spans})
 
     def check_layers(self) -> None:
         """Raise SourceError when the tensors are not those of `depth` layers."""

@@ -53,7 +53,8 @@ def dtype_name(tensor: torch.Tensor) -> str:
     return _NAMES[name]
 
 
-def _torch_dtype(name: str) -> torch.dtype:
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors name."""
     import torch
 
     dtype: torch.dtype = next(getattr(torch, key) for key, value in _NAMES.items() if value == name)
@@ -67,15 +68,25 @@ def chunks(span: TensorSpan, dtype: str) -> Iterator[bytes]:
     if span.key is not None:
         flat = load(span.file)[span.key].detach().contiguous().flatten()
         for start in range(0, flat.numel(), _CHUNK):
-            piece = flat[start : start + _CHUNK].to(_torch_dtype(dtype))
+            piece = flat[start : start + _CHUNK].to(torch_dtype(dtype))
             yield piece.view(torch.uint8).numpy().tobytes()
         return
-    old = _torch_dtype(span.dtype)
+    old = torch_dtype(span.dtype)
     with open(span.file, "rb") as stream:
         size = _CHUNK * old.itemsize
         for start in range(span.start, span.end, size):
             stream.seek(start)
             block = bytearray(stream.read(min(size, span.end - start)))
             yield (
-                torch.frombuffer(block, dtype=old).to(_torch_dtype(dtype)).view(torch.uint8).numpy().tobytes()
+                torch.frombuffer(block, dtype=old).to(torch_dtype(dtype)).view(torch.uint8).numpy().tobytes()
             )
+
+
+def read(span: TensorSpan) -> torch.Tensor:
+    """The tensor, read into memory, in its stored dtype and shape."""
+    import torch
+
+    if span.key is not None:
+        return load(span.file)[span.key].detach().clone()
+    block = bytearray(b"".join(chunks(span, span.dtype)))
+    return torch.frombuffer(block, dtype=torch_dtype(span.dtype)).view(span.shape)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from slicer.checkpoint.model import auto_classes, bypass, load_model, pick_device
+from slicer.checkpoint import tensors as torch_tensors
+from slicer.checkpoint.model import build_on_meta, bypass, load_model, meta_tensors, pick_device
 from slicer.checkpoint.reader import Checkpoint
-from slicer.errors import SlicerError, VerificationError
+from slicer.errors import SlicerError, SourceError, VerificationError
 
 # What rounding may do: both runs do the same operations on the same weights, so a whole layer gone wrong shows at
 # once, and only a different order of summation may differ by some units of the last place.
@@ -43,10 +44,7 @@ def check_load(path: Path, *, trust_remote_code: bool = False) -> None:
         raise VerificationError(
             f"the written config does not reload: {' '.join(str(error).split())[:300]}"
         ) from None
-    tensors = {
-        key: torch.empty(span.shape, dtype=_DTYPES.get(span.dtype, torch.float32), device="meta")
-        for key, span in checkpoint.tensors.items()
-    }
+    tensors = meta_tensors(checkpoint)
     problems = _load_on_meta(path, config, tensors, trust_remote_code)
     for kind, words in (
         ("missing_keys", "is missing"),
@@ -63,40 +61,21 @@ def check_load(path: Path, *, trust_remote_code: bool = False) -> None:
             raise VerificationError(f"tensor {name} {words}{shapes}{more}; nothing was written")
 
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
-
-
 def _load_on_meta(
     path: Path, config: Any, tensors: dict[str, torch.Tensor], trust_remote_code: bool
 ) -> dict[str, Any]:
-    failure: Exception | None = None
-    for auto in auto_classes(path):
-        try:
-            _, info = _model_class(auto, path, config, trust_remote_code).from_pretrained(
-                None,
-                config=config,
-                state_dict=dict(tensors),
-                device_map={"": "meta"},
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
-            return dict(info)
-        except (
-            Exception
-        ) as error:  # a model class may raise anything for a config or a tensor it does not like
-            failure = failure or error
-    raise VerificationError(f"transformers cannot build the model: {' '.join(str(failure).split())[:300]}")
+    try:
+        return build_on_meta(path, tensors, config=config, trust_remote_code=trust_remote_code)[1]
+    except SourceError as error:
+        raise VerificationError(str(error)) from None
 
 
-def _model_class(auto: Any, path: Path, config: Any, trust_remote_code: bool) -> Any:
-    """The class that `auto` would load: the checkpoint's own code where that is trusted, else transformers'."""
-    remote = (getattr(config, "auto_map", None) or {}).get(auto.__name__)
-    if remote and trust_remote_code:
-        from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-        return get_class_from_dynamic_module(remote, str(path), local_files_only=True)
-    return auto._model_mapping[type(config)]
+def check_tensors(path: Path, expected: Mapping[str, torch.Tensor]) -> None:
+    """Check that the tensors `expected` were written bit for bit. Raises VerificationError naming one that was not."""
+    written = Checkpoint.open(path).tensors
+    for key, tensor in expected.items():
+        if key not in written or not torch.equal(torch_tensors.read(written[key]), tensor.cpu()):
+            raise VerificationError(f"tensor {key} was not written as healed; nothing was written")
 
 
 def probe_tokens(vocab_size: int, seed: int = 0) -> torch.Tensor:

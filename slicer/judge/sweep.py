@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from slicer.checkpoint import hub
 from slicer.checkpoint.export import refuse_quantized, sliced_config
 from slicer.checkpoint.reader import Checkpoint
-from slicer.errors import ArchitectureError, EvaluationError
+from slicer.errors import ArchitectureError, EvaluationError, HealError
 from slicer.judge import backends, healing, promise
 from slicer.judge.evaluate import EvalOptions, Suite, describe
 from slicer.judge.grid import UNPRUNED, Cell, Grid
@@ -33,6 +33,7 @@ from slicer.select import deepest, rank, tail
 
 if TYPE_CHECKING:
     from slicer.measure.analysis import Distances
+    from slicer.measure.calibration import TokenBatches
 
 _WAIT_SECONDS = 1.0
 _RANDOM_TRIES = 200
@@ -76,6 +77,7 @@ class Sweep:
             self.suite.close()
             raise
         self._model: Any = None
+        self._batches: TokenBatches | None = None
         self._distances: Distances | None = None
         self._provenance: dict[str, Any] = {}
 
@@ -134,7 +136,7 @@ class Sweep:
                 record |= {"dropped": list(plan.dropped), "distance": plan.distance}
                 config = sliced_config(self.checkpoint, plan, trust_remote_code=self._trusted)
                 evaluation = self._cut(cell, plan, config, name, record)
-        except ArchitectureError as error:  # this cut cannot be: the others may
+        except (ArchitectureError, HealError) as error:  # this cut cannot be, or be healed: the others may
             record |= {"error": str(error), "evaluation": None}
         else:
             record["evaluation"] = evaluation.to_dict()
@@ -148,6 +150,17 @@ class Sweep:
 
         if cell.heal == "none":
             with sliced(self.model(), plan.kept, config):
+                return self._measure(name)
+        if cell.heal == "fold":
+            from slicer.heal.healing import fold_checkpoint, healed
+            from slicer.measure.stream import Walk
+
+            walk = Walk.in_memory(self.model())
+            changed = fold_checkpoint(
+                self.checkpoint, walk, self._calibration(), plan.dropped, progress=self.progress
+            )
+            record["healing"] = {k: v for k, v in changed.record.items() if k != "tensors"}
+            with healed(self.model(), changed.changes), sliced(self.model(), plan.kept, config):
                 return self._measure(name)
         raise EvaluationError(f"--heal {cell.heal}: not available in this version of slicer")
 
@@ -183,7 +196,6 @@ class Sweep:
     def distances(self) -> Distances:
         """Measured once a sweep, and kept."""
         from slicer.measure.analysis import Distances, measure
-        from slicer.measure.calibration import token_batches
 
         if self._distances is None:
             file = self.journal.directory / "distances.json"
@@ -192,18 +204,26 @@ class Sweep:
                     if not mine:
                         time.sleep(_WAIT_SECONDS)
                         continue
-                    model = self.model()
-                    self.progress.stage("Calibration data")
-                    data = token_batches(
-                        self.options.calibration, self.found.path, model, trust_remote_code=self._trusted
-                    )
+                    data = self._calibration()
                     self.progress.stage("Measuring layers")
-                    text = measure(model, data.batches).to_json()
+                    text = measure(self.model(), data.batches).to_json()
                     write_atomically(file, text)
                     self.journal.put("distances", {"distances": text, "provenance": data.provenance})
             self._distances = Distances.from_json(kept["distances"])
             self._provenance = kept["provenance"]
         return self._distances
+
+    def _calibration(self) -> TokenBatches:
+        """The text that similarity and healing are measured on, drawn once a process."""
+        from slicer.measure.calibration import token_batches
+
+        if self._batches is None:
+            model = self.model()
+            self.progress.stage("Calibration data")
+            self._batches = token_batches(
+                self.options.calibration, self.found.path, model, trust_remote_code=self._trusted
+            )
+        return self._batches
 
     def _closest(self, n: int) -> Plan:
         """Equation 6, among the blocks that the architecture's config can express."""

@@ -31,10 +31,10 @@ _FILE = click.Path(path_type=Path)
 @click.option("--seeds", metavar="NUMBERS", default="0", show_default=True,
               help="Of the random strategy and of healing that trains.")  # fmt: skip
 @click.option("--keep", type=float, metavar="SHARE",
-              help="Instead of the grid: find the deepest cut that keeps this share of --metric; writes plan.json.")  # fmt: skip
+              help="Instead of the grid: the deepest cut that keeps this share of --metric, as plan.json.")  # fmt: skip
 @click.option("--metric", metavar="TASK", help="What --keep is about  [default: the first task]")
 @click.option("--suite", type=click.Choice(["paper"]),
-              help="paper: both strategies, bare and healed, on mmlu@5, boolq and c4 (figures 1d, 2, 3, 5, 6).")  # fmt: skip
+              help="paper: both strategies, bare and healed; mmlu@5, boolq, c4 (figures 1d, 2, 3, 5, 6).")  # fmt: skip
 @click.option("--ablate", type=click.Choice(["prompt", "shots", "seed", "rank"]),
               help="With --suite paper: figures 7 (prompt, shots), 8 (seed) or 9 (rank) instead.")  # fmt: skip
 @click.option("--tasks", metavar="NAMES", help="As in eval  [default: mmlu,boolq,c4; c4 for the demo model]")

@@ -1,0 +1,1 @@
+"""What is done to a sliced checkpoint: the cut healed in closed form."""

@@ -1,0 +1,342 @@
+"""Healing in closed form: the maps into the residual stream before a cut are solved again, so that the stream arrives
+behind the cut as it did in the source.
+
+Layer i is the last one kept before the dropped block i+1 .. i+n. On calibration tokens the source has the residual
+stream x(i+n+1) behind the block; the sliced model has there what layer i puts out, h. With z the inputs of a map W of
+layer i into the stream, W is replaced by W + D, where D z approximates x(i+n+1) - h by least squares (ridge; see
+`least_squares`): `resolve`. `transform` is the special case D = (T - 1) W of ReplaceMe (arXiv 2505.02819), whose T acts
+on the feed-forward part's output.
+
+Tokens are weighted by 1 / |x(i+n+1)|^2, because the norms behind the cut see the stream relative to its length; the
+first positions of each sequence (attention sinks) are left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from slicer.errors import HealError, UsageError
+from slicer.heal.least_squares import NormalEquations, Solution, solve
+from slicer.heal.outputs import LayerChange, Output, Seen, applied, arriving, find, parameters_after, watching
+from slicer.measure.states import States
+from slicer.measure.stream import Walk
+from slicer.progress import Progress
+
+SOLVERS = ("resolve", "transform")
+SINKS = 4  # positions at the start of a sequence that take no part
+HELD_OUT = 16  # one sequence in so many (at least one) chooses the strengths and gives the figures
+_NORM_STEPS = 3  # Gauss-Newton steps where a norm follows the map
+MIN_SEQUENCES = 4
+
+Storable = Callable[[int, str, nn.Module], bool]
+
+
+def blocks(dropped: Sequence[int]) -> list[tuple[int, int]]:
+    """[start, end) of each run of neighbouring dropped layers."""
+    runs: list[tuple[int, int]] = []
+    for i in sorted(dropped):
+        if runs and runs[-1][1] == i:
+            runs[-1] = (runs[-1][0], i + 1)
+        else:
+            runs.append((i, i + 1))
+    return runs
+
+
+def fold(
+    walk: Walk,
+    batches: Sequence[torch.Tensor],
+    dropped: Sequence[int],
+    *,
+    storable: Storable,
+    solver: str = "resolve",
+    progress: Progress | None = None,
+) -> dict[int, LayerChange]:
+    """Solve the layers around each dropped block again, in order, each on the states of the already healed model.
+
+    `walk` goes over the source; `batches` are int64 [batch, seq] without padding. `storable(i, name, module)` says
+    whether the checkpoint holds the weights of a module of layer i under its name. Raises HealError when there are
+    too few tokens, or no layer that could be changed.
+    """
+    if solver not in SOLVERS:
+        raise UsageError(f"fold {solver!r}: choose one of {', '.join(SOLVERS)}")
+    progress = progress or Progress()
+    held_out = held_out_sequences(batches)
+    result: dict[int, LayerChange] = {}
+    source = walk.start(batches)
+    student: States | None = None
+    runs = blocks(dropped)
+    progress.stage("Healing the cut", runs[-1][1], "layers")
+    for start, end in runs:
+        before = start - 1  # the layer to change; -1 where the model's first layers are dropped
+        for i in range(source.layer, max(before, 0)):
+            walk.advance(i, source)
+            if student is not None:
+                walk.advance(i, student)
+            progress.advance()
+        student = source.copy() if student is None else student
+        for i in range(source.layer, end):
+            walk.advance(i, source)
+            progress.advance()
+        if start > 0:
+            with walk.layer(before) as layer:
+                change = _heal(walk, layer, before, student, source, held_out, solver, storable)
+                result[before] = change
+                with applied(layer, change):
+                    walk.advance(before, student)
+        student.layer = end
+    if not any(change.report for change in result.values()):
+        raise HealError("no layer before the cut has weights into which a fold could go; use --heal none")
+    return {i: change for i, change in result.items() if change.report}
+
+
+def held_out_sequences(batches: Sequence[torch.Tensor]) -> set[int]:
+    """Numbers (over all batches) of the sequences that choose the strengths and give the figures.
+
+    Raises HealError when there are too few to set any apart.
+    """
+    count, length = sum(len(batch) for batch in batches), batches[0].shape[1] if batches else 0
+    if count < MIN_SEQUENCES or length <= 2 * SINKS:
+        raise HealError(
+            f"{count} calibration sequences of {length} tokens are too few to heal on; give at least "
+            f"{MIN_SEQUENCES} of {2 * SINKS + 1} (--samples, --seq-len)"
+        )
+    return set(range(HELD_OUT // 2, count, HELD_OUT)) or {count // 2}
+
+
+def losses(
+    walk: Walk,
+    batches: Sequence[torch.Tensor],
+    dropped: Sequence[int],
+    changes: Mapping[int, LayerChange],
+    *,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Nats a token on the sequences held out of the fits: "source", "sliced" (layers dropped, nothing healed) and
+    "healed"; all three in one pass over the layers."""
+    held = held_out_sequences(batches)
+    chosen = torch.cat(list(batches))[sorted(held)]
+    source = walk.start([chosen])
+    sliced, healed = source.copy(), source.copy()
+    for i in range(walk.depth):
+        with walk.layer(i) as layer:
+            walk.advance(i, source)
+            if progress is not None:
+                progress.advance()
+            if i in dropped:
+                sliced.layer = healed.layer = i + 1
+                continue
+            walk.advance(i, sliced)
+            with applied(layer, changes[i]) if i in changes else contextlib.nullcontext():
+                walk.advance(i, healed)
+    named = {"source": source, "sliced": sliced, "healed": healed}
+    return {name: _loss(walk, states) for name, states in named.items()}
+
+
+def _loss(walk: Walk, states: States) -> float:
+    """Mean next-token cross entropy, nats; one sequence at a time, for the logits are large."""
+    total, count = 0.0, 0
+    for batch, tokens in enumerate(states.tokens):
+        for row in range(len(tokens)):
+            one = tokens[row : row + 1]
+            logits = walk.head(one, states[batch][row : row + 1])[0, :-1].float()
+            total += float(nn.functional.cross_entropy(logits, one[0, 1:].to(logits.device), reduction="sum"))
+            count += one.shape[1] - 1
+    return total / count
+
+
+# --- one layer --------------------------------------------------------------------------------------------------------
+
+
+def _heal(
+    walk: Walk,
+    layer: nn.Module,
+    i: int,
+    student: States,
+    target: States,
+    held_out: set[int],
+    solver: str,
+    storable: Storable,
+) -> LayerChange:
+    """Layer i solved again so that it puts out `target` when given `student`: attention first, then feed-forward."""
+    change = LayerChange(i)
+
+    def run() -> torch.Tensor:
+        return walk.call(i, 0, student[0])
+
+    for attention in (True, False):
+        if attention and solver == "transform":
+            continue
+        outputs = find(
+            layer, run, attention=attention, storable=lambda name, module: storable(i, name, module)
+        )
+        for output in outputs:
+            for _ in range(_NORM_STEPS if output.kind == "normed" else 1):
+                with applied(layer, change):
+                    equations = _gather(walk, layer, i, output, student, target, held_out, solver)
+                    solution = solve(equations)
+                    if solution is None:
+                        break
+                    _put(output, solution, solver, change)
+                change.report.append(
+                    {
+                        "layer": i,
+                        "module": output.name,
+                        "way": output.kind,
+                        "strength": solution.strength,
+                        "error_left": round(solution.left, 6),
+                    }
+                )
+            if output.norm is not None and storable(i, output.norm, layer.get_submodule(output.norm)):
+                with applied(layer, change):
+                    more, left = _norm_gain(walk, i, layer, output, student, target, held_out)
+                    if left < 1:
+                        gain = layer.get_submodule(output.norm).weight
+                        assert isinstance(gain, torch.Tensor)
+                        change.parameters[f"{output.norm}.weight"] = (gain.double() + more).to(gain.dtype)
+                        change.report.append(
+                            {"layer": i, "module": output.norm, "way": "gain", "error_left": round(left, 6)}
+                        )
+    return change
+
+
+def _put(output: Output, solution: Solution, solver: str, change: LayerChange) -> None:
+    """Enter the solution into `change`; called where what `change` says already is applied."""
+    if output.kind == "experts":
+        unit = torch.eye(len(solution.delta), dtype=torch.float64, device=solution.delta.device)
+        change.transforms[output.name] = (unit + solution.delta).float()
+    elif solver == "transform":
+        delta = solution.delta @ output.weight.double()
+        bias = output.bias
+        if bias is not None:
+            delta = torch.cat([delta, (solution.delta @ bias.double())[:, None]], dim=1)
+        change.parameters.update(parameters_after(output, delta))
+    else:
+        change.parameters.update(parameters_after(output, solution.delta))
+
+
+def _gather(
+    walk: Walk,
+    layer: nn.Module,
+    i: int,
+    output: Output,
+    student: States,
+    target: States,
+    held_out: set[int],
+    solver: str,
+) -> NormalEquations:
+    """The normal equations of `output` over all batches, in the layer as it is now."""
+    equations: NormalEquations | None = None
+    number = 0
+    with watching(layer, output) as seen:
+        for batch, states in enumerate(student):
+            h = walk.call(i, batch, states)
+            wanted = target[batch].to(h.device)
+            factor = output.factor
+            if factor is None:  # a gate of each token's own
+                factors = arriving(output, partial(walk.call, i, batch, states))[0]
+            else:
+                factors = torch.full(h.shape[:2], factor, device=h.device)
+            for row in range(len(h)):
+                kept = slice(SINKS, None)
+                z, r, weight = _rows(output, seen, row, h, wanted, factors, solver)
+                if equations is None:
+                    equations = NormalEquations(z.shape[1], r.shape[1], z.device)
+                equations.add(z[kept], r[kept], weight[kept], held_out=number in held_out)
+                number += 1
+    assert equations is not None
+    return equations
+
+
+def _rows(
+    output: Output,
+    seen: Seen,
+    row: int,
+    h: torch.Tensor,
+    wanted: torch.Tensor,
+    factors: torch.Tensor,
+    solver: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(features [seq, f], change [seq, d], weight [seq]) of one sequence."""
+    assert seen.output is not None
+    length, d = h.shape[1:]
+    u = seen.output.view(len(h), length, d)[row].float()
+    if output.kind == "experts" or solver == "transform":
+        z = u
+    else:
+        assert seen.features is not None
+        z = seen.features.view(len(h), length, -1)[row].float()
+        if output.bias is not None:
+            z = torch.cat([z, torch.ones_like(z[:, :1])], dim=1)
+    r = wanted[row].float() - h[row].float()
+    weight = _weights(wanted[row].float())
+    if output.kind != "normed":
+        return z * factors[row][:, None], r, weight
+    assert seen.normed is not None
+    return z, *_through_norm(u, seen.normed.view(len(h), length, d)[row].float(), r, weight)
+
+
+def _through_norm(
+    u: torch.Tensor, o: torch.Tensor, r: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(change of u, weight) that stand for the change r behind an RMS norm o = g u / |u|: a Gauss-Newton step.
+
+    Only the part of a change of u across u passes the norm, divided by u's root mean square.
+    """
+    size = u.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+    direction = u / size
+    gain = _gain(direction, o)
+    wanted = (o + r) * gain / (gain.square() + 1e-4 * gain.square().mean())
+    across = wanted - direction
+    across = across - direction * (across * direction).mean(-1, keepdim=True)
+    return across * size, weight / size[:, 0].square()
+
+
+def _gain(direction: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
+    """g [d] of o = g u / |u|, read off what went in and came out."""
+    return (direction * o).sum(0) / direction.square().sum(0).clamp_min(1e-12)
+
+
+def _norm_gain(
+    walk: Walk, i: int, layer: nn.Module, output: Output, student: States, target: States, held_out: set[int]
+) -> tuple[torch.Tensor, float]:
+    """How the norm's gain g [d] should change, and the share of the squared error left on tokens held out.
+
+    For every component apart: the g that brings g u / |u| closest to what should have come out, least squares.
+    """
+    sums = [torch.zeros(0)] * 2
+    number = 0
+    with watching(layer, output) as seen:
+        for batch, states in enumerate(student):
+            h = walk.call(i, batch, states)
+            for row in range(len(h)):
+                assert seen.output is not None and seen.normed is not None
+                u = seen.output[row, SINKS:].float()
+                wanted = target[batch][row, SINKS:].to(h.device).float()
+                r = wanted - h[row, SINKS:].float()
+                direction = u / u.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+                weight = _weights(wanted)[:, None]
+                terms = torch.stack(
+                    [
+                        (weight * direction * r).sum(0),
+                        (weight * direction.square()).sum(0),
+                        (weight * r.square()).sum(0),
+                    ]
+                ).double()
+                at = int(number in held_out)
+                sums[at] = sums[at] + terms if len(sums[at]) else terms
+                number += 1
+    cross, own, _ = sums[0]
+    change = cross / own.clamp_min(1e-30)
+    cross, own, power = sums[1]
+    after = power - 2 * change * cross + change.square() * own
+    return change, float(after.sum() / power.sum().clamp_min(1e-30))
+
+
+def _weights(wanted: torch.Tensor) -> torch.Tensor:
+    """1 / |x|^2 of each token, [seq, d] -> [seq], with |x| the root mean square."""
+    return 1 / wanted.square().mean(-1).clamp_min(1e-12)

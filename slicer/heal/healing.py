@@ -1,0 +1,160 @@
+"""A fold of a checkpoint: from text to the tensors that are replaced, by their names on disk, and a record of it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from slicer.checkpoint import architectures
+from slicer.checkpoint import tensors as stored
+from slicer.checkpoint.architectures import EXPERT_OUTPUTS
+from slicer.checkpoint.model import decoder_layers
+from slicer.checkpoint.reader import Checkpoint, TensorSpan, read_header
+from slicer.heal.fold import fold, held_out_sequences, losses
+from slicer.heal.outputs import LayerChange, applied
+from slicer.measure.calibration import TokenBatches
+from slicer.measure.stream import Walk
+from slicer.plan import Plan
+from slicer.progress import Progress
+
+
+@dataclass(frozen=True)
+class Healing:
+    """What healing changes, and how it went.
+
+    Attributes:
+        changes: layer of the source -> its new weights, as they are applied to a loaded model.
+        tensors: raw key of the source -> the tensor to write instead, in the dtype to write.
+        record: for plan.json and the card: method, data, layers, losses.
+    """
+
+    changes: Mapping[int, LayerChange]
+    tensors: Mapping[str, torch.Tensor]
+    record: Mapping[str, Any]
+
+    @property
+    def helps(self) -> bool:
+        """Whether the loss on held-out text is lower than that of the bare cut."""
+        loss = self.record["loss"]
+        return bool(loss["healed"] < loss["sliced"])
+
+
+def fold_checkpoint(
+    checkpoint: Checkpoint,
+    walk: Walk,
+    data: TokenBatches,
+    dropped: Sequence[int],
+    *,
+    solver: str = "resolve",
+    cast: str | None = None,
+    progress: Progress | None = None,
+) -> Healing:
+    """Heal the cut of `dropped` layers out of the source `checkpoint`, over which `walk` goes, in closed form.
+
+    `cast` is the safetensors dtype of the output where it is not that of the source. Raises HealError where no
+    weight can take the fold.
+    """
+    progress = progress or Progress()
+    held = sorted(held_out_sequences(data.batches))
+    changes = fold(
+        walk, data.batches, dropped, storable=_storable(checkpoint), solver=solver, progress=progress
+    )
+    progress.stage("Loss before and after healing", walk.depth, "layers")
+    figures = losses(walk, data.batches, dropped, changes, progress=progress)
+    tensors = _tensors(checkpoint, changes, cast)
+    record = {
+        "method": "fold",
+        "solver": solver,
+        "calibration": dict(data.provenance),
+        "held_out_sequences": held,
+        "loss": {name: round(value, 6) for name, value in figures.items()},
+        "solved": [entry for _, change in sorted(changes.items()) for entry in change.report],
+        "tensors": sorted(tensors),
+    }
+    return Healing(changes, tensors, record)
+
+
+@contextlib.contextmanager
+def healed(model: Any, changes: Mapping[int, LayerChange]) -> Iterator[None]:
+    """Inside the block the loaded source `model` has the new weights."""
+    layers = decoder_layers(model)
+    with contextlib.ExitStack() as stack:
+        for i, change in changes.items():
+            stack.enter_context(applied(layers[i], change))
+        yield
+
+
+@contextlib.contextmanager
+def on_disk(healing: Healing) -> Iterator[dict[str, TensorSpan]]:
+    """Raw key of the source -> where the healed tensor lies on disk inside the block, for the writer to copy."""
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory(prefix="slicer-healed-") as scratch:
+        file = Path(scratch) / "healed.safetensors"
+        save_file({key: tensor.contiguous().cpu() for key, tensor in healing.tensors.items()}, file)
+        yield read_header(file)[0]
+
+
+def new_keys(checkpoint: Checkpoint, plan: Plan, keys: Iterable[str]) -> dict[str, str]:
+    """Raw key of the source -> key in the sliced checkpoint, of those that stay."""
+    named = {
+        key: architectures.slice_key(key, checkpoint.layer_prefix, plan.kept, plan.depth) for key in keys
+    }
+    return {key: new for key, new in named.items() if new is not None}
+
+
+def as_written(checkpoint: Checkpoint, plan: Plan, healing: Healing) -> dict[str, torch.Tensor]:
+    """The healed tensors under their keys in the sliced checkpoint."""
+    return {new: healing.tensors[key] for key, new in new_keys(checkpoint, plan, healing.tensors).items()}
+
+
+def _storable(checkpoint: Checkpoint) -> Callable[[int, str, nn.Module], bool]:
+    """Whether a module's weights lie in the checkpoint under its own name and shape, or as experts."""
+
+    def storable(i: int, name: str, module: nn.Module) -> bool:
+        if hasattr(module, "experts"):
+            return bool(_expert_keys(checkpoint, i, name))
+        return all(
+            (span := checkpoint.tensors.get(f"{checkpoint.layer_prefix}{i}.{name}.{part}")) is not None
+            and span.shape == tuple(tensor.shape)
+            for part, tensor in module.named_parameters(recurse=False)
+        )
+
+    return storable
+
+
+def _expert_keys(checkpoint: Checkpoint, i: int, name: str) -> dict[str, int]:
+    """Raw key -> axis of the hidden size, of the tensors that a map of the experts' sum goes into."""
+    prefix = f"{checkpoint.layer_prefix}{i}."
+    found = {}
+    for key in checkpoint.tensors:
+        if key.startswith(f"{prefix}{name}."):
+            for pattern, axis in EXPERT_OUTPUTS:
+                if re.search(rf"(^|\.){pattern}$", key.removeprefix(prefix)):
+                    found[key] = axis
+    return found
+
+
+def _tensors(
+    checkpoint: Checkpoint, changes: Mapping[int, LayerChange], cast: str | None
+) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for i, change in sorted(changes.items()):
+        for name, tensor in change.parameters.items():
+            key = f"{checkpoint.layer_prefix}{i}.{name}"
+            found[key] = tensor.to(stored.torch_dtype(checkpoint.tensors[key].cast(cast)[0]))
+        for name, matrix in change.transforms.items():
+            for key, axis in _expert_keys(checkpoint, i, name).items():
+                span = checkpoint.tensors[key]
+                old = stored.read(span).double()
+                new = torch.tensordot(old, matrix.double().cpu(), dims=([axis], [1])).movedim(-1, axis)
+                found[key] = new.to(stored.torch_dtype(span.cast(cast)[0]))
+    return found

@@ -1,0 +1,185 @@
+"""`slicer heal`: a sliced checkpoint and its source -> the sliced checkpoint with the cut closed, verified."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from slicer.checkpoint import architectures, card, hub, verify
+from slicer.checkpoint import tensors as stored
+from slicer.checkpoint.export import DTYPES, check_output, refuse_quantized, rewrite_checkpoint
+from slicer.checkpoint.model import load_model
+from slicer.checkpoint.reader import Checkpoint, TensorSpan
+from slicer.checkpoint.sizes import measure_sizes
+from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES, atomic_directory, check_space
+from slicer.errors import HealError, PlanError, UsageError
+from slicer.heal.healing import as_written, fold_checkpoint, healed, new_keys, on_disk
+from slicer.measure.calibration import CalibrationSpec, token_batches
+from slicer.measure.stream import Walk
+from slicer.plan import Plan
+from slicer.progress import Progress
+
+
+@dataclass(frozen=True)
+class HealOptions:
+    """How to heal; every default of the command line lives here.
+
+    Attributes:
+        fold: the solver, one of `slicer.heal.fold.SOLVERS`.
+        verify: "none", "load", "logits", or "auto": logits while the source fits in memory, load otherwise.
+    """
+
+    fold: str = "resolve"
+    calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
+    verify: str = "auto"
+    device: str = "auto"
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    force: bool = False
+    trust_remote_code: bool = False
+    command: str | None = None
+
+
+@dataclass(frozen=True)
+class Healed:
+    """What `heal` did."""
+
+    out: Path
+    plan: Plan
+    verified: str
+    logits_error: float | None
+    helps: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "out": str(self.out),
+            "source": self.plan.source,
+            "dropped": list(self.plan.dropped),
+            "healing": dict(self.plan.healing or {}),
+            "verified": self.verified,
+            "logits_error": self.logits_error,
+        }
+
+
+def heal(
+    sliced: str,
+    source: str | None,
+    out: Path,
+    options: HealOptions | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Healed:
+    """Heal `sliced`, which slicer made of `source` (None: what its plan names), into the directory `out`.
+
+    Nothing appears at `out` unless everything succeeded. Raises SlicerError children: PlanError where `sliced` has
+    no plan, HealError where `source` is not what it was sliced from.
+    """
+    options, progress = options or HealOptions(), progress or Progress()
+    if options.verify not in ("auto", "none", "load", "logits"):
+        raise UsageError(f"verify {options.verify!r}: choose auto, none, load or logits")
+    progress.stage("Opening the checkpoints")
+    cut = Checkpoint.open(hub.resolve(sliced).path)
+    plan = Plan.load(cut.path)
+    origin = source or plan.source
+    if origin is None:
+        raise PlanError(f"{sliced}: its plan names no source; give it with --from")
+    whole = Checkpoint.open(hub.resolve(origin).path)
+    refuse_quantized(whole)
+    check_output(out, cut.path, force=options.force)
+    check_output(out, whole.path, force=options.force)
+    check_source(cut, whole, plan)
+    check_space(out, cut.total_bytes)
+    fits = verify.fits_in_memory(whole.total_bytes, options.device)
+    dtype = plan.dtype or "auto"
+    remote = options.trust_remote_code
+    if fits:
+        progress.stage("Loading the source")
+        model = load_model(whole.path, dtype=dtype, device=options.device, trust_remote_code=remote)
+        walk = Walk.in_memory(model)
+    else:
+        walk = Walk.out_of_core(whole, dtype=dtype, device=options.device, trust_remote_code=remote)
+        model = walk.model
+    progress.stage("Calibration data")
+    data = token_batches(options.calibration, whole.path, model, trust_remote_code=remote)
+    cast = DTYPES[plan.dtype] if plan.dtype else None
+    healing = fold_checkpoint(
+        whole, walk, data, plan.dropped, solver=options.fold, cast=cast, progress=progress
+    )
+    plan = replace(plan, healing={**healing.record, "command": options.command})
+    checked = options.verify if options.verify != "auto" else "logits" if fits else "load"
+    probe = None
+    if checked == "logits":
+        progress.stage("Reference logits of the source, healed, with those layers bypassed")
+        vocabulary = architectures.text_config(whole.config).get("vocab_size") or model.config.vocab_size
+        tokens = verify.probe_tokens(vocabulary)
+        with healed(model, healing.changes):
+            probe = tokens, verify.reference_logits(model, tokens, plan.dropped)
+    del model, walk
+    gc.collect()
+    error: float | None = None
+    with atomic_directory(out, replace=options.force) as directory, on_disk(healing) as spans:
+        progress.stage("Writing", cut.total_bytes, "bytes")
+        names = new_keys(whole, plan, spans)
+        healed_spans = {names[key]: span for key, span in spans.items()}
+        rewrite_checkpoint(
+            cut,
+            plan,
+            directory,
+            replaced={**_as_before(cut, whole), **healed_spans},
+            max_shard_bytes=options.max_shard_bytes,
+            progress=progress.advance,
+        )
+        figures = (directory / "slicer" / "distances.png").is_file()
+        text = card.for_slice(whole, plan, measure_sizes(whole), measure_sizes(cut), figures=figures)
+        (directory / "README.md").write_text(text, "utf-8")
+        if checked != "none":
+            progress.stage("Checking every key and shape")
+            verify.check_load(directory, trust_remote_code=remote)
+        verify.check_tensors(directory, as_written(whole, plan, healing))
+        if probe is not None:
+            progress.stage("Comparing logits")
+            error = verify.check_logits(
+                directory, probe[1], probe[0], dtype=dtype, device=options.device, trust_remote_code=remote
+            )
+    return Healed(out, plan, checked, error, healing.helps)
+
+
+def check_source(cut: Checkpoint, whole: Checkpoint, plan: Plan) -> None:
+    """Raise HealError unless every tensor of `cut` is that of `whole` under its plan (or was healed before)."""
+    if plan.depth != whole.depth or len(plan.kept) != cut.depth:
+        raise HealError(
+            f"{cut.path}: sliced from {plan.depth} layers to {len(plan.kept)}, but {whole.path} has {whole.depth}; "
+            "give the source it was sliced from with --from"
+        )
+    expected = whole.sliced(plan.kept)
+    before = _healed_before(cut, whole)
+    other = sorted(expected.keys() ^ cut.tensors.keys())
+    if other:
+        raise HealError(f"{whole.path}: is not the source of {cut.path}: tensor {other[0]} is in one only")
+    for key, span in cut.tensors.items():
+        if key in before:
+            continue
+        if span.shape != expected[key].shape or not _alike(span, expected[key]):
+            raise HealError(
+                f"{whole.path}: is not the source of {cut.path}: tensor {key} differs; give the source it was sliced "
+                "from with --from"
+            )
+
+
+def _alike(a: TensorSpan, b: TensorSpan) -> bool:
+    """Whether two tensors of one shape begin alike (their first millions of elements), in the dtype of the first."""
+    return next(stored.chunks(a, a.dtype), b"") == next(stored.chunks(b, a.dtype), b"")
+
+
+def _healed_before(cut: Checkpoint, whole: Checkpoint) -> set[str]:
+    """Keys of the sliced checkpoint whose tensors an earlier healing wrote."""
+    plan = Plan.load(cut.path)
+    return set(new_keys(whole, plan, (plan.healing or {}).get("tensors") or ()).values())
+
+
+def _as_before(cut: Checkpoint, whole: Checkpoint) -> dict[str, TensorSpan]:
+    """What an earlier healing changed, as it was in the source: the new one starts from there."""
+    fresh = whole.sliced(Plan.load(cut.path).kept)
+    return {key: fresh[key] for key in _healed_before(cut, whole) if key in fresh}

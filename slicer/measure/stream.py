@@ -1,0 +1,333 @@
+"""Walk a model layer by layer, all batches through one layer before the next: loaded, or read from disk on the way.
+
+Masks, position embeddings and all else that a layer is given are what the real model's own forward pass gives it: that
+pass runs with every layer's `forward` put aside, and what each was called with is kept. So any class whose layers hand
+each other nothing but the hidden states works unchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from slicer.checkpoint.model import decoder_layers, pick_device
+from slicer.checkpoint.reader import Checkpoint
+from slicer.errors import ArchitectureError, PlanError
+from slicer.measure.states import Room, States
+
+if TYPE_CHECKING:
+    from slicer.checkpoint.lazy import LazyModel
+
+Listener = Callable[[int, torch.Tensor], None]
+_STATES = object()  # stands where a layer's hidden states go
+
+
+class _Captured(BaseException):
+    """Ends a forward pass once every layer's arguments are known; no `except Exception` on the way stops it."""
+
+
+class _Call:
+    """What one layer is called with, but for its hidden states."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.args, self.kwargs = args, kwargs
+
+    def __call__(self, layer: nn.Module, states: torch.Tensor) -> Any:
+        args = tuple(states if value is _STATES else value for value in self.args)
+        return layer(*args, **{k: states if v is _STATES else v for k, v in self.kwargs.items()})
+
+
+class Walk:
+    """A way through the decoder layers of a model. Make one with `in_memory` or `out_of_core`.
+
+        walk = Walk.out_of_core(path)
+        states = walk.start(batches)              # x(0)
+        for i in range(walk.depth):
+            walk.advance(i, states)               # x(i) -> x(i+1), in place
+        logits = walk.logits(states, 0)
+
+    Nothing here tracks gradients. A layer is left out by not advancing through it: `states.copy()` and `along` run the
+    rest of a model after a cut.
+
+    Attributes:
+        model: the transformers model; out of core, its layers are empty but for the one being run.
+        layers: its decoder layers.
+        depth: L.
+        bytes_read, read_seconds: what was read from disk for layers, and the time the reading took.
+    """
+
+    def __init__(self, model: Any, lazy: LazyModel | None, room: Room) -> None:
+        self.model, self._lazy, self._room = model, lazy, room
+        self.layers = decoder_layers(model)
+        self.depth = len(self.layers)
+        self.bytes_read, self.read_seconds = 0, 0.0
+        self.prefetch = True
+        self._order: tuple[int, ...] = tuple(range(self.depth))
+        self._calls: list[list[_Call]] = []  # by batch, then by layer
+        self._known: dict[tuple[Any, ...], list[torch.Tensor]] = {}
+        self._open: dict[int, int] = {}  # layers in place -> how many `layer` blocks hold them
+        self._coming: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
+        self._reader: ThreadPoolExecutor | None = None
+        self._shape: Callable[[torch.Tensor], Any] | None = None
+        self._passed_on: list[int] = []  # identities of what a layer returns beside its states
+
+    @classmethod
+    def in_memory(cls, model: Any, *, memory_bytes: int | None = None, directory: Path | None = None) -> Walk:
+        """Over a loaded model, on whatever devices it is. States beyond `memory_bytes` go to files in `directory`."""
+        return cls(model, None, Room(memory_bytes, directory))
+
+    @classmethod
+    def out_of_core(
+        cls,
+        checkpoint: Checkpoint | Path,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        memory_bytes: int | None = None,
+        directory: Path | None = None,
+        trust_remote_code: bool = False,
+    ) -> Walk:
+        """Over a checkpoint on disk, one layer in memory at a time and the next one on its way.
+
+        `memory_bytes` bounds the weights and states together: states have what the layers leave, and with too little
+        for two layers the next one is not read ahead. `dtype` and `device` as in `load_model`. Raises SourceError.
+        """
+        from slicer.checkpoint.lazy import LazyModel
+
+        if not isinstance(checkpoint, Checkpoint):
+            checkpoint = Checkpoint.open(checkpoint)
+        lazy = LazyModel(
+            checkpoint, dtype=dtype, device=pick_device(device), trust_remote_code=trust_remote_code
+        )
+        largest = max(lazy.layer_bytes(i) for i in range(len(lazy.layers)))
+        ahead = memory_bytes is None or memory_bytes >= 3 * largest
+        limit = None if memory_bytes is None else max(0, memory_bytes - (2 if ahead else 1) * largest)
+        walk = cls(lazy.model, lazy, Room(limit, directory))
+        walk.prefetch = ahead
+        return walk
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its tokens."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
+    def layer_bytes(self, i: int) -> int:
+        """Bytes read from disk for layer i; 0 for a loaded model."""
+        return self._lazy.layer_bytes(i) if self._lazy is not None else 0
+
+    def along(self, order: Sequence[int]) -> None:
+        """The layers to be run next, in order: what is read ahead. By default all of them."""
+        self._order = tuple(order)
+
+    def start(self, batches: Sequence[torch.Tensor]) -> States:
+        """x(0) of every batch (int64 [batch, seq], no padding), and whatever each layer will be given.
+
+        Raises ArchitectureError when the model's layers hand each other more than hidden states.
+        """
+        states = States(list(batches), self._room)
+        self._calls, self._known = [], {}
+        with torch.no_grad():
+            for at, tokens in enumerate(batches):
+                if self._shape is None:
+                    self._shape = self._learn_shape(tokens)
+                calls, first = self._capture(tokens)
+                self._calls.append(calls)
+                states[at] = first
+        return states
+
+    @contextlib.contextmanager
+    def layer(self, i: int) -> Iterator[nn.Module]:
+        """Layer i with its weights, on the device; they go when the outermost block for i ends."""
+        if self._lazy is not None and not self._open.get(i):
+            self._lazy.place(i, self._fetch(i))
+        self._open[i] = self._open.get(i, 0) + 1
+        try:
+            yield self.layers[i]
+        finally:
+            self._open[i] -= 1
+            if self._lazy is not None and not self._open[i]:
+                self._lazy.release(i)
+
+    def advance(self, i: int, states: States, listener: Listener | None = None) -> States:
+        """Run layer i over all batches: `states`, in place, become x(i+1); returns them.
+
+        `listener(b, x)` is given the new states of each batch, [batch, seq, d], still on the device. Hooks that the
+        caller put on the module of `layer(i)` are live. States may stand anywhere before layer i: that leaves layers
+        out.
+        """
+        if states.layer > i:
+            raise PlanError(f"these states stand at layer {states.layer}, past layer {i}; start again")
+        with self.layer(i), torch.no_grad():
+            for b in range(len(states)):
+                new = self.call(i, b, states[b])
+                if listener is not None:
+                    listener(b, new)
+                states[b] = new
+        states.layer = i + 1
+        return states
+
+    def call(self, i: int, batch: int, states: torch.Tensor) -> torch.Tensor:
+        """What layer i makes of `states`, [batch, seq, d], taken as x(i) of that batch; nothing is kept."""
+        with self.layer(i) as layer, torch.no_grad():
+            device = next((p.device for p in layer.parameters()), self.device)
+            output = self._calls[batch][i](layer, states.to(device, non_blocking=True))
+            new: torch.Tensor = output[0] if isinstance(output, tuple) else output
+            return new
+
+    def run(self, states: States, layers: Sequence[int]) -> States:
+        """Advance through `layers`, ascending, reading ahead along them."""
+        before = self._order
+        self.along(layers)
+        for i in layers:
+            self.advance(i, states)
+        self._order = before
+        return states
+
+    def logits(self, states: States, batch: int) -> torch.Tensor:
+        """The logits of a batch, [batch, seq, vocabulary], on the device, from its states taken as x(L)."""
+        return self.head(states.tokens[batch], states[batch])
+
+    def head(self, tokens: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """Logits from `last`, [batch, seq, d], taken as x(L) of `tokens`: the final norm, the head, and all the model
+        does there."""
+        shape = self._shape = self._shape or self._learn_shape(tokens)
+        device = self.device
+        given = last.to(device)
+        with torch.no_grad(), self._forwards(lambda i, args, kwargs: shape(given)):
+            logits: torch.Tensor = self.model(input_ids=tokens.to(device), use_cache=False).logits
+        return logits
+
+    # --- reading ------------------------------------------------------------------------------------------------
+
+    def _fetch(self, i: int) -> dict[str, torch.Tensor]:
+        assert self._lazy is not None
+        if self._coming is not None and self._coming[0] == i:
+            stored = self._coming[1].result()
+        else:
+            self._coming = None  # let go before reading another
+            stored = self._timed_read(i)
+        self._coming = None
+        if self.prefetch and i in self._order[:-1]:
+            if self._reader is None:
+                self._reader = ThreadPoolExecutor(1, thread_name_prefix="slicer-read")
+            after = self._order[self._order.index(i) + 1]
+            self._coming = (after, self._reader.submit(self._timed_read, after))
+        return stored
+
+    def _timed_read(self, i: int) -> dict[str, torch.Tensor]:
+        assert self._lazy is not None
+        started = time.perf_counter()
+        stored = self._lazy.read(i)
+        self.read_seconds += time.perf_counter() - started
+        self.bytes_read += self._lazy.layer_bytes(i)
+        return stored
+
+    # --- capturing ----------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _forwards(self, instead: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
+        """Inside the block, calling layer i is `instead(i, args, kwargs)`."""
+        before = [layer.__dict__.get("forward") for layer in self.layers]
+
+        def replacement(i: int) -> Callable[..., Any]:
+            return lambda *args, **kwargs: instead(i, args, kwargs)
+
+        try:
+            for i, layer in enumerate(self.layers):
+                layer.forward = replacement(i)
+            yield
+        finally:
+            for layer, old in zip(self.layers, before, strict=True):
+                if old is None:
+                    del layer.forward
+                else:
+                    layer.forward = old
+
+    def _learn_shape(self, tokens: torch.Tensor) -> Callable[[torch.Tensor], Any]:
+        """How layers return their states, bare or first in a tuple: asked of the first one, on a few tokens."""
+        found: list[Any] = []
+
+        def first(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            found.append((args, kwargs))
+            raise _Captured
+
+        few = tokens[:1, : min(8, tokens.shape[1])]
+        with torch.no_grad():
+            with self._forwards(first), contextlib.suppress(_Captured):
+                self._decoder(few)
+            args, kwargs = found[0]
+            if self._lazy is not None and not self._open.get(0):
+                ready: Future[dict[str, torch.Tensor]] = Future()
+                ready.set_result(self._timed_read(0))
+                self._lazy.place(0, ready.result())
+                output = self.layers[0](*args, **kwargs)
+                self._lazy.release(0)
+                self._coming = (0, ready)  # most likely the next to run: not read twice
+            else:
+                output = self.layers[0](*args, **kwargs)
+        if isinstance(output, torch.Tensor):
+            return lambda states: states
+        rest = output[1:]
+        self._passed_on = [id(value) for value in rest if isinstance(value, torch.Tensor)]
+        return lambda states: (states, *rest)
+
+    def _capture(self, tokens: torch.Tensor) -> tuple[list[_Call], torch.Tensor]:
+        """Every layer's call, and x(0), of one batch."""
+        calls: list[_Call] = []
+        first: list[torch.Tensor] = []
+        shape = self._shape
+        assert shape is not None
+
+        def record(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            states = args[0] if args else kwargs["hidden_states"]
+            first.append(states)
+            calls.append(self._call(args, kwargs))
+            if i == self.depth - 1:
+                raise _Captured
+            return shape(states)
+
+        with self._forwards(record), contextlib.suppress(_Captured):
+            self._decoder(tokens)
+        if len(calls) != self.depth:
+            raise ArchitectureError(
+                f"{type(self.model).__name__}: a forward pass calls {len(calls)} of its {self.depth} decoder layers"
+            )
+        return calls, first[0]
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+        if args:
+            return _Call((_STATES, *map(self._kept, args[1:])), {k: self._kept(v) for k, v in kwargs.items()})
+        return _Call((), {k: _STATES if k == "hidden_states" else self._kept(v) for k, v in kwargs.items()})
+
+    def _kept(self, value: Any) -> Any:
+        """`value`, its tensors replaced by equal ones already held: batches of one length share their masks."""
+        if isinstance(value, tuple | list):
+            return type(value)(map(self._kept, value))
+        if isinstance(value, dict):
+            return {k: self._kept(v) for k, v in value.items()}
+        if not isinstance(value, torch.Tensor):
+            return value
+        if id(value) in self._passed_on:
+            raise ArchitectureError(
+                f"{type(self.model).__name__}: its layers hand each other more than hidden states, and cannot be run "
+                "one by one; give the memory to load it"
+            )
+        alike = self._known.setdefault((value.shape, value.dtype, value.device), [])
+        for known in alike:
+            if known is value or torch.equal(known, value):
+                return known
+        if len(alike) < 16:
+            alike.append(value)
+        return value
+
+    def _decoder(self, tokens: torch.Tensor) -> Any:
+        """The model without its head."""
+        return self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)

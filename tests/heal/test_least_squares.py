@@ -1,0 +1,83 @@
+"""The ridge solve against NumPy's own least squares and against what it was told to find."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+import torch
+
+from slicer.heal.least_squares import STRENGTHS, NormalEquations, ridge, solve
+
+
+def data(tokens: int, f: int = 300, d: int = 7, noise: float = 0.0) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(tokens, f, generator=generator) * torch.linspace(0.2, 2, f)
+    truth = torch.randn(d, f, generator=generator) / f**0.5
+    return z, z @ truth.T + noise * torch.randn(tokens, d, generator=generator), truth
+
+
+def gathered(z: torch.Tensor, r: torch.Tensor, weight: torch.Tensor | None = None) -> NormalEquations:
+    equations = NormalEquations(z.shape[1], r.shape[1])
+    for at, start in enumerate(range(0, len(z), 100)):
+        piece = slice(start, start + 100)
+        equations.add(z[piece], r[piece], None if weight is None else weight[piece], held_out=at % 4 == 3)
+    return equations
+
+
+def test_the_sums_are_those_of_all_tokens_at_once() -> None:
+    z, r, _ = data(1000)
+    weight = torch.rand(1000)
+    equations = gathered(z, r, weight)
+    fitted = torch.cat([torch.arange(s, s + 100) for s in range(0, 1000, 100) if s // 100 % 4 != 3])
+    z, r, weight = z[fitted], r[fitted], weight[fitted]
+    exact = (z.double() * weight[:, None].double()).T @ z.double()
+    assert torch.allclose(equations.gram, exact, rtol=1e-5, atol=1e-3)
+    cross = (r.double() * weight[:, None].double()).T @ z.double()
+    assert torch.allclose(equations.cross, cross, rtol=1e-5, atol=1e-3)
+
+
+def test_ridge_solves_the_stacked_system() -> None:
+    """min |r - z D'|^2 + lambda |D|^2 is ordinary least squares with sqrt(lambda) I stacked below z."""
+    z, r, _ = data(500, f=20, noise=0.3)
+    gram, cross = z.double().T @ z.double(), r.double().T @ z.double()
+    strength = 0.5
+    root = float((strength * gram.diagonal().mean()) ** 0.5)
+    stacked = numpy.vstack([z.double().numpy(), root * numpy.eye(20)])
+    target = numpy.vstack([r.double().numpy(), numpy.zeros((20, 7))])
+    expected = numpy.linalg.lstsq(stacked, target, rcond=None)[0].T
+    found = ridge(gram, cross, strength)
+    assert found is not None and numpy.allclose(found.numpy(), expected, atol=1e-9)
+
+
+def test_the_error_is_that_of_the_tokens() -> None:
+    z, r, truth = data(1000, noise=0.3)
+    equations = gathered(z, r)
+    held = torch.cat([torch.arange(s, s + 100) for s in range(300, 1000, 400)])
+    delta = truth.double() * 0.9
+    exact = float((r[held].double() - z[held].double() @ delta.T).square().sum(1).mean())
+    assert equations.error(delta) == pytest.approx(exact, rel=1e-4)
+
+
+def test_a_linear_change_is_found() -> None:
+    z, r, truth = data(2000)
+    found = solve(gathered(z, r))
+    assert found is not None
+    assert found.strength == STRENGTHS[0] and found.left < 1e-4
+    assert torch.allclose(found.delta, truth.double(), atol=0.02)
+
+
+def test_the_more_noise_the_stronger_the_ridge() -> None:
+    found = [solve(gathered(*data(800, noise=noise)[:2])) for noise in (0.0, 1.0, 4.0)]
+    strengths = [solution.strength for solution in found if solution is not None]
+    assert strengths == sorted(strengths) and strengths[0] < strengths[-1]
+
+
+def test_pure_noise_is_left_alone() -> None:
+    z, _, _ = data(400)
+    r = torch.randn(400, 7, generator=torch.Generator().manual_seed(5))
+    found = solve(gathered(z, r))
+    assert found is None or (found.after < found.before and float(found.delta.norm()) < 0.2)
+
+
+def test_features_that_are_all_zero_change_nothing() -> None:
+    assert solve(gathered(torch.zeros(400, 5), torch.randn(400, 3))) is None
