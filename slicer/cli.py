@@ -16,7 +16,7 @@ import click
 from slicer import __version__
 from slicer.errors import SlicerError
 from slicer.heal.command import heal
-from slicer.judge.command import evaluate
+from slicer.judge.command import evaluate, report
 from slicer.judge.sweep_command import sweep
 from slicer.serve.command import serve
 
@@ -235,6 +235,7 @@ def demo(out: Path | None, drop: str, debug: bool) -> None:
 main.add_command(heal)
 main.add_command(evaluate)
 main.add_command(sweep)
+main.add_command(report)
 main.add_command(serve)
 
 

@@ -1,4 +1,4 @@
-"""`slicer eval`: options in, figures or one line of error out. What it needs is imported when it runs."""
+"""`slicer eval` and `slicer report`: options in, figures or one line of error out, imports when they run."""
 
 from __future__ import annotations
 
@@ -132,6 +132,20 @@ def evaluate(models: tuple[str, ...], **given: Any) -> None:
         click.echo(json.dumps(record, indent=1))
     else:
         console.print_evaluations(results, compared)
+
+
+@click.command()
+@click.argument("directory", type=_FILE, metavar="DIR")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def report(directory: Path, debug: bool) -> None:
+    """Write DIR/report.html, one page that needs nothing else, and DIR/report.md.
+
+    From whatever is in DIR: a sweep, distances of layers, a bench, a sliced checkpoint with its healing.
+    """
+    from slicer.judge.report import write_report
+
+    for file in write_report(directory):
+        click.echo(f"written   {file}")
 
 
 def check_batch(text: str) -> None:

@@ -70,6 +70,16 @@ def find_text(data: Path) -> Path:
     )
 
 
+def other_text(data: Path, measured: Path | None) -> Path | None:
+    """A text file of `data` to calibrate on: not the one measured, nor one named for validation or test; or None."""
+    for folder in (data / "c4", data / "text", data):
+        files = [f for f in sorted(folder.glob("*")) if f.is_file() and f.name.endswith(_SUFFIXES)]
+        free = [f for f in files if f != measured and not any(w in f.name for w in ("test", "val", "dev"))]
+        for file in sorted(free, key=lambda f: (not f.name.startswith("c4"), "train" not in f.name)):
+            return file
+    return None
+
+
 def draw(
     file: Path | None, *, sequences: int = SEQUENCES, characters: int = CHARACTERS, seed: int = 0,
     column: str = "text",

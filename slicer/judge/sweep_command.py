@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 from dataclasses import asdict
@@ -10,7 +11,7 @@ from typing import Any
 
 import click
 
-from slicer.errors import UsageError
+from slicer.errors import EvaluationError, UsageError
 from slicer.judge.command import check_batch, names
 
 _FILE = click.Path(path_type=Path)
@@ -45,7 +46,7 @@ _FILE = click.Path(path_type=Path)
 @click.option("--limit", type=click.IntRange(min=1), metavar="N",
               help="N items of each task; a group such as mmlu shares them among its subtasks.")  # fmt: skip
 @click.option("--calibration", metavar="DATA",
-              help="What similarity and healing measure on, as in convert  [default: as there]")  # fmt: skip
+              help="What similarity and healing measure on, as in convert  [default: text of --data]")  # fmt: skip
 @click.option("--samples", type=click.IntRange(min=1), help="Calibration sequences.")
 @click.option("--seq-len", type=click.IntRange(min=2), help="Tokens in each.")
 @click.option("--batch-size", default="auto", show_default=True, help="As in eval.")
@@ -110,7 +111,7 @@ def sweep(source: str, **given: Any) -> None:
     metric = (
         promise.check(given["keep"], given["metric"], options.tasks) if given["keep"] is not None else None
     )
-    calibration = given["calibration"] or ("self" if source == "demo" else None)
+    calibration = given["calibration"] or _calibration(source, given["data"], text)
     spec = {k: given[k] for k in ("samples", "seq_len", "seed") if given[k] is not None}
     command = shlex.join(["slicer", *_typed(context, typed)])
     settings = SweepOptions(options, CalibrationSpec(source=calibration, **spec), command)
@@ -134,6 +135,18 @@ def sweep(source: str, **given: Any) -> None:
         console.print_sweep(table, directory)
         if found is not None and metric is not None:
             console.print_kept(found, given["keep"], metric, directory / "plan.json", source)
+
+
+def _calibration(source: str, data: Path | None, text: Path | None) -> str | None:
+    """Without --calibration: text of --data that is not what the loss is measured on, or else the model's own."""
+    from slicer.judge import loss
+
+    if data is None:
+        return "self" if source == "demo" else None
+    with contextlib.suppress(EvaluationError):
+        text = text or loss.find_text(data)
+    found = loss.other_text(data, text)
+    return str(found) if found else "self"
 
 
 def _typed(context: click.Context, typed: set[str]) -> list[str]:
