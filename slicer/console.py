@@ -34,11 +34,6 @@ if TYPE_CHECKING:
     from slicer.demo.show import Shown
     from slicer.heal.job import Healed
     from slicer.inspect import Inspection
-    from slicer.judge.compare import Difference
-    from slicer.judge.promise import Found
-    from slicer.judge.results import Evaluation
-    from slicer.judge.table import Row
-    from slicer.judge.table import Table as SweepTable
 
 _ERR = Console(stderr=True, highlight=False)
 
@@ -93,7 +88,8 @@ def progress() -> Iterator[Progress]:
         bars.close()
 
 
-def _stdout() -> Console:
+def stdout() -> Console:
+    """What results are printed on."""
     return Console(highlight=False, soft_wrap=True)
 
 
@@ -116,7 +112,7 @@ def _rows(sizes: Sizes) -> list[tuple[str, float, str]]:
 
 def print_summary(summary: Summary) -> None:
     """The table before and after, the block, the checks, the warnings."""
-    console = _stdout()
+    console = stdout()
     plan = summary.plan
     table = Table(title=f"{plan.source}: {plan.depth} to {len(plan.kept)} layers", title_justify="left")
     for name in ("", "before", "after", "left"):
@@ -140,7 +136,7 @@ def print_summary(summary: Summary) -> None:
 
 def print_healed(done: Healed) -> None:
     """What was solved, the losses, the check."""
-    console = _stdout()
+    console = stdout()
     record = done.plan.healing or {}
     for layer, module in dict.fromkeys((entry["layer"], entry["module"]) for entry in record["solved"]):
         console.print(f"solved    {module} of layer {layer} (counted in the source)")
@@ -168,7 +164,7 @@ def _why(plan: Plan) -> str:
 
 def print_inspection(found: Inspection) -> None:
     """One fact a line."""
-    console = _stdout()
+    console = stdout()
     sizes = found.sizes
     low, high = min(sizes.layer_bytes), max(sizes.layer_bytes)
     a_layer = _size(low) + "B" if low == high else f"{_size(low)}B to {_size(high)}B"
@@ -196,7 +192,7 @@ def print_inspection(found: Inspection) -> None:
 def print_demo(shown: Shown) -> None:
     """The summary, and a line from each model."""
     print_summary(shown.summary)
-    console = _stdout()
+    console = stdout()
     console.print()
     console.print(f"prompt    {shown.prompt}", markup=False)
     console.print(f"original  {shown.original}", markup=False)
@@ -221,7 +217,7 @@ def print_serving(path: Path, notes: Sequence[str]) -> None:
 
 def print_ready(base_url: str, model: str, has_key: bool) -> None:
     """The one line that scripts wait for, and how to ask."""
-    console = _stdout()
+    console = stdout()
     key = " -H 'Authorization: Bearer KEY'" if has_key else ""
     body = json.dumps({"model": model, "prompt": "Once upon a time", "max_tokens": 32})
     console.print(f"ready     {base_url} (model {model})", markup=False)
@@ -230,101 +226,3 @@ def print_ready(base_url: str, model: str, has_key: bool) -> None:
         markup=False,
     )
     console.file.flush()
-
-
-def print_evaluations(results: Sequence[Evaluation], compared: Sequence[Sequence[Difference]]) -> None:
-    """A table for each model: value, standard error, what guessing gets; then each difference from the first."""
-    console = _stdout()
-    for result in results:
-        table = Table(title=result.model, title_justify="left")
-        for name in ("", "value", "standard error", "guessing", "items"):
-            table.add_column(name, justify="left" if not name else "right")
-        for s in result.scores:
-            shots = f", {s.shots}-shot" if s.chance is not None else ""
-            table.add_row(
-                f"{s.task} ({s.metric}{shots})", f"{s.value:.4f}",
-                "-" if s.standard_error is None else f"{s.standard_error:.4f}",
-                "-" if s.chance is None else f"{s.chance:.4f}", f"{s.items}",
-            )  # fmt: skip
-        if result.loss is not None:
-            loss = result.loss
-            guess = loss.nats_per_token / loss.normalised
-            table.add_row(f"loss (nats a token, {loss.source})", f"{loss.nats_per_token:.4f}",
-                          f"{loss.standard_error:.4f}", f"{guess:.4f}", f"{loss.sequences}")  # fmt: skip
-            table.add_row("loss / log V", f"{loss.normalised:.4f}",
-                          f"{loss.standard_error / guess:.4f}", "1", f"{loss.tokens} tokens")  # fmt: skip
-        if result.health is not None:
-            health = result.health
-            for name in ("repetition", "distinct_1", "distinct_2", "length"):
-                mean, error = getattr(health, name)
-                label = f"samples: {name.replace('_', '-')}"
-                table.add_row(label, f"{mean:.3f}", f"{error:.3f}", "-", f"{len(health.samples)}")
-        console.print(table)
-    for result, rows in zip(results[1:], compared, strict=True):
-        console.print(f"{result.model} against {results[0].model}, item by item", markup=False)
-        for d in rows:
-            verdict = "within noise" if d.within_noise else "a real difference"
-            console.print(
-                f"  {d.measure:24} {d.delta:+.4f} ± {d.standard_error:.4f}  p = {d.p_value:.2g} "
-                f"over {d.items}: {verdict}",
-                markup=False,
-            )
-        if not rows:
-            console.print("  no items in common: ask both the same tasks", markup=False)
-
-
-def print_sweep(table: SweepTable, directory: Path) -> None:
-    """The table of a sweep: each task with its error, starred where it differs from the unpruned model."""
-    console = _stdout()
-    shown = Table(title=f"{table.settings['source']}: {table.depth} layers", title_justify="left")
-    for name in ("dropped", "strategy", "healing"):
-        shown.add_column(name)
-    for task in table.tasks:
-        shown.add_column(task, justify="right")
-    has_loss = any(row.evaluation and row.evaluation.loss for row in table.rows)
-    if has_loss:
-        shown.add_column("loss", justify="right")
-        shown.add_column("/ log V", justify="right")
-    shown.add_column("repetition", justify="right")
-    for row in sorted(table.rows, key=lambda r: (r.n, r.strategy, r.heal, r.seed)):
-        label = row.strategy + (f" (seed {row.seed})" if row.strategy == "random" or row.seed else "")
-        cells = [f"{row.n} ({row.fraction:.0%})", label if row.n else "-", row.heal if row.n else "-"]
-        if row.evaluation is None:
-            shown.add_row(*cells, row.error or "not measured")
-            continue
-        for task in table.tasks:
-            score = row.evaluation.primary(task)
-            error = "" if not score or score.standard_error is None else f" ± {score.standard_error:.3f}"
-            cells.append(f"{score.value:.3f}{error}{_star(row, task)}" if score else "-")
-        if has_loss:
-            loss = row.evaluation.loss
-            cells.append(
-                f"{loss.nats_per_token:.3f} ± {loss.standard_error:.3f}{_star(row, 'c4')}" if loss else "-"
-            )
-            cells.append(f"{loss.normalised:.3f}" if loss else "-")
-        cells.append(f"{row.evaluation.health.repetition[0]:.2f}" if row.evaluation.health else "-")
-        shown.add_row(*cells)
-    console.print(shown)
-    console.print("* differs from the unpruned model beyond noise (paired, item by item, p < 0.05)")
-    if table.missing:
-        console.print(f"missing   {table.missing} cells are not finished")
-    console.print(f"written   {directory / 'table.csv'}", markup=False)
-
-
-def _star(row: Row, measure: str) -> str:
-    change = row.change(measure)
-    return " " if change is None or change.within_noise else "*"
-
-
-def print_kept(found: Found, share: float, metric: str, plan: Path, source: str) -> None:
-    """What bisection found, and the command that makes it."""
-    console = _stdout()
-    for kept in found.tried:
-        verdict = "kept" if kept.kept else "broken"
-        doubt = "" if kept.sure else " (within the error: more items would tell)"
-        console.print(f"drop {kept.n:<4} {kept.share:.1%} of {metric}: {verdict}{doubt}", markup=False)
-    if found.best is None:
-        console.print(f"no cut keeps {share:.1%} of {metric}")
-        return
-    console.print(f"deepest   {found.best.n} layers keep {found.best.share:.1%} of {metric}")
-    console.print(f"next      slicer convert {source} --plan {plan}", markup=False)

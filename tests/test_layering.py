@@ -44,11 +44,19 @@ HEAVY = {
 
 # Which modules may import a library at all, now or later in a function (prefixes of module names).
 ALLOWED = {
-    "click": ("slicer.cli", "slicer.heal.command", "slicer.serve.command", "slicer.benchmarks.command"),
+    "click": (
+        "slicer.cli",
+        "slicer.heal.command",
+        "slicer.judge.command",
+        "slicer.judge.sweep_command",
+        "slicer.serve.command",
+        "slicer.benchmarks.command",
+    ),
     "vllm": ("slicer.serve", "slicer.benchmarks"),
     "peft": ("slicer.heal", "slicer.checkpoint.merge"),
     "bitsandbytes": ("slicer.heal", "slicer.checkpoint.merge"),
-    "lm_eval": ("slicer.judge.evaluate",),
+    "lm_eval": ("slicer.judge.backends",),
+    "jinja2": ("slicer.judge.report",),
     "matplotlib": ("slicer.judge", "slicer.benchmarks"),
 }
 
@@ -72,7 +80,14 @@ FLOORS = (
     ("slicer.convert", "slicer.inspect", "slicer.serve"),
     ("slicer.benchmarks", "slicer.demo.show", "slicer.demo.train"),
     ("slicer.console",),
-    ("slicer.heal.command", "slicer.serve.command", "slicer.benchmarks.command"),
+    ("slicer.show_scores",),
+    (
+        "slicer.heal.command",
+        "slicer.judge.command",
+        "slicer.judge.sweep_command",
+        "slicer.serve.command",
+        "slicer.benchmarks.command",
+    ),
     ("slicer.cli",),
     ("slicer.__main__",),
 )

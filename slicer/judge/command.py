@@ -76,7 +76,7 @@ def evaluate(models: tuple[str, ...], **given: Any) -> None:
     slicer eval qwen2.5-0.5b qwen-20L --tasks mmlu@5,boolq,c4
     slicer eval before.json after.json
     """
-    from slicer import console
+    from slicer import console, show_scores
     from slicer.checkpoint import hub
     from slicer.checkpoint.reader import Checkpoint
     from slicer.judge.evaluate import EvalOptions, Suite
@@ -131,7 +131,7 @@ def evaluate(models: tuple[str, ...], **given: Any) -> None:
     if given["as_json"]:
         click.echo(json.dumps(record, indent=1))
     else:
-        console.print_evaluations(results, compared)
+        show_scores.print_evaluations(results, compared)
 
 
 @click.command()

@@ -69,7 +69,7 @@ def sweep(source: str, **given: Any) -> None:
     slicer sweep qwen2.5-0.5b --keep 0.98 --metric mmlu
     accelerate launch --num_processes 8 -m slicer sweep llama-2-70b --suite paper
     """
-    from slicer import console
+    from slicer import console, show_scores
     from slicer.judge import grid, promise
     from slicer.judge.evaluate import EvalOptions
     from slicer.judge.journal import write_atomically
@@ -132,9 +132,9 @@ def sweep(source: str, **given: Any) -> None:
         record = to_dict(table) | {"keep": found and asdict(found)}
         click.echo(json.dumps(record, indent=1))
     else:
-        console.print_sweep(table, directory)
+        show_scores.print_sweep(table, directory)
         if found is not None and metric is not None:
-            console.print_kept(found, given["keep"], metric, directory / "plan.json", source)
+            show_scores.print_kept(found, given["keep"], metric, directory / "plan.json", source)
 
 
 def _calibration(source: str, data: Path | None, text: Path | None) -> str | None:

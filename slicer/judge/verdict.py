@@ -85,16 +85,13 @@ def _knee(table: Table, measure: str) -> str | None:
             for (m, a), (n, b) in zip(points, points[1:], strict=False)
             if n > m
         ]
-        if falls:
-            steps.append((max(falls), strategy, heal, points))
+        if len(falls) > 1:
+            reach, last = points[-1]
+            steps.append((reach, -last if measure == "c4" else last, max(falls), strategy, heal))
     if not steps:
         return None
-    # The strategy that holds on longest speaks for the model.
-    (_, m, n, a, b), strategy, heal, points = max(
-        steps, key=lambda s: -s[3][-1][1] if measure == "c4" else s[3][-1][1]
-    )
-    if len(points) < 3:
-        return None
+    # The curve that goes deepest, and holds on longest there, speaks for the model.
+    _, _, (_, m, n, a, b), strategy, heal = max(steps)
     name = "the loss / log V" if measure == "c4" else measure
     turn = "rises" if measure == "c4" else "falls"
     healed = "" if heal == "none" else f", {heal}"

@@ -100,7 +100,9 @@ def test_the_model_is_as_before_afterwards(model: Any, text: list[torch.Tensor])
 def test_a_layer_that_adds_a_constant_is_hardly_missed(model_type: str) -> None:
     """Its constant moves into the bias of the layer before (stored [f, d] in GPT-2, [d, f] in OPT)."""
     model = tiny.tiny_model(model_type).requires_grad_(False)
-    layer = dict(model.named_modules())["transformer.h.4" if model_type == "gpt2" else "model.decoder.layers.4"]
+    layer = dict(model.named_modules())[
+        "transformer.h.4" if model_type == "gpt2" else "model.decoder.layers.4"
+    ]
     for name, parameter in layer.named_parameters():
         if name.endswith(("attn.c_proj.weight", "mlp.c_proj.weight", "out_proj.weight", "fc2.weight")):
             parameter.data.zero_()

@@ -106,7 +106,9 @@ def test_a_cast_comes_with_the_healing(text: list[object], tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("given", [["--strategy", "tail", "--drop", 2], ["--drop", "4-5"]])
-def test_without_calibration_data_nothing_is_healed_and_it_says_so(given: list[object], tmp_path: Path) -> None:
+def test_without_calibration_data_nothing_is_healed_and_it_says_so(
+    given: list[object], tmp_path: Path
+) -> None:
     result = succeeds("convert", sources.save_llama(tmp_path / "tiny"), *given, "-o", tmp_path / "out")
     assert "not healed" in result.stderr and "--calibration" in result.stderr
     assert json.loads((tmp_path / "out" / "slicer" / "plan.json").read_text())["healing"] is None
