@@ -15,6 +15,8 @@ import click
 from slicer import __version__
 from slicer.errors import SlicerError
 from slicer.heal.command import heal
+from slicer.judge.command import evaluate, report
+from slicer.judge.sweep_command import sweep
 from slicer.measure.command import analyze, plan, recorded_command
 from slicer.serve.command import serve
 
@@ -252,4 +254,7 @@ def demo(out: Path | None, drop: str, debug: bool) -> None:
 main.add_command(analyze)
 main.add_command(plan)
 main.add_command(heal)
+main.add_command(evaluate)
+main.add_command(sweep)
+main.add_command(report)
 main.add_command(serve)

@@ -103,6 +103,7 @@ def progress() -> Iterator[Progress]:
 
 
 def stdout() -> Console:
+    """What results are printed on."""
     return Console(highlight=False, soft_wrap=True)
 
 

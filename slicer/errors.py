@@ -11,6 +11,7 @@
         ├── HealError           a cut that cannot be healed this way, or not with this data
         ├── OutputError         the output cannot be written there
         ├── VerificationError   the written checkpoint is not what it should be
+        ├── EvaluationError     a task, its data or a result of it is not there or not as needed
         └── ServeError          vLLM is missing, cannot serve this, or went down
 
 A message is one line: what is wrong, where, and what to do.
@@ -61,6 +62,10 @@ class OutputError(SlicerError):
 
 class VerificationError(SlicerError):
     """The written checkpoint failed its check."""
+
+
+class EvaluationError(SlicerError):
+    """A task is unknown, its data is missing or malformed, or results cannot be compared."""
 
 
 class ServeError(SlicerError):

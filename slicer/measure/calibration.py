@@ -201,13 +201,13 @@ def _documents(spec: CalibrationSpec) -> Iterator[Document]:
         random.Random(spec.seed).shuffle(texts)
         return iter(texts)
     if spec.source is not None and (Path(spec.source).exists() or spec.source.endswith(_SUFFIXES)):
-        texts = _read_file(Path(spec.source), spec.text_column)
+        texts = read_documents(Path(spec.source), spec.text_column)
         random.Random(spec.seed).shuffle(texts)
         return iter(texts)
     return _stream_hub(spec)
 
 
-def _read_file(file: Path, column: str) -> list[Document]:
+def read_documents(file: Path, column: str) -> list[Document]:
     """Every document of a local file. A .txt file is cut at blank lines."""
     if not file.is_file():
         raise CalibrationError(f"{file}: no such file; {_REMEDY}")

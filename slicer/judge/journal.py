@@ -1,0 +1,104 @@
+"""Finished work kept on disk, so that a killed sweep goes on where it was, and several processes can share one.
+
+A cell's result is one JSON file, written beside its place and renamed: it is there whole or not at all. A process
+holds a lock while it works on a cell; the system lets go of it when the process ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from slicer.errors import OutputError
+
+FORMAT = 1
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write `text` beside `file` and rename: a reader, or a kill, sees all of it or the old one. Raises OutputError."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, "utf-8")
+        os.replace(temporary, file)
+    except OSError as error:
+        raise OutputError(f"{file}: cannot be written ({error.strerror})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+class Journal:
+    """The directory of a sweep: `sweep.json` (what it is), `cells/` (what is done), locks.
+
+    `settings` is what all cells share: a directory that holds a sweep with other ones is refused with OutputError.
+    """
+
+    def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
+        self.directory = directory
+        self._cells = directory / "cells"
+        if directory.exists() and not directory.is_dir():
+            raise OutputError(f"{directory}: exists and is not a directory; choose another place with -o")
+        marker = directory / "sweep.json"
+        if directory.is_dir() and any(directory.iterdir()) and not marker.is_file():
+            strangers = [
+                p.name for p in directory.iterdir() if p.name != "cells" and not p.name.startswith(".")
+            ]
+            if strangers:
+                raise OutputError(f"{directory}: not empty, and no sweep; choose another place with -o")
+        try:
+            self._cells.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{directory}: cannot be made ({error.strerror})") from None
+        if marker.is_file():
+            self._check(marker, settings)
+        else:
+            write_atomically(marker, json.dumps({"format": FORMAT, "settings": settings}, indent=1) + "\n")
+
+    def _check(self, marker: Path, settings: Mapping[str, Any]) -> None:
+        try:
+            before = json.loads(marker.read_text("utf-8"))["settings"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise OutputError(
+                f"{marker}: not a sweep that slicer began; choose another place with -o"
+            ) from None
+        now = json.loads(json.dumps(settings))
+        different = [key for key in now if before.get(key) != now[key]]
+        if different:
+            key = different[0]
+            raise OutputError(
+                f"{self.directory}: holds a sweep with {key} {_short(before.get(key))}, not {_short(now[key])}; "
+                "choose another place with -o"
+            )
+
+    def get(self, name: str) -> dict[str, Any] | None:
+        """The finished record `name`, or None."""
+        try:
+            found = json.loads((self._cells / f"{name}.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    def put(self, name: str, record: Mapping[str, Any]) -> None:
+        """Keep a finished record."""
+        write_atomically(self._cells / f"{name}.json", json.dumps(record) + "\n")
+
+    @contextlib.contextmanager
+    def claim(self, name: str) -> Iterator[bool]:
+        """Whether this process alone may work on `name` inside the block."""
+        with open(self._cells / f".{name}.lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                yield False
+                return
+            yield True
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,313 @@
+"""Whatever a directory holds -> one self-contained page, and the same as markdown.
+
+A sweep (sweep.json), distances of layers (distances.json or analysis.json, also in slicer/), a bench (bench.json), the
+plan of a sliced checkpoint with its healing (slicer/plan.json): each part is there when its file is.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slicer import __version__
+from slicer.errors import EvaluationError, SlicerError
+from slicer.judge import plots, sweep_plots, verdict
+from slicer.judge.journal import write_atomically
+from slicer.judge.table import Row, Table, read_table
+from slicer.measure.analysis import Distances
+from slicer.plan import Plan, spell_layers
+
+_SAMPLES = 4
+_BENCH = {
+    "time_per_output_token_ms": "time per output token (ms)",
+    "prefill_ms": "prefill (ms)",
+    "weight_bytes": "weights (bytes)",
+    "kv_bytes_per_token": "KV cache a token (bytes)",
+    "peak_memory_bytes": "peak memory (bytes)",
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture: `name` is its file beside the markdown; `data` its bytes, SVG or PNG."""
+
+    name: str
+    caption: str
+    data: bytes
+
+    @property
+    def uri(self) -> str:
+        """For the page, which loads nothing."""
+        kind = "svg+xml" if self.name.endswith(".svg") else "png"
+        return f"data:image/{kind};base64,{base64.b64encode(self.data).decode()}"
+
+
+def write_report(directory: Path) -> tuple[Path, Path]:
+    """Write report.html and report.md (with its figures in report/) into `directory`; returns both.
+
+    Raises EvaluationError when there is nothing to report, or a file is damaged.
+    """
+    from jinja2 import Environment, PackageLoader
+
+    found = collect(directory)
+    page = Environment(
+        loader=PackageLoader("slicer.judge"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    plain = Environment(loader=PackageLoader("slicer.judge"), trim_blocks=True, lstrip_blocks=True)
+    html, markdown = directory / "report.html", directory / "report.md"
+    figures = directory / "report"
+    try:
+        figures.mkdir(exist_ok=True)
+        for figure in found["figures"]:
+            (figures / figure.name).write_bytes(figure.data)
+    except OSError as error:
+        raise EvaluationError(f"{figures}: cannot be written ({error.strerror})") from None
+    write_atomically(markdown, plain.get_template("report.md.j2").render(found))
+    write_atomically(html, page.get_template("report.html.j2").render(found))
+    return html, markdown
+
+
+def collect(directory: Path) -> dict[str, Any]:
+    """All that the templates show of `directory`."""
+    if not directory.is_dir():
+        raise EvaluationError(
+            f"{directory}: no such directory; give one that a sweep, analysis or bench wrote"
+        )
+    table = read_table(directory) if (directory / "sweep.json").is_file() else None
+    plan = _plan(directory)
+    distances = _distances(directory)
+    bench = _json(directory / "bench.json")
+    if table is None and plan is None and distances is None and bench is None:
+        raise EvaluationError(
+            f"{directory}: nothing to report in it: no sweep.json, distances.json, bench.json or slicer/plan.json"
+        )
+    said = verdict.judge(table) if table else None
+    chosen = _chosen(said.row if said else None, plan)
+    histories = _histories(table, plan)
+    groups: dict[str, list[Figure]] = {
+        "distances": _distance_figures(distances, chosen) if distances else [],
+        "curves": _curve_figures(table) if table else [],
+        "healing": _healing_figures(histories),
+        "bench": _bench_figures(bench) if bench else [],
+    }
+    source = (
+        (table.settings["source"] if table else None) or (plan.source if plan else None) or directory.name
+    )
+    return {
+        "title": f"{Path(str(source)).name}: layers dropped",
+        "source": source,
+        "depth": table.depth if table else plan.depth if plan else distances.depth if distances else None,
+        "table": table,
+        "rows": _rows(table) if table else [],
+        "verdict": said,
+        "plan": plan,
+        "healings": _healings(table, plan),
+        "samples": _samples(table, said.row if said else None) if table else [],
+        "bench": bench,
+        "commands": _commands(table, plan, said.row if said else None, directory),
+        "facts": _facts(table, plan),
+        "groups": groups,
+        "figures": [figure for group in groups.values() for figure in group],
+        "version": __version__,
+    }
+
+
+# --- what lies in the directory ---------------------------------------------------------------------------------------
+
+
+def _json(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        raise EvaluationError(f"{file}: not JSON that slicer wrote; remove it or write it again") from None
+    return found if isinstance(found, dict) else None
+
+
+def _plan(directory: Path) -> Plan | None:
+    for file in (directory / "slicer" / "plan.json", directory / "plan.json"):
+        if file.is_file():
+            return Plan.load(file)
+    return None
+
+
+def _distances(directory: Path) -> Distances | None:
+    for folder in (directory, directory / "slicer"):
+        for name in ("analysis.json", "distances.json"):
+            record = _json(folder / name)
+            if record is None:
+                continue
+            metrics = record.get("metrics")
+            if isinstance(metrics, dict) and metrics:  # of several, the paper's own where it was measured
+                table = metrics.get("angular_last_token") or next(iter(metrics.values()))
+                record = {**record, **table}
+            try:
+                return Distances.from_json(json.dumps(record))
+            except SlicerError as error:
+                raise EvaluationError(f"{folder / name}: {error}") from None
+    return None
+
+
+def _histories(table: Table | None, plan: Plan | None) -> dict[str, list[dict[str, float]]]:
+    """The losses of healing by steps, where healing took steps."""
+    found = {}
+    for name, record in _healings(table, plan):
+        history = record.get("history")
+        if isinstance(history, list) and len(history) > 1 and all("step" in entry for entry in history):
+            found[name] = history
+    return found
+
+
+def _healings(table: Table | None, plan: Plan | None) -> list[tuple[str, Mapping[str, Any]]]:
+    found = [(row.name, row.healing) for row in (table.rows if table else ()) if row.healing]
+    of_plan = getattr(plan, "healing", None)
+    return found + ([("this checkpoint", of_plan)] if of_plan else [])
+
+
+def _chosen(row: Row | None, plan: Plan | None) -> tuple[int, int] | None:
+    """(start, n) of the dropped block, where it is one block."""
+    dropped = row.dropped if row else plan.dropped if plan else ()
+    if dropped and list(dropped) == list(range(dropped[0], dropped[0] + len(dropped))):
+        return dropped[0], len(dropped)
+    return None
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def _distance_figures(distances: Distances, chosen: tuple[int, int] | None) -> list[Figure]:
+    with tempfile.TemporaryDirectory(prefix="slicer-report-") as scratch:
+        heat, lines = Path(scratch) / "distances.png", Path(scratch) / "curves.png"
+        plots.heat_map(distances, heat, chosen=chosen)
+        plots.curves(distances, lines, chosen=chosen)
+        return [
+            Figure("distances.png", "Angular distance across every block of layers.", heat.read_bytes()),
+            Figure("distance-curves.png", "The same, a curve for each of some sizes.", lines.read_bytes()),
+        ]
+
+
+def _curve_figures(table: Table) -> list[Figure]:
+    figures = []
+    whole = table.unpruned
+    for task in table.tasks:
+        score = whole.primary(task) if whole else None
+        label = f"{task} ({score.metric})" if score else task
+        svg = sweep_plots.against_fraction(table, task, score.chance if score else None, label)
+        name = f"{''.join(c if c.isalnum() else '-' for c in task)}.svg"
+        figures.append(Figure(name, f"{label} against the fraction of layers dropped.", svg.encode()))
+    if any(row.evaluation and row.evaluation.loss for row in table.rows):
+        svg = sweep_plots.against_fraction(table, "c4", 1.0, "loss / log V")
+        figures.append(Figure("loss.svg", "Loss on text as a share of log V; 1 is guessing.", svg.encode()))
+    return figures
+
+
+def _healing_figures(histories: Mapping[str, list[dict[str, float]]]) -> list[Figure]:
+    if not histories:
+        return []
+    svg = sweep_plots.healing_curve(histories)
+    return [Figure("healing.svg", "Loss while healing.", svg.encode())]
+
+
+def _bench_figures(bench: Mapping[str, Any]) -> list[Figure]:
+    models = [m for m in bench.get("models", ()) if isinstance(m, dict) and "layers" in m]
+    figures = []
+    for key, label in _BENCH.items():
+        points = [(int(m["layers"]), float(m[key])) for m in models if isinstance(m.get(key), int | float)]
+        if len({x for x, _ in points}) > 1:
+            svg = sweep_plots.bench_line(points, (bench.get("lines") or {}).get(key), label)
+            figures.append(Figure(f"bench-{key}.svg", f"{label} against the layers.", svg.encode()))
+    return figures
+
+
+# --- words and tables -------------------------------------------------------------------------------------------------
+
+
+def _rows(table: Table) -> list[dict[str, Any]]:
+    """Each cell as the templates print it."""
+    shown = []
+    for row in sorted(table.rows, key=lambda r: (r.n, r.strategy, r.heal, r.seed)):
+        cells = []
+        found = row.evaluation
+        for task in table.tasks:
+            score = found.primary(task) if found else None
+            cells.append(_value(score.value, score.standard_error, row, task) if score else "–")
+        loss = found.loss if found else None
+        cells.append(_value(loss.nats_per_token, loss.standard_error, row, "c4") if loss else "–")
+        cells.append(f"{loss.normalised:.3f}" if loss else "–")
+        health = found.health if found else None
+        cells += [f"{health.repetition[0]:.2f}", f"{health.distinct_2[0]:.2f}"] if health else ["–", "–"]
+        name = row.strategy + (f" (seed {row.seed})" if row.strategy == "random" or row.seed else "")
+        shown.append(
+            {
+                "n": row.n,
+                "fraction": f"{row.fraction:.0%}",
+                "strategy": name if row.n else "unpruned",
+                "heal": row.heal if row.n else "",
+                "layers": spell_layers(row.dropped),
+                "cells": cells,
+                "error": row.error,
+            }
+        )
+    return shown
+
+
+def _value(value: float, error: float | None, row: Row, measure: str) -> str:
+    change = row.change(measure)
+    star = "*" if change is not None and not change.within_noise else ""
+    return f"{value:.3f}" + (f" ± {error:.3f}" if error is not None else "") + star
+
+
+def _samples(table: Table, best: Row | None) -> list[dict[str, Any]]:
+    """Text side by side: the whole model, the cut, the healed cut, of one depth and strategy."""
+    whole = next((row for row in table.rows if row.n == 0), None)
+    cuts = [row for row in table.rows if row.n and row.evaluation]
+    if whole is None or not cuts:
+        return []
+    focus = best or min(cuts, key=lambda r: r.n)
+    beside = [r for r in cuts if (r.n, r.strategy, r.seed) == (focus.n, focus.strategy, focus.seed)]
+    columns = [("original", whole)] + [
+        (f"{r.n} layers cut" + ("" if r.heal == "none" else f", healed ({r.heal})"), r)
+        for r in sorted(beside, key=lambda r: r.heal != "none")
+    ]
+    healths = [(name, row.evaluation.health) for name, row in columns if row.evaluation]
+    shown = []
+    for at in range(_SAMPLES):
+        texts = [(name, h.samples[at][1]) for name, h in healths if h is not None and at < len(h.samples)]
+        prompts = [h.samples[at][0] for _, h in healths if h is not None and at < len(h.samples)]
+        if texts:
+            shown.append({"prompt": prompts[0], "texts": texts})
+    return shown
+
+
+def _commands(table: Table | None, plan: Plan | None, best: Row | None, directory: Path) -> list[str]:
+    found = []
+    if table is not None and table.command:
+        found.append(table.command)
+    if plan is not None and plan.command and plan.command not in found:
+        found.append(plan.command)
+    if table is not None and best is not None:
+        layers = spell_layers(best.dropped).replace(" ", "")
+        heal = "" if best.heal == "none" else f" --heal {best.heal}"
+        found.append(f"slicer convert {table.settings['source']} --drop {layers}{heal}")
+    return [*found, f"slicer report {directory}"]
+
+
+def _facts(table: Table | None, plan: Plan | None) -> list[tuple[str, str]]:
+    """What is needed to do it again: data, seeds, versions."""
+    facts: list[tuple[str, str]] = []
+    if table is not None:
+        for key, value in table.settings.items():
+            if value not in (None, [], {}, ""):
+                text = value if isinstance(value, str) else json.dumps(value)
+                facts.append((key.replace("_", " "), text))
+        if table.unpruned is not None:
+            facts += [(name, version) for name, version in table.unpruned.versions.items()]
+    elif plan is not None:
+        facts += [("seed", str(plan.seed)), *plan.versions.items()]
+    return facts

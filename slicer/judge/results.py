@@ -1,0 +1,99 @@
+"""What an evaluation found: plain data, to JSON and back, and how two of them compare."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slicer.errors import EvaluationError
+from slicer.judge.compare import Difference, paired
+from slicer.judge.health import Health
+from slicer.judge.loss import Loss
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one task.
+
+    Attributes:
+        task: as asked for, `mmlu` or `mmlu@5`; metric: lm-eval's name, with the filter where there is one.
+        standard_error: lm-eval's, over items; None where the metric has none.
+        chance: expected value of guessing; None where guessing gets nothing.
+        items: questions asked; shots: examples before each.
+    """
+
+    task: str
+    metric: str
+    value: float
+    standard_error: float | None
+    chance: float | None
+    items: int
+    shots: int
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All figures of a model. `items` holds each item's value by "task/metric" and item id, for paired tests."""
+
+    model: str
+    scores: tuple[Score, ...]
+    loss: Loss | None
+    health: Health | None
+    items: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def primary(self, task: str) -> Score | None:
+        """The first metric of a task, the one its tables report."""
+        return next((score for score in self.scores if score.task == task), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Evaluation:
+        """Read what `to_dict` gave. Raises KeyError or TypeError for anything else."""
+        given = record["health"]
+        return cls(
+            model=str(record["model"]),
+            scores=tuple(Score(**score) for score in record["scores"]),
+            loss=Loss(**record["loss"]) if record["loss"] else None,
+            health=Health(
+                **{k: tuple(v) for k, v in given.items() if k != "samples"},
+                samples=tuple((str(a), str(b)) for a, b in given["samples"]),
+            )
+            if given
+            else None,
+            items=record["items"],
+            options=record["options"],
+            versions=record["versions"],
+            seconds=float(record["seconds"]),
+        )
+
+    @classmethod
+    def load(cls, file: Path) -> Evaluation:
+        """Read a result file of `slicer eval`. Raises EvaluationError."""
+        try:
+            record = json.loads(file.read_text("utf-8"))
+            if isinstance(record, dict) and "results" in record:
+                record = record["results"][0]
+            return cls.from_dict(record)
+        except OSError as error:
+            raise EvaluationError(f"{file}: cannot be read ({error.strerror})") from None
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise EvaluationError(f"{file}: not a result of `slicer eval --json`; run it again") from None
+
+
+def differences(a: Evaluation, b: Evaluation) -> list[Difference]:
+    """B minus A for each task's first metric and for the loss, over the items both were asked."""
+    wanted: Sequence[str] = [f"{s.task}/{s.metric}" for s in a.scores if a.primary(s.task) is s] + ["c4"]
+    found = (paired(key, a.items[key], b.items[key]) for key in wanted if key in a.items and key in b.items)
+    return [difference for difference in found if difference is not None]

@@ -1,0 +1,330 @@
+"""A grid of cuts, each put to the same suite: the paper's curves for one model.
+
+The model is loaded once. A cut without healing, or healed in closed form, is made of it in memory; the model is
+itself again afterwards. Healing that trains works on files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slicer.checkpoint import hub
+from slicer.checkpoint.export import refuse_quantized, sliced_config
+from slicer.checkpoint.reader import Checkpoint
+from slicer.errors import ArchitectureError, EvaluationError, HealError
+from slicer.judge import backends, healing, promise
+from slicer.judge.evaluate import EvalOptions, Suite, describe
+from slicer.judge.grid import UNPRUNED, Cell, Grid
+from slicer.judge.journal import Journal, write_atomically
+from slicer.judge.results import Evaluation
+from slicer.measure.calibration import CalibrationSpec
+from slicer.plan import Plan
+from slicer.progress import Progress
+from slicer.select import deepest, rank, tail
+
+if TYPE_CHECKING:
+    from slicer.measure.analysis import Distances
+    from slicer.measure.calibration import TokenBatches
+
+_WAIT_SECONDS = 1.0
+_RANDOM_TRIES = 200
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """How every cell is made and measured."""
+
+    evaluation: EvalOptions = field(default_factory=EvalOptions)
+    calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
+    command: str | None = None
+
+
+class Sweep:
+    """One source, one suite, one directory of finished cells. Use as a context manager.
+
+    Raises SourceError, EvaluationError, CalibrationError or OutputError before any cell is begun.
+    """
+
+    def __init__(
+        self, source: str, directory: Path, options: SweepOptions, progress: Progress | None = None
+    ) -> None:
+        self.source, self.options, self.progress = source, options, progress or Progress()
+        self.found = hub.resolve(source)
+        self.checkpoint = Checkpoint.open(self.found.path)
+        refuse_quantized(self.checkpoint)
+        self.checkpoint.check_layers()
+        self.depth = self.checkpoint.depth
+        if options.evaluation.backend != "hf":
+            raise EvaluationError("sweep cuts the model in memory and so runs on --backend hf only")
+        self.suite = Suite(options.evaluation, self.progress)
+        try:
+            settings = {
+                "source": source, "revision": self.found.revision, "depth": self.depth,
+                **describe(options.evaluation), "text": self.suite.excerpts and self.suite.excerpts.digest,
+                "calibration": asdict(options.calibration),
+            }  # fmt: skip
+            self.journal = Journal(directory, settings)
+        except BaseException:
+            self.suite.close()
+            raise
+        self._model: Any = None
+        self._batches: TokenBatches | None = None
+        self._distances: Distances | None = None
+        self._provenance: dict[str, Any] = {}
+
+    def __enter__(self) -> Sweep:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.suite.close()
+
+    # --- cells -----------------------------------------------------------------------------------------------------
+
+    def run(self, cells: Sequence[Cell]) -> None:
+        """Finish all of `cells`, beside other processes that do the same; returns when every one is done."""
+        healing.require({cell.heal for cell in cells})
+        clock = _Clock(self.journal, cells, self.depth)
+        while todo := [cell for cell in cells if self.journal.get(cell.name) is None]:
+            worked = False
+            for cell in todo:
+                with self.journal.claim(cell.name) as mine:
+                    if not mine or self.journal.get(cell.name) is not None:
+                        continue
+                    self.suite.progress.note(f"{cell.name}: {clock.left()}")
+                    self.journal.put(cell.name, self._work(cell))
+                    worked = True
+            if not worked:
+                time.sleep(_WAIT_SECONDS)  # another process holds what is left
+
+    def result(self, cell: Cell) -> Evaluation | None:
+        """What a finished cell measured; None where the architecture cannot express the cut."""
+        record = self.journal.get(cell.name)
+        assert record is not None
+        return Evaluation.from_dict(record["evaluation"]) if record["evaluation"] else None
+
+    def plan(self, cell: Cell) -> Plan:
+        """Which layers a cell drops."""
+        n, strategy = cell.n, cell.strategy
+        if strategy == "similarity":
+            return self._closest(n)
+        if strategy == "random":
+            return self._random(n, cell.seed)
+        plan = Plan.dropping(
+            self.depth, {"deepest": deepest, "tail": tail}[strategy](self.depth, n), strategy=strategy
+        )
+        sliced_config(self.checkpoint, plan, trust_remote_code=self._trusted)
+        return plan
+
+    def _work(self, cell: Cell) -> dict[str, Any]:
+        started = time.monotonic()
+        record: dict[str, Any] = {"cell": cell.to_dict(), "depth": self.depth, "error": None}
+        name = f"{self.source} {cell.name}"
+        try:
+            if cell == UNPRUNED:
+                evaluation = self._measure(name)
+            else:
+                plan = self.plan(cell)
+                record |= {"dropped": list(plan.dropped), "distance": plan.distance}
+                config = sliced_config(self.checkpoint, plan, trust_remote_code=self._trusted)
+                evaluation = self._cut(cell, plan, config, name, record)
+        except (ArchitectureError, HealError) as error:  # this cut cannot be, or be healed: the others may
+            record |= {"error": str(error), "evaluation": None}
+        else:
+            record["evaluation"] = evaluation.to_dict()
+        record["seconds"] = round(time.monotonic() - started, 1)
+        return record
+
+    def _cut(
+        self, cell: Cell, plan: Plan, config: Mapping[str, Any], name: str, record: dict[str, Any]
+    ) -> Evaluation:
+        from slicer.checkpoint.model import sliced
+
+        if cell.heal == "none":
+            with sliced(self.model(), plan.kept, config):
+                return self._measure(name)
+        if cell.heal == "fold":
+            from slicer.heal.healing import fold_checkpoint, healed
+            from slicer.measure.stream import Walk
+
+            walk = Walk.in_memory(self.model())
+            changed = fold_checkpoint(
+                self.checkpoint, walk, self._calibration(), plan.dropped, progress=self.progress
+            )
+            record["healing"] = {k: v for k, v in changed.record.items() if k != "tensors"}
+            with healed(self.model(), changed.changes), sliced(self.model(), plan.kept, config):
+                return self._measure(name)
+        raise EvaluationError(f"--heal {cell.heal}: not available in this version of slicer")
+
+    def _measure(self, name: str) -> Evaluation:
+        model = self.model()
+        lm = backends.wrap(model, self.found.path, self.options.evaluation)
+        return self.suite.run(lm, name, backends.vocabulary_of(model))
+
+    # --- the model and what it is cut by ---------------------------------------------------------------------------
+
+    def model(self) -> Any:
+        """The source, loaded once; on the GPU of this process where there are several."""
+        if self._model is None:
+            from slicer.checkpoint.model import load_model
+
+            options = self.options.evaluation
+            device, local = options.device, os.environ.get("LOCAL_RANK")
+            if device == "auto" and local is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                import torch
+
+                count = torch.cuda.device_count()
+                device = f"cuda:{int(local) % count}" if count else "cpu"
+            self.progress.stage("Loading the model")
+            self._model = load_model(
+                self.found.path, dtype=options.dtype, device=device, trust_remote_code=self._trusted
+            )
+        return self._model
+
+    @property
+    def _trusted(self) -> bool:
+        return self.options.evaluation.trust_remote_code
+
+    def distances(self) -> Distances:
+        """Measured once a sweep, and kept."""
+        from slicer.measure.analysis import Distances
+        from slicer.measure.summary import measure
+
+        if self._distances is None:
+            file = self.journal.directory / "distances.json"
+            while (kept := self.journal.get("distances")) is None:
+                with self.journal.claim("distances") as mine:
+                    if not mine:
+                        time.sleep(_WAIT_SECONDS)
+                        continue
+                    data = self._calibration()
+                    self.progress.stage("Measuring layers")
+                    text = measure(self.model(), data.batches).to_json()
+                    write_atomically(file, text)
+                    self.journal.put("distances", {"distances": text, "provenance": data.provenance})
+            self._distances = Distances.from_json(kept["distances"])
+            self._provenance = kept["provenance"]
+        return self._distances
+
+    def _calibration(self) -> TokenBatches:
+        """The text that similarity and healing are measured on, drawn once a process."""
+        from slicer.measure.calibration import token_batches
+
+        if self._batches is None:
+            model = self.model()
+            self.progress.stage("Calibration data")
+            self._batches = token_batches(
+                self.options.calibration, self.found.path, model, trust_remote_code=self._trusted
+            )
+        return self._batches
+
+    def _closest(self, n: int) -> Plan:
+        """Equation 6, among the blocks that the architecture's config can express."""
+        failure: ArchitectureError | None = None
+        for choice in rank(self.distances(), n):
+            plan = Plan.dropping(
+                self.depth, choice.dropped, strategy="similarity", distance=choice.distance,
+                calibration=self._provenance, seed=self.options.calibration.seed,
+            )  # fmt: skip
+            try:
+                sliced_config(self.checkpoint, plan, trust_remote_code=self._trusted)
+                return plan
+            except ArchitectureError as error:
+                failure = failure or error
+        assert failure is not None
+        raise failure
+
+    def _random(self, n: int, seed: int) -> Plan:
+        draw = random.Random(f"{seed} {n}")
+        failure: ArchitectureError | None = None
+        for _ in range(_RANDOM_TRIES):
+            plan = Plan.dropping(self.depth, draw.sample(range(self.depth), n), strategy="random", seed=seed)
+            try:
+                sliced_config(self.checkpoint, plan, trust_remote_code=self._trusted)
+                return plan
+            except ArchitectureError as error:
+                failure = error
+        assert failure is not None
+        raise failure
+
+
+class _Clock:
+    """How long is left: what a finished cell of the same healing took, by the layers it had to run."""
+
+    def __init__(self, journal: Journal, cells: Sequence[Cell], depth: int) -> None:
+        self._journal, self._cells, self._depth = journal, cells, depth
+
+    def left(self) -> str:
+        rates: dict[str, list[float]] = {}
+        todo = []
+        for cell in self._cells:
+            record = self._journal.get(cell.name)
+            if record is None:
+                todo.append(cell)
+            elif record.get("seconds"):
+                rates.setdefault(cell.heal, []).append(record["seconds"] / (self._depth - cell.n))
+        done = len(self._cells) - len(todo)
+        known = [rate for each in rates.values() for rate in each]
+        if not known:
+            return f"{done} of {len(self._cells)} cells done"
+        slowest = max(known)
+        seconds = sum(
+            (sum(rates[c.heal]) / len(rates[c.heal]) if c.heal in rates else slowest) * (self._depth - c.n)
+            for c in todo
+        ) / int(os.environ.get("WORLD_SIZE", "1"))
+        minutes = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+        return f"{done} of {len(self._cells)} cells done, about {minutes} left"
+
+
+def first_process() -> bool:
+    """Whether this is the one process of a launch that speaks (torchrun and accelerate number them in RANK)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def record_cells(journal: Journal, cells: Sequence[Cell], command: str | None) -> None:
+    """Say in the directory which cells belong to the table, beside those of before, and the command that made it."""
+    file = journal.directory / "grid.json"
+    before: list[dict[str, Any]] = []
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        before = json.loads(file.read_text("utf-8"))["cells"]
+    asked = [cell.to_dict() | {"name": cell.name} for cell in cells]
+    known = {cell["name"] for cell in before}
+    merged = before + [cell for cell in asked if cell["name"] not in known]
+    write_atomically(file, json.dumps({"cells": merged, "command": command}, indent=1) + "\n")
+
+
+def keep(sweep: Sweep, share: float, metric: str, grid: Grid, command: str | None) -> promise.Found:
+    """The deepest cut by the grid's first strategy and healing that keeps `share` of `metric`.
+
+    Writes its plan to plan.json in the sweep's directory, for `slicer convert --plan`.
+    """
+    strategy, heal, seed = grid.strategies[0], grid.heals[0], grid.seeds[0]
+    cells: list[Cell] = [UNPRUNED]
+
+    def measure(n: int) -> promise.Kept:
+        cell = Cell(n, strategy, heal, seed if strategy == "random" else 0)
+        cells.append(cell)
+        record_cells(sweep.journal, cells, command)
+        sweep.run([UNPRUNED, cell])
+        cut, whole = sweep.result(cell), sweep.result(UNPRUNED)
+        if cut is None or whole is None:  # the architecture cannot express this cut
+            return promise.Kept(n, 0.0, -math.inf, 0.0)
+        return promise.kept(n, whole, cut, share, metric)
+
+    found = promise.bisect(sweep.depth, measure)
+    if found.best is not None:
+        plan = sweep.plan(next(cell for cell in cells if cell.n == found.best.n))
+        plan = replace(
+            plan, source=sweep.source, revision=sweep.found.revision, command=command,
+            model_type=sweep.checkpoint.config.get("model_type"),
+        )  # fmt: skip
+        write_atomically(sweep.journal.directory / "plan.json", plan.to_json())
+    return found

@@ -1,0 +1,166 @@
+"""`slicer sweep`: options in, a table or one line of error out. What it needs is imported when it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slicer.errors import EvaluationError, UsageError
+from slicer.judge.command import check_batch, names
+
+_FILE = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("source")
+@click.option("-o", "--out", type=_FILE, metavar="DIR",
+              help="Where the sweep is kept, and goes on when run again  [default: SOURCE's name-sweep]")  # fmt: skip
+@click.option(
+    "--drop", metavar="AMOUNTS", default="0:0.5:0.05", show_default=True,
+    help="Layers to drop: fractions 0:0.5:0.05 or 0.1,0.25; counts 0,2,4 or 0:8:2.",
+)  # fmt: skip
+@click.option("--strategies", metavar="NAMES", default="similarity,deepest", show_default=True,
+              help="Among similarity, deepest, tail, random.")  # fmt: skip
+@click.option("--heal", "heals", metavar="NAMES", default="none", show_default=True,
+              help="Among none, fold (closed form), qlora, or qlora@RANK.")  # fmt: skip
+@click.option("--seeds", metavar="NUMBERS", default="0", show_default=True,
+              help="Of the random strategy and of healing that trains.")  # fmt: skip
+@click.option("--keep", type=float, metavar="SHARE",
+              help="Instead of the grid: the deepest cut that keeps this share of --metric, as plan.json.")  # fmt: skip
+@click.option("--metric", metavar="TASK", help="What --keep is about  [default: the first task]")
+@click.option("--suite", type=click.Choice(["paper"]),
+              help="paper: both strategies, bare and healed; mmlu@5, boolq, c4 (figures 1d, 2, 3, 5, 6).")  # fmt: skip
+@click.option("--ablate", type=click.Choice(["prompt", "shots", "seed", "rank"]),
+              help="With --suite paper: figures 7 (prompt, shots), 8 (seed) or 9 (rank) instead.")  # fmt: skip
+@click.option("--tasks", metavar="NAMES", help="As in eval  [default: mmlu,boolq,c4; c4 for the demo model]")
+@click.option("--data", type=_FILE, metavar="DIR", help="Local files, as in eval.")
+@click.option("--text", type=_FILE, metavar="FILE", help="Measure the loss on this file.")
+@click.option("--text-column", metavar="NAME", help="Column of it that holds the text  [default: text]")
+@click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples before each question.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N",
+              help="N items of each task; a group such as mmlu shares them among its subtasks.")  # fmt: skip
+@click.option("--calibration", metavar="DATA",
+              help="What similarity and healing measure on, as in convert  [default: text of --data]")  # fmt: skip
+@click.option("--samples", type=click.IntRange(min=1), help="Calibration sequences.")
+@click.option("--seq-len", type=click.IntRange(min=2), help="Tokens in each.")
+@click.option("--batch-size", default="auto", show_default=True, help="As in eval.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
+              help="Of the text, the items and the calibration sample.")  # fmt: skip
+@click.option("--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto",
+              show_default=True, help="Run in this precision; auto: as stored.")  # fmt: skip
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
+@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the checkpoint's own Python code.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def sweep(source: str, **given: Any) -> None:
+    """Measure SOURCE at every depth, strategy and healing of a grid.
+
+    Finished cells are kept: run the same command again after a stop. Several processes, here or on machines that
+    share DIR, take cells from each other:
+
+    \b
+    slicer sweep qwen2.5-0.5b --drop 0:0.5:0.05 --tasks mmlu,boolq,c4 --limit 100
+    slicer sweep qwen2.5-0.5b --keep 0.98 --metric mmlu
+    accelerate launch --num_processes 8 -m slicer sweep llama-2-70b --suite paper
+    """
+    from slicer import console, show_scores
+    from slicer.judge import grid, promise
+    from slicer.judge.evaluate import EvalOptions
+    from slicer.judge.journal import write_atomically
+    from slicer.judge.sweep import Sweep, SweepOptions, first_process, keep, record_cells
+    from slicer.judge.table import read_table, to_csv, to_dict
+    from slicer.measure.calibration import CalibrationSpec
+
+    context = click.get_current_context()
+    typed = {
+        name for name in context.params
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    }  # fmt: skip
+    if given["ablate"] and not given["suite"]:
+        raise UsageError("--ablate: give it with --suite paper")
+    if given["metric"] and given["keep"] is None:
+        raise UsageError("--metric: give it with --keep")
+    check_batch(given["batch_size"])
+    axes = grid.Grid(
+        given["drop"], names(given["strategies"]), names(given["heals"]), _numbers(given["seeds"])
+    )
+    tasks = names(given["tasks"]) if given["tasks"] is not None else None
+    if given["suite"]:
+        axes, preset = grid.paper(given["ablate"], axes, typed)
+        tasks = tasks or preset
+    text = given["text"]
+    if source == "demo" and given["data"] is None and text is None:
+        from slicer import demo
+
+        text = demo.path().parent / "heldout.txt"
+        tasks = tasks or ("c4",)
+    chosen = {
+        "tasks": tasks,
+        "text": text,
+        **{k: given[k] for k in ("data", "text_column", "num_fewshot", "limit", "batch_size", "seed")},
+        **{k: given[k] for k in ("dtype", "device", "trust_remote_code")},
+        "share_limit": True,
+    }
+    options = EvalOptions(**{k: v for k, v in chosen.items() if v is not None})
+    metric = (
+        promise.check(given["keep"], given["metric"], options.tasks) if given["keep"] is not None else None
+    )
+    calibration = given["calibration"] or _calibration(source, given["data"], text)
+    spec = {k: given[k] for k in ("samples", "seq_len", "seed") if given[k] is not None}
+    command = shlex.join(["slicer", *_typed(context, typed)])
+    settings = SweepOptions(options, CalibrationSpec(source=calibration, **spec), command)
+    directory = given["out"] or Path(f"{Path(source).name or 'model'}-sweep")
+    found = None
+    with console.progress() as progress, Sweep(source, directory, settings, progress) as running:
+        if metric is None:
+            cells = grid.cells(axes, running.depth)
+            record_cells(running.journal, cells, command)
+            running.run(cells)
+        elif first_process():  # bisection goes one step at a time: there is nothing to share
+            found = keep(running, given["keep"], metric, axes, command)
+    if not first_process():
+        return
+    table = read_table(directory)
+    write_atomically(directory / "table.csv", to_csv(table))
+    if given["as_json"]:
+        record = to_dict(table) | {"keep": found and asdict(found)}
+        click.echo(json.dumps(record, indent=1))
+    else:
+        show_scores.print_sweep(table, directory)
+        if found is not None and metric is not None:
+            show_scores.print_kept(found, given["keep"], metric, directory / "plan.json", source)
+
+
+def _calibration(source: str, data: Path | None, text: Path | None) -> str | None:
+    """Without --calibration: text of --data that is not what the loss is measured on, or else the model's own."""
+    from slicer.judge import loss
+
+    if data is None:
+        return "self" if source == "demo" else None
+    with contextlib.suppress(EvaluationError):
+        text = text or loss.find_text(data)
+    found = loss.other_text(data, text)
+    return str(found) if found else "self"
+
+
+def _typed(context: click.Context, typed: set[str]) -> list[str]:
+    """The words of the command line, in the order of the help, paths and all: for the record."""
+    words = [context.command.name or "", str(context.params["source"])]
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if isinstance(parameter, click.Option) and name in typed and name not in ("as_json", "debug"):
+            value = context.params[name]
+            words += [parameter.opts[-1]] if value is True else [parameter.opts[-1], str(value)]
+    return words
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    if not all(part.isdigit() for part in names(text)):
+        raise UsageError(f"--seeds {text}: write whole numbers, comma-separated")
+    return tuple(int(part) for part in names(text))

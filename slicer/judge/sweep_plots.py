@@ -1,0 +1,133 @@
+"""The paper's figures 1d, 2, 3, 5 and 6 for one sweep: a measure against the fraction of layers dropped. As SVG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from slicer.judge.table import Row, Table
+
+_COLOURS = {"similarity": "#1f4e9c", "deepest": "#b3262a", "tail": "#b8741a", "random": "#6b6b6b"}
+_MARKERS = {"none": "o", "fold": "s", "qlora": "D"}
+_DASHES = {"none": (0, (1, 1.5)), "fold": (0, ()), "qlora": (0, (6, 1.5))}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line: (fraction dropped, value, standard error) of a strategy and a healing, seeds averaged."""
+
+    strategy: str
+    heal: str
+    points: tuple[tuple[float, float, float], ...]
+
+    @property
+    def label(self) -> str:
+        """For the legend."""
+        return self.strategy if self.heal == "none" else f"{self.strategy}, healed ({self.heal})"
+
+
+def value_of(row: Row, measure: str) -> tuple[float, float] | None:
+    """(value, standard error) of a task's first metric, or of the loss as a share of log V for "c4"."""
+    if row.evaluation is None:
+        return None
+    if measure == "c4":
+        loss = row.evaluation.loss
+        if loss is None:
+            return None
+        return loss.normalised, loss.standard_error * loss.normalised / loss.nats_per_token
+    score = row.evaluation.primary(measure)
+    return (score.value, score.standard_error or 0.0) if score else None
+
+
+def curves_of(table: Table, measure: str) -> list[Curve]:
+    """The curves of a measure, each beginning at the unpruned model."""
+    whole = next((value_of(row, measure) for row in table.rows if row.n == 0), None)
+    found: dict[tuple[str, str], dict[int, list[tuple[float, float]]]] = {}
+    for row in table.rows:
+        value = value_of(row, measure)
+        if row.n and value is not None:
+            found.setdefault((row.strategy, row.heal), {}).setdefault(row.n, []).append(value)
+    curves = []
+    for (strategy, heal), by_n in sorted(found.items()):
+        points = [(0.0, *whole)] if whole else []
+        for n, values in sorted(by_n.items()):
+            k = len(values)
+            error = sum(e * e for _, e in values) ** 0.5 / k
+            points.append((n / table.depth, sum(v for v, _ in values) / k, error))
+        curves.append(Curve(strategy, heal, tuple(points)))
+    return curves
+
+
+def against_fraction(table: Table, measure: str, chance: float | None, label: str) -> str:
+    """A measure against the fraction dropped; the unpruned model dashed in red, guessing in grey, as in the paper."""
+    figure, axes = _figure()
+    curves = curves_of(table, measure)
+    for curve in curves:
+        xs, ys, errors = zip(*curve.points, strict=True)
+        base = curve.heal.split("@")[0]
+        axes.errorbar(
+            xs, ys, yerr=errors, label=curve.label, color=_COLOURS[curve.strategy], marker=_MARKERS[base],
+            markersize=4, linestyle=_DASHES[base], linewidth=1.6, elinewidth=0.8, capsize=2,
+            alpha=0.65 if curve.heal == "none" and any(c.heal != "none" for c in curves) else 1.0,
+        )  # fmt: skip
+    whole = next((value_of(row, measure) for row in table.rows if row.n == 0), None)
+    if whole is not None:
+        axes.axhline(whole[0], color="#d62728", linestyle="--", linewidth=1, label="unpruned")
+    if chance is not None:
+        axes.axhline(chance, color="#8a8a8a", linestyle="--", linewidth=1, label="guessing")
+    axes.set(xlabel="fraction of layers dropped", ylabel=label)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def healing_curve(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """The losses of healing against its steps: name -> [{"step", loss names...}]."""
+    figure, axes = _figure()
+    for name, history in histories.items():
+        for key in sorted({k for entry in history for k in entry if "loss" in k}):
+            points = [(entry["step"], entry[key]) for entry in history if key in entry]
+            axes.plot(*zip(*points, strict=True), label=f"{name}: {key.replace('_', ' ')}", linewidth=1.4)
+    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def bench_line(points: Sequence[tuple[int, float]], line: Mapping[str, Any] | None, label: str) -> str:
+    """A figure of `slicer bench` against the layers, with its fitted line."""
+    figure, axes = _figure()
+    xs, ys = zip(*sorted(points), strict=True)
+    axes.plot(xs, ys, marker="o", linestyle="none", color="#1f4e9c", label="measured")
+    if line is not None:
+        ends = (0, max(xs))
+        fitted = [line["intercept"] + line["slope"] * x for x in ends]
+        axes.plot(ends, fitted, color="#6b6b6b", linewidth=1, label=f"line, R² = {line['r2']:.4f}")
+    axes.set(xlabel="layers", ylabel=label)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def _figure() -> tuple[Any, Any]:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.4, 3.7), layout="constrained")
+    FigureCanvasSVG(figure)
+    return figure, figure.add_subplot()
+
+
+def _svg(figure: Any) -> str:
+    """The figure as SVG without dates, so that the same figures give the same bytes."""
+    import matplotlib
+
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "slicer"}):
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    return out.getvalue()

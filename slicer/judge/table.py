@@ -1,0 +1,161 @@
+"""The finished cells of a sweep as one table: figures only, no times, so that the same work gives the same bytes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from slicer.errors import EvaluationError
+from slicer.judge.compare import Difference
+from slicer.judge.results import Evaluation, differences
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell: what was cut and how, what it scored, and how that differs from the unpruned model.
+
+    `evaluation` is None where the architecture cannot express the cut; `error` says why.
+    """
+
+    name: str
+    n: int
+    fraction: float
+    strategy: str
+    heal: str
+    seed: int
+    dropped: tuple[int, ...]
+    distance: float | None
+    evaluation: Evaluation | None
+    against_unpruned: tuple[Difference, ...]
+    error: str | None = None
+    healing: Mapping[str, Any] | None = None
+
+    def change(self, measure: str) -> Difference | None:
+        """The difference from the unpruned model in "task/metric", a task's first metric, or "c4"."""
+        return next(
+            (d for d in self.against_unpruned if d.measure == measure or d.measure.split("/")[0] == measure),
+            None,
+        )
+
+
+@dataclass(frozen=True)
+class Table:
+    """All finished cells of a sweep directory, in the order of the grid; `missing` counts those not finished."""
+
+    settings: Mapping[str, Any]
+    command: str | None
+    depth: int
+    rows: tuple[Row, ...]
+    missing: int
+
+    @property
+    def unpruned(self) -> Evaluation | None:
+        """The whole model."""
+        return next((row.evaluation for row in self.rows if row.n == 0), None)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Tasks in the order scored, c4 apart."""
+        return tuple(dict.fromkeys(s.task for r in self.rows if r.evaluation for s in r.evaluation.scores))
+
+
+def read_table(directory: Path) -> Table:
+    """The sweep in `directory`. Raises EvaluationError when there is none, or a file of it is broken."""
+    try:
+        settings = json.loads((directory / "sweep.json").read_text("utf-8"))["settings"]
+        grid = json.loads((directory / "grid.json").read_text("utf-8"))
+        depth = int(settings["depth"])
+        names = [cell["name"] for cell in grid["cells"]]
+        records = {}
+        for name in names:
+            file = directory / "cells" / f"{name}.json"
+            if file.is_file():
+                records[name] = json.loads(file.read_text("utf-8"))
+        whole = records.get("unpruned")
+        unpruned = Evaluation.from_dict(whole["evaluation"]) if whole else None
+        rows = [_row(name, records[name], depth, unpruned) for name in names if name in records]
+    except OSError as error:
+        raise EvaluationError(f"{directory}: no sweep in it ({error.strerror}: {error.filename})") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EvaluationError(f"{directory}: the sweep in it is damaged ({error})") from None
+    return Table(settings, grid.get("command"), depth, tuple(rows), len(names) - len(rows))
+
+
+def _row(name: str, record: Mapping[str, Any], depth: int, unpruned: Evaluation | None) -> Row:
+    cell = record["cell"]
+    evaluation = Evaluation.from_dict(record["evaluation"]) if record["evaluation"] else None
+    compared = differences(unpruned, evaluation) if unpruned and evaluation and cell["n"] else []
+    return Row(
+        name=name,
+        n=cell["n"],
+        fraction=cell["n"] / depth,
+        strategy=cell["strategy"],
+        heal=cell["heal"],
+        seed=cell["seed"],
+        dropped=tuple(record.get("dropped") or ()),
+        distance=record.get("distance"),
+        evaluation=evaluation,
+        against_unpruned=tuple(compared),
+        error=record.get("error"),
+        healing=record.get("healing"),
+    )
+
+
+def to_dict(table: Table) -> dict[str, Any]:
+    """For JSON: every cell with its figures and tests, without single items."""
+    rows = []
+    for row in table.rows:
+        record = asdict(row)
+        if row.evaluation is not None:
+            record["evaluation"] = {
+                k: v for k, v in row.evaluation.to_dict().items() if k not in ("items", "seconds")
+            }
+        record["against_unpruned"] = [d.to_dict() for d in row.against_unpruned]
+        rows.append(record)
+    return {
+        "settings": dict(table.settings),
+        "command": table.command,
+        "rows": rows,
+        "missing": table.missing,
+    }
+
+
+def to_csv(table: Table) -> str:
+    """One line a cell; floats in full, so that equal tables are equal bytes."""
+    header = ["n", "fraction", "strategy", "heal", "seed", "dropped", "distance"]
+    for task in table.tasks:
+        header += [task, f"{task} standard error", f"{task} guessing", f"{task} p"]
+    has_loss = any(row.evaluation and row.evaluation.loss for row in table.rows)
+    if has_loss:
+        header += ["loss", "loss standard error", "loss / log V", "loss p"]
+    header += ["repetition", "distinct-2", "length", "error"]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(header)
+    for row in sorted(table.rows, key=lambda r: (r.strategy != "none", r.strategy, r.heal, r.seed, r.n)):
+        writer.writerow(_line(row, table.tasks, has_loss))
+    return out.getvalue()
+
+
+def _line(row: Row, tasks: Sequence[str], has_loss: bool) -> list[Any]:
+    found = row.evaluation
+    line: list[Any] = [
+        row.n, repr(row.fraction), row.strategy, row.heal, row.seed, " ".join(map(str, row.dropped)), row.distance,
+    ]  # fmt: skip
+    for task in tasks:
+        score = found.primary(task) if found else None
+        change = row.change(task)
+        line += [score and score.value, score and score.standard_error, score and score.chance]
+        line.append(change and change.p_value)
+    if has_loss:
+        loss, change = found.loss if found else None, row.change("c4")
+        line += [loss and loss.nats_per_token, loss and loss.standard_error, loss and loss.normalised]
+        line.append(change and change.p_value)
+    health = found.health if found else None
+    line += [health and health.repetition[0], health and health.distinct_2[0], health and health.length[0]]
+    return ["" if value is None else value for value in [*line, row.error]]

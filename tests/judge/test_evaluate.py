@@ -1,0 +1,125 @@
+"""Figures are lm-eval's own to the last digit, the loss is the model's own, and results compare."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from slicer import demo
+from slicer.checkpoint.model import load_model
+from slicer.cli import main
+from slicer.judge import backends, health
+from slicer.judge.evaluate import EvalOptions, Suite, evaluate
+from slicer.judge.results import Evaluation
+
+OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def result(data: Path) -> Evaluation:
+    options = EvalOptions(
+        tasks=("mmlu_astronomy@5", "mmlu_astronomy", "boolq", "c4"), data=data, limit=8, **OPTIONS
+    )
+    with Suite(options) as suite:
+        return evaluate("demo", suite)
+
+
+def test_the_scores_are_lm_evals_to_the_last_digit(data: Path, result: Evaluation) -> None:
+    """The same rows as a task written by hand, run by lm-eval's own entry with its own loading of the model."""
+    import lm_eval
+
+    by_hand = {
+        "task": "by_hand", "dataset_path": "json", "output_type": "multiple_choice",
+        "dataset_kwargs": {"data_files": {"validation": str(data / "boolq" / "dev.jsonl")}},
+        "validation_split": "validation", "doc_to_text": "{{passage}}\nQuestion: {{question}}?\nAnswer:",
+        "doc_to_target": "{{answer|int}}", "doc_to_choice": ["no", "yes"], "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    found = lm_eval.simple_evaluate(
+        "hf", model_args={"pretrained": str(demo.path()), "dtype": "float32"}, tasks=[by_hand], limit=8, device="cpu",
+        batch_size=1,
+    )  # fmt: skip
+    score = result.primary("boolq")
+    assert score is not None and score.items == 8
+    assert score.value == found["results"]["by_hand"]["acc,none"]
+    assert score.standard_error == found["results"]["by_hand"]["acc_stderr,none"]
+
+
+def test_shots_chance_and_items(result: Evaluation) -> None:
+    five, none = result.primary("mmlu_astronomy@5"), result.primary("mmlu_astronomy")
+    assert five is not None and none is not None
+    assert (five.shots, none.shots) == (5, 0) and five.chance == none.chance == 0.25
+    items = result.items["mmlu_astronomy@5/acc"]
+    assert len(items) == 8 and sum(items.values()) / 8 == five.value
+    boolq = result.primary("boolq")
+    assert boolq is not None and boolq.chance == 0.5
+
+
+def test_the_loss_is_the_models_own(data: Path, result: Evaluation) -> None:
+    from transformers import AutoTokenizer
+
+    options = EvalOptions(tasks=("c4",), data=data, limit=8, **OPTIONS)
+    with Suite(options) as suite:
+        assert suite.excerpts is not None
+        texts = suite.excerpts.texts
+    model, tokenizer = load_model(demo.path(), **OPTIONS), AutoTokenizer.from_pretrained(str(demo.path()))
+    nats, count = 0.0, 0
+    for text in texts:
+        ids = torch.tensor([[0, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
+        with torch.no_grad():
+            nats += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    assert result.loss is not None and result.loss.tokens == count and result.loss.sequences == 8
+    assert result.loss.nats_per_token == pytest.approx(nats / count, rel=1e-5)
+    assert result.loss.normalised == pytest.approx(
+        nats / count / float(torch.log(torch.tensor(4096.0))), rel=1e-5
+    )
+    assert sum(result.items["c4"].values()) / 8 == pytest.approx(result.loss.nats_per_token)
+
+
+def test_a_text_beyond_the_context_is_read_in_pieces() -> None:
+    options = EvalOptions(**OPTIONS)
+    lm = backends.wrap(load_model(demo.path(), **OPTIONS), demo.path(), options)
+    text = (demo.path().parent / "heldout.txt").read_text("utf-8")[:4000]
+    nats, tokens = backends.text_losses(lm, [text])
+    assert tokens[0] > lm.max_length and 0 < nats[0] / tokens[0] < 6
+
+
+def test_health() -> None:
+    looped, varied = "the sea " * 20, "a king went out to see the men who kept the gate of brass"
+    assert health.repetition(looped.split(), 4) > 0.8 and health.repetition(varied.split(), 4) == 0.0
+    assert health.distinct(varied.split(), 1) > 0.9 and health.distinct(looped.split(), 1) == 2 / 40
+    assert health.repetition([], 4) == 1.0
+    judged = health.judge([("p", looped), ("p", varied)], [40, 14])
+    assert judged.length == (27.0, pytest.approx(13.0))
+
+
+def test_results_survive_the_disk_and_compare(tmp_path: Path, result: Evaluation) -> None:
+    file, other = tmp_path / "a.json", tmp_path / "b.json"
+    file.write_text(json.dumps(result.to_dict()))
+    assert json.dumps(Evaluation.load(file).to_dict()) == json.dumps(result.to_dict())
+    record = result.to_dict()
+    record["items"] = {**record["items"], "c4": {k: v + 0.5 for k, v in record["items"]["c4"].items()}}
+    other.write_text(json.dumps({"results": [record]}))
+    shown = CliRunner().invoke(main, ["eval", str(file), str(other)])
+    assert shown.exit_code == 0, shown.output
+    assert "c4" in shown.output and "a real difference" in shown.output and "within noise" in shown.output
+    file.write_text("{}")
+    bad = CliRunner().invoke(main, ["eval", str(file), str(other)])
+    assert bad.exit_code == 1 and bad.output.count("\n") == 1
+
+
+def test_the_command(tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    arguments = ["eval", "demo", "--limit", "2", "--device", "cpu", "--json", "-o", str(out)]
+    shown = CliRunner().invoke(main, arguments)
+    assert shown.exit_code == 0, shown.output
+    record = json.loads(out.read_text())
+    assert record["results"][0]["loss"]["source"] == "heldout.txt"
+    assert len(record["results"][0]["health"]["samples"]) == len(health.PROMPTS)
+    for arguments in (["eval", "demo", "--batch-size", "many"], ["eval", "demo", "--write-tasks", "x"]):
+        assert CliRunner().invoke(main, arguments).exit_code == 2

@@ -1,0 +1,112 @@
+"""Cells of a sweep, and the promise that bisection keeps."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from slicer.errors import EvaluationError, PlanError, UsageError
+from slicer.judge.grid import UNPRUNED, Grid, amounts, cells, paper
+from slicer.judge.promise import Kept, bisect, check, kept
+from slicer.judge.results import Evaluation, Score
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0,2,4", [0, 2, 4]),
+        ("0:8:2", [0, 2, 4, 6, 8]),
+        ("0:0.5:0.05", [0, 1, 2, 4, 5, 6, 7, 8, 10, 11, 12]),
+        ("0.25", [6]),
+        ("6,0.25,3", [3, 6]),
+    ],
+)
+def test_amounts(text: str, expected: list[int]) -> None:
+    assert amounts(text, 24) == expected
+
+
+@pytest.mark.parametrize("text", ["", "x", "-2", "1:2", "5:1:1", "0:4:0", "0.5:1.5:0.5", "1.0"])
+def test_amounts_that_make_no_sense(text: str) -> None:
+    with pytest.raises(UsageError):
+        amounts(text, 24)
+
+
+def test_more_than_the_model_has() -> None:
+    with pytest.raises(PlanError, match="at most 23"):
+        amounts("24", 24)
+
+
+def test_cheap_cells_come_first_and_nothing_twice() -> None:
+    grid = Grid("0,2,4", ("similarity", "random"), ("fold", "none"), (0, 1))
+    found = cells(grid, 12)
+    assert found[0] == UNPRUNED and len(set(c.name for c in found)) == len(found)
+    heals = [c.heal for c in found[1:]]
+    assert heals == sorted(heals, key=["none", "fold"].index)
+    bare = [c.n for c in found[1:] if c.heal == "none"]
+    assert bare == sorted(bare, reverse=True)
+    assert len([c for c in found if c.strategy == "similarity" and c.heal == "none"]) == 2
+    assert len([c for c in found if c.strategy == "random" and c.heal == "none"]) == 4
+
+
+@pytest.mark.parametrize(
+    "axes", [{"strategies": ("best",)}, {"heals": ("magic",)}, {"heals": ("fold@4",)}, {"strategies": ()}]
+)
+def test_unknown_axes(axes: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        Grid(**axes)
+
+
+def test_the_papers_presets_yield_to_what_was_given() -> None:
+    grid, tasks = paper(None, Grid(), ())
+    assert grid.strategies == ("similarity", "deepest") and grid.heals == ("none", "qlora")
+    assert tasks == ("mmlu@5", "boolq@0", "c4")
+    grid, tasks = paper("shots", Grid("0,2"), {"drop"})
+    assert grid.drop == "0,2" and grid.strategies == ("similarity",) and len(tasks) == 4
+
+
+@pytest.mark.parametrize("deepest", [0, 1, 5, 11, 22, 23])
+def test_bisection_finds_the_deepest_cut(deepest: int) -> None:
+    asked = []
+
+    def measure(n: int) -> Kept:
+        asked.append(n)
+        return Kept(n, 1.0 if n <= deepest else 0.5, 0.1 if n <= deepest else -0.1, 0.01)
+
+    found = bisect(24, measure)
+    assert (found.best.n if found.best else 0) == deepest
+    assert len(asked) == len(set(asked)) <= 8
+
+
+def test_a_dip_does_not_end_the_search() -> None:
+    """n = 12 fails by noise, 13 keeps the promise: the answer lies beyond the dip."""
+    found = bisect(24, lambda n: Kept(n, 1.0, 0.1 if n in range(12) or n == 13 else -0.1, 0.01))
+    assert found.best is not None and found.best.n == 13
+
+
+def evaluation(values: list[float]) -> Evaluation:
+    score = Score("mmlu", "acc", sum(values) / len(values), 0.01, 0.25, len(values), 0)
+    return Evaluation("m", (score,), None, None, {"mmlu/acc": {str(i): v for i, v in enumerate(values)}})
+
+
+def test_the_margin_is_paired() -> None:
+    """Both wrong on the same items: 2% less of 500 right answers is known far better than either score."""
+    draw = random.Random(1)
+    whole = [float(draw.random() < 0.5) for _ in range(1000)]
+    at = [i for i, v in enumerate(whole) if v][:40]
+    cut = [0.0 if i in at else v for i, v in enumerate(whole)]
+    found = kept(4, evaluation(whole), evaluation(cut), 0.98, "mmlu")
+    assert found.share == pytest.approx(1 - 40 / sum(whole))
+    assert not found.kept and found.sure and found.standard_error < 0.008
+    assert kept(0, evaluation(whole), evaluation(whole), 0.98, "mmlu").kept
+
+
+def test_a_promise_needs_its_task() -> None:
+    assert check(0.98, None, ("mmlu@5", "c4")) == "mmlu@5"
+    with pytest.raises(EvaluationError, match="--metric mmlu@5"):
+        check(0.98, "mmlu", ("mmlu@5", "c4"))
+    with pytest.raises(EvaluationError, match="add it to --tasks"):
+        check(0.98, "boolq", ("mmlu", "c4"))
+    with pytest.raises(UsageError):
+        check(98, "mmlu", ("mmlu",))

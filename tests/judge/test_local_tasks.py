@@ -1,0 +1,101 @@
+"""Bad local files are named with their line; good ones reach lm-eval with the real task's prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from slicer.errors import CalibrationError, EvaluationError
+from slicer.judge import loss
+from slicer.judge.evaluate import EvalOptions, Suite
+from slicer.judge.tasks import share
+
+
+def mmlu(root: Path, test: str, dev: str = "Q,a,b,c,d,A\n") -> Path:
+    for split, text in (("dev", dev), ("test", test)):
+        (root / "mmlu" / split).mkdir(parents=True)
+        (root / "mmlu" / split / f"anatomy_{split}.csv").write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("Q,a,b,c,d,A\nQ,a,b,c,B\n", r"anatomy_test.csv, line 2: 5 fields"),
+        ("Q,a,b,c,d,E\n", r"line 1: the answer 'E'"),
+        ('"Q\nmore",a,b,c,d,A\nQ,a,b,c,d,\n', r"line 3: the answer ''"),
+        ('Q,a,b,c,d,A\n"Q,a,b\n', r"line 2: not a CSV row"),
+        ("", r"empty"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, rows: str, message: str) -> None:
+    with pytest.raises(EvaluationError, match=message) as caught:
+        Suite(EvalOptions(tasks=("mmlu_anatomy",), data=mmlu(tmp_path, rows)))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_missing_is_named(tmp_path: Path, data: Path) -> None:
+    for tasks, message in (
+        (("mmlu_anatomy",), "anatomy_test.csv: no such file"),
+        (("mmlu",), "all 57 subjects"),
+        (("hellaswag_nothing",), "no such task"),
+        (("mmlu_astronomi",), "near it: .*mmlu_astronomy"),
+        (("mmlu@five",), "mmlu@5"),
+        ((), "no tasks"),
+    ):
+        with pytest.raises(EvaluationError, match=message):
+            Suite(EvalOptions(tasks=tasks, data=data))
+    with pytest.raises(EvaluationError, match="no such directory"):
+        Suite(EvalOptions(tasks=("boolq",), data=tmp_path / "none"))
+    with pytest.raises(EvaluationError, match="no text for the loss"):
+        Suite(EvalOptions(tasks=("c4",), data=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"question": "q", "passage": "p"}', "line 2: not a row"),
+        ('{"question": "q", "passage": "p", "answer": "yes"}', "line 2: not a row"),
+        ("{broken", "line 2: not JSON"),
+    ],
+)
+def test_a_bad_line_of_boolq_is_named(tmp_path: Path, row: str, message: str) -> None:
+    good = '{"question": "q", "passage": "p", "answer": true}'
+    (tmp_path / "boolq.jsonl").write_text(f"{good}\n{row}\n")
+    with pytest.raises(EvaluationError, match=message):
+        Suite(EvalOptions(tasks=("boolq",), data=tmp_path))
+
+
+def test_text_for_the_loss(tmp_path: Path) -> None:
+    empty, blank, wrong = tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "c.csv"
+    empty.write_text("")
+    blank.write_text("\n\n \n")
+    wrong.write_text("text\n")
+    for file, message in (
+        (empty, "empty"),
+        (blank, "empty sample"),
+        (wrong, "not a .jsonl"),
+        (tmp_path / "d.txt", "no such"),
+    ):
+        with pytest.raises(EvaluationError, match=message):
+            loss.draw(file)
+    bad = tmp_path / "e.jsonl"
+    bad.write_text('{"text": "a"}\n{"body": "b"}\n')
+    with pytest.raises(CalibrationError, match="line 2"):
+        loss.draw(bad)
+
+
+def test_the_same_text_for_the_same_seed(data: Path) -> None:
+    file = loss.find_text(data)
+    a, b, c = (loss.draw(file, sequences=6, seed=seed) for seed in (0, 0, 1))
+    assert a == b and a.digest != c.digest
+    assert len(a.texts) == 6 and all(len(text) == loss.CHARACTERS for text in a.texts)
+
+
+def test_a_shared_limit_is_in_proportion() -> None:
+    parts = share({"a": 100, "b": 300, "c": 1, "d": 600}, 100)
+    assert sum(parts.values()) == 100 and parts["c"] == 1
+    assert parts["d"] == pytest.approx(60, abs=1) and parts["b"] == pytest.approx(30, abs=1)
+    assert share({"a": 5, "b": 5}, 1) == {"a": 1, "b": 1}
+    assert share({"a": 2, "b": 5}, 100) == {"a": 2, "b": 5}

@@ -1,0 +1,167 @@
+"""A sweep measures the real cuts, survives kills, and is shared by processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from slicer import demo
+from slicer.checkpoint.export import export
+from slicer.checkpoint.reader import Checkpoint
+from slicer.cli import main
+from slicer.errors import OutputError
+from slicer.judge.evaluate import EvalOptions, Suite, evaluate
+from slicer.judge.journal import Journal
+from slicer.judge.table import read_table
+from slicer.plan import Plan
+
+GRID = [
+    "--drop",
+    "0,2,4",
+    "--strategies",
+    "similarity,random",
+    "--limit",
+    "4",
+    "--samples",
+    "8",
+    "--seq-len",
+    "48",
+]
+FIXED = ["--device", "cpu", "--dtype", "float32"]
+
+
+def sweep(directory: Path, *more: str) -> Result:
+    return CliRunner().invoke(main, ["sweep", "demo", *GRID, *FIXED, "-o", str(directory), *more])
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("sweep") / "s"
+    result = sweep(directory, "--heal", "none,fold")
+    assert result.exit_code == 0, result.output
+    return directory
+
+
+def test_a_cell_is_what_the_exported_cut_scores(swept: Path, tmp_path: Path) -> None:
+    table = read_table(swept)
+    assert table.missing == 0 and len(table.rows) == 9
+    row = next(r for r in table.rows if r.n == 4 and r.strategy == "similarity" and r.heal == "none")
+    export(Checkpoint.open(demo.path()), Plan.dropping(12, row.dropped), tmp_path / "cut")
+    text = demo.path().parent / "heldout.txt"
+    options = EvalOptions(tasks=("c4",), text=text, limit=4, device="cpu", dtype="float32")
+    with Suite(options) as suite:
+        alone = evaluate(str(tmp_path / "cut"), suite)
+    assert row.evaluation is not None and alone.items == row.evaluation.items
+    assert alone.health == row.evaluation.health
+
+
+def test_healing_lowers_the_loss(swept: Path) -> None:
+    rows = {(r.strategy, r.heal): r.evaluation for r in read_table(swept).rows if r.n == 4}
+    bare, healed = rows["similarity", "none"], rows["similarity", "fold"]
+    assert bare and healed and bare.loss and healed.loss
+    assert healed.loss.nats_per_token < bare.loss.nats_per_token
+
+
+def test_a_killed_sweep_ends_with_the_same_table(swept: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "s"
+    arguments = [sys.executable, "-m", "slicer", "sweep", "demo", *GRID, *FIXED, "--heal", "none,fold"]
+    process = subprocess.Popen(
+        [*arguments, "-o", str(directory)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while (
+        not list(directory.glob("cells/0*.json")) and time.monotonic() < deadline and process.poll() is None
+    ):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = set(directory.glob("cells/0*.json"))
+    assert 0 < len(done) < 8
+    stamps = {file: file.stat().st_mtime_ns for file in done}
+    assert sweep(directory, "--heal", "none,fold").exit_code == 0
+    assert (directory / "table.csv").read_bytes() == (swept / "table.csv").read_bytes()
+    assert {file: file.stat().st_mtime_ns for file in done} == stamps, "finished cells were run again"
+
+
+def test_two_processes_share_the_cells(swept: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "s"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "slicer",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "sweep", "demo", *GRID, *FIXED, "--heal", "none,fold", "-o", str(directory)],
+        capture_output=True, text=True, env=environment, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("12 layers") == 1, "only the first process speaks"
+    assert (directory / "table.csv").read_bytes() == (swept / "table.csv").read_bytes()
+
+
+def test_a_cell_has_one_worker(tmp_path: Path) -> None:
+    one, two = Journal(tmp_path / "j", {"a": 1}), Journal(tmp_path / "j", {"a": 1})
+    with one.claim("x") as mine, two.claim("x") as yours, two.claim("y") as other:
+        assert mine and not yours and other
+    with two.claim("x") as mine:
+        assert mine
+    with pytest.raises(OutputError, match="a 1, not 2"):
+        Journal(tmp_path / "j", {"a": 2})
+    (tmp_path / "k").mkdir()
+    (tmp_path / "k" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="no sweep"):
+        Journal(tmp_path / "k", {})
+
+
+def test_keep_writes_a_plan_that_convert_takes(tmp_path: Path) -> None:
+    directory = tmp_path / "s"
+    result = sweep(directory, "--keep", "0.9", "--metric", "c4", "--json")
+    assert result.exit_code == 0, result.output
+    plan = Plan.load(directory / "plan.json")
+    assert plan.strategy == "similarity" and 0 < len(plan.dropped) < 12
+    shown = CliRunner().invoke(
+        main, ["convert", "demo", "--plan", str(directory / "plan.json"), "--dry-run", "--json"]
+    )
+    assert shown.exit_code == 0, shown.output
+    assert json.loads(shown.stdout)["dropped"] == list(plan.dropped)
+
+
+def test_one_line_for_what_cannot_be(swept: Path, tmp_path: Path) -> None:
+    for arguments, code, words in (
+        (["--keep", "0.9", "--metric", "mmlu"], 1, "not measured"),
+        (["--metric", "c4"], 2, "--keep"),
+        (["--drop", "0,40"], 1, "at most 11"),
+        (["--heal", "prayer"], 2, "choose among"),
+        (["--heal", "qlora"], 1, "not available"),
+        (["--seeds", "a"], 2, "whole numbers"),
+        (["--ablate", "seed"], 2, "--suite paper"),
+        (["--tasks", "nothing"], 1, "no such task"),
+    ):
+        result = sweep(tmp_path / "none", *arguments)
+        assert result.exit_code == code and words in result.output, (arguments, result.output)
+        assert result.stderr.strip().count("\n") == 0
+    clash = sweep(swept, "--limit", "3")
+    assert clash.exit_code == 1 and "limit 4, not 3" in clash.output
+
+
+def test_a_damaged_cell_is_measured_again(swept: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "s"
+    shutil.copytree(swept, directory)
+    (directory / "cells" / "002-similarity-none.json").write_text('{"cell": ')
+    assert sweep(directory, "--heal", "none,fold").exit_code == 0
+    assert (directory / "table.csv").read_bytes() == (swept / "table.csv").read_bytes()
