@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from slicer import __version__
+from slicer.benchmarks.command import bench
 from slicer.errors import SlicerError
 from slicer.serve.command import serve
 
@@ -214,6 +215,7 @@ def demo(out: Path | None, drop: str, debug: bool) -> None:
 
 
 main.add_command(serve)
+main.add_command(bench)
 
 
 def _command(source: str) -> str:

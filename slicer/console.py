@@ -199,3 +199,15 @@ def print_ready(base_url: str, model: str, has_key: bool) -> None:
         markup=False,
     )
     console.file.flush()
+
+
+def print_tables(tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]]) -> None:
+    """(title, head, rows) each; the first column is text, the others figures. As wide as they need, where piped."""
+    console = _stdout() if os.isatty(1) else Console(highlight=False, width=200)
+    for title, head, rows in tables:
+        table = Table(title=title, title_justify="left")
+        for at, name in enumerate(head):
+            table.add_column(name, justify="right" if at else "left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
