@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import io
 import json
-import logging
 import os
 import re
 import threading
@@ -122,7 +121,7 @@ class Client:
         for name in ("NO_PROXY", "no_proxy"):  # the server is on the loopback
             os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1,localhost")))
         answer_for_vllm()
-        logging.disable(logging.WARNING)  # of this process: the server's log is its own
+        # vLLM talks at length on being imported, and its log handlers keep the streams they find then.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             from vllm.benchmarks import serve
             from vllm.benchmarks.datasets import SampleRequest
