@@ -30,7 +30,18 @@ class _Group(click.Group):
         debug = "--debug" in arguments
         signal.signal(signal.SIGTERM, _terminate)
         try:
-            return super().main(arguments, **extra)
+            end = super().main(arguments, **{**extra, "standalone_mode": False})
+            sys.exit(end if isinstance(end, int) else 0)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message())
+            sys.exit(0)
+        except click.UsageError as error:
+            at = error.ctx.command_path if error.ctx else "slicer"
+            _fail(f"{error.format_message().rstrip('.')} (see {at} --help)", error.exit_code)
+        except click.ClickException as error:
+            _fail(error.format_message(), error.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            _fail("stopped", 130)
         except SlicerError as error:
             if debug:
                 raise

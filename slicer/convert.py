@@ -310,6 +310,7 @@ def _choose(
     cast = DTYPES[options.dtype] if options.dtype else None
     if goal.met(measure_sizes(checkpoint, cast=cast)) and (goal.max_params or goal.max_bytes):
         raise PlanError(f"{goal}: the model already meets it with all {depth} layers; nothing to drop")
+    _check_reach(checkpoint, goal, cast)
     best: Callable[[int], Plan]
     distances: Distances | None = None
     if options.strategy == "similarity":
@@ -323,17 +324,22 @@ def _choose(
             config_of(plan.kept)
             return plan
 
-    smallest: Sizes | None = None
     for n in counts:
         plan = best(n)
-        smallest = measure_sizes(checkpoint, plan.kept, cast)
-        if goal.met(smallest):
+        if goal.met(measure_sizes(checkpoint, plan.kept, cast)):
             return plan, distances
-    assert smallest is not None
-    raise PlanError(
-        f"{goal}: out of reach; one layer alone still has {smallest.parameters} parameters "
-        f"and {smallest.total_bytes} bytes"
-    )
+    raise PlanError(f"{goal}: out of reach of the strategy {options.strategy}; name the layers to drop")
+
+
+def _check_reach(checkpoint: Checkpoint, goal: Goal, cast: str | None) -> None:
+    """Raise PlanError, before anything is measured, when not even a single layer meets the budget."""
+    layers = measure_sizes(checkpoint, cast=cast).layer_bytes
+    lightest = measure_sizes(checkpoint, (min(range(len(layers)), key=layers.__getitem__),), cast)
+    if not goal.met(lightest):
+        raise PlanError(
+            f"{goal}: out of reach; one layer alone still has {lightest.parameters} parameters "
+            f"and {lightest.total_bytes} bytes"
+        )
 
 
 def _by_similarity(

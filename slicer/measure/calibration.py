@@ -137,10 +137,11 @@ def _pack(documents: Iterable[str], tokenizer: Any, spec: CalibrationSpec, sourc
             f"{source}: empty, there is no text in it; give a file with text, or --calibration self"
         )
     if len(stream) < needed:
+        fits = len(stream) // body
+        remedy = f", or at most --samples {fits}" if fits else ""
         raise CalibrationError(
-            f"{source}: too short: {len(stream)} tokens, but {spec.samples} sequences of {spec.seq_len} need {needed}; "
-            f"give more text, or at most --samples {len(stream) // body}"
-            + ("" if len(stream) >= body else f" with --seq-len {max(2, len(stream))}")
+            f"{source}: too short: {len(stream)} tokens, but {spec.samples} sequences of {spec.seq_len} need "
+            f"{needed}; give more text{remedy}"
         )
     tokens = torch.tensor(stream[:needed], dtype=torch.int64).view(spec.samples, body)
     if bos is not None:

@@ -23,13 +23,19 @@ from slicer.errors import OutputError
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 12_000, 100])
 @pytest.mark.parametrize("reserves", [True, False])
+@pytest.mark.parametrize("pad", [8, 1])
 def test_the_same_bytes_whatever_the_shards(
-    tmp_path: Path, shards: int, max_shard_bytes: int, reserves: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    shards: int,
+    max_shard_bytes: int,
+    reserves: bool,
+    pad: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if not reserves:  # a file system that cannot allocate ahead, and a buffer smaller than the tensors
         monkeypatch.setattr(writer, "_reserve", lambda *_: None)
         monkeypatch.setattr(writer, "_BUFFER", 1000)
-    tensors = files.write_checkpoint(tmp_path / "source", shards=shards)
+    tensors = files.write_checkpoint(tmp_path / "source", shards=shards, pad=pad)
     out = tmp_path / "out"
     out.mkdir()
     told: list[int] = []
