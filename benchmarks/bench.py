@@ -110,7 +110,10 @@ def _sweep(
         store.add({"label": None, "round": 0, "limits": limits})
 
     def run(label: str, number: int, tell: Any) -> Run:
-        return measure(by_label[label], work, 2 * number, scratch, tell)
+        return {
+            "kv_cache_bytes": work.kv_cache_bytes,
+            **measure(by_label[label], work, 2 * number, scratch, tell),
+        }
 
     runs = run_rounds(list(by_label), request.rounds, request.seed, run, store, progress)
     return {"limits": limits, **report.summarize(models, work, runs, limits), "runs": runs}

@@ -69,7 +69,7 @@ def _line(axes: Any, line: Mapping[str, Any], unit: str, title: str, rounds: lis
     axes.plot(x, y, "o", color=_BLUE, label="medians")
     axes.set(
         xlabel="layers", ylabel=unit, xlim=(0, None), ylim=(0, max(*y, *(p[1] for p in rounds)) * 1.12),
-        title=f"{title}: {line['slope']:.3g} a layer + {line['intercept']:.3g}, R2 {line['r2']:.3f}",
+        title=f"{title}: {line['slope']:.3g} a layer {line['intercept']:+.3g}, R2 {line['r2']:.3f}",
     )  # fmt: skip
     axes.title.set_fontsize(10)
     axes.locator_params(axis="x", integer=True)

@@ -83,7 +83,9 @@ def _model(
     if not runs:
         raise BenchError(f"{contestant.label}: no finished run")
     low = str(min(workload.concurrency))
-    capacity = int(statistics.median(run["kv_capacity_tokens"] for run in runs))
+    # Runs taken up from an earlier day may have had another budget, where memory was scarce.
+    budget = workload.kv_cache_bytes
+    capacity = round(statistics.median(budget / r["kv_cache_bytes"] * r["kv_capacity_tokens"] for r in runs))
     online = {}
     for level in map(str, workload.concurrency):
         rounds = [run["online"][level] for run in runs]
@@ -101,7 +103,7 @@ def _model(
 
     token, first = typical("tpot_ms"), typical("ttft_ms")
     kv = contestant.kv_bytes_per_token
-    held = workload.kv_cache_bytes / capacity
+    held = budget / capacity
     if not kv or abs(held / kv - 1) > 0.02:
         kv = round(held)  # windows, pages or several devices: what a token takes in effect
     middle = workload.input_len + workload.output_len / 2

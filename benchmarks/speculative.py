@@ -70,7 +70,7 @@ def measure(
 ) -> dict[str, Any]:
     """One run of the original with this draft, in a fresh process. Raises ServeError or BenchError."""
     arguments = ["--kv-cache-memory-bytes", str(workload.kv_cache_bytes), "--max-num-seqs", "4"]
-    arguments += ["--max-model-len", str(workload.context), "--no-enable-prefix-caching"]
+    arguments += ["--max-model-len", str(workload.max_model_len), "--no-enable-prefix-caching"]
     arguments += ["--seed", str(workload.seed), "--generation-config", "vllm", "--dtype", workload.dtype]
     if workload.on_cpu and not any("enforce-eager" in word for word in workload.arguments):
         arguments.append("--enforce-eager")

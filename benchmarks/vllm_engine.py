@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import io
 import json
+import logging
 import os
 import re
 import threading
@@ -48,7 +49,7 @@ def server_arguments(workload: Workload, dummy: bool) -> list[str]:
             "--kv-cache-memory-bytes",
             str(workload.kv_cache_bytes),
         ),
-        *("--max-model-len", str(workload.context), "--max-num-seqs", str(workload.batch)),
+        *("--max-model-len", str(workload.max_model_len), "--max-num-seqs", str(workload.batch)),
         *("--seed", str(workload.seed), "--generation-config", "vllm", "--no-enable-prefix-caching"),
     ]
     if workload.dtype != "auto":
@@ -121,6 +122,7 @@ class Client:
         for name in ("NO_PROXY", "no_proxy"):  # the server is on the loopback
             os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1,localhost")))
         answer_for_vllm()
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # of what a stopped run leaves open
         # vLLM talks at length on being imported, and its log handlers keep the streams they find then.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             from vllm.benchmarks import serve

@@ -12,7 +12,7 @@ from slicer.checkpoint.verify import available_memory
 from slicer.errors import BenchError, UsageError
 
 _MIB, _GIB = 1 << 20, 1 << 30
-ENGINES = ("vllm", "transformers")
+_BLOCK = 128  # tokens of a block of vLLM's KV cache: 16 to 128
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class Workload:
         concurrency: requests in flight at a time (the batch, on transformers), one measurement for each.
         seconds: about how long each concurrency is measured in each run.
         batch: prompts of the offline measurement.
+        max_model_len: the context that vLLM is given: whole blocks of its cache, so that its count of the tokens
+            that the cache holds is exact.
         kv_cache_bytes: the KV cache that every model is given.
         arguments: vLLM's own flags.
     """
@@ -36,14 +38,10 @@ class Workload:
     concurrency: tuple[int, ...]
     seconds: float
     batch: int
+    max_model_len: int
     kv_cache_bytes: int
     seed: int
     arguments: tuple[str, ...] = ()
-
-    @property
-    def context(self) -> int:
-        """Tokens that a request may reach, with room for a start token."""
-        return self.input_len + self.output_len + 16
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "concurrency": list(self.concurrency), "arguments": list(self.arguments)}
@@ -79,17 +77,16 @@ def choose(
         raise BenchError(
             f"{asked} do not fit the models' context of {longest}: lower --input-len or --output-len"
         )
-    context = input_len + output_len + 16
+    blocks = -(-(input_len + output_len + 16) // _BLOCK) * _BLOCK
     batch = max(8 if on_cpu else 64, max(levels))
     a_token = max(c.kv_bytes_per_token for c in contestants)
-    # Blocks of 128 tokens; half as much again, so that no request waits for another's cache.
-    blocks = -(-context // 128) * 128
+    # Half as much again, so that no request waits for another's cache.
     needed = int(1.5 * blocks * a_token * max(levels))
     usual = _GIB if on_cpu else 4 * _GIB
     weights = max(c.weight_bytes for c in contestants)
     free = available_memory() if on_cpu else None
     if free is not None:
-        usual = min(usual, max(free // 8, 64 * _MIB))
+        usual = min(usual, max(1 << (free // 8).bit_length() - 1, 64 * _MIB))  # a power of two: steady
     budget = kv_cache_bytes or max(usual, -(-needed // _MIB) * _MIB)
     if engine == "vllm" and free is not None:
         # The weights, the copy of them packed for the CPU's kernels, the cache, and vLLM itself.
@@ -114,6 +111,7 @@ def choose(
         concurrency=levels,
         seconds=seconds if seconds is not None else (4.0 if on_cpu else 10.0),
         batch=batch,
+        max_model_len=min(blocks, longest),
         kv_cache_bytes=budget,
         seed=seed,
         arguments=tuple(arguments),
