@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,7 @@ def bench(context: click.Context, base: str | None, sliced: tuple[str, ...], **g
         command=shlex.join(["slicer", *sys.argv[1:]]),
     )
     out: Path | None = given["out"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a script runs it in the background
     with console.progress() as progress:
         try:
             result = run(request, out, force=given["force"], progress=progress)

@@ -66,7 +66,7 @@ def _line(axes: Any, line: Mapping[str, Any], unit: str, title: str, rounds: lis
     if band is not None:
         axes.fill_between(reach, *band, color=_BLUE, alpha=0.13, linewidth=0, label="95% confidence")
     axes.plot([p[0] for p in rounds], [p[1] for p in rounds], "x", color=_GREY, markersize=5, label="rounds")
-    axes.plot(x, y, "o", color=_BLUE, label="medians")
+    axes.plot(x, y, "o", color=_BLUE, label="fastest round")
     axes.set(
         xlabel="layers", ylabel=unit, xlim=(0, None), ylim=(0, max(*y, *(p[1] for p in rounds)) * 1.12),
         title=f"{title}: {line['slope']:.3g} a layer {line['intercept']:+.3g}, R2 {line['r2']:.3f}",

@@ -147,7 +147,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         "",
         f"{hardware['name']}, {hardware['memory_bytes'] / 1e9:.0f} GB of memory; {versions}. Prompts of "
         f"{work['input_len']} tokens, {work['output_len']} generated, {levels} at a time; {result['rounds']} rounds, "
-        f"each model in a fresh process, in a new order every round (seed {work['seed']}); medians over the rounds. "
+        f"each model in a fresh process, in a new order every round (seed {work['seed']}); times are those of "
+        "the fastest round, percentiles those of all requests. "
         f"{'Random weights. ' if result['dummy'] else ''}"
         f"KV cache of {_bytes(work['kv_cache_bytes'])}; {work['dtype']}.",
     ]

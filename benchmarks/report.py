@@ -38,8 +38,8 @@ def summarize(
 ) -> dict[str, Any]:
     """The `models`, `lines`, `speed_up` and `verdict` of bench.json.
 
-    A figure of a depth is the median over its rounds (of the median over a round's requests, for times); percentiles
-    are over the requests of all rounds.
+    A time of a depth is that of its fastest round (the median over the round's requests): what disturbs a machine only
+    adds to it. Percentiles are over the requests of all rounds, and so is all that is said of them.
     """
     models = [
         _model(c, workload, [run for run in runs if run["label"] == c.label], limits) for c in contestants
@@ -99,7 +99,7 @@ def _model(
         }
 
     def typical(key: str) -> float:
-        return statistics.median(statistics.median(run["online"][low][key]) for run in runs)
+        return min(statistics.median(run["online"][low][key]) for run in runs)
 
     token, first = typical("tpot_ms"), typical("ttft_ms")
     kv = contestant.kv_bytes_per_token
@@ -112,7 +112,7 @@ def _model(
     decode = roofline(contestant.read_bytes + batch * kv * middle, batch * contestant.flops_per_token, *peaks)
     prefill = roofline(contestant.read_bytes, batch * contestant.flops_per_token * workload.input_len, *peaks)
     offline = {
-        key: statistics.median(run["offline"][key] for run in runs)
+        key: max(run["offline"][key] for run in runs)
         for key in ("prompt_tokens_per_second", "output_tokens_per_second")
     }
     return {
@@ -123,7 +123,7 @@ def _model(
         "kv_bytes_per_token": kv,
         "kv_capacity_tokens": capacity,
         "peak_memory_bytes": statistics.median(run["peak_memory_bytes"] for run in runs),
-        "load_seconds": statistics.median(run["load_seconds"] for run in runs),
+        "load_seconds": min(run["load_seconds"] for run in runs),
         "offline": offline,
         "online": online,
         "roofline": {

@@ -172,18 +172,18 @@ def print_demo(shown: Shown) -> None:
     console.print(f"sliced    {shown.sliced}", markup=False)
 
 
-def print_serving(path: Path, notes: Sequence[str]) -> None:
+def print_serving(path: Path, name: str, notes: Sequence[str]) -> None:
     """What is about to be served, and what was chosen unasked; on stderr, like all that is not an answer."""
     if (path / "slicer" / "plan.json").is_file():
         plan = Plan.load(path)
         _ERR.print(
-            f"serving   {path.name}: {len(plan.kept)} of the {plan.depth} layers of {plan.source}, "
+            f"serving   {name}: {len(plan.kept)} of the {plan.depth} layers of {plan.source}, "
             f"without {spell_layers(plan.dropped)} ({_why(plan)})",
             markup=False,
             soft_wrap=True,
         )
     else:
-        _ERR.print(f"serving   {path.name}", markup=False, soft_wrap=True)
+        _ERR.print(f"serving   {name}", markup=False, soft_wrap=True)
     for note in notes:
         _ERR.print(f"chosen    {note}", markup=False, soft_wrap=True)
 
