@@ -123,10 +123,11 @@ def _memory(axes: Any, result: Mapping[str, Any]) -> None:
 def _speed(axes: Any, result: Mapping[str, Any]) -> None:
     rows = result["speed_up"]
     layers = [row["layers"] for row in rows]
-    axes.plot(layers, [row["ideal"] for row in rows], "--", color=_GREY, label="ideal, L/(L-n)")
-    axes.plot(
-        layers, [row["allowed_by_intercept"] for row in rows], color=_BLUE, label="allowed by the intercept"
-    )
+    line, deepest = result["lines"]["time_per_output_token_ms"], max(layers)
+    reach = np.linspace(min(layers), deepest, 60)
+    times = line["intercept"] + line["slope"] * reach
+    axes.plot(reach, deepest / reach, "--", color=_GREY, label="ideal, L/(L-n)")
+    axes.plot(reach, times[-1] / times, color=_BLUE, label="allowed by the intercept")
     axes.plot(layers, [row["measured"] for row in rows], "o", color=_BLUE, label="measured")
     axes.plot(layers, [row["kv_capacity_gain"] for row in rows], "s", color=_ORANGE, markersize=4,
               label="KV capacity gained")  # fmt: skip
