@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from slicer import __version__
+from slicer.benchmarks.command import bench
 from slicer.errors import SlicerError
 from slicer.heal.command import heal
 from slicer.judge.command import evaluate, report
@@ -258,3 +259,4 @@ main.add_command(evaluate)
 main.add_command(sweep)
 main.add_command(report)
 main.add_command(serve)
+main.add_command(bench)

@@ -215,18 +215,18 @@ def print_demo(shown: Shown) -> None:
     console.print(f"sliced    {shown.sliced}", markup=False)
 
 
-def print_serving(path: Path, notes: Sequence[str]) -> None:
+def print_serving(path: Path, name: str, notes: Sequence[str]) -> None:
     """What is about to be served, and what was chosen unasked; on stderr, like all that is not an answer."""
     if (path / "slicer" / "plan.json").is_file():
         plan = Plan.load(path)
         _ERR.print(
-            f"serving   {path.name}: {len(plan.kept)} of the {plan.depth} layers of {plan.source}, "
+            f"serving   {name}: {len(plan.kept)} of the {plan.depth} layers of {plan.source}, "
             f"without {spell_layers(plan.dropped)} ({_why(plan)})",
             markup=False,
             soft_wrap=True,
         )
     else:
-        _ERR.print(f"serving   {path.name}", markup=False, soft_wrap=True)
+        _ERR.print(f"serving   {name}", markup=False, soft_wrap=True)
     for note in notes:
         _ERR.print(f"chosen    {note}", markup=False, soft_wrap=True)
 
@@ -242,3 +242,15 @@ def print_ready(base_url: str, model: str, has_key: bool) -> None:
         markup=False,
     )
     console.file.flush()
+
+
+def print_tables(tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]]) -> None:
+    """(title, head, rows) each; the first column is text, the others figures. As wide as they need, where piped."""
+    console = _stdout() if os.isatty(1) else Console(highlight=False, width=200)
+    for title, head, rows in tables:
+        table = Table(title=title, title_justify="left")
+        for at, name in enumerate(head):
+            table.add_column(name, justify="right" if at else "left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
