@@ -246,7 +246,7 @@ def print_ready(base_url: str, model: str, has_key: bool) -> None:
 
 def print_tables(tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]]) -> None:
     """(title, head, rows) each; the first column is text, the others figures. As wide as they need, where piped."""
-    console = _stdout() if os.isatty(1) else Console(highlight=False, width=200)
+    console = stdout() if os.isatty(1) else Console(highlight=False, width=200)
     for title, head, rows in tables:
         table = Table(title=title, title_justify="left")
         for at, name in enumerate(head):
