@@ -123,9 +123,9 @@ def main() -> None:
 @click.option("--text-column", metavar="NAME", help="Column of the calibration data that holds the text.")
 @click.option(
     "--heal",
-    type=click.Choice(["none", "fold"]),
-    help="Close the cut: fold solves the weights before it again, in closed form, on the calibration data. none: keep "
-    "every byte  [default: fold where there is calibration data and it helps, else none]",
+    type=click.Choice(["none", "auto", "fold"]),
+    help="Close the cut: fold solves the weights before it again, in closed form, on the calibration data; auto does "
+    "so where there is such data and it helps. none: keep every byte  [default: none, or as --plan was]",
 )
 @click.option(
     "--fold",

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from slicer.measure.stream import Walk
 
 STRATEGIES = ("similarity", "deepest", "tail")
-HEALINGS = ("none", "fold")
+HEALINGS = ("none", "auto", "fold")
 RUNNERS_UP = 3
 
 
@@ -97,7 +97,8 @@ class Options:
             that measures.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         memory: bytes that the weights may take; a larger model is read from disk a layer at a time. None: what is free.
-        heal: "none" or "fold"; None folds where there is calibration data and the architecture allows it.
+        heal: "none"; "fold"; or "auto", which folds where there is calibration data, the architecture allows it and
+            it lowers the loss on held-out text. None is "none", but a plan that was healed is healed again.
         fold: the solver, one of `slicer.heal.fold.SOLVERS`.
     """
 
@@ -294,29 +295,19 @@ def _write(
     progress: Progress,
 ) -> Summary:
     """Reference logits, then the directory, its figures and card, its checks; renamed into place at the end."""
-    from slicer.checkpoint import verify
-    from slicer.heal.healing import as_written, healed, on_disk
-
     assert summary.out is not None
     probe: tuple[torch.Tensor, torch.Tensor] | None = None
     if summary.verified == "logits":
-        walk = model.walk()
         progress.stage("Reference logits of the source with those layers bypassed")
-        vocabulary = (
-            architectures.text_config(checkpoint.config).get("vocab_size") or walk.model.config.vocab_size
-        )
-        tokens = verify.probe_tokens(vocabulary, seed=0)
-        changes = healing.changes if healing is not None else {}
-        if walk.streamed:
-            probe = tokens, _walked_logits(walk, tokens, summary.plan.kept, changes)
-        else:
-            with healed(walk.model, changes):
-                probe = tokens, verify.reference_logits(walk.model, tokens, summary.plan.dropped)
-        del walk
+        probe = _reference(checkpoint, summary.plan, model.walk(), healing)
     model.release()
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(atomic_directory(summary.out, replace=options.force))
-        replaced = stack.enter_context(on_disk(healing)) if healing is not None else {}
+        replaced: Mapping[str, Any] = {}
+        if healing is not None:
+            from slicer.heal.healing import on_disk
+
+            replaced = stack.enter_context(on_disk(healing))
         progress.stage("Writing", summary.after.total_bytes, "bytes")
         write_checkpoint(
             checkpoint,
@@ -331,26 +322,62 @@ def _write(
         if distances is not None:
             _draw(distances, summary.plan, directory / "slicer")
         (directory / "README.md").write_text(_card(checkpoint, summary, distances is not None), "utf-8")
-        if summary.verified != "none":
-            progress.stage("Checking every key and shape")
-            verify.check_load(directory, trust_remote_code=options.trust_remote_code)
-        if healing is not None:
-            verify.check_tensors(directory, as_written(checkpoint, summary.plan, healing))
-        if probe is not None:
-            progress.stage("Comparing logits")
-            if model.fits:
-                error = verify.check_logits(
-                    directory,
-                    probe[1],
-                    probe[0],
-                    dtype=options.dtype or "auto",
-                    device=options.device,
-                    trust_remote_code=options.trust_remote_code,
-                )
-            else:
-                error = _check_walked(directory, probe[1], probe[0], options)
-            summary = replace(summary, logits_error=error)
-    return summary
+        error = _check(checkpoint, directory, summary, model, healing, probe, options, progress)
+    return replace(summary, logits_error=error)
+
+
+def _reference(
+    checkpoint: Checkpoint, plan: Plan, walk: Walk, healing: Healing | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A few tokens, and the logits that the result must have: the source's, healed, with those layers bypassed."""
+    from slicer.checkpoint import verify
+    from slicer.heal.healing import healed
+
+    config = architectures.text_config(checkpoint.config)
+    tokens = verify.probe_tokens(config.get("vocab_size") or walk.model.config.vocab_size, seed=0)
+    changes = healing.changes if healing is not None else {}
+    if walk.streamed:
+        return tokens, _walked_logits(walk, tokens, plan.kept, changes)
+    with healed(walk.model, changes):
+        return tokens, verify.reference_logits(walk.model, tokens, plan.dropped)
+
+
+def _check(
+    checkpoint: Checkpoint,
+    directory: Path,
+    summary: Summary,
+    model: _Model,
+    healing: Healing | None,
+    probe: tuple[torch.Tensor, torch.Tensor] | None,
+    options: Options,
+    progress: Progress,
+) -> float | None:
+    """Check what was written as far as `summary.verified` says; returns how far its logits are off, where compared."""
+    if summary.verified == "none" and healing is None:
+        return None  # without torch, whose import takes longer than a small copy
+    from slicer.checkpoint import verify
+
+    if summary.verified != "none":
+        progress.stage("Checking every key and shape")
+        verify.check_load(directory, trust_remote_code=options.trust_remote_code)
+    if healing is not None:
+        from slicer.heal.healing import as_written
+
+        verify.check_tensors(directory, as_written(checkpoint, summary.plan, healing))
+    if probe is None:
+        return None
+    progress.stage("Comparing logits")
+    tokens, reference = probe
+    if not model.fits:
+        return _check_walked(directory, reference, tokens, options)
+    return verify.check_logits(
+        directory,
+        reference,
+        tokens,
+        dtype=options.dtype or "auto",
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+    )
 
 
 def _walked_logits(
@@ -397,8 +424,8 @@ def _heal(
     progress: Progress,
 ) -> Healing | None:
     """The new weights around the cut, or None; unasked, only where that can be done and helps."""
-    asked = options.heal is not None
-    if options.heal == "none":
+    asked = options.heal == "fold"
+    if options.heal in (None, "none"):
         return None
     if not asked and not data.at_hand:
         progress.note("not healed: there is no calibration data at hand; --calibration DATA heals the cut")

@@ -47,7 +47,7 @@ def bare(text: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def folded(text: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("folded") / "folded"
-    succeeds("convert", "demo", "--drop", "4-6", *text, "-o", out)
+    succeeds("convert", "demo", "--drop", "4-6", "--heal", "auto", *text, "-o", out)
     return out
 
 
@@ -106,7 +106,8 @@ def test_a_healed_plan_replays_to_the_same_weights(folded: Path, tmp_path: Path)
 
 
 def test_a_cast_comes_with_the_healing(text: list[object], tmp_path: Path) -> None:
-    succeeds("convert", "demo", "--drop", "4-6", "--dtype", "float32", *text, "-o", tmp_path / "out")
+    given = ["--drop", "4-6", "--dtype", "float32", "--heal", "auto", *text]
+    succeeds("convert", "demo", *given, "-o", tmp_path / "out")
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
@@ -118,6 +119,7 @@ def test_a_cast_comes_with_the_healing(text: list[object], tmp_path: Path) -> No
 def test_without_calibration_data_nothing_is_healed_and_it_says_so(
     given: list[object], tmp_path: Path
 ) -> None:
+    given = [*given, "--heal", "auto"]
     result = succeeds("convert", sources.save_llama(tmp_path / "tiny"), *given, "-o", tmp_path / "out")
     assert "not healed" in result.stderr and "--calibration" in result.stderr
     assert json.loads((tmp_path / "out" / "slicer" / "plan.json").read_text())["healing"] is None
@@ -127,7 +129,7 @@ def test_a_cut_that_cannot_be_healed_is_written_bare_unless_healing_was_asked_fo
     text: list[object], tmp_path: Path
 ) -> None:
     given = ["convert", "demo", "--drop", "0-1", "--fold", "transform", *text]
-    result = succeeds(*given, "-o", tmp_path / "bare")
+    result = succeeds(*given, "--heal", "auto", "-o", tmp_path / "bare")
     assert "not healed: no weights next to the cut" in " ".join(result.stderr.split())
     result = slicer(*given, "--heal", "fold", "-o", tmp_path / "out")
     assert result.exit_code == 1 and "no weights next to the cut" in result.output
@@ -149,7 +151,7 @@ def test_a_wrong_write_never_appears(
         monkeypatch.setattr(
             healing, "_tensors", lambda *args: {k: 1.5 * t for k, t in honest_tensors(*args).items()}
         )
-    result = slicer("convert", "demo", "--drop", "4-6", *text, "-o", tmp_path / "out")
+    result = slicer("convert", "demo", "--drop", "4-6", "--heal", "fold", *text, "-o", tmp_path / "out")
     assert result.exit_code == 1, result.output
     assert ("as healed" if wrong == "bytes" else "logits") in result.output
     assert not os.listdir(tmp_path)
