@@ -266,7 +266,7 @@ def _write(
 ) -> Summary:
     """Reference logits, then the directory, its figures and card, its checks; renamed into place at the end."""
     from slicer.checkpoint import verify
-    from slicer.heal.healing import as_written, healed, on_disk
+    from slicer.heal.healing import as_written, healed, replacements
 
     assert summary.out is not None
     probe: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -283,9 +283,8 @@ def _write(
             probe = tokens, verify.reference_logits(reference, tokens, summary.plan.dropped)
         del reference
     model.release()
-    with contextlib.ExitStack() as stack:
-        directory = stack.enter_context(atomic_directory(summary.out, replace=options.force))
-        replaced = stack.enter_context(on_disk(healing)) if healing is not None else {}
+    replaced = replacements(checkpoint, healing) if healing is not None else None
+    with atomic_directory(summary.out, replace=options.force) as directory:
         progress.stage("Writing", summary.after.total_bytes, "bytes")
         write_checkpoint(
             checkpoint,

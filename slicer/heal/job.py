@@ -15,7 +15,7 @@ from slicer.checkpoint.reader import Checkpoint, TensorSpan
 from slicer.checkpoint.sizes import measure_sizes
 from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES, atomic_directory, check_space
 from slicer.errors import HealError, PlanError, UsageError
-from slicer.heal.healing import as_written, fold_checkpoint, healed, new_keys, on_disk
+from slicer.heal.healing import as_written, fold_checkpoint, healed, new_keys, replacements
 from slicer.measure.calibration import CalibrationSpec, token_batches
 from slicer.measure.stream import Walk
 from slicer.plan import Plan
@@ -119,7 +119,8 @@ def heal(
     del model, walk
     gc.collect()
     error: float | None = None
-    with atomic_directory(out, replace=options.force) as directory, on_disk(healing) as spans:
+    spans = replacements(whole, healing)
+    with atomic_directory(out, replace=options.force) as directory:
         progress.stage("Writing", cut.total_bytes, "bytes")
         names = new_keys(whole, plan, spans)
         healed_spans = {names[key]: span for key, span in spans.items()}
