@@ -15,7 +15,7 @@ import click
 
 from slicer import __version__
 from slicer.errors import SlicerError
-from slicer.heal.command import heal
+from slicer.heal.command import heal, merge
 from slicer.serve.command import serve
 
 # Options that do not change what is written stay out of the recorded command, so the same work has the same record.
@@ -231,6 +231,7 @@ def demo(out: Path | None, drop: str, debug: bool) -> None:
 
 
 main.add_command(heal)
+main.add_command(merge)
 main.add_command(serve)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from slicer.checkpoint import architectures, card, hub, verify
 from slicer.checkpoint import tensors as stored
-from slicer.checkpoint.export import DTYPES, check_output, refuse_quantized, rewrite_checkpoint
+from slicer.checkpoint.export import DTYPES, check_output, copy_unchanged, refuse_quantized
 from slicer.checkpoint.model import load_model
 from slicer.checkpoint.reader import Checkpoint, TensorSpan
 from slicer.checkpoint.sizes import measure_sizes
@@ -124,14 +124,15 @@ def heal(
         progress.stage("Writing", cut.total_bytes, "bytes")
         names = new_keys(whole, plan, spans)
         healed_spans = {names[key]: span for key, span in spans.items()}
-        rewrite_checkpoint(
+        copy_unchanged(
             cut,
-            plan,
             directory,
             replaced={**_as_before(cut, whole), **healed_spans},
+            dtype=plan.dtype,
             max_shard_bytes=options.max_shard_bytes,
             progress=progress.advance,
         )
+        (directory / "slicer" / "plan.json").write_text(plan.to_json(), "utf-8")
         figures = (directory / "slicer" / "distances.png").is_file()
         text = card.for_slice(whole, plan, measure_sizes(whole), measure_sizes(cut), figures=figures)
         (directory / "README.md").write_text(text, "utf-8")
