@@ -15,7 +15,7 @@ import click
 from slicer import __version__
 from slicer.benchmarks.command import bench
 from slicer.errors import SlicerError
-from slicer.heal.command import heal
+from slicer.heal.command import heal, merge
 from slicer.judge.command import evaluate, report
 from slicer.judge.sweep_command import sweep
 from slicer.measure.command import analyze, plan, recorded_command
@@ -258,5 +258,6 @@ main.add_command(heal)
 main.add_command(evaluate)
 main.add_command(sweep)
 main.add_command(report)
+main.add_command(merge)
 main.add_command(serve)
 main.add_command(bench)

@@ -30,6 +30,7 @@ from slicer.plan import Plan, spell_layers
 from slicer.progress import Progress
 
 if TYPE_CHECKING:
+    from slicer.checkpoint.merge import Merged
     from slicer.checkpoint.sizes import Sizes
     from slicer.convert import Summary
     from slicer.demo.show import Shown
@@ -157,6 +158,16 @@ def print_healed(done: Healed) -> None:
     console.print(f"healed    {_healed(record)}")
     if not done.helps:
         console.print("warning   the loss did not fall; the checkpoint without healing is the better one")
+    error = "" if done.logits_error is None else f" (largest relative error {done.logits_error:.1e})"
+    console.print(f"verified  {done.verified}{error}")
+    console.print(f"written   {done.out}")
+
+
+def print_merged(done: Merged) -> None:
+    """How many matrices, what was left out, the check."""
+    console = stdout()
+    left = f", {done.left_out} of dropped layers left out" if done.left_out else ""
+    console.print(f"merged    {len(done.tensors)} matrices{left}")
     error = "" if done.logits_error is None else f" (largest relative error {done.logits_error:.1e})"
     console.print(f"verified  {done.verified}{error}")
     console.print(f"written   {done.out}")

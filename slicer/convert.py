@@ -301,13 +301,12 @@ def _write(
         progress.stage("Reference logits of the source with those layers bypassed")
         probe = _reference(checkpoint, summary.plan, model.walk(), healing)
     model.release()
-    with contextlib.ExitStack() as stack:
-        directory = stack.enter_context(atomic_directory(summary.out, replace=options.force))
-        replaced: Mapping[str, Any] = {}
-        if healing is not None:
-            from slicer.heal.healing import on_disk
+    replaced = None
+    if healing is not None:
+        from slicer.heal.healing import replacements
 
-            replaced = stack.enter_context(on_disk(healing))
+        replaced = replacements(checkpoint, healing)
+    with atomic_directory(summary.out, replace=options.force) as directory:
         progress.stage("Writing", summary.after.total_bytes, "bytes")
         write_checkpoint(
             checkpoint,

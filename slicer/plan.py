@@ -35,6 +35,7 @@ class Plan:
         calibration: what the distances were measured on.
         parent: the plan of the source, when the source was itself sliced.
         healing: how the cut was healed: method, data, what was solved, losses before and after.
+        merged: the adapter that was merged in, and into which tensors.
     """
 
     depth: int
@@ -53,6 +54,7 @@ class Plan:
     command: str | None = None
     parent: Mapping[str, Any] | None = None
     healing: Mapping[str, Any] | None = None
+    merged: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kept", tuple(self.kept))

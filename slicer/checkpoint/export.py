@@ -156,26 +156,25 @@ def write_checkpoint(
     )
 
 
-def rewrite_checkpoint(
+def copy_unchanged(
     checkpoint: Checkpoint,
-    plan: Plan,
     directory: Path,
     *,
     replaced: Mapping[str, TensorSpan],
+    dtype: str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
-    """Fill the empty `directory` with the sliced `checkpoint` as it is, but for the tensors `replaced` and its plan."""
+    """Fill the empty `directory` with `checkpoint` as it is, its slicer/ too, but for the tensors `replaced`."""
     tensors = checkpoint.replacing(replaced).tensors
-    cast = DTYPES[plan.dtype] if plan.dtype else None
+    cast = DTYPES[dtype] if dtype else None
     check_space(directory, sum(span.cast(cast)[1] for span in tensors.values()) + (1 << 20))
     copy_companions(checkpoint.path, directory)
     shutil.copyfile(inside(checkpoint.path, "config.json"), directory / "config.json")
-    (directory / "slicer").mkdir()
     for file in sorted((checkpoint.path / "slicer").glob("*")):
         if file.is_file() and inside(checkpoint.path, f"slicer/{file.name}"):
+            (directory / "slicer").mkdir(exist_ok=True)
             shutil.copyfile(file, directory / "slicer" / file.name)
-    (directory / "slicer" / "plan.json").write_text(plan.to_json(), "utf-8")
     write_tensors(
         directory, tensors, checkpoint.metadata, cast=cast, max_shard_bytes=max_shard_bytes, progress=progress
     )

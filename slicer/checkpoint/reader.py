@@ -10,7 +10,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -49,6 +49,12 @@ class TensorSpan:
     start: int
     end: int
     key: str | None = None
+    make: Callable[[], Any] | None = None
+
+    def made(self, key: str, make: Callable[[], Any], dtype: str | None = None) -> TensorSpan:
+        """The span of the tensor that `make` computes in this one's place, in `dtype` (the same where None)."""
+        dtype, nbytes = self.cast(dtype)
+        return TensorSpan(self.file, dtype, self.shape, 0, nbytes, key, make)
 
     @property
     def nbytes(self) -> int:

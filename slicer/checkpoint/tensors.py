@@ -66,7 +66,8 @@ def chunks(span: TensorSpan, dtype: str) -> Iterator[bytes]:
     import torch
 
     if span.key is not None:
-        flat = load(span.file)[span.key].detach().contiguous().flatten()
+        tensor = load(span.file)[span.key] if span.make is None else span.make()
+        flat = tensor.detach().contiguous().flatten()
         for start in range(0, flat.numel(), _CHUNK):
             piece = flat[start : start + _CHUNK].to(torch_dtype(dtype))
             yield piece.view(torch.uint8).numpy().tobytes()

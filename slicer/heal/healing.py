@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from slicer.checkpoint import architectures
 from slicer.checkpoint import tensors as stored
 from slicer.checkpoint.architectures import EXPERT_OUTPUTS
 from slicer.checkpoint.model import decoder_layers
-from slicer.checkpoint.reader import Checkpoint, TensorSpan, read_header
+from slicer.checkpoint.reader import Checkpoint, TensorSpan
 from slicer.heal.fold import fold, held_out_sequences
 from slicer.heal.outputs import LayerChange, applied
 from slicer.measure.calibration import TokenBatches
@@ -91,15 +89,13 @@ def healed(model: Any, changes: Mapping[int, LayerChange]) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def on_disk(healing: Healing) -> Iterator[dict[str, TensorSpan]]:
-    """Raw key of the source -> where the healed tensor lies on disk inside the block, for the writer to copy."""
-    from safetensors.torch import save_file
+def replacements(checkpoint: Checkpoint, healing: Healing) -> dict[str, TensorSpan]:
+    """Raw key of the source -> what is written in its place."""
 
-    with tempfile.TemporaryDirectory(prefix="slicer-healed-") as scratch:
-        file = Path(scratch) / "healed.safetensors"
-        save_file({key: tensor.contiguous().cpu() for key, tensor in healing.tensors.items()}, file)
-        yield read_header(file)[0]
+    def span(key: str, tensor: torch.Tensor) -> TensorSpan:
+        return checkpoint.tensors[key].made(key, lambda: tensor.cpu(), stored.dtype_name(tensor))
+
+    return {key: span(key, tensor) for key, tensor in healing.tensors.items()}
 
 
 def new_keys(checkpoint: Checkpoint, plan: Plan, keys: Iterable[str]) -> dict[str, str]:

@@ -9,13 +9,13 @@ from typing import Any
 
 from slicer.checkpoint import architectures, card, hub, verify
 from slicer.checkpoint import tensors as stored
-from slicer.checkpoint.export import DTYPES, check_output, refuse_quantized, rewrite_checkpoint
+from slicer.checkpoint.export import DTYPES, check_output, copy_unchanged, refuse_quantized
 from slicer.checkpoint.model import load_model
 from slicer.checkpoint.reader import Checkpoint, TensorSpan
 from slicer.checkpoint.sizes import measure_sizes
 from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES, atomic_directory, check_space
 from slicer.errors import HealError, PlanError, UsageError
-from slicer.heal.healing import as_written, fold_checkpoint, healed, new_keys, on_disk
+from slicer.heal.healing import as_written, fold_checkpoint, healed, new_keys, replacements
 from slicer.measure.calibration import CalibrationSpec, token_batches
 from slicer.measure.stream import Walk
 from slicer.plan import Plan
@@ -119,18 +119,20 @@ def heal(
     del model, walk
     gc.collect()
     error: float | None = None
-    with atomic_directory(out, replace=options.force) as directory, on_disk(healing) as spans:
+    spans = replacements(whole, healing)
+    with atomic_directory(out, replace=options.force) as directory:
         progress.stage("Writing", cut.total_bytes, "bytes")
         names = new_keys(whole, plan, spans)
         healed_spans = {names[key]: span for key, span in spans.items()}
-        rewrite_checkpoint(
+        copy_unchanged(
             cut,
-            plan,
             directory,
             replaced={**_as_before(cut, whole), **healed_spans},
+            dtype=plan.dtype,
             max_shard_bytes=options.max_shard_bytes,
             progress=progress.advance,
         )
+        (directory / "slicer" / "plan.json").write_text(plan.to_json(), "utf-8")
         figures = (directory / "slicer" / "distances.png").is_file()
         text = card.for_slice(whole, plan, measure_sizes(whole), measure_sizes(cut), figures=figures)
         (directory / "README.md").write_text(text, "utf-8")

@@ -17,7 +17,7 @@ from slicer.checkpoint.model import bypass, load_model
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import HealError
 from slicer.heal.fold import SINKS, blocks, fold, losses
-from slicer.heal.healing import as_written, fold_checkpoint, healed, on_disk
+from slicer.heal.healing import as_written, fold_checkpoint, healed, replacements
 from slicer.heal.least_squares import NormalEquations
 from slicer.heal.outputs import LayerChange
 from slicer.measure.calibration import TokenBatches
@@ -202,8 +202,7 @@ def test_what_is_written_is_the_source_with_the_new_weights(
     assert (reference - bare).abs().max() > 1e-3 * bare.abs().max()
     out = tmp_path / "out"
     out.mkdir()
-    with on_disk(healing) as spans:
-        write_checkpoint(source, plan, sliced_config(source, plan), out, replaced=spans)
+    write_checkpoint(source, plan, sliced_config(source, plan), out, replaced=replacements(source, healing))
     verify.check_load(out)
     verify.check_tensors(out, as_written(source, plan, healing))
     assert verify.check_logits(out, reference, tokens, device="cpu") < 1e-4

@@ -144,8 +144,8 @@ def test_a_wrong_write_never_appears(
     import slicer.heal.healing as healing
 
     if wrong == "bytes":
-        honest = healing.read_header
-        monkeypatch.setattr(healing, "read_header", lambda file: (_swapped(honest(file)[0]), {}))
+        honest: Any = healing.replacements
+        monkeypatch.setattr(healing, "replacements", lambda *given: _flipped(honest(*given)))
     else:
         honest_tensors: Any = healing._tensors
         monkeypatch.setattr(
@@ -157,13 +157,13 @@ def test_a_wrong_write_never_appears(
     assert not os.listdir(tmp_path)
 
 
-def _swapped(spans: dict[str, Any]) -> dict[str, Any]:
-    """The bytes of the first tensor are those of a place a little further on."""
+def _flipped(spans: dict[str, Any]) -> dict[str, Any]:
+    """The first tensor's rows come out upside down."""
     from dataclasses import replace
 
-    key = min(spans, key=lambda k: spans[k].start)
-    start = spans[key].start + 64
-    return {**spans, key: replace(spans[key], start=start, end=start + spans[key].nbytes)}
+    key = min(spans)
+    make = spans[key].make
+    return {**spans, key: replace(spans[key], make=lambda: make().flip(0))}
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(bare: Path, text: list[object], tmp_path: Path) -> None:
