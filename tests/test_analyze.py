@@ -31,7 +31,16 @@ LAYERS = 6
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sources.save_llama(tmp_path_factory.mktemp("model"), layers=LAYERS)
+    """Its final norm turns what it is given, as a trained one does."""
+    from safetensors.torch import load_file, save_file
+
+    model = sources.save_llama(tmp_path_factory.mktemp("model"), layers=LAYERS)
+    for file in model.glob("*.safetensors"):
+        tensors = load_file(file)
+        if (key := "model.norm.weight") in tensors:
+            tensors[key] = torch.rand(64, generator=torch.Generator().manual_seed(0)) * 3
+            save_file(tensors, file, metadata={"format": "pt"})
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +57,14 @@ def done(path: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     out = tmp_path_factory.mktemp("analysis") / "out"
     analyze(str(path), out, AnalyzeOptions(spec(text), positions=6, device="cpu"))
     return out
+
+
+@pytest.fixture(autouse=True)
+def no_figures(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of the time of an analysis this small; `done`, made before this, and real commands draw."""
+    from slicer.judge import plots
+
+    monkeypatch.setattr(plots, "analysis_figures", lambda analysis, directory: [])
 
 
 def apart(one: Analysis, other: Analysis) -> float:
@@ -82,7 +99,8 @@ def test_it_is_the_paper_by_hand(path: Path, text: Path, done: Path) -> None:
             assert row[start] == pytest.approx(float(angle.mean()), abs=1e-6)
             error = float(angle.std()) / math.sqrt(len(tokens))
             assert analysis.distances().standard_error[n][start] == pytest.approx(error, abs=1e-6)
-    wrong = torch.nn.functional.cosine_similarity(x[LAYERS - 1], hidden[LAYERS][:, -1].double(), dim=-1)
+    after_norm = hidden[LAYERS][:, -1].double()
+    wrong = torch.nn.functional.cosine_similarity(x[LAYERS - 1], after_norm, dim=-1)
     wrong_row = float(torch.arccos(wrong).mean()) / math.pi
     assert abs(analysis.distances().block(1)[LAYERS - 1] - wrong_row) > 1e-3, "the trap would show"
 
@@ -169,9 +187,9 @@ def test_two_processes_are_one(path: Path, text: Path, done: Path, tmp_path: Pat
     """gloo on the CPU, as torchrun starts them: equal to one process to the last bit but for matrix products."""
     out = tmp_path / "out"
     run = subprocess.run(
-        [*(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"),
+        [*(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
          *command(path, text, out)[1:]],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.count("written") == 1, "only the first process speaks"

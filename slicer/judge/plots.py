@@ -127,10 +127,9 @@ def analysis_figures(analysis: Analysis, directory: Path) -> list[Path]:
         "agreement": partial(agreement, analysis),
         "blocks": partial(chosen_blocks, analysis),
     }
-    written = [directory / f"{name}{suffix}" for name in draw for suffix in (".png", ".svg")]
-    for path in written:
-        draw[path.stem](path)
-    return written
+    for name, figure in draw.items():
+        figure(directory / name)
+    return [directory / f"{name}{suffix}" for name in draw for suffix in (".png", ".svg")]
 
 
 def heat_maps(analysis: Analysis, path: Path) -> None:
@@ -273,11 +272,13 @@ def _canvas(size: tuple[float, float]) -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    """As the suffix says; nothing in the file depends on when it was made."""
+    """As the suffix says, both PNG and SVG without one; nothing in a file depends on when it was made."""
     from matplotlib import rc_context
 
-    if path.suffix == ".svg":
+    if path.suffix in (".png", ""):
+        figure.savefig(path.with_suffix(".png"), format="png", dpi=130, metadata={"Software": None})
+    if path.suffix in (".svg", ""):
+        if not path.suffix:
+            figure.set_layout_engine("none")  # as it stands: to lay it out takes longer than to draw it
         with rc_context({"svg.hashsalt": "slicer", "svg.fonttype": "path"}):
-            figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
-    else:
-        figure.savefig(path, format="png", dpi=130, metadata={"Software": None})
+            figure.savefig(path.with_suffix(".svg"), format="svg", metadata={"Date": None, "Creator": None})

@@ -16,22 +16,21 @@ def prompts(name: str) -> Iterator[str]:
     Raises CalibrationError when lm-eval, the task or its data is not there.
     """
     try:
-        from lm_eval.tasks import TaskManager, get_task_dict
+        import datasets
+        from lm_eval.tasks import TaskManager
     except ImportError:
         raise CalibrationError(
             f"task:{name}: lm-eval is not installed; pip install slicer-llm[eval]"
         ) from None
+    datasets.disable_progress_bars()
     directory, _, short = name.rpartition("/")
     if directory and not Path(directory).is_dir():
         raise CalibrationError(
             f"task:{name}: no directory {directory}; give task:TASK or task:DIRECTORY/TASK"
         )
     try:
-        found = get_task_dict([short], TaskManager(include_path=directory or None))
-        tasks = list(_leaves(found))
-        if not tasks:
-            raise KeyError(short)
-        for task in tasks:
+        found = TaskManager(include_path=directory or None).load(short)
+        for task in found["tasks"].values():  # of a group, all of them
             for doc in _documents(task):
                 yield _text(task, doc)
     except Exception as error:  # lm-eval, datasets and the task's own code raise anything
@@ -39,15 +38,6 @@ def prompts(name: str) -> Iterator[str]:
         raise CalibrationError(
             f"task:{name}: lm-eval cannot give its prompts ({reason}); see lm-eval ls tasks for names"
         ) from None
-
-
-def _leaves(found: Any) -> Iterator[Any]:
-    """The tasks of a group, or the task itself."""
-    for value in found.values():
-        if isinstance(value, dict):
-            yield from _leaves(value)
-        else:
-            yield value
 
 
 def _documents(task: Any) -> Any:

@@ -154,7 +154,7 @@ def test_a_tasks_prompts_and_answers(path: Path, model: Any, tmp_path: Path) -> 
         "task: parity\ndataset_path: json\ndataset_kwargs:\n  data_files: "
         + str(tmp_path / "rows.jsonl")
         + "\n"
-        "training_split: train\noutput_type: multiple_choice\n"
+        "training_split: train\nvalidation_split: train\noutput_type: multiple_choice\n"
         'doc_to_text: "{{q}}?"\ndoc_to_target: a\ndoc_to_choice: ["yes", "no"]\n'
     )
     found = tokens(path, model, Path(f"task:{tmp_path}/parity"), samples=4, seq_len=32)
