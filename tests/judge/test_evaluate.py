@@ -49,6 +49,39 @@ def test_the_scores_are_lm_evals_to_the_last_digit(data: Path, result: Evaluatio
     assert score.standard_error == found["results"]["by_hand"]["acc_stderr,none"]
 
 
+def test_examples_in_another_order_are_the_same_examples(data: Path) -> None:
+    """Figure 7 of the paper: only the order of what stands before each question differs."""
+    from lm_eval.api.model import LM
+
+    class Reader(LM):
+        """Keeps what it is asked."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[str] = []
+
+        def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+            self.seen += [request.args[0] for request in requests]
+            return [(0.0, False)] * len(requests)
+
+        def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+            raise NotImplementedError
+
+        def generate_until(self, requests: list[Any]) -> list[str]:
+            raise NotImplementedError
+
+    seen = []
+    for task in ("mmlu_astronomy@5", "mmlu_astronomy@5:1", "mmlu_astronomy@5:1"):
+        reader = Reader()
+        with Suite(EvalOptions(tasks=(task,), data=data, limit=3)) as suite:
+            suite._rounds[0].run(reader, [], {})
+        seen.append(reader.seen)
+    plain, other, again = seen
+    assert plain != other and other == again and len(plain) == 12
+    for a, b in zip(plain, other, strict=True):
+        assert sorted(a.split("\n")) == sorted(b.split("\n")) and a.split("\n")[-3:] == b.split("\n")[-3:]
+
+
 def test_shots_chance_and_items(result: Evaluation) -> None:
     five, none = result.primary("mmlu_astronomy@5"), result.primary("mmlu_astronomy")
     assert five is not None and none is not None
