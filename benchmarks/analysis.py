@@ -18,7 +18,7 @@ import torch
 
 from slicer import demo
 from slicer.checkpoint.model import load_model
-from slicer.measure.analysis import measure
+from slicer.measure.summary import measure
 
 
 def main() -> None:

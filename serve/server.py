@@ -27,6 +27,9 @@ from slicer.serve.settings import Settings, environment, prepare, require_vllm
 
 _POLL_SECONDS = 0.25
 _GRACE_SECONDS = 20.0
+_DIRECT = urllib.request.build_opener(
+    urllib.request.ProxyHandler({})
+)  # no proxy stands before one's own child
 # What vLLM's parent process says when a child of it failed: true, and of no help.
 _HOLLOW = re.compile(
     r"Engine core initialization failed|Engine process failed to start|EngineCore failed|See root cause above"
@@ -158,7 +161,7 @@ class Server:
     def healthy(self, timeout: float = 2.0) -> bool:
         """Whether `/health` answers with 200."""
         try:
-            with urllib.request.urlopen(f"{self.root_url}/health", timeout=timeout) as answer:
+            with _DIRECT.open(f"{self.root_url}/health", timeout=timeout) as answer:
                 return bool(answer.status == 200)
         except (OSError, urllib.error.URLError, ValueError):
             return False

@@ -13,7 +13,7 @@ from typing import Any
 
 from slicer.checkpoint import architectures
 from slicer.checkpoint.export import expand_config
-from slicer.checkpoint.reader import Checkpoint
+from slicer.checkpoint.reader import Checkpoint, has_weights
 from slicer.checkpoint.sizes import Sizes, measure_sizes
 from slicer.errors import ServeError
 
@@ -59,7 +59,7 @@ def prepare(path: Path, draft: Path | None, speculative_tokens: int, arguments: 
 
     Raises SourceError for what is not a checkpoint and ServeError for what vLLM could not run.
     """
-    checkpoint = Checkpoint.open(path)
+    checkpoint = _open(path, arguments)
     reason = architectures.unserved(checkpoint.config)
     if reason:
         raise ServeError(f"{path}: {reason}")
@@ -82,6 +82,15 @@ def prepare(path: Path, draft: Path | None, speculative_tokens: int, arguments: 
     if cpu:
         _small_machine(sizes, weights, expanded, arguments, extra, notes)
     return Settings(path, (*extra, *arguments), tuple(notes), cpu)
+
+
+def _open(path: Path, arguments: Sequence[str]) -> Checkpoint:
+    """The checkpoint; of one that vLLM fills with random weights, config.json is enough."""
+    from slicer.checkpoint.model import blueprint
+
+    if flag(arguments, "--load-format") == "dummy" and not has_weights(path):
+        return blueprint(path, trust_remote_code="--trust-remote-code" in arguments)
+    return Checkpoint.open(path)
 
 
 def environment(settings: Settings) -> dict[str, str]:

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from slicer.convert import Options as Options
     from slicer.convert import convert as convert
     from slicer.errors import SlicerError as SlicerError
-    from slicer.measure.analysis import measure as measure
+    from slicer.measure.analysis import Analysis as Analysis
     from slicer.measure.calibration import CalibrationSpec as CalibrationSpec
+    from slicer.measure.stream import Walk as Walk
+    from slicer.measure.summary import measure as measure
     from slicer.plan import Plan as Plan
     from slicer.plan import parse_amount as parse_amount
     from slicer.select import select as select
@@ -31,7 +33,9 @@ _HOMES = {
     "Goal": "slicer.convert",
     "Options": "slicer.convert",
     "SlicerError": "slicer.errors",
-    "measure": "slicer.measure.analysis",
+    "measure": "slicer.measure.summary",
+    "Analysis": "slicer.measure.analysis",
+    "Walk": "slicer.measure.stream",
     "CalibrationSpec": "slicer.measure.calibration",
     "Plan": "slicer.plan",
     "parse_amount": "slicer.plan",

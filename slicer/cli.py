@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,14 +13,16 @@ from typing import Any, NoReturn
 import click
 
 from slicer import __version__
+from slicer.benchmarks.command import bench
 from slicer.errors import SlicerError
 from slicer.heal.command import heal
 from slicer.judge.command import evaluate, report
 from slicer.judge.sweep_command import sweep
+from slicer.measure.command import analyze, plan, recorded_command
 from slicer.serve.command import serve
 
 # Options that do not change what is written stay out of the recorded command, so the same work has the same record.
-_UNRECORDED = {"out", "force", "as_json", "dry_run", "debug", "device", "verify", "source"}
+_UNRECORDED = {"out", "force", "as_json", "dry_run", "debug", "device", "verify", "source", "memory"}
 
 
 class _Group(click.Group):
@@ -32,7 +33,18 @@ class _Group(click.Group):
         debug = "--debug" in arguments
         signal.signal(signal.SIGTERM, _terminate)
         try:
-            return super().main(arguments, **extra)
+            end = super().main(arguments, **{**extra, "standalone_mode": False})
+            sys.exit(end if isinstance(end, int) else 0)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message())
+            sys.exit(0)
+        except click.UsageError as error:
+            at = error.ctx.command_path if error.ctx else "slicer"
+            _fail(f"{error.format_message().rstrip('.')} (see {at} --help)", error.exit_code)
+        except click.ClickException as error:
+            _fail(error.format_message(), error.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            _fail("stopped", 130)
         except SlicerError as error:
             if debug:
                 raise
@@ -68,6 +80,8 @@ def main() -> None:
 
     \b
     slicer convert meta-llama/Llama-2-70b-hf --drop 0.4
+    slicer analyze meta-llama/Llama-2-70b-hf -o analysis
+    slicer plan analysis --drop 0.4 --blocks 2
     slicer inspect Llama-2-70b-hf-48L
     """
 
@@ -109,9 +123,9 @@ def main() -> None:
 @click.option("--text-column", metavar="NAME", help="Column of the calibration data that holds the text.")
 @click.option(
     "--heal",
-    type=click.Choice(["none", "fold"]),
-    help="Close the cut: fold solves the weights before it again, in closed form, on the calibration data. none: keep "
-    "every byte  [default: fold where there is calibration data and it helps, else none]",
+    type=click.Choice(["none", "auto", "fold"]),
+    help="Close the cut: fold solves the weights before it again, in closed form, on the calibration data; auto does "
+    "so where there is such data and it helps. none: keep every byte  [default: none, or as --plan was]",
 )
 @click.option(
     "--fold",
@@ -131,6 +145,11 @@ def main() -> None:
 )
 @click.option(
     "--device", default="auto", show_default=True, help="Where the model runs: auto, cpu, cuda, cuda:1."
+)
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    help="Memory for the weights, e.g. 8GB; a larger model is read from disk layer by layer  [default: what is free]",
 )
 @click.option(
     "--verify",
@@ -171,8 +190,8 @@ def convert(source: str, **given: Any) -> None:
             if given["max_bytes"] is not None
             else None,
         )
-    plan = Plan.load(given["plan_file"]) if given["plan_file"] is not None else None
-    calibration = given["calibration"] or ("self" if source == "demo" and plan is None else None)
+    saved = Plan.load(given["plan_file"]) if given["plan_file"] is not None else None
+    calibration = given["calibration"] or ("self" if source == "demo" and saved is None else None)
     chosen = {
         k: given[k]
         for k in ("samples", "seq_len", "batch_size", "seed", "text_column")
@@ -184,16 +203,17 @@ def convert(source: str, **given: Any) -> None:
         verify=given["verify"],
         dtype=given["dtype"],
         device=given["device"],
+        memory=parse_size(given["memory"], "--memory") if given["memory"] is not None else None,
         heal=given["heal"],
         fold=given["fold"],
         max_shard_bytes=parse_size(given["max_shard_size"], "--max-shard-size"),
         force=given["force"],
         dry_run=given["dry_run"],
         trust_remote_code=given["trust_remote_code"],
-        command=_command(source),
+        command=recorded_command(_UNRECORDED),
     )
     with console.progress() as progress:
-        summary = run(source, goal, given["out"], options, plan=plan, progress=progress)
+        summary = run(source, goal, given["out"], options, plan=saved, progress=progress)
     if given["as_json"]:
         click.echo(json.dumps(summary.to_dict(), indent=2))
     else:
@@ -232,21 +252,11 @@ def demo(out: Path | None, drop: str, debug: bool) -> None:
     console.print_demo(shown)
 
 
+main.add_command(analyze)
+main.add_command(plan)
 main.add_command(heal)
 main.add_command(evaluate)
 main.add_command(sweep)
 main.add_command(report)
 main.add_command(serve)
-
-
-def _command(source: str) -> str:
-    """The command that makes the same bytes again: what was given, in the order of the help."""
-    context = click.get_current_context()
-    words = ["slicer", "convert", source]
-    for parameter in context.command.params:
-        value = context.params.get(parameter.name or "")
-        default = parameter.get_default(context)
-        if parameter.name in _UNRECORDED or value in (None, False) or value == default:
-            continue
-        words += [parameter.opts[-1]] if value is True else [parameter.opts[-1], str(value)]
-    return shlex.join(words)
+main.add_command(bench)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from slicer.inspect import Inspection
 
 _ERR = Console(stderr=True, highlight=False)
+_QUIET_SECONDS = 20  # between lines of progress where stderr is a file
 
 
 class _Bars(Progress):
@@ -44,9 +46,12 @@ class _Bars(Progress):
     def __init__(self) -> None:
         self._bars: Bars | None = None
         self._task: TaskID | None = None
+        self._text, self._total, self._done = "", None, 0  # type: str, int | None, int
+        self._told = time.monotonic()
 
     def stage(self, text: str, total: int | None = None, unit: str = "") -> None:
         self.close()
+        self._text, self._total, self._done, self._told = text, total, 0, time.monotonic()
         if not _ERR.is_terminal:
             return
         columns: tuple[ProgressColumn, ...]
@@ -57,14 +62,23 @@ class _Bars(Progress):
             columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
             self._bars = Bars(*columns, TimeRemainingColumn(), console=_ERR, transient=True)
         else:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
+                       TextColumn("{task.fields[detail]}"))  # fmt: skip
             self._bars = Bars(*columns, TimeRemainingColumn(), console=_ERR, transient=True)
         self._bars.start()
-        self._task = self._bars.add_task(text, total=total)
+        self._task = self._bars.add_task(text, total=total, detail="")
 
     def advance(self, amount: int = 1) -> None:
+        self._done += amount
         if self._bars is not None and self._task is not None:
             self._bars.advance(self._task, amount)
+
+    def detail(self, text: str) -> None:
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, detail=text)
+        elif not _ERR.is_terminal and time.monotonic() - self._told > _QUIET_SECONDS:
+            self._told = time.monotonic()
+            _ERR.print(f"{self._text}: {self._done} of {self._total}, {text}", markup=False)
 
     def note(self, text: str) -> None:
         _ERR.print(f"note: {text}")
@@ -157,6 +171,8 @@ def _healed(record: Mapping[str, Any]) -> str:
 
 
 def _why(plan: Plan) -> str:
+    if plan.distance is not None and plan.metric not in (None, "angular_last_token"):
+        return f"{plan.strategy}: {plan.metric} {plan.distance:.4g}"
     if plan.distance is not None:
         return f"{plan.strategy}: angular distance {plan.distance:.4f} across the block"
     return plan.strategy if plan.strategy != "explicit" else "as named"
@@ -199,18 +215,18 @@ def print_demo(shown: Shown) -> None:
     console.print(f"sliced    {shown.sliced}", markup=False)
 
 
-def print_serving(path: Path, notes: Sequence[str]) -> None:
+def print_serving(path: Path, name: str, notes: Sequence[str]) -> None:
     """What is about to be served, and what was chosen unasked; on stderr, like all that is not an answer."""
     if (path / "slicer" / "plan.json").is_file():
         plan = Plan.load(path)
         _ERR.print(
-            f"serving   {path.name}: {len(plan.kept)} of the {plan.depth} layers of {plan.source}, "
+            f"serving   {name}: {len(plan.kept)} of the {plan.depth} layers of {plan.source}, "
             f"without {spell_layers(plan.dropped)} ({_why(plan)})",
             markup=False,
             soft_wrap=True,
         )
     else:
-        _ERR.print(f"serving   {path.name}", markup=False, soft_wrap=True)
+        _ERR.print(f"serving   {name}", markup=False, soft_wrap=True)
     for note in notes:
         _ERR.print(f"chosen    {note}", markup=False, soft_wrap=True)
 
@@ -226,3 +242,15 @@ def print_ready(base_url: str, model: str, has_key: bool) -> None:
         markup=False,
     )
     console.file.flush()
+
+
+def print_tables(tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]]) -> None:
+    """(title, head, rows) each; the first column is text, the others figures. As wide as they need, where piped."""
+    console = stdout() if os.isatty(1) else Console(highlight=False, width=200)
+    for title, head, rows in tables:
+        table = Table(title=title, title_justify="left")
+        for at, name in enumerate(head):
+            table.add_column(name, justify="right" if at else "left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -24,7 +25,14 @@ from slicer.checkpoint.export import (
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import Sizes, measure_sizes
 from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES, atomic_directory, check_space
-from slicer.errors import ArchitectureError, HealError, PlanError, UsageError
+from slicer.errors import (
+    ArchitectureError,
+    HealError,
+    PlanError,
+    SourceError,
+    UsageError,
+    VerificationError,
+)
 from slicer.measure.calibration import CalibrationSpec
 from slicer.plan import Amount, Plan
 from slicer.progress import Progress
@@ -36,9 +44,10 @@ if TYPE_CHECKING:
     from slicer.heal.healing import Healing
     from slicer.measure.analysis import Distances
     from slicer.measure.calibration import TokenBatches
+    from slicer.measure.stream import Walk
 
 STRATEGIES = ("similarity", "deepest", "tail")
-HEALINGS = ("none", "fold")
+HEALINGS = ("none", "auto", "fold")
 RUNNERS_UP = 3
 
 
@@ -87,7 +96,9 @@ class Options:
         dtype: None keeps the stored one; otherwise a key of `export.DTYPES` for the written tensors and the model
             that measures.
         device: "auto", "cpu", "cuda", "cuda:1", ...
-        heal: "none" or "fold"; None folds where there is calibration data and the architecture allows it.
+        memory: bytes that the weights may take; a larger model is read from disk a layer at a time. None: what is free.
+        heal: "none"; "fold"; or "auto", which folds where there is calibration data, the architecture allows it and
+            it lowers the loss on held-out text. None is "none", but a plan that was healed is healed again.
         fold: the solver, one of `slicer.heal.fold.SOLVERS`.
     """
 
@@ -96,6 +107,7 @@ class Options:
     verify: str = "auto"
     dtype: str | None = None
     device: str = "auto"
+    memory: int | None = None
     heal: str | None = None
     fold: str = "resolve"
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
@@ -140,28 +152,45 @@ class Summary:
 
 
 class _Model:
-    """The source as a transformers model, loaded once when first needed and let go before the result is loaded."""
+    """The source as a model to run: loaded when first needed, or walked from disk where it does not fit; let go before
+    the result is checked."""
 
     def __init__(self, checkpoint: Checkpoint, options: Options, progress: Progress) -> None:
         self._checkpoint, self._options, self._progress = checkpoint, options, progress
-        self._model: Any = None
+        self._walk: Walk | None = None
 
-    def get(self) -> Any:
-        if self._model is None:
-            from slicer.checkpoint.model import load_model
+    @property
+    def fits(self) -> bool:
+        """Whether it can be loaded."""
+        from slicer.measure.stream import fits
 
-            self._progress.stage("Loading the model")
+        options = self._options
+        return fits(self._checkpoint, dtype=options.dtype, device=options.device, memory_bytes=options.memory)
+
+    def walk(self) -> Walk:
+        """A walk over it."""
+        if self._walk is None:
+            from slicer.measure.stream import Walk
+
+            if self.fits:
+                self._progress.stage("Loading the model")
+            else:
+                self._progress.note(
+                    "the model does not fit in memory: its layers are read from disk one at a time"
+                    + (", out of pickled .bin files" if self._checkpoint.is_bin else "")
+                )
             options = self._options
-            self._model = load_model(
-                self._checkpoint.path,
-                dtype=options.dtype or "auto",
+            self._walk = Walk.fitting(
+                self._checkpoint,
+                dtype=options.dtype,
                 device=options.device,
+                memory_bytes=options.memory,
                 trust_remote_code=options.trust_remote_code,
             )
-        return self._model
+        return self._walk
 
     def release(self) -> None:
-        self._model = None
+        self._walk = None
         gc.collect()
 
 
@@ -182,12 +211,13 @@ class _Data:
         if self._data is None:
             from slicer.measure.calibration import token_batches
 
-            loaded = self._model.get()
+            walk = self._model.walk()
             self._progress.stage("Calibration data")
             self._data = token_batches(
                 self.spec,
                 self._checkpoint.path,
-                loaded,
+                walk.model,
+                streamed=walk.streamed,
                 trust_remote_code=self._options.trust_remote_code,
             )
         return self._data
@@ -233,7 +263,7 @@ def convert(
         revision=found.revision,
         model_type=checkpoint.config.get("model_type"),
         dtype=options.dtype,
-        versions=_versions(),
+        versions=library_versions(),
         command=options.command,
         parent=_parent(found.path),
         healing=None,
@@ -246,7 +276,7 @@ def convert(
         return Summary(None, plan, before, after, "nothing written", warnings=warnings)
     check_output(out, found.path, force=options.force)
     check_space(out, after.total_bytes)
-    verify = _verification(options, before, progress)
+    verify = _verification(options, model, progress)
     summary = Summary(out, plan, before, after, verify, warnings=warnings)
     healing = _heal(checkpoint, summary, model, data, options, progress)
     if healing is not None:
@@ -265,27 +295,19 @@ def _write(
     progress: Progress,
 ) -> Summary:
     """Reference logits, then the directory, its figures and card, its checks; renamed into place at the end."""
-    from slicer.checkpoint import verify
-    from slicer.heal.healing import as_written, healed, on_disk
-
     assert summary.out is not None
     probe: tuple[torch.Tensor, torch.Tensor] | None = None
     if summary.verified == "logits":
-        reference = model.get()
         progress.stage("Reference logits of the source with those layers bypassed")
-        vocabulary = (
-            architectures.text_config(checkpoint.config).get("vocab_size") or reference.config.vocab_size
-        )
-        tokens = verify.probe_tokens(vocabulary, seed=0)
-        with contextlib.ExitStack() as stack:
-            if healing is not None:
-                stack.enter_context(healed(reference, healing.changes))
-            probe = tokens, verify.reference_logits(reference, tokens, summary.plan.dropped)
-        del reference
+        probe = _reference(checkpoint, summary.plan, model.walk(), healing)
     model.release()
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(atomic_directory(summary.out, replace=options.force))
-        replaced = stack.enter_context(on_disk(healing)) if healing is not None else {}
+        replaced: Mapping[str, Any] = {}
+        if healing is not None:
+            from slicer.heal.healing import on_disk
+
+            replaced = stack.enter_context(on_disk(healing))
         progress.stage("Writing", summary.after.total_bytes, "bytes")
         write_checkpoint(
             checkpoint,
@@ -300,23 +322,97 @@ def _write(
         if distances is not None:
             _draw(distances, summary.plan, directory / "slicer")
         (directory / "README.md").write_text(_card(checkpoint, summary, distances is not None), "utf-8")
-        if summary.verified != "none":
-            progress.stage("Checking every key and shape")
-            verify.check_load(directory, trust_remote_code=options.trust_remote_code)
-        if healing is not None:
-            verify.check_tensors(directory, as_written(checkpoint, summary.plan, healing))
-        if probe is not None:
-            progress.stage("Comparing logits")
-            error = verify.check_logits(
-                directory,
-                probe[1],
-                probe[0],
-                dtype=options.dtype or "auto",
-                device=options.device,
-                trust_remote_code=options.trust_remote_code,
-            )
-            summary = replace(summary, logits_error=error)
-    return summary
+        error = _check(checkpoint, directory, summary, model, healing, probe, options, progress)
+    return replace(summary, logits_error=error)
+
+
+def _reference(
+    checkpoint: Checkpoint, plan: Plan, walk: Walk, healing: Healing | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A few tokens, and the logits that the result must have: the source's, healed, with those layers bypassed."""
+    from slicer.checkpoint import verify
+    from slicer.heal.healing import healed
+
+    config = architectures.text_config(checkpoint.config)
+    tokens = verify.probe_tokens(config.get("vocab_size") or walk.model.config.vocab_size, seed=0)
+    changes = healing.changes if healing is not None else {}
+    if walk.streamed:
+        return tokens, _walked_logits(walk, tokens, plan.kept, changes)
+    with healed(walk.model, changes):
+        return tokens, verify.reference_logits(walk.model, tokens, plan.dropped)
+
+
+def _check(
+    checkpoint: Checkpoint,
+    directory: Path,
+    summary: Summary,
+    model: _Model,
+    healing: Healing | None,
+    probe: tuple[torch.Tensor, torch.Tensor] | None,
+    options: Options,
+    progress: Progress,
+) -> float | None:
+    """Check what was written as far as `summary.verified` says; returns how far its logits are off, where compared."""
+    if summary.verified == "none" and healing is None:
+        return None  # without torch, whose import takes longer than a small copy
+    from slicer.checkpoint import verify
+
+    if summary.verified != "none":
+        progress.stage("Checking every key and shape")
+        verify.check_load(directory, trust_remote_code=options.trust_remote_code)
+    if healing is not None:
+        from slicer.heal.healing import as_written
+
+        verify.check_tensors(directory, as_written(checkpoint, summary.plan, healing))
+    if probe is None:
+        return None
+    progress.stage("Comparing logits")
+    tokens, reference = probe
+    if not model.fits:
+        return _check_walked(directory, reference, tokens, options)
+    return verify.check_logits(
+        directory,
+        reference,
+        tokens,
+        dtype=options.dtype or "auto",
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def _walked_logits(
+    walk: Walk, tokens: torch.Tensor, layers: Iterable[int], changes: Mapping[int, Any]
+) -> torch.Tensor:
+    """The logits of `tokens` after these layers alone, healed by `changes`: [batch, seq, vocabulary], on the CPU."""
+    from slicer.heal.outputs import applied
+
+    states, order = walk.start([tokens]), tuple(layers)
+    with walk.along(order):
+        for i in order:
+            with walk.layer(i) as layer, contextlib.ExitStack() as stack:
+                if i in changes:
+                    stack.enter_context(applied(layer, changes[i]))
+                walk.advance(i, states)
+    return walk.logits(states, 0).cpu()
+
+
+def _check_walked(out: Path, reference: torch.Tensor, tokens: torch.Tensor, options: Options) -> float:
+    """`verify.check_logits` with the result's layers read one at a time."""
+    from slicer.checkpoint import verify
+    from slicer.measure.stream import Walk
+
+    try:
+        walk = Walk.out_of_core(
+            out,
+            dtype=options.dtype or "auto",
+            device=options.device,
+            memory_bytes=options.memory,
+            trust_remote_code=options.trust_remote_code,
+        )
+        logits = _walked_logits(walk, tokens, range(walk.depth), {})
+    except SourceError as error:
+        raise VerificationError(f"the written checkpoint does not load: {error}") from None
+    return verify.compare_logits(logits, reference)
 
 
 def _heal(
@@ -328,26 +424,15 @@ def _heal(
     progress: Progress,
 ) -> Healing | None:
     """The new weights around the cut, or None; unasked, only where that can be done and helps."""
-    asked = options.heal is not None
-    if options.heal == "none":
+    asked = options.heal == "fold"
+    if options.heal in (None, "none"):
         return None
     if not asked and not data.at_hand:
         progress.note("not healed: there is no calibration data at hand; --calibration DATA heals the cut")
         return None
-    from slicer.checkpoint.verify import fits_in_memory
     from slicer.heal.healing import fold_checkpoint
-    from slicer.measure.stream import Walk
 
-    batches = data.get()
-    if fits_in_memory(summary.before.total_bytes, options.device):
-        walk = Walk.in_memory(model.get())
-    else:
-        walk = Walk.out_of_core(
-            checkpoint,
-            dtype=options.dtype or "auto",
-            device=options.device,
-            trust_remote_code=options.trust_remote_code,
-        )
+    walk, batches = model.walk(), data.get()
     cast = DTYPES[options.dtype] if options.dtype else None
     try:
         healing = fold_checkpoint(
@@ -424,6 +509,7 @@ def _choose(
     cast = DTYPES[options.dtype] if options.dtype else None
     if goal.met(measure_sizes(checkpoint, cast=cast)) and (goal.max_params or goal.max_bytes):
         raise PlanError(f"{goal}: the model already meets it with all {depth} layers; nothing to drop")
+    _check_reach(checkpoint, goal, cast)
     best: Callable[[int], Plan]
     distances: Distances | None = None
     if options.strategy == "similarity":
@@ -437,17 +523,22 @@ def _choose(
             config_of(plan.kept)
             return plan
 
-    smallest: Sizes | None = None
     for n in counts:
         plan = best(n)
-        smallest = measure_sizes(checkpoint, plan.kept, cast)
-        if goal.met(smallest):
+        if goal.met(measure_sizes(checkpoint, plan.kept, cast)):
             return plan, distances
-    assert smallest is not None
-    raise PlanError(
-        f"{goal}: out of reach; one layer alone still has {smallest.parameters} parameters "
-        f"and {smallest.total_bytes} bytes"
-    )
+    raise PlanError(f"{goal}: out of reach of the strategy {options.strategy}; name the layers to drop")
+
+
+def _check_reach(checkpoint: Checkpoint, goal: Goal, cast: str | None) -> None:
+    """Raise PlanError, before anything is measured, when not even a single layer meets the budget."""
+    layers = measure_sizes(checkpoint, cast=cast).layer_bytes
+    lightest = measure_sizes(checkpoint, (min(range(len(layers)), key=layers.__getitem__),), cast)
+    if not goal.met(lightest):
+        raise PlanError(
+            f"{goal}: out of reach; one layer alone still has {lightest.parameters} parameters "
+            f"and {lightest.total_bytes} bytes"
+        )
 
 
 def _by_similarity(
@@ -490,9 +581,12 @@ def _by_similarity(
 
 
 def _measure(model: _Model, data: _Data, progress: Progress) -> tuple[Distances, dict[str, Any]]:
-    from slicer.measure.analysis import measure
+    from slicer.measure.summary import measure, measure_walk
 
-    loaded, found = model.get(), data.get()
+    walk, found = model.walk(), data.get()
+    if walk.streamed:
+        with tempfile.TemporaryDirectory(prefix="slicer-") as work:
+            return measure_walk(walk, found.batches, Path(work), progress=progress), found.provenance
     progress.stage("Measuring layers", len(found.batches), "batches")
     done = 0
 
@@ -501,15 +595,13 @@ def _measure(model: _Model, data: _Data, progress: Progress) -> tuple[Distances,
         progress.advance(now - done)
         done = now
 
-    return measure(loaded, found.batches, progress=tick), found.provenance
+    return measure(walk.model, found.batches, progress=tick), found.provenance
 
 
-def _verification(options: Options, before: Sizes, progress: Progress) -> str:
+def _verification(options: Options, model: _Model, progress: Progress) -> str:
     if options.verify != "auto":
         return options.verify
-    from slicer.checkpoint.verify import fits_in_memory
-
-    if fits_in_memory(before.total_bytes, options.device):
+    if model.fits:
         return "logits"
     progress.note("the model does not fit in memory: its keys and shapes are checked, its logits are not")
     return "load"
@@ -557,7 +649,8 @@ def _short_name(source: str) -> str:
     return Path(name).name or "model"
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """What made an output: slicer and the libraries that its figures depend on."""
     from importlib.metadata import version
 
     return {"slicer-llm": __version__} | {

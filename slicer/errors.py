@@ -12,7 +12,8 @@
         ├── OutputError         the output cannot be written there
         ├── VerificationError   the written checkpoint is not what it should be
         ├── EvaluationError     a task, its data or a result of it is not there or not as needed
-        └── ServeError          vLLM is missing, cannot serve this, or went down
+        ├── ServeError          vLLM is missing, cannot serve this, or went down
+        └── BenchError          a benchmark that cannot be run, or resumed, as asked
 
 A message is one line: what is wrong, where, and what to do.
 """
@@ -70,3 +71,7 @@ class EvaluationError(SlicerError):
 
 class ServeError(SlicerError):
     """vLLM is not installed, cannot serve the checkpoint as asked, or ended with an error."""
+
+
+class BenchError(SlicerError):
+    """A benchmark cannot be run as asked, or its output directory belongs to another."""

@@ -30,7 +30,8 @@ class Plan:
         strategy: "similarity", "deepest", "tail" or "explicit".
         source: the Hub id or directory as the user gave it.
         revision: the Hub commit, if any.
-        distance: angular distance (units of pi) across the dropped block, where it was measured.
+        distance: what the metric says of the dropped block (or the sum over several), where it was measured.
+        metric: None for the angular distance (units of pi) of last tokens; else a metric of `slicer analyze`.
         calibration: what the distances were measured on.
         parent: the plan of the source, when the source was itself sliced.
         healing: how the cut was healed: method, data, what was solved, losses before and after.
@@ -43,6 +44,7 @@ class Plan:
     revision: str | None = None
     model_type: str | None = None
     distance: float | None = None
+    metric: str | None = None
     runners_up: tuple[dict[str, Any], ...] = ()
     calibration: Mapping[str, Any] | None = None
     seed: int | None = None

@@ -12,5 +12,8 @@ class Progress:
     def advance(self, amount: int = 1) -> None:
         """`amount` more units of the current stage are done."""
 
+    def detail(self, text: str) -> None:
+        """How the current stage fares: its rates, in a few words."""
+
     def note(self, text: str) -> None:
         """Something the user should know and may act on."""

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 
-def header(entries: Mapping[str, Any], length: int | None = None) -> bytes:
+def header(entries: Mapping[str, Any], length: int | None = None, pad: int = 8) -> bytes:
+    """`length` is what the file claims of its header; the safetensors library pads it to 8 bytes."""
     encoded = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+    encoded += b" " * (-len(encoded) % pad)
     return struct.pack("<Q", len(encoded) if length is None else length) + encoded
 
 
@@ -18,13 +20,13 @@ def entry(start: int, end: int, shape: list[int] | None = None, dtype: str = "U8
     return {"dtype": dtype, "shape": [end - start] if shape is None else shape, "data_offsets": [start, end]}
 
 
-def write_file(file: Path, tensors: Mapping[str, bytes]) -> None:
+def write_file(file: Path, tensors: Mapping[str, bytes], pad: int = 8) -> None:
     entries: dict[str, Any] = {}
     offset = 0
     for key, data in tensors.items():
         entries[key] = entry(offset, offset + len(data))
         offset += len(data)
-    file.write_bytes(header(entries) + b"".join(tensors.values()))
+    file.write_bytes(header(entries, pad=pad) + b"".join(tensors.values()))
 
 
 def contents(layers: int = 4, size: int = 5000) -> dict[str, bytes]:
@@ -38,7 +40,9 @@ def contents(layers: int = 4, size: int = 5000) -> dict[str, bytes]:
     return tensors | {"model.norm.weight": b"n" * 8, "lm_head.weight": b"h" * 16}
 
 
-def write_checkpoint(directory: Path, layers: int = 4, shards: int = 1, size: int = 5000) -> dict[str, bytes]:
+def write_checkpoint(
+    directory: Path, layers: int = 4, shards: int = 1, size: int = 5000, pad: int = 8
+) -> dict[str, bytes]:
     """A llama-like directory (config, weights, index) of meaningless bytes; returns its tensors."""
     directory.mkdir(parents=True, exist_ok=True)
     config = {
@@ -50,13 +54,13 @@ def write_checkpoint(directory: Path, layers: int = 4, shards: int = 1, size: in
     (directory / "config.json").write_text(json.dumps(config))
     tensors = contents(layers, size)
     if shards == 1:
-        write_file(directory / "model.safetensors", tensors)
+        write_file(directory / "model.safetensors", tensors, pad)
         return tensors
     keys = list(tensors)
     names = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
     owner = {key: names[at * shards // len(keys)] for at, key in enumerate(keys)}
     for name in names:
-        write_file(directory / name, {key: tensors[key] for key in keys if owner[key] == name})
+        write_file(directory / name, {key: tensors[key] for key in keys if owner[key] == name}, pad)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": owner}))
     return tensors
 

@@ -16,8 +16,9 @@ from click.testing import CliRunner
 from slicer import demo
 from slicer.checkpoint.model import bypass, load_model
 from slicer.cli import main
-from slicer.measure.analysis import Distances, measure
+from slicer.measure.analysis import Distances
 from slicer.measure.calibration import CalibrationSpec, token_batches
+from slicer.measure.summary import measure
 from slicer.select import select
 
 

@@ -47,6 +47,7 @@ ALLOWED = {
     "click": (
         "slicer.cli",
         "slicer.heal.command",
+        "slicer.measure.command",
         "slicer.judge.command",
         "slicer.judge.sweep_command",
         "slicer.serve.command",
@@ -55,7 +56,7 @@ ALLOWED = {
     "vllm": ("slicer.serve", "slicer.benchmarks"),
     "peft": ("slicer.heal", "slicer.checkpoint.merge"),
     "bitsandbytes": ("slicer.heal", "slicer.checkpoint.merge"),
-    "lm_eval": ("slicer.judge.backends",),
+    "lm_eval": ("slicer.judge.backends", "slicer.measure.tasks"),
     "jinja2": ("slicer.judge.report",),
     "matplotlib": ("slicer.judge", "slicer.benchmarks"),
 }
@@ -78,11 +79,13 @@ FLOORS = (
     ("slicer.select",),
     ("slicer.heal", "slicer.judge"),
     ("slicer.convert", "slicer.inspect", "slicer.serve"),
+    ("slicer.analyze", "slicer.healed", "slicer.planning"),
     ("slicer.benchmarks", "slicer.demo.show", "slicer.demo.train"),
     ("slicer.console",),
-    ("slicer.show_scores",),
+    ("slicer.show_layers", "slicer.show_scores"),
     (
         "slicer.heal.command",
+        "slicer.measure.command",
         "slicer.judge.command",
         "slicer.judge.sweep_command",
         "slicer.serve.command",

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from slicer.checkpoint import architectures
-from slicer.checkpoint.reader import Checkpoint, read_config
+from slicer.checkpoint.reader import Checkpoint, TensorSpan, read_config
 from slicer.errors import ArchitectureError, SlicerError, SourceError, UsageError
 
 Model = Any  # a transformers PreTrainedModel, whose classes carry no types
@@ -138,6 +138,38 @@ def _model_class(auto: Any, path: Path, config: Any, trust_remote_code: bool) ->
     return auto._model_mapping[type(config)]
 
 
+def blueprint(path: Path, *, trust_remote_code: bool = False) -> Checkpoint:
+    """The checkpoint that a config.json alone describes: every tensor's name, shape and dtype, and no bytes of them.
+
+    The model is built on the meta device, which takes no memory. Raises SourceError with transformers' reason.
+    """
+    import transformers
+
+    config = read_config(path)
+    failure: Exception | None = None
+    for auto in auto_classes(path):
+        try:
+            described = transformers.AutoConfig.from_pretrained(
+                str(path), trust_remote_code=trust_remote_code, local_files_only=True
+            )
+            with torch.device("meta"):
+                model = auto.from_config(described, trust_remote_code=trust_remote_code)
+            break
+        except Exception as error:  # a config class may raise anything for a field it does not like
+            failure = failure or error
+    else:
+        reason = " ".join(str(failure).split())[:300]
+        raise SourceError(f"{path}/config.json: transformers cannot build it: {reason}")
+    stored = str(architectures.text_config(config).get("dtype") or described.dtype or "bfloat16")
+    name = {"float32": "F32", "float16": "F16"}.get(stored.removeprefix("torch."), "BF16")
+    size = 4 if name == "F32" else 2
+    tensors = {  # a tied head is listed once, as it is stored
+        key: TensorSpan(path / "config.json", name, tuple(value.shape), 0, size * value.numel())
+        for key, value in model.named_parameters()
+    }
+    return Checkpoint(path, config, tensors, {"format": "pt"})
+
+
 def pick_device(device: str) -> torch.device:
     """The torch device that `device` names. Raises UsageError when it is not there."""
     if device == "auto":
@@ -172,6 +204,15 @@ def decoder_layers(model: Model) -> nn.ModuleList:
     if not text:
         raise ArchitectureError(f"{type(model).__name__}: no list of {depth} decoder layers in it")
     return min(text, key=lambda item: item[0].count("."))[1]
+
+
+_MLP_NAMES = ("mlp", "feed_forward", "ffn", "mlp_block", "block_sparse_moe", "fc2", "mixer")
+
+
+def mlp_of(layer: nn.Module) -> nn.Module | None:
+    """The submodule whose output is the feed-forward part of `layer`; None where the layer has no such part."""
+    children = dict(layer.named_children())
+    return next((children[name] for name in _MLP_NAMES if name in children), None)
 
 
 def _states_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

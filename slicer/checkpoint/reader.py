@@ -168,6 +168,13 @@ class Checkpoint:
                 )
 
 
+def has_weights(path: Path) -> bool:
+    """Whether the directory holds weight files of a kind that `Checkpoint.open` reads."""
+    return any((path / name).exists() for name in (SINGLE, INDEX, BIN, BIN_INDEX)) or any(
+        path.glob("*.safetensors")
+    )
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """config.json of the directory `path`. Raises SourceError."""
     if not (path / "config.json").exists():

@@ -18,7 +18,7 @@ from slicer.errors import SlicerError, SourceError, VerificationError
 # once, and only a different order of summation may differ by some units of the last place.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 PROBE_SHAPE = (2, 24)
-_MARGIN = 1.3  # activations, buffers and the loader's own copies
+MARGIN = 1.3  # activations, buffers and the loader's own copies
 
 
 def check_load(path: Path, *, trust_remote_code: bool = False) -> None:
@@ -115,7 +115,11 @@ def check_logits(
         model = load_model(out, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     except SlicerError as error:
         raise VerificationError(f"the written checkpoint does not load: {error}") from None
-    logits = logits_of(model, tokens)
+    return compare_logits(logits_of(model, tokens), reference)
+
+
+def compare_logits(logits: torch.Tensor, reference: torch.Tensor) -> float:
+    """max |a - b| / max |b|. Raises VerificationError as `check_logits` does."""
     if logits.shape != reference.shape:
         raise VerificationError(
             f"logits have the shape {list(logits.shape)}, the source's {list(reference.shape)}"
@@ -139,12 +143,12 @@ def check_logits(
 def fits_in_memory(total_bytes: int, device: str = "auto") -> bool:
     """Whether a model of `total_bytes` can be loaded on `device` beside what runs already."""
     target = pick_device(device)
-    host = total_bytes * _MARGIN < available_memory()
+    host = total_bytes * MARGIN < available_memory()
     if target.type != "cuda":
         return host
     free = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
     here = sum(free) if device == "auto" else free[target.index or 0]
-    return total_bytes * _MARGIN < here
+    return total_bytes * MARGIN < here
 
 
 def available_memory() -> int:

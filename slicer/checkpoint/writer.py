@@ -1,8 +1,8 @@
 """Writing: whole directories that appear at once, and shards that are copied, not loaded.
 
-Neighbours on disk are copied as one run: their blocks are shared (a reflink) where the file system can, else they go
-through one buffer that stays in the processor's cache into a file whose blocks were reserved. On ext4 that takes
-half the time of copy_file_range, which moves 64 KB at a time. Standard library only.
+Neighbours on disk are copied as one run: their blocks are shared (a reflink) where the file system can, else the
+kernel copies them (copy_file_range) into a file whose blocks were reserved; where it cannot do that either, they go
+through one small buffer. Standard library only.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ from slicer.errors import OutputError
 DEFAULT_SHARD_BYTES = 5 * 10**9
 _BLOCK = 4096  # file systems share blocks of this size, and only between equal offsets within one
 _BUFFER = 1 << 16
+_KERNEL_BYTES = (
+    1 << 23
+)  # copied in one call to the kernel: small enough to tell of progress and to be stopped
+_NO_KERNEL_COPY = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
 Progress = Callable[[int], None]
 
 
@@ -277,21 +281,35 @@ def _copy(
     """Copy source[start:start+length] to `position` in `target`, sharing the whole blocks where `shared`."""
     end = start + length
     while start < end:
-        size = min(end - start, len(buffer) - position % len(buffer))  # pieces that fill whole pages
+        size = end - start
         if shared and start % _BLOCK == position % _BLOCK:
-            lead, whole = -start % _BLOCK, (end - start) // _BLOCK * _BLOCK
+            lead, whole = -start % _BLOCK, size // _BLOCK * _BLOCK
             if lead:
                 size = min(size, lead)  # up to the block border
             elif whole and _share(source, start, target, position, whole):
                 start, position = start + whole, position + whole
                 progress(whole)
                 continue
-        read = os.preadv(source, [buffer[:size]], start)
-        if not read:
-            raise OSError(errno.EIO, "the source file became shorter while it was copied")
-        written = os.pwrite(target, buffer[:read], position)
-        start, position = start + written, position + written
-        progress(written)
+        moved = _move(source, start, target, position, size, buffer)
+        start, position = start + moved, position + moved
+        progress(moved)
+
+
+def _move(source: int, start: int, target: int, position: int, size: int, buffer: memoryview) -> int:
+    """Copy up to `size` bytes, in the kernel where it can, else through `buffer`; returns how many."""
+    try:
+        moved = os.copy_file_range(source, target, min(size, _KERNEL_BYTES), start, position)
+    except (
+        OSError,
+        AttributeError,
+    ) as error:  # another system, or two file systems that do not know each other
+        if isinstance(error, OSError) and error.errno not in _NO_KERNEL_COPY:
+            raise
+        size = min(size, len(buffer) - position % len(buffer))  # pieces that fill whole pages
+        moved = os.pwrite(target, buffer[: os.preadv(source, [buffer[:size]], start)], position)
+    if not moved:
+        raise OSError(errno.EIO, "the source file became shorter while it was copied")
+    return moved
 
 
 def _write_through_torch(span: TensorSpan, dtype: str, target: int, position: int, progress: Progress) -> int:

@@ -14,7 +14,8 @@ first positions of each sequence (attention sinks) are left out.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -32,8 +33,18 @@ SINKS = 4  # positions at the start of a sequence that take no part
 HELD_OUT = 16  # one sequence in so many (at least one) chooses the strengths and gives the figures
 _NORM_STEPS = 3  # Gauss-Newton steps where a norm follows the map
 MIN_SEQUENCES = 4
+AFTER = 4  # layers behind a cut that are solved again toward the source's stream
 
 Storable = Callable[[int, str, nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """`changes`: layer of the source -> its new weights. `losses`: nats a token on the sequences held out: "source",
+    "sliced" and "healed"."""
+
+    changes: dict[int, LayerChange]
+    losses: dict[str, float]
 
 
 def blocks(dropped: Sequence[int]) -> list[tuple[int, int]]:
@@ -55,23 +66,24 @@ def fold(
     storable: Storable,
     solver: str = "resolve",
     progress: Progress | None = None,
-) -> dict[int, LayerChange]:
+) -> Fold:
     """Solve the layers around each dropped block again, in order, each on the states of the already healed model.
 
     `walk` goes over the source; `batches` are int64 [batch, seq] without padding. `storable(i, name, module)` says
-    whether the checkpoint holds the weights of a module of layer i under its name. Raises HealError when there are
-    too few tokens, or no layer that could be changed.
+    whether the checkpoint holds the weights of a module of layer i under its name. Of `resolve`, over a loaded model,
+    only those steps are kept that lower the loss on the sequences held out. Raises HealError when there are too few
+    tokens, or no layer that could be changed.
     """
     if solver not in SOLVERS:
         raise UsageError(f"fold {solver!r}: choose one of {', '.join(SOLVERS)}")
     progress = progress or Progress()
-    held_out = held_out_sequences(batches)
-    result: dict[int, LayerChange] = {}
-    source = walk.start(batches)
-    student: States | None = None
     runs = blocks(dropped)
-    progress.stage("Healing the cut", runs[-1][1], "layers")
-    for start, end in runs:
+    data = split(batches)
+    healer = _Healer(walk, data, dropped, storable, solver, walk.loaded and solver == "resolve")
+    progress.stage("Healing the cut", walk.depth if healer.judges else runs[-1][1], "layers")
+    source = walk.start(data.batches)
+    student: States | None = None
+    for at, (start, end) in enumerate(runs):
         before = start - 1  # the layer to change; -1 where the model's first layers are dropped
         for i in range(source.layer, max(before, 0)):
             walk.advance(i, source)
@@ -83,22 +95,59 @@ def fold(
             walk.advance(i, source)
             progress.advance()
         if start > 0:
-            with walk.layer(before) as layer:
-                change = _heal(walk, layer, before, student, source, held_out, solver, storable)
-                result[before] = change
-                with applied(layer, change):
-                    walk.advance(before, student)
+            healer.heal(before, student, source, attention=True)
         student.layer = end
-    if not any(change.report for change in result.values()):
-        raise HealError("no layer before the cut has weights into which a fold could go; use --heal none")
-    return {i: change for i, change in result.items() if change.report}
+        if healer.judges:
+            until = runs[at + 1][0] - 1 if at + 1 < len(runs) else walk.depth
+            for i in range(end, min(until, end + AFTER)):
+                walk.advance(i, source)
+                healer.heal(i, student, source, attention=False)
+                progress.advance()
+    changes = {i: change for i, change in healer.changes.items() if change.report}
+    if not changes and healer.nearest is not None:  # who asked for a fold gets the least bad, and its figures
+        loss, change = healer.nearest
+        healer.losses.append(loss)
+        changes = {change.layer: change}
+    if not changes:
+        raise HealError("no weights next to the cut can take the fold, or none gains by it; use --heal none")
+    if not healer.judges:
+        return Fold(changes, losses(walk, batches, dropped, changes))
+    for i in range(source.layer, walk.depth):
+        walk.advance(i, source, only=data.held)
+        progress.advance()
+    figures = {
+        "source": _loss(walk, source, data.held),
+        "sliced": healer.losses[0],
+        "healed": healer.losses[-1],
+    }
+    return Fold(changes, figures)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Calibration batches with the sequences held out in batches of their own: `held` are the numbers of those."""
+
+    batches: list[torch.Tensor]
+    held: range
+
+
+def split(batches: Sequence[torch.Tensor]) -> Split:
+    """Set one sequence in `HELD_OUT` apart, to choose the strengths and give the figures.
+
+    Raises HealError when there are too few sequences to set any apart.
+    """
+    held = held_out_sequences(batches)
+    size = len(batches[0])
+    sequences = torch.cat(list(batches))
+    apart = torch.zeros(len(sequences), dtype=torch.bool)
+    apart[sorted(held)] = True
+    fitted = list(torch.split(sequences[~apart], size))
+    both = fitted + list(torch.split(sequences[apart], size))
+    return Split(both, range(len(fitted), len(both)))
 
 
 def held_out_sequences(batches: Sequence[torch.Tensor]) -> set[int]:
-    """Numbers (over all batches) of the sequences that choose the strengths and give the figures.
-
-    Raises HealError when there are too few to set any apart.
-    """
+    """Numbers, over all batches, of the sequences held out. Raises HealError when there are too few."""
     count, length = sum(len(batch) for batch in batches), batches[0].shape[1] if batches else 0
     if count < MIN_SEQUENCES or length <= 2 * SINKS:
         raise HealError(
@@ -109,24 +158,16 @@ def held_out_sequences(batches: Sequence[torch.Tensor]) -> set[int]:
 
 
 def losses(
-    walk: Walk,
-    batches: Sequence[torch.Tensor],
-    dropped: Sequence[int],
-    changes: Mapping[int, LayerChange],
-    *,
-    progress: Progress | None = None,
+    walk: Walk, batches: Sequence[torch.Tensor], dropped: Sequence[int], changes: Mapping[int, LayerChange]
 ) -> dict[str, float]:
     """Nats a token on the sequences held out of the fits: "source", "sliced" (layers dropped, nothing healed) and
     "healed"; all three in one pass over the layers."""
-    held = held_out_sequences(batches)
-    chosen = torch.cat(list(batches))[sorted(held)]
-    source = walk.start([chosen])
+    data = split(batches)
+    source = walk.start([data.batches[b] for b in data.held])
     sliced, healed = source.copy(), source.copy()
     for i in range(walk.depth):
         with walk.layer(i) as layer:
             walk.advance(i, source)
-            if progress is not None:
-                progress.advance()
             if i in dropped:
                 sliced.layer = healed.layer = i + 1
                 continue
@@ -134,74 +175,133 @@ def losses(
             with applied(layer, changes[i]) if i in changes else contextlib.nullcontext():
                 walk.advance(i, healed)
     named = {"source": source, "sliced": sliced, "healed": healed}
-    return {name: _loss(walk, states) for name, states in named.items()}
+    return {name: _loss(walk, states, range(len(states))) for name, states in named.items()}
 
 
-def _loss(walk: Walk, states: States) -> float:
+def _loss(walk: Walk, states: States, batches: Iterable[int]) -> float:
     """Mean next-token cross entropy, nats; one sequence at a time, for the logits are large."""
-    total, count = 0.0, 0
-    for batch, tokens in enumerate(states.tokens):
-        for row in range(len(tokens)):
-            one = tokens[row : row + 1]
-            logits = walk.head(one, states[batch][row : row + 1])[0, :-1].float()
-            total += float(nn.functional.cross_entropy(logits, one[0, 1:].to(logits.device), reduction="sum"))
-            count += one.shape[1] - 1
-    return total / count
+    sums = [_cross_entropy(walk, states.tokens[b], states[b]) for b in batches]
+    return sum(total for total, _ in sums) / sum(count for _, count in sums)
+
+
+def _cross_entropy(walk: Walk, tokens: torch.Tensor, last: torch.Tensor) -> tuple[float, int]:
+    total = 0.0
+    for row in range(len(tokens)):
+        one = tokens[row : row + 1]
+        logits = walk.head(one, last[row : row + 1])[0, :-1].float()
+        total += float(nn.functional.cross_entropy(logits, one[0, 1:].to(logits.device), reduction="sum"))
+    return total, len(tokens) * (tokens.shape[1] - 1)
 
 
 # --- one layer --------------------------------------------------------------------------------------------------------
 
 
-def _heal(
-    walk: Walk,
-    layer: nn.Module,
-    i: int,
-    student: States,
-    target: States,
-    held_out: set[int],
-    solver: str,
-    storable: Storable,
-) -> LayerChange:
-    """Layer i solved again so that it puts out `target` when given `student`: attention first, then feed-forward."""
-    change = LayerChange(i)
+class _Healer:
+    """Heals one layer after another.
 
-    def run() -> torch.Tensor:
-        return walk.call(i, 0, student[0])
+    Attributes:
+        judges: whether each step is kept only if it lowers the loss on the sequences held out.
+        changes: layer -> its new weights.
+        losses: of the bare cut, and after every step that was kept.
+        nearest: loss and change of the best step that was not kept.
+    """
 
-    for attention in (True, False):
-        if attention and solver == "transform":
-            continue
-        outputs = find(
-            layer, run, attention=attention, storable=lambda name, module: storable(i, name, module)
-        )
-        for output in outputs:
-            for _ in range(_NORM_STEPS if output.kind == "normed" else 1):
-                with applied(layer, change):
-                    equations = _gather(walk, layer, i, output, student, target, held_out, solver)
-                    solution = solve(equations)
-                    if solution is None:
-                        break
-                    _put(output, solution, solver, change)
-                change.report.append(
-                    {
-                        "layer": i,
-                        "module": output.name,
-                        "way": output.kind,
-                        "strength": solution.strength,
-                        "error_left": round(solution.left, 6),
-                    }
-                )
-            if output.norm is not None and storable(i, output.norm, layer.get_submodule(output.norm)):
-                with applied(layer, change):
-                    more, left = _norm_gain(walk, i, layer, output, student, target, held_out)
-                    if left < 1:
-                        gain = layer.get_submodule(output.norm).weight
-                        assert isinstance(gain, torch.Tensor)
-                        change.parameters[f"{output.norm}.weight"] = (gain.double() + more).to(gain.dtype)
-                        change.report.append(
-                            {"layer": i, "module": output.norm, "way": "gain", "error_left": round(left, 6)}
-                        )
-    return change
+    def __init__(
+        self, walk: Walk, data: Split, dropped: Sequence[int], storable: Storable, solver: str, judges: bool
+    ) -> None:
+        self._walk, self._data, self._dropped = walk, data, set(dropped)
+        self._storable, self._solver, self.judges = storable, solver, judges
+        self.changes: dict[int, LayerChange] = {}
+        self.losses: list[float] = []
+        self.nearest: tuple[float, LayerChange] | None = None
+
+    def heal(self, i: int, student: States, target: States, *, attention: bool) -> None:
+        """Solve layer i so that it puts out `target` when given `student`, which is then advanced through it.
+
+        The feed-forward part alone and, with `attention`, the attention's output first.
+        """
+        best = LayerChange(i)
+        with self._walk.layer(i) as layer:
+            if self.judges and not self.losses:
+                self.losses.append(self._loss(i, student))
+            for parts in (
+                ((False,), (True, False)) if attention and self._solver == "resolve" else ((False,),)
+            ):
+                change = self._solved(layer, i, student, target, parts)
+                if not change.report:
+                    continue
+                if self.judges:
+                    with applied(layer, change):
+                        loss = self._loss(i, student)
+                    if not loss < self.losses[-1]:
+                        if self.nearest is None or loss < self.nearest[0]:
+                            self.nearest = loss, change
+                        continue
+                    self.losses.append(loss)
+                best = change
+                if not self.judges:
+                    break
+            self.changes[i] = best
+            with applied(layer, best):
+                self._walk.advance(i, student)
+
+    def _loss(self, i: int, student: States) -> float:
+        """On the sequences held out, of the model from layer i on as it is now."""
+        sums = []
+        for b in self._data.held:
+            states = student[b]
+            for j in range(i, self._walk.depth):
+                if j not in self._dropped:
+                    states = self._walk.call(j, b, states)
+            sums.append(_cross_entropy(self._walk, self._data.batches[b], states))
+        return sum(total for total, _ in sums) / sum(count for _, count in sums)
+
+    def _solved(
+        self, layer: nn.Module, i: int, student: States, target: States, parts: Sequence[bool]
+    ) -> LayerChange:
+        """The new weights of one layer, part after part: its attention (True), its feed-forward part (False)."""
+        change = LayerChange(i)
+        for attention in parts:
+            outputs = find(
+                layer,
+                partial(self._walk.call, i, 0, student[0]),
+                attention=attention,
+                storable=partial(self._storable, i),
+            )
+            for output in outputs:
+                self._solve(layer, i, output, student, target, change)
+        return change
+
+    def _solve(
+        self, layer: nn.Module, i: int, output: Output, student: States, target: States, change: LayerChange
+    ) -> None:
+        """Enter the solution of one output into `change`."""
+        held = self._data.held
+        for _ in range(_NORM_STEPS if output.kind == "normed" else 1):
+            with applied(layer, change):
+                solution = solve(_gather(self._walk, layer, i, output, student, target, held, self._solver))
+                if solution is None:
+                    break
+                _put(output, solution, self._solver, change)
+            change.report.append(
+                {
+                    "layer": i,
+                    "module": output.name,
+                    "way": output.kind,
+                    "strength": solution.strength,
+                    "error_left": round(solution.left, 6),
+                }
+            )
+        if output.norm is not None and self._storable(i, output.norm, layer.get_submodule(output.norm)):
+            with applied(layer, change):
+                more, left = _norm_gain(self._walk, i, layer, output, student, target, held)
+                if left < 1:
+                    gain = layer.get_submodule(output.norm).weight
+                    assert isinstance(gain, torch.Tensor)
+                    change.parameters[f"{output.norm}.weight"] = (gain.double() + more).to(gain.dtype)
+                    change.report.append(
+                        {"layer": i, "module": output.norm, "way": "gain", "error_left": round(left, 6)}
+                    )
 
 
 def _put(output: Output, solution: Solution, solver: str, change: LayerChange) -> None:
@@ -226,12 +326,11 @@ def _gather(
     output: Output,
     student: States,
     target: States,
-    held_out: set[int],
+    held: range,
     solver: str,
 ) -> NormalEquations:
     """The normal equations of `output` over all batches, in the layer as it is now."""
     equations: NormalEquations | None = None
-    number = 0
     with watching(layer, output) as seen:
         for batch, states in enumerate(student):
             h = walk.call(i, batch, states)
@@ -246,8 +345,7 @@ def _gather(
                 z, r, weight = _rows(output, seen, row, h, wanted, factors, solver)
                 if equations is None:
                     equations = NormalEquations(z.shape[1], r.shape[1], z.device)
-                equations.add(z[kept], r[kept], weight[kept], held_out=number in held_out)
-                number += 1
+                equations.add(z[kept], r[kept], weight[kept], held_out=batch in held)
     assert equations is not None
     return equations
 
@@ -302,14 +400,13 @@ def _gain(direction: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
 
 
 def _norm_gain(
-    walk: Walk, i: int, layer: nn.Module, output: Output, student: States, target: States, held_out: set[int]
+    walk: Walk, i: int, layer: nn.Module, output: Output, student: States, target: States, held: range
 ) -> tuple[torch.Tensor, float]:
     """How the norm's gain g [d] should change, and the share of the squared error left on tokens held out.
 
     For every component apart: the g that brings g u / |u| closest to what should have come out, least squares.
     """
     sums = [torch.zeros(0)] * 2
-    number = 0
     with watching(layer, output) as seen:
         for batch, states in enumerate(student):
             h = walk.call(i, batch, states)
@@ -327,9 +424,8 @@ def _norm_gain(
                         (weight * r.square()).sum(0),
                     ]
                 ).double()
-                at = int(number in held_out)
+                at = int(batch in held)
                 sums[at] = sums[at] + terms if len(sums[at]) else terms
-                number += 1
     cross, own, _ = sums[0]
     change = cross / own.clamp_min(1e-30)
     cross, own, power = sums[1]

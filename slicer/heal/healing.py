@@ -18,7 +18,7 @@ from slicer.checkpoint import tensors as stored
 from slicer.checkpoint.architectures import EXPERT_OUTPUTS
 from slicer.checkpoint.model import decoder_layers
 from slicer.checkpoint.reader import Checkpoint, TensorSpan, read_header
-from slicer.heal.fold import fold, held_out_sequences, losses
+from slicer.heal.fold import fold, held_out_sequences
 from slicer.heal.outputs import LayerChange, applied
 from slicer.measure.calibration import TokenBatches
 from slicer.measure.stream import Walk
@@ -64,18 +64,17 @@ def fold_checkpoint(
     """
     progress = progress or Progress()
     held = sorted(held_out_sequences(data.batches))
-    changes = fold(
+    found = fold(
         walk, data.batches, dropped, storable=_storable(checkpoint), solver=solver, progress=progress
     )
-    progress.stage("Loss before and after healing", walk.depth, "layers")
-    figures = losses(walk, data.batches, dropped, changes, progress=progress)
+    changes = found.changes
     tensors = _tensors(checkpoint, changes, cast)
     record = {
         "method": "fold",
         "solver": solver,
         "calibration": dict(data.provenance),
         "held_out_sequences": held,
-        "loss": {name: round(value, 6) for name, value in figures.items()},
+        "loss": {name: round(value, 6) for name, value in found.losses.items()},
         "solved": [entry for _, change in sorted(changes.items()) for entry in change.report],
         "tensors": sorted(tensors),
     }

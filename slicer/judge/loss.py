@@ -101,7 +101,10 @@ def draw(
             )
         if file.stat().st_size == 0:
             raise EvaluationError(f"{file}: empty; the loss needs text")
-        documents, source = read_documents(file, column), file.name
+        # a conversation counts by what is said in it
+        documents = [text if isinstance(text, str) else "\n".join(turn["content"] for turn in text)
+                     for text in read_documents(file, column)]  # fmt: skip
+        source = file.name
     pieces = list(cut(documents, characters))
     if not pieces:
         raise EvaluationError(f"{file or source}: an empty sample: there is no text in it")

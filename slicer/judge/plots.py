@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slicer.measure.analysis import Distances
+    from slicer.measure.analysis import Analysis, Distances
 
 _CURVES = 6
+_BLUE, _ORANGE = "#0072b2", "#e69f00"  # Okabe and Ito's: told apart with any colour vision
 
 
-def heat_map(distances: Distances, path: Path, *, chosen: tuple[int, int] | None = None) -> None:
+def heat_map(
+    distances: Distances,
+    path: Path,
+    *,
+    chosen: tuple[int, int] | None = None,
+    title: str = "Angular distance d(l, l+n)",
+) -> None:
     """The paper's figure 4: d(l, l+n) by start l and size n, each row scaled to its own least and greatest.
 
-    `chosen` is the (start, n) of the dropped block, marked where given. Writes a PNG.
+    `chosen` is the (start, n) of the dropped block, marked where given. Writes a PNG or SVG, as the suffix says.
     """
-    import numpy as np
-
-    depth = distances.depth
-    grid = np.full((depth, depth), np.nan)
-    for n in range(1, depth):
-        values = np.asarray(distances.block(n))
-        spread = values.max() - values.min()
-        grid[n, : len(values)] = (values - values.min()) / spread if spread else 0.0
     figure, axes = _figure()
-    image = axes.imshow(
-        grid[1:], origin="lower", aspect="auto", cmap="viridis_r", interpolation="nearest",
-        extent=(-0.5, depth - 0.5, 0.5, depth - 0.5), vmin=0, vmax=1,
-    )  # fmt: skip
-    for n in range(1, depth):
-        row = list(distances.block(n))
-        axes.plot(row.index(min(row)), n, marker=".", markersize=3, color="black")
+    image = _heat(axes, distances)
     if chosen is not None:
         axes.plot(
             *chosen, marker="s", markersize=9, markerfacecolor="none", markeredgecolor="red", linestyle="none",
@@ -41,17 +36,49 @@ def heat_map(distances: Distances, path: Path, *, chosen: tuple[int, int] | None
     axes.set(
         xlabel="first layer of the block, l",
         ylabel="layers in the block, n",
-        title="Angular distance d(l, l+n)",
+        title=title,
     )
     axes.locator_params(integer=True)
     figure.colorbar(image, ax=axes, label="scaled within each n (black dot: the least)")
     _save(figure, path)
 
 
-def curves(distances: Distances, path: Path, *, chosen: tuple[int, int] | None = None) -> None:
-    """The paper's figure 1c: d(l, l+n) against l, a curve for each of some block sizes n. Writes a PNG."""
+def _heat(axes: Any, distances: Distances, percentile: float = 100) -> Any:
+    import numpy as np
+
+    depth = distances.depth
+    grid = np.full((depth, depth), np.nan)
+    sizes = [n for n in distances.sizes if n < depth]
+    for n in sizes:
+        values = np.asarray(distances.block(n))
+        least = np.nanmin(values)
+        spread = np.nanpercentile(values, percentile) - least
+        grid[n, : len(values)] = (values - least) / spread if spread else 0.0
+    image = axes.imshow(
+        grid[1:], origin="lower", aspect="auto", cmap="viridis_r", interpolation="nearest",
+        extent=(-0.5, depth - 0.5, 0.5, depth - 0.5), vmin=0, vmax=1,
+    )  # fmt: skip
+    for n in sizes:
+        axes.plot(np.nanargmin(distances.block(n)), n, marker=".", markersize=3, color="black")
+    return image
+
+
+def curves(
+    distances: Distances,
+    path: Path,
+    *,
+    chosen: tuple[int, int] | None = None,
+    title: str = "Where a block changes the residual stream least",
+    label: str = "angular distance d(l, l+n), units of pi",
+    minima: bool = False,
+) -> None:
+    """The paper's figure 1c: d(l, l+n) against l, a curve for each of some block sizes n. Writes a PNG or SVG.
+
+    With `minima` the least of each n is marked, and those of all n are joined.
+    """
     depth = distances.depth
     sizes = sorted({max(1, round(depth * k / (2 * _CURVES))) for k in range(1, _CURVES + 1)})
+    sizes = [n for n in sizes if n in distances.sizes] or list(distances.sizes)
     if chosen is not None:
         sizes = sorted({*sizes, chosen[1]} - {depth})
     figure, axes = _figure()
@@ -65,6 +92,11 @@ def curves(distances: Distances, path: Path, *, chosen: tuple[int, int] | None =
         lower = [d - e for d, e in zip(row, error, strict=True)]
         upper = [d + e for d, e in zip(row, error, strict=True)]
         axes.fill_between(range(len(row)), lower, upper, color=colour, alpha=0.15, linewidth=0)
+    if minima:
+        rows = [list(distances.block(n)) for n in distances.sizes if n <= max(sizes)]
+        least = [(row.index(min(row)), min(row)) for row in rows]
+        axes.plot(*zip(*least, strict=True), color="black", linewidth=0.8, linestyle=":", marker=".", markersize=4,
+                  label="least of each n")  # fmt: skip
     if chosen is not None:
         start, n = chosen
         axes.plot(
@@ -72,12 +104,153 @@ def curves(distances: Distances, path: Path, *, chosen: tuple[int, int] | None =
             linestyle="none", label=f"dropped: {_block(*chosen)}",
         )  # fmt: skip
     axes.set(
-        xlabel="first layer of the block, l", ylabel="angular distance d(l, l+n), units of pi",
-        title="Where a block changes the residual stream least",
+        xlabel="first layer of the block, l", ylabel=label, title=title,
     )  # fmt: skip
     axes.set_ylim(bottom=0)
     axes.locator_params(axis="x", integer=True)
     axes.legend(frameon=False, fontsize="small")
+    _save(figure, path)
+
+
+def analysis_figures(analysis: Analysis, directory: Path) -> list[Path]:
+    """Every figure of an analysis, as PNG and SVG, into `directory`; returns the files.
+
+    The first metric (the paper's) has its heat map and curves at full size; all metrics share the other figures.
+    """
+    distances = next(iter(analysis.metrics.values()))
+    title = analysis_title(distances.metric)
+    draw: dict[str, Callable[[Path], None]] = {
+        "heat-map": partial(heat_map, distances, title=title),
+        "curves": partial(curves, distances, title=title, label=title, minima=True),
+        "heat-maps": partial(heat_maps, analysis),
+        "importance": partial(importance, analysis),
+        "agreement": partial(agreement, analysis),
+        "blocks": partial(chosen_blocks, analysis),
+    }
+    written = [directory / f"{name}{suffix}" for name in draw for suffix in (".png", ".svg")]
+    for path in written:
+        draw[path.stem](path)
+    return written
+
+
+def heat_maps(analysis: Analysis, path: Path) -> None:
+    """The heat map of every metric, small, with the least of each n marked."""
+    shown = [d for d in analysis.metrics.values() if len(d.sizes) > 2]
+    figure, places = _grid(len(shown))
+    for distances, axes in zip(shown, places, strict=True):
+        image = _heat(axes, distances, percentile=90)
+        axes.set_title(distances.metric.replace("_", " "), fontsize=10)
+        axes.locator_params(integer=True)
+    _label_grid(places, "layers in the block, n", "first layer, l")
+    figure.colorbar(
+        image, ax=places, shrink=0.6, label="scaled within each n, up to the 90th percentile (dot: the least)"
+    )
+    _save(figure, path)
+
+
+def _grid(count: int, columns: int = 3) -> tuple[Any, list[Any]]:
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = _canvas((3.2 * columns + 0.6, 2.6 * rows + 0.4))
+    return figure, [figure.add_subplot(rows, columns, at + 1) for at in range(count)]
+
+
+def _label_grid(places: list[Any], upright: str, level: str, columns: int = 3) -> None:
+    for at, axes in enumerate(places):
+        if at % columns == 0:
+            axes.set_ylabel(upright)
+        if at >= len(places) - columns:
+            axes.set_xlabel(level)
+
+
+def analysis_title(metric: str) -> str:
+    """What the figures of a metric are, with a capital."""
+    from slicer.measure.analysis import TITLES
+
+    title = TITLES.get(metric, metric)
+    return title[0].upper() + title[1:]
+
+
+def importance(analysis: Analysis, path: Path) -> None:
+    """Bars by layer: what each metric says of every single layer, with its standard error."""
+    shown = [d for d in analysis.metrics.values() if 1 in d.sizes and d.metric != "healed_loss"]
+    figure = _canvas((7, 1.5 * len(shown) + 0.6))
+    for at, distances in enumerate(shown):
+        axes = figure.add_subplot(len(shown), 1, at + 1)
+        row, error = list(distances.block(1)), list(distances.standard_error[1])
+        least = min(v for v in row if v == v)
+        colours = [_BLUE if value != least else _ORANGE for value in row]
+        axes.bar(range(len(row)), row, yerr=error, color=colours, ecolor="black", error_kw={"linewidth": 0.8})
+        axes.set_title(analysis_title(distances.metric), fontsize=10, loc="left")
+        known = sorted(v for v in row if v == v)
+        if known[0] > 0 and known[-1] > 20 * known[len(known) // 2]:
+            axes.set_yscale("log")  # one layer dwarfs the others
+        else:
+            axes.locator_params(axis="y", nbins=4)
+        axes.locator_params(axis="x", integer=True)
+        axes.set_xlim(-0.7, len(row) - 0.3)
+    axes.set_xlabel("layer (orange: the least; bars: one standard error)")
+    _save(figure, path)
+
+
+def agreement(analysis: Analysis, path: Path) -> None:
+    """How far the metrics put the blocks in the same order: Spearman's rank correlation, mean over the block sizes."""
+    import numpy as np
+
+    names = list(analysis.metrics)
+    grid = np.full((len(names), len(names)), np.nan)
+    for i, one in enumerate(names):
+        for j, other in enumerate(names):
+            grid[i, j] = rank_agreement(analysis.metrics[one], analysis.metrics[other])
+    figure = _canvas((1.6 + 0.75 * len(names), 1.2 + 0.7 * len(names)))
+    axes = figure.add_subplot()
+    image = axes.imshow(grid, cmap="cividis", vmin=min(0.0, float(np.nanmin(grid))), vmax=1)
+    middle = (image.norm.vmin + 1) / 2
+    for i in range(len(names)):
+        for j in range(len(names)):
+            text = "" if np.isnan(grid[i, j]) else f"{grid[i, j]:.2f}"
+            axes.text(j, i, text, ha="center", va="center", color="white" if grid[i, j] < middle else "black")
+    labels = [name.replace("_", " ") for name in names]
+    axes.set_xticks(range(len(names)), labels, rotation=40, ha="right")
+    axes.set_yticks(range(len(names)), labels)
+    axes.set_title("Do the metrics agree? Rank correlation of blocks", fontsize=11)
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    _save(figure, path)
+
+
+def rank_agreement(one: Distances, other: Distances) -> float:
+    """Spearman's correlation of two metrics over the blocks of one size, mean over sizes of at least three blocks."""
+    import numpy as np
+
+    found = []
+    for n in sorted(set(one.sizes) & set(other.sizes)):
+        a, b = np.asarray(one.block(n)), np.asarray(other.block(n))
+        both = ~(np.isnan(a) | np.isnan(b))
+        if both.sum() >= 3:
+            first, second = (
+                np.argsort(np.argsort(row[both], kind="stable"), kind="stable") for row in (a, b)
+            )
+            found.append(float(np.corrcoef(first, second)[0, 1]))
+    return float(np.mean(found)) if found else float("nan")
+
+
+def chosen_blocks(analysis: Analysis, path: Path) -> None:
+    """Which block each metric would drop, for every size: a line from its first layer to its last."""
+    shown = [d for d in analysis.metrics.values() if len(d.sizes) > 2]
+    figure, places = _grid(len(shown))
+    for distances, axes in zip(shown, places, strict=True):
+        for n in distances.sizes:
+            if n == distances.depth:
+                continue
+            row = [v if v == v else float("inf") for v in distances.block(n)]
+            start = row.index(min(row))
+            axes.plot([start - 0.4, start + n - 0.6], [n, n], color=_BLUE, linewidth=2, solid_capstyle="butt")
+        axes.set_xlim(-0.6, analysis.depth - 0.4)
+        axes.set_ylim(0, analysis.depth)
+        axes.set_title(distances.metric.replace("_", " "), fontsize=10)
+        axes.locator_params(integer=True)
+    _label_grid(places, "layers dropped, n", "layer")
+    figure.suptitle("The block that each metric would drop", fontsize=11)
     _save(figure, path)
 
 
@@ -86,13 +259,25 @@ def _block(start: int, n: int) -> str:
 
 
 def _figure() -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _canvas((7, 4.6))
     return figure, figure.add_subplot()
 
 
+def _canvas(size: tuple[float, float]) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, format="png", dpi=130, metadata={"Software": None})
+    """As the suffix says; nothing in the file depends on when it was made."""
+    from matplotlib import rc_context
+
+    if path.suffix == ".svg":
+        with rc_context({"svg.hashsalt": "slicer", "svg.fonttype": "path"}):
+            figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+    else:
+        figure.savefig(path, format="png", dpi=130, metadata={"Software": None})

@@ -194,7 +194,8 @@ class Sweep:
 
     def distances(self) -> Distances:
         """Measured once a sweep, and kept."""
-        from slicer.measure.analysis import Distances, measure
+        from slicer.measure.analysis import Distances
+        from slicer.measure.summary import measure
 
         if self._distances is None:
             file = self.journal.directory / "distances.json"

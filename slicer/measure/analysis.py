@@ -1,33 +1,49 @@
-"""Model + batches -> Distances: how far the residual stream turns across every block of layers.
+"""What was measured: how far every block of layers changes the residual stream, by every metric.
 
-The class is plain data; torch is needed only to measure.
+`Distances` is one metric's table, `Analysis` all of them with where they came from: plain data, JSON in and out.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from slicer.errors import PlanError
 
-if TYPE_CHECKING:
-    import torch
-
 METRIC = "angular_last_token"
+FORMAT = 1
+# metric -> what its figures are, for titles and tables; in the order they are shown
+TITLES = {
+    "angular_last_token": "angular distance, last token (units of pi)",
+    "angular_mean": "angular distance, mean over tokens (units of pi)",
+    "block_influence": "block influence, 1 - cosine",
+    "relative_l1": "relative L1 change",
+    "relative_l2": "relative L2 change",
+    "cka": "1 - linear CKA",
+    "fold_residual": "what a fold cannot explain, relative L2",
+    "loss": "loss without the block (nats a token, increase)",
+    "kl": "KL divergence to the full model (nats a token)",
+    "taylor": "Taylor importance, |gradient x weight|",
+    "healed_loss": "loss after closed-form healing (nats a token, increase)",
+}
 
 
 @dataclass(frozen=True)
 class Distances:
-    """Angular distances of blocks.
+    """One metric of every block measured; less is closer.
 
     Attributes:
         depth: L, the number of layers.
         samples: sequences averaged over.
         seq_len: tokens in each.
-        mean: n -> [d(0, n), d(1, 1+n), ..., d(L-n, L)], in units of pi.
+        mean: n -> [d(0, n), d(1, 1+n), ..., d(L-n, L)]; angular distances in units of pi. NaN where not measured.
         standard_error: the same, over samples.
+        metric: a key of `TITLES`.
+        difference_error: n -> standard errors of d(l, l+n) minus the least d of that n, the same samples paired.
     """
 
     depth: int
@@ -35,21 +51,35 @@ class Distances:
     seq_len: int
     mean: Mapping[int, Sequence[float]]
     standard_error: Mapping[int, Sequence[float]]
+    metric: str = METRIC
+    difference_error: Mapping[int, Sequence[float]] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The block sizes n that were measured, ascending."""
+        return tuple(sorted(self.mean))
 
     def block(self, n: int) -> Sequence[float]:
-        """d(l, l+n) for l = 0..L-n."""
+        """d(l, l+n) for l = 0..L-n. Raises PlanError when blocks of n were not measured."""
+        if n not in self.mean:
+            known = ", ".join(map(str, self.sizes))
+            raise PlanError(
+                f"{self.metric} was measured for blocks of {known} layers, not {n}; choose another metric, "
+                "or --blocks to put smaller blocks together"
+            )
         return self.mean[n]
 
     def to_json(self) -> str:
         """The distances as JSON, the same bytes for the same figures."""
         record = {
-            "metric": METRIC,
-            "unit": "pi radians",
+            "metric": self.metric,
+            "unit": "pi radians" if self.metric.startswith("angular") else "1",
             "depth": self.depth,
             "samples": self.samples,
             "seq_len": self.seq_len,
-            "distances": {str(n): list(row) for n, row in self.mean.items()},
-            "standard_error": {str(n): list(row) for n, row in self.standard_error.items()},
+            "distances": _rows_out(self.mean),
+            "standard_error": _rows_out(self.standard_error),
+            "difference_error": _rows_out(self.difference_error),
         }
         return json.dumps(record, indent=1) + "\n"
 
@@ -57,50 +87,125 @@ class Distances:
     def from_json(cls, text: str) -> Distances:
         """Read what `to_json` wrote. Raises PlanError."""
         try:
-            record = json.loads(text)
-            rows = (
-                {int(n): list(row) for n, row in record[k].items()} for k in ("distances", "standard_error")
-            )
-            return cls(record["depth"], record["samples"], record["seq_len"], *rows)
+            return cls._from_record(json.loads(text))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"not distances that slicer wrote ({error}); measure them again") from None
 
+    @classmethod
+    def _from_record(cls, record: Mapping[str, Any]) -> Distances:
+        return cls(
+            record["depth"],
+            record["samples"],
+            record["seq_len"],
+            mean=_rows_in(record["distances"]),
+            standard_error=_rows_in(record["standard_error"]),
+            metric=record.get("metric", METRIC),
+            difference_error=_rows_in(record.get("difference_error", {})),
+        )
 
-def measure(
-    model: Any, batches: Iterable[torch.Tensor], *, progress: Callable[[int, int], None] | None = None
-) -> Distances:
-    """One forward pass over `batches` (int64 [batch, seq] each, no padding) gives every d(l, l+n).
 
-    Only the last token's states are kept, [L+1, batch, d], and no logits are computed where the class allows it.
-    `progress(done, total)` is told after each batch. Raises CalibrationError for states that are not finite.
+def _rows_out(rows: Mapping[int, Sequence[float]]) -> dict[str, list[float | None]]:
+    return {str(n): [None if math.isnan(v) else v for v in row] for n, row in rows.items()}
+
+
+def _rows_in(rows: Mapping[str, Sequence[float | None]]) -> dict[int, list[float]]:
+    return {int(n): [math.nan if v is None else float(v) for v in row] for n, row in rows.items()}
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Everything `slicer analyze` measured of a model.
+
+    Attributes:
+        depth, samples, seq_len: as in `Distances`.
+        metrics: name -> its table.
+        greedy: SLEB's order of removal with the loss after each, where it was measured.
+        positions: which tokens of each sequence the averages over tokens take.
+        points: how many tokens CKA and the fold residual take, over all sequences.
+        base_loss: nats a token of the whole model on the calibration data, where losses were measured.
     """
-    import torch
 
-    from slicer.checkpoint.model import decoder_layers, watch
-    from slicer.measure.metrics import AngularDistance
+    depth: int
+    samples: int
+    seq_len: int
+    metrics: Mapping[str, Distances]
+    source: str | None = None
+    revision: str | None = None
+    model_type: str | None = None
+    dtype: str | None = None
+    positions: tuple[int, ...] = ()
+    points: int = 0
+    calibration: Mapping[str, Any] | None = None
+    base_loss: float | None = None
+    greedy: tuple[Mapping[str, float], ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    command: str | None = None
 
-    batches = list(batches)
-    depth = len(decoder_layers(model))
-    angles = AngularDistance(depth)
-    last: list[torch.Tensor] = []
-    device = model.get_input_embeddings().weight.device
+    def distances(self, metric: str = METRIC) -> Distances:
+        """One metric's table. Raises PlanError when it is not there."""
+        if metric not in self.metrics:
+            raise PlanError(f"no {metric} in this analysis; it has {', '.join(self.metrics)}")
+        return self.metrics[metric]
 
-    def listener(index: int, states: torch.Tensor) -> None:
-        last.append(states[:, -1].detach().to(device, torch.float32))
+    def to_json(self) -> str:
+        """The same bytes for the same figures."""
+        record: dict[str, Any] = {
+            "format": FORMAT,
+            **{k: getattr(self, k) for k in _PLAIN},
+            "positions": list(self.positions),
+            "greedy": [dict(step) for step in self.greedy],
+            "metrics": {
+                name: {
+                    "what": TITLES.get(name, name),
+                    "distances": _rows_out(table.mean),
+                    "standard_error": _rows_out(table.standard_error),
+                    "difference_error": _rows_out(table.difference_error),
+                }
+                for name, table in self.metrics.items()
+            },
+        }
+        return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
 
-    decoder = model.base_model  # without the head: the logits of every position are not needed
-    with torch.inference_mode(), watch(model, listener):
-        for done, batch in enumerate(batches, 1):
-            last.clear()
-            decoder(input_ids=batch.to(device), use_cache=False)
-            angles.add(torch.stack(last))
-            if progress is not None:
-                progress(done, len(batches))
-    mean, error = angles.mean(), angles.standard_error()
-    return Distances(
-        depth=depth,
-        samples=angles.count,
-        seq_len=batches[0].shape[1],
-        mean={n: mean.diagonal(n).tolist() for n in range(1, depth + 1)},
-        standard_error={n: error.diagonal(n).tolist() for n in range(1, depth + 1)},
-    )
+    @classmethod
+    def from_json(cls, text: str, where: str = "analysis") -> Analysis:
+        """Read what `to_json` wrote. Raises PlanError naming `where`."""
+        try:
+            record = json.loads(text)
+            if record.get("format") != FORMAT:
+                raise ValueError(f"format {record.get('format')!r} is not {FORMAT}")
+            shared = {k: record[k] for k in ("depth", "samples", "seq_len")}
+            metrics = {
+                name: Distances._from_record({**shared, **table, "metric": name})
+                for name, table in record["metrics"].items()
+            }
+            for table in metrics.values():
+                if any(len(row) != table.depth - n + 1 for n, row in table.mean.items()):
+                    raise ValueError(f"{table.metric} has rows of the wrong length")
+            return cls(
+                metrics=metrics,
+                positions=tuple(record.get("positions") or ()),
+                greedy=tuple(record.get("greedy") or ()),
+                **{k: record[k] for k in _PLAIN if k in record},
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PlanError(
+                f"{where}: not an analysis that slicer wrote ({error}); run slicer analyze again"
+            ) from None
+
+    @classmethod
+    def load(cls, path: Path) -> Analysis:
+        """Read analysis.json, or that of a directory. Raises PlanError."""
+        file = path / "analysis.json" if path.is_dir() else path
+        try:
+            return cls.from_json(file.read_text("utf-8"), str(file))
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not text"
+            raise PlanError(
+                f"{file}: cannot read the analysis ({reason}); make one with slicer analyze -o {path}"
+            ) from None
+
+
+_PLAIN = (
+    "source", "revision", "model_type", "depth", "samples", "seq_len", "dtype", "points", "calibration", "base_loss",
+    "versions", "command",
+)  # fmt: skip

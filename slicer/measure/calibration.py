@@ -9,6 +9,7 @@ import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 
 DEFAULT_DATASET = ("allenai/c4", "en")
 _SHUFFLE_BUFFER = 1000  # documents of a stream that are mixed at a time
+_SAMPLED_TOGETHER = 16  # a step of decoding costs the same for a few sequences and for one
+_CONVERSATIONS = ("messages", "conversations", "conversation")  # columns that hold a list of turns
+_ROLES = {"human": "user", "gpt": "assistant"}
+Conversation = list[dict[str, str]]
+Document = str | Conversation
 _SUFFIXES = (".jsonl", ".json", ".txt", ".parquet", ".jsonl.gz", ".json.gz", ".txt.gz")
 _REMEDY = "give --calibration self (text sampled from the model) or a local .jsonl, .txt or .parquet file"
 
@@ -28,8 +34,9 @@ class CalibrationSpec:
     """What to calibrate on.
 
     Attributes:
-        source: None for allenai/c4 (English, streamed), "self" for sequences sampled from the model, a local file, or
-            a Hub data set, `name` or `name:config`.
+        source: None for allenai/c4 (English, streamed), "self" for sequences sampled from the model, a local file, a
+            Hub data set, `name` or `name:config`, or `task:NAME` for the prompts and answers of an lm-eval task.
+            Conversations (a column `messages` or `conversations`) go through the chat template.
         samples: sequences.
         seq_len: tokens in each, BOS included.
         batch_size: sequences in a forward pass.
@@ -54,18 +61,29 @@ class TokenBatches:
 
 
 def token_batches(
-    spec: CalibrationSpec, path: Path, model: Any, *, trust_remote_code: bool = False
+    spec: CalibrationSpec,
+    path: Path,
+    model: Any,
+    *,
+    streamed: bool = False,
+    trust_remote_code: bool = False,
 ) -> TokenBatches:
     """`spec.samples` sequences of `spec.seq_len` tokens for the checkpoint at `path`, in batches.
 
     Documents are put in an order drawn from the seed, tokenized one after another with an end-of-text token between,
     and cut into sequences; each begins with BOS where the tokenizer begins a text with it. `model` is needed for
-    `self`. Raises CalibrationError when there is no, or not enough, text.
+    `self`, with its layers' weights: not where they are `streamed` from disk. Raises CalibrationError when there is no,
+    or not enough, text.
     """
     import torch
 
     _check_length(spec, model)
     if spec.source == "self":
+        if streamed:
+            raise CalibrationError(
+                "--calibration self: the model does not fit in memory, and sampling reads it once a token; "
+                "give a local .jsonl, .txt or .parquet file, or a Hub data set"
+            )
         tokens = sample_tokens(model, spec)
         source = "self"
     else:
@@ -114,7 +132,7 @@ def _tokenizer(path: Path, trust_remote_code: bool) -> Any:
 # --- packing ---------------------------------------------------------------------------------------------------------
 
 
-def _pack(documents: Iterable[str], tokenizer: Any, spec: CalibrationSpec, source: str) -> torch.Tensor:
+def _pack(documents: Iterable[Document], tokenizer: Any, spec: CalibrationSpec, source: str) -> torch.Tensor:
     import torch
 
     bos = _leading_token(tokenizer)
@@ -123,12 +141,14 @@ def _pack(documents: Iterable[str], tokenizer: Any, spec: CalibrationSpec, sourc
     needed = spec.samples * body
     stream: list[int] = []
     count = 0
-    for text in documents:
+    for document in documents:
+        talk = not isinstance(document, str)
+        text = document if isinstance(document, str) else _conversation(document, tokenizer, source)
         if not text.strip():
             continue
         count += 1
         stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if end is not None:
+        if end is not None and not talk:  # the template ends a conversation its own way
             stream.append(end)
         if len(stream) >= needed:
             break
@@ -137,15 +157,28 @@ def _pack(documents: Iterable[str], tokenizer: Any, spec: CalibrationSpec, sourc
             f"{source}: empty, there is no text in it; give a file with text, or --calibration self"
         )
     if len(stream) < needed:
+        fits = len(stream) // body
+        remedy = f", or at most --samples {fits}" if fits else ""
         raise CalibrationError(
-            f"{source}: too short: {len(stream)} tokens, but {spec.samples} sequences of {spec.seq_len} need {needed}; "
-            f"give more text, or at most --samples {len(stream) // body}"
-            + ("" if len(stream) >= body else f" with --seq-len {max(2, len(stream))}")
+            f"{source}: too short: {len(stream)} tokens, but {spec.samples} sequences of {spec.seq_len} need "
+            f"{needed}; give more text{remedy}"
         )
     tokens = torch.tensor(stream[:needed], dtype=torch.int64).view(spec.samples, body)
     if bos is not None:
         tokens = torch.cat([torch.full((spec.samples, 1), bos, dtype=torch.int64), tokens], dim=1)
     return tokens
+
+
+def _conversation(messages: Conversation, tokenizer: Any, source: str) -> str:
+    """The messages as the model was trained to see them."""
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # templates raise anything, also that there is none
+        reason = " ".join(str(error).split())[:160]
+        raise CalibrationError(
+            f"{source}: holds conversations, and the chat template cannot take them ({reason}); "
+            "give plain text, or name the column that holds it: --text-column"
+        ) from None
 
 
 def _leading_token(tokenizer: Any) -> int | None:
@@ -160,7 +193,13 @@ def _leading_token(tokenizer: Any) -> int | None:
 # --- documents -------------------------------------------------------------------------------------------------------
 
 
-def _documents(spec: CalibrationSpec) -> Iterator[str]:
+def _documents(spec: CalibrationSpec) -> Iterator[Document]:
+    if spec.source is not None and spec.source.startswith("task:"):
+        from slicer.measure.tasks import prompts
+
+        texts: list[Document] = list(prompts(spec.source.removeprefix("task:")))
+        random.Random(spec.seed).shuffle(texts)
+        return iter(texts)
     if spec.source is not None and (Path(spec.source).exists() or spec.source.endswith(_SUFFIXES)):
         texts = read_documents(Path(spec.source), spec.text_column)
         random.Random(spec.seed).shuffle(texts)
@@ -168,11 +207,11 @@ def _documents(spec: CalibrationSpec) -> Iterator[str]:
     return _stream_hub(spec)
 
 
-def read_documents(file: Path, column: str) -> list[str]:
+def read_documents(file: Path, column: str) -> list[Document]:
     """Every document of a local file. A .txt file is cut at blank lines."""
     if not file.is_file():
         raise CalibrationError(f"{file}: no such file; {_REMEDY}")
-    readers: dict[str, Callable[[Path, str], list[str]]] = {
+    readers: dict[str, Callable[[Path, str], list[Document]]] = {
         ".jsonl": _read_jsonl, ".json": _read_json, ".txt": _read_text, ".parquet": _read_parquet,
     }  # fmt: skip
     suffix = Path(file.name.removesuffix(".gz")).suffix.lower()
@@ -192,13 +231,13 @@ def _open(file: Path) -> TextIO:
     return open(file, encoding="utf-8")
 
 
-def _read_text(file: Path, column: str) -> list[str]:
+def _read_text(file: Path, column: str) -> list[Document]:
     with _open(file) as stream:
         return [part for part in stream.read().split("\n\n") if part.strip()]
 
 
-def _read_jsonl(file: Path, column: str) -> list[str]:
-    texts = []
+def _read_jsonl(file: Path, column: str) -> list[Document]:
+    texts: list[Document] = []
     with _open(file) as stream:
         for number, line in enumerate(stream, 1):
             if line.strip():
@@ -211,7 +250,7 @@ def _read_jsonl(file: Path, column: str) -> list[str]:
     return texts
 
 
-def _read_json(file: Path, column: str) -> list[str]:
+def _read_json(file: Path, column: str) -> list[Document]:
     with _open(file) as stream:
         try:
             rows = json.load(stream)
@@ -221,34 +260,53 @@ def _read_json(file: Path, column: str) -> list[str]:
     return [_text_of(row, column, f"{file}, row {number}") for number, row in enumerate(rows, 1)]
 
 
-def _read_parquet(file: Path, column: str) -> list[str]:
+def _read_parquet(file: Path, column: str) -> list[Document]:
     import pyarrow
     from pyarrow import parquet
 
     try:
         names = parquet.read_schema(file).names
-        if column not in names:
+        wanted = column if column in names else next((c for c in _CONVERSATIONS if c in names), None)
+        if wanted is None:
             raise CalibrationError(
                 f"{file}: no column {column!r} (it has {', '.join(names)}); name it: --text-column"
             )
-        return [str(text) for text in parquet.read_table(file, columns=[column])[column].to_pylist() if text]
+        rows = parquet.read_table(file, columns=[wanted])[wanted].to_pylist()
+        return [_text_of({wanted: row}, column, str(file)) for row in rows if row]
     except pyarrow.ArrowException as error:
         raise CalibrationError(f"{file}: not a parquet file ({' '.join(str(error).split())[:120]})") from None
 
 
-def _text_of(row: Any, column: str, where: str | None) -> str:
+def _text_of(row: Any, column: str, where: str | None) -> Document:
+    """The row's text, or its conversation where it has no such column or the column holds one."""
     if isinstance(row, str):
         return row
+    found = None
+    if isinstance(row, dict):
+        found = next((row[name] for name in (column, *_CONVERSATIONS) if name in row), None)
+    if isinstance(found, str):
+        return found
+    if isinstance(found, list) and (messages := _messages(found)):
+        return messages
     if not isinstance(row, dict) or column not in row:
         names = ", ".join(row) if isinstance(row, dict) else "none"
         raise CalibrationError(f"{where}: no column {column!r} (it has {names}); name it: --text-column")
-    if not isinstance(row[column], str):
-        raise CalibrationError(f"{where}: column {column!r} holds no text; name another: --text-column")
-    text: str = row[column]
-    return text
+    raise CalibrationError(f"{where}: column {column!r} holds no text; name another: --text-column")
 
 
-def _stream_hub(spec: CalibrationSpec) -> Iterator[str]:
+def _messages(found: list[Any]) -> Conversation:
+    """[{role, content}] of a list in that form or ShareGPT's (from, value); empty where it is in neither."""
+    messages = []
+    for turn in found:
+        role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
+        if not isinstance(role, str) or not isinstance(content, str):
+            return []
+        messages.append({"role": _ROLES.get(role, role), "content": content})
+    return messages
+
+
+def _stream_hub(spec: CalibrationSpec) -> Iterator[Document]:
     """Documents of a Hub data set, streamed and mixed by the seed; raises CalibrationError when unreachable."""
     name, config = DEFAULT_DATASET if spec.source is None else (*spec.source.split(":", 1), None)[:2]
     if any(
@@ -286,10 +344,14 @@ def sample_tokens(model: Any, spec: CalibrationSpec) -> torch.Tensor:
     generator = torch.Generator().manual_seed(spec.seed)
     first = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
     first = first[0] if isinstance(first, list) else first
+    # What the class calls its cache; one without any reads the whole sequence again at each step.
+    names = signature(model.forward).parameters
+    keyword = next((k for k in ("past_key_values", "cache_params", "cache") if k in names), None)
     sequences = []
     with torch.inference_mode():
-        for start in range(0, spec.samples, spec.batch_size):
-            count = min(spec.batch_size, spec.samples - start)
+        together = max(spec.batch_size, _SAMPLED_TOGETHER)
+        for start in range(0, spec.samples, together):
+            count = min(together, spec.samples - start)
             if first is None:
                 tokens = torch.randint(config.vocab_size, (count, 1), generator=generator)
             else:
@@ -297,8 +359,9 @@ def sample_tokens(model: Any, spec: CalibrationSpec) -> torch.Tensor:
             cache = None
             while tokens.shape[1] < spec.seq_len:
                 step = tokens if cache is None else tokens[:, -1:]
-                output = model(input_ids=step.to(device), past_key_values=cache, use_cache=True)
-                cache = getattr(output, "past_key_values", None)
+                cached = {} if keyword is None else {keyword: cache, "use_cache": True}
+                output = model(input_ids=step.to(device), **cached)
+                cache = None if keyword is None else getattr(output, keyword, None)
                 chances = output.logits[:, -1].float().cpu().softmax(-1)
                 if not torch.isfinite(chances).all():
                     raise CalibrationError(

@@ -1,52 +1,213 @@
-"""Accumulators over the residual stream. One forward pass feeds every l and every n."""
+"""Distances between the residual stream entering layer l and layer m: every pair at once, a value a sequence.
+
+`per_sequence` holds what is an average over the tokens of a sequence; `PointMetrics` what needs the tokens of many
+sequences together (CKA, the fold residual). All of them are 0 for a block that changes nothing, and grow with the
+change. Figures are of float64 arithmetic on the states as the model computed them.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 from slicer.errors import CalibrationError
 
+ANGULAR = "angular_last_token"
+PER_SEQUENCE = (ANGULAR, "angular_mean", "block_influence", "relative_l1", "relative_l2")
+POINTS = ("cka", "fold_residual")
+METRICS = (*PER_SEQUENCE, *POINTS)
+
+SKETCH = 32  # random directions that stand for all d of them where the fold residual is taken
+RIDGES = (1e-3, 1e-1)  # of the mean eigenvalue; the better one, left-out sequences decide
+_TINY = torch.finfo(torch.float64).tiny
+
+
+def check_finite(states: torch.Tensor, first: int = 0) -> None:
+    """`states`: x(first), x(first + 1), ..., [layers, ...]. Raises CalibrationError naming one that is not finite."""
+    if not torch.isfinite(states).all():
+        layer = first + int((~torch.isfinite(states)).flatten(1).any(1).nonzero()[0])
+        raise CalibrationError(
+            f"the residual stream entering layer {layer} holds infinite or undefined values; "
+            "measure in another dtype (--dtype float32)"
+        )
+
+
+def angles(states: torch.Tensor) -> torch.Tensor:
+    """[L+1, batch, d] -> [batch, L+1, L+1]: angular distances in units of pi (equation 7 of the paper).
+
+    d = arccos(u . v / |u| |v|) / pi, in [0, 1]. The angle is taken as 2 atan2(|u - v|, |u + v|) of the unit vectors:
+    arccos loses half the digits near 0.
+    """
+    unit = states.to(torch.float64).transpose(0, 1)
+    unit = unit / unit.norm(dim=-1, keepdim=True).clamp_min(_TINY)
+    apart = torch.cdist(unit, unit, compute_mode="donot_use_mm_for_euclid_dist")
+    together = torch.cdist(unit, -unit, compute_mode="donot_use_mm_for_euclid_dist")
+    return 2 * torch.atan2(apart, together) / math.pi
+
+
+def per_sequence(states: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The metrics of `PER_SEQUENCE`: [L+1, batch, positions, d] -> name -> [batch, L+1, L+1], float64.
+
+    Entry (l, m) compares u = x(l) with v = x(m) at the same token, averaged over the positions given (the last of
+    which is the sequence's last token):
+
+        angular_last_token  arccos(cos(u, v)) / pi, last position only (the paper)
+        angular_mean        the same, mean over positions
+        block_influence     1 - cos(u, v), mean over positions (ShortGPT, equation 1)
+        relative_l1         |v - u|_1 / |u|_1, mean over positions
+        relative_l2         |v - u|_2 / |u|_2, mean over positions
+    """
+    plain = states.permute(1, 2, 0, 3).contiguous().to(torch.float32)  # [batch, positions, L+1, d]
+    tokens = plain.to(torch.float64)
+    gram = tokens @ tokens.mT
+    square = gram.diagonal(dim1=-2, dim2=-1).clamp_min(_TINY)  # [batch, positions, L+1]
+    norm = square.sqrt()
+    cosine = (gram / (norm[..., :, None] * norm[..., None, :])).clamp_(-1, 1)
+    apart = (square[..., :, None] + square[..., None, :] - 2 * gram).clamp_min_(0).sqrt_()
+    taxi = torch.cdist(plain, plain, p=1).to(torch.float64)
+    length = plain.abs().sum(-1).to(torch.float64).clamp_min(_TINY)
+    return {
+        ANGULAR: angles(states[:, :, -1]),
+        "angular_mean": (torch.arccos(cosine) / math.pi).mean(1),
+        "block_influence": (1 - cosine).mean(1),
+        "relative_l1": (taxi / length[..., None]).mean(1),
+        "relative_l2": (apart / norm[..., None]).mean(1),
+    }
+
 
 class AngularDistance:
-    """Mean over sequences of d(l, l+n), the angular distance of last-token states (equation 7 of the paper).
-
-    d = arccos(x(l) . x(l+n) / |x(l)| |x(l+n)|) / pi, in [0, 1], for every pair 0 <= l < l+n <= L at once.
-    The angle is taken as 2 atan2(|u - v|, |u + v|) of the unit vectors: arccos loses half the digits near 0.
-    """
+    """Mean over sequences of d(l, l+n), the angular distance of last-token states, for every pair of layers."""
 
     def __init__(self, depth: int) -> None:
         self.depth = depth
-        self.count = 0
-        self._sum = torch.zeros(depth + 1, depth + 1, dtype=torch.float64)
-        self._square = torch.zeros(depth + 1, depth + 1, dtype=torch.float64)
+        self._values: list[torch.Tensor] = []
+
+    @property
+    def count(self) -> int:
+        """Sequences so far."""
+        return len(self._values)
 
     def add(self, last: torch.Tensor) -> None:
         """`last`: the last token's states, [L+1, batch, d]. Raises CalibrationError when they are not finite."""
-        if not torch.isfinite(last).all():
-            layer = int((~torch.isfinite(last)).flatten(1).any(1).nonzero()[0])
-            raise CalibrationError(
-                f"the residual stream entering layer {layer} holds infinite or undefined values; "
-                "measure in another dtype (--dtype float32)"
-            )
-        unit = last.to(torch.float64)
-        unit = unit / unit.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-        for state in unit.unbind(1):  # [L+1, d]
-            apart = torch.cdist(state, state, compute_mode="donot_use_mm_for_euclid_dist")
-            together = torch.cdist(state, -state, compute_mode="donot_use_mm_for_euclid_dist")
-            distance = 2 * torch.atan2(apart, together) / math.pi  # [L+1, L+1]
-            self._sum += distance.cpu()
-            self._square += (distance**2).cpu()
-            self.count += 1
+        check_finite(last)
+        self._values += angles(last).cpu().unbind(0)
 
     def mean(self) -> torch.Tensor:
         """[L+1, L+1]: entry (l, m) is the mean of d(l, m)."""
-        return self._sum / self.count
+        return torch.stack(self._values).mean(0)
 
     def standard_error(self) -> torch.Tensor:
         """[L+1, L+1]: the standard error of each mean over sequences; 0 for a single one."""
-        if self.count < 2:
-            return torch.zeros_like(self._sum)
-        variance = (self._square - self._sum**2 / self.count).clamp_min(0) / (self.count - 1)
-        return (variance / self.count).sqrt()
+        return standard_error(torch.stack(self._values))
+
+
+def standard_error(values: torch.Tensor) -> torch.Tensor:
+    """[samples, ...] -> [...]: the standard error of the mean; 0 for a single sample."""
+    if len(values) < 2:
+        return torch.zeros_like(values[0])
+    return values.std(0, correction=1) / math.sqrt(len(values))
+
+
+def cka(points: Sequence[torch.Tensor], groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Linear CKA between layers, as a distance: 1 - CKA(l, m) (Kornblith et al. 2019, equation 5).
+
+    `points`: L+1 tensors [N, d], N tokens in `groups` sequences of equal share. Returns the value [L+1, L+1] over all N
+    tokens, and the jackknife's pseudo-values [groups, L+1, L+1] of leaving one sequence out, whose standard error is
+    the value's. With CKA = <K, L> / |K| |L| of the centred token-by-token kernels.
+    """
+    layers, count = len(points), len(points[0])
+    share = count // groups
+    kernels = torch.empty(layers, count, count)
+    for l in range(layers):  # noqa: E741
+        x = points[l].to(torch.float32)
+        x = x - x.mean(0)
+        kernels[l] = x @ x.T / x.square().sum().clamp_min(1e-30)
+    whole = torch.zeros(layers, layers, dtype=torch.float64)
+    left_out = []
+    for g in range(groups):
+        own = slice(g * share, (g + 1) * share)
+        rows = kernels[:, own].to(torch.float64)  # [L+1, share, N]
+        flat = rows.flatten(1)
+        product = flat @ flat.T
+        corner = rows[:, :, own].flatten(1)
+        # Centred again without g: each remaining row of a centred kernel sums to minus its entries in g.
+        sums = -rows.sum(1)
+        total = -sums[:, own].sum(1)
+        sums[:, own] = 0
+        rest = max(1, count - share)
+        centring = -2 / rest * sums @ sums.T + total[:, None] * total[None] / rest**2
+        whole += product
+        left_out.append(-2 * product + corner @ corner.T + centring)
+    value = _one_minus_cka(whole)
+    if groups < 2:
+        return value, value[None]
+    pseudo = [groups * value - (groups - 1) * _one_minus_cka(whole + change) for change in left_out]
+    return value, torch.stack(pseudo)
+
+
+def _one_minus_cka(hsic: torch.Tensor) -> torch.Tensor:
+    own = hsic.diagonal().clamp_min(_TINY).sqrt()
+    return (1 - hsic / (own[:, None] * own[None])).clamp(0, 1)
+
+
+def fold_residual(points: Sequence[torch.Tensor], mlp: Sequence[torch.Tensor], groups: int) -> torch.Tensor:
+    """What a linear map of layer l-1's feed-forward output cannot explain of x(m) - x(l), relative to x(l).
+
+    `points`: x(l), L+1 tensors [N, d]; `mlp`: what the feed-forward part of layer l-1 puts out, at index l-1; N
+    tokens in `groups` sequences of equal share. Returns [groups, L+1, L+1]: for every sequence
+    |x(m) - x(l) - M T| / |x(l)|, Frobenius norms over its tokens, T the ridge regression on all the other sequences
+    (leave-one-out in closed form, the better of two ridges for each l). So it can be compared with relative_l2. The
+    change is seen through a fixed random projection to 32 directions. With no layer before it, nothing is explained of
+    a block at l = 0.
+    """
+    layers, (count, width) = len(points), points[0].shape
+    share = count // groups
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(width, SKETCH, generator=generator) / math.sqrt(SKETCH)
+    seen, size = torch.empty(layers, count, SKETCH), torch.empty(layers, groups)
+    for l in range(layers):  # noqa: E741
+        states = points[l].to(torch.float32)
+        seen[l] = states @ directions
+        size[l] = states.view(groups, -1).norm(dim=1).clamp_min(1e-30)
+    found = torch.zeros(groups, layers, layers, dtype=torch.float64)
+    for l in range(layers - 1):  # noqa: E741
+        change = (seen[l + 1 :] - seen[l]).permute(1, 0, 2)  # [N, L-l, SKETCH]
+        best = change.reshape(groups, share, -1)
+        if l:
+            m = mlp[l - 1].to(torch.float32)
+            kernel = m @ m.T
+            kernel /= (kernel.trace() / count).clamp_min(1e-30)
+            tries = [_left_out(kernel, change, groups, ridge) for ridge in RIDGES]
+            best = min([*tries, best], key=lambda residual: float(residual.square().sum()))
+        norms = best.reshape(groups, share, layers - 1 - l, SKETCH).square().sum((1, 3)).sqrt()
+        found[:, l, l + 1 :] = (norms / size[l][:, None]).to(torch.float64)
+    return found
+
+
+def _left_out(kernel: torch.Tensor, change: torch.Tensor, groups: int, ridge: float) -> torch.Tensor:
+    """Residuals of each group predicted from the others: (A_gg)^-1 (A Y)_g with A = (K + ridge)^-1."""
+    count = len(kernel)
+    share = count // groups
+    unit = torch.eye(count)
+    inverse = torch.cholesky_solve(unit, torch.linalg.cholesky(kernel + ridge * unit))
+    applied = (inverse @ change.reshape(count, -1)).view(groups, share, -1)
+    blocks = inverse.view(groups, share, groups, share).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    residual: torch.Tensor = torch.linalg.inv(blocks) @ applied
+    return residual
+
+
+def points_affordable(layers: int, width: int, samples: int, tokens: int, layer_parameters: int) -> int:
+    """How many tokens CKA and the fold residual take: at most 1024, their cost at most some 2% of a forward pass.
+
+    A multiple or a divisor's worth of `samples`: an equal number of tokens of each sequence.
+    """
+    forward = 2.0 * layer_parameters * tokens
+    for count in (1024, 512, 256, 128):
+        kernels = 4.0 * count**2 * width * layers
+        # A factorisation runs at a quarter of the speed of a product.
+        solving = len(RIDGES) * layers * (8.0 * count**3 + count**2 * layers * SKETCH)
+        if kernels + solving + 4.0 * count**2 * layers**2 <= 0.02 * forward:
+            break
+    return max(1, count // samples) * min(samples, count)

@@ -8,8 +8,9 @@ each other nothing but the hidden states works unchanged.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from torch import nn
 
 from slicer.checkpoint.model import decoder_layers, pick_device
 from slicer.checkpoint.reader import Checkpoint
+from slicer.checkpoint.verify import MARGIN, available_memory, fits_in_memory
 from slicer.errors import ArchitectureError, PlanError
 from slicer.measure.states import Room, States
 
@@ -113,6 +115,40 @@ class Walk:
         walk.prefetch = ahead
         return walk
 
+    @classmethod
+    def fitting(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        dtype: str | None = None,
+        device: str = "auto",
+        memory_bytes: int | None = None,
+        directory: Path | None = None,
+        trust_remote_code: bool = False,
+    ) -> Walk:
+        """`in_memory` where the model fits into `memory_bytes` (None: what is free), else `out_of_core`."""
+        from slicer.checkpoint.model import load_model
+
+        total, room = budget(checkpoint, dtype, memory_bytes)
+        if fits(checkpoint, dtype=dtype, device=device, memory_bytes=memory_bytes):
+            model = load_model(
+                checkpoint.path, dtype=dtype or "auto", device=device, trust_remote_code=trust_remote_code
+            )
+            return cls.in_memory(model, memory_bytes=max(0, room - total), directory=directory)
+        return cls.out_of_core(
+            checkpoint,
+            dtype=dtype or "auto",
+            device=device,
+            memory_bytes=room,
+            directory=directory,
+            trust_remote_code=trust_remote_code,
+        )
+
+    @property
+    def streamed(self) -> bool:
+        """Whether layers come from disk."""
+        return self._lazy is not None
+
     @property
     def device(self) -> torch.device:
         """Where the model takes its tokens."""
@@ -123,9 +159,14 @@ class Walk:
         """Bytes read from disk for layer i; 0 for a loaded model."""
         return self._lazy.layer_bytes(i) if self._lazy is not None else 0
 
-    def along(self, order: Sequence[int]) -> None:
-        """The layers to be run next, in order: what is read ahead. By default all of them."""
-        self._order = tuple(order)
+    @contextlib.contextmanager
+    def along(self, order: Sequence[int]) -> Iterator[None]:
+        """Inside the block the layers are run in this order: it says which is to be read ahead. By default all."""
+        before, self._order = self._order, tuple(order)
+        try:
+            yield
+        finally:
+            self._order = before
 
     def start(self, batches: Sequence[torch.Tensor]) -> States:
         """x(0) of every batch (int64 [batch, seq], no padding), and whatever each layer will be given.
@@ -156,8 +197,22 @@ class Walk:
             if self._lazy is not None and not self._open[i]:
                 self._lazy.release(i)
 
-    def advance(self, i: int, states: States, listener: Listener | None = None) -> States:
+    @property
+    def loaded(self) -> bool:
+        """Whether the whole model is in memory, so that running a layer again costs no reading."""
+        return self._lazy is None
+
+    def advance(
+        self,
+        i: int,
+        states: States,
+        listener: Listener | None = None,
+        *,
+        only: Iterable[int] | None = None,
+    ) -> States:
         """Run layer i over all batches: `states`, in place, become x(i+1); returns them.
+
+        `only` names the batches that go on, where the others are not needed any more.
 
         `listener(b, x)` is given the new states of each batch, [batch, seq, d], still on the device. Hooks that the
         caller put on the module of `layer(i)` are live. States may stand anywhere before layer i: that leaves layers
@@ -166,7 +221,7 @@ class Walk:
         if states.layer > i:
             raise PlanError(f"these states stand at layer {states.layer}, past layer {i}; start again")
         with self.layer(i), torch.no_grad():
-            for b in range(len(states)):
+            for b in range(len(states)) if only is None else only:
                 new = self.call(i, b, states[b])
                 if listener is not None:
                     listener(b, new)
@@ -174,9 +229,12 @@ class Walk:
         states.layer = i + 1
         return states
 
-    def call(self, i: int, batch: int, states: torch.Tensor) -> torch.Tensor:
-        """What layer i makes of `states`, [batch, seq, d], taken as x(i) of that batch; nothing is kept."""
-        with self.layer(i) as layer, torch.no_grad():
+    def call(self, i: int, batch: int, states: torch.Tensor, *, gradient: bool = False) -> torch.Tensor:
+        """What layer i makes of `states`, [batch, seq, d], taken as x(i) of that batch; nothing is kept.
+
+        With `gradient` it can be differentiated.
+        """
+        with self.layer(i) as layer, torch.set_grad_enabled(gradient):
             device = next((p.device for p in layer.parameters()), self.device)
             output = self._calls[batch][i](layer, states.to(device, non_blocking=True))
             new: torch.Tensor = output[0] if isinstance(output, tuple) else output
@@ -184,24 +242,22 @@ class Walk:
 
     def run(self, states: States, layers: Sequence[int]) -> States:
         """Advance through `layers`, ascending, reading ahead along them."""
-        before = self._order
-        self.along(layers)
-        for i in layers:
-            self.advance(i, states)
-        self._order = before
+        with self.along(layers):
+            for i in layers:
+                self.advance(i, states)
         return states
 
     def logits(self, states: States, batch: int) -> torch.Tensor:
         """The logits of a batch, [batch, seq, vocabulary], on the device, from its states taken as x(L)."""
         return self.head(states.tokens[batch], states[batch])
 
-    def head(self, tokens: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    def head(self, tokens: torch.Tensor, last: torch.Tensor, *, gradient: bool = False) -> torch.Tensor:
         """Logits from `last`, [batch, seq, d], taken as x(L) of `tokens`: the final norm, the head, and all the model
-        does there."""
+        does there. With `gradient` they can be differentiated."""
         shape = self._shape = self._shape or self._learn_shape(tokens)
         device = self.device
         given = last.to(device)
-        with torch.no_grad(), self._forwards(lambda i, args, kwargs: shape(given)):
+        with torch.set_grad_enabled(gradient), self._forwards(lambda i, args, kwargs: shape(given)):
             logits: torch.Tensor = self.model(input_ids=tokens.to(device), use_cache=False).logits
         return logits
 
@@ -331,3 +387,24 @@ class Walk:
     def _decoder(self, tokens: torch.Tensor) -> Any:
         """The model without its head."""
         return self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
+
+
+_SAFE = 0.7  # of the free memory, where nothing else is said
+
+
+def budget(checkpoint: Checkpoint, dtype: str | None, memory_bytes: int | None) -> tuple[int, int]:
+    """(bytes of the weights as `dtype`, bytes of memory to use: `memory_bytes`, or a safe part of the free)."""
+    cast = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype] if dtype else None
+    total = sum(span.cast(cast)[1] for span in checkpoint.tensors.values())
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun: they share this machine's memory
+    return total, memory_bytes or int(_SAFE * available_memory() / processes)
+
+
+def fits(
+    checkpoint: Checkpoint, *, dtype: str | None = None, device: str = "auto", memory_bytes: int | None = None
+) -> bool:
+    """Whether the model can be loaded on `device` within `memory_bytes` (None: what is free)."""
+    total, room = budget(checkpoint, dtype, memory_bytes)
+    if memory_bytes is not None and total * MARGIN > memory_bytes:
+        return False
+    return fits_in_memory(total * int(os.environ.get("LOCAL_WORLD_SIZE", "1")), device)

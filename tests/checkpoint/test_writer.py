@@ -23,13 +23,21 @@ from slicer.errors import OutputError
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 12_000, 100])
 @pytest.mark.parametrize("reserves", [True, False])
+@pytest.mark.parametrize("pad", [8, 1])
 def test_the_same_bytes_whatever_the_shards(
-    tmp_path: Path, shards: int, max_shard_bytes: int, reserves: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    shards: int,
+    max_shard_bytes: int,
+    reserves: bool,
+    pad: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if not reserves:  # a file system that cannot allocate ahead, and a buffer smaller than the tensors
+    if not reserves:  # a file system that cannot allocate ahead or copy in the kernel, and a small buffer
         monkeypatch.setattr(writer, "_reserve", lambda *_: None)
         monkeypatch.setattr(writer, "_BUFFER", 1000)
-    tensors = files.write_checkpoint(tmp_path / "source", shards=shards)
+        monkeypatch.setattr(os, "copy_file_range", _other_file_system)
+    monkeypatch.setattr(writer, "_KERNEL_BYTES", 3000)
+    tensors = files.write_checkpoint(tmp_path / "source", shards=shards, pad=pad)
     out = tmp_path / "out"
     out.mkdir()
     told: list[int] = []
@@ -47,6 +55,10 @@ def test_the_same_bytes_whatever_the_shards(
         index = json.loads((out / "model.safetensors.index.json").read_text())
         assert set(index["weight_map"]) == set(tensors)
         assert index["metadata"]["total_size"] == sum(map(len, tensors.values()))
+
+
+def _other_file_system(*_: object) -> int:
+    raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
 
 def test_shared_blocks_hold_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +82,7 @@ def test_shared_blocks_hold_the_same_bytes(tmp_path: Path, monkeypatch: pytest.M
     assert sum(shared) > 20_000
 
 
-@pytest.mark.parametrize("at", ["pwrite", "preadv"])
+@pytest.mark.parametrize("at", ["copy_file_range", "pwrite", "preadv"])
 def test_a_full_disk_is_one_line_and_leaves_nothing(
     tmp_path: Path, at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,6 +92,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    monkeypatch.setattr(os, "copy_file_range", _other_file_system)
     monkeypatch.setattr(os, at, full)
     with (
         pytest.raises(OutputError, match="disk is full"),

@@ -12,7 +12,8 @@ import torch
 
 from slicer.checkpoint.model import load_model
 from slicer.errors import PlanError
-from slicer.measure.analysis import Distances, measure
+from slicer.measure.analysis import Distances
+from slicer.measure.summary import measure
 
 LAYERS = 5
 

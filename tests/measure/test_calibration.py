@@ -100,7 +100,8 @@ def _write(file: Path, content: str) -> Path:
         ("none.jsonl", None, "no such file"),
         ("e.jsonl", "", "empty"),
         ("e.txt", "\n\n  \n\n", "empty"),
-        ("s.txt", "too short", "at most --samples"),
+        ("s.txt", "too short", "give more text$"),
+        ("m.txt", "not too short for a few " * 4, "at most --samples [1-9]"),
         ("c.jsonl", '{"body": "a"}\n', "--text-column"),
         ("b.jsonl", '{"text": "a"}\n{"text": \n', "line 2"),
         ("n.jsonl", '{"text": 4}\n', "holds no text"),
@@ -119,3 +120,47 @@ def test_bad_files_say_what_to_do(
 def test_longer_than_the_model_reads_is_refused(path: Path, model: Any, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="at most 256"):
         tokens(path, model, sources.save_text(tmp_path / "t.txt"), seq_len=300)
+
+
+def test_conversations_go_through_the_template(path: Path, model: Any, tmp_path: Path) -> None:
+    """In both common forms; the tokenizer's template puts the first message's words down, with no end of text after."""
+    turns = [{"role": "user", "content": "abcde"}, {"role": "assistant", "content": "no"}]
+    sharegpt = [{"from": "human", "value": "abcde"}, {"from": "gpt", "value": "no"}]
+    (tmp_path / "m.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 12)
+    (tmp_path / "s.jsonl").write_text((json.dumps({"conversations": sharegpt}) + "\n") * 12)
+    first, second = (tokens(path, model, tmp_path / n, samples=2, seq_len=21) for n in ("m.jsonl", "s.jsonl"))
+    assert torch.equal(first, second)
+    stream = first[:, 1:].flatten().tolist()
+    assert stream == stream[:5] * 8 and len(set(stream[:5])) == 5
+
+
+def test_a_model_without_a_template(path: Path, model: Any, tmp_path: Path) -> None:
+    plain = tmp_path / "model"
+    plain.mkdir()
+    for file in path.iterdir():
+        if file.name != "chat_template.jinja":
+            (plain / file.name).write_bytes(file.read_bytes())
+    talk = tmp_path / "m.jsonl"
+    talk.write_text(json.dumps({"messages": [{"role": "user", "content": "abc"}]}) + "\n")
+    with pytest.raises(CalibrationError, match="chat template"):
+        tokens(plain, model, talk)
+
+
+def test_a_tasks_prompts_and_answers(path: Path, model: Any, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    rows = [{"q": f"is {i} even", "a": i % 2} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "parity.yaml").write_text(
+        "task: parity\ndataset_path: json\ndataset_kwargs:\n  data_files: "
+        + str(tmp_path / "rows.jsonl")
+        + "\n"
+        "training_split: train\noutput_type: multiple_choice\n"
+        'doc_to_text: "{{q}}?"\ndoc_to_target: a\ndoc_to_choice: ["yes", "no"]\n'
+    )
+    found = tokens(path, model, Path(f"task:{tmp_path}/parity"), samples=4, seq_len=32)
+    from slicer.measure.tasks import prompts
+
+    assert next(iter(prompts(f"{tmp_path}/parity"))) == "is 0 even? yes"
+    assert found.shape == (4, 32)
+    with pytest.raises(CalibrationError, match="lm-eval cannot give"):
+        tokens(path, model, Path(f"task:{tmp_path}/unknown"))

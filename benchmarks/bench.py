@@ -1,0 +1,210 @@
+"""`slicer bench` from Python: what it measures, in which order, and what it makes of it.
+
+result = bench(Request(base="qwen2.5-0.5b", drops=("0", "4", "8", "12")), Path("bench-qwen"))
+print(result["verdict"], result["lines"]["time_per_output_token_ms"]["r2"])
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from slicer.benchmarks import contestants as field
+from slicer.benchmarks import machine, report, speculative, workload
+from slicer.benchmarks.contestants import Contestant
+from slicer.benchmarks.harness import Run, Store, run_rounds
+from slicer.errors import UsageError
+from slicer.progress import Progress
+from slicer.serve.settings import flag, on_cpu, require_vllm
+
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to benchmark; None leaves a choice to `workload.choose`. `arguments` are vLLM's own flags."""
+
+    base: str | None = None
+    sliced: tuple[str, ...] = ()
+    drops: tuple[str, ...] | None = None
+    config: Path | None = None
+    engine: str = "vllm"
+    dtype: str | None = None
+    input_len: int | None = None
+    output_len: int | None = None
+    concurrency: tuple[int, ...] | None = None
+    seconds: float | None = None
+    rounds: int = ROUNDS
+    kv_cache_bytes: int | None = None
+    seed: int = 0
+    speculative: bool = False
+    speculative_tokens: int = 3
+    prompts: Path | None = None
+    arguments: tuple[str, ...] = ()
+    command: str | None = None
+
+
+def bench(
+    request: Request, out: Path | None = None, *, force: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Measure, sum up, and write `out`, where runs finished earlier are taken up; returns what bench.json holds.
+
+    Raises SlicerError children: UsageError for what makes no sense, BenchError, ServeError or SourceError for what
+    cannot be done here.
+    """
+    progress = progress or Progress()
+    _check(request)
+    cpu = _engine_on_cpu(request)
+    dtype = flag(request.arguments, "--dtype") or request.dtype or "bfloat16"
+    with tempfile.TemporaryDirectory(prefix="slicer-bench-") as place:
+        scratch = Path(place)
+        progress.stage("Reading the models")
+        models = _contestants(request, dtype, scratch)
+        asked = list(speculative.PROMPTS)
+        if request.prompts is not None:
+            asked = speculative.read_prompts(request.prompts)
+        work = workload.choose(
+            models,
+            engine=request.engine,
+            on_cpu=cpu,
+            dtype=dtype,
+            input_len=request.input_len,
+            output_len=request.output_len,
+            concurrency=(1,) if request.speculative else request.concurrency,
+            seconds=request.seconds,
+            kv_cache_bytes=request.kv_cache_bytes,
+            seed=request.seed,
+            arguments=request.arguments,
+        )
+        store = Store(out, _identity(request, models, work, asked), force=force)
+        if request.speculative:
+            found = _speculative(request, models, work, asked, store, progress)
+        else:
+            found = _sweep(request, models, work, scratch, store, progress)
+    result = _header(request, models, work) | found
+    if out is not None:
+        report.write(out, result)
+    return result
+
+
+def _sweep(
+    request: Request,
+    models: Sequence[Contestant],
+    work: workload.Workload,
+    scratch: Path,
+    store: Store,
+    progress: Progress,
+) -> dict[str, Any]:
+    if request.engine == "vllm":
+        from slicer.benchmarks.vllm_engine import measure
+    else:
+        from slicer.benchmarks.transformers_engine import measure
+    by_label = {model.label: model for model in models}
+    limits = next((run["limits"] for run in store.runs if "limits" in run), None)
+    if limits is None:
+        progress.stage("Measuring the machine")
+        limits = machine.measure(work.dtype, work.on_cpu)
+        store.add({"label": None, "round": 0, "limits": limits})
+
+    def run(label: str, number: int, tell: Any) -> Run:
+        return {
+            "kv_cache_bytes": work.kv_cache_bytes,
+            **measure(by_label[label], work, 2 * number, scratch, tell),
+        }
+
+    runs = run_rounds(list(by_label), request.rounds, request.seed, run, store, progress)
+    return {"limits": limits, **report.summarize(models, work, runs, limits), "runs": runs}
+
+
+def _speculative(
+    request: Request,
+    models: Sequence[Contestant],
+    work: workload.Workload,
+    asked: Sequence[str],
+    store: Store,
+    progress: Progress,
+) -> dict[str, Any]:
+    drafts: dict[str, Contestant | None] = dict(
+        zip(speculative.labels(models), [None, *models[1:]], strict=True)
+    )
+
+    def run(label: str, number: int, tell: Any) -> Run:
+        return speculative.measure(models[0], drafts[label], work, asked, request.speculative_tokens, tell)
+
+    runs = run_rounds(list(drafts), request.rounds, request.seed, run, store, progress)
+    found = speculative.summarize(models, runs, asked, request.speculative_tokens)
+    return {"models": [m.to_dict() for m in models], "lines": {}, "speculative": found, "verdict": found["verdict"],
+            "runs": runs}  # fmt: skip
+
+
+def _contestants(request: Request, dtype: str, scratch: Path) -> list[Contestant]:
+    if request.sliced or request.speculative:
+        assert request.base is not None
+        return field.checkpoints(request.base, request.sliced, dtype)
+    trust = "--trust-remote-code" in request.arguments
+    return field.shapes(request.base, request.config, request.drops, dtype, scratch, trust_remote_code=trust)
+
+
+def _engine_on_cpu(request: Request) -> bool:
+    if request.engine == "vllm":
+        require_vllm()
+        return on_cpu()
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def _check(request: Request) -> None:
+    if (request.base is None) == (request.config is None):
+        raise UsageError("give BASE, a checkpoint, or --config, a config.json" + (
+            "; not both" if request.base is not None else ""))  # fmt: skip
+    if request.sliced and request.drops is not None:
+        raise UsageError("SLICED are measured as they are: give --drop, or checkpoints beside BASE, not both")
+    if request.speculative and not request.sliced:
+        raise UsageError(
+            "--speculative needs the original and one or more cuts of it: slicer bench BASE SLICED..."
+        )
+    if request.speculative and request.engine != "vllm":
+        raise UsageError("--speculative: only vLLM drafts")
+    if request.prompts is not None and not request.speculative:
+        raise UsageError("--prompts: only --speculative asks for text; a sweep takes random tokens")
+    if request.engine != "vllm" and request.arguments:
+        raise UsageError("flags after -- are vLLM's: leave them out with --engine transformers")
+
+
+def _identity(
+    request: Request, models: Sequence[Contestant], work: workload.Workload, asked: Sequence[str]
+) -> dict[str, Any]:
+    """What runs must share to be summed up together. More rounds may be asked for later."""
+    kept = work.to_dict()
+    if request.kv_cache_bytes is None:
+        del kept["kv_cache_bytes"]  # chosen by the memory that is free, which is never quite the same
+    identity: dict[str, Any] = {"models": [[m.label, m.fingerprint, m.dummy] for m in models], **kept}
+    if request.speculative:
+        identity |= {"prompts": list(asked), "num_speculative_tokens": request.speculative_tokens}
+    return identity
+
+
+def _header(request: Request, models: Sequence[Contestant], work: workload.Workload) -> dict[str, Any]:
+    hardware = machine.describe()
+    kind = "speculative decoding" if request.speculative else "by depth"
+    name = ", ".join(hardware["gpus"]) or f"{hardware['processor']} ({hardware['cores']} cores)"
+    options = asdict(request)
+    options["config"] = None if request.config is None else str(request.config)
+    options["prompts"] = None if request.prompts is None else str(request.prompts)
+    return {
+        "format": 1,
+        "title": f"{models[0].label}, {kind}",
+        "engine": {"vllm": "vLLM", "transformers": "transformers"}[request.engine],
+        "command": request.command,
+        "request": options,
+        "rounds": request.rounds,
+        "seed": request.seed,
+        "dummy": any(model.dummy for model in models),
+        "workload": work.to_dict(),
+        "hardware": {"name": name, **hardware},
+        "versions": machine.versions(),
+    }

@@ -1,0 +1,124 @@
+"""`slicer bench`: options in; tables, files, or one line of error out."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+class _Passing(click.Command):
+    """Keeps what stands after -- apart: those are vLLM's own flags."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        at = args.index("--") if "--" in args else len(args)
+        context.meta["vllm"] = tuple(args[at + 1 :])
+        return super().parse_args(context, args[:at])
+
+
+@click.command(cls=_Passing, options_metavar="[OPTIONS]", epilog="Flags of vLLM's own go after --.")
+@click.argument("base", required=False)
+@click.argument("sliced", nargs=-1)
+@click.option("--drop", metavar="LIST",
+              help="Measure BASE without so many layers: 0,4,8,12 or 0,0.25,0.5. Only shapes are needed, and no "
+              "checkpoint is written  [default, without SLICED: 0, 1/6, 1/3 and 1/2 of them]")  # fmt: skip
+@click.option("--config", type=click.Path(path_type=Path), help="A config.json instead of BASE.")
+@click.option("--engine", type=click.Choice(["vllm", "transformers"]), default="vllm", show_default=True)
+@click.option(
+    "--concurrency", metavar="LIST", help="Requests at a time  [default: 1,4 on a CPU, 1,8,32 on GPUs]"
+)
+@click.option("--input-len", type=click.IntRange(min=1),
+              help="Tokens of a prompt  [default: 128 on a CPU, 512 on GPUs]")  # fmt: skip
+@click.option("--output-len", type=click.IntRange(min=2),
+              help="Tokens generated  [default: 32 on a CPU, 128 on GPUs]")  # fmt: skip
+@click.option("--seconds", type=click.FloatRange(min=0, min_open=True),
+              help="About how long each concurrency is measured  [default: 4 on a CPU, 10 on GPUs]")  # fmt: skip
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True,
+              help="Times that every model is started and measured.")  # fmt: skip
+@click.option("--kv-cache", metavar="SIZE", help="The KV cache that each model gets, e.g. 1GiB  [default: 1 GiB on a "
+              "CPU with room for it, 4 GiB on GPUs]")  # fmt: skip
+@click.option(
+    "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--speculative", is_flag=True, help="Instead: BASE alone against BASE with each of SLICED as its draft."
+)
+@click.option("--num-speculative-tokens", type=click.IntRange(min=1), default=3, show_default=True,
+              help="Tokens drafted at a time.")  # fmt: skip
+@click.option("--prompts", type=click.Path(path_type=Path), help="What --speculative asks: a prompt a line.")
+@click.option("-o", "--out", type=click.Path(path_type=Path),
+              help="Directory for bench.json, .csv, .md, .png and .svg. Finished runs are kept in it: the same command "
+              "goes on where it was stopped.")  # fmt: skip
+@click.option("--force", is_flag=True, help="Discard the runs that --out holds.")
+@click.option("--json", "as_json", is_flag=True, help="Print what bench.json holds.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def bench(context: click.Context, base: str | None, sliced: tuple[str, ...], **given: Any) -> None:
+    """Measure what depth costs: time, memory, and the straight line through them.
+
+    \b
+    slicer bench BASE SLICED...              these checkpoints
+    slicer bench BASE --drop 0,4,8,12        the shapes that BASE would have; no weights are needed
+    slicer bench --config config.json        the same of a config alone
+    """
+    from slicer import console
+    from slicer.benchmarks.bench import Request
+    from slicer.benchmarks.bench import bench as run
+    from slicer.plan import parse_size
+
+    request = Request(
+        base=base,
+        sliced=sliced,
+        drops=None if given["drop"] is None else tuple(given["drop"].split(",")),
+        config=given["config"],
+        engine=given["engine"],
+        dtype=given["dtype"],
+        input_len=given["input_len"],
+        output_len=given["output_len"],
+        concurrency=_whole_numbers(given["concurrency"]),
+        seconds=given["seconds"],
+        rounds=given["rounds"],
+        kv_cache_bytes=None if given["kv_cache"] is None else parse_size(given["kv_cache"], "--kv-cache"),
+        seed=given["seed"],
+        speculative=given["speculative"],
+        speculative_tokens=given["num_speculative_tokens"],
+        prompts=given["prompts"],
+        arguments=context.meta["vllm"],
+        command=shlex.join(["slicer", *sys.argv[1:]]),
+    )
+    out: Path | None = given["out"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a script runs it in the background
+    with console.progress() as progress:
+        try:
+            result = run(request, out, force=given["force"], progress=progress)
+        except KeyboardInterrupt:
+            progress.close()
+            kept = f"; the finished runs are in {out}: the same command goes on" if out is not None else ""
+            click.echo(f"stopped{kept}", err=True)
+            sys.exit(130)
+    if given["as_json"]:
+        click.echo(json.dumps(result, indent=2, default=str))
+        return
+    from slicer.benchmarks.page import tables
+
+    console.print_tables(tables(result))
+    click.echo(result["verdict"])
+    if out is not None:
+        click.echo(f"written   {out}")
+
+
+def _whole_numbers(text: str | None) -> tuple[int, ...] | None:
+    from slicer.errors import UsageError
+
+    if text is None:
+        return None
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise UsageError(f"--concurrency {text}: write numbers of requests, such as 1,4,16")
+    return tuple(map(int, words))

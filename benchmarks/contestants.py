@@ -1,0 +1,266 @@
+"""What takes part in a depth sweep: checkpoints as they are, or the shapes that cuts of a config.json would have.
+
+A shape is a directory with the rewritten config.json and a tokenizer: the engines fill it with random weights, since
+speed and memory do not depend on their values. No checkpoint is written for it, nor need one exist.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from slicer.checkpoint import architectures, hub
+from slicer.checkpoint.export import copy_companions, expand_config, refuse_quantized, sliced_config
+from slicer.checkpoint.model import blueprint
+from slicer.checkpoint.reader import Checkpoint, has_weights, read_config
+from slicer.checkpoint.sizes import measure_sizes
+from slicer.errors import ArchitectureError, BenchError, SourceError, UsageError
+from slicer.plan import Plan
+
+_STORED = {"float32": "F32", "float": "F32", "float16": "F16", "half": "F16", "bfloat16": "BF16"}
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One model of the sweep.
+
+    Attributes:
+        label: what tables call it.
+        path: the directory that the engine opens.
+        dummy: whether its weights are random.
+        dropped: source layers left out, where known.
+        weight_bytes, kv_bytes_per_token, flops_per_token: from its tensors' shapes, at the dtype served.
+        read_bytes: weight bytes that a token reads (a table that is looked up counts nothing).
+        fingerprint: changes with its config.json.
+    """
+
+    label: str
+    path: str
+    layers: int
+    dummy: bool
+    dropped: tuple[int, ...] | None
+    weight_bytes: int
+    checkpoint_bytes: int
+    parameters: int
+    kv_bytes_per_token: int
+    flops_per_token: int
+    read_bytes: int
+    vocabulary: int
+    context: int
+    fingerprint: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """For bench.json: without the place, which may be a temporary one."""
+        return {key: value for key, value in asdict(self).items() if key != "path"}
+
+
+def checkpoints(base: str, sliced: Sequence[str], dtype: str) -> list[Contestant]:
+    """`base` and the cuts of it, with their own weights. Raises SourceError, or BenchError for a stranger."""
+    opened = [(source, Checkpoint.open(hub.resolve(source).path)) for source in (base, *sliced)]
+    first = architectures.text_config(opened[0][1].config)
+    for source, checkpoint in opened:
+        refuse_quantized(checkpoint)
+        checkpoint.check_layers()
+        config = architectures.text_config(checkpoint.config)
+        for name in ("model_type", "hidden_size", "vocab_size"):
+            if config.get(name) != first.get(name):
+                raise BenchError(
+                    f"{source}: no cut of {base}: its {name} is {config.get(name)} and not {first.get(name)}"
+                )
+    labels = _distinct([_short(source) for source, _ in opened])
+    return [
+        _contestant(label, c, c.path, dtype, dummy=False)
+        for label, (_, c) in zip(labels, opened, strict=True)
+    ]
+
+
+def shapes(
+    source: str | None,
+    config: Path | None,
+    drops: Sequence[str] | None,
+    dtype: str,
+    scratch: Path,
+    *,
+    trust_remote_code: bool = False,
+) -> list[Contestant]:
+    """A directory in `scratch` for every number of layers to drop (0 is the whole model).
+
+    `source` names a checkpoint of which only config.json and the tokenizer are needed; else `config` is a
+    config.json. `drops` are counts or fractions; None takes 0, 1/6, 1/3 and 1/2 of the layers.
+    """
+    original = _original(source, config, scratch)
+    whole = blueprint(original, trust_remote_code=trust_remote_code)
+    if has_weights(original):
+        whole = Checkpoint.open(original)
+        refuse_quantized(whole)
+        whole.check_layers()
+    name = _short(source) if source is not None else _config_name(config or original)
+    made = []
+    for n in counts(drops, whole.depth):
+        plan, rewritten = _cut(whole, n, trust_remote_code)
+        directory = scratch / f"{name}-{whole.depth - n}L"
+        directory.mkdir()
+        copy_companions(original, directory)
+        (directory / "config.json").write_text(json.dumps(rewritten, indent=2), "utf-8")
+        write_tokenizer(directory, _vocabulary(rewritten, directory))
+        shape = whole if plan is None else _sliced(whole, plan, directory, rewritten)
+        dropped = () if plan is None else plan.dropped
+        made.append(
+            _contestant(f"{name}-{whole.depth - n}L", shape, directory, dtype, dummy=True, dropped=dropped)
+        )
+    return made
+
+
+def counts(drops: Sequence[str] | None, depth: int) -> list[int]:
+    """How many layers to drop, for each contestant, ascending. Raises UsageError for what is no count."""
+    if drops is None:
+        return sorted({0, round(depth / 6), round(depth / 3), depth // 2})
+    found = set()
+    for text in drops:
+        if not re.fullmatch(r"\d+|0?\.\d+", text.strip()):
+            raise UsageError(
+                f"--drop {','.join(drops)}: {text.strip()!r} is no number of layers; write 0,4,8,12 or 0,0.25,0.5"
+            )
+        n = int(text) if text.strip().isdecimal() else round(float(text) * depth)
+        if n >= depth:
+            raise BenchError(f"--drop {n}: the model has {depth} layers, and one must stay")
+        found.add(n)
+    return sorted(found)
+
+
+def write_tokenizer(directory: Path, vocabulary: int) -> None:
+    """A tokenizer of `vocabulary` words where the directory has none: the engines will not start without."""
+    if any((directory / name).exists() for name in _TOKENIZERS):
+        return
+    words = {f"w{i}": i for i in range(vocabulary)}
+    model = {"type": "WordLevel", "vocab": words, "unk_token": "w0"}
+    empty = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
+    tokenizer = {"version": "1.0", **empty, "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"},
+                 "decoder": None, "model": model}  # fmt: skip
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "w0", "eos_token": "w1"}
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether the directory holds a tokenizer."""
+    return any((directory / name).exists() for name in _TOKENIZERS)
+
+
+def _original(source: str | None, config: Path | None, scratch: Path) -> Path:
+    """The directory with the unsliced config.json."""
+    if source is not None:
+        path = hub.resolve(source, weights=False).path
+        read_config(path)
+        return path
+    assert config is not None
+    file = config / "config.json" if config.is_dir() else config
+    directory = scratch / "original"
+    directory.mkdir()
+    try:
+        (directory / "config.json").write_text(file.read_text("utf-8"), "utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text"
+        raise SourceError(f"{file}: cannot be read ({reason}); give a config.json") from None
+    try:
+        read_config(directory)
+    except SourceError:
+        raise SourceError(f"{file}: not a JSON object; give a config.json") from None
+    return directory
+
+
+def _cut(whole: Checkpoint, n: int, trust_remote_code: bool) -> tuple[Plan | None, dict[str, Any]]:
+    """n layers off, as deep as config and vLLM can express; the final layer stays where it can."""
+    if n == 0:
+        architectures.lookup(whole.config)
+        return None, dict(whole.config)
+    failure: ArchitectureError | None = None
+    second: tuple[Plan, dict[str, Any]] | None = None
+    deepest_start = whole.depth - 1 - n if n < whole.depth - 1 or n == 1 else whole.depth - n
+    for start in (*range(max(deepest_start, 0), -1, -1), whole.depth - n):
+        plan = Plan.dropping(whole.depth, range(start, start + n))
+        try:
+            rewritten = sliced_config(whole, plan, trust_remote_code=trust_remote_code)
+        except ArchitectureError as error:
+            failure = failure or error
+            continue
+        if not architectures.warnings(whole.config, plan.kept, rewritten):
+            return plan, rewritten
+        second = second or (plan, rewritten)
+    if second is None:
+        assert failure is not None
+        raise failure
+    return second
+
+
+def _sliced(whole: Checkpoint, plan: Plan, directory: Path, config: Mapping[str, Any]) -> Checkpoint:
+    return Checkpoint(directory, dict(config), whole.sliced(plan.kept), {"format": "pt"})
+
+
+def _contestant(
+    label: str,
+    checkpoint: Checkpoint,
+    path: Path,
+    dtype: str,
+    *,
+    dummy: bool,
+    dropped: tuple[int, ...] | None = None,
+) -> Contestant:
+    cast = _STORED.get(dtype)
+    if cast is None:  # as stored; vLLM takes float32 for bfloat16 then
+        stored = {span.dtype for span in checkpoint.tensors.values()}
+        cast = "F16" if stored == {"F16"} else "BF16"
+    served, stored_sizes = measure_sizes(checkpoint, cast=cast), measure_sizes(checkpoint)
+    config = architectures.text_config(checkpoint.config)
+    if dropped is None and (path / "slicer" / "plan.json").is_file():
+        dropped = Plan.load(path).dropped
+    text = json.dumps([checkpoint.config, checkpoint.total_bytes], sort_keys=True)
+    return Contestant(
+        label=label,
+        path=str(path),
+        layers=checkpoint.depth,
+        dummy=dummy,
+        dropped=dropped,
+        weight_bytes=served.total_bytes,
+        checkpoint_bytes=stored_sizes.total_bytes,
+        parameters=served.parameters,
+        kv_bytes_per_token=served.kv_bytes_per_token,
+        flops_per_token=served.flops_per_token,
+        read_bytes=served.flops_per_token // 2 * (4 if cast == "F32" else 2),
+        vocabulary=_vocabulary(checkpoint.config, path),
+        context=int(config.get("max_position_embeddings") or config.get("n_positions") or 2048),
+        fingerprint=hashlib.sha256(text.encode()).hexdigest()[:16],
+    )
+
+
+def _vocabulary(config: Mapping[str, Any], path: Path) -> int:
+    size = architectures.text_config(config).get("vocab_size") or config.get("vocab_size")
+    if size is None:  # a default of the config class
+        size = architectures.text_config(expand_config(path)).get("vocab_size")
+    if not isinstance(size, int) or size < 16:
+        raise SourceError(f"config.json: vocab_size must be a number of tokens of at least 16, not {size!r}")
+    return size
+
+
+def _short(source: str) -> str:
+    name = str(Path(source).resolve()) if Path(source).exists() else source.rsplit("@", 1)[0]
+    return Path(name).name or "model"
+
+
+def _config_name(file: Path) -> str:
+    """config.json is called after its directory, llama-2-7b.json after itself."""
+    return file.resolve().parent.name if file.stem == "config" else file.resolve().stem
+
+
+def _distinct(labels: Sequence[str]) -> list[str]:
+    """Two checkpoints may have the same name: then numbered."""
+    return [
+        name if labels.count(name) == 1 else f"{name} ({labels[: at + 1].count(name)})"
+        for at, name in enumerate(labels)
+    ]

@@ -1,0 +1,146 @@
+"""Rounds of runs: every model once a round, each round in another order, every finished run kept on disk at once.
+
+A machine that drifts (heat, neighbours) then slows all models alike, instead of those measured last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from slicer.errors import BenchError
+from slicer.progress import Progress
+
+RUNS = "runs.jsonl"
+Run = dict[str, Any]
+# (label, round, salt, tell) -> the figures of one run in a fresh process
+Measure = Callable[[str, int, Callable[[str], None]], Run]
+
+
+class Store:
+    """The finished runs of one benchmark: in `directory/runs.jsonl`, or in memory without a directory.
+
+    The first line says which benchmark they belong to. A line that a killed process left half-written is dropped.
+    """
+
+    def __init__(self, directory: Path | None, identity: Mapping[str, Any], *, force: bool = False) -> None:
+        """Raises BenchError where `directory` holds something else, or the runs of another benchmark."""
+        self.runs: list[Run] = []
+        self.resumed = 0
+        self._file: Path | None = None
+        if directory is None:
+            return
+        file = directory / RUNS
+        if directory.exists() and not directory.is_dir():
+            raise BenchError(f"{directory}: exists and is not a directory; choose another place with -o")
+        if directory.is_dir() and any(directory.iterdir()) and not file.exists():
+            raise BenchError(f"{directory}: not empty, and no benchmark's; choose another place with -o")
+        identity = json.loads(json.dumps(identity))
+        if file.exists() and not force:
+            self._read(file, identity)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            lines = [{"benchmark": identity}, *self.runs]
+            temporary = file.with_suffix(".part")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+            temporary.replace(file)
+        except OSError as error:
+            raise BenchError(
+                f"{directory}: cannot be written ({error.strerror}); choose another place with -o"
+            ) from None
+        self._file = file
+
+    def _read(self, file: Path, identity: Mapping[str, Any]) -> None:
+        lines = []
+        for text in file.read_text("utf-8", "replace").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                break
+        theirs = lines[0].get("benchmark") if lines and isinstance(lines[0], dict) else None
+        if not isinstance(theirs, dict):
+            raise BenchError(
+                f"{file}: not written by slicer bench; choose another place with -o, or say --force"
+            )
+        if theirs != identity:
+            names = [k for k in {**identity, **theirs} if identity.get(k) != theirs.get(k)]
+            raise BenchError(
+                f"{file.parent}: holds the runs of another benchmark (other {', '.join(names)}); choose another place "
+                "with -o, or discard them with --force"
+            )
+        self.runs = lines[1:]
+        self.resumed = len(self.runs)
+
+    def has(self, label: str, number: int) -> bool:
+        """Whether this run is finished."""
+        return any(run["label"] == label and run["round"] == number for run in self.runs)
+
+    def add(self, run: Run) -> None:
+        """Keep a finished run; on disk before this returns."""
+        self.runs.append(run)
+        if self._file is not None:
+            with open(self._file, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(run) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+
+
+def run_rounds(
+    labels: Sequence[str], rounds: int, seed: int, measure: Measure, store: Store, progress: Progress
+) -> list[Run]:
+    """Measure what `store` lacks; returns all runs of these labels and rounds, in the order of time."""
+    wanted = [
+        (label, number)
+        for number in range(1, rounds + 1)
+        for label in random.Random(f"{seed} {number}").sample(labels, len(labels))
+    ]
+    missing = [pair for pair in wanted if not store.has(*pair)]
+    if store.resumed:
+        progress.note(f"{len(wanted) - len(missing)} of {len(wanted)} runs are finished already")
+    for at, (label, number) in enumerate(missing):
+        with _Bar(progress, label, number, rounds, len(wanted), len(wanted) - len(missing) + at) as tell:
+            figures = measure(label, number, tell)
+        store.add({"label": label, "round": number, **figures})
+        progress.note(f"round {number} of {rounds}: {label}{_brief(figures)}")
+    progress.stage("Summing up")
+    return [run for run in store.runs if (run["label"], run["round"]) in set(wanted)]
+
+
+def _brief(figures: Run) -> str:
+    online = figures.get("online")
+    if not online:
+        return ""
+    first = next(iter(online.values()))
+    return (
+        f", {statistics.median(first['tpot_ms']):.4g} ms a token, ready after {figures['load_seconds']:.0f} s"
+    )
+
+
+class _Bar:
+    """The bar of all runs, redrawn with what the present one is at."""
+
+    def __init__(
+        self, progress: Progress, label: str, number: int, rounds: int, total: int, done: int
+    ) -> None:
+        self._progress, self._total, self._done = progress, total, done
+        self._head = f"Round {number} of {rounds}, {label}"
+
+    def __enter__(self) -> Callable[[str], None]:
+        self._tell("starting")
+        return self._tell
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._progress.stage("Stopping")
+
+    def _tell(self, what: str) -> None:
+        self._progress.stage(f"{self._head}: {what[:1].lower()}{what[1:]}", self._total, "runs")
+        self._progress.advance(self._done)

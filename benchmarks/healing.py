@@ -1,0 +1,189 @@
+"""How much of the loss that a cut opens each way of healing closes, on text that took no part in it.
+
+    python -m slicer.benchmarks.healing --model DIR --calibration A.jsonl --calibration B.txt \
+        --held-out wiki=wiki.test.txt --held-out c4=docs.jsonl [--drop 2,4,6,8] [--samples 64] [--seq-len 512]
+
+Rivals in the same run, on the same tokens: the bare cut, and ReplaceMe's transform (`--fold transform`). The layers are
+chosen by angular distance on the calibration text, as `slicer convert` does. The share closed is
+(bare - healed) / (bare - all layers), in nats a token, averaged over the held-out texts. The source's states are
+computed once and kept in --cache for all depths and ways.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import resource
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slicer import demo
+from slicer.checkpoint.model import load_model
+from slicer.checkpoint.reader import Checkpoint
+from slicer.heal.fold import fold, split
+from slicer.heal.healing import _storable
+from slicer.heal.outputs import LayerChange, applied
+from slicer.measure.analysis import Distances
+from slicer.measure.calibration import CalibrationSpec, token_batches
+from slicer.measure.metrics import AngularDistance
+from slicer.measure.states import States
+from slicer.measure.stream import Walk
+from slicer.plan import spell_layers
+from slicer.select import select
+
+
+class Remembering(Walk):
+    """A walk that keeps the states of the source on disk, so that many folds share one pass."""
+
+    cache: Path
+
+    def start(self, batches: Sequence[torch.Tensor]) -> States:
+        states = super().start(batches)
+        digest = hashlib.sha256(torch.cat(list(batches)).numpy().tobytes()).hexdigest()[:12]
+        states.name = digest  # type: ignore[attr-defined]
+        return states
+
+    def advance(
+        self, i: int, states: States, listener: Any = None, *, only: Iterable[int] | None = None
+    ) -> States:
+        name = getattr(states, "name", None)  # copies, which get other weights, have none
+        if name is None:
+            return super().advance(i, states, listener, only=only)
+        file = self.cache / f"{name}-{i + 1}.safetensors"
+        if file.exists():
+            states.restore(file)
+        else:
+            super().advance(i, states)
+            states.save(file)
+        return states
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=demo.path())
+    parser.add_argument("--calibration", action="append", required=True)
+    parser.add_argument("--held-out", action="append", required=True, metavar="NAME=FILE")
+    parser.add_argument("--drop", default="2,4,6,8")
+    parser.add_argument("--layers", help="Drop these layers instead of choosing, e.g. 10-13.")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--held-out-samples", type=int, default=8)
+    parser.add_argument("--ways", default="transform,resolve")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--cache", type=Path, default=Path("/tmp/slicer-healing"))
+    options = parser.parse_args()
+    options.cache.mkdir(parents=True, exist_ok=True)
+    model = load_model(options.model, dtype=options.dtype, device=options.device)
+    checkpoint = Checkpoint.open(options.model)
+    walk, held_walk = Remembering.in_memory(model), Remembering.in_memory(model)
+    walk.cache = held_walk.cache = options.cache  # type: ignore[attr-defined]
+
+    def tokens(sources: list[str], samples: int, seed: int) -> torch.Tensor:
+        share = samples // len(sources)
+        parts = [
+            torch.cat(
+                token_batches(
+                    CalibrationSpec(source, share, options.seq_len, batch_size=share, seed=seed),
+                    options.model,
+                    model,
+                ).batches
+            )
+            for source in sources
+        ]
+        return torch.stack(parts, 1).reshape(-1, options.seq_len)  # in turn, so that each is held out too
+
+    batches = list(tokens(options.calibration, options.samples, 0).split(4))
+    texts = dict(pair.split("=", 1) for pair in options.held_out)
+    held = {name: tokens([file], options.held_out_samples, 1) for name, file in texts.items()}
+    held_batches = [batch for part in held.values() for batch in part.split(4)]
+    if options.layers is None:
+        distances = angular(walk, split(batches).batches)
+        cuts = [select(distances, int(n)).dropped for n in options.drop.split(",")]
+    else:
+        from slicer.plan import parse_amount
+
+        cuts = [parse_amount(options.layers).layers or ()]
+
+    def loss(dropped: Sequence[int], changes: dict[int, LayerChange]) -> list[float]:
+        """Nats a token on each held-out text, of the source without `dropped` and with `changes`."""
+        first = min([*dropped, *changes], default=walk.depth)
+        states = held_walk.start(held_batches)
+        while states.layer < first:
+            held_walk.advance(states.layer, states)
+        states = states.copy()
+        for i in range(first, walk.depth):
+            if i not in dropped:
+                with applied(held_walk.layers[i], changes.get(i, LayerChange(i))):
+                    held_walk.advance(i, states)
+            states.layer = i + 1
+        sums = [0.0] * len(held)
+        for b, batch in enumerate(held_batches):
+            for row in range(len(batch)):
+                logits = held_walk.head(batch[row : row + 1], states[b][row : row + 1])[0, :-1].float()
+                sums[b * len(held) // len(held_batches)] += float(
+                    torch.nn.functional.cross_entropy(logits, batch[row, 1:])
+                )
+        return [total / options.held_out_samples for total in sums]
+
+    whole = loss((), {})
+    names = list(held)
+    print(f"all {walk.depth} layers: " + ", ".join(f"{n} {x:.4f}" for n, x in zip(names, whole, strict=True)))
+    print(
+        f"\n| dropped | way | {' | '.join(names)} | closed | seconds |\n|---|---|{'---|' * len(names)}---|---|"
+    )
+    for dropped in cuts:
+        bare = loss(dropped, {})
+        gap = sum(bare) - sum(whole)
+        show(dropped, "bare", bare, None, None)
+        for way in options.ways.split(","):
+            started = time.perf_counter()
+            found = fold(walk, batches, dropped, storable=_storable(checkpoint), solver=way)
+            seconds = time.perf_counter() - started
+            now = loss(dropped, found.changes)
+            show(dropped, way, now, (sum(bare) - sum(now)) / gap, seconds)
+            for change in found.changes.values():
+                for entry in change.report:
+                    print("   ", entry, flush=True)
+            print("   ", found.losses, flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(f"\nhighest resident memory {peak:.1f} GB, {torch.get_num_threads()} threads")
+
+
+def show(
+    dropped: Sequence[int], way: str, values: list[float], closed: float | None, seconds: float | None
+) -> None:
+    cells = [f"{x:.4f}" for x in values]
+    cells += ["" if closed is None else f"{closed:.0%}", "" if seconds is None else f"{seconds:.0f}"]
+    print(f"| {spell_layers(dropped)} | {way} | {' | '.join(cells)} |", flush=True)
+
+
+def angular(walk: Walk, batches: list[torch.Tensor]) -> Distances:
+    """Angular distances of the last tokens, from the same states."""
+    angles = AngularDistance(walk.depth)
+    states = walk.start(batches)
+    ends = [[state[:, -1].clone() for state in states]]
+    for i in range(walk.depth):
+        walk.advance(i, states)
+        ends.append([state[:, -1].clone() for state in states])
+    for b in range(len(batches)):
+        angles.add(torch.stack([layer[b] for layer in ends]))
+    mean, error = angles.mean(), angles.standard_error()
+    rows = range(1, walk.depth + 1)
+    return Distances(
+        walk.depth,
+        angles.count,
+        batches[0].shape[1],
+        {n: mean.diagonal(n).tolist() for n in rows},
+        {n: error.diagonal(n).tolist() for n in rows},
+    )
+
+
+if __name__ == "__main__":
+    main()

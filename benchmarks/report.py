@@ -1,0 +1,202 @@
+"""From finished runs to figures: one row a depth, the lines through them, the roofline; and the files of `-o`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slicer.benchmarks.contestants import Contestant
+from slicer.benchmarks.lines import Line, fit, roofline, speed_ups, verdict
+from slicer.benchmarks.workload import Workload
+from slicer.errors import BenchError
+
+TIMES = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")
+PERCENTILES = (50, 90, 99)
+# Lines of bench.json: name -> (title, unit)
+LINES = {
+    "time_per_output_token_ms": ("time per output token", "ms"),
+    "prefill_ms": ("prefill", "ms"),
+    "weight_bytes": ("weights", "bytes"),
+    "kv_bytes_per_token": ("KV cache a token", "bytes"),
+    "peak_memory_bytes": ("peak memory", "bytes"),
+    "load_seconds": ("load", "s"),
+}
+
+
+def summarize(
+    contestants: Sequence[Contestant],
+    workload: Workload,
+    runs: Sequence[Mapping[str, Any]],
+    limits: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The `models`, `lines`, `speed_up` and `verdict` of bench.json.
+
+    A time of a depth is that of its fastest round (the median over the round's requests): what disturbs a machine only
+    adds to it. Percentiles are over the requests of all rounds, and so is all that is said of them.
+    """
+    models = [
+        _model(c, workload, [run for run in runs if run["label"] == c.label], limits) for c in contestants
+    ]
+    result: dict[str, Any] = {"models": models, "lines": {}, "speed_up": [], "verdict": None}
+    if len({c.layers for c in contestants}) < 2:
+        result["verdict"] = "one depth only: give more (SLICED... or --drop) for a line"
+        return result
+    depths = [model["layers"] for model in models]
+    fitted: dict[str, Line] = {}
+    for name in LINES:
+        fitted[name] = fit(depths, [model[name] for model in models])
+        result["lines"][name] = {"unit": LINES[name][1], **fitted[name].to_dict()}
+    line = fitted["time_per_output_token_ms"]
+    times = _by_depth(models, "time_per_output_token_ms")
+    capacity = _by_depth(models, "kv_capacity_tokens")
+    deepest = max(times)
+    for at in speed_ups(line, times):
+        result["speed_up"].append(
+            {
+                "layers": at.layers,
+                "measured": at.measured,
+                "allowed_by_intercept": at.allowed,
+                "ideal": at.ideal,
+                "kv_capacity_gain": capacity[at.layers] / capacity[deepest],
+            }
+        )
+    result["verdict"] = verdict(line, times)
+    return result
+
+
+def _by_depth(models: Sequence[Mapping[str, Any]], name: str) -> dict[int, float]:
+    """layers -> figure; of two models with the same depth, their mean."""
+    depths = {model["layers"] for model in models}
+    return {d: statistics.fmean(m[name] for m in models if m["layers"] == d) for d in sorted(depths)}
+
+
+def _model(
+    contestant: Contestant, workload: Workload, runs: Sequence[Mapping[str, Any]], limits: Mapping[str, Any]
+) -> dict[str, Any]:
+    if not runs:
+        raise BenchError(f"{contestant.label}: no finished run")
+    low = str(min(workload.concurrency))
+    # Runs taken up from an earlier day may have had another budget, where memory was scarce.
+    budget = workload.kv_cache_bytes
+    capacity = round(statistics.median(budget / r["kv_cache_bytes"] * r["kv_capacity_tokens"] for r in runs))
+    online = {}
+    for level in map(str, workload.concurrency):
+        rounds = [run["online"][level] for run in runs]
+        online[level] = {
+            "requests": sum(r["requests"] for r in rounds),
+            **{
+                key: statistics.median(r[key] for r in rounds)
+                for key in ("requests_per_second", "output_tokens_per_second")
+            },
+            **{key: _spread([v for r in rounds for v in r[key]]) for key in TIMES},
+        }
+
+    def typical(key: str) -> float:
+        return min(statistics.median(run["online"][low][key]) for run in runs)
+
+    token, first = typical("tpot_ms"), typical("ttft_ms")
+    kv = contestant.kv_bytes_per_token
+    held = budget / capacity
+    if not kv or abs(held / kv - 1) > 0.02:
+        kv = round(held)  # windows, pages or several devices: what a token takes in effect
+    middle = workload.input_len + workload.output_len / 2
+    peaks = (limits["bytes_per_second"], limits["flops_per_second"])
+    batch = int(low)
+    decode = roofline(contestant.read_bytes + batch * kv * middle, batch * contestant.flops_per_token, *peaks)
+    prefill = roofline(contestant.read_bytes, batch * contestant.flops_per_token * workload.input_len, *peaks)
+    offline = {
+        key: max(run["offline"][key] for run in runs)
+        for key in ("prompt_tokens_per_second", "output_tokens_per_second")
+    }
+    return {
+        **contestant.to_dict(),
+        "rounds": len(runs),
+        "time_per_output_token_ms": token,
+        "prefill_ms": first,
+        "kv_bytes_per_token": kv,
+        "kv_capacity_tokens": capacity,
+        "peak_memory_bytes": statistics.median(run["peak_memory_bytes"] for run in runs),
+        "load_seconds": min(run["load_seconds"] for run in runs),
+        "offline": offline,
+        "online": online,
+        "roofline": {
+            "decode_ms": decode.milliseconds,
+            "decode_bound": decode.bound,
+            "decode_reached": decode.milliseconds / token,
+            "prefill_ms": prefill.milliseconds,
+            "prefill_bound": prefill.bound,
+            "prefill_reached": prefill.milliseconds / first,
+        },
+        "by_round": [
+            {
+                "round": run["round"],
+                "time_per_output_token_ms": statistics.median(run["online"][low]["tpot_ms"]),
+                "prefill_ms": statistics.median(run["online"][low]["ttft_ms"]),
+                "load_seconds": run["load_seconds"],
+            }
+            for run in runs
+        ],
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean and percentiles."""
+    found = np.percentile(values, PERCENTILES) if len(values) else [float("nan")] * len(PERCENTILES)
+    return {
+        "mean": float(np.mean(values)) if len(values) else float("nan"),
+        **{f"p{p}": float(value) for p, value in zip(PERCENTILES, found, strict=True)},
+    }
+
+
+def write(directory: Path, result: Mapping[str, Any]) -> None:
+    """bench.json, bench.csv, bench.md, and the figure as PNG and SVG; each replaced whole."""
+    from slicer.benchmarks import figures, page
+
+    files = {
+        "bench.json": json.dumps(result, indent=2, allow_nan=False, default=str) + "\n",
+        "bench.csv": table(result),
+        "bench.md": page.markdown(result),
+    }
+    for name, text in files.items():
+        temporary = directory / f".{name}.part"
+        temporary.write_text(text, "utf-8")
+        temporary.replace(directory / name)
+    if result.get("lines"):
+        figures.lines(result, directory)
+    elif result.get("speculative"):
+        figures.speculative(result, directory)
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """bench.csv: one row for each model and concurrency."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    if result.get("speculative"):
+        names = ["draft", "draft_layers", "tokens_per_second", "speed_up", "acceptance_rate", "mean_accepted_length",
+                 "identical", "prompts"]  # fmt: skip
+        writer.writerow(names)
+        writer.writerows([[row.get(name) for name in names] for row in result["speculative"]["rows"]])
+        return stream.getvalue()
+    plain = ("label", "layers", "weight_bytes", "kv_bytes_per_token", "kv_capacity_tokens", "peak_memory_bytes",
+             "load_seconds", "time_per_output_token_ms", "prefill_ms")  # fmt: skip
+    statistic = ("mean", *(f"p{p}" for p in PERCENTILES))
+    writer.writerow(
+        [*plain, "offline_prompt_tokens_per_second", "offline_output_tokens_per_second", "concurrency", "requests",
+         "requests_per_second", "output_tokens_per_second", *(f"{t}_{s}" for t in TIMES for s in statistic)]
+    )  # fmt: skip
+    for model in result["models"]:
+        for level, online in model["online"].items():
+            offline = model["offline"]
+            writer.writerow(
+                [*(model[name] for name in plain), offline["prompt_tokens_per_second"],
+                 offline["output_tokens_per_second"], level, online["requests"], online["requests_per_second"],
+                 online["output_tokens_per_second"], *(online[t][s] for t in TIMES for s in statistic)]
+            )  # fmt: skip
+    return stream.getvalue()

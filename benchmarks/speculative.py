@@ -1,0 +1,154 @@
+"""A sliced model as the draft for its original (section 2.3 of the paper): what is accepted, and what it gains.
+
+Greedy, one request at a time, the same prompts for all. Speculative decoding gives the original's own answers; how
+many came out identical is counted, since a verified token's logits may round otherwise than a decoded one's.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from slicer.benchmarks.contestants import Contestant
+from slicer.benchmarks.vllm_engine import Client
+from slicer.benchmarks.workload import Workload
+from slicer.errors import BenchError
+from slicer.serve import Server
+
+ALONE = "(no draft)"
+PROMPTS = (
+    "The capital of France is",
+    "In the beginning there was",
+    "Water boils at a temperature of",
+    "The three most important things in life are",
+    "Once upon a time, in a village by the sea, there lived",
+    "def fibonacci(n):\n    ",
+    "import json\n\ndef read_config(path):\n    ",
+    "To make a good cup of tea, first",
+)
+
+
+def read_prompts(file: Path) -> list[str]:
+    """One prompt a line; of a .jsonl, the field "prompt" or "text". Raises BenchError."""
+    try:
+        lines = [line for line in file.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text"
+        raise BenchError(f"{file}: cannot be read ({reason}); give a file with one prompt a line") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        text: Any = line
+        if file.suffix == ".jsonl":
+            try:
+                row = json.loads(line)
+                text = row.get("prompt", row.get("text"))
+            except (ValueError, AttributeError):
+                text = None
+        if not isinstance(text, str):
+            raise BenchError(f'{file}:{number}: no JSON object with a "prompt" or a "text"')
+        found.append(text)
+    if not found:
+        raise BenchError(f"{file}: holds no prompt")
+    return found
+
+
+def labels(contestants: Sequence[Contestant]) -> list[str]:
+    """What the runs are called: the original alone, then each draft."""
+    return [ALONE, *(contestant.label for contestant in contestants[1:])]
+
+
+def measure(
+    original: Contestant,
+    draft: Contestant | None,
+    workload: Workload,
+    prompts: Sequence[str],
+    speculative_tokens: int,
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
+    """One run of the original with this draft, in a fresh process. Raises ServeError or BenchError."""
+    arguments = ["--kv-cache-memory-bytes", str(workload.kv_cache_bytes), "--max-num-seqs", "4"]
+    arguments += ["--max-model-len", str(workload.max_model_len), "--no-enable-prefix-caching"]
+    arguments += ["--seed", str(workload.seed), "--generation-config", "vllm", "--dtype", workload.dtype]
+    if workload.on_cpu and not any("enforce-eager" in word for word in workload.arguments):
+        arguments.append("--enforce-eager")
+    server = Server(
+        original.path,
+        name=original.label,
+        draft=None if draft is None else draft.path,
+        speculative_tokens=speculative_tokens,
+        arguments=[*arguments, *workload.arguments],
+        variables={"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "INFO"},
+        progress=tell,
+    )
+    client = Client()
+    with server:
+        client.server = server
+        tell("Warming up")
+        client.online(prompts[:1], workload.output_len, 1)
+        tell("Answering")
+        found = client.online(prompts, workload.output_len, 1)
+    return {
+        key: found[key]
+        for key in ("seconds", "output_tokens_per_second", "ttft_ms", "e2e_ms", "texts", "spec_decode")
+    }
+
+
+def summarize(
+    contestants: Sequence[Contestant], runs: Sequence[Mapping[str, Any]], prompts: Sequence[str], tokens: int
+) -> dict[str, Any]:
+    """The `speculative` part of bench.json, and its verdict."""
+    rows = []
+    alone = [run for run in runs if run["label"] == ALONE]
+    slow = statistics.median(run["output_tokens_per_second"] for run in alone)
+    reference = alone[0]["texts"]
+    layers = {contestant.label: contestant.layers for contestant in contestants}
+    for label in labels(contestants):
+        mine = [run for run in runs if run["label"] == label]
+        speed = statistics.median(run["output_tokens_per_second"] for run in mine)
+        said = [run["spec_decode"] for run in mine if run["spec_decode"]]
+        texts = mine[-1]["texts"]
+        same = [a == b for a, b in zip(reference, texts, strict=True)]
+        rows.append(
+            {
+                "draft": None if label == ALONE else label,
+                "draft_layers": layers.get(label) if label != ALONE else None,
+                "tokens_per_second": speed,
+                "speed_up": speed / slow,
+                "acceptance_rate": _middle(said, "spec_decode_acceptance_rate", 0.01),
+                "mean_accepted_length": _middle(said, "spec_decode_acceptance_length", 1.0),
+                "acceptance_by_position": [
+                    statistics.median(rates)
+                    for rates in zip(*(s["spec_decode_per_position_acceptance_rates"] for s in said), strict=True)
+                ],
+                "identical": sum(same),
+                "prompts": len(same),
+                "outputs_identical": all(same),
+                "first_difference": next(
+                    ({"prompt": prompts[i], "alone": reference[i], "drafted": texts[i]}
+                     for i, equal in enumerate(same) if not equal), None
+                ),
+            }
+        )  # fmt: skip
+    drafted = [row for row in rows if row["draft"] is not None]
+    best = max(drafted, key=lambda row: row["speed_up"])
+    if best["speed_up"] > 1:
+        verdict = (
+            f"{best['draft']} drafts {best['speed_up']:.2f}x as many tokens a second as the original alone"
+        )
+    else:
+        verdict = f"no draft pays here: the best, {best['draft']}, gives {best['speed_up']:.2f}x the original's speed"
+    if best["acceptance_rate"] is not None:
+        verdict += f"; {best['acceptance_rate']:.0%} of its tokens are accepted"
+    if all(row["outputs_identical"] for row in drafted):
+        verdict += "; all outputs are identical"
+    else:
+        verdict += "; some outputs differ by rounding (identical with -- --dtype float32)"
+    return {"rows": rows, "num_speculative_tokens": tokens, "prompts": list(prompts), "verdict": verdict}
+
+
+def _middle(said: Sequence[Mapping[str, Any]], key: str, scale: float) -> float | None:
+    values = [scale * s[key] for s in said if key in s]
+    return statistics.median(values) if values else None

@@ -1,0 +1,266 @@
+"""Which layers matter: a source measured by every metric into a directory, and plans from what was measured.
+
+resolve -> Checkpoint.open -> Walk -> calibrate -> record (resumable) -> summarise -> analysis.json, figures
+analysis.json + amount -> Plan, without the model
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slicer.checkpoint import hub
+from slicer.checkpoint.export import DTYPES, refuse_quantized
+from slicer.checkpoint.reader import Checkpoint
+from slicer.convert import library_versions
+from slicer.errors import SlicerError, UsageError
+from slicer.measure.analysis import METRIC, Analysis
+from slicer.measure.calibration import CalibrationSpec
+from slicer.measure.workplace import PARTIAL, fingerprint, workplace
+from slicer.progress import Progress
+
+POSITIONS = 16
+
+
+@dataclass(frozen=True)
+class AnalyzeOptions:
+    """How to analyse; every default of the command line lives here.
+
+    Attributes:
+        memory: bytes that weights and states may take; None: a safe part of what is free.
+        positions: tokens of each sequence that averages over tokens take, evenly apart.
+        losses: block sizes whose every block is also scored by the loss without it; costs further passes.
+        greedy: layers to remove one after another by re-scored loss (SLEB); 0 for none.
+        taylor: whether to also take |gradient x weight|.
+        healed: block sizes whose closest blocks are also healed in closed form and compared by loss.
+    """
+
+    calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
+    dtype: str | None = None
+    device: str = "auto"
+    memory: int | None = None
+    positions: int = POSITIONS
+    losses: tuple[int, ...] = ()
+    greedy: int = 0
+    taylor: bool = False
+    healed: tuple[int, ...] = ()
+    force: bool = False
+    trust_remote_code: bool = False
+    command: str | None = None
+
+
+def analyze(
+    source: str, out: Path, options: AnalyzeOptions | None = None, *, progress: Progress | None = None
+) -> Analysis | None:
+    """Measure `source` (Hub id, directory or "demo") into the directory `out`: analysis.json and figures.
+
+    Killed at any moment, the same call goes on after the last finished layer. Under torchrun each process measures its
+    share of the samples, and all but the first return None. Raises SlicerError children.
+    """
+    from slicer.measure.share import Share
+
+    options, progress = options or AnalyzeOptions(), progress or Progress()
+    if options.dtype is not None and options.dtype not in DTYPES:
+        raise UsageError(f"dtype {options.dtype!r}: choose one of {', '.join(DTYPES)}")
+    progress.stage("Opening the checkpoint")
+    found = hub.resolve(source)
+    checkpoint = Checkpoint.open(found.path)
+    refuse_quantized(checkpoint)
+    checkpoint.check_layers()
+    _check_sizes(options, checkpoint.depth)
+    share = Share.of_environment()
+    if options.healed and share.world > 1:
+        raise UsageError("--healed: solved by one process; run it without torchrun")
+    try:
+        mark = fingerprint(
+            checkpoint,
+            asdict(options.calibration),
+            source=source,
+            dtype=options.dtype,
+            positions=options.positions,
+            world=share.world,
+            versions=library_versions(),
+        )
+        with workplace(out, mark, share.rank, force=options.force) as work:
+            analysis = _measure(checkpoint, options, work, share, progress)
+            analysis = Analysis(
+                **{
+                    **{k: getattr(analysis, k) for k in analysis.__dataclass_fields__},
+                    "source": source,
+                    "revision": found.revision,
+                    "model_type": checkpoint.config.get("model_type"),
+                    "versions": library_versions(),
+                    "command": options.command,
+                }
+            )
+            if not share.is_first:
+                return None
+            progress.stage("Drawing")
+            _publish(analysis, out)
+        shutil.rmtree(out / PARTIAL, ignore_errors=True)
+        return analysis
+    finally:
+        share.leave()
+
+
+def _measure(
+    checkpoint: Checkpoint, options: AnalyzeOptions, work: Path, share: Any, progress: Progress
+) -> Analysis:
+    from slicer.measure import importance
+    from slicer.measure.metrics import points_affordable
+    from slicer.measure.stream import Walk, fits
+    from slicer.measure.summary import summarise
+    from slicer.measure.trace import record
+
+    where: dict[str, Any] = {
+        "dtype": options.dtype,
+        "device": _device(options.device),
+        "memory_bytes": options.memory,
+    }
+    loaded = fits(checkpoint, **where)
+    progress.stage("Loading the model" if loaded else "Reading what lies outside the layers")
+    if not loaded:
+        progress.note(
+            "the model does not fit in memory: its layers are read from disk one at a time"
+            + (", out of pickled .bin files" if checkpoint.is_bin else "")
+        )
+    walk = Walk.fitting(checkpoint, directory=work, trust_remote_code=options.trust_remote_code, **where)
+    progress.stage("Calibration data")
+    batches, provenance = _batches(checkpoint, options, walk, work.parent, share)
+    samples, seq_len = sum(len(b) for b in batches), batches[0].shape[1]
+    own, first = share.of(batches)
+    prefix = checkpoint.layer_prefix
+    points = points_affordable(
+        walk.depth + 1,
+        walk.model.config.get_text_config().hidden_size,
+        samples,
+        samples * seq_len,
+        sum(span.numel for key, span in checkpoint.tensors.items() if key.startswith(prefix)),
+    )
+    trace = record(
+        walk,
+        own,
+        work,
+        positions=options.positions,
+        points=points,
+        samples=samples,
+        resumable=True,
+        progress=progress,
+    )
+    progress.stage("Comparing layers", trace.samples, "sequences")
+    tables = summarise(trace, share, first, samples, points, seq_len, progress)
+    losses = importance.measure(
+        walk,
+        own,
+        share,
+        first,
+        samples,
+        sizes=options.losses,
+        greedy=options.greedy,
+        taylor=options.taylor,
+        notebook=work / "losses.json",
+        progress=progress,
+    )
+    if options.healed:
+        from slicer.healed import rank_after_healing
+
+        healed = rank_after_healing(
+            checkpoint,
+            walk,
+            own,
+            tables[METRIC],
+            options.healed,
+            notebook=work / "healed.json",
+            progress=progress,
+        )
+        losses.tables["healed_loss"] = healed
+    each = len(trace.point_positions)
+    return Analysis(
+        depth=walk.depth,
+        samples=samples,
+        seq_len=seq_len,
+        metrics={**tables, **losses.tables},
+        dtype=str(walk.model.dtype).removeprefix("torch."),
+        positions=trace.positions,
+        points=each * min(samples, max(1, points // each)) if each else 0,
+        calibration=provenance,
+        base_loss=losses.base,
+        greedy=losses.greedy,
+    )
+
+
+def _batches(
+    checkpoint: Checkpoint, options: AnalyzeOptions, walk: Any, work: Path, share: Any
+) -> tuple[list[Any], dict[str, Any]]:
+    """The same batches in every process, and after a restart: the first one makes and keeps them."""
+    from safetensors.torch import load_file, save_file
+
+    from slicer.measure.calibration import token_batches
+
+    saved, about = work / "tokens.safetensors", work / "tokens.json"
+    outcome: Any = None
+    if share.is_first:
+        try:
+            if saved.is_file() and about.is_file():
+                tokens = load_file(saved)["tokens"]
+                outcome = tokens, json.loads(about.read_text("utf-8"))
+            else:
+                import torch
+
+                data = token_batches(
+                    options.calibration,
+                    checkpoint.path,
+                    walk.model,
+                    streamed=walk.streamed,
+                    trust_remote_code=options.trust_remote_code,
+                )
+                tokens = torch.cat(data.batches)
+                part = saved.with_name(saved.name + ".part")
+                save_file({"tokens": tokens}, part)
+                part.replace(saved)
+                about.write_text(json.dumps(data.provenance), "utf-8")
+                outcome = tokens, data.provenance
+        except SlicerError as error:
+            outcome = error
+    outcome = share.agree(outcome)
+    if isinstance(outcome, SlicerError):
+        raise outcome
+    tokens, provenance = outcome
+    return list(tokens.split(options.calibration.batch_size)), provenance
+
+
+def _device(device: str) -> str:
+    """Each process of one machine its own GPU."""
+    import os
+
+    rank = os.environ.get("LOCAL_RANK")
+    if device != "auto" or rank is None or int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < 2:
+        return device
+    import torch
+
+    return f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
+
+
+def _check_sizes(options: AnalyzeOptions, depth: int) -> None:
+    for name, n in [*(("losses", n) for n in options.losses), *(("healed", n) for n in options.healed)]:
+        if not 0 < n < depth:
+            raise UsageError(
+                f"--{name} {n}: the model has {depth} layers; give sizes between 1 and {depth - 1}"
+            )
+    if not 0 <= options.greedy < depth:
+        raise UsageError(
+            f"--greedy {options.greedy}: the model has {depth} layers; remove at most {depth - 1}"
+        )
+
+
+def _publish(analysis: Analysis, out: Path) -> None:
+    """Figures first, analysis.json last: where it is, everything is."""
+    from slicer.judge import plots
+
+    plots.analysis_figures(analysis, out)
+    part = out / "analysis.json.part"
+    part.write_text(analysis.to_json(), "utf-8")
+    part.replace(out / "analysis.json")

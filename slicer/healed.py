@@ -1,0 +1,70 @@
+"""Rank after healing: the closest blocks, each healed in closed form and compared on held-out loss."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from slicer.checkpoint.reader import Checkpoint
+from slicer.errors import HealError
+from slicer.heal.healing import fold_checkpoint
+from slicer.measure.analysis import Distances
+from slicer.measure.calibration import TokenBatches
+from slicer.measure.stream import Walk
+from slicer.progress import Progress
+from slicer.select import rank
+
+CANDIDATES = 4
+
+
+def rank_after_healing(
+    checkpoint: Checkpoint,
+    walk: Walk,
+    batches: Sequence[torch.Tensor],
+    distances: Distances,
+    sizes: Sequence[int],
+    *,
+    candidates: int = CANDIDATES,
+    notebook: Path | None = None,
+    progress: Progress | None = None,
+) -> Distances:
+    """For each n of `sizes`: the `candidates` closest blocks by `distances`, healed by least squares.
+
+    The table "healed_loss" has the increase over the whole model's loss, nats a token on the sequences that the solver
+    held out; NaN for blocks that were not tried, or that cannot be healed. It has no standard errors. Finished
+    candidates are kept in `notebook`.
+    """
+    known: dict[str, float | None] = {}
+    if notebook is not None and notebook.is_file():
+        known = json.loads(notebook.read_text("utf-8"))
+    rows: dict[int, list[float]] = {}
+    for n in sizes:
+        rows[n] = [math.nan] * (distances.depth - n + 1)
+        for choice in rank(distances, n)[:candidates]:
+            name = f"{choice.start}+{n}"
+            if name not in known:
+                try:
+                    healing = fold_checkpoint(
+                        checkpoint, walk, TokenBatches(list(batches), {}), choice.dropped, progress=progress
+                    )
+                    loss = healing.record["loss"]
+                    known[name] = float(loss["healed"]) - float(loss["source"])
+                except HealError:
+                    known[name] = None
+                if notebook is not None:
+                    part = notebook.with_name(notebook.name + ".part")
+                    part.write_text(json.dumps(known), "utf-8")
+                    part.replace(notebook)
+            value = known[name]
+            rows[n][choice.start] = math.nan if value is None else value
+    rows = {n: row for n, row in rows.items() if not all(map(math.isnan, row))}
+    if not rows:
+        raise HealError("none of the closest blocks can be healed; leave --healed out")
+    unknown = {n: [math.nan] * len(row) for n, row in rows.items()}
+    return Distances(
+        distances.depth, distances.samples, distances.seq_len, rows, unknown, "healed_loss", dict(unknown)
+    )

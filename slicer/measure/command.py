@@ -1,0 +1,230 @@
+"""`slicer analyze` and `slicer plan`: options in, an analysis or a plan or one line of error out."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import click
+
+METRICS = (
+    "angular_last_token", "angular_mean", "block_influence", "relative_l1", "relative_l2", "cka", "fold_residual",
+    "loss", "kl", "taylor", "greedy", "healed_loss",
+)  # fmt: skip
+_UNRECORDED = {"out", "force", "as_json", "debug", "device", "memory", "source", "directory"}
+
+
+def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What to measure on."""
+    options = [
+        click.option(
+            "--calibration",
+            metavar="DATA",
+            help="What to measure on: a Hub data set, a .jsonl, .txt or .parquet file (with conversations it goes "
+            "through the chat template), task:NAME for the prompts of an lm-eval task, or 'self' (text sampled from "
+            "the model)  [default: allenai/c4, streamed; self for the demo model]",
+        ),
+        click.option("--samples", type=click.IntRange(min=1), help="Calibration sequences."),
+        click.option("--seq-len", type=click.IntRange(min=2), help="Tokens in each."),
+        click.option("--batch-size", type=click.IntRange(min=1), help="Sequences in a forward pass."),
+        click.option("--seed", type=click.IntRange(min=0), help="Seed of the calibration sample."),
+        click.option(
+            "--text-column", metavar="NAME", help="Column of the calibration data that holds the text."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("source")
+@calibration_options
+@click.option(
+    "-o",
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Directory for analysis.json and figures.",
+)
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    help="Memory for weights and states, e.g. 4GB; a larger model is read from disk layer by layer, states beyond it "
+    "go to a file  [default: a safe part of what is free]",
+)
+@click.option(
+    "--positions",
+    type=click.IntRange(min=1),
+    help="Tokens of each sequence that averages over tokens take  [default: 16]",
+)
+@click.option(
+    "--losses",
+    metavar="N,...",
+    help="Also the loss and the KL divergence without each block of these sizes, e.g. 1,4. A pass each.",
+)
+@click.option(
+    "--greedy",
+    type=click.IntRange(min=1),
+    metavar="LAYERS",
+    help="Also remove so many layers one by one, by loss (SLEB). A pass each.",
+)
+@click.option(
+    "--taylor", is_flag=True, help="Also |gradient x weight| of each layer. A pass and a backward pass."
+)
+@click.option(
+    "--healed",
+    metavar="N,...",
+    help="Also heal the four closest blocks of these sizes in closed form, and compare their loss.",
+)
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Measure in  [default: as stored]"
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
+@click.option("--force", is_flag=True, help="Replace the analysis that OUT holds.")
+@click.option("--json", "as_json", is_flag=True, help="Print the analysis as JSON.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the checkpoint's own Python code.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def analyze(source: str, out: Path, **given: Any) -> None:
+    """Measure which layers of SOURCE matter, by every metric, whatever its size.
+
+    The model need not fit in memory. A run that was killed goes on after the last finished layer when it is started
+    again. Several processes share the samples: torchrun --nproc-per-node 2 -m slicer analyze ...
+
+    \b
+    slicer analyze Llama-2-70b-hf --memory 8GB -o analysis
+    slicer plan analysis --drop 0.4
+    """
+    from slicer import console, show_layers
+    from slicer.analyze import AnalyzeOptions
+    from slicer.analyze import analyze as run
+    from slicer.measure.calibration import CalibrationSpec
+    from slicer.plan import parse_size
+
+    calibration = given["calibration"] or ("self" if source == "demo" else None)
+    spec = {
+        k: given[k]
+        for k in ("samples", "seq_len", "batch_size", "seed", "text_column")
+        if given[k] is not None
+    }
+    chosen = {k: given[k] for k in ("positions", "greedy") if given[k] is not None}
+    options = AnalyzeOptions(
+        calibration=CalibrationSpec(source=calibration, **spec),
+        dtype=given["dtype"],
+        device=given["device"],
+        memory=parse_size(given["memory"], "--memory") if given["memory"] is not None else None,
+        losses=_sizes(given["losses"], "--losses"),
+        healed=_sizes(given["healed"], "--healed"),
+        taylor=given["taylor"],
+        force=given["force"],
+        trust_remote_code=given["trust_remote_code"],
+        command=recorded_command(_UNRECORDED),
+        **chosen,
+    )
+    with console.progress() as progress:
+        analysis = run(source, out, options, progress=progress)
+    if analysis is None:
+        return  # another process of several speaks
+    if given["as_json"]:
+        click.echo(analysis.to_json(), nl=False)
+    else:
+        show_layers.print_analysis(analysis, out)
+
+
+@click.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--drop", metavar="AMOUNT", required=True, help="Fraction 0.4 or count 8.")
+@click.option(
+    "--metric",
+    type=click.Choice(METRICS),
+    default="angular_last_token",
+    show_default=True,
+    help="What to choose by.",
+)
+@click.option(
+    "--blocks",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="At most so many separate blocks; the best way is found exactly.",
+)
+@click.option("--protect", metavar="LAYERS", help="Layers that must stay, e.g. 0,1,-1 (from the end) or 0-3.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="Plan file  [default: plan.json in DIRECTORY]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def plan(
+    directory: Path,
+    drop: str,
+    metric: str,
+    blocks: int,
+    protect: str | None,
+    out: Path | None,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Choose layers to drop from the analysis in DIRECTORY. Needs no model.
+
+    \b
+    slicer plan analysis --drop 8 --blocks 3 --protect 0,1,-1
+    slicer convert SOURCE --plan analysis/plan.json
+    """
+    from slicer import show_layers
+    from slicer.measure.analysis import Analysis
+    from slicer.plan import parse_amount
+    from slicer.planning import plan as choose
+    from slicer.planning import write_plan
+    from slicer.select import protected
+
+    analysis = Analysis.load(directory)
+    stay = protected(protect, analysis.depth) if protect is not None else frozenset()
+    planned = choose(
+        analysis,
+        parse_amount(drop),
+        metric=metric,
+        blocks=blocks,
+        protect=stay,
+        command=recorded_command(_UNRECORDED),
+    )
+    file = out or (directory if directory.is_dir() else directory.parent) / "plan.json"
+    write_plan(planned.plan, file)
+    if as_json:
+        click.echo(planned.plan.to_json(), nl=False)
+    else:
+        show_layers.print_planned(planned, file)
+
+
+def _sizes(text: str | None, option: str) -> tuple[int, ...]:
+    from slicer.errors import UsageError
+
+    if text is None:
+        return ()
+    try:
+        sizes = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise UsageError(f"{option} {text}: give block sizes such as 1,4") from None
+    if min(sizes) < 1:
+        raise UsageError(f"{option} {text}: a block has at least one layer")
+    return sizes
+
+
+def recorded_command(unrecorded: Collection[str]) -> str:
+    """The command that does the same work again: what was given, in the order of the help, but for `unrecorded`."""
+    context = click.get_current_context()
+    argument = next(p for p in context.command.params if isinstance(p, click.Argument))
+    words = ["slicer", context.info_name or "", str(context.params[argument.name or ""])]
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        default = parameter.get_default(context)
+        if (
+            parameter is argument
+            or parameter.name in unrecorded
+            or value in (None, False)
+            or value == default
+        ):
+            continue
+        words += [parameter.opts[-1]] if value is True else [parameter.opts[-1], str(value)]
+    return shlex.join(words)

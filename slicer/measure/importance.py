@@ -1,0 +1,220 @@
+"""What the loss says of layers: blocks left out, greedy removal, gradients. Each needs passes of its own.
+
+Candidates share all work before their cut: one pass carries a stream of states for every candidate, which branches off
+the full model's at the cut, so each layer is read once a pass and run once for every stream that has it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slicer.measure.analysis import Distances
+from slicer.measure.share import Share
+from slicer.measure.states import States
+from slicer.measure.stream import Walk
+from slicer.measure.summary import table_of_rows
+from slicer.progress import Progress
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What was measured: tables by metric, the whole model's loss (nats a token), SLEB's order."""
+
+    tables: dict[str, Distances] = field(default_factory=dict)
+    base: float | None = None
+    greedy: tuple[dict[str, float], ...] = ()
+
+
+def measure(
+    walk: Walk,
+    batches: Sequence[torch.Tensor],
+    share: Share,
+    first: int,
+    samples: int,
+    *,
+    sizes: Sequence[int] = (),
+    greedy: int = 0,
+    taylor: bool = False,
+    notebook: Path | None = None,
+    progress: Progress | None = None,
+) -> Losses:
+    """The loss-based metrics asked for; `batches` are this process's, its first sample `first` of all `samples`.
+
+    `sizes`: block sizes n whose every block is left out ("loss" and "kl"). `greedy`: layers to remove one by one.
+    Finished passes are kept in `notebook`, which a later call takes up.
+    """
+    progress = progress or Progress()
+    book = _Notebook(notebook)
+    depth, seq_len = walk.depth, batches[0].shape[1]
+    rows: dict[str, dict[int, torch.Tensor]] = {"loss": {}, "kl": {}}
+    base: torch.Tensor | None = None
+    for n in sizes:
+        starts = [frozenset(range(l, l + n)) for l in range(depth - n + 1)]  # noqa: E741
+        progress.stage(f"Loss without each block of {n}", depth, "layers")
+        whole, loss, kl = book.take(
+            f"leave-{n}", lambda s=starts: leave_out(walk, batches, s, progress=progress)
+        )
+        whole, loss, kl = share.join([whole, loss, kl], first, samples)
+        rows["loss"][n], rows["kl"][n], base = loss - whole[:, None], kl, whole
+    tables = {
+        name: table_of_rows(name, found, depth, seq_len=seq_len, samples=samples)
+        for name, found in rows.items()
+        if found
+    }
+    steps: list[dict[str, float]] = []
+    removed: list[int] = []
+    for number in range(greedy):
+        left = [i for i in range(depth) if i not in removed]
+        progress.stage(f"Greedy removal, {number + 1} of {greedy}", depth, "layers")
+        gone = frozenset(removed)
+        whole, loss, kl = book.take(
+            f"greedy-{','.join(map(str, removed))}",
+            lambda c=left, g=gone: leave_out(
+                walk, batches, [frozenset((i,)) for i in c], g, progress=progress
+            ),
+        )
+        whole, loss = share.join([whole, loss], first, samples)
+        base = whole if base is None and not removed else base
+        mean = loss.mean(0)
+        best = int(mean.argmin())
+        removed.append(left[best])
+        steps.append({"layer": left[best], "loss": float(mean[best])})
+    if taylor:
+        progress.stage("Gradients", 2 * depth, "layers")
+        (scores,) = book.take("taylor", lambda: (taylor_scores(walk, batches, progress=progress),))
+        (scores,) = share.join([scores], first, samples)
+        sums = {n: scores.unfold(1, n, 1).sum(-1) for n in range(1, depth + 1)}
+        tables["taylor"] = table_of_rows("taylor", sums, depth, seq_len=seq_len, samples=samples)
+    return Losses(tables, None if base is None else float(base.mean()), tuple(steps))
+
+
+class _Notebook:
+    """Results of finished passes, kept in a file under a name each."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._known: dict[str, Any] = {}
+        if path is not None and path.is_file():
+            self._known = json.loads(path.read_text("utf-8"))
+
+    def take(self, name: str, make: Any) -> tuple[torch.Tensor, ...]:
+        """What `make` returned under this name, now or in an earlier run."""
+        if name not in self._known:
+            self._known[name] = [part.tolist() for part in make()]
+            if self._path is not None:
+                part = self._path.with_name(self._path.name + ".part")
+                part.write_text(json.dumps(self._known), "utf-8")
+                part.replace(self._path)
+        return tuple(torch.tensor(values, dtype=torch.float64) for values in self._known[name])
+
+
+def leave_out(
+    walk: Walk,
+    batches: Sequence[torch.Tensor],
+    candidates: Sequence[Collection[int]],
+    without: Collection[int] = (),
+    *,
+    progress: Progress | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The model less `without`, and the same less each candidate's layers too.
+
+    Returns, a sample a row, float64: the loss in nats a token of the first [samples], of each candidate
+    [samples, candidates], and the KL divergence of each candidate's next-token distribution from the first's, mean over
+    tokens [samples, candidates].
+    """
+    progress = progress or Progress()
+    states = walk.start(batches)
+    streams: dict[int, States] = {}
+    order = [i for i in range(walk.depth) if i not in without]
+    with walk.along(order):
+        for i in order:
+            for c, gone in enumerate(candidates):
+                if min(gone) == i:
+                    streams[c] = states.copy()
+            with walk.layer(i):
+                walk.advance(i, states)
+                for c, stream in streams.items():
+                    if i not in candidates[c]:
+                        walk.advance(i, stream)
+            progress.advance()
+    base, losses, divergences = [], [], []
+    for b, tokens in enumerate(states.tokens):
+        for s in range(len(tokens)):
+            row = tokens[s : s + 1]
+            full = walk.head(row, states[b][s : s + 1])[0].float().log_softmax(-1)
+            base.append(_loss(full, row[0]))
+            mine, apart = [], []
+            for c in range(len(candidates)):
+                cut = walk.head(row, streams[c][b][s : s + 1])[0].float().log_softmax(-1)
+                mine.append(_loss(cut, row[0]))
+                apart.append(float((full.exp() * (full - cut)).sum(-1).mean()))
+            losses.append(mine)
+            divergences.append(apart)
+    return tuple(torch.tensor(v, dtype=torch.float64) for v in (base, losses, divergences))  # type: ignore[return-value]
+
+
+def _loss(chances: torch.Tensor, tokens: torch.Tensor) -> float:
+    """Nats a token: `chances` [seq, vocabulary] are log probabilities of the token after each."""
+    return float(torch.nn.functional.nll_loss(chances[:-1], tokens[1:].to(chances.device)))
+
+
+def taylor_scores(
+    walk: Walk, batches: Sequence[torch.Tensor], *, progress: Progress | None = None
+) -> torch.Tensor:
+    """First-order importance of each layer: the sum of |dL/dw * w| over its weights w, a sample a row: [samples, L].
+
+    L is the loss of one sequence, nats a token. The backward pass recomputes each layer from its kept input, so it too
+    needs one layer in memory at a time.
+    """
+    progress = progress or Progress()
+    rows = [row[None] for batch in batches for row in batch]
+    states = walk.start(rows)
+    kept = []  # x(0)..x(L-1)
+    for i in range(walk.depth):
+        kept.append(states.copy())
+        walk.advance(i, states)
+        progress.advance()
+    gradients = []
+    for b, tokens in enumerate(rows):
+        last = states[b].to(walk.device).requires_grad_()
+        with torch.enable_grad():
+            chances = walk.head(tokens, last, gradient=True)[0].float().log_softmax(-1)
+            loss = torch.nn.functional.nll_loss(chances[:-1], tokens[0, 1:].to(chances.device))
+        gradients.append(torch.autograd.grad(loss, last)[0].cpu())
+    scores = torch.zeros(len(rows), walk.depth, dtype=torch.float64)
+    backwards = range(walk.depth - 1, -1, -1)
+    with walk.along(backwards):
+        for i in backwards:
+            with walk.layer(i) as layer:
+                scores[:, i] = _backward(walk, layer, i, kept.pop(), gradients)
+            progress.advance()
+    return scores
+
+
+def _backward(
+    walk: Walk, layer: torch.nn.Module, i: int, entering: States, gradients: list[torch.Tensor]
+) -> torch.Tensor:
+    """The scores of layer i by sample; `gradients`, of what leaves it, become those of what enters it."""
+    weights = [p for p in layer.parameters() if p.is_floating_point()]
+    scores = torch.zeros(len(gradients), dtype=torch.float64)
+    for weight in weights:
+        weight.requires_grad_()
+    for b, gradient in enumerate(gradients):
+        x = entering[b].clone().requires_grad_()
+        new = walk.call(i, b, x, gradient=True)
+        found = torch.autograd.grad(new, [x, *weights], gradient.to(new.device), allow_unused=True)
+        gradients[b] = found[0]
+        scores[b] = sum(
+            float((g.float() * w.detach().float()).abs().sum(dtype=torch.float64))
+            for g, w in zip(found[1:], weights, strict=True)
+            if g is not None
+        )
+    for weight in weights:
+        weight.requires_grad_(False)
+    return scores

@@ -1,0 +1,80 @@
+"""The part of the samples that one process of several measures, and the one all-reduce that joins the parts.
+
+Under `torchrun` or `accelerate launch` the environment says how many processes there are; otherwise there is one.
+Every process places what it measured at its own samples' rows of a zeroed table, and the tables are added as bytes:
+each row has one owner, so the sum is exact, and the result does not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from slicer.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Share:
+    """Process `rank` of `world`."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def of_environment(cls) -> Share:
+        """The share of this process, joined to the others' group when there are any."""
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        if world <= 1:
+            return cls()
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group(
+                "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            )
+        return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the result."""
+        return self.rank == 0
+
+    def of(self, batches: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
+        """This process's batches, and the index of its first sample. Raises UsageError when some get none."""
+        if len(batches) < self.world:
+            raise UsageError(
+                f"{len(batches)} batches for {self.world} processes; give more --samples or a smaller --batch-size"
+            )
+        cuts = [len(batches) * r // self.world for r in range(self.world + 1)]
+        first = sum(len(batch) for batch in batches[: cuts[self.rank]])
+        return list(batches[cuts[self.rank] : cuts[self.rank + 1]]), first
+
+    def join(self, parts: Sequence[torch.Tensor], first: int, samples: int) -> list[torch.Tensor]:
+        """`parts`: tensors [own samples, ...]; returns them for all `samples`, [samples, ...], in every process."""
+        if self.world == 1:
+            return list(parts)
+        joined = [torch.zeros(samples, *part.shape[1:], dtype=part.dtype) for part in parts]
+        for whole, part in zip(joined, parts, strict=True):
+            whole[first : first + len(part)] = part
+        flat = torch.cat([whole.view(-1).view(torch.uint8) for whole in joined])
+        torch.distributed.all_reduce(flat)
+        at = 0
+        for index, whole in enumerate(joined):
+            joined[index] = flat[at : at + whole.nbytes].view(whole.dtype).view(whole.shape)
+            at += whole.nbytes
+        return joined
+
+    def agree(self, value: Any) -> Any:
+        """The first process's `value` (picklable), in every process."""
+        if self.world == 1:
+            return value
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def leave(self) -> None:
+        """Leave the group; every process calls this at its end."""
+        if self.world > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
