@@ -140,7 +140,7 @@ def _plan(directory: Path) -> Plan | None:
 
 def _distances(directory: Path) -> Distances | None:
     for folder in (directory, directory / "slicer"):
-        for name in ("analysis.json", "distances.json"):
+        for name in ("distances.json", "analysis.json"):  # what chose the cut comes first
             record = _json(folder / name)
             if record is None:
                 continue
