@@ -6,16 +6,16 @@ every cut the same.
 
 from __future__ import annotations
 
+import gc
 import random
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from slicer.errors import EvaluationError
-from slicer.judge import backends, loss, tasks
+from slicer.judge import backends, loss, scoring, tasks
 from slicer.judge.results import Evaluation, Score
 from slicer.judge.tasks import LOSS
 from slicer.progress import Progress
@@ -185,10 +185,10 @@ class _Round:
         except (AssertionError, ValueError, KeyError, IndexError) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise EvaluationError(f"{self.label}: lm-eval cannot ask it ({reason})") from error
-        for score in _scores(self.name, self.label, self.leaves, self.loaded["tasks"], found):
+        for score in scoring.scores(self.name, self.label, self.leaves, self.loaded["tasks"], found):
             scores.append(score)
             inside = self.leaves if score.task == self.label else [score.task]
-            if pairs := _items(score.metric, inside, found["samples"]):
+            if pairs := scoring.items(score.metric, inside, found["samples"]):
                 items[f"{score.task}/{score.metric}"] = pairs
 
 
@@ -222,7 +222,11 @@ def evaluate(source: str, suite: Suite) -> Evaluation:
             path, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code
         )
         lm, vocabulary = backends.wrap(model, path, options), backends.vocabulary_of(model)
-    return suite.run(lm, source, vocabulary)
+        del model
+    result = suite.run(lm, source, vocabulary)
+    del lm
+    gc.collect()  # lm-eval's models hold themselves in circles, and the next one needs the room
+    return result
 
 
 def describe(options: EvalOptions) -> dict[str, Any]:
@@ -233,66 +237,6 @@ def describe(options: EvalOptions) -> dict[str, Any]:
         "backend": options.backend, "batch_size": options.batch_size, "seed": options.seed,
         "dtype": options.dtype,
     }  # fmt: skip
-
-
-# --- lm-eval's results -----------------------------------------------------------------------------------------------
-
-
-def _scores(
-    task: str, label: str, leaves: Sequence[str], tasks: Mapping[str, Any], found: Mapping[str, Any]
-) -> list[Score]:
-    """The metrics of one task, or of a group or tag: a tag's, which lm-eval does not add up, by its leaves."""
-    table = found["results"]
-    names = [task] if task in table else list(leaves)
-    scores = []
-    for name in names:
-        inside = leaves if name == task else [name]
-        docs = sum(table[leaf]["sample_len"] for leaf in inside)
-        for key, value in table[name].items():
-            metric, _, kind = key.partition(",")
-            if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
-                continue
-            error = table[name].get(f"{metric}_stderr,{kind}")
-            chance = _chance(inside, tasks, found["samples"]) if metric.startswith("acc") else None
-            scores.append(
-                Score(
-                    task=label if name == task else name,
-                    metric=metric if kind == "none" else key,
-                    value=float(value),
-                    standard_error=float(error) if isinstance(error, int | float) else None,
-                    chance=chance,
-                    items=docs,
-                    shots=int(tasks[inside[0]].get_config("num_fewshot") or 0),
-                    higher_is_better=bool(found["higher_is_better"].get(name, {}).get(metric, True)),
-                )
-            )
-    return scores
-
-
-def _chance(leaves: Sequence[str], tasks: Mapping[str, Any], samples: Mapping[str, Any]) -> float | None:
-    """The expected accuracy of guessing: the mean over items of 1 / choices."""
-    chances = []
-    for leaf in leaves:
-        task = tasks[leaf]
-        if task.OUTPUT_TYPE != "multiple_choice":
-            return None
-        chances += [1.0 / len(task.doc_to_choice(sample["doc"])) for sample in samples[leaf]]
-    return sum(chances) / len(chances) if chances else None
-
-
-def _items(metric: str, leaves: Sequence[str], samples: Mapping[str, Any]) -> dict[str, float]:
-    """The metric of each item by its id; empty where items have no value of their own (corpus metrics)."""
-    name, _, kind = metric.partition(",")
-    pairs = {}
-    for leaf in leaves:
-        for sample in samples.get(leaf, ()):
-            value = sample.get(name)
-            if sample["filter"] == (kind or "none") and isinstance(value, bool | int | float):
-                pairs[f"{leaf}:{sample['doc_id']}:{sample['doc_hash'][:8]}"] = float(value)
-    return pairs
-
-
-# --- small things ----------------------------------------------------------------------------------------------------
 
 
 def _versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shlex
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ def _plan(directory: Path) -> Plan | None:
 
 def _distances(directory: Path) -> Distances | None:
     for folder in (directory, directory / "slicer"):
-        for name in ("analysis.json", "distances.json"):
+        for name in ("distances.json", "analysis.json"):  # what chose the cut comes first
             record = _json(folder / name)
             if record is None:
                 continue
@@ -293,9 +294,19 @@ def _commands(table: Table | None, plan: Plan | None, best: Row | None, director
         found.append(plan.command)
     if table is not None and best is not None:
         layers = spell_layers(best.dropped).replace(" ", "")
-        heal = "" if best.heal == "none" else f" --heal {best.heal}"
-        found.append(f"slicer convert {table.settings['source']} --drop {layers}{heal}")
-    return [*found, f"slicer report {directory}"]
+        words = ["slicer", "convert", str(table.settings["source"]), "--drop", layers, "--heal", best.heal]
+        text = table.settings.get("calibration") or {}
+        if best.heal != "none" and text.get("source"):
+            words += [
+                "--calibration",
+                text["source"],
+                "--samples",
+                text["samples"],
+                "--seq-len",
+                text["seq_len"],
+            ]
+        found.append(shlex.join(map(str, words)))
+    return [*found, shlex.join(["slicer", "report", str(directory)])]
 
 
 def _facts(table: Table | None, plan: Plan | None) -> list[tuple[str, str]]:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +20,9 @@ from slicer.checkpoint import hub
 from slicer.checkpoint.export import refuse_quantized, sliced_config
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import ArchitectureError, EvaluationError, HealError
-from slicer.judge import backends, healing, promise
+from slicer.judge import backends, healing
 from slicer.judge.evaluate import EvalOptions, Suite, describe
-from slicer.judge.grid import UNPRUNED, Cell, Grid
+from slicer.judge.grid import UNPRUNED, Cell
 from slicer.judge.journal import Journal, write_atomically
 from slicer.judge.results import Evaluation
 from slicer.measure.calibration import CalibrationSpec
@@ -299,32 +298,3 @@ def record_cells(journal: Journal, cells: Sequence[Cell], command: str | None) -
     known = {cell["name"] for cell in before}
     merged = before + [cell for cell in asked if cell["name"] not in known]
     write_atomically(file, json.dumps({"cells": merged, "command": command}, indent=1) + "\n")
-
-
-def keep(sweep: Sweep, share: float, metric: str, grid: Grid, command: str | None) -> promise.Found:
-    """The deepest cut by the grid's first strategy and healing that keeps `share` of `metric`.
-
-    Writes its plan to plan.json in the sweep's directory, for `slicer convert --plan`.
-    """
-    strategy, heal, seed = grid.strategies[0], grid.heals[0], grid.seeds[0]
-    cells: list[Cell] = [UNPRUNED]
-
-    def measure(n: int) -> promise.Kept:
-        cell = Cell(n, strategy, heal, seed if strategy == "random" else 0)
-        cells.append(cell)
-        record_cells(sweep.journal, cells, command)
-        sweep.run([UNPRUNED, cell])
-        cut, whole = sweep.result(cell), sweep.result(UNPRUNED)
-        if cut is None or whole is None:  # the architecture cannot express this cut
-            return promise.Kept(n, 0.0, -math.inf, 0.0)
-        return promise.kept(n, whole, cut, share, metric)
-
-    found = promise.bisect(sweep.depth, measure)
-    if found.best is not None:
-        plan = sweep.plan(next(cell for cell in cells if cell.n == found.best.n))
-        plan = replace(
-            plan, source=sweep.source, revision=sweep.found.revision, command=command,
-            model_type=sweep.checkpoint.config.get("model_type"),
-        )  # fmt: skip
-        write_atomically(sweep.journal.directory / "plan.json", plan.to_json())
-    return found

@@ -73,7 +73,8 @@ def sweep(source: str, **given: Any) -> None:
     from slicer.judge import grid, promise
     from slicer.judge.evaluate import EvalOptions
     from slicer.judge.journal import write_atomically
-    from slicer.judge.sweep import Sweep, SweepOptions, first_process, keep, record_cells
+    from slicer.judge.keep import keep
+    from slicer.judge.sweep import Sweep, SweepOptions, first_process, record_cells
     from slicer.judge.table import read_table, to_csv, to_dict
     from slicer.measure.calibration import CalibrationSpec
 

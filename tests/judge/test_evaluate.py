@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ def result(data: Path) -> Evaluation:
 def test_the_scores_are_lm_evals_to_the_last_digit(data: Path, result: Evaluation) -> None:
     """The same rows as a task written by hand, run by lm-eval's own entry with its own loading of the model."""
     import lm_eval
+    from lm_eval.tasks import TaskManager
 
     by_hand = {
         "task": "by_hand", "dataset_path": "json", "output_type": "multiple_choice",
@@ -41,12 +45,45 @@ def test_the_scores_are_lm_evals_to_the_last_digit(data: Path, result: Evaluatio
     }  # fmt: skip
     found = lm_eval.simple_evaluate(
         "hf", model_args={"pretrained": str(demo.path()), "dtype": "float32"}, tasks=[by_hand], limit=8, device="cpu",
-        batch_size=1,
+        batch_size=1, task_manager=TaskManager(include_defaults=False),
     )  # fmt: skip
     score = result.primary("boolq")
     assert score is not None and score.items == 8
     assert score.value == found["results"]["by_hand"]["acc,none"]
     assert score.standard_error == found["results"]["by_hand"]["acc_stderr,none"]
+
+
+def test_examples_in_another_order_are_the_same_examples(data: Path) -> None:
+    """Figure 7 of the paper: only the order of what stands before each question differs."""
+    from lm_eval.api.model import LM
+
+    class Reader(LM):
+        """Keeps what it is asked."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[str] = []
+
+        def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+            self.seen += [request.args[0] for request in requests]
+            return [(0.0, False)] * len(requests)
+
+        def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+            raise NotImplementedError
+
+        def generate_until(self, requests: list[Any]) -> list[str]:
+            raise NotImplementedError
+
+    seen = []
+    for task in ("mmlu_astronomy@5", "mmlu_astronomy@5:1", "mmlu_astronomy@5:1"):
+        reader = Reader()
+        with Suite(EvalOptions(tasks=(task,), data=data, limit=3)) as suite:
+            suite._rounds[0].run(reader, [], {})
+        seen.append(reader.seen)
+    plain, other, again = seen
+    assert plain != other and other == again and len(plain) == 12
+    for a, b in zip(plain, other, strict=True):
+        assert sorted(a.split("\n")) == sorted(b.split("\n")) and a.split("\n")[-3:] == b.split("\n")[-3:]
 
 
 def test_shots_chance_and_items(result: Evaluation) -> None:
@@ -79,6 +116,32 @@ def test_the_loss_is_the_models_own(data: Path, result: Evaluation) -> None:
         nats / count / float(torch.log(torch.tensor(4096.0))), rel=1e-5
     )
     assert sum(result.items["c4"].values()) / 8 == pytest.approx(result.loss.nats_per_token)
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")
+def test_vllm_scores_as_transformers_do(data: Path, result: Evaluation) -> None:
+    arguments = [
+        "eval",
+        "demo",
+        "--data",
+        str(data),
+        "--tasks",
+        "boolq,c4",
+        "--limit",
+        "8",
+        "--dtype",
+        "float32",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "slicer", *arguments, "--backend", "vllm", "--json"], capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = Evaluation.from_dict(json.loads(done.stdout[done.stdout.index("{") :])["results"][0])
+    assert found.loss is not None and result.loss is not None
+    assert found.loss.excerpts == result.loss.excerpts
+    assert found.loss.nats_per_token == pytest.approx(result.loss.nats_per_token, abs=1e-3)
+    assert found.items["boolq/acc"] == result.items["boolq/acc"]
 
 
 def test_a_text_beyond_the_context_is_read_in_pieces() -> None:

@@ -97,7 +97,7 @@ def test_the_page(swept: Path) -> None:
     words = " ".join(" ".join(seen.words).split())
     for text in (
         "Recommended: drop 2 of 8 layers (25%), layers 5-6 (similarity)", "Knee of mmlu", "wins back 60%",
-        "1 cells of the sweep are not finished", "slicer sweep org/model --drop 0,2,4", "convert org/model --drop 5-6",
+        "1 cells of the sweep are not finished", "slicer sweep org/model --drop 0,2,4", "--drop 5-6 --heal none",
         "Once <upon> a time", "there & 236", "linear", "Loss while healing.", "torch", "seed", "0.275 ± 0.022*",
     ):  # fmt: skip
         assert text in words, text
