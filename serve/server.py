@@ -112,8 +112,11 @@ class Server:
     ) -> None:
         self.stop()
         if kind is None or not issubclass(kind, ServeError):
-            with contextlib.suppress(OSError):
-                self.log.unlink()
+            self._forget_log()
+
+    def _forget_log(self) -> None:
+        with contextlib.suppress(OSError):
+            self.log.unlink()
 
     def start(self) -> None:
         """Start vLLM and return when it is ready to answer. Raises ServeError with vLLM's own reason."""
@@ -139,8 +142,12 @@ class Server:
         )
         try:
             self._await_health()
-        except BaseException:
+        except ServeError:
             self.stop()
+            raise
+        except BaseException:  # stopped by the user: there is nothing to read up
+            self.stop()
+            self._forget_log()
             raise
 
     def _await_health(self) -> None:
