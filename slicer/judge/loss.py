@@ -20,7 +20,7 @@ from slicer.measure.calibration import read_documents
 SEQUENCES = 64
 CHARACTERS = 1024
 _DATASET = ("allenai/c4", "en", "validation")
-_SUFFIXES = (".jsonl", ".json", ".txt", ".parquet", ".jsonl.gz", ".json.gz", ".txt.gz")
+_SUFFIXES = (".jsonl", ".json", ".txt", ".raw", ".parquet", ".jsonl.gz", ".json.gz", ".txt.gz")
 
 
 @dataclass(frozen=True)

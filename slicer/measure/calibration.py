@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from inspect import signature
@@ -25,7 +26,7 @@ _CONVERSATIONS = ("messages", "conversations", "conversation")  # columns that h
 _ROLES = {"human": "user", "gpt": "assistant"}
 Conversation = list[dict[str, str]]
 Document = str | Conversation
-_SUFFIXES = (".jsonl", ".json", ".txt", ".parquet", ".jsonl.gz", ".json.gz", ".txt.gz")
+_SUFFIXES = (".jsonl", ".json", ".txt", ".raw", ".parquet", ".jsonl.gz", ".json.gz", ".txt.gz")
 _REMEDY = "give --calibration self (text sampled from the model) or a local .jsonl, .txt or .parquet file"
 
 
@@ -208,11 +209,12 @@ def _documents(spec: CalibrationSpec) -> Iterator[Document]:
 
 
 def read_documents(file: Path, column: str) -> list[Document]:
-    """Every document of a local file. A .txt file is cut at blank lines."""
+    """Every document of a local file. A .txt or .raw file is cut at blank lines."""
     if not file.is_file():
         raise CalibrationError(f"{file}: no such file; {_REMEDY}")
     readers: dict[str, Callable[[Path, str], list[Document]]] = {
-        ".jsonl": _read_jsonl, ".json": _read_json, ".txt": _read_text, ".parquet": _read_parquet,
+        ".jsonl": _read_jsonl, ".json": _read_json, ".txt": _read_text, ".raw": _read_text,
+        ".parquet": _read_parquet,
     }  # fmt: skip
     suffix = Path(file.name.removesuffix(".gz")).suffix.lower()
     if suffix not in readers:
@@ -233,7 +235,7 @@ def _open(file: Path) -> TextIO:
 
 def _read_text(file: Path, column: str) -> list[Document]:
     with _open(file) as stream:
-        return [part for part in stream.read().split("\n\n") if part.strip()]
+        return [part for part in re.split(r"\n[ \t\r]*\n", stream.read()) if part.strip()]
 
 
 def _read_jsonl(file: Path, column: str) -> list[Document]:

@@ -67,12 +67,13 @@ def test_every_format_gives_the_same_tokens(path: Path, model: Any, tmp_path: Pa
     lines = "".join(json.dumps({"body": text}) + "\n" for text in texts)
     (tmp_path / "t.jsonl").write_text(lines)
     (tmp_path / "t.txt").write_text("\n\n".join(texts))
+    (tmp_path / "t.raw").write_text("\n \n".join(texts))
     with gzip.open(tmp_path / "t.jsonl.gz", "wt") as stream:
         stream.write(lines)
     parquet.write_table(pyarrow.table({"body": texts}), tmp_path / "t.parquet")
     first, *others = (
         tokens(path, model, tmp_path / name, text_column="body")
-        for name in ("t.jsonl", "t.txt", "t.jsonl.gz", "t.parquet")
+        for name in ("t.jsonl", "t.txt", "t.raw", "t.jsonl.gz", "t.parquet")
     )
     assert all(torch.equal(first, other) for other in others)
 
