@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from slicer.checkpoint.export import export as export
     from slicer.checkpoint.reader import Checkpoint as Checkpoint
-    from slicer.convert import Goal as Goal
-    from slicer.convert import Options as Options
     from slicer.convert import convert as convert
     from slicer.errors import SlicerError as SlicerError
     from slicer.measure.analysis import Analysis as Analysis
     from slicer.measure.calibration import CalibrationSpec as CalibrationSpec
     from slicer.measure.stream import Walk as Walk
     from slicer.measure.summary import measure as measure
+    from slicer.options import Goal as Goal
+    from slicer.options import Options as Options
     from slicer.plan import Plan as Plan
     from slicer.plan import parse_amount as parse_amount
     from slicer.select import select as select
@@ -30,8 +30,8 @@ _HOMES = {
     "Checkpoint": "slicer.checkpoint.reader",
     "export": "slicer.checkpoint.export",
     "convert": "slicer.convert",
-    "Goal": "slicer.convert",
-    "Options": "slicer.convert",
+    "Goal": "slicer.options",
+    "Options": "slicer.options",
     "SlicerError": "slicer.errors",
     "measure": "slicer.measure.summary",
     "Analysis": "slicer.measure.analysis",

@@ -170,9 +170,9 @@ def convert(source: str, **given: Any) -> None:
     SOURCE is a directory, a Hub id (org/name or org/name@revision), or "demo", the embedded model.
     """
     from slicer import console
-    from slicer.convert import Goal, Options
     from slicer.convert import convert as run
     from slicer.measure.calibration import CalibrationSpec
+    from slicer.options import Goal, Options
     from slicer.plan import Plan, parse_amount, parse_size
 
     amounts = {

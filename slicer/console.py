@@ -32,10 +32,10 @@ from slicer.progress import Progress
 if TYPE_CHECKING:
     from slicer.checkpoint.merge import Merged
     from slicer.checkpoint.sizes import Sizes
-    from slicer.convert import Summary
     from slicer.demo.show import Shown
     from slicer.heal.job import Healed
     from slicer.inspect import Inspection
+    from slicer.options import Summary
 
 _ERR = Console(stderr=True, highlight=False)
 _QUIET_SECONDS = 20  # between lines of progress where stderr is a file

@@ -20,10 +20,11 @@ from click.testing import CliRunner
 from slicer.analyze import AnalyzeOptions, analyze
 from slicer.checkpoint.model import load_model
 from slicer.cli import main
-from slicer.convert import Goal, Options, convert
+from slicer.convert import convert
 from slicer.errors import CalibrationError, OutputError, UsageError
 from slicer.measure.analysis import Analysis
 from slicer.measure.calibration import CalibrationSpec, token_batches
+from slicer.options import Goal, Options
 from slicer.plan import Plan, parse_amount
 
 LAYERS = 6

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slicer import demo
-from slicer.convert import Goal, Options, Summary, convert
+from slicer.convert import convert
 from slicer.measure.calibration import CalibrationSpec
+from slicer.options import Goal, Options, Summary
 from slicer.plan import parse_amount
 from slicer.progress import Progress
 

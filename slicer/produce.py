@@ -1,0 +1,171 @@
+"""The plan -> the directory: reference logits, weights, figures and card, checks; it appears when all is well."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slicer.checkpoint import architectures
+from slicer.checkpoint.export import write_checkpoint
+from slicer.checkpoint.reader import Checkpoint
+from slicer.checkpoint.writer import atomic_directory
+from slicer.errors import SourceError, VerificationError
+from slicer.materials import SourceModel
+from slicer.options import Options, Summary
+from slicer.plan import Plan
+from slicer.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
+
+    from slicer.heal.healing import Healing
+    from slicer.measure.analysis import Distances
+    from slicer.measure.stream import Walk
+
+
+def write(
+    checkpoint: Checkpoint,
+    summary: Summary,
+    config: Mapping[str, Any],
+    distances: Distances | None,
+    model: SourceModel,
+    healing: Healing | None,
+    options: Options,
+    progress: Progress,
+) -> Summary:
+    """Reference logits, then the directory, its figures and card, its checks; renamed into place at the end."""
+    assert summary.out is not None
+    probe: tuple[torch.Tensor, torch.Tensor] | None = None
+    if summary.verified == "logits":
+        progress.stage("Reference logits of the source with those layers bypassed")
+        probe = _reference(checkpoint, summary.plan, model.walk(), healing)
+    model.release()
+    replaced = None
+    if healing is not None:
+        from slicer.heal.healing import replacements
+
+        replaced = replacements(checkpoint, healing)
+    with atomic_directory(summary.out, replace=options.force) as directory:
+        progress.stage("Writing", summary.after.total_bytes, "bytes")
+        write_checkpoint(
+            checkpoint,
+            summary.plan,
+            config,
+            directory,
+            dtype=options.dtype,
+            max_shard_bytes=options.max_shard_bytes,
+            progress=progress.advance,
+            replaced=replaced,
+        )
+        if distances is not None:
+            _draw(distances, summary.plan, directory / "slicer")
+        (directory / "README.md").write_text(_card(checkpoint, summary, distances is not None), "utf-8")
+        error = _check(checkpoint, directory, summary, model, healing, probe, options, progress)
+    return replace(summary, logits_error=error)
+
+
+def _reference(
+    checkpoint: Checkpoint, plan: Plan, walk: Walk, healing: Healing | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A few tokens, and the logits that the result must have: the source's, healed, with those layers bypassed."""
+    from slicer.checkpoint import verify
+    from slicer.heal.healing import healed
+
+    config = architectures.text_config(checkpoint.config)
+    tokens = verify.probe_tokens(config.get("vocab_size") or walk.model.config.vocab_size, seed=0)
+    changes = healing.changes if healing is not None else {}
+    if walk.streamed:
+        return tokens, _walked_logits(walk, tokens, plan.kept, changes)
+    with healed(walk.model, changes):
+        return tokens, verify.reference_logits(walk.model, tokens, plan.dropped)
+
+
+def _check(
+    checkpoint: Checkpoint,
+    directory: Path,
+    summary: Summary,
+    model: SourceModel,
+    healing: Healing | None,
+    probe: tuple[torch.Tensor, torch.Tensor] | None,
+    options: Options,
+    progress: Progress,
+) -> float | None:
+    """Check what was written as far as `summary.verified` says; returns how far its logits are off, where compared."""
+    if summary.verified == "none" and healing is None:
+        return None  # without torch, whose import takes longer than a small copy
+    from slicer.checkpoint import verify
+
+    if summary.verified != "none":
+        progress.stage("Checking every key and shape")
+        verify.check_load(directory, trust_remote_code=options.trust_remote_code)
+    if healing is not None:
+        from slicer.heal.healing import as_written
+
+        verify.check_tensors(directory, as_written(checkpoint, summary.plan, healing))
+    if probe is None:
+        return None
+    progress.stage("Comparing logits")
+    tokens, reference = probe
+    if not model.fits:
+        return _check_walked(directory, reference, tokens, options)
+    return verify.check_logits(
+        directory,
+        reference,
+        tokens,
+        dtype=options.dtype or "auto",
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def _walked_logits(
+    walk: Walk, tokens: torch.Tensor, layers: Iterable[int], changes: Mapping[int, Any]
+) -> torch.Tensor:
+    """The logits of `tokens` after these layers alone, healed by `changes`: [batch, seq, vocabulary], on the CPU."""
+    from slicer.heal.outputs import applied
+
+    states, order = walk.start([tokens]), tuple(layers)
+    with walk.along(order):
+        for i in order:
+            with walk.layer(i) as layer, contextlib.ExitStack() as stack:
+                if i in changes:
+                    stack.enter_context(applied(layer, changes[i]))
+                walk.advance(i, states)
+    return walk.logits(states, 0).cpu()
+
+
+def _check_walked(out: Path, reference: torch.Tensor, tokens: torch.Tensor, options: Options) -> float:
+    """`verify.check_logits` with the result's layers read one at a time."""
+    from slicer.checkpoint import verify
+    from slicer.measure.stream import Walk
+
+    try:
+        walk = Walk.out_of_core(
+            out,
+            dtype=options.dtype or "auto",
+            device=options.device,
+            memory_bytes=options.memory,
+            trust_remote_code=options.trust_remote_code,
+        )
+        logits = _walked_logits(walk, tokens, range(walk.depth), {})
+    except SourceError as error:
+        raise VerificationError(f"the written checkpoint does not load: {error}") from None
+    return verify.compare_logits(logits, reference)
+
+
+def _draw(distances: Distances, plan: Plan, directory: Path) -> None:
+    from slicer.judge import plots
+
+    (directory / "distances.json").write_text(distances.to_json(), "utf-8")
+    n = len(plan.dropped)
+    plots.heat_map(distances, directory / "distances.png", chosen=(plan.dropped[0], n))
+    plots.curves(distances, directory / "curves.png", chosen=(plan.dropped[0], n))
+
+
+def _card(checkpoint: Checkpoint, summary: Summary, figures: bool) -> str:
+    from slicer.checkpoint import card
+
+    return card.for_slice(checkpoint, summary.plan, summary.before, summary.after, figures=figures)
