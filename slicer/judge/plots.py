@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from slicer.measure.analysis import Analysis, Distances
 
 _CURVES = 6
+_BOTH = ".png+svg"  # the suffix that asks for both files
 _BLUE, _ORANGE = "#0072b2", "#e69f00"  # Okabe and Ito's: told apart with any colour vision
 
 
@@ -128,7 +129,7 @@ def analysis_figures(analysis: Analysis, directory: Path) -> list[Path]:
         "blocks": partial(chosen_blocks, analysis),
     }
     for name, figure in draw.items():
-        figure(directory / name)
+        figure(directory / f"{name}{_BOTH}")
     return [directory / f"{name}{suffix}" for name in draw for suffix in (".png", ".svg")]
 
 
@@ -272,13 +273,15 @@ def _canvas(size: tuple[float, float]) -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    """As the suffix says, both PNG and SVG without one; nothing in a file depends on when it was made."""
+    """As the suffix says (PNG, SVG or `_BOTH`); nothing in a file depends on when it was made."""
     from matplotlib import rc_context
 
-    if path.suffix in (".png", ""):
-        figure.savefig(path.with_suffix(".png"), format="png", dpi=130, metadata={"Software": None})
-    if path.suffix in (".svg", ""):
-        if not path.suffix:
-            figure.set_layout_engine("none")  # as it stands: to lay it out takes longer than to draw it
+    both = path.suffix == _BOTH
+    if path.suffix != ".svg":
+        png = path.with_suffix(".png") if both else path
+        figure.savefig(png, format="png", dpi=130, metadata={"Software": None})
+    if both:
+        figure.set_layout_engine("none")  # as it stands: to lay it out takes longer than to draw it
+    if both or path.suffix == ".svg":
         with rc_context({"svg.hashsalt": "slicer", "svg.fonttype": "path"}):
             figure.savefig(path.with_suffix(".svg"), format="svg", metadata={"Date": None, "Creator": None})
