@@ -1,6 +1,6 @@
 """A 13B-shaped checkpoint walked from disk: rate against plain reading, peak memory, killed half-way and resumed.
 
-    python -m slicer.benchmarks.streaming [--directory DIR] [--layers 40] [--tokens 16] [--memory 3GB]
+    python -m slicer.benchmarks.streaming [--directory DIR] [--layers 40] [--tokens 4] [--memory 3GB]
 
 Writes the checkpoint (40 layers, hidden size 5120, bfloat16, 26 GB) into DIR and removes it afterwards; on a disk too
 small for it, it says so and takes fewer layers. Every run is a process of its own with the files out of the page cache,
@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -142,6 +142,14 @@ def work(model: Path, out: Path, tokens: int, layers: int, memory: str) -> dict[
             self.seconds = time.perf_counter() - self.begun
 
     out.mkdir(parents=True, exist_ok=True)
+    anonymous, done = [0.0], threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.02):
+            anonymous.append(memory_of("RssAnon"))
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
     watch = Watch()
     walk = Walk.out_of_core(model, device="cpu", memory_bytes=parse_size(memory, "--memory"))
     batch = torch.randint(VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(0))
@@ -158,17 +166,20 @@ def work(model: Path, out: Path, tokens: int, layers: int, memory: str) -> dict[
     trace = record(walk, [batch], out, points=16, resumable=True, progress=watch)
     walked = time.perf_counter() - began
     summarise(trace, Share(), 0, 1, 16, tokens)
-    status = dict(
-        line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line
-    )
-    file_backed = int(status["RssFile"].split()[0])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    done.set()
+    sampler.join()
     return {
         "walk_seconds": walked,
         "first": watch.first,
-        "peak": peak / 2**20,
-        "anonymous": (peak - file_backed) / 2**20,
+        "peak": memory_of("VmHWM"),
+        "anonymous": max(anonymous),
     }
+
+
+def memory_of(field: str) -> float:
+    """GiB that /proc says this process has. (getrusage would count the parent's at the fork.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 2**20
 
 
 def write(path: Path, layers: int) -> None:
