@@ -18,7 +18,7 @@ from slicer.errors import SlicerError
 from slicer.heal.command import heal, merge
 from slicer.judge.command import evaluate, report
 from slicer.judge.sweep_command import sweep
-from slicer.measure.command import analyze, plan, recorded_command
+from slicer.measure.command import analyze, calibration_options, plan, recorded_command
 from slicer.serve.command import serve
 
 # Options that do not change what is written stay out of the recorded command, so the same work has the same record.
@@ -110,17 +110,7 @@ def main() -> None:
     help="similarity: the block whose ends lie closest (angular distance). deepest: the last layers but the final "
     "one. tail: the last layers.",
 )
-@click.option(
-    "--calibration",
-    metavar="DATA",
-    help="What similarity measures on: a Hub data set, a .jsonl, .txt or .parquet file, or 'self' (text sampled from "
-    "the model)  [default: allenai/c4, streamed; self for the demo model]",
-)
-@click.option("--samples", type=click.IntRange(min=1), help="Calibration sequences.")
-@click.option("--seq-len", type=click.IntRange(min=2), help="Tokens in each.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Sequences in a forward pass.")
-@click.option("--seed", type=click.IntRange(min=0), help="Seed of the calibration sample.")
-@click.option("--text-column", metavar="NAME", help="Column of the calibration data that holds the text.")
+@calibration_options
 @click.option(
     "--heal",
     type=click.Choice(["none", "auto", "fold"]),

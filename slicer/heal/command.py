@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from slicer.measure.command import calibration_options
+
 
 @click.command()
 @click.argument("sliced")
@@ -33,17 +35,7 @@ import click
 @click.option(
     "-o", "--out", required=True, type=click.Path(path_type=Path), help="Where the healed checkpoint goes."
 )
-@click.option(
-    "--calibration",
-    metavar="DATA",
-    help="What to solve on: a Hub data set, a .jsonl, .txt or .parquet file, or 'self' (text sampled from the source) "
-    " [default: allenai/c4, streamed]",
-)
-@click.option("--samples", type=click.IntRange(min=1), help="Calibration sequences.")
-@click.option("--seq-len", type=click.IntRange(min=2), help="Tokens in each.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Sequences in a forward pass.")
-@click.option("--seed", type=click.IntRange(min=0), help="Seed of the calibration sample.")
-@click.option("--text-column", metavar="NAME", help="Column of the calibration data that holds the text.")
+@calibration_options
 @click.option(
     "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest weight file."
 )

@@ -17,12 +17,12 @@ _UNRECORDED = {"out", "force", "as_json", "debug", "device", "memory", "source",
 
 
 def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What to measure on."""
+    """The options that say what text to work on: of convert, analyze and heal alike."""
     options = [
         click.option(
             "--calibration",
             metavar="DATA",
-            help="What to measure on: a Hub data set, a .jsonl, .txt or .parquet file (with conversations it goes "
+            help="Text to measure and to heal on: a Hub data set, a .jsonl, .txt or .parquet file (with conversations it goes "
             "through the chat template), task:NAME for the prompts of an lm-eval task, or 'self' (text sampled from "
             "the model)  [default: allenai/c4, streamed; self for the demo model]",
         ),
