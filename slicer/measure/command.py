@@ -22,7 +22,7 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--calibration",
             metavar="DATA",
-            help="Text to measure and to heal on: a Hub data set, a .jsonl, .txt or .parquet file (with conversations it goes "
+            help="Text to measure and heal on: a Hub data set, a .jsonl, .txt or .parquet file (conversations go "
             "through the chat template), task:NAME for the prompts of an lm-eval task, or 'self' (text sampled from "
             "the model)  [default: allenai/c4, streamed; self for the demo model]",
         ),
