@@ -135,7 +135,7 @@ def _speculative(
         return speculative.measure(models[0], drafts[label], work, asked, request.speculative_tokens, tell)
 
     runs = run_rounds(list(drafts), request.rounds, request.seed, run, store, progress)
-    found = speculative.summarize(models, runs, asked, request.speculative_tokens)
+    found = speculative.summarize(models, runs, asked, request.speculative_tokens, work.dtype)
     return {"models": [m.to_dict() for m in models], "lines": {}, "speculative": found, "verdict": found["verdict"],
             "runs": runs}  # fmt: skip
 

@@ -97,7 +97,11 @@ def measure(
 
 
 def summarize(
-    contestants: Sequence[Contestant], runs: Sequence[Mapping[str, Any]], prompts: Sequence[str], tokens: int
+    contestants: Sequence[Contestant],
+    runs: Sequence[Mapping[str, Any]],
+    prompts: Sequence[str],
+    tokens: int,
+    dtype: str,
 ) -> dict[str, Any]:
     """The `speculative` part of bench.json, and its verdict."""
     rows = []
@@ -145,7 +149,9 @@ def summarize(
     if all(row["outputs_identical"] for row in drafted):
         verdict += "; all outputs are identical"
     else:
-        verdict += "; some outputs differ by rounding (identical with -- --dtype float32)"
+        verdict += (
+            f"; some outputs differ, as rounding can make them in {dtype} (compare with --dtype float32)"
+        )
     return {"rows": rows, "num_speculative_tokens": tokens, "prompts": list(prompts), "verdict": verdict}
 
 

@@ -33,7 +33,7 @@ _DIRECT = urllib.request.build_opener(
 # What vLLM's parent process says when a child of it failed: true, and of no help.
 _HOLLOW = re.compile(
     r"Engine core initialization failed|Engine process failed to start|EngineCore failed|See root cause above"
-    r"|EngineDeadError|WorkerProc initialization failed|CancelledError|KeyboardInterrupt|SystemExit"
+    r"|EngineDeadError|Executor failed|WorkerProc initialization failed|CancelledError|KeyboardInterrupt|SystemExit"
 )
 _PREFIX = re.compile(r"^(\([^)]*pid=\d+\)\s*)?((ERROR|CRITICAL|WARNING|INFO) [\d-]+ [\d:]+ \[[^\]]*\]\s*)?")
 _REASON = re.compile(
