@@ -1,6 +1,6 @@
 """Export against `cp` and mergekit: the same layers off the same synthetic checkpoint, in the same run.
 
-    python -m slicer.benchmarks.export [--directory DIR] [--rounds 3] [--mergekit PYTHON]
+    python -m slicer.benchmarks.export [--directory DIR] [--rounds 5] [--mergekit PYTHON]
 
 A Llama of 12 layers and 5.4 GB in bfloat16 is written in shards of 1 GB; layers 4-7 are dropped from it by
 
@@ -9,9 +9,10 @@ A Llama of 12 layers and 5.4 GB in bfloat16 is written in shards of 1 GB; layers
     cp        `cp -r` of what export wrote: the same bytes to the same disk
     mergekit  the whole command, `mergekit-yaml` with a passthrough of layers 0-3 and 8-11
 
-round after round, each round in another order drawn from a seed, after everything earlier was flushed to the disk. The
-source is in the page cache (or, with --cold, dropped from it: then all wait for the same disk). Without --mergekit, a
-virtual environment with mergekit 0.1.5 is made under --directory the first time.
+round after round, each round in another order drawn from a seed, after everything earlier was flushed to the disk. A
+first round warms up and is not counted: a disk that was just filled with the source is slow for a while. The source is
+in the page cache (or, with --cold, dropped from it: then all wait for the same disk). Without --mergekit, a virtual
+environment with mergekit 0.1.5 is made under --directory the first time.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ def main() -> None:
     parser.add_argument(
         "--directory", type=Path, help="where 20 GB fit; kept, so that a second run starts sooner"
     )
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--mergekit", metavar="PYTHON", help="the interpreter of an environment that has mergekit"
     )
@@ -181,15 +182,16 @@ def main() -> None:
     figures: dict[str, list[float]] = {name: [] for name in contestants}
     memory: dict[str, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
-    for number in range(options.rounds):
-        print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
+    for number in range(options.rounds + 1):
+        print(f"round {number} of {options.rounds}" if number else "warming up", file=sys.stderr)
         for name in random.Random(number).sample(names, len(names)):
             reads, compete = contestants[name]
             prepare(reads, options.cold)
             seconds, held = compete()
-            figures[name].append(seconds)
-            memory[name].append(held)
             shutil.rmtree(target)
+            if number:
+                figures[name].append(seconds)
+                memory[name].append(held)
     total, written = (sum(f.stat().st_size for f in p.glob("*.safetensors")) for p in (source, kept))
     median = {name: statistics.median(values) for name, values in figures.items()}
     state = "from the disk" if options.cold else "from the page cache"
