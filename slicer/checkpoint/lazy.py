@@ -7,10 +7,8 @@ an embedding costs the memory of the rows that are read.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import mmap
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,12 +16,10 @@ import torch
 from torch import nn
 
 from slicer.checkpoint import tensors as torch_tensors
+from slicer.checkpoint.buffers import Buffers, room
 from slicer.checkpoint.model import build_on_meta, decoder_layers, meta_tensors
 from slicer.checkpoint.reader import Checkpoint, TensorSpan
 from slicer.errors import SourceError
-
-_BLOCK = 64 << 20  # bytes of a read call
-_ALIGN = 64  # bytes; what vector instructions like
 
 
 class LazyModel:
@@ -64,6 +60,7 @@ class LazyModel:
                 self._spans
             ):  # those beyond the depth predict further tokens; they never run
                 self._spans[int(index)][key] = span
+        self._buffers = Buffers(max(room(spans.values()) for spans in self._spans))
         self.outside_bytes = sum(span.nbytes for span in outside.values())
         self._load({key: _mapped(span) for key, span in outside.items()})
         self._tie()
@@ -77,7 +74,7 @@ class LazyModel:
 
     def read(self, index: int) -> dict[str, torch.Tensor]:
         """The stored tensors of layer `index` under their raw keys, read into memory. Safe in another thread."""
-        return _read(self._spans[index])
+        return self._buffers.read(self._spans[index])
 
     def place(self, index: int, stored: dict[str, torch.Tensor]) -> nn.Module:
         """Give layer `index` its weights (from `read`), converted and on the device; returns the layer."""
@@ -164,49 +161,6 @@ def _mapped(span: TensorSpan) -> torch.Tensor:
     with open(span.file, "rb") as stream:
         view = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
     if span.start % _dtype(span).itemsize:
-        return _read({"": span})[""]
+        return Buffers(0).read({"": span})[""]
     flat = torch.frombuffer(view, dtype=_dtype(span), count=math.prod(span.shape), offset=span.start)
     return flat.view(span.shape)
-
-
-def _read(spans: dict[str, TensorSpan]) -> dict[str, torch.Tensor]:
-    """Raw key -> tensor, read in the order of the bytes on disk into one buffer."""
-    found: dict[str, torch.Tensor] = {}
-    descriptors: dict[str, int] = {}
-    buffer = _buffer(sum(span.nbytes + _ALIGN for span in spans.values() if span.key is None))
-    at = 0
-    try:
-        for key, span in sorted(spans.items(), key=lambda item: (str(item[1].file), item[1].start)):
-            if span.key is not None:
-                found[key] = torch_tensors.load(span.file)[span.key].clone()
-                continue
-            if (name := str(span.file)) not in descriptors:
-                descriptors[name] = os.open(name, os.O_RDONLY)
-            part = buffer[at : at + span.nbytes]
-            _fill(part.numpy().data, descriptors[name], span)
-            found[key] = part.view(_dtype(span)).view(span.shape)
-            at += -(-span.nbytes // _ALIGN) * _ALIGN
-    except OSError as error:
-        raise SourceError(f"{span.file}: cannot be read ({error.strerror}); check the file") from None
-    finally:
-        for descriptor in descriptors.values():
-            os.close(descriptor)
-    return found
-
-
-def _buffer(size: int) -> torch.Tensor:
-    """`size` fresh bytes, in large pages where the system has them: touching small ones takes longer than reading."""
-    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
-
-
-def _fill(buffer: memoryview, descriptor: int, span: TensorSpan) -> None:
-    done = 0
-    while done < len(buffer):
-        count = os.preadv(descriptor, [buffer[done : done + _BLOCK]], span.start + done)
-        if not count:
-            raise SourceError(f"{span.file}: ends before its last tensor; fetch it again")
-        done += count
