@@ -4,8 +4,9 @@
 
 Writes the checkpoint (40 layers, hidden size 5120, bfloat16, 26 GB) into DIR and removes it afterwards; on a disk too
 small for it, it says so and takes fewer layers. Every run is a process of its own with the files out of the page cache,
-the plain reading too (the first ten of the same files, in order, 16 MB at a time). A last run with many tokens gives
-the speed of computing. The walk does what `slicer analyze` does: it records every metric's states and is resumable.
+the plain reading too (the first ten of the same files, in order, 16 MB at a time). A run of four layers with many
+tokens gives the speed of computing; a last one of all layers is held against what the planning formula makes of these
+rates. The walk does what `slicer analyze` does: it records every metric's states and is resumable.
 """
 
 from __future__ import annotations
@@ -91,9 +92,19 @@ def run(scratch: Path, layers: int, options: argparse.Namespace) -> None:
         .communicate()[0]
         .splitlines()[-1]
     )
-    flops = 2.0 * LAYER_PARAMETERS * options.compute_tokens * few / busy["advance_seconds"]
+    work_each = 2.0 * LAYER_PARAMETERS * options.compute_tokens
+    flops = work_each * few / busy["advance_seconds"]
+    many = json.loads(
+        start(model, scratch / "many", options.compute_tokens, layers, options.memory)
+        .communicate()[0]
+        .splitlines()[-1]
+    )
     rate = bytes_read / report["walk_seconds"] / 1e6
     fastest = max(plain, plain_again)
+    planned = {  # the formula of docs/analysis.md
+        tokens: layers * max(2e-6 * LAYER_PARAMETERS / fastest, 2.0 * LAYER_PARAMETERS * tokens / flops)
+        for tokens in (options.tokens, options.compute_tokens)
+    }
     print(
         f"\n{layers} layers of {2 * LAYER_PARAMETERS / 1e6:.0f} MB, {options.tokens} tokens, {options.memory}\n"
     )
@@ -106,7 +117,12 @@ def run(scratch: Path, layers: int, options: argparse.Namespace) -> None:
     )
     print(f"| killed after layer {layers // 2 - 1}, went on at layer | {resumed['first']} |")
     print(f"| kept states of the resumed run the same, byte for byte | {'yes' if same else 'NO'} |")
-    print(f"| computing, {options.compute_tokens} tokens | {flops / 1e9:,.0f} GFLOP/s |")
+    print(f"| computing, {options.compute_tokens} tokens, {few} layers | {flops / 1e9:,.0f} GFLOP/s |")
+    for tokens, measured in ((options.tokens, report), (options.compute_tokens, many)):
+        print(
+            f"| {tokens} tokens, all layers: planned by these rates, measured | {planned[tokens]:.1f} s, "
+            f"{measured['walk_seconds']:.1f} s |"
+        )
 
 
 def start(model: Path, out: Path, tokens: int, layers: int, memory: str) -> subprocess.Popen[str]:
