@@ -114,8 +114,8 @@ def main() -> None:
 @click.option(
     "--heal",
     type=click.Choice(["none", "auto", "fold"]),
-    help="Close the cut: fold solves the weights before it again, in closed form, on the calibration data; auto does "
-    "so where there is such data and it helps. none: keep every byte  [default: none, or as --plan was]",
+    help="Close the cut: fold solves the weights around it again, in closed form, on the calibration data; auto does "
+    "so where there is such data and it helps. none: keep every byte  [default: auto, or as --plan was]",
 )
 @click.option(
     "--fold",

@@ -100,7 +100,7 @@ def _heal(
 ) -> Healing | None:
     """The new weights around the cut, or None; unasked, only where that can be done and helps."""
     asked = options.heal == "fold"
-    if options.heal in (None, "none"):
+    if options.heal == "none":
         return None
     if not asked and not data.at_hand:
         progress.note("not healed: there is no calibration data at hand; --calibration DATA heals the cut")
@@ -130,10 +130,12 @@ def _heal(
 
 
 def _healing_again(plan: Plan, options: Options, data: CalibrationData) -> Options:
-    """A plan that was healed is healed again on the same text, unless other options are given."""
+    """A plan is replayed as it was: healed on the same text, or not at all, unless other options are given."""
     record = plan.healing
-    if record is None or options.heal is not None or options.calibration.source is not None:
+    if options.heal is not None or options.calibration.source is not None:
         return options
+    if record is None:
+        return replace(options, heal="none")
     given = dict(record.get("calibration") or {})
     names = {f.name for f in fields(CalibrationSpec)}
     data.spec = CalibrationSpec(**{k: v for k, v in given.items() if k in names})

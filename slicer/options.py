@@ -65,7 +65,7 @@ class Options:
         device: "auto", "cpu", "cuda", "cuda:1", ...
         memory: bytes that the weights may take; a larger model is read from disk a layer at a time. None: what is free.
         heal: "none"; "fold"; or "auto", which folds where there is calibration data, the architecture allows it and
-            it lowers the loss on held-out text. None is "none", but a plan that was healed is healed again.
+            it lowers the loss on held-out text. None is "auto", but a plan is replayed as it was, healed or not.
         fold: the solver, one of `slicer.heal.fold.SOLVERS`.
     """
 

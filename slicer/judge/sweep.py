@@ -1,7 +1,8 @@
 """A grid of cuts, each put to the same suite: the paper's curves for one model.
 
 The model is loaded once. A cut without healing, or healed in closed form, is made of it in memory; the model is
-itself again afterwards. Healing that trains works on files.
+itself again afterwards. The layers before a cut are not run again for the next one (`slicer.judge.prefix`). Healing
+that trains works on files.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slicer.checkpoint import hub
+from slicer.checkpoint import hub, verify
 from slicer.checkpoint.export import refuse_quantized, sliced_config
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import ArchitectureError, EvaluationError, HealError
@@ -24,6 +25,7 @@ from slicer.judge import backends, healing
 from slicer.judge.evaluate import EvalOptions, Suite, describe
 from slicer.judge.grid import UNPRUNED, Cell
 from slicer.judge.journal import Journal, write_atomically
+from slicer.judge.prefix import Prefix
 from slicer.judge.results import Evaluation
 from slicer.measure.calibration import CalibrationSpec
 from slicer.plan import Plan
@@ -76,6 +78,7 @@ class Sweep:
             self.suite.close()
             raise
         self._model: Any = None
+        self._first_layers: Prefix | None = None
         self._batches: TokenBatches | None = None
         self._distances: Distances | None = None
         self._provenance: dict[str, Any] = {}
@@ -148,7 +151,7 @@ class Sweep:
         from slicer.checkpoint.model import sliced
 
         if cell.heal == "none":
-            with sliced(self.model(), plan.kept, config):
+            with self._prefix().shared(min(plan.dropped)), sliced(self.model(), plan.kept, config):
                 return self._measure(name)
         if cell.heal == "fold":
             from slicer.heal.healing import fold_checkpoint, healed
@@ -159,13 +162,18 @@ class Sweep:
                 self.checkpoint, walk, self._calibration(), plan.dropped, progress=self.progress
             )
             record["healing"] = {k: v for k, v in changed.record.items() if k != "tensors"}
-            with healed(self.model(), changed.changes), sliced(self.model(), plan.kept, config):
+            first = min(*plan.dropped, *changed.changes)
+            with (
+                self._prefix().shared(first),
+                healed(self.model(), changed.changes),
+                sliced(self.model(), plan.kept, config),
+            ):
                 return self._measure(name)
         raise EvaluationError(f"--heal {cell.heal}: not available in this version of slicer")
 
     def _measure(self, name: str) -> Evaluation:
         model = self.model()
-        lm = backends.wrap(model, self.found.path, self.options.evaluation)
+        lm = backends.wrap(model, self.found.path, self.options.evaluation, last_logits_only=True)
         return self.suite.run(lm, name, backends.vocabulary_of(model))
 
     # --- the model and what it is cut by ---------------------------------------------------------------------------
@@ -183,10 +191,18 @@ class Sweep:
                 count = torch.cuda.device_count()
                 device = f"cuda:{int(local) % count}" if count else "cpu"
             self.progress.stage("Loading the model")
+            dtype = options.dtype
+            if dtype == "auto" and _float32_is_faster(device, self.checkpoint):
+                dtype = "float32"
             self._model = load_model(
-                self.found.path, dtype=options.dtype, device=device, trust_remote_code=self._trusted
+                self.found.path, dtype=dtype, device=device, trust_remote_code=self._trusted
             )
         return self._model
+
+    def _prefix(self) -> Prefix:
+        if self._first_layers is None:
+            self._first_layers = Prefix(self.model())
+        return self._first_layers
 
     @property
     def _trusted(self) -> bool:
@@ -253,6 +269,17 @@ class Sweep:
                 failure = error
         assert failure is not None
         raise failure
+
+
+def _float32_is_faster(device: str, checkpoint: Checkpoint) -> bool:
+    """On a CPU without matrix instructions for 16-bit numbers (AMX), where the model fits so."""
+    import torch
+
+    from slicer.checkpoint.model import pick_device
+
+    if pick_device(device).type != "cpu" or torch.cpu._is_amx_tile_supported():
+        return False
+    return verify.fits_in_memory(sum(span.cast("F32")[1] for span in checkpoint.tensors.values()), "cpu")
 
 
 class _Clock:

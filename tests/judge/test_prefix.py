@@ -1,0 +1,77 @@
+"""Layers before a cut are run once: the scores are those of running them again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from slicer.checkpoint.export import sliced_config
+from slicer.checkpoint.model import sliced
+from slicer.checkpoint.reader import Checkpoint
+from slicer.judge.prefix import Prefix
+from slicer.plan import Plan
+from tests.tiny import save_tiny, tiny_model
+
+CUTS = ((3,), (2, 3), (1, 2), (3,))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "qwen3_moe", "gpt2", "falcon", "bloom"])
+def test_logits_are_the_same_bits(model_type: str, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(save_tiny(model_type, tmp_path))
+    model = tiny_model(model_type).eval()
+    batches = [torch.randint(0, model.config.vocab_size, (1, n)) for n in (9, 12)]
+    prefix = Prefix(model, room=10**7)
+    for dropped in (d for d in CUTS if max(d) < checkpoint.depth - 1):
+        plan = Plan.dropping(checkpoint.depth, dropped)
+        config = sliced_config(checkpoint, plan)
+        with sliced(model, plan.kept, config), torch.no_grad():
+            expected = [model(batch, use_cache=False).logits for batch in batches]
+        with prefix.shared(min(dropped)), sliced(model, plan.kept, config), torch.no_grad():
+            got = [model(batch).logits for batch in batches]
+            written = model.generate(batches[0], max_new_tokens=4, do_sample=False)
+        with sliced(model, plan.kept, config):
+            assert torch.equal(written, model.generate(batches[0], max_new_tokens=4, do_sample=False))
+        assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+    assert prefix.taken >= 2
+    with torch.no_grad():
+        model(batches[0])
+    assert prefix.taken >= 2 and not any("forward" in layer.__dict__ for layer in prefix._layers)
+
+
+def test_without_room_nothing_is_kept(tmp_path: Path) -> None:
+    model = tiny_model("llama").eval()
+    prefix = Prefix(model, room=100)
+    tokens = torch.randint(0, model.config.vocab_size, (1, 9))
+    with torch.no_grad():
+        expected = model(tokens).logits
+        for _ in range(2):
+            with prefix.shared(2):
+                assert torch.equal(model(tokens).logits, expected)
+    assert prefix.taken == 0
+
+
+def test_layers_that_tell_each_other_more_are_left_alone(tmp_path: Path) -> None:
+    model = tiny_model("llama").eval()
+    layers, said = model.model.layers, []
+    first, last = layers[0].forward, layers[3].forward
+
+    def whisper(*args: object, **kwargs: object) -> torch.Tensor:
+        said.append(float(len(said)))
+        output: torch.Tensor = first(*args, **kwargs)
+        return output
+
+    def hear(*args: object, **kwargs: object) -> torch.Tensor:
+        output: torch.Tensor = last(*args, **kwargs)
+        return output * (1 + said.pop())
+
+    layers[0].forward, layers[3].forward = whisper, hear
+    tokens = torch.randint(0, model.config.vocab_size, (1, 9))
+    prefix = Prefix(model, room=10**7)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        for _ in range(2):
+            with prefix.shared(2):
+                assert torch.equal(model(tokens).logits, expected)
+    assert prefix.taken == 0
