@@ -153,8 +153,16 @@ def print_healed(done: Healed) -> None:
     """What was solved, the losses, the check."""
     console = stdout()
     record = done.plan.healing or {}
-    for layer, module in dict.fromkeys((entry["layer"], entry["module"]) for entry in record["solved"]):
+    for layer, module in dict.fromkeys(
+        (entry["layer"], entry["module"]) for entry in record.get("solved") or ()
+    ):
         console.print(f"solved    {module} of layer {layer} (counted in the source)")
+    if "settings" in record:
+        kept = (
+            f"step {record['best_step']} kept" if record["best_step"] else "nothing was better than the start"
+        )
+        ends = {"early": ", stopped: no new best", "diverged": ", stopped: the loss was not finite"}
+        console.print(f"trained   {record['steps']} steps{ends.get(record['ended'], '')}; {kept}")
     console.print(f"healed    {_healed(record)}")
     if not done.helps:
         console.print("warning   the loss did not fall; the checkpoint without healing is the better one")
@@ -175,10 +183,22 @@ def print_merged(done: Merged) -> None:
 
 def _healed(record: Mapping[str, Any]) -> str:
     loss = record["loss"]
+    if "settings" in record:  # trained
+        before, after = trained_losses(record)
+        source = "" if loss["source"] is None else f" (all layers: {loss['source']:.3f})"
+        return f"{record['method']}: held-out loss {before:.3f} to {after:.3f} nats a token{source}"
     return (
         f"{record['method']}: held-out loss {loss['sliced']:.3f} to {loss['healed']:.3f} nats a token "
         f"(all layers: {loss['source']:.3f})"
     )
+
+
+def trained_losses(record: Mapping[str, Any]) -> tuple[float, float]:
+    """Before and after, of the checkpoints; where those did not fit in memory, as measured in training."""
+    loss, held_out = record["loss"], record["held_out"]
+    if loss["before"] is None or loss["healed"] is None:
+        return float(held_out["0"]), float(held_out[str(record["best_step"])])
+    return float(loss["before"]), float(loss["healed"])
 
 
 def _why(plan: Plan) -> str:

@@ -11,11 +11,12 @@ from slicer.checkpoint.export import DTYPES
 from slicer.checkpoint.sizes import Sizes
 from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES
 from slicer.errors import PlanError, UsageError
+from slicer.heal.settings import METHODS, Training
 from slicer.measure.calibration import CalibrationSpec
 from slicer.plan import Amount, Plan
 
 STRATEGIES = ("similarity", "deepest", "tail")
-HEALINGS = ("none", "auto", "fold")
+HEALINGS = ("none", "auto", "fold", *METHODS)
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,11 @@ class Options:
         device: "auto", "cpu", "cuda", "cuda:1", ...
         memory: bytes that the weights may take; a larger model is read from disk a layer at a time. None: what is free.
         heal: "none"; "fold"; or "auto", which folds where there is calibration data, the architecture allows it and
-            it lowers the loss on held-out text. None is "none", but a plan that was healed is healed again.
+            it lowers the loss on held-out text; or a way to train. None is "none", but a plan that was healed is healed
+            again.
         fold: the solver, one of `slicer.heal.fold.SOLVERS`.
+        training: how to train, where `heal` says so; None: as the method's preset has it.
+        save_adapter: where the trained adapter goes as well.
     """
 
     strategy: str = "similarity"
@@ -77,6 +81,8 @@ class Options:
     memory: int | None = None
     heal: str | None = None
     fold: str = "resolve"
+    training: Training | None = None
+    save_adapter: Path | None = None
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     force: bool = False
     dry_run: bool = False

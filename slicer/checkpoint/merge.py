@@ -30,6 +30,8 @@ from slicer.progress import Progress
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+# How far logits may be apart, of their largest, when the merged matrices are rounded to the dtype they are stored in.
+ROUNDING = {"F64": 1e-5, "F32": 1e-5, "F16": 1e-3, "BF16": 5e-2}
 _REFUSED = {  # what changes the arithmetic beyond W + s B A, and how to tell
     "use_dora": "DoRA",
     "use_qalora": "QA-LoRA",
@@ -148,18 +150,15 @@ def merge(
     refuse_quantized(checkpoint)
     adapter = Adapter.open(adapter_path)
     check_output(out, checkpoint.path, force=force)
-    modules = _placed(checkpoint, adapter, renumber)
-    replaced = {
-        key: checkpoint.tensors[key].made(key, partial(_merged, checkpoint.tensors[key], adapter, origin))
-        for key, origin in modules.values()
-    }
+    modules = placed(checkpoint, adapter, renumber)
+    replaced = merged_spans(checkpoint, adapter, modules)
     check_space(out, checkpoint.total_bytes)
-    fits = verify.fits_in_memory(checkpoint.total_bytes, device)
+    fits = verify.fits_in_memory(4 * checkpoint.parameters, device)
     checked = check if check != "auto" else "logits" if fits else "load"
     probe = None
     if checked == "logits":
         progress.stage("Reference logits of the checkpoint with the adapter on")
-        probe = _reference(checkpoint, adapter, modules, device, trust_remote_code)
+        probe = reference_logits(checkpoint, adapter, modules, device, trust_remote_code)
         gc.collect()
     error: float | None = None
     with atomic_directory(out, replace=force) as directory:
@@ -177,19 +176,29 @@ def merge(
             verify.check_load(directory, trust_remote_code=trust_remote_code)
         if probe is not None:
             progress.stage("Comparing logits")
-            error = verify.check_logits(
-                directory, probe[1], probe[0], device=device, trust_remote_code=trust_remote_code
+            error = check_merged(
+                checkpoint, directory, probe, device=device, trust_remote_code=trust_remote_code
             )
     return Merged(out, tuple(sorted(replaced)), len(adapter.pairs) - len(modules), checked, error)
 
 
-def _placed(checkpoint: Checkpoint, adapter: Adapter, renumber: bool) -> dict[str, tuple[str, str]]:
+def merged_spans(
+    checkpoint: Checkpoint, adapter: Adapter, modules: Mapping[str, tuple[str, str]]
+) -> dict[str, TensorSpan]:
+    """Raw key -> the merged tensor that is written in its place; `modules` as of `placed`."""
+    return {
+        key: checkpoint.tensors[key].made(key, partial(_merged, checkpoint.tensors[key], adapter, origin))
+        for key, origin in modules.values()
+    }
+
+
+def placed(checkpoint: Checkpoint, adapter: Adapter, renumber: bool = False) -> dict[str, tuple[str, str]]:
     """Module in the checkpoint's numbering -> (its raw key, the adapter's own module). Raises HealError."""
     kept: tuple[int, ...] | None = None
     if renumber:
         plan = Plan.load(checkpoint.path)
         kept, old_depth = plan.kept, plan.depth
-    placed = {}
+    found = {}
     for origin in adapter.pairs:
         match = re.fullmatch(r"(.*?\.)(\d+)(\..+)", origin)
         module = origin
@@ -208,8 +217,7 @@ def _placed(checkpoint: Checkpoint, adapter: Adapter, renumber: bool) -> dict[st
                     f"{adapter.path}: has a layer {index}, but {checkpoint.path} has {checkpoint.depth} layers; if it "
                     "was trained on the unsliced model, give --renumber"
                 )
-        names = (f"{module}.weight", f"{module.partition('.')[2]}.weight")
-        key = next((name for name in names if name in checkpoint.tensors), None)
+        key = key_of(checkpoint, module)
         if key is None:
             raise HealError(f"{adapter.path}: its target {module} is not in {checkpoint.path}; wrong model?")
         first, second = adapter.pairs[origin]
@@ -222,10 +230,19 @@ def _placed(checkpoint: Checkpoint, adapter: Adapter, renumber: bool) -> dict[st
                 f"{adapter.path}: its {module} is for a matrix of shape {list(wanted)}, but {key} has {list(shape)}; "
                 "the adapter is for another model"
             )
-        placed[module] = (key, origin)
-    if not placed:
+        found[module] = (key, origin)
+    if not found:
         raise HealError(f"{adapter.path}: all its layers were dropped; nothing to merge")
-    return placed
+    return found
+
+
+def key_of(checkpoint: Checkpoint, module: str) -> str | None:
+    """The raw key of the matrix of a module of the loaded model, which may stand under other prefixes than on disk."""
+    names = [f"{module}.weight", f"{module.partition('.')[2]}.weight"]
+    match = re.fullmatch(r".*?\.(\d+)\.(.+)", module)
+    if match is not None:
+        names.append(f"{checkpoint.layer_prefix}{match[1]}.{match[2]}.weight")
+    return next((name for name in names if name in checkpoint.tensors), None)
 
 
 def _transposed(adapter: Adapter) -> bool:
@@ -239,18 +256,18 @@ def _merged(span: TensorSpan, adapter: Adapter, module: str) -> torch.Tensor:
     return (old.float() + (delta.T if _transposed(adapter) else delta)).to(old.dtype)
 
 
-def _reference(
+def reference_logits(
     checkpoint: Checkpoint,
     adapter: Adapter,
     modules: Mapping[str, tuple[str, str]],
-    device: str,
-    trust_remote_code: bool,
+    device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens, logits) of the checkpoint with the adapter put on by peft."""
+    """(tokens, logits) of the checkpoint with the adapter put on by peft, all in float32."""
     from peft import PeftModel
     from safetensors.torch import save_file
 
-    model = load_model(checkpoint.path, device=device, trust_remote_code=trust_remote_code)
+    model = load_model(checkpoint.path, dtype="float32", device=device, trust_remote_code=trust_remote_code)
     vocabulary = architectures.text_config(checkpoint.config).get("vocab_size") or model.config.vocab_size
     tokens = verify.probe_tokens(vocabulary)
     with tempfile.TemporaryDirectory(prefix="slicer-adapter-") as scratch:
@@ -274,6 +291,33 @@ def _reference(
             reason = " ".join(str(error).split())[:200]
             raise HealError(f"{adapter.path}: peft cannot put it on {checkpoint.path}: {reason}") from None
         return tokens, verify.logits_of(adapted.eval(), tokens)
+
+
+def check_merged(
+    checkpoint: Checkpoint,
+    directory: Path,
+    probe: tuple[torch.Tensor, torch.Tensor],
+    *,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> float:
+    """Compare the logits of the merged weights in `directory` with those of `reference_logits`; max |a - b| / max |b|.
+
+    Both are computed in float32, so that nothing but the rounding of the stored weights is between them. Raises
+    VerificationError.
+    """
+    widest = max(
+        (span.dtype for span in checkpoint.tensors.values()), key=lambda name: ROUNDING.get(name, 0.0)
+    )
+    return verify.check_logits(
+        directory,
+        probe[1],
+        probe[0],
+        dtype="float32",
+        device=device,
+        trust_remote_code=trust_remote_code,
+        tolerance=ROUNDING.get(widest, 1e-5),
+    )
 
 
 def _record(checkpoint: Checkpoint, adapter: Adapter, directory: Path, tensors: list[str]) -> None:

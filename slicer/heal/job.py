@@ -127,7 +127,7 @@ def heal(
         copy_unchanged(
             cut,
             directory,
-            replaced={**_as_before(cut, whole), **healed_spans},
+            replaced={**as_before(cut, whole), **healed_spans},
             dtype=plan.dtype,
             max_shard_bytes=options.max_shard_bytes,
             progress=progress.advance,
@@ -181,7 +181,7 @@ def _healed_before(cut: Checkpoint, whole: Checkpoint) -> set[str]:
     return set(new_keys(whole, plan, (plan.healing or {}).get("tensors") or ()).values())
 
 
-def _as_before(cut: Checkpoint, whole: Checkpoint) -> dict[str, TensorSpan]:
+def as_before(cut: Checkpoint, whole: Checkpoint) -> dict[str, TensorSpan]:
     """What an earlier healing changed, as it was in the source: the new one starts from there."""
     fresh = whole.sliced(Plan.load(cut.path).kept)
     return {key: fresh[key] for key in _healed_before(cut, whole) if key in fresh}

@@ -8,13 +8,15 @@ each row has one owner, so the sum is exact, and the result does not depend on t
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from slicer.errors import UsageError
+from slicer.errors import SlicerError, UsageError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,21 @@ class Share:
         box = [value]
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What `work` returns in the first process, in every process; a SlicerError of it is raised in all of them."""
+        result: Any = None
+        failure: SlicerError | None = None
+        if self.is_first:
+            try:
+                result = work()
+            except SlicerError as error:
+                failure = error
+        failure, result = self.agree((failure, result))
+        if failure is not None:
+            raise failure
+        answer: T = result
+        return answer
 
     def leave(self) -> None:
         """Leave the group; every process calls this at its end."""

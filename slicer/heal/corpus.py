@@ -1,0 +1,353 @@
+"""Text to train on: packed sequences on disk, and sequences held out that are never trained on.
+
+The sources are those of `slicer.measure.calibration`. Unless validation text is named, one document in `APART`, chosen
+by the hash of its text, is held out, so that a copy of a document falls on the same side. Conversations go through the
+chat template; only the tokens of their answers are learned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from slicer.errors import CalibrationError, HealError
+from slicer.heal.settings import Settings
+from slicer.measure.calibration import (
+    DEFAULT_DATASET,
+    CalibrationSpec,
+    Conversation,
+    Document,
+    documents,
+    leading_token,
+    open_tokenizer,
+    sample_tokens,
+)
+from slicer.progress import Progress
+
+APART = 16  # one document in so many is held out
+_TOGETHER = 256  # documents tokenized at a time
+_PIECE = 64  # characters to a token of a sequence beyond which a document is cut: one book is many documents
+_SAMPLED = 1024  # sequences sampled from the model, at most; then they are seen again
+IGNORED = -100
+
+
+class Sequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """int64 `input_ids` and `labels` [seq_len] of each packed sequence, read from disk, and its number `index`.
+
+    `labels` are the tokens themselves, and `IGNORED` where nothing is learned.
+    """
+
+    def __init__(self, file: Path, seq_len: int) -> None:
+        count = file.stat().st_size // (4 * seq_len)
+        self._tokens = torch.from_file(str(file), shared=False, size=count * seq_len, dtype=torch.int32).view(
+            count, seq_len
+        )
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        stored = self._tokens[index].long()
+        learned = stored >= 0
+        tokens = torch.where(learned, stored, -1 - stored)  # what is not learned is stored as its complement
+        labels = torch.where(learned, tokens, torch.full_like(tokens, IGNORED))
+        return {"input_ids": tokens, "labels": labels, "index": torch.tensor(index)}
+
+    def digests(self) -> list[bytes]:
+        """SHA-256 of the tokens of each sequence."""
+        return [hashlib.sha256(self[i]["input_ids"].numpy().tobytes()).digest() for i in range(len(self))]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """`train` and `held_out` sequences; `record`: where they came from and how many, for the plan."""
+
+    train: Sequences
+    held_out: Sequences
+    record: dict[str, Any]
+
+
+def prepare(
+    spec: CalibrationSpec,
+    settings: Settings,
+    validation: str | None,
+    path: Path,
+    directory: Path,
+    *,
+    sampler: Any = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Corpus:
+    """Tokenize the data of `spec` for the checkpoint at `path`, once: what lies in `directory` is taken up again.
+
+    As many sequences as the training takes are made, or all there are: they are then seen more than once. `sampler`
+    gives the model that `self` samples from. Raises CalibrationError where there is no, or too little, text; HealError
+    where a held-out sequence is among those trained on.
+    """
+    progress = progress or Progress()
+    done = directory / "corpus.json"
+    if not done.is_file():
+        directory.mkdir(parents=True, exist_ok=True)
+        wanted = settings.steps * settings.batch_size
+        if spec.source == "self":
+            progress.stage("Sampling text from the model")
+            record = _sample(spec, settings, directory, wanted, sampler())
+        else:
+            progress.stage("Tokenizing", wanted, "sequences")
+            record = _tokenize(
+                spec,
+                settings,
+                validation,
+                open_tokenizer(path, trust_remote_code),
+                directory,
+                wanted,
+                progress,
+            )
+        record["train_sequences"] -= (twice := _without_held_out(directory, settings.seq_len))
+        record["train_sequences_left_out_as_held_out"] = twice
+        done.write_text(json.dumps(record), "utf-8")
+    record = json.loads(done.read_text("utf-8"))
+    if record["train_sequences"] < settings.batch_size or record["held_out_sequences"] < 1:
+        done.unlink()
+        raise CalibrationError(
+            f"{record['source']}: too short: {record['train_sequences']} sequences of {settings.seq_len} tokens to "
+            f"train on, where a step takes {settings.batch_size}, and {record['held_out_sequences']} held out, where "
+            "one is needed; give more text, or lower --train-seq-len or --train-batch-size"
+        )
+    train, held_out = (
+        Sequences(directory / f"{name}.bin", settings.seq_len) for name in ("train", "held-out")
+    )
+    if set(train.digests()) & set(held_out.digests()):
+        raise HealError(
+            f"{record['source']}: held-out sequences are among those trained on; name other --validation"
+        )
+    return Corpus(train, held_out, record)
+
+
+def _tokenize(
+    spec: CalibrationSpec,
+    settings: Settings,
+    validation: str | None,
+    tokenizer: Any,
+    directory: Path,
+    wanted: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    source = spec.source or ":".join(DEFAULT_DATASET)
+    known: set[str] = set()
+    count = left_out = 0
+    with (
+        _Packer(directory / "held-out.bin", tokenizer, settings.seq_len) as held,
+        _Packer(directory / "train.bin", tokenizer, settings.seq_len) as train,
+    ):
+        if validation is not None:
+            for batch in _batched(documents(replace(spec, source=validation)), settings.seq_len):
+                known.update(_mark(text) for text, _ in batch)
+                held.add(batch, validation, most=settings.validation_samples)
+        for batch in _batched(documents(spec), settings.seq_len):
+            count += len(batch)
+            marks = [_mark(text) for text, _ in batch]
+            if validation is None:
+                apart = [int(mark[:8], 16) % APART == 0 for mark in marks]
+                held.add(
+                    [b for b, a in zip(batch, apart, strict=True) if a],
+                    source,
+                    most=settings.validation_samples,
+                )
+            else:
+                apart = [mark in known for mark in marks]
+                left_out += sum(apart)
+            before = len(train)
+            train.add([b for b, a in zip(batch, apart, strict=True) if not a], source, most=wanted)
+            progress.advance(len(train) - before)
+            if len(train) >= wanted and (validation is not None or len(held) >= settings.validation_samples):
+                break
+    if count == 0:
+        raise CalibrationError(f"{source}: empty, there is no text in it; give a file with text")
+    return _record(spec, source, train, held, validation) | {
+        "documents": count, "documents_left_out_as_validation": left_out,
+        "learned": "answers" if train.talks else "all tokens",
+    }  # fmt: skip
+
+
+def _sample(
+    spec: CalibrationSpec, settings: Settings, directory: Path, wanted: int, model: Any
+) -> dict[str, Any]:
+    count = min(wanted, _SAMPLED) + settings.validation_samples
+    drawn = sample_tokens(model, replace(spec, samples=count, seq_len=settings.seq_len))
+    rows: dict[bytes, torch.Tensor] = {row.numpy().tobytes(): row for row in drawn}
+    unique = list(rows.values())
+    parts = {
+        "held-out": unique[: settings.validation_samples],
+        "train": unique[settings.validation_samples :],
+    }
+    for name, part in parts.items():
+        data = (
+            torch.stack(part).to(torch.int32).numpy() if part else torch.zeros(0, dtype=torch.int32).numpy()
+        )
+        (directory / f"{name}.bin").write_bytes(data.tobytes())
+    return _record(spec, "self", parts["train"], parts["held-out"], None) | {"learned": "all tokens"}
+
+
+def _without_held_out(directory: Path, seq_len: int) -> int:
+    """Leave sequences that are held out as well, word for word, out of those trained on; returns how many they were."""
+    if not all((directory / f"{name}.bin").stat().st_size for name in ("train", "held-out")):
+        return 0
+    train, held_out = (Sequences(directory / f"{name}.bin", seq_len) for name in ("train", "held-out"))
+    known = set(held_out.digests())
+    twice = {i for i, digest in enumerate(train.digests()) if digest in known}
+    if twice:
+        size = 4 * seq_len
+        new = directory / "train.new"
+        with open(directory / "train.bin", "rb") as old, open(new, "wb") as out:
+            for i in range(len(train)):
+                row = old.read(size)
+                if i not in twice:
+                    out.write(row)
+        new.rename(directory / "train.bin")
+    return len(twice)
+
+
+def _record(
+    spec: CalibrationSpec, source: str, train: Any, held: Any, validation: str | None
+) -> dict[str, Any]:
+    return {
+        "source": source,
+        "validation": validation or f"of the same source, one document in {APART}",
+        "text_column": spec.text_column,
+        "seed": spec.seed,
+        "train_sequences": len(train),
+        "held_out_sequences": len(held),
+    }
+
+
+class _Packer:
+    """Documents, one after another with an end-of-text token between, cut into sequences and written to `file`.
+
+    Each sequence begins with BOS where the tokenizer begins a text with it. One in which nothing would be learned is
+    left out.
+    """
+
+    def __init__(self, file: Path, tokenizer: Any, seq_len: int) -> None:
+        self._file, self._tokenizer, self._len = file, tokenizer, seq_len
+        self._bos, self._end = leading_token(tokenizer), tokenizer.eos_token_id
+        self._waiting: list[int] = []
+        self._count = 0
+        self.talks = False
+
+    def __enter__(self) -> _Packer:
+        self._out: IO[bytes] = open(self._file, "wb")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._out.close()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, pieces: list[tuple[Document, bool]], source: str, *, most: int) -> None:
+        """Append documents (and whether each ends here) until there are `most` sequences."""
+        if self._count >= most or not pieces:
+            return
+        texts = [text for text, _ in pieces if isinstance(text, str)]
+        plain = iter(
+            self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ()
+        )
+        for text, ends in pieces:
+            if isinstance(text, str):
+                self._waiting += next(plain)
+                if ends and self._end is not None:
+                    self._waiting.append(self._end)
+            else:
+                self.talks = True
+                self._waiting += self._conversation(text, source)
+            self._flush(most)
+
+    def _flush(self, most: int) -> None:
+        body = self._len - (self._bos is not None)
+        while len(self._waiting) >= body and self._count < most:
+            row, self._waiting = self._waiting[:body], self._waiting[body:]
+            if max(row[1:] if self._bos is None else row) >= 0:
+                row = ([] if self._bos is None else [self._bos]) + row
+                self._out.write(torch.tensor(row, dtype=torch.int32).numpy().tobytes())
+                self._count += 1
+        if self._count >= most:
+            self._waiting = []
+
+    def _conversation(self, messages: Conversation, source: str) -> list[int]:
+        """Token ids, as they are for the answers and as their complement, -1 - id, elsewhere."""
+        ids: list[int] = []
+        for text, learned in answers(messages, self._tokenizer, source):
+            part = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            ids += part if learned else [-1 - i for i in part]
+        return ids
+
+
+def answers(messages: Conversation, tokenizer: Any, source: str) -> list[tuple[str, bool]]:
+    """The conversation as the chat template writes it, in parts: (text, whether the model is to learn it).
+
+    An answer begins where the template with its prompt for one ends, and goes on to the end of its turn. Raises
+    CalibrationError where the template cannot take the conversation.
+    """
+
+    def written(count: int, *, prompt: bool = False) -> str:
+        return str(
+            tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
+        )
+
+    try:
+        whole, at, parts = written(len(messages)), 0, list[tuple[str, bool]]()
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before, after = written(i, prompt=True) if i else "", written(i + 1)
+            if not whole.startswith(before) or not whole.startswith(after) or len(before) < at:
+                # A template that writes a turn otherwise once others follow: the answer's own words, then.
+                start = whole.find(message["content"].strip(), at)
+                if start < 0:
+                    continue
+                before, after = whole[:start], whole[: start + len(message["content"].strip())]
+            parts += [(whole[at : len(before)], False), (whole[len(before) : len(after)], True)]
+            at = len(after)
+        parts.append((whole[at:], False))
+    except Exception as error:  # templates raise anything, also that there is none
+        reason = " ".join(str(error).split())[:160]
+        raise CalibrationError(
+            f"{source}: holds conversations, and the chat template cannot take them ({reason}); give plain text, or "
+            "name the column that holds it: --text-column"
+        ) from None
+    return [part for part in parts if part[0]]
+
+
+def _batched(texts: Iterable[Document], seq_len: int) -> Iterator[list[tuple[Document, bool]]]:
+    """Documents in batches, long ones in pieces: (text, whether the document ends with it)."""
+    pieces = _pieces(texts, _PIECE * seq_len)
+    while batch := list(islice(pieces, _TOGETHER)):
+        yield batch
+
+
+def _pieces(texts: Iterable[Document], size: int) -> Iterator[tuple[Document, bool]]:
+    for text in texts:
+        if not isinstance(text, str):
+            yield text, True
+            continue
+        while len(text) > size:
+            found = re.search(r"\s", text[size // 2 : size])
+            cut = size // 2 + found.start() if found else size
+            yield text[:cut], False
+            text = text[cut:]
+        if text.strip():
+            yield text, True
+
+
+def _mark(document: Document) -> str:
+    text = document if isinstance(document, str) else json.dumps(document, sort_keys=True)
+    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()
