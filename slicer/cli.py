@@ -15,7 +15,7 @@ import click
 from slicer import __version__
 from slicer.benchmarks.command import bench
 from slicer.errors import SlicerError
-from slicer.heal.command import heal, merge, training_of, training_options
+from slicer.heal.command import heal, merge, rank_options, rank_sweep_of, training_of, training_options
 from slicer.judge.command import evaluate, report
 from slicer.judge.sweep_command import sweep
 from slicer.measure.command import analyze, calibration_options, plan, recorded_command
@@ -127,6 +127,7 @@ def main() -> None:
     "feed-forward part (ReplaceMe).",
 )
 @training_options
+@rank_options
 @click.option(
     "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest weight file."
 )
@@ -200,6 +201,7 @@ def convert(source: str, **given: Any) -> None:
         fold=given["fold"],
         training=training_of(given, given["heal"], "--heal"),
         save_adapter=given["save_adapter"],
+        rank_sweep=rank_sweep_of(given) if given["rank_sweep"] is not None else None,
         max_shard_bytes=parse_size(given["max_shard_size"], "--max-shard-size"),
         force=given["force"],
         dry_run=given["dry_run"],

@@ -93,6 +93,9 @@ class _Bars(Progress):
 @contextlib.contextmanager
 def progress() -> Iterator[Progress]:
     """A progress display on stderr; transformers' and datasets' own chatter is turned off."""
+    if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
+        yield Progress()
+        return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -5,6 +5,7 @@ resolve -> Checkpoint.open -> [load -> calibrate -> measure -> select] -> [heal]
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,7 +100,7 @@ def _convert_and_train(
     source: str, goal: Goal | None, out: Path | None, options: Options, plan: Plan | None, progress: Progress
 ) -> Summary:
     """The bare cut beside `out`, kept until the training that starts from it is done."""
-    from slicer.heal.place import cut_for
+    from slicer.heal.place import cut_for, workplace_of
     from slicer.heal.trained import TrainOptions, train_cut
     from slicer.measure.share import Share
 
@@ -129,7 +130,16 @@ def _convert_and_train(
 
     path, summary = Share.of_environment().first(cut)
     given = {k: getattr(options, k) for k in _OF_TRAINING}
-    done = train_cut(path, source, out, TrainOptions(training=training, **given), progress=progress)
+    given_to = TrainOptions(training=training, **given)
+    if options.rank_sweep is None:
+        done = train_cut(path, source, out, given_to, progress=progress)
+    else:
+        from slicer.heal.rank_sweep import pick_rank
+
+        done = pick_rank(path, source, out, given_to, options.rank_sweep, progress=progress)
+        if done is not None:
+            shutil.rmtree(workplace_of(out))
+    Share.of_environment().leave()
     if done is None:  # not the first of several processes
         return replace(summary, out=out)
     return replace(summary, out=out, plan=done.plan, verified=done.verified, logits_error=done.logits_error)

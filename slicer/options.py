@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slicer.checkpoint.export import DTYPES
 from slicer.checkpoint.sizes import Sizes
@@ -14,6 +14,9 @@ from slicer.errors import PlanError, UsageError
 from slicer.heal.settings import METHODS, Training
 from slicer.measure.calibration import CalibrationSpec
 from slicer.plan import Amount, Plan
+
+if TYPE_CHECKING:
+    from slicer.heal.rank_sweep import RankSweep
 
 STRATEGIES = ("similarity", "deepest", "tail")
 HEALINGS = ("none", "auto", "fold", *METHODS)
@@ -71,6 +74,7 @@ class Options:
         fold: the solver, one of `slicer.heal.fold.SOLVERS`.
         training: how to train, where `heal` says so; None: as the method's preset has it.
         save_adapter: where the trained adapter goes as well.
+        rank_sweep: ranks to choose among.
     """
 
     strategy: str = "similarity"
@@ -83,6 +87,7 @@ class Options:
     fold: str = "resolve"
     training: Training | None = None
     save_adapter: Path | None = None
+    rank_sweep: RankSweep | None = None
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     force: bool = False
     dry_run: bool = False

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from slicer.checkpoint import architectures
-from slicer.checkpoint.merge import key_of
+from slicer.checkpoint.merge import key_of, quiet
 from slicer.checkpoint.model import decoder_layers, load_model, mlp_of
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import HealError
@@ -34,6 +34,7 @@ def require(method: str) -> None:
         "lora": ("peft", "accelerate"),
         "qlora": ("peft", "bitsandbytes", "accelerate"),
     }
+    quiet()
     missing = [name for name in needed[method] if find_spec(name) is None]
     if missing:
         raise HealError(f"--method {method} needs {' and '.join(missing)}: pip install 'slicer-llm[heal]'")

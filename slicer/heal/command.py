@@ -12,6 +12,7 @@ import click
 from slicer.measure.command import calibration_options, recorded_command
 
 if TYPE_CHECKING:
+    from slicer.heal.rank_sweep import RankSweep
     from slicer.heal.settings import Training
 
 _POSITIVE, _COUNT, _FLOAT = click.IntRange(min=1), click.IntRange(min=0), click.FLOAT
@@ -65,6 +66,33 @@ def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
             is_flag=True,
             help="Compute activations twice: less memory, a third more time.",
         ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def rank_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of healing that trains which a sweep has in its grid: of convert and heal."""
+    options = [
+        click.option(
+            "--rank-sweep",
+            metavar="RANKS",
+            help="Pick the rank among these, such as 2,8,64, as the paper did: the largest, unless healing with it is "
+            "significantly worse than none; then the best of all.",
+        ),
+        click.option(
+            "--rank-metric",
+            metavar="TASK",
+            help="What to pick it by: an lm-eval task, or loss  [default: mmlu]",
+        ),
+        click.option(
+            "--rank-data",
+            type=click.Path(path_type=Path),
+            metavar="DIR",
+            help="Local files of that task, as in eval.",
+        ),
+        click.option("--rank-limit", type=_POSITIVE, metavar="N", help="N items of that task."),
         click.option(
             "--save-adapter",
             type=click.Path(path_type=Path),
@@ -87,11 +115,31 @@ def training_of(given: dict[str, Any], method: str | None, option: str) -> Train
     chosen = {field or name: given[name] for name, field in names.items() if given[name] is not None}
     flags = {name: given[name] for name in ("teacher_4bit", "gradient_checkpointing")}
     if method not in METHODS:
-        for name in (*names, *flags, "save_adapter"):
-            if given[name] not in (None, False):
+        for name in (*names, *flags, "save_adapter", "rank_sweep", "rank_metric", "rank_data", "rank_limit"):
+            if given.get(name) not in (None, False):
                 raise UsageError(f"--{name.replace('_', '-')}: give it with {option} {', '.join(METHODS)}")
         return None
+    if given.get("rank_sweep") is None:
+        for name in ("rank_metric", "rank_data", "rank_limit"):
+            if given.get(name) is not None:
+                raise UsageError(f"--{name.replace('_', '-')}: give it with --rank-sweep")
+    elif given["rank"] is not None:
+        raise UsageError("--rank: give it or --rank-sweep, not both")
+    elif given["save_adapter"] is not None:
+        raise UsageError("--save-adapter: not with --rank-sweep; heal again with the rank that it picks")
     return Training(method=method, seed=given["seed"] or 0, **chosen, **flags)
+
+
+def rank_sweep_of(given: dict[str, Any]) -> RankSweep:
+    """What the options of `training_options` say of picking a rank."""
+    from slicer.heal.rank_sweep import RankSweep, parse_ranks
+
+    chosen = {
+        name: given[f"rank_{name}"]
+        for name in ("metric", "data", "limit")
+        if given[f"rank_{name}"] is not None
+    }
+    return RankSweep(parse_ranks(given["rank_sweep"]), **chosen)
 
 
 @click.command()
@@ -120,6 +168,7 @@ def training_of(given: dict[str, Any], method: str | None, option: str) -> Train
 )
 @calibration_options
 @training_options
+@rank_options
 @click.option(
     "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest weight file."
 )
@@ -170,10 +219,18 @@ def heal(sliced: str, **given: Any) -> None:
                 sliced, given["source"], given["out"], HealOptions(**common), progress=progress
             )
         else:
+            from slicer.heal.rank_sweep import pick_rank
             from slicer.heal.trained import TrainOptions, train_cut
+            from slicer.measure.share import Share
 
             options = TrainOptions(training=training, save_adapter=given["save_adapter"], **common)
-            done = train_cut(sliced, given["source"], given["out"], options, progress=progress)
+            if given["rank_sweep"] is not None:
+                done = pick_rank(
+                    sliced, given["source"], given["out"], options, rank_sweep_of(given), progress=progress
+                )
+            else:
+                done = train_cut(sliced, given["source"], given["out"], options, progress=progress)
+            Share.of_environment().leave()
     if done is None:  # not the first of several processes
         return
     if given["as_json"]:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +25,7 @@ from slicer.measure.calibration import (
     CalibrationSpec,
     Conversation,
     Document,
+    TokenBatches,
     documents,
     leading_token,
     open_tokenizer,
@@ -73,6 +74,25 @@ class Corpus:
     train: Sequences
     held_out: Sequences
     record: dict[str, Any]
+
+    def to_fold_on(self, spec: CalibrationSpec) -> TokenBatches:
+        """As much of the text trained on as `spec` asks for, so that nothing held out takes part in a fold either."""
+        length = min(spec.seq_len, len(self.train[0]["input_ids"]))
+        pieces: list[torch.Tensor] = []
+        for i in range(len(self.train)):
+            row = self.train[i]["input_ids"]
+            pieces += list(row[: len(row) // length * length].split(length))
+            if len(pieces) >= spec.samples:
+                break
+        tokens = torch.stack(pieces[: spec.samples])
+        provenance = {
+            **asdict(spec),
+            "source": self.record["source"],
+            "samples": len(tokens),
+            "seq_len": length,
+            "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        }
+        return TokenBatches(list(torch.split(tokens, spec.batch_size)), provenance)
 
 
 def prepare(

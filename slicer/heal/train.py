@@ -73,6 +73,8 @@ def train(
     last = _last_whole(work / "run")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     device = next(model.parameters()).device
+    if processes == 1 and device.type == "cuda":
+        os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
     arguments = TrainingArguments(
         output_dir=str(work / "run"),
         max_steps=settings.steps,
@@ -106,6 +108,9 @@ def train(
         report_to=report_to.split(","),
         disable_tqdm=True,
     )
+    arguments._n_gpu = min(
+        1, arguments.n_gpu
+    )  # a GPU a process: never transformers' threads over all it sees
     course = Course()
     watch = _Watch(course, settings, work, progress)
     with _deterministic(settings.seed), _out_of_memory(settings, lessons is not None):

@@ -136,7 +136,7 @@ def _train_cut(
 
     share.first(lambda: corpus_of() and None)
     corpus = corpus_of()
-    base = Checkpoint.open(share.first(lambda: _base(cut, whole, plan, work, spec, options, progress)))
+    base = Checkpoint.open(share.first(lambda: _base(cut, whole, plan, work, corpus, options, progress)))
     before = Plan.load(base.path)
     device = share_device(options.device, share)
     lessons = None
@@ -188,7 +188,6 @@ def _train_cut(
         return done
 
     done = share.first(finish)
-    share.leave()
     return done if share.is_first else None
 
 
@@ -207,7 +206,7 @@ def _base(
     whole: Checkpoint,
     plan: Plan,
     work: Path,
-    spec: CalibrationSpec,
+    corpus: Corpus,
     options: TrainOptions,
     progress: Progress,
 ) -> Path:
@@ -230,12 +229,12 @@ def _base(
                 base,
                 HealOptions(
                     fold=options.fold,
-                    calibration=spec,
                     verify="load",
                     device=options.device,
                     force=True,
                     trust_remote_code=options.trust_remote_code,
                 ),
+                data=corpus.to_fold_on(options.calibration),
                 progress=progress,
             )
             path = base if folded.helps else cut.path

@@ -13,8 +13,8 @@ import torch
 
 from slicer.checkpoint import architectures, card, verify
 from slicer.checkpoint import tensors as stored
-from slicer.checkpoint.export import copy_unchanged
-from slicer.checkpoint.merge import Adapter, check_merged, merged_spans, placed, reference_logits
+from slicer.checkpoint.export import DTYPES, copy_unchanged
+from slicer.checkpoint.merge import Adapter, Probe, check_merged, merged_spans, placed, reference_logits
 from slicer.checkpoint.model import load_model
 from slicer.checkpoint.reader import Checkpoint, TensorSpan
 from slicer.checkpoint.sizes import measure_sizes
@@ -89,8 +89,8 @@ def write(result: Result, plan: Plan, out: Path, options: TrainOptions, progress
 
 def _changes(
     result: Result, check: bool, options: TrainOptions, progress: Progress
-) -> tuple[dict[str, TensorSpan], tuple[torch.Tensor, torch.Tensor] | None]:
-    """(raw key -> what is written instead, (tokens, logits) that the result must give)."""
+) -> tuple[dict[str, TensorSpan], Probe | None]:
+    """(raw key -> what is written instead, the logits that the result must give)."""
     base, weights, remote = result.base, result.course.weights, options.trust_remote_code
     if weights is None:  # nothing was better than the start
         return {}, None
@@ -117,7 +117,15 @@ def _changes(
         model = load_model(weights, dtype="float32", device=options.device, trust_remote_code=remote)
         vocabulary = architectures.text_config(base.config).get("vocab_size") or model.config.vocab_size
         tokens = verify.probe_tokens(vocabulary)
-        probe = tokens, verify.logits_of(model, tokens)
+        exact = verify.logits_of(model, tokens)
+        kept = {
+            getattr(torch, name)
+            for name in DTYPES
+            if DTYPES[name] in {s.dtype for s in base.tensors.values()}
+        }
+        for parameter in model.parameters() if kept - {torch.float32} else ():
+            parameter.data = parameter.data.to(min(kept, key=lambda t: t.itemsize)).float()
+        probe = Probe(tokens, exact, verify.logits_of(model, tokens))
     return {key: _rounded(base.tensors[key], span) for key, span in trained.items()}, probe
 
 
