@@ -1,8 +1,8 @@
 """The model to be trained: the weights as stored or in NF4, LoRA on its feed-forward modules, and the CPU's trap.
 
 The trap: where the processor has AVX512-BF16, bitsandbytes packs 4-bit weights anew in the first forward pass outside
-training. Later passes go by autograd, and no adapter gets a gradient, without a word. `unpack` turns that off, and
-training checks the gradients whatever the reason for their absence.
+training. Later passes through them bypass autograd: gradients are missing, or wrong, without a word. `unpack` turns
+that off; training looks for packed weights and for gradients that are not there.
 """
 
 from __future__ import annotations
@@ -153,14 +153,17 @@ def _transposed(module: nn.Module) -> bool:
 
 def unpack(model: nn.Module) -> None:
     """Keep bitsandbytes from packing 4-bit weights on the CPU, and undo it where it has happened."""
-    packed = False
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-            state = getattr(getattr(module, "weight", None), "quant_state", None)
-            packed |= bool(getattr(state, "packing_format_for_cpu", False))
-    if packed:
+    if packed(model):
         model.state_dict()  # writing the weights out is what unpacks them
+
+
+def packed(model: nn.Module) -> bool:
+    """Whether some 4-bit weights are packed, so that gradients go by them."""
+    states = (getattr(getattr(module, "weight", None), "quant_state", None) for module in model.modules())
+    return any(getattr(state, "packing_format_for_cpu", False) for state in states)
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -1,6 +1,6 @@
 """Text to train on: packed sequences on disk, and sequences held out that are never trained on.
 
-The sources are those of `slicer.measure.calibration`. Unless validation text is named, one document in `APART`, chosen
+The sources are those of `slicer.measure.calibration`. Unless validation text is named, one document in 16, chosen
 by the hash of its text, is held out, so that a copy of a document falls on the same side. Conversations go through the
 chat template; only the tokens of their answers are learned.
 """
@@ -33,7 +33,8 @@ from slicer.measure.calibration import (
 )
 from slicer.progress import Progress
 
-APART = 16  # one document in so many is held out
+APART = (16, 4, 2)  # one document in so many is held out; more, where that were not even a sequence
+_OF_SAME = "one document in {} of the same source"
 _TOGETHER = 256  # documents tokenized at a time
 _PIECE = 64  # characters to a token of a sequence beyond which a document is cut: one book is many documents
 _SAMPLED = 1024  # sequences sampled from the model, at most; then they are seen again
@@ -122,15 +123,11 @@ def prepare(
             record = _sample(spec, settings, directory, wanted, sampler())
         else:
             progress.stage("Tokenizing", wanted, "sequences")
-            record = _tokenize(
-                spec,
-                settings,
-                validation,
-                open_tokenizer(path, trust_remote_code),
-                directory,
-                wanted,
-                progress,
-            )
+            tokenizer = open_tokenizer(path, trust_remote_code)
+            for share in APART:
+                record = _tokenize(spec, settings, validation, share, tokenizer, directory, wanted, progress)
+                if record["held_out_sequences"]:
+                    break
         record["train_sequences"] -= (twice := _without_held_out(directory, settings.seq_len))
         record["train_sequences_left_out_as_held_out"] = twice
         done.write_text(json.dumps(record), "utf-8")
@@ -156,11 +153,13 @@ def _tokenize(
     spec: CalibrationSpec,
     settings: Settings,
     validation: str | None,
+    share: int,
     tokenizer: Any,
     directory: Path,
     wanted: int,
     progress: Progress,
 ) -> dict[str, Any]:
+    """Write both files; one document in `share` is held out, unless validation text is named."""
     source = spec.source or ":".join(DEFAULT_DATASET)
     known: set[str] = set()
     count = left_out = 0
@@ -176,7 +175,7 @@ def _tokenize(
             count += len(batch)
             marks = [_mark(text) for text, _ in batch]
             if validation is None:
-                apart = [int(mark[:8], 16) % APART == 0 for mark in marks]
+                apart = [int(mark[:8], 16) % share == 0 for mark in marks]
                 held.add(
                     [b for b, a in zip(batch, apart, strict=True) if a],
                     source,
@@ -192,7 +191,7 @@ def _tokenize(
                 break
     if count == 0:
         raise CalibrationError(f"{source}: empty, there is no text in it; give a file with text")
-    return _record(spec, source, train, held, validation) | {
+    return _record(spec, source, train, held, validation or _OF_SAME.format(share)) | {
         "documents": count, "documents_left_out_as_validation": left_out,
         "learned": "answers" if train.talks else "all tokens",
     }  # fmt: skip
@@ -214,7 +213,9 @@ def _sample(
             torch.stack(part).to(torch.int32).numpy() if part else torch.zeros(0, dtype=torch.int32).numpy()
         )
         (directory / f"{name}.bin").write_bytes(data.tobytes())
-    return _record(spec, "self", parts["train"], parts["held-out"], None) | {"learned": "all tokens"}
+    return _record(spec, "self", parts["train"], parts["held-out"], "sampled alike") | {
+        "learned": "all tokens"
+    }
 
 
 def _without_held_out(directory: Path, seq_len: int) -> int:
@@ -241,7 +242,7 @@ def _record(
 ) -> dict[str, Any]:
     return {
         "source": source,
-        "validation": validation or f"of the same source, one document in {APART}",
+        "validation": validation,
         "text_column": spec.text_column,
         "seed": spec.seed,
         "train_sequences": len(train),

@@ -50,7 +50,6 @@ def lessons_of(
             f"{teacher.path}: has another vocabulary than the model that was cut; use the source as teacher"
         )
     at = cuts(plan.dropped)
-    dtype = plan.dtype or "auto"
     if training.teacher_cache is not None:
         directory = Path(training.teacher_cache)
         mark = hashlib.sha256(
@@ -60,7 +59,7 @@ def lessons_of(
         def asked() -> Cached:
             return ask_beforehand(
                 teacher, corpus.train, at, directory, mark, streams=streams, logits=logits,
-                dtype=dtype, device=options.device, trust_remote_code=remote, progress=progress,
+                dtype=plan.dtype, device=options.device, trust_remote_code=remote, progress=progress,
             )  # fmt: skip
 
         share.first(lambda: asked() and None)

@@ -212,7 +212,8 @@ def ask_beforehand(
     *,
     streams: bool,
     logits: bool,
-    dtype: str = "auto",
+    dtype: str | None = None,
+    memory_bytes: int | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -239,7 +240,9 @@ def ask_beforehand(
     cached = Cached(directory, at, shape, streams=streams, logits=logits)
     if state["done"] >= count:
         return cached
-    walk = Walk.fitting(teacher, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    walk = Walk.fitting(
+        teacher, dtype=dtype, memory_bytes=memory_bytes, device=device, trust_remote_code=trust_remote_code
+    )
     progress.stage("Asking the teacher", count - state["done"], "sequences")
     for start in range(state["done"], count, _TOGETHER):
         rows = range(start, min(start + _TOGETHER, count))

@@ -24,7 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from slicer.errors import HealError
-from slicer.heal.adapters import trainable, unpack
+from slicer.heal.adapters import packed, trainable, unpack
 from slicer.heal.corpus import IGNORED, Corpus
 from slicer.heal.settings import Settings
 from slicer.heal.teacher import Lessons
@@ -220,7 +220,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         if not self._unchecked:
             return
         self._unchecked = False
-        moved = any(
+        moved = not packed(model) and any(
             parameter.grad is not None and bool(parameter.grad.ne(0).any()) for parameter in trainable(model)
         )
         accelerator = self.trainer.accelerator

@@ -24,6 +24,7 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 
 FEW: list[object] = ["--steps", 12, "--train-batch-size", 4, "--train-seq-len", 32, "--rank", 4, "--lr", 3e-3]
+QUICK: list[object] = ["--start", "cut", "--verify", "none", "--validation-samples", 4]
 
 
 def slicer(*arguments: object) -> Result:
@@ -170,21 +171,8 @@ def test_all_weights_can_be_trained(sliced: Path, text: list[object], tmp_path: 
 
 
 def test_a_killed_run_goes_on_with_the_same_losses(sliced: Path, text: list[object], tmp_path: Path) -> None:
-    given = [
-        "heal",
-        sliced,
-        "--method",
-        "lora",
-        "--start",
-        "cut",
-        *text,
-        *FEW,
-        "--steps",
-        60,
-        "--eval-every",
-        4,
-    ]
-    given += ["--patience", 0, "--dropout", 0.1, "--verify", "none"]
+    given = ["heal", sliced, "--method", "lora", *QUICK, *text, *FEW, "--steps", 24, "--eval-every", 4]
+    given += ["--patience", 0, "--dropout", 0.1]
     succeeds(*given, "-o", tmp_path / "undisturbed")
     command = [sys.executable, "-m", "slicer", *map(str, given), "-o", str(tmp_path / "killed")]
     work = tmp_path / "killed.training"
@@ -204,20 +192,7 @@ def test_a_killed_run_goes_on_with_the_same_losses(sliced: Path, text: list[obje
 
 
 def test_two_processes_train_as_one(sliced: Path, text: list[object], tmp_path: Path) -> None:
-    given = [
-        "heal",
-        sliced,
-        "--method",
-        "lora",
-        *text,
-        *FEW,
-        "--dropout",
-        0,
-        "--micro-batch",
-        2,
-        "--validation-samples",
-        4,
-    ]
+    given = ["heal", sliced, "--method", "lora", *QUICK, *text, *FEW, "--dropout", 0, "--micro-batch", 2]
     succeeds(*given, "-o", tmp_path / "one")
     launch = [
         sys.executable,
@@ -245,7 +220,7 @@ def test_two_processes_train_as_one(sliced: Path, text: list[object], tmp_path: 
 
 def test_a_plan_that_was_trained_is_trained_again(trained: Path, tmp_path: Path) -> None:
     plan = trained / "slicer" / "plan.json"
-    succeeds("convert", "demo", "--plan", plan, "-o", tmp_path / "again")
+    succeeds("convert", "demo", "--plan", plan, "--dtype", "float32", "-o", tmp_path / "again")
     assert record_of(tmp_path / "again")["held_out"] == record_of(trained)["held_out"]
     assert files.read_tensors(tmp_path / "again") == files.read_tensors(trained)
 
@@ -312,7 +287,7 @@ def test_out_of_memory_says_what_helps(
 
 @pytest.mark.parametrize("where", ["everywhere", "packed"])
 def test_training_that_would_move_nothing_stops(
-    sliced: Path, text: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    text: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """A graph cut before the adapters; and bitsandbytes' packing itself, where the processor does it."""
     import slicer.heal.adapters as adapters
@@ -336,8 +311,11 @@ def test_training_that_would_move_nothing_stops(
             return model
 
         monkeypatch.setattr(adapters, "load", cut)
+    whole = sources.save_llama(tmp_path / "whole", hidden_size=128, intermediate_size=256)
+    sliced = tmp_path / "sliced"
+    succeeds("convert", whole, "--drop", "2-3", "--heal", "none", "-o", sliced)
     compute = ["--compute", "bfloat16"] if where == "packed" else []
-    given = [*text, *FEW, "--eval-every", 3, *compute]
+    given = [*text, *FEW, "--eval-every", 3, "--start", "cut", *compute]
     result = slicer("heal", sliced, "--method", "qlora", *given, "-o", tmp_path / "out")
     assert result.exit_code == 1 and "no gradient reaches" in result.output, result.output
 
