@@ -24,7 +24,7 @@ from slicer.errors import HealError
 from slicer.heal.settings import Settings
 
 # Parts of a feed-forward block that choose rather than compute: the paper trains none of them.
-_CHOOSING = ("gate", "router", "shared_expert_gate")
+_CHOOSING = {"gate", "router", "shared_expert_gate"}
 
 
 def require(method: str) -> None:
@@ -110,10 +110,10 @@ def targets(model: Any, checkpoint: Checkpoint) -> list[str]:
     prefix = next(name for name, module in model.named_modules() if module is layers)
     found = []
     for i, layer in enumerate(layers):
-        inside = list(_feed_forward(layer)) or [
-            name for name, module in layer.named_modules() if _linear(module)
-        ]
-        for name in inside:
+        every = [name for name, module in layer.named_modules() if _linear(module)]
+        for name in list(_feed_forward(layer)) or every:
+            if _CHOOSING & set(name.split(".")):
+                continue
             full = f"{prefix}.{i}.{name}"
             key = key_of(checkpoint, full)
             matrix = layer.get_submodule(name)
@@ -139,7 +139,7 @@ def _feed_forward(layer: nn.Module) -> Iterator[str]:
         return
     own = next(name for name, child in layer.named_children() if child is part)
     for name, module in part.named_modules():
-        if _linear(module) and name.rsplit(".", 1)[-1] not in _CHOOSING:
+        if _linear(module) and not _CHOOSING & set(name.split(".")):
             yield f"{own}.{name}"
 
 

@@ -175,7 +175,16 @@ def resolve(
     `most_tokens` is the longest sequence the model reads. Raises UsageError where the values contradict each other.
     """
     asked.check()
-    row, words = paper_row(source, parameters)
+    row, listed = paper_row(source, parameters)
+    rank = asked.rank or row.rank
+    taken = [
+        *([f"rank {row.rank}"] if asked.rank is None and asked.method != "full" else []),
+        *([f"learning rate {row.lr:g}"] if asked.lr is None and asked.method != "full" else []),
+        *([f"sequences of {row.seq_len} tokens"] if asked.seq_len is None else []),
+    ]
+    words = []
+    if taken and not listed:
+        words.append(f"the paper has no {source}: {', '.join(taken)}, as its {row.name}, the nearest by size")
     seq_len = asked.seq_len or row.seq_len
     if most_tokens is not None and seq_len > most_tokens:
         if asked.seq_len is not None:
@@ -192,7 +201,6 @@ def resolve(
     if share % micro:
         of = f" of each of {processes} processes" if processes > 1 else ""
         raise UsageError(f"--micro-batch {micro}: does not divide the {share} sequences of a step{of}")
-    rank = asked.rank or row.rank
     lr = asked.lr
     if lr is None:
         lr = row.lr * (_FULL_SHARE if asked.method == "full" else 1)
@@ -223,17 +231,13 @@ def resolve(
     ), words
 
 
-def paper_row(source: str, parameters: int) -> tuple[Row, list[str]]:
-    """The row of the paper's table, by name or else the nearest by size, and a word where the model is not listed."""
+def paper_row(source: str, parameters: int) -> tuple[Row, bool]:
+    """The row of the paper's table, by name or else the nearest by size; and whether the model is listed."""
     name = re.split(r"[/\\]", source.split("@")[0].rstrip("/\\"))[-1].lower().replace("_", "-")
     for row in PAPER:
         if re.search(rf"(^|[^a-z]){row.pattern}(?![\d.])", name):
-            return row, []
-    nearest = min(PAPER, key=lambda row: abs(math.log(row.parameters / max(parameters, 1))))
-    return nearest, [
-        f"the paper has no {source}: rank {nearest.rank}, learning rate {nearest.lr:g} and sequences of "
-        f"{nearest.seq_len} tokens as its {nearest.name}, the nearest by size, unless given"
-    ]
+            return row, True
+    return min(PAPER, key=lambda row: abs(math.log(row.parameters / max(parameters, 1)))), False
 
 
 def of_record(record: Mapping[str, Any]) -> Training:

@@ -187,6 +187,8 @@ class Sweep:
         lm = backends.wrap(model, path, self.options.evaluation)
         evaluation = self.suite.run(lm, name, backends.vocabulary_of(model))
         shutil.rmtree(place, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty: another process trains there
+            place.parent.rmdir()
         return evaluation
 
     def _measure(self, name: str) -> Evaluation:
