@@ -122,6 +122,12 @@ def train(
             data_collator=_collate,
             callbacks=[watch],
         )
+        if trainer.is_fsdp_enabled and "FULL" not in str(
+            trainer.accelerator.state.fsdp_plugin.state_dict_type
+        ):
+            raise HealError(
+                "FSDP: set fsdp_state_dict_type to FULL_STATE_DICT, so that the best weights can be kept"
+            )
         trainer.lessons = lessons
         _quiet(trainer)
         watch.trainer = trainer
