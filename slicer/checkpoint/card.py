@@ -149,7 +149,9 @@ def _trained(record: Mapping[str, Any]) -> list[str]:
         if "rank" in values
         else ""
     )
-    start = "the weights solved again in closed form" if record["start"] == "fold" else "the bare cut"
+    start = {"fold": "the weights solved again in closed form", "cut": "the bare cut"}.get(
+        record["start"], f"weights that were healed before (`{record['start']}`)"
+    )
     tables = [("original", loss["source"]), ("before", loss["before"]), ("healed", loss["healed"])]
     known = [(name, value) for name, value in tables if value is not None]
     lines = [

@@ -63,6 +63,12 @@ class Sequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         labels = torch.where(learned, tokens, torch.full_like(tokens, IGNORED))
         return {"input_ids": tokens, "labels": labels, "index": torch.tensor(index)}
 
+    @property
+    def largest(self) -> int:
+        """The largest token id."""
+        tokens = self._tokens
+        return int(torch.where(tokens < 0, -1 - tokens, tokens).max())
+
     def digests(self) -> list[bytes]:
         """SHA-256 of the tokens of each sequence."""
         return [hashlib.sha256(self[i]["input_ids"].numpy().tobytes()).digest() for i in range(len(self))]

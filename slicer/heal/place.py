@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slicer.checkpoint.reader import Checkpoint
-from slicer.errors import OutputError, SlicerError
+from slicer.errors import OutputError
 from slicer.measure.calibration import CalibrationSpec
 from slicer.measure.share import Share
 from slicer.measure.workplace import fingerprint
@@ -81,7 +81,7 @@ def first_alone(share: Share, work: Path, mark: str, *, force: bool) -> Iterator
     try:
         share.first(claim)
         yield
-    except SlicerError as error:
+    except Exception as error:
         if share.is_first and not isinstance(error, OutputError) and not _worth_keeping(work):
             shutil.rmtree(work, ignore_errors=True)
         raise

@@ -24,7 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from slicer.errors import HealError
-from slicer.heal.adapters import packed, trainable, unpack
+from slicer.heal.adapters import packed, sharded, trainable, unpack
 from slicer.heal.corpus import IGNORED, Corpus
 from slicer.heal.settings import Settings
 from slicer.heal.teacher import Lessons
@@ -86,9 +86,7 @@ def train(
         warmup_steps=settings.warmup,
         weight_decay=settings.weight_decay,
         bf16=settings.compute == "bfloat16",
-        use_cpu=device.type == "cpu"
-        and not torch.cuda.is_available()
-        or os.environ.get("ACCELERATE_USE_CPU") == "true",
+        use_cpu=device.type == "cpu" and not (sharded() and torch.cuda.is_available()),
         seed=settings.seed,
         data_seed=settings.seed,
         logging_steps=1,
@@ -114,14 +112,19 @@ def train(
     course = Course()
     watch = _Watch(course, settings, work, progress)
     with _deterministic(settings.seed), _out_of_memory(settings, lessons is not None):
-        trainer = _Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=corpus.train,
-            eval_dataset=corpus.held_out,
-            data_collator=_collate,
-            callbacks=[watch],
-        )
+        try:
+            trainer = _Trainer(
+                model=model,
+                args=arguments,
+                train_dataset=corpus.train,
+                eval_dataset=corpus.held_out,
+                data_collator=_collate,
+                callbacks=[watch],
+            )
+        except (ImportError, RuntimeError, ValueError) as error:
+            if report_to == "none":
+                raise
+            raise HealError(f"--report-to {report_to}: {' '.join(str(error).split())[:200]}") from None
         if trainer.is_fsdp_enabled and "FULL" not in str(
             trainer.accelerator.state.fsdp_plugin.state_dict_type
         ):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -20,11 +21,12 @@ from typing import Any
 import torch
 
 from slicer.checkpoint import hub, verify
+from slicer.checkpoint.architectures import text_config
 from slicer.checkpoint.export import check_output, copy_unchanged, refuse_quantized
 from slicer.checkpoint.model import load_model, pick_device
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES, check_space
-from slicer.errors import ArchitectureError, HealError, PlanError
+from slicer.errors import ArchitectureError, CalibrationError, HealError, PlanError, UsageError
 from slicer.heal import adapters
 from slicer.heal.corpus import Corpus, prepare
 from slicer.heal.job import Healed, HealOptions, as_before, check_source, heal
@@ -77,6 +79,10 @@ def train_cut(
     training = options.training
     training.check()
     adapters.require(training.method)
+    if training.validation == "self" or (training.validation and options.calibration.source == "self"):
+        raise UsageError(
+            "--validation: name text, and not with --calibration self, which samples text to hold out too"
+        )
     share = Share.of_environment()
     progress.stage("Opening the checkpoints")
     cut = Checkpoint.open(hub.resolve(sliced).path)
@@ -136,6 +142,7 @@ def _train_cut(
 
     share.first(lambda: corpus_of() and None)
     corpus = corpus_of()
+    _check_corpus(corpus, cut, settings, progress if share.is_first else Progress())
     base = Checkpoint.open(share.first(lambda: _base(cut, whole, plan, work, corpus, options, progress)))
     before = Plan.load(base.path)
     device = share_device(options.device, share)
@@ -151,12 +158,14 @@ def _train_cut(
     )
     del model, lessons
     gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the first process now needs what the others held
 
     def finish() -> Healed:
-        fits = verify.fits_in_memory(4 * cut.parameters, options.device)
+        size = getattr(torch, settings.compute).itemsize
 
         def loss_of(path: Path) -> float | None:
-            if not fits:
+            if not verify.fits_in_memory(size * Checkpoint.open(path).parameters, options.device):
                 return None
             model = load_model(path, dtype=settings.compute, device=options.device, trust_remote_code=remote)
             return held_out_loss(model, corpus, settings.micro_batch)
@@ -170,8 +179,8 @@ def _train_cut(
             loss_of=loss_of,
             record={
                 "method": settings.method,
-                "start": "fold" if before.healing else "cut",
-                "fold": None if before.healing is None else dict(before.healing),
+                "start": (before.healing or {}).get("method", "cut"),
+                "earlier": before.healing and dict(before.healing),
                 "solver": options.fold,
                 "calibration": asdict(spec),
                 "data": corpus.record,
@@ -189,6 +198,21 @@ def _train_cut(
 
     done = share.first(finish)
     return done if share.is_first else None
+
+
+def _check_corpus(corpus: Corpus, cut: Checkpoint, settings: Settings, progress: Progress) -> None:
+    """Raise CalibrationError for tokens that the model has not; say how often the text is seen."""
+    vocabulary = text_config(cut.config).get("vocab_size")
+    largest = max(corpus.train.largest, corpus.held_out.largest)
+    if vocabulary is not None and largest >= vocabulary:
+        raise CalibrationError(
+            f"{cut.path}: the tokenizer makes token {largest} but the model has {vocabulary}; it is another model's"
+        )
+    times = settings.steps * settings.batch_size / len(corpus.train)
+    if times > 1.5:
+        progress.note(
+            f"the text has {len(corpus.train)} sequences to train on: each is seen {times:.0f} times"
+        )
 
 
 def _asked(training: Training) -> dict[str, Any]:
@@ -250,4 +274,4 @@ def share_device(device: str, share: Share) -> str:
     """The device of this process of several."""
     if device != "auto" or share.world == 1 or not torch.cuda.is_available():
         return device
-    return f"cuda:{share.rank % torch.cuda.device_count()}"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', share.rank)) % torch.cuda.device_count()}"

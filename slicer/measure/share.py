@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from slicer.errors import SlicerError, UsageError
 
 T = TypeVar("T")
+_PATIENCE = timedelta(days=2)  # while the first process works alone, the others wait
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Share:
             return cls()
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group(
-                "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+                "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE
             )
         return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
 

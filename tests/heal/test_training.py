@@ -74,7 +74,9 @@ def trained(sliced: Path, text: list[object], tmp_path_factory: pytest.TempPathF
 
 def test_it_is_recorded_and_the_loss_falls(sliced: Path, trained: Path) -> None:
     record, history = record_of(trained), history_of(trained)
-    assert record["method"] == "qlora" and record["start"] == "fold" and record["fold"]["solver"] == "resolve"
+    assert (
+        record["method"] == "qlora" and record["start"] == "fold" and record["earlier"]["solver"] == "resolve"
+    )
     assert (
         record["settings"]["rank"] == 4
         and record["settings"]["alpha"] == 4
@@ -142,6 +144,17 @@ def test_merging_the_kept_adapter_by_hand_gives_the_same_bytes(
     assert record_of(tmp_path / "a")["start"] == "cut"
 
 
+def test_gradient_checkpointing_changes_no_loss(sliced: Path, text: list[object], tmp_path: Path) -> None:
+    given = ["heal", sliced, "--method", "lora", *QUICK, *text, *FEW, "--steps", 4, "--micro-batch", 2]
+    succeeds(*given, "-o", tmp_path / "a")
+    succeeds(*given, "--gradient-checkpointing", "-o", tmp_path / "b")
+    a, b = history_of(tmp_path / "a"), history_of(tmp_path / "b")
+    assert all(abs(a["train"][k] - b["train"][k]) < 1e-5 for k in a["train"])
+    result = slicer(*given, "--report-to", "no-such-tracker", "-o", tmp_path / "c")
+    assert result.exit_code == 1 and "--report-to no-such-tracker" in result.output
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
 def test_bfloat16_weights_are_rounded_once(text: list[object], tmp_path: Path) -> None:
     """The embedded model is stored in bfloat16: what is left between its logits and the adapter's is rounding."""
     given = [*text, *FEW, "--train-seq-len", 64, "--lr", 1e-3]
@@ -164,7 +177,12 @@ def test_all_weights_can_be_trained(sliced: Path, text: list[object], tmp_path: 
     old, new = files.read_tensors(sliced), files.read_tensors(tmp_path / "out")
     assert old.keys() == new.keys() and old["model.norm.weight"] != new["model.norm.weight"]
     assert "rank" not in done["healing"]["settings"]
-    # It is healed again from the source's own bytes when asked.
+    # It can be trained further, and healed again from the source's own bytes.
+    more = ["--method", "lora", *text, *FEW, "--steps", 2, "--verify", "none", "--json"]
+    further = json.loads(succeeds("heal", tmp_path / "out", *more, "-o", tmp_path / "further").stdout)[
+        "healing"
+    ]
+    assert further["start"] == "full" and further["loss"]["before"] == done["healing"]["loss"]["healed"]
     succeeds("heal", tmp_path / "out", "--method", "fold", *text, "-o", tmp_path / "folded")
     succeeds("heal", sliced, "--method", "fold", *text, "-o", tmp_path / "expected")
     assert files.read_tensors(tmp_path / "folded") == files.read_tensors(tmp_path / "expected")
