@@ -117,9 +117,8 @@ def targets(model: Any, checkpoint: Checkpoint) -> list[str]:
             full = f"{prefix}.{i}.{name}"
             key = key_of(checkpoint, full)
             matrix = layer.get_submodule(name)
-            shape = (
-                (matrix.nx, matrix.nf) if _transposed(matrix) else (matrix.out_features, matrix.in_features)
-            )
+            parts = ("nx", "nf") if _transposed(matrix) else ("out_features", "in_features")
+            shape = tuple(int(getattr(matrix, part)) for part in parts)
             if key is not None and checkpoint.tensors[key].shape == shape:
                 found.append(full)
     if not found:
@@ -155,7 +154,7 @@ def unpack(model: nn.Module) -> None:
     """Keep bitsandbytes from packing 4-bit weights on the CPU, and undo it where it has happened."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
     if packed(model):
         model.state_dict()  # writing the weights out is what unpacks them
 

@@ -88,7 +88,7 @@ class Corpus:
         pieces: list[torch.Tensor] = []
         for i in range(len(self.train)):
             row = self.train[i]["input_ids"]
-            pieces += list(row[: len(row) // length * length].split(length))
+            pieces += list(torch.split(row[: len(row) // length * length], length))
             if len(pieces) >= spec.samples:
                 break
         tokens = torch.stack(pieces[: spec.samples])

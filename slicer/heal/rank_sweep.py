@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from slicer.checkpoint import hub
@@ -76,12 +77,10 @@ def pick_rank(
                 (work / f"rank-{rank}.json").write_text(
                     json.dumps([done.verified, done.logits_error]), "utf-8"
                 )
-        share.first(lambda rank=rank, place=place: _score(work, str(rank), place, ask))
+        share.first(partial(_score, work, str(rank), place, ask))
         if rank == largest:
-            share.first(
-                lambda place=place: _score(work, "none", hub.resolve(sliced).path, ask, start_of=place)
-            )
-            scores = share.first(lambda: _scores(work))
+            share.first(partial(_score, work, "none", hub.resolve(sliced).path, ask, start_of=place))
+            scores = share.first(partial(_scores, work))
             if sum(scores[str(rank)]) >= scores["none"][0]:  # within a standard error, or better
                 break
 

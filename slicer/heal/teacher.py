@@ -228,7 +228,9 @@ def ask_beforehand(
     progress = progress or Progress()
     shape = (len(sequences), len(sequences[0]["input_ids"]), int(text_config(teacher.config)["hidden_size"]))
     file = directory / "teacher.json"
-    state = json.loads(file.read_text("utf-8")) if file.is_file() else {"mark": mark, "done": 0}
+    state: dict[str, Any] = (
+        json.loads(file.read_text("utf-8")) if file.is_file() else {"mark": mark, "done": 0}
+    )
     if state["mark"] != mark:
         raise HealError(
             f"{directory}: holds the answers of another teacher or to other text; give another --teacher-cache"
