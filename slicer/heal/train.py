@@ -160,6 +160,14 @@ class _Trainer(Trainer):  # type: ignore[misc]
         super().__init__(**given)
         self.model_accepts_loss_kwargs = True  # so that target tokens are counted, over all processes
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """With the last batch, which training leaves out where it is not full."""
+        self.args.dataloader_drop_last = False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = True
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
