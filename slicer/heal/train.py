@@ -255,6 +255,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         logs = logs or {}
         if "loss" in logs:
             self._enter(logs, state.global_step)
+            self._tell()
             if not math.isfinite(logs["loss"]) or not math.isfinite(logs.get("grad_norm") or 0.0):
                 self._course.ended = "diverged"
                 control.should_training_stop, control.should_save, control.should_evaluate = (
@@ -279,10 +280,16 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         elif self._settings.patience and len(taken) >= self._settings.patience and step < state.max_steps:
             course.ended = "early"
             control.should_training_stop = True
-        self._progress.detail(
-            f"held-out loss {metrics['eval_loss']:.4f}, best {course.held_out[course.best]:.4f}"
-        )
+        self._tell()
         return control
+
+    def _tell(self) -> None:
+        course = self._course
+        words = [f"loss {course.train[max(course.train)]:.3f}"] if course.train else []
+        if course.held_out:
+            words.append(f"held out {course.held_out[max(course.held_out)]:.4f}")
+            words.append(f"best {course.held_out[course.best]:.4f}")
+        self._progress.detail(", ".join(words))
 
     def _keep(self) -> None:
         """Save the weights, whole or not at all, in place of the best so far."""

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 TRAINED = "qlora"
 # How torchrun and accelerate tell a process that it is one of several: a cell is trained by one alone.
-_OF_SEVERAL = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_OF_SEVERAL = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+               "ACCELERATE_USE_FSDP")  # fmt: skip
 
 
 def require(heals: Iterable[str]) -> None:
@@ -92,9 +93,13 @@ def trained(
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """Inside the block this process is not one of several."""
+    """Inside the block this process is not one of several, for accelerate either, which remembers what it once saw."""
+    from accelerate.state import AcceleratorState
+
     hidden = {name: os.environ.pop(name) for name in _OF_SEVERAL if name in os.environ}
+    AcceleratorState._reset_state(reset_partial_state=True)
     try:
         yield
     finally:
         os.environ.update(hidden)
+        AcceleratorState._reset_state(reset_partial_state=True)

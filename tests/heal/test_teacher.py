@@ -105,6 +105,7 @@ def test_it_takes_part_in_training(whole: Path, tmp_path: Path) -> None:
     for name, more in {
         "plain": [],
         "live": ["--mismatch-weight", 1, "--kl-weight", 1],
+        "4bit": ["--mismatch-weight", 1, "--kl-weight", 1, "--teacher-4bit"],
         "kept": ["--mismatch-weight", 1, "--kl-weight", 1, "--teacher-cache", tmp_path / "cache"],
     }.items():
         result = slicer(*given, *more, "-o", tmp_path / name)
@@ -113,5 +114,6 @@ def test_it_takes_part_in_training(whole: Path, tmp_path: Path) -> None:
     assert losses["live"]["train"]["1"] > losses["plain"]["train"]["1"] + 0.5
     assert losses["live"]["held_out"]["0"] == losses["plain"]["held_out"]["0"]  # measured on the text alone
     assert losses["kept"]["train"]["1"] == pytest.approx(losses["live"]["train"]["1"], rel=0.05)
+    assert losses["4bit"]["train"]["1"] == pytest.approx(losses["live"]["train"]["1"], rel=0.2)
     other = slicer(*given, "--seed", 5, *more, "-o", tmp_path / "other")
     assert other.exit_code == 1 and "another teacher" in other.output

@@ -156,16 +156,40 @@ def test_gradient_checkpointing_changes_no_loss(sliced: Path, text: list[object]
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
 
 
-def test_bfloat16_weights_are_rounded_once(text: list[object], tmp_path: Path) -> None:
-    """The embedded model is stored in bfloat16: what is left between its logits and the adapter's is rounding."""
-    given = [*text, *FEW, "--train-seq-len", 64, "--lr", 1e-3]
-    result = succeeds(
-        "convert", "demo", "--drop", "4-6", "--heal", "lora", *given, "-o", tmp_path / "out", "--json"
-    )
-    done = json.loads(result.stdout)
+def test_bfloat16_weights_are_rounded_once(
+    text: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The embedded model is stored in bfloat16: what is left between its logits and the adapter's is rounding. And a
+    conversion that is stopped while it trains goes on from there."""
+    import slicer.heal.train as train
+
+    honest = train._Watch.on_save
+
+    def stopped(*given: Any, **more: Any) -> None:
+        honest(*given, **more)
+        raise KeyboardInterrupt
+
+    given = [
+        "convert",
+        "demo",
+        "--drop",
+        "4-6",
+        "--heal",
+        "lora",
+        *text,
+        *FEW,
+        "--lr",
+        1e-3,
+        "-o",
+        tmp_path / "out",
+    ]
+    monkeypatch.setattr(train._Watch, "on_save", stopped)
+    assert slicer(*given).exit_code == 130 and os.listdir(tmp_path) == ["out.training"]
+    monkeypatch.setattr(train._Watch, "on_save", honest)
+    done = json.loads(succeeds(*given, "--json").stdout)
     assert done["verified"] == "logits" and 0 < done["logits_error"] < 1e-2
     assert done["healing"]["loss"]["healed"] < done["healing"]["loss"]["before"]
-    assert done["plan"] if "plan" in done else done["dropped"] == [4, 5, 6]
+    assert done["dropped"] == [4, 5, 6] and done["healing"]["start"] == "fold"
     assert os.listdir(tmp_path) == ["out"]
 
 
