@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from slicer.checkpoint import hub
+from slicer.checkpoint.export import check_output
 from slicer.errors import EvaluationError, UsageError
 from slicer.heal.job import Healed
 from slicer.heal.trained import TrainOptions, train_cut
@@ -61,6 +62,7 @@ def pick_rank(
     progress = progress or Progress()
     if options.training.method == "full":
         raise UsageError("--rank-sweep: a full training has no rank; use --method qlora or lora")
+    check_output(out, hub.resolve(sliced).path, force=options.force)
     ask = _judge(sweep, options, progress)
     share = Share.of_environment()
     work = out.with_name(out.name + ".ranks")
@@ -98,7 +100,8 @@ def pick_rank(
         }
         plan = replace(plan, healing={**(plan.healing or {}), "rank_sweep": told})
         (place / "slicer" / "plan.json").write_text(plan.to_json(), "utf-8")
-        if out.is_dir():  # checked by train_cut: a checkpoint, and --force
+        check_output(out, hub.resolve(sliced).path, force=options.force)
+        if out.is_dir():
             shutil.rmtree(out)
         place.rename(out)
         shutil.rmtree(work, ignore_errors=True)

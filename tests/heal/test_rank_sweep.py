@@ -49,5 +49,7 @@ def test_it_begins_with_the_largest_and_tries_the_others_where_that_hurts(
     assert set(record["rank_sweep"]["scores"]) == trained | {"none"}
     assert json.loads((tmp_path / "out" / "slicer" / "plan.json").read_text())["healing"] == record
     assert sorted(os.listdir(tmp_path)) == ["cut", "out", "whole"]
+    again = slicer(*given, "--rank-sweep", "2", "-o", tmp_path / "out")
+    assert again.exit_code == 1 and "not empty" in again.output
     for more in (["--rank-sweep", "2,x"], ["--rank-sweep", "2", "--rank", 4], ["--rank-metric", "loss"]):
         assert slicer(*given, *more, "-o", tmp_path / "again").exit_code == 2
