@@ -1,7 +1,8 @@
 """The training itself: transformers' Trainer on packed sequences, measured on text held out, resumable, its best kept.
 
     work/run/checkpoint-N   weights, optimizer, random states; whole where it holds the file `WHOLE`
-    work/best               the weights of the best measurement
+    work/best-N             the weights of the best measurement, at step N
+    work/course.json        that training is over, and how it went
 
 Given the seed, a run that was killed and is started again has the losses of one that was not: everything is drawn from
 seeds and states that the checkpoints hold, and every file is whole before it counts.
@@ -10,47 +11,26 @@ seeds and states that the checkpoints hold, and every file is whole before it co
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from slicer.errors import HealError
-from slicer.heal.adapters import packed, sharded, trainable, unpack
+from slicer.heal.adapters import sharded
 from slicer.heal.corpus import IGNORED, Corpus
 from slicer.heal.settings import Settings
 from slicer.heal.teacher import Lessons
+from slicer.heal.watch import UNMOVED, WHOLE, Course, Watch
 from slicer.progress import Progress
 
-WHOLE = "whole"  # the last file of a checkpoint: a killed run may leave one that lacks it
 _KEPT = 2  # checkpoints
-
-
-@dataclass
-class Course:
-    """How a training went.
-
-    Attributes:
-        weights: the directory of the best weights; None where none was better than those at the start.
-        best: the step they are of, 0 being the start.
-        held_out: step -> loss on the held-out sequences, nats a token.
-        train: step -> loss of the step, with what a teacher adds.
-        ended: "done", "early" (no new best for `patience` measurements) or "diverged" (the loss was not finite).
-    """
-
-    weights: Path | None = None
-    best: int = 0
-    held_out: dict[int, float] = field(default_factory=dict)
-    train: dict[int, float] = field(default_factory=dict)
-    ended: str = "done"
 
 
 def train(
@@ -69,6 +49,9 @@ def train(
     anything was gained, and where memory runs out, with the options that help.
     """
     progress = progress or Progress()
+    over = work / "course.json"
+    if over.is_file():
+        return Course.from_json(over.read_text("utf-8"))
     logging.set_verbosity_error()
     last = _last_whole(work / "run")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -106,11 +89,9 @@ def train(
         report_to=report_to.split(","),
         disable_tqdm=True,
     )
-    arguments._n_gpu = min(
-        1, arguments.n_gpu
-    )  # a GPU a process: never transformers' threads over all it sees
+    arguments._n_gpu = min(1, arguments.n_gpu)  # a GPU a process: no threads over all that it sees
     course = Course()
-    watch = _Watch(course, settings, work, progress)
+    watch = Watch(course, settings, work, progress)
     with _deterministic(settings.seed), _out_of_memory(settings, lessons is not None):
         try:
             trainer = _Trainer(
@@ -140,13 +121,18 @@ def train(
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
             except RuntimeError as error:
                 if "does not require grad" in str(error):
-                    raise HealError(_UNMOVED) from None
+                    raise HealError(UNMOVED) from None
                 raise
     if course.ended == "diverged" and course.weights is None:
+        if trainer.is_world_process_zero():
+            shutil.rmtree(work / "run", ignore_errors=True)  # nothing to go on from
         raise HealError(
             f"the loss is not finite at step {max(course.train, default=0)} and nothing was gained before: lower --lr "
             f"(it is {settings.lr:g}), or give --compute float32"
         )
+    if trainer.is_world_process_zero():
+        over.with_suffix(".new").write_text(course.to_json(), "utf-8")
+        over.with_suffix(".new").rename(over)
     return course
 
 
@@ -199,112 +185,6 @@ def held_out_loss(model: Any, corpus: Corpus, batch_size: int) -> float:
         total += float(cross_entropy(logits, batch["labels"]))
         count += int((batch["labels"][:, 1:] != IGNORED).sum())
     return total / count
-
-
-_UNMOVED = (
-    "no gradient reaches the weights that are to be trained, so training would change nothing; on a CPU with "
-    "AVX512-BF16 this is bitsandbytes packing its 4-bit weights: use --method lora"
-)
-
-
-class _Watch(TrainerCallback):  # type: ignore[misc]
-    """Keeps the best weights, stops what stalls or diverges, checks the gradients, marks whole checkpoints."""
-
-    trainer: Any
-
-    def __init__(self, course: Course, settings: Settings, work: Path, progress: Progress) -> None:
-        self._course, self._settings, self._work, self._progress = course, settings, work, progress
-        self._unchecked = True
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        for entry in state.log_history:  # of the checkpoint that this run goes on from
-            self._enter(entry, entry["step"])
-        if self._course.best:
-            self._course.weights = self._work / "best"
-        self._progress.advance(state.global_step)
-
-    def _enter(self, entry: dict[str, Any], step: int) -> None:
-        course = self._course
-        if "loss" in entry:
-            course.train[step] = entry["loss"]
-        if "eval_loss" in entry:
-            loss = entry["eval_loss"]
-            if course.held_out and loss < course.held_out[course.best] and step > course.best:
-                course.best = step
-            course.held_out[step] = loss
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if not self._unchecked:
-            return
-        self._unchecked = False
-        moved = not packed(model) and any(
-            parameter.grad is not None and bool(parameter.grad.ne(0).any()) for parameter in trainable(model)
-        )
-        accelerator = self.trainer.accelerator
-        flags = accelerator.gather(torch.tensor([float(moved)], device=accelerator.device))
-        if not bool(flags.any()):
-            raise HealError(_UNMOVED)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        self._progress.advance()
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = True
-        return control
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> Any:
-        logs = logs or {}
-        if "loss" in logs:
-            self._enter(logs, state.global_step)
-            self._tell()
-            if not math.isfinite(logs["loss"]) or not math.isfinite(logs.get("grad_norm") or 0.0):
-                self._course.ended = "diverged"
-                control.should_training_stop, control.should_save, control.should_evaluate = (
-                    True,
-                    False,
-                    False,
-                )
-        return control
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> Any:
-        self._unchecked = True  # what evaluation may have broken shows in the next step
-        unpack(self.trainer.model)
-        course, step = self._course, state.global_step
-        before = course.best
-        self._enter(metrics, step)
-        if course.best == step != before:
-            self._keep()
-        taken = [at for at in course.held_out if at > course.best]
-        if not math.isfinite(metrics["eval_loss"]):
-            course.ended = "diverged"
-            control.should_training_stop, control.should_save = True, False
-        elif self._settings.patience and len(taken) >= self._settings.patience and step < state.max_steps:
-            course.ended = "early"
-            control.should_training_stop = True
-        self._tell()
-        return control
-
-    def _tell(self) -> None:
-        course = self._course
-        words = [f"loss {course.train[max(course.train)]:.3f}"] if course.train else []
-        if course.held_out:
-            words.append(f"held out {course.held_out[max(course.held_out)]:.4f}")
-            words.append(f"best {course.held_out[course.best]:.4f}")
-        self._progress.detail(", ".join(words))
-
-    def _keep(self) -> None:
-        """Save the weights, whole or not at all, in place of the best so far."""
-        new, best = self._work / "best.new", self._work / "best"
-        if self.trainer.is_world_process_zero():
-            shutil.rmtree(new, ignore_errors=True)
-        self.trainer.save_model(str(new))  # every process has its part in this, where the model is sharded
-        if self.trainer.is_world_process_zero():
-            shutil.rmtree(best, ignore_errors=True)
-            new.rename(best)
-        self._course.weights = best
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
 
 
 def _last_whole(run: Path) -> Path | None:

@@ -27,8 +27,8 @@ from slicer.plan import Plan
 from slicer.progress import Progress
 
 if TYPE_CHECKING:
-    from slicer.heal.train import Course
     from slicer.heal.trained import TrainOptions
+    from slicer.heal.watch import Course
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import torch
 
 from slicer import demo
 from slicer.errors import CalibrationError
-from slicer.heal.corpus import IGNORED, Corpus, answers, prepare
+from slicer.heal.corpus import IGNORED, Corpus, prepare
+from slicer.heal.packing import answers
 from slicer.heal.settings import Training, resolve
 from slicer.measure.calibration import CalibrationSpec
 

@@ -162,11 +162,16 @@ def test_bfloat16_weights_are_rounded_once(
     """The embedded model is stored in bfloat16: what is left between its logits and the adapter's is rounding. And a
     conversion that is stopped while it trains goes on from there."""
     import slicer.heal.train as train
+    import slicer.heal.trained as trained_module
+    import slicer.heal.watch as watch
 
-    honest = train._Watch.on_save
+    honest = watch.Watch.on_save
 
     def stopped(*given: Any, **more: Any) -> None:
         honest(*given, **more)
+        raise KeyboardInterrupt
+
+    def stopped_writing(*_: Any) -> None:
         raise KeyboardInterrupt
 
     given = [
@@ -183,9 +188,14 @@ def test_bfloat16_weights_are_rounded_once(
         "-o",
         tmp_path / "out",
     ]
-    monkeypatch.setattr(train._Watch, "on_save", stopped)
+    monkeypatch.setattr(watch.Watch, "on_save", stopped)
     assert slicer(*given).exit_code == 130 and os.listdir(tmp_path) == ["out.training"]
-    monkeypatch.setattr(train._Watch, "on_save", honest)
+    monkeypatch.setattr(watch.Watch, "on_save", honest)
+    writing: Any = trained_module.write
+    monkeypatch.setattr(trained_module, "write", stopped_writing)
+    assert slicer(*given).exit_code == 130  # trained to its end, and not written
+    monkeypatch.setattr(trained_module, "write", writing)
+    monkeypatch.setattr(train._Trainer, "train", None)
     done = json.loads(succeeds(*given, "--json").stdout)
     assert done["verified"] == "logits" and 0 < done["logits_error"] < 1e-2
     assert done["healing"]["loss"]["healed"] < done["healing"]["loss"]["before"]
@@ -334,7 +344,7 @@ def test_training_that_would_move_nothing_stops(
 ) -> None:
     """A graph cut before the adapters; and bitsandbytes' packing itself, where the processor does it."""
     import slicer.heal.adapters as adapters
-    import slicer.heal.train as train
+    import slicer.heal.watch as watch
 
     if where == "packed":
         from bitsandbytes.functional import has_avx512bf16
@@ -342,7 +352,7 @@ def test_training_that_would_move_nothing_stops(
         if not has_avx512bf16():
             pytest.skip("needs a processor with AVX512-BF16")
         monkeypatch.setattr(adapters, "unpack", lambda model: None)
-        monkeypatch.setattr(train, "unpack", lambda model: None)
+        monkeypatch.setattr(watch, "unpack", lambda model: None)
     else:
         honest = adapters.load
 
