@@ -100,7 +100,8 @@ def _convert_and_train(
     source: str, goal: Goal | None, out: Path | None, options: Options, plan: Plan | None, progress: Progress
 ) -> Summary:
     """The bare cut beside `out`, kept until the training that starts from it is done."""
-    from slicer.heal.place import cut_for, workplace_of
+    from slicer.heal.adapters import require
+    from slicer.heal.place import cut_for, discarding, workplace_of
     from slicer.heal.trained import TrainOptions, train_cut
     from slicer.measure.share import Share
 
@@ -108,13 +109,16 @@ def _convert_and_train(
         options.training or Training(), method=str(options.heal), seed=options.calibration.seed
     )
     training.check()
+    require(training.method)
     checkpoint = Checkpoint.open(hub.resolve(source).path)
     bare = replace(options, heal="none", command=None)
     if out is None:
-        chosen = plan
-        if chosen is None:  # its name tells how many layers are left
-            chosen = plan = convert(source, goal, None, replace(bare, dry_run=True), progress=progress).plan
-        out = Path(f"{_short_name(source)}-{len(chosen.kept)}L")
+        counts = list(goal.counts(checkpoint.depth)) if goal is not None else []
+        if len(counts) > 1:  # a budget: its name tells how many layers are left
+            plan = convert(source, goal, None, replace(bare, dry_run=True), progress=progress).plan
+            goal = None
+        left = len(plan.kept) if plan is not None else checkpoint.depth - counts[0]
+        out = Path(f"{_short_name(source)}-{left}L")
     check_output(out, checkpoint.path, force=options.force)
     asked = {"goal": str(goal), "plan": plan and plan.to_json(), **{k: getattr(options, k) for k in _OF_CUT}}
 
@@ -131,14 +135,15 @@ def _convert_and_train(
     path, summary = Share.of_environment().first(cut)
     given = {k: getattr(options, k) for k in _OF_TRAINING}
     given_to = TrainOptions(training=training, **given)
-    if options.rank_sweep is None:
-        done = train_cut(path, source, out, given_to, progress=progress)
-    else:
-        from slicer.heal.rank_sweep import pick_rank
+    with discarding(out):
+        if options.rank_sweep is None:
+            done = train_cut(path, source, out, given_to, progress=progress)
+        else:
+            from slicer.heal.rank_sweep import pick_rank
 
-        done = pick_rank(path, source, out, given_to, options.rank_sweep, progress=progress)
-        if done is not None:
-            shutil.rmtree(workplace_of(out))
+            done = pick_rank(path, source, out, given_to, options.rank_sweep, progress=progress)
+            if done is not None:
+                shutil.rmtree(workplace_of(out))
     Share.of_environment().leave()
     if done is None:  # not the first of several processes
         return replace(summary, out=out)

@@ -52,6 +52,18 @@ def cut_for(
 
 
 @contextlib.contextmanager
+def discarding(out: Path) -> Iterator[None]:
+    """What fails inside the block leaves no workplace behind, unless a training can go on from it."""
+    work = workplace_of(out)
+    try:
+        yield
+    except Exception:
+        if not _worth_keeping(work) and not out.with_name(out.name + ".ranks").exists():
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
 def first_alone(share: Share, work: Path, mark: str, *, force: bool) -> Iterator[None]:
     """Inside the block the first process has `work` for itself; it goes at the end, unless there is something to go on
     from. Raises OutputError where another run is at work there, or an unfinished one of another mark lies there."""
