@@ -24,7 +24,8 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 
 FEW: list[object] = ["--steps", 12, "--train-batch-size", 4, "--train-seq-len", 32, "--rank", 4, "--lr", 3e-3]
-QUICK: list[object] = ["--start", "cut", "--verify", "none", "--validation-samples", 4]
+FEW += ["--eval-every", 3, "--validation-samples", 4]
+QUICK: list[object] = ["--start", "cut", "--verify", "none"]
 
 
 def slicer(*arguments: object) -> Result:
@@ -204,7 +205,7 @@ def test_bfloat16_weights_are_rounded_once(
 
 
 def test_all_weights_can_be_trained(sliced: Path, text: list[object], tmp_path: Path) -> None:
-    given = ["--method", "full", "--start", "cut", *text, *FEW[:6], "--lr", 1e-3]
+    given = ["--method", "full", "--start", "cut", *text, *FEW, "--lr", 1e-3]
     done = json.loads(succeeds("heal", sliced, *given, "-o", tmp_path / "out", "--json").stdout)
     assert (
         done["logits_error"] < 1e-5 and done["healing"]["loss"]["healed"] < done["healing"]["loss"]["before"]
