@@ -145,8 +145,7 @@ def print_summary(summary: Summary) -> None:
         console.print(f"          next best {other['block']} at {other['distance']:.4f}")
     if plan.healing is not None:
         console.print(f"healed    {_healed(plan.healing)}")
-    error = "" if summary.logits_error is None else f" (largest relative error {summary.logits_error:.1e})"
-    console.print(f"verified  {summary.verified}{error}")
+    console.print(f"verified  {summary.verified}{_errors(summary)}")
     for warning in summary.warnings:
         console.print(f"warning   {warning}")
     console.print(f"written   {summary.out}" if summary.out else "written   nothing (dry run)")
@@ -169,8 +168,7 @@ def print_healed(done: Healed) -> None:
     console.print(f"healed    {_healed(record)}")
     if not done.helps:
         console.print("warning   the loss did not fall; the checkpoint without healing is the better one")
-    error = "" if done.logits_error is None else f" (largest relative error {done.logits_error:.1e})"
-    console.print(f"verified  {done.verified}{error}")
+    console.print(f"verified  {done.verified}{_errors(done)}")
     console.print(f"written   {done.out}")
 
 
@@ -179,8 +177,7 @@ def print_merged(done: Merged) -> None:
     console = stdout()
     left = f", {done.left_out} of dropped layers left out" if done.left_out else ""
     console.print(f"merged    {len(done.tensors)} matrices{left}")
-    error = "" if done.logits_error is None else f" (largest relative error {done.logits_error:.1e})"
-    console.print(f"verified  {done.verified}{error}")
+    console.print(f"verified  {done.verified}{_errors(done)}")
     console.print(f"written   {done.out}")
 
 
@@ -202,6 +199,17 @@ def trained_losses(record: Mapping[str, Any]) -> tuple[float, float]:
     if loss["before"] is None or loss["healed"] is None:
         return float(held_out["0"]), float(held_out[str(record["best_step"])])
     return float(loss["before"]), float(loss["healed"])
+
+
+def _errors(done: Summary | Healed | Merged) -> str:
+    if done.logits_error is None:
+        return ""
+    rounding = (
+        ""
+        if not done.rounding_error
+        else f"; {done.rounding_error:.1e} from the adapter, by rounding the weights"
+    )
+    return f" (largest relative error {done.logits_error:.1e}{rounding})"
 
 
 def _why(plan: Plan) -> str:

@@ -147,7 +147,14 @@ def _convert_and_train(
     Share.of_environment().leave()
     if done is None:  # not the first of several processes
         return replace(summary, out=out)
-    return replace(summary, out=out, plan=done.plan, verified=done.verified, logits_error=done.logits_error)
+    return replace(
+        summary,
+        out=out,
+        plan=done.plan,
+        verified=done.verified,
+        logits_error=done.logits_error,
+        rounding_error=done.rounding_error,
+    )
 
 
 _OF_CUT = ("strategy", "dtype")

@@ -105,6 +105,7 @@ class Summary:
     after: Sizes
     verified: str
     logits_error: float | None = None
+    rounding_error: float | None = None
     warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -125,6 +126,7 @@ class Summary:
             "healing": None if plan.healing is None else dict(plan.healing),
             "verified": self.verified,
             "logits_error": self.logits_error,
+            "rounding_error": self.rounding_error,
             "warnings": list(self.warnings),
         }
 

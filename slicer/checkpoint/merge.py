@@ -108,13 +108,14 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Merged:
-    """What `merge` did: the tensors changed, the adapter's modules left out, the check."""
+    """What `merge` did: the tensors changed, the adapter's modules left out, the check (see `check_merged`)."""
 
     out: Path
     tensors: tuple[str, ...]
     left_out: int
     verified: str
     logits_error: float | None
+    rounding_error: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -124,6 +125,7 @@ class Merged:
             "left_out": self.left_out,
             "verified": self.verified,
             "logits_error": self.logits_error,
+            "rounding_error": self.rounding_error,
         }
 
 
@@ -178,7 +180,7 @@ def merge(
         progress.stage("Reference logits of the checkpoint with the adapter on")
         probe = reference_logits(checkpoint, adapter, modules, device, trust_remote_code)
         gc.collect()
-    error: float | None = None
+    errors: tuple[float | None, float | None] = None, None
     with atomic_directory(out, replace=force) as directory:
         progress.stage("Merging", checkpoint.total_bytes, "bytes")
         copy_unchanged(
@@ -194,10 +196,10 @@ def merge(
             verify.check_load(directory, trust_remote_code=trust_remote_code)
         if probe is not None:
             progress.stage("Comparing logits")
-            error = check_merged(
+            errors = check_merged(
                 checkpoint, directory, probe, device=device, trust_remote_code=trust_remote_code
             )
-    return Merged(out, tuple(sorted(replaced)), len(adapter.pairs) - len(modules), checked, error)
+    return Merged(out, tuple(sorted(replaced)), len(adapter.pairs) - len(modules), checked, *errors)
 
 
 def merged_spans(
@@ -329,22 +331,23 @@ def check_merged(
     *,
     device: str = "auto",
     trust_remote_code: bool = False,
-) -> float:
+) -> tuple[float, float]:
     """Compare the logits of the merged checkpoint in `directory`, in float32 arithmetic, with those of `probe`.
 
-    They must be those of the rounded weights (`SAME`), and stay as near those of the adapter as rounding lets them
-    (`ROUNDING`); returns max |a - b| / max |b| for the latter. Raises VerificationError.
+    Returns max |a - b| / max |b| twice: from the same weights merged by peft and rounded, which says whether the merge
+    is right (at most `SAME`), and from the adapter beside the base, which says what is lost by storing the merged
+    weights in their dtype (at most `ROUNDING`). Raises VerificationError.
     """
     try:
         model = load_model(directory, dtype="float32", device=device, trust_remote_code=trust_remote_code)
     except SlicerError as error:
         raise VerificationError(f"the written checkpoint does not load: {error}") from None
     logits = verify.logits_of(model, probe.tokens)
-    verify.compare_logits(logits, probe.rounded, SAME)
+    same = verify.compare_logits(logits, probe.rounded, SAME)
     widest = max(
         (span.dtype for span in checkpoint.tensors.values()), key=lambda name: ROUNDING.get(name, 0.0)
     )
-    return verify.compare_logits(logits, probe.exact, ROUNDING.get(widest, 1e-5))
+    return same, verify.compare_logits(logits, probe.exact, ROUNDING.get(widest, 1e-5))
 
 
 def _record(checkpoint: Checkpoint, adapter: Adapter, directory: Path, tensors: list[str]) -> None:

@@ -50,6 +50,7 @@ class Healed:
     verified: str
     logits_error: float | None
     helps: bool
+    rounding_error: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -60,6 +61,7 @@ class Healed:
             "healing": dict(self.plan.healing or {}),
             "verified": self.verified,
             "logits_error": self.logits_error,
+            "rounding_error": self.rounding_error,
         }
 
 

@@ -77,7 +77,7 @@ def pick_rank(
             done = train_cut(sliced, source, place, given, progress=progress)
             if done is not None:
                 (work / f"rank-{rank}.json").write_text(
-                    json.dumps([done.verified, done.logits_error]), "utf-8"
+                    json.dumps([done.verified, done.logits_error, done.rounding_error]), "utf-8"
                 )
         share.first(partial(_score, work, str(rank), place, ask))
         if rank == largest:
@@ -91,7 +91,7 @@ def pick_rank(
         ranks = {int(name): value for name, (value, _) in scores.items() if name != "none"}
         best = max(ranks, key=lambda rank: (ranks[rank], -rank))
         place = work / f"rank-{best}"
-        verified, error = json.loads((work / f"rank-{best}.json").read_text("utf-8"))
+        verified, error, rounding = json.loads((work / f"rank-{best}.json").read_text("utf-8"))
         plan = Plan.load(place)
         told = {
             "metric": sweep.metric,
@@ -106,7 +106,8 @@ def pick_rank(
         place.rename(out)
         shutil.rmtree(work, ignore_errors=True)
         loss = (plan.healing or {})["loss"]
-        return Healed(out, plan, verified, error, loss["healed"] is None or loss["healed"] < loss["before"])
+        helps = loss["healed"] is None or loss["healed"] < loss["before"]
+        return Healed(out, plan, verified, error, helps, rounding)
 
     result = share.first(keep)
     return result if share.is_first else None

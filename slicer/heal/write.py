@@ -59,7 +59,7 @@ def write(result: Result, plan: Plan, out: Path, options: TrainOptions, progress
         checked = "logits" if verify.fits_in_memory(4 * base.parameters, options.device) else "load"
     losses = {"source": result.loss_of(whole.path), "before": result.loss_of(base.path)}
     spans, probe = _changes(result, checked == "logits", options, progress)
-    error: float | None = None
+    errors: tuple[float | None, float | None] = None, None
     with atomic_directory(out, replace=options.force) as directory:
         progress.stage("Writing", base.total_bytes, "bytes")
         copy_unchanged(
@@ -74,7 +74,7 @@ def write(result: Result, plan: Plan, out: Path, options: TrainOptions, progress
             verify.check_load(directory, trust_remote_code=remote)
         if probe is not None:
             progress.stage("Comparing logits")
-            error = check_merged(base, directory, probe, device=options.device, trust_remote_code=remote)
+            errors = check_merged(base, directory, probe, device=options.device, trust_remote_code=remote)
         progress.stage("Measuring the loss after")
         losses["healed"] = result.loss_of(directory)
         plan = replace(
@@ -84,7 +84,7 @@ def write(result: Result, plan: Plan, out: Path, options: TrainOptions, progress
     before, after = losses["before"], losses["healed"]
     if before is None or after is None:
         before, after = course.held_out[0], course.held_out[course.best]
-    return Healed(out, plan, checked, error, after < before)
+    return Healed(out, plan, checked, errors[0], after < before, errors[1])
 
 
 def _changes(
