@@ -55,9 +55,11 @@ _TRAINING: tuple[tuple[str, str | None, Any, str], ...] = (
 
 def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of healing that trains: of convert and heal alike."""
+    more = {"--start": ("--train-from", "start")}  # torchrun takes --start for an option of its own
     words = {"--validation": "DATA", "--teacher": "SOURCE", "--teacher-cache": "DIR", "--report-to": "NAMES"}
     options = [
-        click.option(name, type=kind, help=text, metavar=words.get(name)) for name, _, kind, text in _TRAINING
+        click.option(name, *more.get(name, ()), type=kind, help=text, metavar=words.get(name))
+        for name, _, kind, text in _TRAINING
     ]
     options += [
         click.option("--teacher-4bit", is_flag=True, help="Run the teacher in NF4."),
