@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from slicer.heal.settings import Settings
 from slicer.measure.calibration import (
     DEFAULT_DATASET,
     CalibrationSpec,
+    Document,
     TokenBatches,
     documents,
     open_tokenizer,
@@ -167,10 +169,10 @@ def _tokenize(
         Packer(directory / "train.bin", tokenizer, settings.seq_len) as train,
     ):
         if validation is not None:
-            for batch in batched(documents(replace(spec, source=validation)), settings.seq_len):
+            for batch in batched(mixed(replace(spec, source=validation)), settings.seq_len):
                 known.update(mark_of(text) for text, _ in batch)
                 held.add(batch, validation, most=settings.validation_samples)
-        for batch in batched(documents(spec), settings.seq_len):
+        for batch in batched(mixed(spec), settings.seq_len):
             count += len(batch)
             marks = [mark_of(text) for text, _ in batch]
             if validation is None:
@@ -194,6 +196,26 @@ def _tokenize(
         "documents": count, "documents_left_out_as_validation": left_out,
         "learned": "answers" if train.talks else "all tokens",
     }  # fmt: skip
+
+
+def mixed(spec: CalibrationSpec) -> Iterator[Document]:
+    """The documents of `spec`; of several sources, with commas between, as much text of one as of the others while
+    they last."""
+    names = [spec.source]
+    if spec.source is not None and "," in spec.source and not Path(spec.source).exists():
+        names = [name.strip() for name in spec.source.split(",")]
+        if "" in names or "self" in names:
+            raise CalibrationError(f"{spec.source}: name each source between commas; self only by itself")
+    streams = [documents(replace(spec, source=name)) for name in names]
+    taken = [0] * len(streams)
+    while streams:
+        at = taken.index(min(taken))
+        document = next(streams[at], None)
+        if document is None:
+            del streams[at], taken[at]
+            continue
+        taken[at] += len(document) if isinstance(document, str) else sum(len(m["content"]) for m in document)
+        yield document
 
 
 def _sample(

@@ -12,7 +12,7 @@ import torch
 
 from slicer import demo
 from slicer.errors import CalibrationError
-from slicer.heal.corpus import IGNORED, Corpus, prepare
+from slicer.heal.corpus import IGNORED, Corpus, mixed, prepare
 from slicer.heal.packing import answers
 from slicer.heal.settings import Training, resolve
 from slicer.measure.calibration import CalibrationSpec
@@ -68,6 +68,23 @@ def test_named_validation_text_is_left_out_of_what_is_trained_on(tmp_path: Path)
         validation
     )
     assert len(found.train) + found.record["train_sequences_left_out_as_held_out"] <= 40
+
+
+def test_several_sources_share_the_text(tmp_path: Path) -> None:
+    """As much of one as of the other, while both last."""
+    a, b = documents(tmp_path / "a.jsonl", 40), tmp_path / "b.txt"
+    b.write_text("\n\n".join(f"{i} " + "zyx " * 90 for i in range(200)))
+    spec = CalibrationSpec(source=f"{a},{b}")
+    sizes = {True: 0, False: 0}
+    for at, document in enumerate(mixed(spec)):
+        assert isinstance(document, str)
+        sizes["zyx" in document] += len(document)
+        if at == 30:
+            assert 0.8 < sizes[True] / sizes[False] < 1.25
+    record = corpus(f"{a},{b}", tmp_path / "work").record
+    assert record["train_sequences"] + record["train_sequences_left_out_as_held_out"] == 40
+    with pytest.raises(CalibrationError, match="only by itself"):
+        list(mixed(CalibrationSpec(source=f"{a},self")))
 
 
 def test_a_short_text_is_seen_again_and_one_too_short_refused(tmp_path: Path) -> None:
