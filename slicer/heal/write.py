@@ -59,6 +59,8 @@ def write(result: Result, plan: Plan, out: Path, options: TrainOptions, progress
         checked = "logits" if verify.fits_in_memory(4 * base.parameters, options.device) else "load"
     losses = {"source": result.loss_of(whole.path), "before": result.loss_of(base.path)}
     spans, probe = _changes(result, checked == "logits", options, progress)
+    if probe is None and checked == "logits":  # the base as it was
+        checked = "load"
     errors: tuple[float | None, float | None] = None, None
     with atomic_directory(out, replace=options.force) as directory:
         progress.stage("Writing", base.total_bytes, "bytes")
