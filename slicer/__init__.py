@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from slicer.checkpoint.reader import Checkpoint as Checkpoint
     from slicer.convert import convert as convert
     from slicer.errors import SlicerError as SlicerError
+    from slicer.heal.settings import Training as Training
     from slicer.measure.analysis import Analysis as Analysis
     from slicer.measure.calibration import CalibrationSpec as CalibrationSpec
     from slicer.measure.stream import Walk as Walk
@@ -32,6 +33,7 @@ _HOMES = {
     "convert": "slicer.convert",
     "Goal": "slicer.options",
     "Options": "slicer.options",
+    "Training": "slicer.heal.settings",
     "SlicerError": "slicer.errors",
     "measure": "slicer.measure.summary",
     "Analysis": "slicer.measure.analysis",

@@ -15,7 +15,7 @@ import click
 from slicer import __version__
 from slicer.benchmarks.command import bench
 from slicer.errors import SlicerError
-from slicer.heal.command import heal, merge
+from slicer.heal.command import heal, merge, rank_options, rank_sweep_of, training_of, training_options
 from slicer.judge.command import evaluate, report
 from slicer.judge.sweep_command import sweep
 from slicer.measure.command import analyze, calibration_options, plan, recorded_command
@@ -113,9 +113,10 @@ def main() -> None:
 @calibration_options
 @click.option(
     "--heal",
-    type=click.Choice(["none", "auto", "fold"]),
+    type=click.Choice(["none", "auto", "fold", "qlora", "lora", "full"]),
     help="Close the cut: fold solves the weights around it again, in closed form, on the calibration data; auto does "
-    "so where there is such data and it helps. none: keep every byte  [default: auto, or as --plan was]",
+    "so where there is such data and it helps; qlora, lora and full train from there, as in heal. none: keep every "
+    "byte  [default: auto, or as --plan was]",
 )
 @click.option(
     "--fold",
@@ -125,6 +126,8 @@ def main() -> None:
     help="resolve: the output matrices themselves, by ridge regression. transform: only a linear map behind the "
     "feed-forward part (ReplaceMe).",
 )
+@training_options
+@rank_options
 @click.option(
     "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest weight file."
 )
@@ -196,6 +199,9 @@ def convert(source: str, **given: Any) -> None:
         memory=parse_size(given["memory"], "--memory") if given["memory"] is not None else None,
         heal=given["heal"],
         fold=given["fold"],
+        training=training_of(given, given["heal"], "--heal"),
+        save_adapter=given["save_adapter"],
+        rank_sweep=rank_sweep_of(given) if given["rank_sweep"] is not None else None,
         max_shard_bytes=parse_size(given["max_shard_size"], "--max-shard-size"),
         force=given["force"],
         dry_run=given["dry_run"],

@@ -93,6 +93,9 @@ class _Bars(Progress):
 @contextlib.contextmanager
 def progress() -> Iterator[Progress]:
     """A progress display on stderr; transformers' and datasets' own chatter is turned off."""
+    if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
+        yield Progress()
+        return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -142,8 +145,7 @@ def print_summary(summary: Summary) -> None:
         console.print(f"          next best {other['block']} at {other['distance']:.4f}")
     if plan.healing is not None:
         console.print(f"healed    {_healed(plan.healing)}")
-    error = "" if summary.logits_error is None else f" (largest relative error {summary.logits_error:.1e})"
-    console.print(f"verified  {summary.verified}{error}")
+    console.print(f"verified  {summary.verified}{_errors(summary)}")
     for warning in summary.warnings:
         console.print(f"warning   {warning}")
     console.print(f"written   {summary.out}" if summary.out else "written   nothing (dry run)")
@@ -153,13 +155,20 @@ def print_healed(done: Healed) -> None:
     """What was solved, the losses, the check."""
     console = stdout()
     record = done.plan.healing or {}
-    for layer, module in dict.fromkeys((entry["layer"], entry["module"]) for entry in record["solved"]):
+    for layer, module in dict.fromkeys(
+        (entry["layer"], entry["module"]) for entry in record.get("solved") or ()
+    ):
         console.print(f"solved    {module} of layer {layer} (counted in the source)")
+    if "settings" in record:
+        kept = (
+            f"step {record['best_step']} kept" if record["best_step"] else "nothing was better than the start"
+        )
+        ends = {"early": ", stopped: no new best", "diverged": ", stopped: the loss was not finite"}
+        console.print(f"trained   {record['steps']} steps{ends.get(record['ended'], '')}; {kept}")
     console.print(f"healed    {_healed(record)}")
     if not done.helps:
         console.print("warning   the loss did not fall; the checkpoint without healing is the better one")
-    error = "" if done.logits_error is None else f" (largest relative error {done.logits_error:.1e})"
-    console.print(f"verified  {done.verified}{error}")
+    console.print(f"verified  {done.verified}{_errors(done)}")
     console.print(f"written   {done.out}")
 
 
@@ -168,17 +177,39 @@ def print_merged(done: Merged) -> None:
     console = stdout()
     left = f", {done.left_out} of dropped layers left out" if done.left_out else ""
     console.print(f"merged    {len(done.tensors)} matrices{left}")
-    error = "" if done.logits_error is None else f" (largest relative error {done.logits_error:.1e})"
-    console.print(f"verified  {done.verified}{error}")
+    console.print(f"verified  {done.verified}{_errors(done)}")
     console.print(f"written   {done.out}")
 
 
 def _healed(record: Mapping[str, Any]) -> str:
     loss = record["loss"]
+    if "settings" in record:  # trained
+        before, after = trained_losses(record)
+        source = "" if loss["source"] is None else f" (all layers: {loss['source']:.3f})"
+        return f"{record['method']}: held-out loss {before:.3f} to {after:.3f} nats a token{source}"
     return (
         f"{record['method']}: held-out loss {loss['sliced']:.3f} to {loss['healed']:.3f} nats a token "
         f"(all layers: {loss['source']:.3f})"
     )
+
+
+def trained_losses(record: Mapping[str, Any]) -> tuple[float, float]:
+    """Before and after, of the checkpoints; where those did not fit in memory, as measured in training."""
+    loss, held_out = record["loss"], record["held_out"]
+    if loss["before"] is None or loss["healed"] is None:
+        return float(held_out["0"]), float(held_out[str(record["best_step"])])
+    return float(loss["before"]), float(loss["healed"])
+
+
+def _errors(done: Summary | Healed | Merged) -> str:
+    if done.logits_error is None:
+        return ""
+    rounding = (
+        ""
+        if not done.rounding_error
+        else f"; {done.rounding_error:.1e} from the adapter, by rounding the weights"
+    )
+    return f" (largest relative error {done.logits_error:.1e}{rounding})"
 
 
 def _why(plan: Plan) -> str:

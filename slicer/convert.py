@@ -5,6 +5,7 @@ resolve -> Checkpoint.open -> [load -> calibrate -> measure -> select] -> [heal]
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from slicer.checkpoint.sizes import measure_sizes
 from slicer.checkpoint.writer import check_space
 from slicer.choose import choose
 from slicer.errors import ArchitectureError, HealError, PlanError
+from slicer.heal.settings import METHODS, Training, of_record
 from slicer.materials import CalibrationData, Configs, SourceModel
 from slicer.measure.calibration import CalibrationSpec
 from slicer.options import Goal, Options, Summary, check_options
@@ -45,6 +47,10 @@ def convert(
     """
     options, progress = options or Options(), progress or Progress()
     check_options(options, goal, plan)
+    if plan is not None:
+        options = _training_again(plan, options)
+    if options.heal in METHODS and not options.dry_run:
+        return _convert_and_train(source, goal, out, options, plan, progress)
     progress.stage("Opening the checkpoint")
     found = hub.resolve(source)
     checkpoint = Checkpoint.open(found.path)
@@ -88,6 +94,98 @@ def convert(
     if healing is not None:
         summary = replace(summary, plan=replace(plan, healing=healing.record))
     return write(checkpoint, summary, config_of(plan.kept), distances, model, healing, options, progress)
+
+
+def _convert_and_train(
+    source: str, goal: Goal | None, out: Path | None, options: Options, plan: Plan | None, progress: Progress
+) -> Summary:
+    """The bare cut beside `out`, kept until the training that starts from it is done."""
+    from slicer.heal.adapters import require
+    from slicer.heal.place import cut_for, discarding, workplace_of
+    from slicer.heal.trained import TrainOptions, train_cut
+    from slicer.measure.share import Share
+
+    training = replace(
+        options.training or Training(), method=str(options.heal), seed=options.calibration.seed
+    )
+    training.check()
+    require(training.method)
+    checkpoint = Checkpoint.open(hub.resolve(source).path)
+    bare = replace(options, heal="none", command=None)
+    if out is None:
+        counts = list(goal.counts(checkpoint.depth)) if goal is not None else []
+        if len(counts) > 1:  # a budget: its name tells how many layers are left
+            plan = convert(source, goal, None, replace(bare, dry_run=True), progress=progress).plan
+            goal = None
+        left = len(plan.kept) if plan is not None else checkpoint.depth - counts[0]
+        out = Path(f"{_short_name(source)}-{left}L")
+    check_output(out, checkpoint.path, force=options.force)
+    asked = {"goal": str(goal), "plan": plan and plan.to_json(), **{k: getattr(options, k) for k in _OF_CUT}}
+
+    def cut() -> tuple[str, Summary]:
+        def make(place: Path) -> None:
+            convert(
+                source, goal, place, replace(bare, force=True, verify="load"), plan=plan, progress=progress
+            )
+
+        path = cut_for(out, checkpoint, options.calibration, asked, make, force=options.force)
+        again = replace(bare, dry_run=True)
+        return str(path), convert(source, None, None, again, plan=Plan.load(path), progress=progress)
+
+    path, summary = Share.of_environment().first(cut)
+    given = {k: getattr(options, k) for k in _OF_TRAINING}
+    given_to = TrainOptions(training=training, **given)
+    with discarding(out):
+        if options.rank_sweep is None:
+            done = train_cut(path, source, out, given_to, progress=progress)
+        else:
+            from slicer.heal.rank_sweep import pick_rank
+
+            done = pick_rank(path, source, out, given_to, options.rank_sweep, progress=progress)
+            if done is not None:
+                shutil.rmtree(workplace_of(out))
+    Share.of_environment().leave()
+    if done is None:  # not the first of several processes
+        return replace(summary, out=out)
+    return replace(
+        summary,
+        out=out,
+        plan=done.plan,
+        verified=done.verified,
+        logits_error=done.logits_error,
+        rounding_error=done.rounding_error,
+    )
+
+
+_OF_CUT = ("strategy", "dtype")
+_OF_TRAINING = (
+    *(
+        "calibration",
+        "fold",
+        "save_adapter",
+        "verify",
+        "device",
+        "max_shard_bytes",
+        "force",
+        "trust_remote_code",
+    ),
+    "command",
+)
+
+
+def _training_again(plan: Plan, options: Options) -> Options:
+    """A plan that was healed by training is trained again on the same text, unless other options are given."""
+    record = plan.healing or {}
+    if (
+        record.get("method") not in METHODS
+        or options.heal is not None
+        or options.calibration.source is not None
+    ):
+        return options
+    names = {f.name for f in fields(CalibrationSpec)}
+    spec = CalibrationSpec(**{k: v for k, v in record["calibration"].items() if k in names})
+    training = options.training or of_record(record)
+    return replace(options, heal=record["method"], training=training, calibration=spec, fold=record["solver"])
 
 
 def _heal(

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slicer.checkpoint.export import DTYPES
 from slicer.checkpoint.sizes import Sizes
 from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES
 from slicer.errors import PlanError, UsageError
+from slicer.heal.settings import METHODS, Training
 from slicer.measure.calibration import CalibrationSpec
 from slicer.plan import Amount, Plan
 
+if TYPE_CHECKING:
+    from slicer.heal.rank_sweep import RankSweep
+
 STRATEGIES = ("similarity", "deepest", "tail")
-HEALINGS = ("none", "auto", "fold")
+HEALINGS = ("none", "auto", "fold", *METHODS)
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,12 @@ class Options:
         device: "auto", "cpu", "cuda", "cuda:1", ...
         memory: bytes that the weights may take; a larger model is read from disk a layer at a time. None: what is free.
         heal: "none"; "fold"; or "auto", which folds where there is calibration data, the architecture allows it and
-            it lowers the loss on held-out text. None is "auto", but a plan is replayed as it was, healed or not.
+            it lowers the loss on held-out text; or a way to train. None is "auto", but a plan is replayed as
+            it was, healed or not.
         fold: the solver, one of `slicer.heal.fold.SOLVERS`.
+        training: how to train, where `heal` says so; None: as the method's preset has it.
+        save_adapter: where the trained adapter goes as well.
+        rank_sweep: ranks to choose among.
     """
 
     strategy: str = "similarity"
@@ -77,6 +85,9 @@ class Options:
     memory: int | None = None
     heal: str | None = None
     fold: str = "resolve"
+    training: Training | None = None
+    save_adapter: Path | None = None
+    rank_sweep: RankSweep | None = None
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     force: bool = False
     dry_run: bool = False
@@ -94,6 +105,7 @@ class Summary:
     after: Sizes
     verified: str
     logits_error: float | None = None
+    rounding_error: float | None = None
     warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -114,6 +126,7 @@ class Summary:
             "healing": None if plan.healing is None else dict(plan.healing),
             "verified": self.verified,
             "logits_error": self.logits_error,
+            "rounding_error": self.rounding_error,
             "warnings": list(self.warnings),
         }
 

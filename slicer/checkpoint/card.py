@@ -114,7 +114,9 @@ def _reason(plan: Plan) -> str:
 
 
 def _healing(record: Mapping[str, Any]) -> list[str]:
-    """What was solved again, on what, and the loss before and after."""
+    """What was solved again or trained, on what, and the loss before and after."""
+    if "settings" in record:
+        return _trained(record)
     data, loss = record["calibration"], record["loss"]
     source = str(data.get("source", "calibration text"))
     source = Path(source).name if Path(source).exists() else source
@@ -131,6 +133,39 @@ def _healing(record: Mapping[str, Any]) -> list[str]:
         "|---|---|---|",
         f"| {loss['source']:.4f} | {loss['sliced']:.4f} | {loss['healed']:.4f} |",
     ]
+
+
+def _trained(record: Mapping[str, Any]) -> list[str]:
+    values, data, loss = record["settings"], record["data"], record["loss"]
+    source = Path(data["source"]).name if Path(data["source"]).exists() else data["source"]
+    kind = {
+        "qlora": "LoRA adapters on its feed-forward matrices, trained while the weights were in 4 bits (NF4, double "
+        "quantization) and merged into the unquantized weights",
+        "lora": "LoRA adapters on its feed-forward matrices, trained and merged into the weights",
+        "full": "all weights, trained",
+    }[record["method"]]
+    adapters = (
+        f"rank {values['rank']}, alpha {values['alpha']:g}, dropout {values['dropout']:g}, "
+        if "rank" in values
+        else ""
+    )
+    start = {"fold": "the weights solved again in closed form", "cut": "the bare cut"}.get(
+        record["start"], f"weights that were healed before (`{record['start']}`)"
+    )
+    tables = [("original", loss["source"]), ("before", loss["before"]), ("healed", loss["healed"])]
+    known = [(name, value) for name, value in tables if value is not None]
+    lines = [
+        f"By training (`{record['method']}`), from {start}: {kind}. {adapters[:1].upper()}{adapters[1:]}"
+        f"{record['steps']} steps of {values['batch_size']} sequences of {values['seq_len']} tokens, learning rate "
+        f"{values['lr']:g} ({values['scheduler']}, {values['warmup']} steps of warm-up), seed {values['seed']}; the "
+        f"weights are those of step {record['best_step']}. Data: {source}; learned: {data['learned']}. Loss in nats a "
+        f"token on {data['held_out_sequences']} sequences that were not trained on:",
+        "",
+    ]
+    if known:
+        lines += [f"| {' | '.join(n for n, _ in known)} |", "|" + "---|" * len(known)]
+        lines += [f"| {' | '.join(f'{v:.4f}' for _, v in known)} |", ""]
+    return [*lines, "![Loss while it was trained](slicer/training.png)"]
 
 
 def _inherited(source: Path) -> list[str]:

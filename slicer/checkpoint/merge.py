@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Mapping
@@ -24,12 +25,16 @@ from slicer.checkpoint.export import check_output, copy_unchanged, refuse_quanti
 from slicer.checkpoint.model import load_model
 from slicer.checkpoint.reader import Checkpoint, TensorSpan, read_header
 from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES, atomic_directory, check_space
-from slicer.errors import HealError, UsageError
+from slicer.errors import HealError, SlicerError, UsageError, VerificationError
 from slicer.plan import Plan
 from slicer.progress import Progress
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+# How far logits may be apart, of their largest, all computed in float32: from those of the same weights (a sum rounded
+# the other way now and then); and from those of the adapter, since the merged weights are stored in this dtype.
+SAME = 1e-4
+ROUNDING = {"F64": 1e-5, "F32": 1e-5, "F16": 1e-2, "BF16": 5e-2}
 _REFUSED = {  # what changes the arithmetic beyond W + s B A, and how to tell
     "use_dora": "DoRA",
     "use_qalora": "QA-LoRA",
@@ -103,13 +108,14 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Merged:
-    """What `merge` did: the tensors changed, the adapter's modules left out, the check."""
+    """What `merge` did: the tensors changed, the adapter's modules left out, the check (see `check_merged`)."""
 
     out: Path
     tensors: tuple[str, ...]
     left_out: int
     verified: str
     logits_error: float | None
+    rounding_error: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -119,7 +125,23 @@ class Merged:
             "left_out": self.left_out,
             "verified": self.verified,
             "logits_error": self.logits_error,
+            "rounding_error": self.rounding_error,
         }
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a merged checkpoint's logits are compared with, in float32 arithmetic.
+
+    Attributes:
+        tokens: int64 [batch, seq].
+        exact: logits [batch, seq, V] of the weights before anything is rounded: the base and the adapter apart.
+        rounded: logits of the merged weights, rounded to the dtype they are stored in.
+    """
+
+    tokens: torch.Tensor
+    exact: torch.Tensor
+    rounded: torch.Tensor
 
 
 def merge(
@@ -148,20 +170,17 @@ def merge(
     refuse_quantized(checkpoint)
     adapter = Adapter.open(adapter_path)
     check_output(out, checkpoint.path, force=force)
-    modules = _placed(checkpoint, adapter, renumber)
-    replaced = {
-        key: checkpoint.tensors[key].made(key, partial(_merged, checkpoint.tensors[key], adapter, origin))
-        for key, origin in modules.values()
-    }
+    modules = placed(checkpoint, adapter, renumber)
+    replaced = merged_spans(checkpoint, adapter, modules)
     check_space(out, checkpoint.total_bytes)
-    fits = verify.fits_in_memory(checkpoint.total_bytes, device)
+    fits = verify.fits_in_memory(4 * checkpoint.parameters, device)
     checked = check if check != "auto" else "logits" if fits else "load"
     probe = None
     if checked == "logits":
         progress.stage("Reference logits of the checkpoint with the adapter on")
-        probe = _reference(checkpoint, adapter, modules, device, trust_remote_code)
+        probe = reference_logits(checkpoint, adapter, modules, device, trust_remote_code)
         gc.collect()
-    error: float | None = None
+    errors: tuple[float | None, float | None] = None, None
     with atomic_directory(out, replace=force) as directory:
         progress.stage("Merging", checkpoint.total_bytes, "bytes")
         copy_unchanged(
@@ -177,19 +196,29 @@ def merge(
             verify.check_load(directory, trust_remote_code=trust_remote_code)
         if probe is not None:
             progress.stage("Comparing logits")
-            error = verify.check_logits(
-                directory, probe[1], probe[0], device=device, trust_remote_code=trust_remote_code
+            errors = check_merged(
+                checkpoint, directory, probe, device=device, trust_remote_code=trust_remote_code
             )
-    return Merged(out, tuple(sorted(replaced)), len(adapter.pairs) - len(modules), checked, error)
+    return Merged(out, tuple(sorted(replaced)), len(adapter.pairs) - len(modules), checked, *errors)
 
 
-def _placed(checkpoint: Checkpoint, adapter: Adapter, renumber: bool) -> dict[str, tuple[str, str]]:
+def merged_spans(
+    checkpoint: Checkpoint, adapter: Adapter, modules: Mapping[str, tuple[str, str]]
+) -> dict[str, TensorSpan]:
+    """Raw key -> the merged tensor that is written in its place; `modules` as of `placed`."""
+    return {
+        key: checkpoint.tensors[key].made(key, partial(_merged, checkpoint.tensors[key], adapter, origin))
+        for key, origin in modules.values()
+    }
+
+
+def placed(checkpoint: Checkpoint, adapter: Adapter, renumber: bool = False) -> dict[str, tuple[str, str]]:
     """Module in the checkpoint's numbering -> (its raw key, the adapter's own module). Raises HealError."""
     kept: tuple[int, ...] | None = None
     if renumber:
         plan = Plan.load(checkpoint.path)
         kept, old_depth = plan.kept, plan.depth
-    placed = {}
+    found = {}
     for origin in adapter.pairs:
         match = re.fullmatch(r"(.*?\.)(\d+)(\..+)", origin)
         module = origin
@@ -208,8 +237,7 @@ def _placed(checkpoint: Checkpoint, adapter: Adapter, renumber: bool) -> dict[st
                     f"{adapter.path}: has a layer {index}, but {checkpoint.path} has {checkpoint.depth} layers; if it "
                     "was trained on the unsliced model, give --renumber"
                 )
-        names = (f"{module}.weight", f"{module.partition('.')[2]}.weight")
-        key = next((name for name in names if name in checkpoint.tensors), None)
+        key = key_of(checkpoint, module)
         if key is None:
             raise HealError(f"{adapter.path}: its target {module} is not in {checkpoint.path}; wrong model?")
         first, second = adapter.pairs[origin]
@@ -222,10 +250,24 @@ def _placed(checkpoint: Checkpoint, adapter: Adapter, renumber: bool) -> dict[st
                 f"{adapter.path}: its {module} is for a matrix of shape {list(wanted)}, but {key} has {list(shape)}; "
                 "the adapter is for another model"
             )
-        placed[module] = (key, origin)
-    if not placed:
+        found[module] = (key, origin)
+    if not found:
         raise HealError(f"{adapter.path}: all its layers were dropped; nothing to merge")
-    return placed
+    return found
+
+
+def quiet() -> None:
+    """Keep bitsandbytes, which peft imports, from speaking of kernels that it can do without."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def key_of(checkpoint: Checkpoint, module: str) -> str | None:
+    """The raw key of the matrix of a module of the loaded model, which may stand under other prefixes than on disk."""
+    names = [f"{module}.weight", f"{module.partition('.')[2]}.weight"]
+    match = re.fullmatch(r".*?\.(\d+)\.(.+)", module)
+    if match is not None:
+        names.append(f"{checkpoint.layer_prefix}{match[1]}.{match[2]}.weight")
+    return next((name for name in names if name in checkpoint.tensors), None)
 
 
 def _transposed(adapter: Adapter) -> bool:
@@ -239,18 +281,19 @@ def _merged(span: TensorSpan, adapter: Adapter, module: str) -> torch.Tensor:
     return (old.float() + (delta.T if _transposed(adapter) else delta)).to(old.dtype)
 
 
-def _reference(
+def reference_logits(
     checkpoint: Checkpoint,
     adapter: Adapter,
     modules: Mapping[str, tuple[str, str]],
-    device: str,
-    trust_remote_code: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens, logits) of the checkpoint with the adapter put on by peft."""
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> Probe:
+    """The logits of the checkpoint with the adapter put on by peft, and merged by it; all in float32 arithmetic."""
+    quiet()
     from peft import PeftModel
     from safetensors.torch import save_file
 
-    model = load_model(checkpoint.path, device=device, trust_remote_code=trust_remote_code)
+    model = load_model(checkpoint.path, dtype="float32", device=device, trust_remote_code=trust_remote_code)
     vocabulary = architectures.text_config(checkpoint.config).get("vocab_size") or model.config.vocab_size
     tokens = verify.probe_tokens(vocabulary)
     with tempfile.TemporaryDirectory(prefix="slicer-adapter-") as scratch:
@@ -273,7 +316,38 @@ def _reference(
         except Exception as error:  # peft raises many kinds
             reason = " ".join(str(error).split())[:200]
             raise HealError(f"{adapter.path}: peft cannot put it on {checkpoint.path}: {reason}") from None
-        return tokens, verify.logits_of(adapted.eval(), tokens)
+        exact = verify.logits_of(adapted.eval(), tokens)
+        adapted.merge_adapter(safe_merge=True)
+        for module, (key, _) in modules.items():
+            weight = model.get_submodule(module).base_layer.weight
+            weight.data = weight.data.to(stored.torch_dtype(checkpoint.tensors[key].dtype)).float()
+        return Probe(tokens, exact, verify.logits_of(adapted, tokens))
+
+
+def check_merged(
+    checkpoint: Checkpoint,
+    directory: Path,
+    probe: Probe,
+    *,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[float, float]:
+    """Compare the logits of the merged checkpoint in `directory`, in float32 arithmetic, with those of `probe`.
+
+    Returns max |a - b| / max |b| twice: from the same weights merged by peft and rounded, which says whether the merge
+    is right (at most `SAME`), and from the adapter beside the base, which says what is lost by storing the merged
+    weights in their dtype (at most `ROUNDING`). Raises VerificationError.
+    """
+    try:
+        model = load_model(directory, dtype="float32", device=device, trust_remote_code=trust_remote_code)
+    except SlicerError as error:
+        raise VerificationError(f"the written checkpoint does not load: {error}") from None
+    logits = verify.logits_of(model, probe.tokens)
+    same = verify.compare_logits(logits, probe.rounded, SAME)
+    widest = max(
+        (span.dtype for span in checkpoint.tensors.values()), key=lambda name: ROUNDING.get(name, 0.0)
+    )
+    return same, verify.compare_logits(logits, probe.exact, ROUNDING.get(widest, 1e-5))
 
 
 def _record(checkpoint: Checkpoint, adapter: Adapter, directory: Path, tensors: list[str]) -> None:

@@ -24,12 +24,20 @@ Model = Any  # a transformers PreTrainedModel, whose classes carry no types
 
 
 def load_model(
-    path: Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    path: Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    quantization: Any = None,
+    sharded: bool = False,
 ) -> Model:
     """Load `path` for inference: eval mode, no gradients.
 
     `dtype` is "auto" (as stored) or a torch name; `device` is "auto" (a GPU if there is one, spread over several when
-    one is too small and accelerate is installed), "cpu", "cuda", "cuda:1". Raises SourceError with the reason.
+    one is too small and accelerate is installed), "cpu", "cuda", "cuda:1". `quantization` is transformers' config of
+    one, applied while loading. A model that is to be `sharded` over processes stays where transformers puts it. Raises
+    SourceError with the reason.
     """
     import transformers
 
@@ -41,9 +49,13 @@ def load_model(
         "trust_remote_code": trust_remote_code,
         "local_files_only": True,
     }
-    spread = device == "auto" and target.type == "cuda" and _needs_several(path, target)
+    spread = device == "auto" and target.type == "cuda" and not sharded and _needs_several(path, target)
     if spread:
         arguments["device_map"] = "auto"
+    elif quantization is not None and not sharded:
+        arguments["device_map"] = {"": target}
+    if quantization is not None:
+        arguments["quantization_config"] = quantization
     failure: Exception | None = None
     for auto in auto_classes(path):
         try:
@@ -57,7 +69,7 @@ def load_model(
         reason = " ".join(str(failure).split())[:300]
         raise SourceError(f"{path}: transformers cannot load it: {reason}")
     model.requires_grad_(False)
-    return model.eval() if spread else model.eval().to(target)
+    return model.eval() if spread or sharded or quantization is not None else model.eval().to(target)
 
 
 def auto_classes(path: Path) -> list[Any]:

@@ -106,19 +106,20 @@ def check_logits(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    tolerance: float | None = None,
 ) -> float:
     """Load `out` and compare its logits with `reference`; returns max |a - b| / max |b|.
 
-    Raises VerificationError when that exceeds the tolerance of the dtype, or anything is not finite.
+    Raises VerificationError when that exceeds the tolerance (None: of the dtype), or anything is not finite.
     """
     try:
         model = load_model(out, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     except SlicerError as error:
         raise VerificationError(f"the written checkpoint does not load: {error}") from None
-    return compare_logits(logits_of(model, tokens), reference)
+    return compare_logits(logits_of(model, tokens), reference, tolerance)
 
 
-def compare_logits(logits: torch.Tensor, reference: torch.Tensor) -> float:
+def compare_logits(logits: torch.Tensor, reference: torch.Tensor, tolerance: float | None = None) -> float:
     """max |a - b| / max |b|. Raises VerificationError as `check_logits` does."""
     if logits.shape != reference.shape:
         raise VerificationError(
@@ -130,7 +131,7 @@ def compare_logits(logits: torch.Tensor, reference: torch.Tensor) -> float:
         )
     apart = (logits.double() - reference.double()).abs()
     relative = float(apart.max() / reference.double().abs().max().clamp_min(1e-30))
-    tolerance = TOLERANCE.get(logits.dtype, 1e-4)
+    tolerance = TOLERANCE.get(logits.dtype, 1e-4) if tolerance is None else tolerance
     if not relative <= tolerance:
         position = [int(i) for i in torch.unravel_index(apart.argmax(), apart.shape)]
         raise VerificationError(

@@ -16,7 +16,7 @@ from slicer.checkpoint.sizes import measure_sizes
 from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES, atomic_directory, check_space
 from slicer.errors import HealError, PlanError, UsageError
 from slicer.heal.healing import as_written, fold_checkpoint, healed, new_keys, replacements
-from slicer.measure.calibration import CalibrationSpec, token_batches
+from slicer.measure.calibration import CalibrationSpec, TokenBatches, token_batches
 from slicer.measure.stream import Walk
 from slicer.plan import Plan
 from slicer.progress import Progress
@@ -50,6 +50,7 @@ class Healed:
     verified: str
     logits_error: float | None
     helps: bool
+    rounding_error: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -60,6 +61,7 @@ class Healed:
             "healing": dict(self.plan.healing or {}),
             "verified": self.verified,
             "logits_error": self.logits_error,
+            "rounding_error": self.rounding_error,
         }
 
 
@@ -69,9 +71,12 @@ def heal(
     out: Path,
     options: HealOptions | None = None,
     *,
+    data: TokenBatches | None = None,
     progress: Progress | None = None,
 ) -> Healed:
     """Heal `sliced`, which slicer made of `source` (None: what its plan names), into the directory `out`.
+
+    `data`, where given, is what it is folded on, instead of what `options.calibration` names.
 
     Nothing appears at `out` unless everything succeeded. Raises SlicerError children: PlanError where `sliced` has
     no plan, HealError where `source` is not what it was sliced from.
@@ -101,8 +106,9 @@ def heal(
     else:
         walk = Walk.out_of_core(whole, dtype=dtype, device=options.device, trust_remote_code=remote)
         model = walk.model
-    progress.stage("Calibration data")
-    data = token_batches(options.calibration, whole.path, model, trust_remote_code=remote)
+    if data is None:
+        progress.stage("Calibration data")
+        data = token_batches(options.calibration, whole.path, model, trust_remote_code=remote)
     cast = DTYPES[plan.dtype] if plan.dtype else None
     healing = fold_checkpoint(
         whole, walk, data, plan.dropped, solver=options.fold, cast=cast, progress=progress
@@ -127,7 +133,7 @@ def heal(
         copy_unchanged(
             cut,
             directory,
-            replaced={**_as_before(cut, whole), **healed_spans},
+            replaced={**as_before(cut, whole), **healed_spans},
             dtype=plan.dtype,
             max_shard_bytes=options.max_shard_bytes,
             progress=progress.advance,
@@ -181,7 +187,7 @@ def _healed_before(cut: Checkpoint, whole: Checkpoint) -> set[str]:
     return set(new_keys(whole, plan, (plan.healing or {}).get("tensors") or ()).values())
 
 
-def _as_before(cut: Checkpoint, whole: Checkpoint) -> dict[str, TensorSpan]:
+def as_before(cut: Checkpoint, whole: Checkpoint) -> dict[str, TensorSpan]:
     """What an earlier healing changed, as it was in the source: the new one starts from there."""
     fresh = whole.sliced(Plan.load(cut.path).kept)
     return {key: fresh[key] for key in _healed_before(cut, whole) if key in fresh}

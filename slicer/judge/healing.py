@@ -1,19 +1,105 @@
-"""Which ways of healing a sweep has: asked before anything is measured."""
+"""Healing that trains, for one cell of a sweep: on files, beside the sweep, and alone in its process."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from slicer.errors import EvaluationError
+from slicer.checkpoint.export import export
+from slicer.checkpoint.reader import Checkpoint
+from slicer.errors import EvaluationError, HealError, OutputError
+from slicer.plan import Plan
+from slicer.progress import Progress
 
-AVAILABLE = ("none", "fold")
+if TYPE_CHECKING:
+    from slicer.heal.settings import Training
+    from slicer.judge.grid import Cell
+    from slicer.judge.journal import Journal
+    from slicer.measure.calibration import CalibrationSpec
+
+TRAINED = "qlora"
+# How torchrun and accelerate tell a process that it is one of several: a cell is trained by one alone.
+_OF_SEVERAL = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+               "ACCELERATE_USE_FSDP")  # fmt: skip
 
 
 def require(heals: Iterable[str]) -> None:
-    """Raise EvaluationError for a way of healing that a sweep cannot do."""
-    for heal in heals:
-        if heal not in AVAILABLE:
-            raise EvaluationError(
-                f"--heal {heal}: a sweep cannot train yet; use --heal {','.join(AVAILABLE)}, or heal a checkpoint and "
-                "put it to slicer eval"
+    """Raise EvaluationError for a way of healing whose libraries are not installed."""
+    if any(heal.startswith(TRAINED) for heal in heals):
+        from slicer.heal import adapters
+
+        try:
+            adapters.require(TRAINED)
+        except HealError as error:
+            raise EvaluationError(f"--heal {TRAINED}: {error}") from None
+
+
+def training_of(cell: Cell, training: Training) -> Training:
+    """The training of a cell such as `qlora@8`: its own seed and rank, all else as asked of the sweep."""
+    rank = cell.heal.partition("@")[2]
+    return replace(training, method=TRAINED, seed=cell.seed, rank=int(rank) if rank else training.rank)
+
+
+def check_alike(journal: Journal, cells: Iterable[Cell], training: Training) -> None:
+    """Cells of one table are trained alike. Raises OutputError where some were, before, otherwise."""
+    for cell in cells:
+        before = (journal.get(cell.name) or {}).get("training")
+        if before is not None and before != asdict(training_of(cell, training)):
+            raise OutputError(
+                f"{journal.directory}: its cell {cell.name} was trained with other options; give those again, or "
+                "choose another place with -o"
             )
+
+
+def trained(
+    checkpoint: Checkpoint,
+    source: str,
+    plan: Plan,
+    training: Training,
+    calibration: CalibrationSpec,
+    directory: Path,
+    *,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> tuple[Path, dict[str, Any]]:
+    """(the healed checkpoint in `directory`, its record) of the cut `plan`; a stopped training goes on.
+
+    Raises SlicerError children.
+    """
+    from slicer.heal.trained import TrainOptions, train_cut
+
+    bare, out = directory / "cut", directory / "healed"
+    directory.mkdir(parents=True, exist_ok=True)
+    if not bare.is_dir():
+        export(checkpoint, replace(plan, source=source), bare, trust_remote_code=trust_remote_code)
+    if not out.is_dir():
+        options = TrainOptions(
+            training=training,
+            calibration=calibration,
+            verify="load",
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+        with _alone():
+            train_cut(str(bare), source, out, options, progress=progress)
+    record = dict(Plan.load(out).healing or {})
+    return out, {name: value for name, value in record.items() if name != "tensors"}
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Inside the block this process is not one of several, for accelerate either, which remembers what it once saw."""
+    from accelerate.state import AcceleratorState
+
+    hidden = {name: os.environ.pop(name) for name in _OF_SEVERAL if name in os.environ}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+        AcceleratorState._reset_state(reset_partial_state=True)

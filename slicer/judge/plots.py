@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 _CURVES = 6
 _BOTH = ".png+svg"  # the suffix that asks for both files
-_BLUE, _ORANGE = "#0072b2", "#e69f00"  # Okabe and Ito's: told apart with any colour vision
+BLUE, ORANGE = "#0072b2", "#e69f00"  # Okabe and Ito's: told apart with any colour vision
 
 
 def heat_map(
@@ -26,7 +26,7 @@ def heat_map(
 
     `chosen` is the (start, n) of the dropped block, marked where given. Writes a PNG or SVG, as the suffix says.
     """
-    figure, axes = _figure()
+    figure, axes = new_figure()
     image = _heat(axes, distances)
     if chosen is not None:
         axes.plot(
@@ -41,7 +41,7 @@ def heat_map(
     )
     axes.locator_params(integer=True)
     figure.colorbar(image, ax=axes, label="scaled within each n (black dot: the least)")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _heat(axes: Any, distances: Distances, percentile: float = 100) -> Any:
@@ -82,7 +82,7 @@ def curves(
     sizes = [n for n in sizes if n in distances.sizes] or list(distances.sizes)
     if chosen is not None:
         sizes = sorted({*sizes, chosen[1]} - {depth})
-    figure, axes = _figure()
+    figure, axes = new_figure()
     from matplotlib import colormaps
 
     for at, n in enumerate(sizes):
@@ -110,7 +110,7 @@ def curves(
     axes.set_ylim(bottom=0)
     axes.locator_params(axis="x", integer=True)
     axes.legend(frameon=False, fontsize="small")
-    _save(figure, path)
+    save(figure, path)
 
 
 def analysis_figures(analysis: Analysis, directory: Path) -> list[Path]:
@@ -145,7 +145,7 @@ def heat_maps(analysis: Analysis, path: Path) -> None:
     figure.colorbar(
         image, ax=places, shrink=0.6, label="scaled within each n, up to the 90th percentile (dot: the least)"
     )
-    _save(figure, path)
+    save(figure, path)
 
 
 def _grid(count: int, columns: int = 3) -> tuple[Any, list[Any]]:
@@ -179,7 +179,7 @@ def importance(analysis: Analysis, path: Path) -> None:
         axes = figure.add_subplot(len(shown), 1, at + 1)
         row, error = list(distances.block(1)), list(distances.standard_error[1])
         least = min(v for v in row if v == v)
-        colours = [_BLUE if value != least else _ORANGE for value in row]
+        colours = [BLUE if value != least else ORANGE for value in row]
         axes.bar(range(len(row)), row, yerr=error, color=colours, ecolor="black", error_kw={"linewidth": 0.8})
         axes.set_title(analysis_title(distances.metric), fontsize=10, loc="left")
         known = sorted(v for v in row if v == v)
@@ -190,7 +190,7 @@ def importance(analysis: Analysis, path: Path) -> None:
         axes.locator_params(axis="x", integer=True)
         axes.set_xlim(-0.7, len(row) - 0.3)
     axes.set_xlabel("layer (orange: the least; bars: one standard error)")
-    _save(figure, path)
+    save(figure, path)
 
 
 def agreement(analysis: Analysis, path: Path) -> None:
@@ -215,7 +215,7 @@ def agreement(analysis: Analysis, path: Path) -> None:
     axes.set_yticks(range(len(names)), labels)
     axes.set_title("Do the metrics agree? Rank correlation of blocks", fontsize=11)
     figure.colorbar(image, ax=axes, shrink=0.8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def rank_agreement(one: Distances, other: Distances) -> float:
@@ -244,21 +244,21 @@ def chosen_blocks(analysis: Analysis, path: Path) -> None:
                 continue
             row = [v if v == v else float("inf") for v in distances.block(n)]
             start = row.index(min(row))
-            axes.plot([start - 0.4, start + n - 0.6], [n, n], color=_BLUE, linewidth=2, solid_capstyle="butt")
+            axes.plot([start - 0.4, start + n - 0.6], [n, n], color=BLUE, linewidth=2, solid_capstyle="butt")
         axes.set_xlim(-0.6, analysis.depth - 0.4)
         axes.set_ylim(0, analysis.depth)
         axes.set_title(distances.metric.replace("_", " "), fontsize=10)
         axes.locator_params(integer=True)
     _label_grid(places, "layers dropped, n", "layer")
     figure.suptitle("The block that each metric would drop", fontsize=11)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _block(start: int, n: int) -> str:
     return f"layer {start}" if n == 1 else f"layers {start}-{start + n - 1}"
 
 
-def _figure() -> tuple[Any, Any]:
+def new_figure() -> tuple[Any, Any]:
     figure = _canvas((7, 4.6))
     return figure, figure.add_subplot()
 
@@ -272,7 +272,7 @@ def _canvas(size: tuple[float, float]) -> Any:
     return figure
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
     """As the suffix says (PNG, SVG or `_BOTH`); nothing in a file depends on when it was made."""
     from matplotlib import rc_context
 

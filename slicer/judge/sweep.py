@@ -8,9 +8,11 @@ that trains works on files.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import random
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,6 +23,7 @@ from slicer.checkpoint import hub, verify
 from slicer.checkpoint.export import refuse_quantized, sliced_config
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import ArchitectureError, EvaluationError, HealError
+from slicer.heal.settings import Training
 from slicer.judge import backends, healing
 from slicer.judge.evaluate import EvalOptions, Suite, describe
 from slicer.judge.grid import UNPRUNED, Cell
@@ -46,6 +49,7 @@ class SweepOptions:
 
     evaluation: EvalOptions = field(default_factory=EvalOptions)
     calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
+    training: Training = field(default_factory=Training)
     command: str | None = None
 
 
@@ -94,6 +98,7 @@ class Sweep:
     def run(self, cells: Sequence[Cell]) -> None:
         """Finish all of `cells`, beside other processes that do the same; returns when every one is done."""
         healing.require({cell.heal for cell in cells})
+        healing.check_alike(self.journal, cells, self.options.training)
         clock = _Clock(self.journal, cells, self.depth)
         while todo := [cell for cell in cells if self.journal.get(cell.name) is None]:
             worked = False
@@ -169,7 +174,30 @@ class Sweep:
                 sliced(self.model(), plan.kept, config),
             ):
                 return self._measure(name)
-        raise EvaluationError(f"--heal {cell.heal}: not available in this version of slicer")
+        return self._trained(cell, plan, name, record)
+
+    def _trained(self, cell: Cell, plan: Plan, name: str, record: dict[str, Any]) -> Evaluation:
+        from slicer.checkpoint.model import load_model
+
+        device = self._device()
+        self._model = self._batches = self._first_layers = (
+            None  # training needs the room, and reads from files
+        )
+        gc.collect()
+        place = self.journal.directory / "training" / cell.name
+        training = healing.training_of(cell, self.options.training)
+        record["training"] = asdict(training)
+        path, record["healing"] = healing.trained(
+            self.checkpoint, self.source, plan, training, self.options.calibration, place,
+            device=device, trust_remote_code=self._trusted, progress=self.progress,
+        )  # fmt: skip
+        model = load_model(path, dtype=self._dtype(), device=device, trust_remote_code=self._trusted)
+        lm = backends.wrap(model, path, self.options.evaluation, last_logits_only=True)
+        evaluation = self.suite.run(lm, name, backends.vocabulary_of(model))
+        shutil.rmtree(place, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty: another process trains there
+            place.parent.rmdir()
+        return evaluation
 
     def _measure(self, name: str) -> Evaluation:
         model = self.model()
@@ -183,19 +211,9 @@ class Sweep:
         if self._model is None:
             from slicer.checkpoint.model import load_model
 
-            options = self.options.evaluation
-            device, local = options.device, os.environ.get("LOCAL_RANK")
-            if device == "auto" and local is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                import torch
-
-                count = torch.cuda.device_count()
-                device = f"cuda:{int(local) % count}" if count else "cpu"
             self.progress.stage("Loading the model")
-            dtype = options.dtype
-            if dtype == "auto" and _float32_is_faster(device, self.checkpoint):
-                dtype = "float32"
             self._model = load_model(
-                self.found.path, dtype=dtype, device=device, trust_remote_code=self._trusted
+                self.found.path, dtype=self._dtype(), device=self._device(), trust_remote_code=self._trusted
             )
         return self._model
 
@@ -203,6 +221,20 @@ class Sweep:
         if self._first_layers is None:
             self._first_layers = Prefix(self.model())
         return self._first_layers
+
+    def _dtype(self) -> str:
+        """As asked for; where that is left open, what is faster here."""
+        asked = self.options.evaluation.dtype
+        return "float32" if asked == "auto" and _float32_is_faster(self._device(), self.checkpoint) else asked
+
+    def _device(self) -> str:
+        device, local = self.options.evaluation.device, os.environ.get("LOCAL_RANK")
+        if device == "auto" and local is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            import torch
+
+            count = torch.cuda.device_count()
+            device = f"cuda:{int(local) % count}" if count else "cpu"
+        return device
 
     @property
     def _trusted(self) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from slicer.errors import EvaluationError, UsageError
+from slicer.heal.command import training_of, training_options
 from slicer.judge.command import check_batch, names
 
 _FILE = click.Path(path_type=Path)
@@ -56,6 +57,7 @@ _FILE = click.Path(path_type=Path)
               show_default=True,
               help="Run in this precision; auto: as stored, or float32 on a CPU that is faster in it.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
+@training_options
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
 @click.option("--trust-remote-code", is_flag=True, help="Run the checkpoint's own Python code.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -71,6 +73,7 @@ def sweep(source: str, **given: Any) -> None:
     accelerate launch --num_processes 8 -m slicer sweep llama-2-70b --suite paper
     """
     from slicer import console, show_scores
+    from slicer.heal.settings import Training
     from slicer.judge import grid, promise
     from slicer.judge.evaluate import EvalOptions
     from slicer.judge.journal import write_atomically
@@ -116,7 +119,9 @@ def sweep(source: str, **given: Any) -> None:
     calibration = given["calibration"] or _calibration(source, given["data"], text)
     spec = {k: given[k] for k in ("samples", "seq_len", "seed") if given[k] is not None}
     command = shlex.join(["slicer", *_typed(context, typed)])
-    settings = SweepOptions(options, CalibrationSpec(source=calibration, **spec), command)
+    trains = any(heal.startswith("qlora") for heal in axes.heals)
+    training = training_of(given, "qlora" if trains else None, "--heal") or Training()
+    settings = SweepOptions(options, CalibrationSpec(source=calibration, **spec), training, command)
     directory = given["out"] or Path(f"{Path(source).name or 'model'}-sweep")
     found = None
     with console.progress() as progress, Sweep(source, directory, settings, progress) as running:

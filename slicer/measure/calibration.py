@@ -88,9 +88,9 @@ def token_batches(
         tokens = sample_tokens(model, spec)
         source = "self"
     else:
-        tokenizer = _tokenizer(path, trust_remote_code)
+        tokenizer = open_tokenizer(path, trust_remote_code)
         source = spec.source or ":".join(DEFAULT_DATASET)
-        tokens = _pack(_documents(spec), tokenizer, spec, source)
+        tokens = _pack(documents(spec), tokenizer, spec, source)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if int(tokens.max()) >= vocabulary:
         raise CalibrationError(
@@ -116,7 +116,7 @@ def _check_length(spec: CalibrationSpec, model: Any) -> None:
         raise CalibrationError(f"--seq-len {spec.seq_len}: the model reads at most {limit} tokens; lower it")
 
 
-def _tokenizer(path: Path, trust_remote_code: bool) -> Any:
+def open_tokenizer(path: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
@@ -136,7 +136,7 @@ def _tokenizer(path: Path, trust_remote_code: bool) -> Any:
 def _pack(documents: Iterable[Document], tokenizer: Any, spec: CalibrationSpec, source: str) -> torch.Tensor:
     import torch
 
-    bos = _leading_token(tokenizer)
+    bos = leading_token(tokenizer)
     end = tokenizer.eos_token_id
     body = spec.seq_len - (bos is not None)
     needed = spec.samples * body
@@ -182,7 +182,7 @@ def _conversation(messages: Conversation, tokenizer: Any, source: str) -> str:
         ) from None
 
 
-def _leading_token(tokenizer: Any) -> int | None:
+def leading_token(tokenizer: Any) -> int | None:
     """The token that the tokenizer puts before a text by itself, if any."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     special = tokenizer("a")["input_ids"]
@@ -194,7 +194,7 @@ def _leading_token(tokenizer: Any) -> int | None:
 # --- documents -------------------------------------------------------------------------------------------------------
 
 
-def _documents(spec: CalibrationSpec) -> Iterator[Document]:
+def documents(spec: CalibrationSpec) -> Iterator[Document]:
     if spec.source is not None and spec.source.startswith("task:"):
         from slicer.measure.tasks import prompts
 

@@ -29,7 +29,9 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--samples", type=click.IntRange(min=1), help="Calibration sequences."),
         click.option("--seq-len", type=click.IntRange(min=2), help="Tokens in each."),
         click.option("--batch-size", type=click.IntRange(min=1), help="Sequences in a forward pass."),
-        click.option("--seed", type=click.IntRange(min=0), help="Seed of the calibration sample."),
+        click.option(
+            "--seed", type=click.IntRange(min=0), help="Seed of the calibration sample, and of training."
+        ),
         click.option(
             "--text-column", metavar="NAME", help="Column of the calibration data that holds the text."
         ),

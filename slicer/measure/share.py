@@ -8,13 +8,17 @@ each row has one owner, so the sum is exact, and the result does not depend on t
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 
-from slicer.errors import UsageError
+from slicer.errors import SlicerError, UsageError
+
+T = TypeVar("T")
+_PATIENCE = timedelta(days=2)  # while the first process works alone, the others wait
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Share:
             return cls()
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group(
-                "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+                "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE
             )
         return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
@@ -73,6 +77,21 @@ class Share:
         box = [value]
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What `work` returns in the first process, in every process; a SlicerError of it is raised in all of them."""
+        result: Any = None
+        failure: SlicerError | None = None
+        if self.is_first:
+            try:
+                result = work()
+            except SlicerError as error:
+                failure = error
+        failure, result = self.agree((failure, result))
+        if failure is not None:
+            raise failure
+        answer: T = result
+        return answer
 
     def leave(self) -> None:
         """Leave the group; every process calls this at its end."""

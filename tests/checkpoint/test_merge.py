@@ -143,3 +143,20 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(whole: Path, sliced: P
         result = slicer("merge", *given, "-o", out)
         assert result.exit_code == 1 and word in result.output, (given, result.output)
         assert len(result.stderr.strip().splitlines()) == 1 and not out.exists()
+
+
+def test_a_wrong_merge_never_appears(
+    whole: Path, sliced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the weights are stored in bfloat16, whose rounding must not hide it."""
+    import slicer.checkpoint.merge as merging
+
+    rounded = tmp_path / "rounded"
+    given = ["convert", whole, "--drop", "2-3", "--heal", "none", "--dtype", "bfloat16", "-o", rounded]
+    assert slicer(*given).exit_code == 0
+    honest: Any = merging._merged
+    monkeypatch.setattr(merging, "_merged", lambda *given: (1.01 * (t := honest(*given))).to(t.dtype))
+    for number, base in enumerate((sliced, rounded)):
+        adapter = save_adapter(base, tmp_path / f"adapter{number}")
+        result = slicer("merge", base, adapter, "-o", tmp_path / "out")
+        assert result.exit_code == 1 and "logits" in result.output and not (tmp_path / "out").exists()

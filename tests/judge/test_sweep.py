@@ -147,7 +147,7 @@ def test_one_line_for_what_cannot_be(swept: Path, tmp_path: Path) -> None:
         (["--metric", "c4"], 2, "--keep"),
         (["--drop", "0,40"], 1, "at most 11"),
         (["--heal", "prayer"], 2, "choose among"),
-        (["--heal", "qlora"], 1, "cannot train yet"),
+        (["--steps", "5"], 2, "--heal"),
         (["--seeds", "a"], 2, "whole numbers"),
         (["--ablate", "seed"], 2, "--suite paper"),
     ):
@@ -156,6 +156,41 @@ def test_one_line_for_what_cannot_be(swept: Path, tmp_path: Path) -> None:
         assert result.stderr.strip().count("\n") == 0
     clash = sweep(swept, "--limit", "3")
     assert clash.exit_code == 1 and "limit 4, not 3" in clash.output
+
+
+def test_a_cell_is_trained_with_its_own_seed_and_rank(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    text = [
+        "--calibration",
+        str(demo.path().parent / "heldout.txt"),
+        "--drop",
+        "3",
+        "--strategies",
+        "deepest",
+    ]
+    few = [
+        "--steps",
+        "4",
+        "--train-batch-size",
+        "2",
+        "--train-seq-len",
+        "32",
+        "--start",
+        "cut",
+        "--lr",
+        "1e-3",
+    ]
+    given = [*text, *few, "--heal", "qlora@2", "--seeds", "1"]
+    result = sweep(tmp_path / "s", *given)
+    assert result.exit_code == 0, result.output
+    cells = {row.seed: row for row in read_table(tmp_path / "s").rows if row.heal == "qlora@2"}
+    assert cells.keys() == {1}
+    record = json.loads((tmp_path / "s" / "cells" / "003-deepest-qlora2-s1.json").read_text())
+    assert record["healing"]["settings"]["rank"] == 2 and record["healing"]["settings"]["seed"] == 1
+    assert record["evaluation"]["loss"]["nats_per_token"] > 0
+    assert not (tmp_path / "s" / "training").exists()
+    other = sweep(tmp_path / "s", *given, "--lr", "1e-4")
+    assert other.exit_code == 1 and "trained with other options" in other.output
 
 
 def test_a_damaged_cell_is_measured_again(swept: Path, tmp_path: Path) -> None:

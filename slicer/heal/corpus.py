@@ -1,0 +1,271 @@
+"""Text to train on: packed sequences on disk, and sequences held out that are never trained on.
+
+The sources are those of `slicer.measure.calibration`. Unless validation text is named, one document in 16, chosen
+by the hash of its text, is held out, so that a copy of a document falls on the same side. Conversations go through the
+chat template; only the tokens of their answers are learned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slicer.errors import CalibrationError, HealError
+from slicer.heal.packing import Packer, batched, mark_of
+from slicer.heal.settings import Settings
+from slicer.measure.calibration import (
+    DEFAULT_DATASET,
+    CalibrationSpec,
+    Document,
+    TokenBatches,
+    documents,
+    open_tokenizer,
+    sample_tokens,
+)
+from slicer.progress import Progress
+
+APART = (16, 4, 2)  # one document in so many is held out; more, where that were not even a sequence
+_OF_SAME = "one document in {} of the same source"
+_SAMPLED = 1024  # sequences sampled from the model, at most; then they are seen again
+IGNORED = -100
+
+
+class Sequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """int64 `input_ids` and `labels` [seq_len] of each packed sequence, read from disk, and its number `index`.
+
+    `labels` are the tokens themselves, and `IGNORED` where nothing is learned.
+    """
+
+    def __init__(self, file: Path, seq_len: int) -> None:
+        count = file.stat().st_size // (4 * seq_len)
+        self._tokens = torch.from_file(str(file), shared=False, size=count * seq_len, dtype=torch.int32).view(
+            count, seq_len
+        )
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        stored = self._tokens[index].long()
+        learned = stored >= 0
+        tokens = torch.where(learned, stored, -1 - stored)  # what is not learned is stored as its complement
+        labels = torch.where(learned, tokens, torch.full_like(tokens, IGNORED))
+        return {"input_ids": tokens, "labels": labels, "index": torch.tensor(index)}
+
+    @property
+    def largest(self) -> int:
+        """The largest token id."""
+        tokens = self._tokens
+        return int(torch.where(tokens < 0, -1 - tokens, tokens).max())
+
+    def digests(self) -> list[bytes]:
+        """SHA-256 of the tokens of each sequence."""
+        return [hashlib.sha256(self[i]["input_ids"].numpy().tobytes()).digest() for i in range(len(self))]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """`train` and `held_out` sequences; `record`: where they came from and how many, for the plan."""
+
+    train: Sequences
+    held_out: Sequences
+    record: dict[str, Any]
+
+    def to_fold_on(self, spec: CalibrationSpec) -> TokenBatches:
+        """As much of the text trained on as `spec` asks for, so that nothing held out takes part in a fold either."""
+        length = min(spec.seq_len, len(self.train[0]["input_ids"]))
+        pieces: list[torch.Tensor] = []
+        for i in range(len(self.train)):
+            row = self.train[i]["input_ids"]
+            pieces += list(torch.split(row[: len(row) // length * length], length))
+            if len(pieces) >= spec.samples:
+                break
+        tokens = torch.stack(pieces[: spec.samples])
+        provenance = {
+            **asdict(spec),
+            "source": self.record["source"],
+            "samples": len(tokens),
+            "seq_len": length,
+            "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        }
+        return TokenBatches(list(torch.split(tokens, spec.batch_size)), provenance)
+
+
+def prepare(
+    spec: CalibrationSpec,
+    settings: Settings,
+    validation: str | None,
+    path: Path,
+    directory: Path,
+    *,
+    sampler: Any = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Corpus:
+    """Tokenize the data of `spec` for the checkpoint at `path`, once: what lies in `directory` is taken up again.
+
+    As many sequences as the training takes are made, or all there are: they are then seen more than once. `sampler`
+    gives the model that `self` samples from. Raises CalibrationError where there is no, or too little, text; HealError
+    where a held-out sequence is among those trained on.
+    """
+    progress = progress or Progress()
+    done = directory / "corpus.json"
+    if not done.is_file():
+        directory.mkdir(parents=True, exist_ok=True)
+        wanted = settings.steps * settings.batch_size
+        if spec.source == "self":
+            progress.stage("Sampling text from the model")
+            record = _sample(spec, settings, directory, wanted, sampler())
+        else:
+            progress.stage("Tokenizing", wanted, "sequences")
+            tokenizer = open_tokenizer(path, trust_remote_code)
+            for share in APART:
+                record = _tokenize(spec, settings, validation, share, tokenizer, directory, wanted, progress)
+                if record["held_out_sequences"]:
+                    break
+        record["train_sequences"] -= (twice := _without_held_out(directory, settings.seq_len))
+        record["train_sequences_left_out_as_held_out"] = twice
+        done.write_text(json.dumps(record), "utf-8")
+    record = json.loads(done.read_text("utf-8"))
+    if record["train_sequences"] < settings.batch_size or record["held_out_sequences"] < 1:
+        done.unlink()
+        raise CalibrationError(
+            f"{record['source']}: too short: {record['train_sequences']} sequences of {settings.seq_len} tokens to "
+            f"train on, where a step takes {settings.batch_size}, and {record['held_out_sequences']} held out, where "
+            "one is needed; give more text, or lower --train-seq-len or --train-batch-size"
+        )
+    train, held_out = (
+        Sequences(directory / f"{name}.bin", settings.seq_len) for name in ("train", "held-out")
+    )
+    if set(train.digests()) & set(held_out.digests()):
+        raise HealError(
+            f"{record['source']}: held-out sequences are among those trained on; name other --validation"
+        )
+    return Corpus(train, held_out, record)
+
+
+def _tokenize(
+    spec: CalibrationSpec,
+    settings: Settings,
+    validation: str | None,
+    share: int,
+    tokenizer: Any,
+    directory: Path,
+    wanted: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Write both files; one document in `share` is held out, unless validation text is named."""
+    source = spec.source or ":".join(DEFAULT_DATASET)
+    known: set[str] = set()
+    count = left_out = 0
+    with (
+        Packer(directory / "held-out.bin", tokenizer, settings.seq_len) as held,
+        Packer(directory / "train.bin", tokenizer, settings.seq_len) as train,
+    ):
+        if validation is not None:
+            for batch in batched(mixed(replace(spec, source=validation)), settings.seq_len):
+                known.update(mark_of(text) for text, _ in batch)
+                held.add(batch, validation, most=settings.validation_samples)
+        for batch in batched(mixed(spec), settings.seq_len):
+            count += len(batch)
+            marks = [mark_of(text) for text, _ in batch]
+            if validation is None:
+                apart = [int(mark[:8], 16) % share == 0 for mark in marks]
+                held.add(
+                    [b for b, a in zip(batch, apart, strict=True) if a],
+                    source,
+                    most=settings.validation_samples,
+                )
+            else:
+                apart = [mark in known for mark in marks]
+                left_out += sum(apart)
+            before = len(train)
+            train.add([b for b, a in zip(batch, apart, strict=True) if not a], source, most=wanted)
+            progress.advance(len(train) - before)
+            if len(train) >= wanted and (validation is not None or len(held) >= settings.validation_samples):
+                break
+    if count == 0:
+        raise CalibrationError(f"{source}: empty, there is no text in it; give a file with text")
+    return _record(spec, source, train, held, validation or _OF_SAME.format(share)) | {
+        "documents": count, "documents_left_out_as_validation": left_out,
+        "learned": "answers" if train.talks else "all tokens",
+    }  # fmt: skip
+
+
+def mixed(spec: CalibrationSpec) -> Iterator[Document]:
+    """The documents of `spec`; of several sources, with commas between, as much text of one as of the others while
+    they last."""
+    names = [spec.source]
+    if spec.source is not None and "," in spec.source and not Path(spec.source).exists():
+        names = [name.strip() for name in spec.source.split(",")]
+        if "" in names or "self" in names:
+            raise CalibrationError(f"{spec.source}: name each source between commas; self only by itself")
+    streams = [documents(replace(spec, source=name)) for name in names]
+    taken = [0] * len(streams)
+    while streams:
+        at = taken.index(min(taken))
+        document = next(streams[at], None)
+        if document is None:
+            del streams[at], taken[at]
+            continue
+        taken[at] += len(document) if isinstance(document, str) else sum(len(m["content"]) for m in document)
+        yield document
+
+
+def _sample(
+    spec: CalibrationSpec, settings: Settings, directory: Path, wanted: int, model: Any
+) -> dict[str, Any]:
+    count = min(wanted, _SAMPLED) + settings.validation_samples
+    drawn = sample_tokens(model, replace(spec, samples=count, seq_len=settings.seq_len))
+    rows: dict[bytes, torch.Tensor] = {row.numpy().tobytes(): row for row in drawn}
+    unique = list(rows.values())
+    parts = {
+        "held-out": unique[: settings.validation_samples],
+        "train": unique[settings.validation_samples :],
+    }
+    for name, part in parts.items():
+        data = (
+            torch.stack(part).to(torch.int32).numpy() if part else torch.zeros(0, dtype=torch.int32).numpy()
+        )
+        (directory / f"{name}.bin").write_bytes(data.tobytes())
+    return _record(spec, "self", parts["train"], parts["held-out"], "sampled alike") | {
+        "learned": "all tokens"
+    }
+
+
+def _without_held_out(directory: Path, seq_len: int) -> int:
+    """Leave sequences that are held out as well, word for word, out of those trained on; returns how many they were."""
+    if not all((directory / f"{name}.bin").stat().st_size for name in ("train", "held-out")):
+        return 0
+    train, held_out = (Sequences(directory / f"{name}.bin", seq_len) for name in ("train", "held-out"))
+    known = set(held_out.digests())
+    twice = {i for i, digest in enumerate(train.digests()) if digest in known}
+    if twice:
+        size = 4 * seq_len
+        new = directory / "train.new"
+        with open(directory / "train.bin", "rb") as old, open(new, "wb") as out:
+            for i in range(len(train)):
+                row = old.read(size)
+                if i not in twice:
+                    out.write(row)
+        new.rename(directory / "train.bin")
+    return len(twice)
+
+
+def _record(
+    spec: CalibrationSpec, source: str, train: Any, held: Any, validation: str | None
+) -> dict[str, Any]:
+    return {
+        "source": source,
+        "validation": validation,
+        "text_column": spec.text_column,
+        "seed": spec.seed,
+        "train_sequences": len(train),
+        "held_out_sequences": len(held),
+    }

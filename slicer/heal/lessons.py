@@ -1,0 +1,80 @@
+"""From the options to the teacher: the source, beside the student or asked beforehand."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from slicer.checkpoint import hub
+from slicer.checkpoint.architectures import text_config
+from slicer.checkpoint.model import load_model
+from slicer.checkpoint.reader import Checkpoint
+from slicer.errors import HealError
+from slicer.heal.adapters import nf4, require, unpack
+from slicer.heal.corpus import Corpus
+from slicer.heal.settings import Settings
+from slicer.heal.teacher import Cached, Lessons, Live, ask_beforehand, cuts
+from slicer.measure.share import Share
+from slicer.plan import Plan
+from slicer.progress import Progress
+
+if TYPE_CHECKING:
+    from slicer.heal.trained import TrainOptions
+
+
+def lessons_of(
+    whole: Checkpoint,
+    plan: Plan,
+    corpus: Corpus,
+    settings: Settings,
+    options: TrainOptions,
+    share: Share,
+    device: str,
+    progress: Progress,
+) -> Lessons:
+    """The teacher's loss. Raises HealError for a teacher that cannot teach this student."""
+    training, remote = options.training, options.trust_remote_code
+    teacher = whole if training.teacher is None else Checkpoint.open(hub.resolve(training.teacher).path)
+    streams, logits = settings.mismatch_weight > 0, settings.kl_weight > 0
+    mine, its = text_config(whole.config), text_config(teacher.config)
+    if streams and (teacher.depth != plan.depth or mine.get("hidden_size") != its.get("hidden_size")):
+        raise HealError(
+            f"{teacher.path}: has another depth or width than the model that was cut, so its residual stream says "
+            "nothing at the cut; use --kl-weight alone, or the source as teacher"
+        )
+    if logits and mine.get("vocab_size") != its.get("vocab_size"):
+        raise HealError(
+            f"{teacher.path}: has another vocabulary than the model that was cut; use the source as teacher"
+        )
+    at = cuts(plan.dropped)
+    if training.teacher_cache is not None:
+        directory = Path(training.teacher_cache)
+        mark = hashlib.sha256(
+            b"".join(corpus.train.digests()) + str(teacher.path.resolve()).encode()
+        ).hexdigest()
+
+        def asked() -> Cached:
+            return ask_beforehand(
+                teacher, corpus.train, at, directory, mark, streams=streams, logits=logits,
+                dtype=plan.dtype, device=options.device, trust_remote_code=remote, progress=progress,
+            )  # fmt: skip
+
+        share.first(lambda: asked() and None)
+        answers: Cached | Live = asked()
+    else:
+        if training.teacher_4bit:
+            require("qlora")
+        progress.stage("Loading the teacher")
+        model = load_model(
+            teacher.path,
+            dtype=settings.compute,
+            device=device,
+            trust_remote_code=remote,
+            quantization=nf4(getattr(torch, settings.compute)) if training.teacher_4bit else None,
+        )
+        unpack(model)
+        answers = Live(model, at, streams=streams, logits=logits)
+    return Lessons(answers, at, settings.mismatch_weight, settings.kl_weight)

@@ -1,0 +1,113 @@
+"""What a training takes of each GPU's memory, by a stated formula; `docs/scaling.md` is its table. Pure.
+
+python -m slicer.heal.memory                                     the table
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from slicer.checkpoint.architectures import depth, text_config
+
+NF4_BYTES = (
+    0.5 + 1 / 64 + 4 / (64 * 256)
+)  # a weight: 4 bits, its share of a scale of 8 bits, and of the scales' scale
+_TRAINED_BYTES = 16  # a trained weight in float32, its gradient, Adam's two moments
+_LOGIT_BYTES = 10  # a logit in bfloat16, in float32, and its gradient
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama-like model: `layers` that stay, hidden size `d`, feed-forward size `f`, vocabulary `v`; the key and value
+    projections are `kv` wide."""
+
+    layers: int
+    d: int
+    f: int
+    v: int
+    kv: int
+
+    @property
+    def in_layers(self) -> int:
+        """Weights of the matrices of all layers: what NF4 shrinks."""
+        return self.layers * (2 * self.d * self.d + 2 * self.d * self.kv + 3 * self.d * self.f)
+
+    @property
+    def outside(self) -> int:
+        """Weights of the embedding and the head."""
+        return 2 * self.v * self.d
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], layers: int | None = None) -> Shape:
+        """From a config.json, with `layers` of its layers left."""
+        text = text_config(config)
+        d, heads = text["hidden_size"], text["num_attention_heads"]
+        kv = (text.get("num_key_value_heads") or heads) * (text.get("head_dim") or d // heads)
+        return cls(layers or depth(config), d, text["intermediate_size"], text["vocab_size"], kv)
+
+
+def needed(
+    shape: Shape,
+    *,
+    method: str,
+    rank: int,
+    micro_batch: int,
+    seq_len: int,
+    gradient_checkpointing: bool,
+    gpus: int = 1,
+    bytes_a_value: int = 2,
+) -> dict[str, float]:
+    """Bytes of each GPU, with everything but the activations sharded over `gpus` (FSDP).
+
+    weights      NF4_BYTES (qlora) or 2 (lora) a weight of the layers' matrices, 2 of the embedding and the head
+    trained      16 a trained weight: of all (full), or of rank x (d + f) in three matrices a layer
+    unpacked     two layers that FSDP has whole at a time, as stored; one matrix, d x f, that NF4 has in full precision
+    activations  2 x (12 d + 5 f) a token and layer; with gradient checkpointing 2 d, and that of one layer
+    logits       10 v a token
+    """
+    tokens = micro_batch * seq_len
+    adapters = shape.layers * 3 * rank * (shape.d + shape.f)
+    weight = {"qlora": NF4_BYTES, "lora": float(bytes_a_value), "full": float(bytes_a_value)}[method]
+    outside = bytes_a_value * shape.outside
+    trained = shape.in_layers + shape.outside if method == "full" else adapters
+    unpacked = 2 * weight * shape.in_layers / shape.layers if gpus > 1 else 0.0
+    unpacked += bytes_a_value * shape.d * shape.f if method == "qlora" else 0.0
+    layer = bytes_a_value * (12 * shape.d + 5 * shape.f) * tokens
+    kept = (
+        bytes_a_value * shape.d * tokens * shape.layers + layer
+        if gradient_checkpointing
+        else layer * shape.layers
+    )
+    found = {
+        "weights": 0.0 if method == "full" else (weight * shape.in_layers + outside) / gpus,
+        "trained": _TRAINED_BYTES * trained / gpus,
+        "unpacked": unpacked,
+        "activations": float(kept),
+        "logits": float(_LOGIT_BYTES * shape.v * tokens),
+    }
+    return found | {"all": sum(found.values())}
+
+
+def main() -> None:
+    """Print the table of `docs/scaling.md`: the paper's settings, one sequence at a time, gradient checkpointing."""
+    models = (
+        ("Llama-2-7B, 22 of 32 layers", Shape(22, 4096, 11008, 32000, 4096), 2, 2048),
+        ("Llama-2-70B, 48 of 80 layers", Shape(48, 8192, 28672, 32000, 1024), 8, 4096),
+    )
+    print("| model | method | GPUs | weights | trained | unpacked | activations | logits | all |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name, shape, rank, seq_len in models:
+        for method in ("qlora", "lora", "full"):
+            for gpus in (1, 2, 8):
+                row = needed(
+                    shape, method=method, rank=rank, micro_batch=1, seq_len=seq_len,
+                    gradient_checkpointing=True, gpus=gpus,
+                )  # fmt: skip
+                figures = " | ".join(f"{value / 1e9:.1f}" for value in row.values())
+                print(f"| {name} | {method} | {gpus} | {figures} |")
+
+
+if __name__ == "__main__":
+    main()

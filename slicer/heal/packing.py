@@ -1,0 +1,143 @@
+"""Documents -> sequences of tokens, written to a file; of conversations, which tokens are learned."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from slicer.errors import CalibrationError
+from slicer.measure.calibration import Conversation, Document, leading_token
+
+_PIECE = 64  # characters to a token of a sequence beyond which a document is cut: one book is many documents
+_TOGETHER = 256  # documents tokenized at a time
+
+
+class Packer:
+    """Documents, one after another with an end-of-text token between, cut into sequences and written to `file`.
+
+    Each sequence begins with BOS where the tokenizer begins a text with it. One in which nothing would be learned is
+    left out.
+    """
+
+    def __init__(self, file: Path, tokenizer: Any, seq_len: int) -> None:
+        self._file, self._tokenizer, self._len = file, tokenizer, seq_len
+        self._bos, self._end = leading_token(tokenizer), tokenizer.eos_token_id
+        self._waiting: list[int] = []
+        self._count = 0
+        self.talks = False
+
+    def __enter__(self) -> Packer:
+        self._out: IO[bytes] = open(self._file, "wb")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._out.close()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, pieces: list[tuple[Document, bool]], source: str, *, most: int) -> None:
+        """Append documents (and whether each ends here) until there are `most` sequences."""
+        if self._count >= most or not pieces:
+            return
+        texts = [text for text, _ in pieces if isinstance(text, str)]
+        plain = iter(
+            self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ()
+        )
+        for text, ends in pieces:
+            if isinstance(text, str):
+                self._waiting += next(plain)
+                if ends and self._end is not None:
+                    self._waiting.append(self._end)
+            else:
+                self.talks = True
+                self._waiting += self._conversation(text, source)
+            self._flush(most)
+
+    def _flush(self, most: int) -> None:
+        body = self._len - (self._bos is not None)
+        while len(self._waiting) >= body and self._count < most:
+            row, self._waiting = self._waiting[:body], self._waiting[body:]
+            if max(row[1:] if self._bos is None else row) >= 0:
+                row = ([] if self._bos is None else [self._bos]) + row
+                self._out.write(torch.tensor(row, dtype=torch.int32).numpy().tobytes())
+                self._count += 1
+        if self._count >= most:
+            self._waiting = []
+
+    def _conversation(self, messages: Conversation, source: str) -> list[int]:
+        """Token ids, as they are for the answers and as their complement, -1 - id, elsewhere."""
+        ids: list[int] = []
+        for text, learned in answers(messages, self._tokenizer, source):
+            part = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            ids += part if learned else [-1 - i for i in part]
+        return ids
+
+
+def answers(messages: Conversation, tokenizer: Any, source: str) -> list[tuple[str, bool]]:
+    """The conversation as the chat template writes it, in parts: (text, whether the model is to learn it).
+
+    An answer begins where the template with its prompt for one ends, and goes on to the end of its turn. Raises
+    CalibrationError where the template cannot take the conversation.
+    """
+
+    def written(count: int, *, prompt: bool = False) -> str:
+        return str(
+            tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
+        )
+
+    try:
+        whole, at, parts = written(len(messages)), 0, list[tuple[str, bool]]()
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before, after = written(i, prompt=True) if i else "", written(i + 1)
+            if not whole.startswith(before) or not whole.startswith(after) or len(before) < at:
+                # A template that writes a turn otherwise once others follow: the answer's own words, then.
+                start = whole.find(message["content"].strip(), at)
+                if start < 0:
+                    continue
+                before, after = whole[:start], whole[: start + len(message["content"].strip())]
+            parts += [(whole[at : len(before)], False), (whole[len(before) : len(after)], True)]
+            at = len(after)
+        parts.append((whole[at:], False))
+    except Exception as error:  # templates raise anything, also that there is none
+        reason = " ".join(str(error).split())[:160]
+        raise CalibrationError(
+            f"{source}: holds conversations, and the chat template cannot take them ({reason}); give plain text, or "
+            "name the column that holds it: --text-column"
+        ) from None
+    return [part for part in parts if part[0]]
+
+
+def batched(texts: Iterable[Document], seq_len: int) -> Iterator[list[tuple[Document, bool]]]:
+    """Documents in batches, long ones in pieces: (text, whether the document ends with it)."""
+    pieces = _pieces(texts, _PIECE * seq_len)
+    while batch := list(islice(pieces, _TOGETHER)):
+        yield batch
+
+
+def _pieces(texts: Iterable[Document], size: int) -> Iterator[tuple[Document, bool]]:
+    for text in texts:
+        if not isinstance(text, str):
+            yield text, True
+            continue
+        while len(text) > size:
+            found = re.search(r"\s", text[size // 2 : size])
+            cut = size // 2 + found.start() if found else size
+            yield text[:cut], False
+            text = text[cut:]
+        if text.strip():
+            yield text, True
+
+
+def mark_of(document: Document) -> str:
+    text = document if isinstance(document, str) else json.dumps(document, sort_keys=True)
+    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()

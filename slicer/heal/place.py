@@ -1,0 +1,117 @@
+"""The directory of an unfinished training, beside where its result is to be: whose it is, what may be taken up."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from slicer.checkpoint.reader import Checkpoint
+from slicer.errors import OutputError
+from slicer.measure.calibration import CalibrationSpec
+from slicer.measure.share import Share
+from slicer.measure.workplace import fingerprint
+
+
+def workplace_of(out: Path) -> Path:
+    """The directory of an unfinished training whose result is to be `out`."""
+    return out.with_name(out.name + ".training")
+
+
+def cut_for(
+    out: Path,
+    checkpoint: Checkpoint,
+    spec: CalibrationSpec,
+    asked: Mapping[str, Any],
+    make: Callable[[Path], Any],
+    *,
+    force: bool,
+) -> Path:
+    """The bare cut of `checkpoint` that a training for `out` starts from: `make` writes it, unless an earlier run with
+    the same `asked` did. Raises OutputError where another's lies there."""
+    work = workplace_of(out)
+    cut, file = work / "cut", work / "cut.json"
+    mark = fingerprint(checkpoint, asdict(spec), **asked)
+    if work.exists() and not (file.is_file() and file.read_text("utf-8") == mark):
+        if not force:
+            raise _another(work)
+        shutil.rmtree(work)
+    if not file.is_file():
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            make(cut)
+            file.write_text(mark, "utf-8")
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+    return cut
+
+
+@contextlib.contextmanager
+def discarding(out: Path) -> Iterator[None]:
+    """What fails inside the block leaves no workplace behind, unless a training can go on from it."""
+    work = workplace_of(out)
+    try:
+        yield
+    except Exception:
+        if not _worth_keeping(work) and not out.with_name(out.name + ".ranks").exists():
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def first_alone(share: Share, work: Path, mark: str, *, force: bool) -> Iterator[None]:
+    """Inside the block the first process has `work` for itself; it goes at the end, unless there is something to go on
+    from. Raises OutputError where another run is at work there, or an unfinished one of another mark lies there."""
+    lock = None
+
+    def claim() -> None:
+        nonlocal lock
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            lock = open(work / "lock", "w")  # noqa: SIM115
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"{work}: another run is at work there; wait for it, or choose another -o"
+            ) from None
+        except OSError as error:
+            raise OutputError(f"{work}: cannot be written ({error.strerror}); choose another -o") from None
+        file = work / "mark"
+        if file.is_file() and file.read_text("utf-8") != mark:
+            if not force:
+                raise _another(work)
+            for old in work.iterdir():
+                if old.name not in ("lock", "cut", "cut.json"):
+                    shutil.rmtree(old) if old.is_dir() else old.unlink()
+        file.write_text(mark, "utf-8")
+
+    try:
+        share.first(claim)
+        yield
+    except Exception as error:
+        if share.is_first and not isinstance(error, OutputError) and not _worth_keeping(work):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    else:
+        if share.is_first:
+            shutil.rmtree(work, ignore_errors=True)
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _another(work: Path) -> OutputError:
+    return OutputError(
+        f"{work}: holds an unfinished training of another model or with other options; give those again, choose "
+        "another -o, or --force to start over"
+    )
+
+
+def _worth_keeping(work: Path) -> bool:
+    """Whether a checkpoint of the training is there."""
+    return any(work.glob("run/checkpoint-*/whole"))

@@ -1,0 +1,266 @@
+"""A teacher: the unsliced model, whose residual stream and predictions the student is drawn to while it trains.
+
+    mismatch   the paper's equation 8, (x(l*+n) of the teacher - x(l*) of the student)^2 at each cut: the mean over
+               tokens of the squared distance, relative to the squared length of the teacher's
+    KL         KL(teacher || student) of the next-token distributions, nats, the mean over tokens that are learned
+
+The teacher runs beside the student, in NF4 if need be; or its answers are computed once, from disk a layer at a time
+where it does not fit, and kept: the streams at the cuts in bfloat16, and of each distribution the `TOP` likeliest
+tokens with the rest as one more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slicer.checkpoint.model import watch
+from slicer.checkpoint.reader import Checkpoint
+from slicer.checkpoint.writer import check_space
+from slicer.errors import HealError
+from slicer.heal.corpus import Sequences
+from slicer.heal.fold import blocks
+from slicer.measure.stream import Walk
+from slicer.progress import Progress
+
+TOP = 64
+_TOGETHER = 64  # sequences that go through the teacher at a time
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One place where layers are missing: the student's x(`student`) stands for the teacher's x(`teacher`)."""
+
+    student: int
+    teacher: int
+
+
+def cuts(dropped: Sequence[int]) -> list[Cut]:
+    """Where the student meets the teacher again, for each dropped block (source indices)."""
+    gone = sorted(dropped)
+    return [Cut(end - sum(i < end for i in gone), end) for _, end in blocks(gone)]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the teacher says of a batch.
+
+    Attributes:
+        streams: x at each cut, [batch, seq, d].
+        logits: [batch, seq, V], or None.
+        top: (log probabilities [batch, seq, TOP], their tokens), where the teacher was asked beforehand.
+    """
+
+    streams: list[torch.Tensor]
+    logits: torch.Tensor | None = None
+    top: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+class Lessons:
+    """The loss that a teacher adds to that on the text."""
+
+    def __init__(
+        self, teacher: Live | Cached, at: list[Cut], mismatch_weight: float, kl_weight: float
+    ) -> None:
+        self._teacher, self._cuts = teacher, at
+        self._mismatch, self._kl = mismatch_weight, kl_weight
+        self._seen: dict[int, torch.Tensor] = {}
+
+    @contextlib.contextmanager
+    def listening(self, student: Any) -> Iterator[None]:
+        """Inside the block the student's stream at the cuts is kept of each forward pass."""
+        wanted = {cut.student for cut in self._cuts} if self._mismatch else set()
+
+        def listener(layer: int, states: torch.Tensor) -> None:
+            if layer in wanted and states.requires_grad:
+                self._seen[layer] = states
+
+        with watch(student, listener):
+            yield
+
+    def loss(
+        self, logits: torch.Tensor, tokens: torch.Tensor, index: torch.Tensor, learned: torch.Tensor
+    ) -> torch.Tensor:
+        """What is added for a batch that the student gave `logits` for; `learned` [batch, seq - 1] are its targets."""
+        answer = self._teacher.answer(tokens, index)
+        total = logits.new_zeros((), dtype=torch.float32)
+        if self._mismatch:
+            for cut, stream in zip(self._cuts, answer.streams, strict=True):
+                if cut.student in self._seen:  # no gradient reaches a cut before the first trained weight
+                    total = total + self._mismatch / len(self._cuts) * mismatch(
+                        self._seen[cut.student], stream
+                    )
+            self._seen.clear()
+        if self._kl:
+            total = total + self._kl * divergence(logits, answer, learned)
+        return total
+
+
+def mismatch(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Equation 8 for one cut: mean over tokens of |x_t - x_s|^2 / |x_t|^2, of [batch, seq, d]."""
+    wanted = teacher.to(student.device).float()
+    apart = (student.float() - wanted).square().sum(-1)
+    return (apart / wanted.square().sum(-1).clamp_min(1e-12)).mean()
+
+
+def divergence(logits: torch.Tensor, answer: Answer, learned: torch.Tensor) -> torch.Tensor:
+    """KL(teacher || student), nats, the mean over the positions that predict a learned token."""
+    student = logits[:, :-1][learned].float().log_softmax(-1)
+    if answer.logits is not None:
+        teacher = (
+            answer.logits[:, :-1][learned.to(answer.logits.device)].to(student.device).float().log_softmax(-1)
+        )
+        return (teacher.exp() * (teacher - student)).sum(-1).mean()
+    assert answer.top is not None
+    chances, names = (part[:, :-1][learned.to(part.device)].to(student.device) for part in answer.top)
+    likely, own = chances.float(), student.gather(-1, names.long())
+    known = (likely.exp() * (likely - own)).sum(-1)
+    rest, own_rest = ((1 - x.exp().sum(-1)).clamp_min(1e-8) for x in (likely, own))
+    return (known + rest * (rest / own_rest).log()).mean()
+
+
+class Live:
+    """A teacher that runs beside the student."""
+
+    def __init__(self, model: Any, at: list[Cut], *, streams: bool, logits: bool) -> None:
+        self._model, self._cuts, self._streams, self._logits = model, at, streams, logits
+
+    @torch.no_grad()
+    def answer(self, tokens: torch.Tensor, index: torch.Tensor) -> Answer:
+        seen: dict[int, torch.Tensor] = {}
+        wanted = {cut.teacher for cut in self._cuts} if self._streams else set()
+
+        def listener(layer: int, states: torch.Tensor) -> None:
+            if layer in wanted:
+                seen[layer] = states
+
+        device = self._model.get_input_embeddings().weight.device
+        with watch(self._model, listener):
+            logits = self._model(input_ids=tokens.to(device), use_cache=False).logits
+        return Answer(
+            [seen[cut.teacher] for cut in self._cuts if cut.teacher in seen], logits if self._logits else None
+        )
+
+
+class Cached:
+    """A teacher whose answers lie in `directory`, a row for each sequence trained on."""
+
+    def __init__(
+        self, directory: Path, at: list[Cut], shape: tuple[int, int, int], *, streams: bool, logits: bool
+    ) -> None:
+        count, length, width = shape
+        self._streams = [
+            _rows(directory / f"stream-{cut.teacher}", (count, length, width), torch.bfloat16)
+            for cut in (at if streams else ())
+        ]
+        self._top = (
+            (
+                _rows(directory / "top-chances", (count, length, TOP), torch.float16),
+                _rows(directory / "top-tokens", (count, length, TOP), torch.int32),
+            )
+            if logits
+            else None
+        )
+
+    @property
+    def files(self) -> list[torch.Tensor]:
+        """Everything that is kept, mapped."""
+        return [*self._streams, *(self._top or ())]
+
+    def answer(self, tokens: torch.Tensor, index: torch.Tensor) -> Answer:
+        rows = index.cpu()
+        top = None if self._top is None else (self._top[0][rows], self._top[1][rows])
+        return Answer([stream[rows] for stream in self._streams], top=top)
+
+    def ask(self, walk: Walk, sequences: Sequences, at: list[Cut], rows: range, batch_size: int) -> None:
+        """Fill in `rows` from the model that `walk` goes over."""
+        tokens = torch.stack([sequences[i]["input_ids"] for i in rows])
+        batches = list(torch.split(tokens, batch_size))
+        starts = [rows.start + batch_size * b for b in range(len(batches))]
+        states = walk.start(batches)
+        wanted = {cut.teacher: stream for cut, stream in zip(at, self._streams, strict=False)}
+        last = walk.depth if self._top is not None else max(wanted)
+        for i in range(last + 1):
+            if i in wanted:
+                for b, first in enumerate(starts):
+                    wanted[i][first : first + len(batches[b])] = states[b].cpu().to(torch.bfloat16)
+            if i < last:
+                walk.advance(i, states)
+        if self._top is None:
+            return
+        for b, first in enumerate(starts):
+            for at_row, logits in enumerate(walk.logits(states, b)):
+                chances, names = logits.float().log_softmax(-1).topk(min(TOP, logits.shape[-1]))
+                kept = self._top[0][first + at_row], self._top[1][first + at_row]
+                kept[0].fill_(-1e4), kept[1].zero_()
+                kept[0][:, : chances.shape[-1]] = chances.cpu().half()
+                kept[1][:, : names.shape[-1]] = names.cpu().int()
+
+
+def ask_beforehand(
+    teacher: Checkpoint,
+    sequences: Sequences,
+    at: list[Cut],
+    directory: Path,
+    mark: str,
+    *,
+    streams: bool,
+    logits: bool,
+    dtype: str | None = None,
+    memory_bytes: int | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Cached:
+    """The teacher's answers to all `sequences`, computed once into `directory`, and taken up where a run was stopped.
+
+    `mark` says whose answers they are. Raises HealError where the directory holds others, OutputError where the disk is
+    too small.
+    """
+    from slicer.checkpoint.architectures import text_config
+
+    progress = progress or Progress()
+    shape = (len(sequences), len(sequences[0]["input_ids"]), int(text_config(teacher.config)["hidden_size"]))
+    file = directory / "teacher.json"
+    state: dict[str, Any] = (
+        json.loads(file.read_text("utf-8")) if file.is_file() else {"mark": mark, "done": 0}
+    )
+    if state["mark"] != mark:
+        raise HealError(
+            f"{directory}: holds the answers of another teacher or to other text; give another --teacher-cache"
+        )
+    count, length, width = shape
+    if not file.is_file():
+        check_space(directory, count * length * (2 * width * len(at) * streams + 6 * TOP * logits))
+        directory.mkdir(parents=True, exist_ok=True)
+    cached = Cached(directory, at, shape, streams=streams, logits=logits)
+    if state["done"] >= count:
+        return cached
+    walk = Walk.fitting(
+        teacher, dtype=dtype, memory_bytes=memory_bytes, device=device, trust_remote_code=trust_remote_code
+    )
+    progress.stage("Asking the teacher", count - state["done"], "sequences")
+    for start in range(state["done"], count, _TOGETHER):
+        rows = range(start, min(start + _TOGETHER, count))
+        cached.ask(walk, sequences, at, rows, batch_size=4)
+        new = file.with_suffix(".new")
+        new.write_text(json.dumps({"mark": mark, "done": rows.stop}), "utf-8")
+        new.rename(file)
+        progress.advance(len(rows))
+    return cached
+
+
+def _rows(file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    count = 1
+    for size in shape:
+        count *= size
+    if not file.is_file() or file.stat().st_size != count * dtype.itemsize:
+        with open(file, "wb") as stream:
+            stream.truncate(count * dtype.itemsize)
+    return torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(shape)

@@ -1,0 +1,263 @@
+"""The training itself: transformers' Trainer on packed sequences, measured on text held out, resumable, its best kept.
+
+    work/run/checkpoint-N   weights, optimizer, random states; whole where it holds the file `WHOLE`
+    work/best-N             the weights of the best measurement, at step N
+    work/course.json        that training is over, and how it went
+
+Given the seed, a run that was killed and is started again has the losses of one that was not: everything is drawn from
+seeds and states that the checkpoints hold, and every file is whole before it counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.utils import logging
+
+from slicer.errors import HealError
+from slicer.heal.adapters import sharded
+from slicer.heal.corpus import IGNORED, Corpus
+from slicer.heal.settings import Settings
+from slicer.heal.teacher import Lessons
+from slicer.heal.watch import UNMOVED, WHOLE, Course, Watch
+from slicer.progress import Progress
+
+_KEPT = 2  # checkpoints
+
+
+def train(
+    model: Any,
+    corpus: Corpus,
+    settings: Settings,
+    work: Path,
+    *,
+    lessons: Lessons | None = None,
+    report_to: str = "none",
+    progress: Progress | None = None,
+) -> Course:
+    """Train `model` (of `slicer.heal.adapters.load`) on the corpus, from the last whole checkpoint in `work` if any.
+
+    Raises HealError where the gradients do not reach what is to be trained, where the loss is not finite before
+    anything was gained, and where memory runs out, with the options that help.
+    """
+    progress = progress or Progress()
+    over = work / "course.json"
+    if over.is_file():
+        return Course.from_json(over.read_text("utf-8"))
+    logging.set_verbosity_error()
+    last = _last_whole(work / "run")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    device = next(model.parameters()).device
+    if processes == 1 and device.type == "cuda":
+        os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
+    arguments = TrainingArguments(
+        output_dir=str(work / "run"),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.micro_batch,
+        per_device_eval_batch_size=settings.micro_batch,
+        gradient_accumulation_steps=settings.batch_size // settings.micro_batch // processes,
+        learning_rate=settings.lr,
+        lr_scheduler_type=settings.scheduler,
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        bf16=settings.compute == "bfloat16",
+        use_cpu=device.type == "cpu" and not (sharded() and torch.cuda.is_available()),
+        seed=settings.seed,
+        data_seed=settings.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_on_start=last is None,
+        eval_strategy="steps",
+        eval_steps=settings.eval_every,
+        save_strategy="steps",
+        save_steps=settings.eval_every,
+        save_total_limit=_KEPT,
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_drop_last=True,
+        dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False,
+        report_to=report_to.split(","),
+        disable_tqdm=True,
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # a GPU a process: no threads over all that it sees
+    course = Course()
+    watch = Watch(course, settings, work, progress)
+    with _deterministic(settings.seed), _out_of_memory(settings, lessons is not None):
+        try:
+            trainer = _Trainer(
+                model=model,
+                args=arguments,
+                train_dataset=corpus.train,
+                eval_dataset=corpus.held_out,
+                data_collator=_collate,
+                callbacks=[watch],
+            )
+        except (ImportError, RuntimeError, ValueError) as error:
+            if report_to == "none":
+                raise
+            raise HealError(f"--report-to {report_to}: {' '.join(str(error).split())[:200]}") from None
+        if trainer.is_fsdp_enabled and "FULL" not in str(
+            trainer.accelerator.state.fsdp_plugin.state_dict_type
+        ):
+            raise HealError(
+                "FSDP: set fsdp_state_dict_type to FULL_STATE_DICT, so that the best weights can be kept"
+            )
+        trainer.lessons = lessons
+        _quiet(trainer)
+        watch.trainer = trainer
+        progress.stage("Training", settings.steps, "steps")
+        with lessons.listening(model) if lessons is not None else contextlib.nullcontext():
+            try:
+                trainer.train(resume_from_checkpoint=str(last) if last else None)
+            except RuntimeError as error:
+                if "does not require grad" in str(error):
+                    raise HealError(UNMOVED) from None
+                raise
+    if course.ended == "diverged" and course.weights is None:
+        if trainer.is_world_process_zero():
+            shutil.rmtree(work / "run", ignore_errors=True)  # nothing to go on from
+        raise HealError(
+            f"the loss is not finite at step {max(course.train, default=0)} and nothing was gained before: lower --lr "
+            f"(it is {settings.lr:g}), or give --compute float32"
+        )
+    if trainer.is_world_process_zero():
+        over.with_suffix(".new").write_text(course.to_json(), "utf-8")
+        over.with_suffix(".new").rename(over)
+    return course
+
+
+class _Trainer(Trainer):  # type: ignore[misc]
+    """The Trainer with the loss taken over all target tokens of a step, whatever its micro-batches, and a teacher's."""
+
+    loss_is_scaled_for_ga = True
+    lessons: Lessons | None = None
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.model_accepts_loss_kwargs = True  # so that target tokens are counted, over all processes
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """With the last batch, which training leaves out where it is not full."""
+        self.args.dataloader_drop_last = False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = True
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        tokens, labels = inputs["input_ids"], inputs["labels"]
+        outputs = model(input_ids=tokens)
+        loss = cross_entropy(outputs.logits, labels) / num_items_in_batch * self.accelerator.num_processes
+        if self.lessons is not None and model.training:
+            aside = self.lessons.loss(outputs.logits, tokens, inputs["index"], labels[:, 1:] != IGNORED)
+            loss = loss + aside / self.current_gradient_accumulation_steps
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Summed next-token loss, nats, of logits [batch, seq, V] and labels [batch, seq], in float32."""
+    return functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+@torch.inference_mode()
+def held_out_loss(model: Any, corpus: Corpus, batch_size: int) -> float:
+    """Nats a token of `model` (any transformers model) on the held-out sequences."""
+    device = model.get_input_embeddings().weight.device
+    total = count = 0.0
+    for start in range(0, len(corpus.held_out), batch_size):
+        rows = [corpus.held_out[i] for i in range(start, min(start + batch_size, len(corpus.held_out)))]
+        batch = {name: tensor.to(device) for name, tensor in _collate(rows).items()}
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+        total += float(cross_entropy(logits, batch["labels"]))
+        count += int((batch["labels"][:, 1:] != IGNORED).sum())
+    return total / count
+
+
+def _last_whole(run: Path) -> Path | None:
+    """The last checkpoint that was written to its end; what is not whole is removed."""
+    whole = []
+    for path in run.glob("checkpoint-*"):
+        if (path / WHOLE).exists():
+            whole.append(path)
+        elif int(os.environ.get("RANK", "0")) == 0:
+            shutil.rmtree(path, ignore_errors=True)
+    return max(whole, key=lambda path: int(path.name.split("-")[-1]), default=None)
+
+
+def _collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _quiet(trainer: Any) -> None:
+    """Without the Trainer's own lines: slicer shows its own."""
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    for kind in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(kind)
+
+
+@contextlib.contextmanager
+def _deterministic(seed: int) -> Iterator[None]:
+    """Inside the block everything random comes from `seed`, and of each operation the deterministic kind is taken."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    deterministic: Any = torch.utils.deterministic
+    fill = deterministic.fill_uninitialized_memory
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    set_seed(seed)
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+        deterministic.fill_uninitialized_memory = fill
+
+
+@contextlib.contextmanager
+def _out_of_memory(settings: Settings, taught: bool) -> Iterator[None]:
+    """Turn an allocation that fails into a HealError that names what helps and was not tried yet."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        words = str(error).lower()
+        short = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or any(
+            sign in words for sign in ("out of memory", "can't allocate memory", "not enough memory")
+        )
+        if not short:
+            raise
+        raise HealError(f"out of memory in training; {advice(settings, taught)}") from None
+
+
+def advice(settings: Settings, taught: bool) -> str:
+    """The options that would take less memory, most helpful first."""
+    ways = []
+    if settings.micro_batch > 1:
+        ways.append(f"--micro-batch {max(1, settings.micro_batch // 4)}")
+    if not settings.gradient_checkpointing:
+        ways.append("--gradient-checkpointing")
+    if settings.method != "qlora":
+        ways.append(f"--method {'lora' if settings.method == 'full' else 'qlora'}")
+    if taught:
+        ways.append("--teacher-cache DIR")
+    ways.append(f"--train-seq-len {max(2, settings.seq_len // 2)}")
+    return "give " + ", ".join(ways[:-1]) + (" or " if len(ways) > 1 else "") + ways[-1]

@@ -1,0 +1,277 @@
+"""`slicer heal --method qlora|lora|full`: a sliced checkpoint, trained, merged, verified, written at once.
+
+    OUT.training/corpus    the packed text
+    OUT.training/base      what training starts from, where that is not the sliced checkpoint itself
+    OUT.training/run, best see `slicer.heal.train`
+
+A run that was stopped goes on from there when the same command is given again; the directory goes when OUT is there.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slicer.checkpoint import hub, verify
+from slicer.checkpoint.architectures import text_config
+from slicer.checkpoint.export import check_output, copy_unchanged, refuse_quantized
+from slicer.checkpoint.model import load_model, pick_device
+from slicer.checkpoint.reader import Checkpoint
+from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES, check_space
+from slicer.errors import ArchitectureError, CalibrationError, HealError, PlanError, UsageError
+from slicer.heal import adapters
+from slicer.heal.corpus import Corpus, prepare
+from slicer.heal.job import Healed, HealOptions, as_before, check_source, heal
+from slicer.heal.place import first_alone, workplace_of
+from slicer.heal.settings import Settings, Training, resolve
+from slicer.heal.write import Result, write
+from slicer.measure.calibration import CalibrationSpec
+from slicer.measure.share import Share
+from slicer.measure.workplace import fingerprint
+from slicer.plan import Plan
+from slicer.progress import Progress
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How to heal by training; the values of the training itself are in `training`.
+
+    Attributes:
+        calibration: the text: to train on, and to fold on where training starts from a fold.
+        fold: the solver of that fold.
+        save_adapter: where the adapter goes as well, as peft saves it.
+    """
+
+    training: Training = field(default_factory=Training)
+    calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
+    fold: str = "resolve"
+    save_adapter: Path | None = None
+    verify: str = "auto"
+    device: str = "auto"
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    force: bool = False
+    trust_remote_code: bool = False
+    command: str | None = None
+
+
+def train_cut(
+    sliced: str,
+    source: str | None,
+    out: Path,
+    options: TrainOptions | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Healed | None:
+    """Heal `sliced`, which slicer made of `source` (None: what its plan names), by training, into the directory `out`.
+
+    Under `torchrun` or `accelerate launch` every process calls this; only the first writes, and the others return None.
+    Nothing appears at `out` unless everything succeeded. Raises SlicerError children.
+    """
+    options, progress = options or TrainOptions(), progress or Progress()
+    training = options.training
+    training.check()
+    adapters.require(training.method)
+    if training.validation == "self" or (training.validation and options.calibration.source == "self"):
+        raise UsageError(
+            "--validation: name text, and not with --calibration self, which samples text to hold out too"
+        )
+    share = Share.of_environment()
+    progress.stage("Opening the checkpoints")
+    cut = Checkpoint.open(hub.resolve(sliced).path)
+    plan = Plan.load(cut.path)
+    origin = source or plan.source
+    if origin is None:
+        raise PlanError(f"{sliced}: its plan names no source; give it with --from")
+    whole = Checkpoint.open(hub.resolve(origin).path)
+    refuse_quantized(whole)
+    for path in (cut.path, whole.path):
+        check_output(out, path, force=options.force)
+    check_source(cut, whole, plan)
+    check_space(out, cut.total_bytes)
+    settings, words = resolve(
+        training,
+        plan.source or origin,
+        whole.parameters,
+        most_tokens=adapters.most_tokens(whole.config),
+        on_gpu=pick_device(options.device).type == "cuda",
+        processes=share.world,
+    )
+    for word in words if share.is_first else ():
+        progress.note(word)
+    work = workplace_of(out)
+    mark = fingerprint(
+        cut, asdict(options.calibration), asked=asdict(training), fold=options.fold, source=origin
+    )
+    with first_alone(share, work, mark, force=options.force):
+        return _train_cut(cut, whole, plan, out, work, settings, options, share, progress)
+
+
+def _train_cut(
+    cut: Checkpoint,
+    whole: Checkpoint,
+    plan: Plan,
+    out: Path,
+    work: Path,
+    settings: Settings,
+    options: TrainOptions,
+    share: Share,
+    progress: Progress,
+) -> Healed | None:
+    from slicer.heal.train import held_out_loss, train
+
+    started = time.monotonic()
+    training, remote = options.training, options.trust_remote_code
+    spec = replace(options.calibration, seed=settings.seed)
+
+    def corpus_of() -> Corpus:
+        def sampler() -> Any:
+            return load_model(whole.path, device=options.device, trust_remote_code=remote)
+
+        return prepare(
+            spec, settings, training.validation, cut.path, work / "corpus",
+            sampler=sampler, trust_remote_code=remote, progress=progress,
+        )  # fmt: skip
+
+    share.first(lambda: corpus_of() and None)
+    corpus = corpus_of()
+    _check_corpus(corpus, cut, settings, progress if share.is_first else Progress())
+    base = Checkpoint.open(share.first(lambda: _base(cut, whole, plan, work, corpus, options, progress)))
+    before = Plan.load(base.path)
+    device = share_device(options.device, share)
+    lessons = None
+    if training.taught:
+        from slicer.heal.lessons import lessons_of
+
+        lessons = lessons_of(whole, plan, corpus, settings, options, share, device, progress)
+    progress.stage("Loading the model to train")
+    model = adapters.load(base.path, settings, device=device, trust_remote_code=remote)
+    course = train(
+        model, corpus, settings, work, lessons=lessons, report_to=training.report_to, progress=progress
+    )
+    del model, lessons
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the first process now needs what the others held
+
+    def finish() -> Healed:
+        size = getattr(torch, settings.compute).itemsize
+
+        def loss_of(path: Path) -> float | None:
+            if not verify.fits_in_memory(size * Checkpoint.open(path).parameters, options.device):
+                return None
+            model = load_model(path, dtype=settings.compute, device=options.device, trust_remote_code=remote)
+            return held_out_loss(model, corpus, settings.micro_batch)
+
+        progress.stage("Measuring the loss before")
+        result = Result(
+            base=base,
+            whole=whole,
+            course=course,
+            settings=settings,
+            loss_of=loss_of,
+            record={
+                "method": settings.method,
+                "start": (before.healing or {}).get("method", "cut"),
+                "earlier": before.healing and dict(before.healing),
+                "solver": options.fold,
+                "calibration": asdict(spec),
+                "data": corpus.record,
+                "asked": _asked(training),
+                "settings": settings.to_dict(),
+                "processes": share.world,
+                "command": options.command,
+            },
+            started=started,
+        )
+        done = write(result, before, out, options, progress)
+        if options.save_adapter is not None and course.weights is not None:
+            shutil.copytree(course.weights, options.save_adapter, dirs_exist_ok=True)
+        return done
+
+    done = share.first(finish)
+    return done if share.is_first else None
+
+
+def _check_corpus(corpus: Corpus, cut: Checkpoint, settings: Settings, progress: Progress) -> None:
+    """Raise CalibrationError for tokens that the model has not; say how often the text is seen."""
+    vocabulary = text_config(cut.config).get("vocab_size")
+    largest = max(corpus.train.largest, corpus.held_out.largest)
+    if vocabulary is not None and largest >= vocabulary:
+        raise CalibrationError(
+            f"{cut.path}: the tokenizer makes token {largest} but the model has {vocabulary}; it is another model's"
+        )
+    times = settings.steps * settings.batch_size / len(corpus.train)
+    if times > 1.5:
+        progress.note(
+            f"the text has {len(corpus.train)} sequences to train on: each is seen {times:.0f} times"
+        )
+
+
+def _asked(training: Training) -> dict[str, Any]:
+    """What was given: the values that are not the defaults."""
+    default = Training()
+    return {
+        f.name: getattr(training, f.name)
+        for f in fields(training)
+        if getattr(training, f.name) != getattr(default, f.name)
+    }
+
+
+def _base(
+    cut: Checkpoint,
+    whole: Checkpoint,
+    plan: Plan,
+    work: Path,
+    corpus: Corpus,
+    options: TrainOptions,
+    progress: Progress,
+) -> Path:
+    """The checkpoint that training starts from, made where it is not the sliced one itself."""
+    base, chosen = work / "base", work / "base.json"
+    if chosen.is_file():
+        return Path(json.loads(chosen.read_text("utf-8")))
+    path = cut.path
+    if options.training.start == "cut" and plan.healing is not None:
+        shutil.rmtree(base, ignore_errors=True)
+        base.mkdir()
+        copy_unchanged(cut, base, replaced=as_before(cut, whole), dtype=plan.dtype)
+        (base / "slicer" / "plan.json").write_text(replace(plan, healing=None).to_json(), "utf-8")
+        path = base
+    elif options.training.start == "fold" and plan.healing is None:
+        try:
+            folded = heal(
+                str(cut.path),
+                str(whole.path),
+                base,
+                HealOptions(
+                    fold=options.fold,
+                    verify="load",
+                    device=options.device,
+                    force=True,
+                    trust_remote_code=options.trust_remote_code,
+                ),
+                data=corpus.to_fold_on(options.calibration),
+                progress=progress,
+            )
+            path = base if folded.helps else cut.path
+            if not folded.helps:
+                progress.note("training starts from the bare cut: the fold does not lower the loss")
+        except (HealError, ArchitectureError) as error:
+            progress.note(f"training starts from the bare cut, which cannot be folded: {error}")
+    chosen.write_text(json.dumps(str(path)), "utf-8")
+    return path
+
+
+def share_device(device: str, share: Share) -> str:
+    """The device of this process of several."""
+    if device != "auto" or share.world == 1 or not torch.cuda.is_available():
+        return device
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', share.rank)) % torch.cuda.device_count()}"

@@ -1,0 +1,172 @@
+"""What training leaves -> the directory: merged, with its record, card and curve, verified before it appears."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from slicer.checkpoint import architectures, card, verify
+from slicer.checkpoint import tensors as stored
+from slicer.checkpoint.export import DTYPES, copy_unchanged
+from slicer.checkpoint.merge import Adapter, Probe, check_merged, merged_spans, placed, reference_logits
+from slicer.checkpoint.model import load_model
+from slicer.checkpoint.reader import Checkpoint, TensorSpan
+from slicer.checkpoint.sizes import measure_sizes
+from slicer.checkpoint.writer import atomic_directory
+from slicer.errors import HealError
+from slicer.heal.healing import new_keys
+from slicer.heal.job import Healed
+from slicer.heal.settings import Settings
+from slicer.plan import Plan
+from slicer.progress import Progress
+
+if TYPE_CHECKING:
+    from slicer.heal.trained import TrainOptions
+    from slicer.heal.watch import Course
+
+
+@dataclass(frozen=True)
+class Result:
+    """What training left.
+
+    Attributes:
+        base: what it started from; whole: the source.
+        loss_of: loss on the held-out text of a checkpoint directory, nats a token; None where that cannot be measured.
+        record: for plan.json, without the figures.
+        started: `time.monotonic` of the start.
+    """
+
+    base: Checkpoint
+    whole: Checkpoint
+    course: Course
+    settings: Settings
+    loss_of: Callable[[Path], float | None]
+    record: Mapping[str, Any]
+    started: float
+
+
+def write(result: Result, plan: Plan, out: Path, options: TrainOptions, progress: Progress) -> Healed:
+    """Merge what was trained into the base and write it to `out`, whole or not at all. Raises VerificationError."""
+    base, whole, course, remote = result.base, result.whole, result.course, options.trust_remote_code
+    checked = options.verify
+    if checked == "auto":
+        checked = "logits" if verify.fits_in_memory(4 * base.parameters, options.device) else "load"
+    losses = {"source": result.loss_of(whole.path), "before": result.loss_of(base.path)}
+    spans, probe = _changes(result, checked == "logits", options, progress)
+    if probe is None and checked == "logits":  # the base as it was
+        checked = "load"
+    errors: tuple[float | None, float | None] = None, None
+    with atomic_directory(out, replace=options.force) as directory:
+        progress.stage("Writing", base.total_bytes, "bytes")
+        copy_unchanged(
+            base,
+            directory,
+            replaced=spans,
+            max_shard_bytes=options.max_shard_bytes,
+            progress=progress.advance,
+        )
+        if checked != "none":
+            progress.stage("Checking every key and shape")
+            verify.check_load(directory, trust_remote_code=remote)
+        if probe is not None:
+            progress.stage("Comparing logits")
+            errors = check_merged(base, directory, probe, device=options.device, trust_remote_code=remote)
+        progress.stage("Measuring the loss after")
+        losses["healed"] = result.loss_of(directory)
+        plan = replace(
+            plan, healing=_record(result, plan, losses, spans), command=plan.command or options.command
+        )
+        _tell(result, plan, directory)
+    before, after = losses["before"], losses["healed"]
+    if before is None or after is None:
+        before, after = course.held_out[0], course.held_out[course.best]
+    return Healed(out, plan, checked, errors[0], after < before, errors[1])
+
+
+def _changes(
+    result: Result, check: bool, options: TrainOptions, progress: Progress
+) -> tuple[dict[str, TensorSpan], Probe | None]:
+    """(raw key -> what is written instead, the logits that the result must give)."""
+    base, weights, remote = result.base, result.course.weights, options.trust_remote_code
+    if weights is None:  # nothing was better than the start
+        return {}, None
+    if result.settings.method != "full":
+        adapter = Adapter.open(weights)
+        modules = placed(base, adapter)
+        probe = None
+        if check:
+            progress.stage("Reference logits of the base with the adapter on")
+            probe = reference_logits(base, adapter, modules, options.device, remote)
+        return merged_spans(base, adapter, modules), probe
+    trained = Checkpoint.open(weights).tensors
+    lost = sorted(key for key, span in trained.items() if base.tensors.get(key, span).shape != span.shape)
+    lost += sorted(trained.keys() - base.tensors.keys()) or sorted(
+        key for key in base.tensors.keys() - trained.keys() if key.startswith(base.layer_prefix)
+    )
+    if lost:
+        raise HealError(
+            f"{lost[0]}: transformers saves this model otherwise than {base.path} holds it; use --method lora"
+        )
+    probe = None
+    if check:
+        progress.stage("Reference logits of the trained weights")
+        model = load_model(weights, dtype="float32", device=options.device, trust_remote_code=remote)
+        vocabulary = architectures.text_config(base.config).get("vocab_size") or model.config.vocab_size
+        tokens = verify.probe_tokens(vocabulary)
+        exact = verify.logits_of(model, tokens)
+        kept = {
+            getattr(torch, name)
+            for name in DTYPES
+            if DTYPES[name] in {s.dtype for s in base.tensors.values()}
+        }
+        for parameter in model.parameters() if kept - {torch.float32} else ():
+            parameter.data = parameter.data.to(min(kept, key=lambda t: t.itemsize)).float()
+        probe = Probe(tokens, exact, verify.logits_of(model, tokens))
+    return {key: _rounded(base.tensors[key], span) for key, span in trained.items()}, probe
+
+
+def _rounded(old: TensorSpan, new: TensorSpan) -> TensorSpan:
+    """The span of the trained tensor in the dtype of the old one."""
+    return old.made("trained", lambda: stored.read(new).to(stored.torch_dtype(old.dtype)))
+
+
+def _record(
+    result: Result, plan: Plan, losses: Mapping[str, float | None], spans: Mapping[str, TensorSpan]
+) -> dict[str, Any]:
+    """For plan.json: what was done, on what, and the figures."""
+    course = result.course
+    sources = {new: old for old, new in new_keys(result.whole, plan, result.whole.tensors).items()}
+    earlier = (plan.healing or {}).get("tensors") or ()
+    return {
+        **result.record,
+        "loss": {name: None if value is None else round(value, 6) for name, value in losses.items()},
+        "held_out": {str(step): round(value, 6) for step, value in course.held_out.items()},
+        "best_step": course.best,
+        "steps": max(course.train, default=0),
+        "ended": course.ended,
+        "seconds": round(time.monotonic() - result.started, 1),
+        "tensors": sorted({*earlier, *(sources[key] for key in spans)}),
+    }
+
+
+def _tell(result: Result, plan: Plan, directory: Path) -> None:
+    """plan.json, the card, every step's loss and the curve."""
+    from slicer.judge.loss_plot import loss_curve
+
+    course, told = result.course, directory / "slicer"
+    told.mkdir(exist_ok=True)
+    (told / "plan.json").write_text(plan.to_json(), "utf-8")
+    history = {"train": course.train, "held_out": course.held_out, "best_step": course.best}
+    (told / "training.json").write_text(json.dumps(history, indent=1) + "\n", "utf-8")
+    loss_curve(course.train, course.held_out, course.best, told / "training.png")
+    figures = (told / "distances.png").is_file()
+    text = card.for_slice(
+        result.whole, plan, measure_sizes(result.whole), measure_sizes(result.base), figures=figures
+    )
+    (directory / "README.md").write_text(text, "utf-8")

@@ -1,0 +1,44 @@
+"""The loss while a cut is healed, as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from slicer.judge.plots import BLUE, ORANGE, new_figure, save
+
+
+def loss_curve(
+    train: Mapping[int, float],
+    held_out: Mapping[int, float],
+    best: int,
+    path: Path,
+    *,
+    title: str = "Healing",
+) -> None:
+    """Loss (nats a token) against the step: of every step, their mean over a window, and on text held out.
+
+    The best held-out measurement is marked. Writes a PNG or SVG.
+    """
+    figure, axes = new_figure()
+    steps = sorted(train)
+    window = max(1, len(steps) // 50)
+    if steps:
+        axes.plot(steps, [train[s] for s in steps], color=BLUE, alpha=0.25, linewidth=0.8)
+        smooth = [
+            sum(train[s] for s in steps[max(0, i - window + 1) : i + 1]) / min(window, i + 1)
+            for i in range(len(steps))
+        ]
+        axes.plot(
+            steps, smooth, color=BLUE, label="training" + (f", mean of {window} steps" if window > 1 else "")
+        )
+    at = sorted(held_out)
+    axes.plot(at, [held_out[s] for s in at], color=ORANGE, marker="o", markersize=4, label="held out")
+    if best in held_out:
+        axes.plot(
+            best, held_out[best], marker="s", markersize=10, markerfacecolor="none", markeredgecolor="red",
+            linestyle="none", label=f"kept: step {best}",
+        )  # fmt: skip
+    axes.set(xlabel="step", ylabel="loss, nats a token", title=title)
+    axes.legend(frameon=False)
+    save(figure, path)

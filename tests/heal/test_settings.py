@@ -1,0 +1,58 @@
+"""The paper's table and what is made of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from slicer.errors import UsageError
+from slicer.heal.settings import Settings, Training, resolve
+
+
+def settings(source: str, parameters: float, **asked: Any) -> Settings:
+    return resolve(Training(**asked), source, int(parameters), most_tokens=4096, on_gpu=True)[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "parameters", "rank", "lr", "seq_len"),
+    [
+        ("meta-llama/Llama-2-7b-hf", 6.7e9, 2, 3e-4, 2048),
+        ("meta-llama/Llama-2-13b-hf", 13e9, 64, 3e-4, 4096),
+        ("/models/Llama-2-70b-chat-hf/", 69e9, 8, 3e-5, 4096),
+        ("Qwen/Qwen-7B@main", 7.7e9, 64, 3e-4, 2048),
+        ("Qwen/Qwen-14B", 14e9, 64, 3e-4, 4096),
+        ("mistralai/Mistral-7B-v0.1", 7.2e9, 4, 3e-6, 2048),
+        ("microsoft/phi-2", 2.8e9, 64, 2e-4, 2048),
+    ],
+)
+def test_the_paper(source: str, parameters: float, rank: int, lr: float, seq_len: int) -> None:
+    found, words = resolve(Training(), source, int(parameters), most_tokens=4096, on_gpu=True)
+    assert (found.rank, found.alpha, found.lr, found.seq_len) == (rank, rank, lr, seq_len) and not words
+    assert (found.steps, found.batch_size, found.warmup, found.scheduler) == (5000, 16, 100, "cosine")
+    assert found.dropout == 0.05 and found.micro_batch * seq_len == 4096
+
+
+def test_a_model_that_is_not_in_it_gets_the_nearest_by_size_and_a_word() -> None:
+    found, words = resolve(Training(), "Qwen/Qwen2.5-0.5B", int(0.5e9), most_tokens=512, on_gpu=False)
+    assert found.rank == 64 and found.lr == 2e-4 and found.compute == "float32"
+    assert "Phi-2" in words[0] and found.seq_len == 512 and "512" in words[1]
+
+
+def test_what_is_given_wins() -> None:
+    found = settings("phi-2", 2.8e9, rank=3, lr=1e-5, steps=50, batch_size=6, dropout=0.0, seq_len=1024)
+    assert (found.rank, found.alpha, found.lr, found.steps, found.dropout) == (3, 3, 1e-5, 50, 0)
+    assert found.warmup == 5 and found.eval_every == 5 and found.micro_batch == 3
+
+
+def test_values_that_contradict_each_other_are_refused() -> None:
+    for asked, word in (
+        ({"steps": 5, "batch_size": 6, "micro_batch": 4}, "--micro-batch"),
+        ({"seq_len": 5000}, "at most 4096"),
+        ({"dropout": 1.0}, "--dropout"),
+        ({"teacher": "x"}, "--kl-weight"),
+    ):
+        with pytest.raises(UsageError, match=word):
+            settings("phi-2", 2.8e9, **asked)
+    with pytest.raises(UsageError, match="3 processes"):
+        resolve(Training(), "phi-2", 10**9, most_tokens=None, on_gpu=True, processes=3)

@@ -1,0 +1,119 @@
+"""What a teacher adds to the loss."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sources
+import torch
+from click.testing import CliRunner, Result
+
+from slicer.checkpoint.model import bypass, load_model, residual_stream
+from slicer.checkpoint.reader import Checkpoint
+from slicer.cli import main
+from slicer.heal.corpus import prepare
+from slicer.heal.settings import Training, resolve
+from slicer.heal.teacher import Answer, Cut, Lessons, Live, ask_beforehand, cuts, divergence
+from slicer.measure.calibration import CalibrationSpec
+
+pytest.importorskip("peft")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sources.save_llama(tmp_path_factory.mktemp("models") / "whole")
+
+
+def slicer(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def test_the_student_meets_the_teacher_behind_each_cut() -> None:
+    assert cuts([4, 5]) == [Cut(4, 6)]
+    assert cuts([1, 4, 5, 9]) == [Cut(1, 2), Cut(3, 6), Cut(6, 10)]
+
+
+def test_equation_8_and_the_divergence_are_what_they_say(whole: Path) -> None:
+    """Against both written out, for a student that is the source with two layers bypassed."""
+    model = load_model(whole)
+    tokens = torch.randint(258, (2, 16), generator=torch.Generator().manual_seed(0))
+    index, learned = torch.arange(2), torch.ones(2, 15, dtype=torch.bool)
+    learned[0, :5] = False
+    teacher = Live(model, [Cut(2, 4)], streams=True, logits=True)
+    answer = teacher.answer(tokens, index)
+    with residual_stream(model) as tap, torch.no_grad():
+        its = model(tokens).logits
+    stream = tap.states[4]
+    assert torch.equal(answer.streams[0], stream)
+    embeddings = model.get_input_embeddings().weight.requires_grad_(True)
+    lessons = Lessons(teacher, [Cut(2, 4)], mismatch_weight=2.0, kl_weight=0.5)
+    with bypass(model, [2, 3]):
+        with residual_stream(model) as tap:
+            model(tokens)
+        mine = tap.states[4]
+        # the student's own numbering has its layer 2 where the source has layer 4, so listen there
+        with lessons.listening(model):
+            logits = model(tokens).logits
+            lessons._seen[2] = lessons._seen[2] * 0 + mine
+    loss = lessons.loss(logits, tokens, index, learned)
+    mismatch = ((mine - stream).square().sum(-1) / stream.square().sum(-1)).mean()
+    p, q = its[:, :-1].softmax(-1), logits[:, :-1].softmax(-1)
+    kl = ((p * (p / q).log()).sum(-1))[learned].mean()
+    assert torch.allclose(loss, 2 * mismatch + 0.5 * kl, rtol=1e-4)
+    loss.backward()
+    assert embeddings.grad is not None and embeddings.grad.abs().sum() > 0
+    assert float(divergence(its, Answer([], logits=its), learned)) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("memory", [None, 1])
+def test_asked_beforehand_it_says_the_same(whole: Path, tmp_path: Path, memory: int | None) -> None:
+    """Of a vocabulary of 258 the 64 likeliest tokens and the rest: a little less than the whole divergence."""
+    text = sources.save_text(tmp_path / "t.jsonl", 60)
+    training = Training(steps=4, batch_size=2, seq_len=16, validation_samples=2)
+    settings, _ = resolve(training, "tiny", 10**6, most_tokens=256, on_gpu=False)
+    train = prepare(CalibrationSpec(source=str(text)), settings, None, whole, tmp_path / "corpus").train
+    at = [Cut(2, 4), Cut(3, 6)]
+    asked: dict[str, Any] = {"streams": True, "logits": True}
+    cached = ask_beforehand(
+        Checkpoint.open(whole), train, at, tmp_path / "cache", "mark", memory_bytes=memory, **asked
+    )
+    batch = [train[i] for i in (1, 3)]
+    tokens = torch.stack([row["input_ids"] for row in batch])
+    index = torch.stack([row["index"] for row in batch])
+    live = Live(load_model(whole), at, **asked).answer(tokens, index)
+    found = cached.answer(tokens, index)
+    for a, b in zip(found.streams, live.streams, strict=True):
+        assert torch.allclose(a.float(), b, rtol=1e-2, atol=1e-2)
+    learned = torch.ones(2, 15, dtype=torch.bool)
+    student = torch.randn(2, 16, 258, generator=torch.Generator().manual_seed(0))
+    full, part = divergence(student, live, learned), divergence(student, found, learned)
+    assert 0 < part <= full * 1.01 and part > 0.7 * full
+    again = ask_beforehand(Checkpoint.open(whole), train, at, tmp_path / "cache", "mark", **asked)
+    assert all(torch.equal(a, b) for a, b in zip(cached.files, again.files, strict=True))
+
+
+def test_it_takes_part_in_training(whole: Path, tmp_path: Path) -> None:
+    text = sources.save_text(tmp_path / "t.jsonl", 60)
+    assert slicer("convert", whole, "--drop", "2-3", "--heal", "none", "-o", tmp_path / "cut").exit_code == 0
+    given = ["heal", tmp_path / "cut", "--method", "lora", "--start", "cut", "--calibration", text]
+    given += ["--steps", 6, "--train-batch-size", 4, "--micro-batch", 2, "--train-seq-len", 16]
+    given += ["--lr", 3e-3, "--rank", 4, "--verify", "none"]
+    losses = {}
+    for name, more in {
+        "plain": [],
+        "live": ["--mismatch-weight", 1, "--kl-weight", 1],
+        "4bit": ["--mismatch-weight", 1, "--kl-weight", 1, "--teacher-4bit"],
+        "kept": ["--mismatch-weight", 1, "--kl-weight", 1, "--teacher-cache", tmp_path / "cache"],
+    }.items():
+        result = slicer(*given, *more, "-o", tmp_path / name)
+        assert result.exit_code == 0, result.output
+        losses[name] = json.loads((tmp_path / name / "slicer" / "training.json").read_text())
+    assert losses["live"]["train"]["1"] > losses["plain"]["train"]["1"] + 0.5
+    assert losses["live"]["held_out"]["0"] == losses["plain"]["held_out"]["0"]  # measured on the text alone
+    assert losses["kept"]["train"]["1"] == pytest.approx(losses["live"]["train"]["1"], rel=0.05)
+    assert losses["4bit"]["train"]["1"] == pytest.approx(losses["live"]["train"]["1"], rel=0.2)
+    other = slicer(*given, "--seed", 5, *more, "-o", tmp_path / "other")
+    assert other.exit_code == 1 and "another teacher" in other.output

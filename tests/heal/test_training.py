@@ -1,0 +1,400 @@
+"""Healing by training, end to end on small models: what is written, what is resumed, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import files
+import pytest
+import sources
+import torch
+from click.testing import CliRunner, Result
+
+from slicer import demo
+from slicer.cli import main
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("bitsandbytes")
+
+FEW: list[object] = ["--steps", 12, "--train-batch-size", 4, "--train-seq-len", 32, "--rank", 4, "--lr", 3e-3]
+FEW += ["--eval-every", 3, "--validation-samples", 4]
+QUICK: list[object] = ["--start", "cut", "--verify", "none"]
+
+
+def slicer(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def succeeds(*arguments: object) -> Result:
+    result = slicer(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def record_of(path: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((path / "slicer" / "plan.json").read_text())["healing"]
+    return record
+
+
+def history_of(path: Path) -> dict[str, Any]:
+    history: dict[str, Any] = json.loads((path / "slicer" / "training.json").read_text())
+    return history
+
+
+@pytest.fixture(scope="module")
+def sliced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model without three layers, in float32."""
+    out = tmp_path_factory.mktemp("models") / "sliced"
+    succeeds("convert", "demo", "--drop", "4-6", "--heal", "none", "--dtype", "float32", "-o", out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """The data options: text that the embedded model was not trained on."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_bytes((demo.path().parent / "heldout.txt").read_bytes())
+    return ["--calibration", file, "--samples", 64, "--seq-len", 32]
+
+
+@pytest.fixture(scope="module")
+def trained(sliced: Path, text: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A qlora whose adapter is kept in `adapter` beside it."""
+    out = tmp_path_factory.mktemp("trained") / "out"
+    adapter = out.parent / "adapter"
+    succeeds("heal", sliced, "--method", "qlora", *text, *FEW, "--save-adapter", adapter, "-o", out)
+    return out
+
+
+def test_it_is_recorded_and_the_loss_falls(sliced: Path, trained: Path) -> None:
+    record, history = record_of(trained), history_of(trained)
+    assert (
+        record["method"] == "qlora" and record["start"] == "fold" and record["earlier"]["solver"] == "resolve"
+    )
+    assert (
+        record["settings"]["rank"] == 4
+        and record["settings"]["alpha"] == 4
+        and record["settings"]["seed"] == 0
+    )
+    assert record["loss"]["healed"] < record["loss"]["before"] and record["best_step"] > 0
+    assert list(history["train"]) == [str(step) for step in range(1, 13)]
+    assert "0" in history["held_out"] and "12" in history["held_out"]
+    card = (trained / "README.md").read_text()
+    assert f"{record['loss']['healed']:.4f}" in card and "Rank 4" in card
+    assert (trained / "slicer" / "training.png").read_bytes()[:4] == b"\x89PNG"
+    assert os.listdir(trained.parent).count("out") == 1 and "out.training" not in os.listdir(trained.parent)
+    assert "qlora" in succeeds("inspect", trained).output
+    assert json.loads((sliced / "config.json").read_text()) == json.loads(
+        (trained / "config.json").read_text()
+    )
+
+
+def test_merged_is_the_base_with_the_adapter(
+    sliced: Path, trained: Path, text: list[object], tmp_path: Path
+) -> None:
+    """The merged weights give the logits of the unquantized folded weights with the adapter put on by peft."""
+    from transformers import AutoModelForCausalLM
+
+    succeeds("heal", sliced, *text, "-o", tmp_path / "folded")
+    old, new = files.read_tensors(sliced), files.read_tensors(trained)
+    tokens = torch.randint(4096, (2, 32), generator=torch.Generator().manual_seed(1))
+    merged = AutoModelForCausalLM.from_pretrained(trained)(tokens).logits
+    # The fold is on the text trained on, so its weights are the merged ones less the adapter's product.
+    adapter = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(sliced), trained.parent / "adapter"
+    )
+    changed = {key for key in old if old[key] != new[key]}
+    named = {
+        name.removeprefix("base_model.model.") for name, m in adapter.named_modules() if hasattr(m, "lora_A")
+    }
+    assert {f"{name}.weight" for name in named} <= changed and len(named) == 27
+    base = AutoModelForCausalLM.from_pretrained(trained)
+    for name in named:
+        layer = adapter.base_model.model.get_submodule(name)
+        base.get_submodule(name).weight.data -= layer.get_delta_weight("default")
+    again = peft.PeftModel.from_pretrained(base, trained.parent / "adapter").eval()
+    apart = (again(tokens).logits - merged).abs().max() / merged.abs().max()
+    assert apart < 1e-5
+
+
+def test_merging_the_kept_adapter_by_hand_gives_the_same_bytes(
+    sliced: Path, text: list[object], tmp_path: Path
+) -> None:
+    given = [
+        "--method",
+        "lora",
+        "--start",
+        "cut",
+        *text,
+        *FEW,
+        "--save-adapter",
+        tmp_path / "adapter",
+        "--json",
+    ]
+    done = json.loads(succeeds("heal", sliced, *given, "-o", tmp_path / "a").stdout)
+    assert done["verified"] == "logits" and done["logits_error"] < 1e-5 and done["rounding_error"] < 1e-5
+    succeeds("merge", sliced, tmp_path / "adapter", "-o", tmp_path / "b")
+    assert files.read_tensors(tmp_path / "a") == files.read_tensors(tmp_path / "b")
+    assert record_of(tmp_path / "a")["start"] == "cut"
+
+
+def test_gradient_checkpointing_changes_no_loss(sliced: Path, text: list[object], tmp_path: Path) -> None:
+    given = ["heal", sliced, "--method", "lora", *QUICK, *text, *FEW, "--steps", 4, "--micro-batch", 2]
+    given += ["--validation-samples", 1]  # fewer than a pass takes
+    succeeds(*given, "-o", tmp_path / "a")
+    succeeds(*given, "--gradient-checkpointing", "-o", tmp_path / "b")
+    a, b = history_of(tmp_path / "a"), history_of(tmp_path / "b")
+    assert all(abs(a["train"][k] - b["train"][k]) < 1e-5 for k in a["train"])
+    result = slicer(*given, "--report-to", "no-such-tracker", "-o", tmp_path / "c")
+    assert result.exit_code == 1 and "--report-to no-such-tracker" in result.output
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+def test_bfloat16_weights_are_rounded_once(
+    text: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The embedded model is stored in bfloat16: what is left between its logits and the adapter's is rounding. And a
+    conversion that is stopped while it trains goes on from there."""
+    import slicer.heal.train as train
+    import slicer.heal.trained as trained_module
+    import slicer.heal.watch as watch
+
+    honest = watch.Watch.on_save
+
+    def stopped(*given: Any, **more: Any) -> None:
+        honest(*given, **more)
+        raise KeyboardInterrupt
+
+    def stopped_writing(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    given = [
+        "convert",
+        "demo",
+        "--drop",
+        "4-6",
+        "--heal",
+        "lora",
+        *text,
+        *FEW,
+        "--lr",
+        1e-3,
+        "-o",
+        tmp_path / "out",
+    ]
+    monkeypatch.setattr(watch.Watch, "on_save", stopped)
+    assert slicer(*given).exit_code == 130 and os.listdir(tmp_path) == ["out.training"]
+    monkeypatch.setattr(watch.Watch, "on_save", honest)
+    writing: Any = trained_module.write
+    monkeypatch.setattr(trained_module, "write", stopped_writing)
+    assert slicer(*given).exit_code == 130  # trained to its end, and not written
+    monkeypatch.setattr(trained_module, "write", writing)
+    monkeypatch.setattr(train._Trainer, "train", None)
+    done = json.loads(succeeds(*given, "--json").stdout)
+    assert done["verified"] == "logits" and done["logits_error"] < 1e-5 and 0 < done["rounding_error"] < 1e-2
+    assert done["healing"]["loss"]["healed"] < done["healing"]["loss"]["before"]
+    assert done["dropped"] == [4, 5, 6] and done["healing"]["start"] == "fold"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_all_weights_can_be_trained(sliced: Path, text: list[object], tmp_path: Path) -> None:
+    given = ["--method", "full", "--start", "cut", *text, *FEW, "--lr", 1e-3]
+    done = json.loads(succeeds("heal", sliced, *given, "-o", tmp_path / "out", "--json").stdout)
+    assert (
+        done["logits_error"] < 1e-5 and done["healing"]["loss"]["healed"] < done["healing"]["loss"]["before"]
+    )
+    old, new = files.read_tensors(sliced), files.read_tensors(tmp_path / "out")
+    assert old.keys() == new.keys() and old["model.norm.weight"] != new["model.norm.weight"]
+    assert "rank" not in done["healing"]["settings"]
+    # It can be trained further, and healed again from the source's own bytes.
+    more = ["--method", "lora", *text, *FEW, "--steps", 2, "--verify", "none", "--json"]
+    further = json.loads(succeeds("heal", tmp_path / "out", *more, "-o", tmp_path / "further").stdout)[
+        "healing"
+    ]
+    assert further["start"] == "full" and further["loss"]["before"] == done["healing"]["loss"]["healed"]
+    succeeds("heal", tmp_path / "out", "--method", "fold", *text, "-o", tmp_path / "folded")
+    succeeds("heal", sliced, "--method", "fold", *text, "-o", tmp_path / "expected")
+    assert files.read_tensors(tmp_path / "folded") == files.read_tensors(tmp_path / "expected")
+
+
+def test_a_killed_run_goes_on_with_the_same_losses(sliced: Path, text: list[object], tmp_path: Path) -> None:
+    given = ["heal", sliced, "--method", "lora", *QUICK, *text, *FEW, "--steps", 24, "--eval-every", 4]
+    given += ["--patience", 0, "--dropout", 0.1]
+    succeeds(*given, "-o", tmp_path / "undisturbed")
+    command = [sys.executable, "-m", "slicer", *map(str, given), "-o", str(tmp_path / "killed")]
+    work = tmp_path / "killed.training"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
+        until = time.monotonic() + 120
+        while not any(work.glob("run/checkpoint-*/whole")):
+            assert run.poll() is None and time.monotonic() < until, run.stderr and run.stderr.read()
+            time.sleep(0.002)
+        run.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "killed").exists() and work.is_dir()
+    other = slicer(*given, "--lr", 1e-4, "-o", tmp_path / "killed")
+    assert other.exit_code == 1 and "unfinished training" in other.output
+    succeeds(*given, "-o", tmp_path / "killed")
+    assert history_of(tmp_path / "killed") == history_of(tmp_path / "undisturbed")
+    assert files.read_tensors(tmp_path / "killed") == files.read_tensors(tmp_path / "undisturbed")
+    assert not work.exists()
+
+
+def test_two_processes_train_as_one(sliced: Path, text: list[object], tmp_path: Path) -> None:
+    given = ["heal", sliced, "--method", "lora", "--train-from", "cut", "--verify", "none", *text, *FEW]
+    given += ["--dropout", 0, "--micro-batch", 2]
+    succeeds(*given, "-o", tmp_path / "one")
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+    ]
+    launch += ["--rdzv-endpoint", "127.0.0.1:0", "-m", "slicer", *map(str, given)]
+    result = subprocess.run(
+        [*launch, "-o", str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    one, two = history_of(tmp_path / "one"), history_of(tmp_path / "two")
+    for kind in ("train", "held_out"):
+        assert one[kind].keys() == two[kind].keys()
+        assert all(abs(one[kind][k] - two[kind][k]) < 1e-4 for k in one[kind]), (one[kind], two[kind])
+    assert record_of(tmp_path / "two")["processes"] == 2
+
+
+def test_a_plan_that_was_trained_is_trained_again(trained: Path, tmp_path: Path) -> None:
+    plan = trained / "slicer" / "plan.json"
+    succeeds("convert", "demo", "--plan", plan, "--dtype", "float32", "-o", tmp_path / "again")
+    assert record_of(tmp_path / "again")["held_out"] == record_of(trained)["held_out"]
+    assert files.read_tensors(tmp_path / "again") == files.read_tensors(trained)
+
+
+def test_early_stop_and_a_loss_that_is_not_finite_keep_the_best(
+    sliced: Path, text: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import slicer.heal.train as train
+
+    honest = train.cross_entropy
+    given = [
+        "heal",
+        sliced,
+        "--method",
+        "lora",
+        "--start",
+        "cut",
+        *text,
+        *FEW,
+        "--eval-every",
+        2,
+        "--verify",
+        "none",
+    ]
+
+    def spoilt(after: int) -> Any:
+        calls = [0]
+
+        def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            calls[0] += logits.requires_grad
+            return honest(logits, labels) * (float("nan") if calls[0] > after else 1.0)
+
+        return loss
+
+    monkeypatch.setattr(train, "cross_entropy", spoilt(5))
+    done = json.loads(succeeds(*given, "-o", tmp_path / "nan", "--json").stdout)["healing"]
+    assert done["ended"] == "diverged" and done["best_step"] == 4 and done["loss"]["before"] is not None
+    monkeypatch.setattr(train, "cross_entropy", spoilt(0))
+    result = slicer(*given, "-o", tmp_path / "out")
+    assert result.exit_code == 1 and "not finite" in result.output and "--lr" in result.output
+    monkeypatch.setattr(train, "cross_entropy", honest)
+    done = json.loads(
+        succeeds(*given, "--lr", 3, "--warmup", 0, "--patience", 2, "-o", tmp_path / "early", "--json").stdout
+    )["healing"]
+    assert done["ended"] == "early" and done["best_step"] == 0 and done["steps"] == 4
+    assert files.read_tensors(tmp_path / "early") == files.read_tensors(sliced)  # nothing was better
+    assert sorted(os.listdir(tmp_path)) == ["early", "nan"]
+
+
+def test_out_of_memory_says_what_helps(
+    sliced: Path, text: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import slicer.heal.train as train
+
+    def fails(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(train, "cross_entropy", fails)
+    result = slicer("heal", sliced, "--method", "lora", *text, *FEW, "-o", tmp_path / "out")
+    assert result.exit_code == 1 and not os.listdir(tmp_path)
+    for option in ("--micro-batch 1", "--gradient-checkpointing", "--method qlora", "--train-seq-len 16"):
+        assert option in result.stderr
+
+
+@pytest.mark.parametrize("where", ["everywhere", "packed"])
+def test_training_that_would_move_nothing_stops(
+    text: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """A graph cut before the adapters; and bitsandbytes' packing itself, where the processor does it."""
+    import slicer.heal.adapters as adapters
+    import slicer.heal.watch as watch
+
+    if where == "packed":
+        from bitsandbytes.functional import has_avx512bf16
+
+        if not has_avx512bf16():
+            pytest.skip("needs a processor with AVX512-BF16")
+        monkeypatch.setattr(adapters, "unpack", lambda model: None)
+        monkeypatch.setattr(watch, "unpack", lambda model: None)
+    else:
+        honest = adapters.load
+
+        def cut(*args: Any, **given: Any) -> Any:
+            model = honest(*args, **given)
+            model.get_submodule("base_model.model.model.norm").register_forward_hook(
+                lambda module, inputs, output: output.detach()
+            )
+            return model
+
+        monkeypatch.setattr(adapters, "load", cut)
+    whole = sources.save_llama(tmp_path / "whole", hidden_size=128, intermediate_size=256)
+    sliced = tmp_path / "sliced"
+    succeeds("convert", whole, "--drop", "2-3", "--heal", "none", "-o", sliced)
+    compute = ["--compute", "bfloat16"] if where == "packed" else []
+    given = [*text, *FEW, "--eval-every", 3, "--start", "cut", *compute]
+    result = slicer("heal", sliced, "--method", "qlora", *given, "-o", tmp_path / "out")
+    assert result.exit_code == 1 and "no gradient reaches" in result.output, result.output
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(
+    sliced: Path, text: list[object], tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    other = sources.save_llama(tmp_path_factory.mktemp("other") / "other")
+    short = tmp_path_factory.mktemp("short") / "short.txt"
+    short.write_text("Too little.")
+    cases: list[tuple[list[object], str, int]] = [
+        ([sliced, "--from", other, *text, *FEW], "12", 1),
+        ([other, *text, *FEW], "plan", 1),
+        ([sliced, "--calibration", short, *FEW], "too short", 1),
+        ([sliced, *text, *FEW, "--validation", short], "held out", 1),
+        ([sliced, *text, *FEW, "--train-seq-len", 100_000], "at most 512", 2),
+        ([sliced, *text, *FEW, "--micro-batch", 3], "divide", 2),
+        ([sliced, *text, *FEW, "--teacher", other], "--kl-weight", 2),
+        ([sliced, *text, *FEW, "--lr", -1], "--lr", 2),
+    ]
+    for given, word, code in cases:
+        result = slicer("heal", *given, "--method", "lora", "-o", tmp_path / "out")
+        assert result.exit_code == code and word in result.output, (given, result.output)
+        lines = [line for line in result.stderr.strip().splitlines() if line.startswith("slicer:")]
+        assert len(lines) == 1 and not os.listdir(tmp_path)
+    result = slicer("heal", sliced, *text, "--steps", 3, "-o", tmp_path / "out")
+    assert result.exit_code == 2 and "--steps" in result.output and "--method" in result.output
