@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slicer import __version__
-from slicer.checkpoint import architectures, hub
+from slicer.checkpoint import architectures, blockwise, hub
 from slicer.checkpoint.export import DTYPES, check_output, refuse_quantized
 from slicer.checkpoint.reader import Checkpoint
-from slicer.checkpoint.sizes import measure_sizes
+from slicer.checkpoint.sizes import measure_sizes, sizes_after
 from slicer.checkpoint.writer import check_space
-from slicer.choose import choose
+from slicer.choose import Measured, choose
 from slicer.errors import ArchitectureError, HealError, PlanError
 from slicer.materials import CalibrationData, Configs, SourceModel
 from slicer.measure.calibration import CalibrationSpec
@@ -26,7 +26,6 @@ from slicer.progress import Progress
 
 if TYPE_CHECKING:
     from slicer.heal.healing import Healing
-    from slicer.measure.analysis import Distances
 
 
 def convert(
@@ -56,13 +55,19 @@ def convert(
     model = SourceModel(checkpoint, options, progress)
     data = CalibrationData(checkpoint, options, model, progress)
     config_of = Configs(checkpoint, options)
-    distances: Distances | None = None
+    measured: Measured | None = None
     if plan is not None:
-        config_of(plan.kept if plan.depth == depth else _mismatch(plan, checkpoint))
+        if plan.depth != depth:
+            _mismatch(plan, checkpoint)
+        if options.format is not None:
+            plan = replace(plan, form=blockwise.form_for(checkpoint, plan, options.format))
+        config_of(plan)
         options = _healing_again(plan, options, data)
     else:
         assert goal is not None
-        plan, distances = choose(checkpoint, goal, options, model, data, config_of, progress)
+        plan, measured = choose(checkpoint, goal, options, model, data, config_of, progress)
+    if options.heal == "fold":
+        _check_foldable(plan)
     plan = replace(
         plan,
         source=source,
@@ -74,10 +79,11 @@ def convert(
         parent=_parent(found.path),
         healing=None,
     )
-    out = out or Path(f"{_short_name(source)}-{len(plan.kept)}L")
+    out = out or Path(f"{_short_name(source)}-{_size_name(plan)}")
     cast = DTYPES[options.dtype] if options.dtype else None
-    before, after = measure_sizes(checkpoint), measure_sizes(checkpoint, plan.kept, cast)
-    warnings = tuple(architectures.warnings(checkpoint.config, plan.kept, config_of(plan.kept)))
+    config = config_of(plan)
+    before, after = measure_sizes(checkpoint), sizes_after(checkpoint, plan, config, cast)
+    warnings = tuple(architectures.warnings(checkpoint.config, plan.kept, config_of.of_layers(plan)))
     if options.dry_run:
         return Summary(None, plan, before, after, "nothing written", warnings=warnings)
     check_output(out, found.path, force=options.force)
@@ -87,7 +93,7 @@ def convert(
     healing = _heal(checkpoint, summary, model, data, options, progress)
     if healing is not None:
         summary = replace(summary, plan=replace(plan, healing=healing.record))
-    return write(checkpoint, summary, config_of(plan.kept), distances, model, healing, options, progress)
+    return write(checkpoint, summary, config, measured, model, healing, options, progress)
 
 
 def _heal(
@@ -101,6 +107,9 @@ def _heal(
     """The new weights around the cut, or None; unasked, only where that can be done and helps."""
     asked = options.heal == "fold"
     if options.heal in (None, "none"):
+        return None
+    if summary.plan.below_layers:
+        progress.note("not healed: the fold is for cuts of whole layers")
         return None
     if not asked and not data.at_hand:
         progress.note("not healed: there is no calibration data at hand; --calibration DATA heals the cut")
@@ -149,11 +158,25 @@ def _verification(options: Options, model: SourceModel, progress: Progress) -> s
     return "load"
 
 
-def _mismatch(plan: Plan, checkpoint: Checkpoint) -> tuple[int, ...]:
+def _mismatch(plan: Plan, checkpoint: Checkpoint) -> None:
     raise PlanError(
         f"the plan is for a model of {plan.depth} layers but {checkpoint.path} has {checkpoint.depth}; "
         "make a plan for this one with --dry-run"
     )
+
+
+def _check_foldable(plan: Plan) -> None:
+    if plan.below_layers:
+        raise HealError(
+            "--heal fold is for cuts of whole layers; use --emulate for removed parts, or --offset whole"
+        )
+
+
+def _size_name(plan: Plan) -> str:
+    """ "20L", and what is left of attention and feed-forward parts where some are missing: "24L-16A"."""
+    layers = len(plan.kept)
+    attention = f"-{layers - len(plan.no_attention)}A" if plan.no_attention else ""
+    return f"{layers}L{attention}" + (f"-{layers - len(plan.no_ffn)}F" if plan.no_ffn else "")
 
 
 def _short_name(source: str) -> str:

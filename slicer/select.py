@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -195,6 +195,32 @@ def doubt(distances: MeasuredDistances, best: Cut, other: Cut) -> Doubt | None:
         return None
     needed = math.ceil(distances.samples * (SURE * error / difference) ** 2) if difference > 0 else None
     return Doubt(difference, error, needed)
+
+
+def rank_sublayers(
+    halves: BlockDistances, attention: Iterable[int], ffn: Iterable[int]
+) -> list[tuple[str, int, float]]:
+    """("attention" or "ffn", layer, distance across it) of these parts, closest first; of equals the deeper one first.
+
+    `halves` has the half-layers of the model as its layers: attention i is number 2i, feed-forward part i number 2i+1.
+    """
+    row = halves.block(1)
+    found = [("attention", i, float(row[2 * i])) for i in attention]
+    found += [("ffn", i, float(row[2 * i + 1])) for i in ffn]
+    return sorted(
+        (part for part in found if not math.isnan(part[2])),
+        key=lambda part: (part[2], -2 * part[1] - (part[0] == "ffn")),
+    )
+
+
+def rank_offset(halves: BlockDistances, n: int) -> list[Choice]:
+    """All half-offset cuts that make the model n layers shallower, closest first: from after attention `start` to after
+    attention `start` + n. `halves` as in `rank_sublayers`."""
+    if 2 * n >= halves.depth:
+        return []
+    row = halves.block(2 * n)[1::2]
+    choices = [Choice(i, n, float(d)) for i, d in enumerate(row) if not math.isnan(d)]
+    return sorted(choices, key=lambda choice: (choice.distance, -choice.start))
 
 
 def deepest(depth: int, n: int) -> tuple[int, ...]:
