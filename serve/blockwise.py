@@ -1,6 +1,6 @@
 """vLLM's DeciLMForCausalLM with low-rank linear maps in the place of removed parts.
 
-A part that is a no-op and has an `emulated_rank` adds `up(down(norm(x)))` to the stream, as in
+Where a block has `emulated_ranks`, `up(down(norm(x)))` is added to the stream behind its attention or at its end, as in
 `slicer.checkpoint.blockwise_model`. Everything else is vLLM's own.
 """
 
@@ -18,14 +18,16 @@ from vllm.model_executor.models.nemotron_nas import DeciLMDecoderLayer, DeciLMFo
 
 
 class _Emulated(nn.Module):
-    def __init__(self, width: int, rank: int, prefix: str) -> None:
+    def __init__(self, width: int, rank: int, eps: float, prefix: str) -> None:
         super().__init__()
+        self.norm = RMSNorm(width, eps=eps)
         self.down_proj = ReplicatedLinear(width, rank, bias=False, prefix=f"{prefix}.down_proj")
         self.up_proj = ReplicatedLinear(rank, width, bias=True, prefix=f"{prefix}.up_proj")
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        update: torch.Tensor = self.up_proj(self.down_proj(states)[0])[0]
-        return update
+    def forward(self, states: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # vLLM's layers hand on the last update and the stream before it; a norm adds the two.
+        states, residual = self.norm(states, residual)
+        return self.up_proj(self.down_proj(states)[0])[0], residual
 
 
 class _Layer(DeciLMDecoderLayer):  # type: ignore[misc]
@@ -33,22 +35,16 @@ class _Layer(DeciLMDecoderLayer):  # type: ignore[misc]
         self, config: Any, layer_idx: int, cache_config: Any = None, quant_config: Any = None, prefix: str = ""
     ) -> None:
         super().__init__(config, layer_idx, cache_config, quant_config, prefix)
-        block = config.block_configs[layer_idx]
-        for part, name, norm in (
-            (block.attention, "emulated_attn", "input_layernorm"),
-            (block.ffn, "emulated_mlp", "post_attention_layernorm"),
-        ):
-            rank = part.get("emulated_rank", 0) if part.no_op else 0
-            setattr(
-                self, name, _Emulated(config.hidden_size, rank, f"{prefix}.{name}") if rank else None
-            )
-            if rank:
-                setattr(self, norm, RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
+        ranks = config.block_configs[layer_idx].get("emulated_ranks", {})
+        width, eps = config.hidden_size, config.rms_norm_eps
+        for at in ("mid", "end"):
+            name = f"emulated_{at}"
+            module = _Emulated(width, ranks[at], eps, f"{prefix}.{name}") if at in ranks else None
+            setattr(self, name, module)
 
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        # vLLM's layers hand on the last update and the stream before it; a norm adds the two.
         if not self._is_no_op_attention:
             if residual is None:
                 residual = hidden_states
@@ -56,15 +52,13 @@ class _Layer(DeciLMDecoderLayer):  # type: ignore[misc]
             else:
                 hidden_states, residual = self.input_layernorm(hidden_states, residual)
             hidden_states = self.self_attn(positions=positions, hidden_states=hidden_states)
-        elif self.emulated_attn is not None:
-            hidden_states, residual = self.input_layernorm(hidden_states, residual)
-            hidden_states = self.emulated_attn(hidden_states)
+        if self.emulated_mid is not None:
+            hidden_states, residual = self.emulated_mid(hidden_states, residual)
         if not self._is_no_op_ffn:
             hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
             hidden_states = self.mlp(hidden_states)
-        elif self.emulated_mlp is not None:
-            hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
-            hidden_states = self.emulated_mlp(hidden_states)
+        if self.emulated_end is not None:
+            hidden_states, residual = self.emulated_end(hidden_states, residual)
         return hidden_states, residual
 
 

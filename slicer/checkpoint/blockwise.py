@@ -59,20 +59,14 @@ def check(checkpoint: Checkpoint, config: Mapping[str, Any], plan: Plan) -> None
         raise ArchitectureError(f"{name}: {heads} heads do not divide by {kv_heads} key-value heads; {_ZEROED}")
 
 
-def config_of(
-    rewritten: Mapping[str, Any], expanded: Mapping[str, Any], plan: Plan, ranks: Mapping[str, int] | None = None
-) -> dict[str, Any]:
-    """config.json of the blockwise form.
-
-    `rewritten` is that of the layers kept, `expanded` the source's with every default. `ranks`: "attention 3" or
-    "ffn 3", by layer of the source, -> rank of the linear map that stands for that part.
-    """
-    ranks = ranks or {}
+def config_of(rewritten: Mapping[str, Any], expanded: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """config.json of the blockwise form: `rewritten` is that of the layers kept, `expanded` the source's with every
+    default."""
     merged = {**expanded, **rewritten}
     name = merged["model_type"]
     heads = merged["num_attention_heads"]
     group = heads // (merged.get("num_key_value_heads") or heads)
-    config: dict[str, Any] = {"architectures": [OWN_CLASS if ranks else STOCK_CLASS], "model_type": MODEL_TYPE}
+    config: dict[str, Any] = {"architectures": [STOCK_CLASS], "model_type": MODEL_TYPE}
     config |= {field: merged[field] for field in _FIELDS if field in merged}
     if config.get("head_dim") is None:
         config["head_dim"] = merged["hidden_size"] // heads
@@ -91,11 +85,8 @@ def config_of(
         config["sliding_window"] = None
     blocks = []
     for i, j in plan.parts:
-        attention: dict[str, Any] = {"no_op": i in plan.no_attention, "n_heads_in_group": group}
-        ffn: dict[str, Any] = {"no_op": j in plan.no_ffn, "intermediate_size": merged["intermediate_size"]}
-        for part, key in ((attention, f"attention {i}"), (ffn, f"ffn {j}")):
-            if key in ranks:
-                part["emulated_rank"] = ranks[key]
+        attention = {"no_op": i in plan.no_attention, "n_heads_in_group": group}
+        ffn = {"no_op": j in plan.no_ffn, "intermediate_size": merged["intermediate_size"]}
         blocks.append({"attention": attention, "ffn": ffn})
     config["block_configs"] = blocks
     return config

@@ -4,7 +4,8 @@
 
     {"attention": {"no_op": false, "n_heads_in_group": 7}, "ffn": {"no_op": false, "intermediate_size": 4864}}
 
-A part that is a no-op may have `"emulated_rank": r`: a low-rank linear map stands for it.
+A block may also have `"emulated_ranks": {"mid": r, "end": r}`: low-rank maps that stand for parts removed behind its
+attention and behind its feed-forward part.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The blockwise form as a transformers model: Qwen2's code, without the parts that a layer does not have.
 
 It is called as vLLM calls its own, DeciLMForCausalLM, and reads the same directory. A layer without attention keeps no
-keys and values; a part for which a low-rank map stands adds `up(down(norm(x)))`, with the norm of the part it replaces.
+keys and values; where a low-rank map stands for removed parts, it acts behind the part before them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2RMSNorm,
 )
 
-from slicer.checkpoint.blockwise_config import Block, BlockwiseConfig
+from slicer.checkpoint.blockwise_config import BlockwiseConfig
 
 
 class DeciLMAttention(Qwen2Attention):  # type: ignore[misc]
@@ -41,16 +41,17 @@ class DeciLMAttention(Qwen2Attention):  # type: ignore[misc]
 
 
 class Emulated(nn.Module):
-    """What stands for a removed part: A z + c of rank r, from the part's own normed input z, [.., d] to [.., d]."""
+    """What stands for removed parts behind one that stays: x + up(down(norm(x))) of rank r, [.., d] to [.., d]."""
 
-    def __init__(self, width: int, rank: int) -> None:
+    def __init__(self, width: int, rank: int, eps: float) -> None:
         super().__init__()
+        self.norm = Qwen2RMSNorm(width, eps=eps)
         self.down_proj = nn.Linear(width, rank, bias=False)
         self.up_proj = nn.Linear(rank, width, bias=True)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        update: torch.Tensor = self.up_proj(self.down_proj(hidden_states))
-        return update
+        new: torch.Tensor = hidden_states + self.up_proj(self.down_proj(self.norm(hidden_states)))
+        return new
 
 
 class DeciLMDecoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
@@ -59,37 +60,30 @@ class DeciLMDecoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
     def __init__(self, config: BlockwiseConfig, layer_idx: int) -> None:
         super().__init__()
         block = (config.block_configs or [])[layer_idx]
-        self.hidden_size = config.hidden_size
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.hidden_size = width
         self.has_attention, self.has_ffn = not block.attention.no_op, not block.ffn.no_op
-        attention_rank, ffn_rank = _rank(block.attention), _rank(block.ffn)
         if self.has_attention:
+            self.input_layernorm = Qwen2RMSNorm(width, eps=eps)
             self.self_attn = DeciLMAttention(config, layer_idx)
-        elif attention_rank:
-            self.emulated_attn = Emulated(config.hidden_size, attention_rank)
-        if self.has_attention or attention_rank:
-            self.input_layernorm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if self.has_ffn:
+            self.post_attention_layernorm = Qwen2RMSNorm(width, eps=eps)
             self.mlp = LlamaMLP(config)
-        elif ffn_rank:
-            self.emulated_mlp = Emulated(config.hidden_size, ffn_rank)
-        if self.has_ffn or ffn_rank:
-            self.post_attention_layernorm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        ranks = block.get("emulated_ranks", {})
+        self.emulated_mid = Emulated(width, ranks["mid"], eps) if "mid" in ranks else None
+        self.emulated_end = Emulated(width, ranks["end"], eps) if "end" in ranks else None
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         if self.has_attention:
             update, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
             hidden_states = hidden_states + update
-        elif hasattr(self, "emulated_attn"):
-            hidden_states = hidden_states + self.emulated_attn(self.input_layernorm(hidden_states))
+        if self.emulated_mid is not None:
+            hidden_states = self.emulated_mid(hidden_states)
         if self.has_ffn:
             hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        elif hasattr(self, "emulated_mlp"):
-            hidden_states = hidden_states + self.emulated_mlp(self.post_attention_layernorm(hidden_states))
+        if self.emulated_end is not None:
+            hidden_states = self.emulated_end(hidden_states)
         return hidden_states
-
-
-def _rank(part: Block) -> int:
-    return int(part.get("emulated_rank", 0)) if part.no_op else 0
 
 
 class DeciLMPreTrainedModel(Qwen2PreTrainedModel):  # type: ignore[misc]

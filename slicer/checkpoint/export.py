@@ -163,12 +163,14 @@ def write_checkpoint(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress | None = None,
     replaced: Mapping[str, TensorSpan] | None = None,
+    added: Mapping[str, TensorSpan] | None = None,
 ) -> None:
     """Fill the empty `directory`: weights, config.json, companions and slicer/plan.json.
 
-    `replaced` has, under raw keys of the source, the tensors whose bytes are taken from elsewhere.
+    `replaced` has, under raw keys of the source, the tensors whose bytes are taken from elsewhere; `added`, under keys
+    of the result, those that the source has not.
     """
-    tensors = sublayers.tensors_of(checkpoint.replacing(replaced or {}), plan)
+    tensors = {**sublayers.tensors_of(checkpoint.replacing(replaced or {}), plan), **(added or {})}
     cast = DTYPES[dtype] if dtype else None
     check_space(directory, sum(span.cast(cast)[1] for span in tensors.values()) + (1 << 20))
     copy_companions(checkpoint.path, directory)

@@ -284,13 +284,12 @@ def bypass(model: Model, dropped: Iterable[int]) -> Iterator[None]:
             handle.remove()
 
 
-_FEED_FORWARDS = ("mlp", "feed_forward", "ffn", "mlp_block", "block_sparse_moe", "shared_mlp", "fc2", "emulated_mlp")
+_FEED_FORWARDS = ("mlp", "feed_forward", "ffn", "mlp_block", "block_sparse_moe", "shared_mlp", "fc2")
 
 
 def attention_outputs(layer: nn.Module) -> list[nn.Module]:
-    """The modules whose output is what the attention of `layer` (or what stands for it) adds to the stream."""
-    found = [m for name, m in layer.named_modules() if name in architectures.ATTENTION_OUTPUTS]
-    return found or [m for name, m in layer.named_children() if name == "emulated_attn"]
+    """The modules whose output is what the attention of `layer` (or what it has instead) adds to the stream."""
+    return [m for name, m in layer.named_modules() if name in architectures.ATTENTION_OUTPUTS]
 
 
 def ffn_outputs(layer: nn.Module) -> list[nn.Module]:

@@ -68,12 +68,16 @@ def measure_sizes(
 
 
 def sizes_after(
-    checkpoint: Checkpoint, plan: Plan, config: dict[str, Any], cast: str | None = None
+    checkpoint: Checkpoint,
+    plan: Plan,
+    config: dict[str, Any],
+    cast: str | None = None,
+    added: Mapping[str, TensorSpan] | None = None,
 ) -> Sizes:
-    """Sizes of what `plan` leaves of `checkpoint`, sublayers counted too; `config` is the result's config.json."""
-    return measure_sizes(
-        replace(checkpoint, config=config, tensors=sublayers.tensors_of(checkpoint, plan)), cast=cast
-    )
+    """Sizes of what `plan` leaves of `checkpoint`, sublayers counted too, and of the tensors `added`; `config` is the
+    result's config.json."""
+    tensors = {**sublayers.tensors_of(checkpoint, plan), **(added or {})}
+    return measure_sizes(replace(checkpoint, config=config, tensors=tensors), cast=cast)
 
 
 def _expert_share(config: Mapping[str, Any]) -> float:

@@ -20,7 +20,7 @@ from slicer.plan import Plan
 ATTENTION, FEED_FORWARD = "attention", "feed-forward"
 _ATTENTION = {
     *("self_attn", "attn", "attention", "self_attention", "linear_attn", "conv", "mamba", "temporal_block"),
-    *("emulated_attn",),
+    *("emulated_mid",),
     *("input_layernorm", "ln_1", "self_attn_layer_norm", "norm_1", "operator_norm", "attention_layernorm"),
     *("post_self_attn_layernorm", "temporal_pre_norm", "ln_attn"),
 }
@@ -31,7 +31,7 @@ _FEED_FORWARD_NORMS = {
 }
 _FEED_FORWARD = {
     *("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc1", "fc2", "mlp_block", "shared_mlp"),
-    *("emulated_mlp",),
+    *("emulated_end",),
 }
 # Config fields under which attention and feed-forward part read the same input; the first of them is GPT-NeoX's,
 # which means yes where it is absent.
