@@ -183,7 +183,8 @@ def _choose_parts(
     named = {what: amount.layers for what, amount in amounts.items() if amount.layers is not None}
     gone = {"attention": set(named.get("attention", ())), "ffn": set(named.get("ffn", ()))}
     whole = set(plan.dropped) if plan is not None else set()
-    Plan.cutting(depth, whole, *gone.values())  # raises where a part goes twice
+    if named:
+        Plan.cutting(depth, whole, *gone.values())  # raises where a part goes twice
     open_amounts = {what: amount for what, amount in amounts.items() if amount.layers is None}
     chosen: list[tuple[str, int, float]] = []
     left: list[tuple[str, int, float]] = []
@@ -214,7 +215,7 @@ def _choose_parts(
             "strategy": "similarity",
             "distance": distance + (plan.distance or 0.0 if plan is not None else 0.0),
             "runners_up": tuple(
-                {"block": f"{what} of layer {i}", "distance": d} for what, i, d in left[:RUNNERS_UP]
+                {"block": f"{_NAMES[what]} of layer {i}", "distance": d} for what, i, d in left[:RUNNERS_UP]
             ),
             "calibration": dict(measured.calibration),
             "seed": options.calibration.seed,
@@ -226,6 +227,7 @@ def _choose_parts(
     return result
 
 
+_NAMES = {"attention": "attention", "ffn": "feed-forward part"}
 _PARTS = {"attention": "attention sublayers", "ffn": "feed-forward sublayers", "sublayers": "sublayers"}
 
 

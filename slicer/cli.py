@@ -148,6 +148,13 @@ def main() -> None:
     "feed-forward part (ReplaceMe).",
 )
 @click.option(
+    "--emulate",
+    type=click.Choice(["bias", "linear"]),
+    help="Let something small stand for what is removed, solved in closed form on the calibration data: a constant (bias) "
+    "or a low-rank map (linear, needs --rank).",
+)
+@click.option("--rank", type=int, metavar="R", help="Rank of the maps of --emulate linear.")
+@click.option(
     "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest weight file."
 )
 @click.option(
@@ -220,6 +227,8 @@ def convert(source: str, **given: Any) -> None:
         fold=given["fold"],
         format=given["format"],
         offset=given["offset"],
+        emulate=given["emulate"],
+        rank=given["rank"],
         max_shard_bytes=parse_size(given["max_shard_size"], "--max-shard-size"),
         force=given["force"],
         dry_run=given["dry_run"],

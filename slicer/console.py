@@ -143,6 +143,8 @@ def print_summary(summary: Summary) -> None:
         console.print(f"          next best {other['block']} at {other['distance']:.4f}")
     if plan.healing is not None:
         console.print(f"healed    {_healed(plan.healing)}")
+    if plan.emulated is not None:
+        console.print(f"emulated  {_emulated(plan.emulated)}")
     if plan.below_layers:
         console.print(f"form      {_FORMS[plan.form]}", markup=False)
     error = "" if summary.logits_error is None else f" (largest relative error {summary.logits_error:.1e})"
@@ -150,6 +152,15 @@ def print_summary(summary: Summary) -> None:
     for warning in summary.warnings:
         console.print(f"warning   {warning}")
     console.print(f"written   {summary.out}" if summary.out else "written   nothing (dry run)")
+
+
+def _emulated(record: Mapping[str, Any]) -> str:
+    loss = record["loss"]
+    rank = f" of rank {record['rank']}" if record.get("rank") else ""
+    return (
+        f"{record['method']}{rank}: held-out loss {loss['cut']:.3f} to {loss['emulated']:.3f} nats a token "
+        f"(whole model: {loss['source']:.3f})"
+    )
 
 
 _FORMS = {
@@ -238,6 +249,7 @@ def print_inspection(found: Inspection) -> None:
             ("kept", spell_layers(plan.kept)),
             ("dropped", f"{_dropped(plan)} ({_why(plan)})"),
             ("healed", _healed(plan.healing) if plan.healing else "no"),
+            *([("emulated", _emulated(plan.emulated))] if plan.emulated else []),
         ]
     for label, text in facts:
         console.print(f"{label:<18}{text}")

@@ -5,6 +5,7 @@ resolve -> Checkpoint.open -> [load -> calibrate -> measure -> select] -> [heal]
 
 from __future__ import annotations
 
+import copy
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from slicer.produce import write
 from slicer.progress import Progress
 
 if TYPE_CHECKING:
+    from slicer.heal.carry import Standing
     from slicer.heal.healing import Healing
 
 
@@ -62,12 +64,12 @@ def convert(
         if options.format is not None:
             plan = replace(plan, form=blockwise.form_for(checkpoint, plan, options.format))
         config_of(plan)
-        options = _healing_again(plan, options, data)
+        options = _emulating_again(plan, _healing_again(plan, options, data), data)
     else:
         assert goal is not None
         plan, measured = choose(checkpoint, goal, options, model, data, config_of, progress)
-    if options.heal == "fold":
-        _check_foldable(plan)
+    plan = _form(checkpoint, plan, options)
+    config = config_of(plan)
     plan = replace(
         plan,
         source=source,
@@ -78,10 +80,10 @@ def convert(
         command=options.command,
         parent=_parent(found.path),
         healing=None,
+        emulated=None,
     )
     out = out or Path(f"{_short_name(source)}-{_size_name(plan)}")
     cast = DTYPES[options.dtype] if options.dtype else None
-    config = config_of(plan)
     before, after = measure_sizes(checkpoint), sizes_after(checkpoint, plan, config, cast)
     warnings = tuple(architectures.warnings(checkpoint.config, plan.kept, config_of.of_layers(plan)))
     if options.dry_run:
@@ -90,10 +92,86 @@ def convert(
     check_space(out, after.total_bytes)
     verify = _verification(options, model, progress)
     summary = Summary(out, plan, before, after, verify, warnings=warnings)
+    standing = _emulate(checkpoint, summary, config, model, data, options, progress)
+    if standing is not None:
+        plan = replace(plan, **{"healing" if standing.found.method == "fold" else "emulated": standing.record})
+        after = sizes_after(checkpoint, plan, standing.config, cast, standing.added)
+        summary = replace(summary, plan=plan, after=after)
     healing = _heal(checkpoint, summary, model, data, options, progress)
     if healing is not None:
         summary = replace(summary, plan=replace(plan, healing=healing.record))
-    return write(checkpoint, summary, config, measured, model, healing, options, progress)
+    return write(checkpoint, summary, config, measured, model, healing, standing, options, progress)
+
+
+def _form(checkpoint: Checkpoint, plan: Plan, options: Options) -> Plan:
+    """`plan` in the form that can carry what is to stand for the removed parts."""
+    if options.emulate is None:
+        return plan
+    from slicer.heal import carry
+    from slicer.heal.emulate import check_rank
+
+    width = architectures.text_config(checkpoint.config).get("hidden_size")
+    if isinstance(width, int):
+        check_rank(options.emulate, options.rank, width)
+    return carry.form_for(checkpoint, plan, options.emulate)
+
+
+def _emulate(
+    checkpoint: Checkpoint,
+    summary: Summary,
+    config: dict[str, Any],
+    model: SourceModel,
+    data: CalibrationData,
+    options: Options,
+    progress: Progress,
+) -> Standing | None:
+    """What stands for the removed parts, as --emulate asks; also the fold of a cut below the layer."""
+    plan = summary.plan
+    method = options.emulate
+    if method is None and plan.below_layers and options.heal in ("fold", "auto"):
+        if options.heal == "auto" and not data.at_hand:
+            progress.note(
+                "not healed: there is no calibration data at hand; --calibration DATA heals the cut"
+            )
+            return None
+        method = "fold"
+    if method is None:
+        return None
+    from slicer.heal import carry, emulate
+
+    walk, batches = model.walk(), data.get()
+    cast = DTYPES[options.dtype] if options.dtype else None
+    try:
+        found = emulate.emulate(walk, batches.batches, plan, method, options.rank, progress=progress)
+    except (HealError, ArchitectureError) as error:
+        if options.heal != "auto":
+            raise
+        progress.note(f"not healed: {error}")
+        return None
+    losses = found.losses
+    if not found.helps:
+        words = (
+            f"the loss on calibration text held out does not fall ({losses['emulated']:.4f} nats a token, "
+            f"{losses['cut']:.4f} without)"
+        )
+        progress.note(f"done as asked, but {words}" if options.heal != "auto" else f"not healed: {words}")
+        if options.heal == "auto":
+            return None
+    standing = carry.carry(checkpoint, plan, copy.deepcopy(config), found, cast)
+    record = emulate.record_of(found, batches.provenance)
+    return replace(standing, record=carry.as_healing(record, standing) if method == "fold" else record)
+
+
+def _emulating_again(plan: Plan, options: Options, data: CalibrationData) -> Options:
+    """A plan that was emulated is emulated again on the same text, unless other options are given."""
+    record = plan.emulated
+    if record is None or options.emulate is not None or options.heal is not None:
+        return options
+    if options.calibration.source is None:
+        given = dict(record.get("calibration") or {})
+        names = {f.name for f in fields(CalibrationSpec)}
+        data.spec = CalibrationSpec(**{k: v for k, v in given.items() if k in names})
+    return replace(options, emulate=str(record.get("method")), rank=record.get("rank"))
 
 
 def _heal(
@@ -109,8 +187,7 @@ def _heal(
     if options.heal in (None, "none"):
         return None
     if summary.plan.below_layers:
-        progress.note("not healed: the fold is for cuts of whole layers")
-        return None
+        return None  # `_emulate` did that
     if not asked and not data.at_hand:
         progress.note("not healed: there is no calibration data at hand; --calibration DATA heals the cut")
         return None
@@ -163,13 +240,6 @@ def _mismatch(plan: Plan, checkpoint: Checkpoint) -> None:
         f"the plan is for a model of {plan.depth} layers but {checkpoint.path} has {checkpoint.depth}; "
         "make a plan for this one with --dry-run"
     )
-
-
-def _check_foldable(plan: Plan) -> None:
-    if plan.below_layers:
-        raise HealError(
-            "--heal fold is for cuts of whole layers; use --emulate for removed parts, or --offset whole"
-        )
 
 
 def _size_name(plan: Plan) -> str:

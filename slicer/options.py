@@ -18,6 +18,7 @@ STRATEGIES = ("similarity", "deepest", "tail")
 HEALINGS = ("none", "auto", "fold")
 FORMATS = ("native", "blockwise", "zeroed")
 OFFSETS = ("auto", "whole", "half")
+EMULATIONS = ("bias", "linear")
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,9 @@ class Options:
         fold: the solver, one of `slicer.heal.fold.SOLVERS`.
         format: how layers without attention or feed-forward part are written: "blockwise" or "zeroed"; None:
             "blockwise" where any is, else "native".
+        emulate: "bias" or "linear": what stands for the parts removed, solved in closed form on the calibration data;
+            None for nothing, but a plan that was emulated is emulated again.
+        rank: of the linear maps.
         offset: in similarity mode, blocks of "whole" layers, "half"-offset ones, or "auto": the closer of the two.
     """
 
@@ -114,6 +118,8 @@ class Options:
     fold: str = "resolve"
     format: str | None = None
     offset: str = "auto"
+    emulate: str | None = None
+    rank: int | None = None
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     force: bool = False
     dry_run: bool = False
@@ -180,6 +186,14 @@ def check_options(options: Options, goal: Goal | None, plan: Plan | None) -> Non
         raise UsageError(f"format {options.format!r}: choose one of {', '.join(FORMATS)}")
     if options.offset not in OFFSETS:
         raise UsageError(f"offset {options.offset!r}: choose one of {', '.join(OFFSETS)}")
+    if options.emulate is not None and options.emulate not in EMULATIONS:
+        raise UsageError(f"emulate {options.emulate!r}: choose one of {', '.join(EMULATIONS)}")
+    if options.emulate is not None and options.heal not in (None, "none"):
+        raise UsageError("--emulate and --heal both fill the gap: give one of them")
+    if (options.emulate == "linear") != (options.rank is not None):
+        raise UsageError("--emulate linear needs --rank, and only that does: --emulate linear --rank 32")
+    if options.rank is not None and options.rank < 1:
+        raise UsageError(f"--rank {options.rank}: must lie between 1 and the model's width")
     if options.offset == "half" and options.strategy != "similarity":
         raise UsageError(f"--offset half: chosen by similarity, not by --strategy {options.strategy}")
     if options.verify not in ("auto", "none", "load", "logits"):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from slicer.choose import Measured
+    from slicer.heal.carry import Standing
     from slicer.heal.healing import Healing
     from slicer.measure.stream import Walk
 
@@ -33,6 +34,7 @@ def write(
     measured: Measured | None,
     model: SourceModel,
     healing: Healing | None,
+    standing: Standing | None,
     options: Options,
     progress: Progress,
 ) -> Summary:
@@ -41,13 +43,16 @@ def write(
     probe: tuple[torch.Tensor, torch.Tensor] | None = None
     if summary.verified == "logits":
         progress.stage("Reference logits of the source with those layers bypassed")
-        probe = _reference(checkpoint, summary.plan, model.walk(), healing)
+        probe = _reference(checkpoint, summary.plan, model.walk(), healing, standing)
     model.release()
     replaced = None
     if healing is not None:
         from slicer.heal.healing import replacements
 
         replaced = replacements(checkpoint, healing)
+    added = None
+    if standing is not None:
+        config, replaced, added = standing.config, dict(standing.replaced), standing.added
     with atomic_directory(summary.out, replace=options.force) as directory:
         progress.stage("Writing", summary.after.total_bytes, "bytes")
         write_checkpoint(
@@ -59,6 +64,7 @@ def write(
             max_shard_bytes=options.max_shard_bytes,
             progress=progress.advance,
             replaced=replaced,
+            added=added,
         )
         if measured is not None:
             _draw(measured, summary.plan, directory / "slicer")
@@ -68,17 +74,21 @@ def write(
 
 
 def _reference(
-    checkpoint: Checkpoint, plan: Plan, walk: Walk, healing: Healing | None
+    checkpoint: Checkpoint, plan: Plan, walk: Walk, healing: Healing | None, standing: Standing | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A few tokens, and the logits that the result must have: the source's, healed, with those layers bypassed."""
     from slicer.checkpoint import verify
+    from slicer.heal.emulate import emulated
     from slicer.heal.healing import healed
 
     config = architectures.text_config(checkpoint.config)
     tokens = verify.probe_tokens(config.get("vocab_size") or walk.model.config.vocab_size, seed=0)
     changes = healing.changes if healing is not None else {}
     if walk.streamed:
-        return tokens, _walked_logits(walk, tokens, plan, changes)
+        return tokens, _walked_logits(walk, tokens, plan, changes, standing)
+    if standing is not None:
+        with emulated(walk.model, plan, standing.found):
+            return tokens, verify.logits_of(walk.model, tokens)
     with healed(walk.model, changes):
         return tokens, verify.reference_logits_of(walk.model, tokens, plan)
 
@@ -122,11 +132,16 @@ def _check(
 
 
 def _walked_logits(
-    walk: Walk, tokens: torch.Tensor, plan: Plan | None, changes: Mapping[int, Any]
+    walk: Walk,
+    tokens: torch.Tensor,
+    plan: Plan | None,
+    changes: Mapping[int, Any],
+    standing: Standing | None = None,
 ) -> torch.Tensor:
-    """The logits of `tokens` with what `plan` drops left out (None: nothing), healed by `changes`: [batch, seq,
-    vocabulary], on the CPU."""
+    """The logits of `tokens` with what `plan` drops left out (None: nothing), healed by `changes` and with `standing` in
+    its place: [batch, seq, vocabulary], on the CPU."""
     from slicer.checkpoint.model import without_parts
+    from slicer.heal.emulate import attached, norm_eps
     from slicer.heal.outputs import applied
 
     no_attention, no_ffn = (frozenset(), frozenset()) if plan is None else plan.gone
@@ -138,6 +153,8 @@ def _walked_logits(
                 if i in changes:
                     stack.enter_context(applied(layer, changes[i]))
                 stack.enter_context(without_parts(layer, i in no_attention, i in no_ffn))
+                if standing is not None:
+                    stack.enter_context(attached(layer, i, standing.found, norm_eps(walk.model)))
                 walk.advance(i, states)
     return walk.logits(states, 0).cpu()
 

@@ -41,7 +41,7 @@ def for_slice(checkpoint: Checkpoint, plan: Plan, before: Sizes, after: Sizes, *
     lines += [
         f"# {name}, {_left(plan)}",
         "",
-        what + ("; nothing was trained or healed." if plan.healing is None else ", but for those healed (below)."),
+        what + _but(plan),
         "",
         "| | before | after |",
         "|---|---|---|",
@@ -58,6 +58,8 @@ def for_slice(checkpoint: Checkpoint, plan: Plan, before: Sizes, after: Sizes, *
     ]
     if plan.healing is not None:
         lines += ["## How the cut was healed", "", *_healing(plan.healing), ""]
+    if plan.emulated is not None:
+        lines += ["## What stands for the removed parts", "", *_emulated(plan.emulated), ""]
     if figures:
         lines += [
             "![Angular distance across every block](slicer/distances.png)",
@@ -97,6 +99,29 @@ def for_slice(checkpoint: Checkpoint, plan: Plan, before: Sizes, after: Sizes, *
     if plan.command and not local:
         lines += ["```sh", plan.command, "```", ""]
     return "\n".join(lines)
+
+
+def _but(plan: Plan) -> str:
+    if plan.healing is not None:
+        return ", but for those healed (below)."
+    return "; nothing was trained or healed." if plan.emulated is None else "; what was removed is emulated (below)."
+
+
+def _emulated(record: Mapping[str, Any]) -> list[str]:
+    data, loss = record["calibration"], record["loss"]
+    source = str(data.get("source", "calibration text"))
+    source = Path(source).name if Path(source).exists() else source
+    behind = ", ".join(f"the {e['part']} of layer {e['layer']}" for e in record["behind"]) or "nothing"
+    what = "a constant" if record["method"] == "bias" else f"a linear map of rank {record['rank']} and a constant"
+    return [
+        f"{what.capitalize()} is added to the residual stream behind {behind} (numbered as in the original), solved in "
+        f"closed form on {data.get('samples', '?')} sequences of {data.get('seq_len', '?')} tokens (source: {source}). "
+        f"Loss in nats a token on {len(record['held_out_sequences'])} of these that took no part in the solving:",
+        "",
+        "| original | cut | emulated |",
+        "|---|---|---|",
+        f"| {loss['source']:.4f} | {loss['cut']:.4f} | {loss['emulated']:.4f} |",
+    ]
 
 
 def _left(plan: Plan) -> str:

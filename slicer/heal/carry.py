@@ -72,6 +72,23 @@ def carry(
     return Standing(found, placing.config, placing.replaced, placing.added)
 
 
+def as_healing(record: Mapping[str, Any], standing: Standing) -> dict[str, Any]:
+    """The record of a fold below the layer, in the words of those of whole layers."""
+    loss = record["loss"]
+    return {
+        "method": "fold",
+        "solver": "resolve",
+        "calibration": record["calibration"],
+        "held_out_sequences": record["held_out_sequences"],
+        "loss": {"source": loss["source"], "sliced": loss["cut"], "healed": loss["emulated"]},
+        "solved": [
+            {"layer": e["layer"], "module": f"output of the {e['part']}", "error_left": e["error_left"]}
+            for e in record["behind"]
+        ],
+        "tensors": sorted(standing.replaced),
+    }
+
+
 class _Placing:
     def __init__(
         self, checkpoint: Checkpoint, plan: Plan, config: dict[str, Any], cast: str | None

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -73,12 +73,13 @@ class Emulation:
 @dataclass(frozen=True)
 class Emulated:
     """All gaps filled: `by_anchor`: (part, layer) -> what follows it. `losses`: nats a token on the sequences held out:
-    "source", "cut" and "emulated"."""
+    "source", "cut" and "emulated". `held_out`: which those are."""
 
     method: str
     rank: int | None
     by_anchor: dict[tuple[str, int], Emulation] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
+    held_out: tuple[int, ...] = ()
 
     @property
     def helps(self) -> bool:
@@ -120,10 +121,12 @@ def emulate(
             f"least 2 of {2 * SINKS + 1} (--samples, --seq-len)"
         )
     apart = torch.zeros(len(sequences), dtype=torch.bool)
-    apart[list(range(HELD_OUT // 2, len(sequences), HELD_OUT)) or [len(sequences) // 2]] = True
+    judging = tuple(range(HELD_OUT // 2, len(sequences), HELD_OUT)) or (len(sequences) // 2,)
+    apart[list(judging)] = True
     size = len(batches[0])
     fitted, held = sequences[~apart].split(size), sequences[apart].split(size)
-    return _Filling(walk, [*fitted, *held], len(fitted), plan, method, rank).run(progress)
+    found = _Filling(walk, [*fitted, *held], len(fitted), plan, method, rank).run(progress)
+    return replace(found, held_out=judging)
 
 
 class _Filling:
@@ -138,7 +141,7 @@ class _Filling:
         self._cut = self._source.copy()  # as emulated so far
         self._bare = self._source.copy()  # only the batches held out are run
         self._midway = Midway(walk)
-        self._eps = float(getattr(walk.model.config.get_text_config(), "rms_norm_eps", 1e-6) or 1e-6)
+        self._eps = norm_eps(walk.model)
         self._anchor: tuple[str, int] | None = None
         self._gap: tuple[str, int] | None = None  # the first part removed since the anchor
         self._features: dict[int, torch.Tensor] = {}  # what went into the anchor's output matrix, by batch
@@ -338,15 +341,29 @@ def _seeing(module: nn.Module, features: dict[int, torch.Tensor], batch: int) ->
 
 
 @contextlib.contextmanager
+def attached(layer: nn.Module, i: int, found: Emulated | None, eps: float) -> Iterator[None]:
+    """Inside the block layer i of the source has what `found` puts behind its parts."""
+    with contextlib.ExitStack() as stack:
+        for (_, at), emulation in (found.by_anchor if found else {}).items():
+            if at == i:
+                for undo in _attached(layer, emulation, eps):
+                    stack.callback(undo)
+        yield
+
+
+def norm_eps(model: Any) -> float:
+    """The epsilon of the model's RMS norms."""
+    return float(getattr(model.config.get_text_config(), "rms_norm_eps", 1e-6) or 1e-6)
+
+
+@contextlib.contextmanager
 def emulated(model: Any, plan: Plan, found: Emulated | None) -> Iterator[None]:
     """Inside the block the loaded source `model` is the cut of `plan` with what stands for the removed parts."""
     layers = decoder_layers(model)
-    eps = float(getattr(model.config.get_text_config(), "rms_norm_eps", 1e-6) or 1e-6)
     with contextlib.ExitStack() as stack:
         stack.enter_context(bypass_parts(model, *plan.gone))
-        for emulation in (found.by_anchor if found else {}).values():
-            for handle in _attached(layers[emulation.layer], emulation, eps):
-                stack.callback(handle)
+        for i in {layer for _, layer in (found.by_anchor if found else {})}:
+            stack.enter_context(attached(layers[i], i, found, norm_eps(model)))
         yield
 
 
@@ -401,6 +418,7 @@ def record_of(found: Emulated, provenance: Mapping[str, Any]) -> dict[str, Any]:
         "method": found.method,
         "rank": found.rank,
         "calibration": dict(provenance),
+        "held_out_sequences": list(found.held_out),
         "loss": {name: round(value, 6) for name, value in found.losses.items()},
         "behind": [
             {"part": e.part, "layer": e.layer, "error_left": round(e.error_left, 6)}
