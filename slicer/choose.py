@@ -74,7 +74,9 @@ def _choose_layers(
     depth = checkpoint.depth
     if goal.drop is not None and goal.drop.layers is not None:
         if options.offset == "half":
-            raise PlanError("--offset half chooses the cut itself: give a fraction or a count of layers to --drop")
+            raise PlanError(
+                "--offset half chooses the cut itself: give a fraction or a count of layers to --drop"
+            )
         plan = Plan.dropping(depth, goal.drop.layers)
         config_of(plan)
         return plan

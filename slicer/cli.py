@@ -122,14 +122,14 @@ def main() -> None:
     type=click.Choice(["auto", "whole", "half"]),
     default="auto",
     show_default=True,
-    help="Cut whole layers, or half-offset: from after one attention to after another, joining the first with the "
-    "feed-forward part behind the second. auto: whichever is closer (whole where the cut is healed).",
+    help="Cut whole layers, or half-offset: from after one attention to after another, joined to the "
+    "feed-forward part that follows. auto: whichever is closer (whole where the cut is healed).",
 )
 @click.option(
     "--format",
     type=click.Choice(["native", "blockwise", "zeroed"]),
-    help="How layers without attention or feed-forward part are written. blockwise: vLLM's DeciLM form (Llama, Mistral, "
-    "Qwen2); transformers needs 'import slicer'. zeroed: output matrix zero; loads everywhere, saves nothing  "
+    help="How layers without attention or feed-forward part are written. blockwise: vLLM's DeciLM form (Llama, "
+    "Mistral, Qwen2); transformers needs 'import slicer'. zeroed: output matrix zero; loads everywhere, saves nothing  "
     "[default: native, blockwise where a part is missing]",
 )
 @calibration_options
@@ -150,8 +150,8 @@ def main() -> None:
 @click.option(
     "--emulate",
     type=click.Choice(["bias", "linear"]),
-    help="Let something small stand for what is removed, solved in closed form on the calibration data: a constant (bias) "
-    "or a low-rank map (linear, needs --rank).",
+    help="Let something small stand for what is removed, solved in closed form on the calibration data: a constant "
+    "(bias) or a low-rank map (linear, needs --rank).",
 )
 @click.option("--rank", type=int, metavar="R", help="Rank of the maps of --emulate linear.")
 @click.option(

@@ -283,7 +283,9 @@ class Amount:
                 f"the least that drops one is {math.ceil(1000 * 0.51 / depth) / 1000:g}"
             )
         if n > depth:
-            raise PlanError(f"dropping {n} of {depth} {what}: there are not so many; drop at most {depth - 1}")
+            raise PlanError(
+                f"dropping {n} of {depth} {what}: there are not so many; drop at most {depth - 1}"
+            )
         return n
 
 

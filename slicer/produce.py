@@ -138,8 +138,8 @@ def _walked_logits(
     changes: Mapping[int, Any],
     standing: Standing | None = None,
 ) -> torch.Tensor:
-    """The logits of `tokens` with what `plan` drops left out (None: nothing), healed by `changes` and with `standing` in
-    its place: [batch, seq, vocabulary], on the CPU."""
+    """The logits of `tokens` with what `plan` drops left out (None: nothing), healed by `changes` and with `standing`
+    in its place: [batch, seq, vocabulary], on the CPU."""
     from slicer.checkpoint.model import without_parts
     from slicer.heal.emulate import attached, norm_eps
     from slicer.heal.outputs import applied

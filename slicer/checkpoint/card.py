@@ -104,7 +104,11 @@ def for_slice(checkpoint: Checkpoint, plan: Plan, before: Sizes, after: Sizes, *
 def _but(plan: Plan) -> str:
     if plan.healing is not None:
         return ", but for those healed (below)."
-    return "; nothing was trained or healed." if plan.emulated is None else "; what was removed is emulated (below)."
+    return (
+        "; nothing was trained or healed."
+        if plan.emulated is None
+        else "; what was removed is emulated (below)."
+    )
 
 
 def _emulated(record: Mapping[str, Any]) -> list[str]:
@@ -112,7 +116,11 @@ def _emulated(record: Mapping[str, Any]) -> list[str]:
     source = str(data.get("source", "calibration text"))
     source = Path(source).name if Path(source).exists() else source
     behind = ", ".join(f"the {e['part']} of layer {e['layer']}" for e in record["behind"]) or "nothing"
-    what = "a constant" if record["method"] == "bias" else f"a linear map of rank {record['rank']} and a constant"
+    what = (
+        "a constant"
+        if record["method"] == "bias"
+        else f"a linear map of rank {record['rank']} and a constant"
+    )
     return [
         f"{what.capitalize()} is added to the residual stream behind {behind} (numbered as in the original), solved in "
         f"closed form on {data.get('samples', '?')} sequences of {data.get('seq_len', '?')} tokens (source: {source}). "
@@ -150,9 +158,9 @@ def _loading(plan: Plan) -> list[str]:
         ]
     if plan.form == "blockwise":
         return [
-            "Some layers lack a part, which no class of transformers' own runs. vLLM has one, `DeciLMForCausalLM`, which "
+            "Some layers lack a part, which no class of transformers' own runs. vLLM has such a class, which "
             "keeps no key-value cache for a layer without attention; slicer makes the checkpoint known to both: "
-            "`pip install slicer-llm` beside them. vLLM then serves it as it is; in transformers, `import slicer` first. "
+            "`pip install slicer-llm` beside them. vLLM then serves it; in transformers, `import slicer` first. "
             "No remote code is run. Give the path or id of this directory:",
         ]
     return ["It is an ordinary checkpoint of its architecture. Give the path or id of this directory:"]
@@ -169,7 +177,8 @@ def _reason(plan: Plan) -> str:
             f"{'them' if not plan.joined else 'what was cut'}, at the last token, is {plan.distance:.4f}"
             f"{' in all' if plan.no_attention or plan.no_ffn else ''} (in units of pi, mean of "
             f"{data.get('samples', '?')} sequences of {data.get('seq_len', '?')} tokens, source: {source}). The stream "
-            "was tapped after every attention and every feed-forward part." + (f" Next best: {others}." if others else "")
+            "was tapped after every attention and every feed-forward part."
+            + (f" Next best: {others}." if others else "")
         )
     if plan.strategy == "similarity" and plan.distance is not None:
         data = plan.calibration or {}

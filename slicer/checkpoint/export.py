@@ -103,7 +103,9 @@ def sliced_config(
     if plan.form == "zeroed":
         sublayers.zeroed_keys(checkpoint, plan)
     elif plan.no_attention or plan.no_ffn:
-        raise PlanError("the plan leaves a layer without one of its parts; its form must be blockwise or zeroed")
+        raise PlanError(
+            "the plan leaves a layer without one of its parts; its form must be blockwise or zeroed"
+        )
     return config
 
 

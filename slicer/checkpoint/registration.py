@@ -2,8 +2,8 @@
 
 transformers finds a configuration class by the `model_type` of config.json in a table of names, and imports
 `transformers.models.<model_type>` when such a checkpoint is loaded. `import slicer` must not cost the seconds that
-importing transformers takes, nor import any of it out of turn. So a finder in `sys.meta_path` adds the one name when the
-table's module is executed, and answers for the one module when it is asked for; only then are the classes imported.
+importing transformers takes, nor import any of it out of turn. So a finder in `sys.meta_path` adds the one name when
+the table's module is executed, and answers for the one module when it is asked for; only then are the classes imported.
 """
 
 from __future__ import annotations

@@ -54,8 +54,9 @@ def form_for(checkpoint: Checkpoint, plan: Plan, method: str) -> Plan:
             return plan
     if plan.form == "zeroed" or name not in blockwise.FAMILIES:
         what = "a bias" if method == "bias" else "a linear map"
+        kind = f"{name} checkpoint in the zeroed form" if plan.form == "zeroed" else f"{name} checkpoint"
         raise ArchitectureError(
-            f"--emulate {method}: a {name} checkpoint{' in the zeroed form' * (plan.form == 'zeroed')} has no place for "
+            f"--emulate {method}: a {kind} has no place for "
             f"{what} behind every part; use --heal fold, or no --emulate"
         )
     return replace(plan, form="blockwise")
@@ -90,13 +91,14 @@ def as_healing(record: Mapping[str, Any], standing: Standing) -> dict[str, Any]:
 
 
 class _Placing:
-    def __init__(
-        self, checkpoint: Checkpoint, plan: Plan, config: dict[str, Any], cast: str | None
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, config: dict[str, Any], cast: str | None) -> None:
         self._checkpoint, self._plan, self.config, self._cast = checkpoint, plan, config, cast
         self.replaced: dict[str, TensorSpan] = {}
         self.added: dict[str, TensorSpan] = {}
-        self._switched: dict[str, dict[int, torch.Tensor]] = {"attention": {}, "ffn": {}}  # by layer of the result
+        self._switched: dict[str, dict[int, torch.Tensor]] = {
+            "attention": {},
+            "ffn": {},
+        }  # by layer of the result
         self._position = {
             "attention": {i: at for at, (i, _) in enumerate(plan.parts)},
             "ffn": {j: at for at, (_, j) in enumerate(plan.parts)},
@@ -155,7 +157,9 @@ class _Placing:
             self._add(f"{at}.emulated_{slot}.{name}", tensor)
 
     def _dtype(self) -> str:
-        weights = [s for k, s in self._checkpoint.tensors.items() if k.startswith(self._checkpoint.layer_prefix)]
+        weights = [
+            s for k, s in self._checkpoint.tensors.items() if k.startswith(self._checkpoint.layer_prefix)
+        ]
         return weights[0].cast(self._cast)[0]
 
     def _add(self, name: str, tensor: torch.Tensor) -> None:

@@ -4,13 +4,13 @@ Between two parts that stay, some are gone: a gap. With h the stream where the g
 emulated so far, and x the source's stream where it ends, over calibration tokens t of weight w_t = 1 / |x_t|^2:
 
     bias    c = weighted mean of x_t - h_t
-    linear  B z_t + c, z_t = g h_t / |h_t| (the norm of the first part removed), of rank r: the ridge solution projected on
-            the r directions in which its own fit varies most (reduced-rank regression, Izenman 1975)
+    linear  B z_t + c, z_t = g h_t / |h_t| (the norm of the first part removed), of rank r: the ridge solution projected
+            on the r directions in which its own fit varies most (reduced-rank regression, Izenman 1975)
     fold    the output matrix of the part before the gap, solved again by ridge regression toward x_t - h_t
             (docs/healing.md)
 
-Ridge strengths are chosen on sequences held out, and an emulation is kept only if it lowers the squared error there. Gaps
-are filled in order. A constant is folded into the output bias of the part before the gap, which is exact: no part that
+Ridge strengths are chosen on sequences held out, and an emulation is kept only if it lowers the squared error there.
+Gaps are filled in order. A constant is folded into the output bias of the part before the gap, which is exact: no part that
 stays reads the stream in between.
 """
 
@@ -228,7 +228,9 @@ class _Filling:
         assert self._matrix is not None
         return _weight(self._matrix).float().cpu()
 
-    def _rows(self, target: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def _rows(
+        self, target: list[torch.Tensor]
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """(batch, h [tokens, d], x - h, weight) without the first positions."""
         for b, wanted in enumerate(target):
             h, x = self._cut[b][:, SINKS:].float().flatten(0, 1), wanted[:, SINKS:].float().flatten(0, 1)
@@ -285,7 +287,9 @@ class _Filling:
             for row in range(len(states[b])):
                 tokens = states.tokens[b][row : row + 1]
                 logits = self._walk.head(tokens, states[b][row : row + 1])[0, :-1].float()
-                total += float(nn.functional.cross_entropy(logits, tokens[0, 1:].to(logits.device), reduction="sum"))
+                total += float(
+                    nn.functional.cross_entropy(logits, tokens[0, 1:].to(logits.device), reduction="sum")
+                )
                 count += tokens.shape[1] - 1
         return total / count
 
@@ -314,10 +318,20 @@ def _matrix(outputs: Sequence[nn.Module]) -> nn.Module:
     """The linear map behind the outputs of a part. Raises HealError for a mixture of experts and the like."""
     found = []
     for output in outputs:
-        linear = [m for m in output.modules() if isinstance(getattr(m, "weight", None), torch.Tensor) and m.weight.ndim == 2]
+        linear = [
+            m
+            for m in output.modules()
+            if isinstance(getattr(m, "weight", None), torch.Tensor) and m.weight.ndim == 2
+        ]
         if hasattr(output, "experts") or not linear:
-            raise HealError("--heal fold of removed parts needs one output matrix, and a mixture of experts has many")
-        named = [m for name, m in output.named_modules() if name in ("down_proj", "c_proj", "fc2", "w2", "dense_4h_to_h")]
+            raise HealError(
+                "--heal fold of removed parts needs one output matrix, and a mixture of experts has many"
+            )
+        named = [
+            m
+            for name, m in output.named_modules()
+            if name in ("down_proj", "c_proj", "fc2", "w2", "dense_4h_to_h")
+        ]
         found.append(named[0] if named else linear[-1])
     return found[0]
 

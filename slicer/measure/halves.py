@@ -1,7 +1,7 @@
 """The residual stream tapped after every attention too: distances across half-layers, all from one pass.
 
-The model is seen as 2L half-layers: number 2l is the attention of layer l, number 2l+1 its feed-forward part. A block of
-two half-layers that starts at an odd number is a half-offset cut.
+The model is seen as 2L half-layers: number 2l is the attention of layer l, number 2l+1 its feed-forward part. A block
+of an even number of half-layers that starts at an odd one is a half-offset cut.
 """
 
 from __future__ import annotations
@@ -87,9 +87,10 @@ def _handed(layer: nn.Module, run: Run, wanted: torch.Tensor) -> str | None:
     def hook(name: str) -> Callable[..., None]:
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
-            if tensors and tensors[0].numel() == wanted.numel() and tensors[0].dtype == wanted.dtype:
-                if torch.equal(tensors[0].reshape(wanted.shape), wanted):
-                    found.append(name)
+            first = tensors[0] if tensors else wanted[:0]
+            alike = first.numel() == wanted.numel() and first.dtype == wanted.dtype
+            if alike and torch.equal(first.reshape(wanted.shape), wanted):
+                found.append(name)
 
         return look
 

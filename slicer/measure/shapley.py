@@ -2,9 +2,9 @@
 
 Players are the layers, or their attention and feed-forward parts. A coalition is a model without some of them, and its
 cost the loss on the calibration text, or the KL divergence of its next-token distributions from the full model's, in
-nats a token, at most log V (guessing). A player's Shapley value is the mean, over all orders in which players can leave,
-of how much the cost rises when it leaves (Castro et al. 2009): what "A deeper look at depth pruning of LLMs" calls an
-adaptive importance.
+nats a token, at most log V (guessing). A player's Shapley value is the mean, over all orders in which players can
+leave, of how much the cost rises when it leaves (Castro et al. 2009): what "A deeper look at depth pruning of LLMs"
+calls an adaptive importance.
 
 Orders are drawn at random, each with its reverse (antithetic). An order ends where the cost is that of guessing: who
 leaves later changes nothing (truncation). A model that differs from the one before it by one more player gone shares
@@ -58,7 +58,7 @@ class Values:
 
 
 class Coalitions:
-    """Costs of the model without some players. `parts`: whether players are sublayers, 2i and 2i + 1 those of layer i."""
+    """Costs of the model without some players. `parts`: whether they are sublayers, 2i and 2i + 1 those of layer i."""
 
     def __init__(
         self, walk: Walk, batches: Sequence[torch.Tensor], *, parts: bool, against: str = "loss"
