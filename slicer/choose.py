@@ -20,7 +20,17 @@ from slicer.materials import CalibrationData, Configs, SourceModel
 from slicer.options import Goal, Options
 from slicer.plan import Amount, Plan
 from slicer.progress import Progress
-from slicer.select import Choice, deepest, rank, rank_offset, rank_sublayers, tail
+from slicer.select import (
+    Choice,
+    deepest,
+    pick_sublayers,
+    rank,
+    rank_offset,
+    rank_sublayers,
+    spell_sublayer,
+    tail,
+    without_sublayers,
+)
 
 if TYPE_CHECKING:
     from slicer.measure.analysis import Distances
@@ -195,18 +205,8 @@ def _choose_parts(
         assert measured.halves is not None
         first = parts[0][0] if options.format != "zeroed" else None  # in the blockwise form it stays
         ranked = rank_sublayers(measured.halves, (i for i, _ in parts if i != first), (j for _, j in parts))
-        left = [part for part in ranked if part[1] not in gone[part[0]]]
-        for what, amount in open_amounts.items():
-            total = 2 * depth if what == "sublayers" else depth
-            n = amount.resolve_parts(total, _PARTS[what])
-            taken = [part for part in left if what in (part[0], "sublayers")][:n]
-            if len(taken) < n:
-                raise PlanError(
-                    f"--drop-{what} {n}: only {len(taken)} {_PARTS[what]} can go (those of dropped layers are gone "
-                    f"already{'' if first is None else ', and the first layer keeps its attention'}); drop fewer"
-                )
-            chosen += taken
-            left = [part for part in left if part not in taken]
+        ranked = [part for part in ranked if part[1] not in gone[part[0]]]
+        chosen, left = pick_sublayers(ranked, open_amounts, depth)
         for what, i, _ in chosen:
             gone[what].add(i)
     provenance: dict[str, Any] = {}
@@ -217,35 +217,16 @@ def _choose_parts(
             "strategy": "similarity",
             "distance": distance + (plan.distance or 0.0 if plan is not None else 0.0),
             "runners_up": tuple(
-                {"block": f"{_NAMES[what]} of layer {i}", "distance": d} for what, i, d in left[:RUNNERS_UP]
+                {"block": spell_sublayer(what, i), "distance": d} for what, i, d in left[:RUNNERS_UP]
             ),
             "calibration": dict(measured.calibration),
             "seed": options.calibration.seed,
         }
-    result = _without(depth, plan, gone["attention"], gone["ffn"])
+    result = without_sublayers(depth, plan, gone["attention"], gone["ffn"])
     result = replace(result, **provenance)
     result = replace(result, form=blockwise.form_for(checkpoint, result, options.format))
     config_of(result)  # raises where it cannot be expressed
     return result
-
-
-_NAMES = {"attention": "attention", "ffn": "feed-forward part"}
-_PARTS = {"attention": "attention sublayers", "ffn": "feed-forward sublayers", "sublayers": "sublayers"}
-
-
-def _without(depth: int, plan: Plan | None, attention: set[int], ffn: set[int]) -> Plan:
-    """`plan` (None: nothing dropped yet) without these parts too; a layer that would lose both goes."""
-    if plan is None:
-        return Plan.cutting(depth, (), attention, ffn)
-    empty = [(i, j) for i, j in plan.parts if i in attention and j in ffn]
-    kept = tuple(i for i in plan.kept if (i, dict(plan.parts)[i]) not in empty)
-    return replace(
-        plan,
-        kept=kept,
-        joined=tuple(pair for pair in plan.joined if pair not in empty),
-        no_attention=tuple(sorted(attention - {i for i, _ in empty})),
-        no_ffn=tuple(sorted(ffn - {j for _, j in empty})),
-    )
 
 
 def _measure(

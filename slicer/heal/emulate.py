@@ -10,8 +10,8 @@ emulated so far, and x the source's stream where it ends, over calibration token
             (docs/healing.md)
 
 Ridge strengths are chosen on sequences held out, and an emulation is kept only if it lowers the squared error there.
-Gaps are filled in order. A constant is folded into the output bias of the part before the gap, which is exact: no part that
-stays reads the stream in between.
+Gaps are filled in order. A constant is folded into the output bias of the part before the gap, which is exact: no part
+that stays reads the stream in between.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch import nn
 from slicer.checkpoint.model import attention_outputs, ffn_outputs, silenced
 from slicer.errors import ArchitectureError
 from slicer.measure.analysis import METRIC, Distances
-from slicer.measure.metrics import angles, check_finite
+from slicer.measure.metrics import angles, check_finite, per_sequence
 from slicer.measure.stream import Walk
 from slicer.measure.summary import table
 from slicer.progress import Progress
@@ -116,6 +116,30 @@ def measure_halves(
     Raises CalibrationError for states that are not finite, ArchitectureError where a layer has not both parts, or
     where its layers cannot be run one by one.
     """
+    values = angles(record_halves(walk, batches, progress=progress)).cpu()
+    length = batches[0].shape[1]
+    return table(METRIC, values[:, ::2, ::2], seq_len=length), table(METRIC, values, seq_len=length)
+
+
+def tables_of_halves(stacked: torch.Tensor, seq_len: int) -> dict[str, Distances]:
+    """Every metric that is an average over tokens, at the last token of each sequence, between half-layers: from what
+    `record_halves` returned."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for one in stacked.split(1, 1):
+        for name, value in per_sequence(one[:, :, None]).items():
+            if name == "angular_mean":
+                continue  # of one token: the same again
+            found.setdefault(name, []).append(value)
+    return {name: table(name, torch.cat(values), seq_len=seq_len) for name, values in found.items()}
+
+
+def record_halves(
+    walk: Walk, batches: Sequence[torch.Tensor], *, progress: Progress | None = None
+) -> torch.Tensor:
+    """The last token's stream before, within and after every layer: [2L+1, samples, d] float32.
+
+    Raises as `measure_halves` does.
+    """
     progress = progress or Progress()
     states = walk.start(batches)
     midway = Midway(walk)
@@ -135,9 +159,7 @@ def measure_halves(
     stacked = torch.stack([torch.cat(each) for each in points])
     check_finite(stacked[::2])
     check_finite(stacked)
-    values = angles(stacked).cpu()
-    length = batches[0].shape[1]
-    return table(METRIC, values[:, ::2, ::2], seq_len=length), table(METRIC, values, seq_len=length)
+    return stacked
 
 
 def _last(states: torch.Tensor) -> torch.Tensor:

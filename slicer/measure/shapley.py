@@ -23,8 +23,10 @@ import torch
 
 from slicer.checkpoint.model import attention_outputs, ffn_outputs, without_parts
 from slicer.errors import ArchitectureError, UsageError
+from slicer.measure.analysis import Distances
 from slicer.measure.states import States
 from slicer.measure.stream import Walk
+from slicer.measure.summary import table_of_rows
 from slicer.progress import Progress
 
 AGAINST = ("loss", "kl")
@@ -200,3 +202,11 @@ def _marginals(coalitions: Coalitions, order: Sequence[int]) -> torch.Tensor:
         if cost >= coalitions.ceiling:
             break
     return values
+
+
+def table_of(name: str, values: Values, seq_len: int, samples: int, most: int | None = None) -> Distances:
+    """The values as a metric's table, those of a block of several added up, as Shapley values may be; blocks of at most
+    `most` players (None: all)."""
+    players = values.samples.shape[1]
+    rows = {n: values.samples.unfold(1, n, 1).sum(-1) for n in range(1, (most or players) + 1)}
+    return table_of_rows(name, rows, players, seq_len=seq_len, samples=samples)
