@@ -146,6 +146,7 @@ class _Filling:
         self._gap: tuple[str, int] | None = None  # the first part removed since the anchor
         self._features: dict[int, torch.Tensor] = {}  # what went into the anchor's output matrix, by batch
         self._gain: torch.Tensor | None = None
+        self._matrix: nn.Module | None = None  # the anchor's output matrix, for "fold"
         self._found = Emulated(method, rank if method == "linear" else None)
 
     def run(self, progress: Progress) -> Emulated:
@@ -164,8 +165,11 @@ class _Filling:
                     middle, end = self._midway.states(i, b, self._source[b])
                     between.append(middle.cpu())
                     after.append(end.cpu())
-                self._pass(layer, i, "attention", i in no_attention, list(self._source))
-                self._pass(layer, i, "ffn", i in no_ffn, between)
+                if self._gap is None and i not in no_attention and i not in no_ffn:
+                    self._pass_layer(layer, i)
+                else:
+                    self._pass(layer, i, "attention", i in no_attention, list(self._source))
+                    self._pass(layer, i, "ffn", i in no_ffn, between)
                 for b, end in enumerate(after):
                     self._source[b] = end
             progress.advance()
@@ -175,6 +179,32 @@ class _Filling:
         )
         return self._found
 
+    def _pass_layer(self, layer: nn.Module, i: int) -> None:
+        """A whole layer, behind no gap: in one run."""
+        self._run(layer, i, "ffn", [])
+
+    def _run(self, layer: nn.Module, i: int, part: str, silent: Sequence[nn.Module]) -> None:
+        """Layer i without the outputs `silent`, over both cuts; `part` then stands before what follows."""
+        outputs = attention_outputs(layer) if part == "attention" else ffn_outputs(layer)
+        self._features = {}
+        self._matrix = _matrix(outputs) if self._method == "fold" and self._gap_behind(part, i) else None
+
+        def watch(b: int) -> contextlib.AbstractContextManager[Any]:
+            matrix = self._matrix
+            return contextlib.nullcontext() if matrix is None else _seeing(matrix, self._features, b)
+
+        with silenced(silent):
+            for b in self._held:
+                self._bare[b] = self._walk.call(i, b, self._bare[b])
+            for b in range(len(self._cut)):
+                with watch(b):
+                    self._cut[b] = self._walk.call(i, b, self._cut[b])
+        self._anchor = (part, i)
+
+    def _gap_behind(self, part: str, i: int) -> bool:
+        no_attention, no_ffn = self._plan.gone
+        return i in no_ffn if part == "attention" else i + 1 in no_attention
+
     def _pass(self, layer: nn.Module, i: int, part: str, gone: bool, here: list[torch.Tensor]) -> None:
         """One part of layer i; `here` is the source's stream before it."""
         if gone:
@@ -183,23 +213,7 @@ class _Filling:
                 self._gain = _gain(layer, part)
             return
         self._fill(here)
-        outputs = attention_outputs(layer) if part == "attention" else ffn_outputs(layer)
-        other = ffn_outputs(layer) if part == "attention" else attention_outputs(layer)
-        keep = self._method == "fold"
-        self._features = {}
-        matrix = _matrix(outputs) if keep else None
-
-        def watch(b: int) -> contextlib.AbstractContextManager[Any]:
-            return _seeing(matrix, self._features, b) if matrix is not None else contextlib.nullcontext()
-
-        with silenced(other):
-            for b in self._held:
-                self._bare[b] = self._walk.call(i, b, self._bare[b])
-            for b in range(len(self._cut)):
-                with watch(b):
-                    self._cut[b] = self._walk.call(i, b, self._cut[b])
-        self._anchor = (part, i)
-        self._matrix = matrix
+        self._run(layer, i, part, ffn_outputs(layer) if part == "attention" else attention_outputs(layer))
 
     def _fill(self, target: list[torch.Tensor]) -> None:
         """Emulate the gap that ends here, where the source has `target`."""
