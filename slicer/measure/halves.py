@@ -44,7 +44,8 @@ class Midway:
             place = self.place(i, layer, run)
             if place is None:
                 with silenced(ffn_outputs(layer)):
-                    return run(), run()
+                    between = run()
+                return between, run()
             seen: list[torch.Tensor] = []
             handle = layer.get_submodule(place).register_forward_pre_hook(
                 lambda module, args, kwargs: seen.append(_given(args, kwargs)), with_kwargs=True
@@ -163,4 +164,4 @@ def record_halves(
 
 
 def _last(states: torch.Tensor) -> torch.Tensor:
-    return states[:, -1].detach().to(torch.float32).cpu()
+    return states[:, -1].detach().to(torch.float32, copy=True).cpu()

@@ -60,7 +60,13 @@ class Values:
 
 
 class Coalitions:
-    """Costs of the model without some players. `parts`: whether they are sublayers, 2i and 2i + 1 those of layer i."""
+    """Costs of the model without some players. `parts`: whether they are sublayers, 2i and 2i + 1 those of layer i.
+
+    Attributes:
+        players: how many there are.
+        base: the cost of the whole model, by sequence.
+        ceiling: the cost of guessing, log V.
+    """
 
     def __init__(
         self, walk: Walk, batches: Sequence[torch.Tensor], *, parts: bool, against: str = "loss"
@@ -82,7 +88,7 @@ class Coalitions:
         self._run(frozenset(), 0)
         self._whole = list(self._trail)
         self._gone: frozenset[int] = frozenset()
-        self._ceiling = math.log(walk.model.config.get_text_config().vocab_size)
+        self.ceiling = math.log(walk.model.config.get_text_config().vocab_size)
         self._last = self._whole[-1]
         self.base = self._costs(self._last)
         self._known: dict[frozenset[int], float] = {}
@@ -95,13 +101,8 @@ class Coalitions:
     def without(self, gone: frozenset[int]) -> float:
         """The cost without these players, nats a token, at most `ceiling`."""
         if gone not in self._known:
-            self._known[gone] = min(float(self.samples_without(gone).mean()), self._ceiling)
+            self._known[gone] = min(float(self.samples_without(gone).mean()), self.ceiling)
         return self._known[gone]
-
-    @property
-    def ceiling(self) -> float:
-        """The cost of guessing."""
-        return self._ceiling
 
     def samples_without(self, gone: frozenset[int]) -> torch.Tensor:
         """The cost of each sequence, [samples], float64."""
@@ -195,12 +196,12 @@ def _marginals(coalitions: Coalitions, order: Sequence[int]) -> torch.Tensor:
     values = torch.zeros(coalitions.players, dtype=torch.float64)
     cost, gone = min(float(coalitions.base.mean()), coalitions.ceiling), frozenset[int]()
     for player in order:
+        if cost >= coalitions.ceiling:
+            break
         gone |= {player}
         new = coalitions.without(gone)
         values[player] = new - cost
         cost = new
-        if cost >= coalitions.ceiling:
-            break
     return values
 
 
