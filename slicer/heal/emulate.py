@@ -146,7 +146,8 @@ class _Filling:
         self._gap: tuple[str, int] | None = None  # the first part removed since the anchor
         self._features: dict[int, torch.Tensor] = {}  # what went into the anchor's output matrix, by batch
         self._gain: torch.Tensor | None = None
-        self._matrix: nn.Module | None = None  # the anchor's output matrix, for "fold"
+        # For "fold", the anchor's output matrix as it was (out of core its layer is gone by then), and its bias.
+        self._weight, self._has_bias = torch.zeros(0, 0), False
         self._found = Emulated(method, rank if method == "linear" else None)
 
     def run(self, progress: Progress) -> Emulated:
@@ -187,10 +188,11 @@ class _Filling:
         """Layer i without the outputs `silent`, over both cuts; `part` then stands before what follows."""
         outputs = attention_outputs(layer) if part == "attention" else ffn_outputs(layer)
         self._features = {}
-        self._matrix = _matrix(outputs) if self._method == "fold" and self._gap_behind(part, i) else None
+        matrix = _matrix(outputs) if self._method == "fold" and self._gap_behind(part, i) else None
+        if matrix is not None:
+            self._weight, self._has_bias = _weight(matrix).float().cpu().clone(), matrix.bias is not None
 
         def watch(b: int) -> contextlib.AbstractContextManager[Any]:
-            matrix = self._matrix
             return contextlib.nullcontext() if matrix is None else _seeing(matrix, self._features, b)
 
         with silenced(silent):
@@ -233,14 +235,10 @@ class _Filling:
             if emulation.weight is None:
                 self._cut[b] = self._cut[b] + emulation.update(self._cut[b], self._eps)
             else:
-                change = self._features[b] @ (emulation.weight - self._old_weight()).T
+                change = self._features[b] @ (emulation.weight - self._weight).T
                 if emulation.bias is not None:
                     change = change + emulation.bias
                 self._cut[b] = self._cut[b] + change.to(self._cut[b].dtype)
-
-    def _old_weight(self) -> torch.Tensor:
-        assert self._matrix is not None
-        return _weight(self._matrix).float().cpu()
 
     def _rows(
         self, target: list[torch.Tensor]
@@ -270,7 +268,7 @@ class _Filling:
         for b, h, change, weight in self._rows(target):
             if self._method == "fold":
                 z = self._features[b][:, SINKS:].flatten(0, 1)
-                constant = self._matrix is not None and self._matrix.bias is not None
+                constant = self._has_bias
             else:
                 assert self._gain is not None
                 z = self._gain * nn.functional.rms_norm(h, h.shape[-1:], None, self._eps)
@@ -285,9 +283,9 @@ class _Filling:
         if solution is None:
             return None
         if self._method == "fold":
-            delta, features = solution.delta, self._old_weight().shape[1]
+            delta, features = solution.delta, self._weight.shape[1]
             bias = delta[:, features].float() if delta.shape[1] > features else None
-            weight = self._old_weight() + delta[:, :features].float()
+            weight = self._weight + delta[:, :features].float()
             return Emulation(*self._anchor, bias, weight=weight, error_left=solution.left)
         assert self._rank is not None
         down, up, c = reduced_rank(solution, equations, self._rank)
