@@ -190,7 +190,8 @@ class _Filling:
         self._features = {}
         matrix = _matrix(outputs) if self._method == "fold" and self._gap_behind(part, i) else None
         if matrix is not None:
-            self._weight, self._has_bias = _weight(matrix).float().cpu().clone(), matrix.bias is not None
+            self._weight = _weight(matrix).float().cpu().clone()
+            self._has_bias = getattr(matrix, "bias", None) is not None
 
         def watch(b: int) -> contextlib.AbstractContextManager[Any]:
             return contextlib.nullcontext() if matrix is None else _seeing(matrix, self._features, b)
