@@ -3,7 +3,7 @@
     python -m slicer.benchmarks.sublayers --model DIR --calibration TEXT --held-out TEXT [--samples 32] [--seq-len 256]
         [--held-out-samples 16] [--rank 32] [--shapley PASSES] --out DIR
 
-Of each kind 1/6, 1/4 and 1/3 go, chosen by angular distance at the last token on the calibration text, in one pass.
+Of each kind 1/6, 1/4 and 1/3 go, by angular distance at the last token on the calibration text, in one pass.
 Each cut is then judged by its loss on the held-out text: bare, with a constant, with a low-rank linear map, and with the
 output matrix before every gap solved again (`slicer.heal.emulate`), all fitted on the same calibration tokens. With
 --shapley the attention parts are also chosen by leave-one-out loss and by Shapley values on the calibration text.
@@ -23,7 +23,8 @@ import torch
 
 from slicer.checkpoint import hub
 from slicer.checkpoint.model import load_model
-from slicer.heal.emulate import emulate, emulated
+from slicer.heal.emulate import emulate
+from slicer.heal.emulation import emulated
 from slicer.measure.calibration import CalibrationSpec, token_batches
 from slicer.measure.halves import measure_halves
 from slicer.measure.shapley import Coalitions, leave_one_out, shapley

@@ -85,7 +85,11 @@ def convert(
     out = out or Path(f"{_short_name(source)}-{_size_name(plan)}")
     cast = DTYPES[options.dtype] if options.dtype else None
     before, after = measure_sizes(checkpoint), sizes_after(checkpoint, plan, config, cast)
-    warnings = tuple(architectures.warnings(checkpoint.config, plan.kept, config_of.of_layers(plan)))
+    # The notes are on how vLLM reads the source's own architecture.
+    native = plan.form != "blockwise" and len(plan.kept) < depth
+    warnings = (
+        tuple(architectures.warnings(checkpoint.config, plan.kept, config_of(plan.kept))) if native else ()
+    )
     if options.dry_run:
         return Summary(None, plan, before, after, "nothing written", warnings=warnings)
     check_output(out, found.path, force=options.force)
@@ -139,7 +143,7 @@ def _emulate(
         method = "fold"
     if method is None:
         return None
-    from slicer.heal import carry, emulate
+    from slicer.heal import carry, emulate, emulation
 
     walk, batches = model.walk(), data.get()
     cast = DTYPES[options.dtype] if options.dtype else None
@@ -160,7 +164,7 @@ def _emulate(
         if options.heal == "auto":
             return None
     standing = carry.carry(checkpoint, plan, copy.deepcopy(config), found, cast)
-    record = emulate.record_of(found, batches.provenance)
+    record = emulation.record_of(found, batches.provenance)
     return replace(standing, record=carry.as_healing(record, standing) if method == "fold" else record)
 
 

@@ -111,12 +111,6 @@ class Configs:
             )
         return self._made[key]
 
-    def of_layers(self, plan: Plan) -> dict[str, Any]:
-        """The config of the kept layers alone, in the source's own architecture."""
-        if len(plan.kept) == plan.depth:
-            return dict(self._checkpoint.config)
-        return self(plan.kept)
-
     def expresses(self, cut: Plan | tuple[int, ...]) -> bool:
         try:
             self(cut)

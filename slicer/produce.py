@@ -78,7 +78,7 @@ def _reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A few tokens, and the logits that the result must have: the source's, healed, with those layers bypassed."""
     from slicer.checkpoint import verify
-    from slicer.heal.emulate import emulated
+    from slicer.heal.emulation import emulated
     from slicer.heal.healing import healed
 
     config = architectures.text_config(checkpoint.config)
@@ -140,8 +140,8 @@ def _walked_logits(
 ) -> torch.Tensor:
     """The logits of `tokens` with what `plan` drops left out (None: nothing), healed by `changes` and with `standing`
     in its place: [batch, seq, vocabulary], on the CPU."""
-    from slicer.checkpoint.model import without_parts
-    from slicer.heal.emulate import attached, norm_eps
+    from slicer.checkpoint.parts import without_parts
+    from slicer.heal.emulation import attached, norm_eps
     from slicer.heal.outputs import applied
 
     no_attention, no_ffn = (frozenset(), frozenset()) if plan is None else plan.gone

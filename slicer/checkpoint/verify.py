@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from slicer.checkpoint import tensors as torch_tensors
-from slicer.checkpoint.model import build_on_meta, bypass, bypass_parts, load_model, meta_tensors, pick_device
+from slicer.checkpoint.model import build_on_meta, bypass, load_model, meta_tensors, pick_device
+from slicer.checkpoint.parts import bypass_parts
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import SlicerError, SourceError, VerificationError
 from slicer.plan import Plan

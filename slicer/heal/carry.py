@@ -14,7 +14,7 @@ from slicer.checkpoint import tensors as stored
 from slicer.checkpoint.architectures import ATTENTION_OUTPUTS, FEED_FORWARD_OUTPUTS
 from slicer.checkpoint.reader import DTYPE_BITS, Checkpoint, TensorSpan
 from slicer.errors import ArchitectureError
-from slicer.heal.emulate import Emulated, Emulation
+from slicer.heal.emulation import Emulated, Emulation
 from slicer.plan import Plan
 
 _BIASES = {

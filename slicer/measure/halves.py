@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slicer.checkpoint.model import attention_outputs, ffn_outputs, silenced
+from slicer.checkpoint.parts import attention_outputs, ffn_outputs, silenced
 from slicer.errors import ArchitectureError
 from slicer.measure.analysis import METRIC, Distances
 from slicer.measure.metrics import angles, check_finite, per_sequence
@@ -117,7 +117,8 @@ def measure_halves(
     Raises CalibrationError for states that are not finite, ArchitectureError where a layer has not both parts, or
     where its layers cannot be run one by one.
     """
-    values = angles(record_halves(walk, batches, progress=progress)).cpu()
+    stacked = record_halves(walk, batches, progress=progress)
+    values = torch.cat([angles(some.float()).cpu() for some in stacked.split(4, 1)])
     length = batches[0].shape[1]
     return table(METRIC, values[:, ::2, ::2], seq_len=length), table(METRIC, values, seq_len=length)
 
@@ -137,7 +138,7 @@ def tables_of_halves(stacked: torch.Tensor, seq_len: int) -> dict[str, Distances
 def record_halves(
     walk: Walk, batches: Sequence[torch.Tensor], *, progress: Progress | None = None
 ) -> torch.Tensor:
-    """The last token's stream before, within and after every layer: [2L+1, samples, d] float32.
+    """The last token's stream before, within and after every layer: [2L+1, samples, d].
 
     Raises as `measure_halves` does.
     """
@@ -164,4 +165,4 @@ def record_halves(
 
 
 def _last(states: torch.Tensor) -> torch.Tensor:
-    return states[:, -1].detach().to(torch.float32, copy=True).cpu()
+    return states[:, -1].detach().cpu().clone()

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from slicer.checkpoint.model import attention_outputs, ffn_outputs, without_parts
+from slicer.checkpoint.parts import attention_outputs, ffn_outputs, without_parts
 from slicer.errors import ArchitectureError, UsageError
 from slicer.measure.analysis import Distances
 from slicer.measure.states import States

@@ -12,7 +12,8 @@ import tiny
 import torch
 
 from slicer.checkpoint.export import export
-from slicer.checkpoint.model import bypass_parts, load_model
+from slicer.checkpoint.model import load_model
+from slicer.checkpoint.parts import bypass_parts
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sublayers import part_of
 from slicer.checkpoint.verify import check_load, logits_of, probe_tokens

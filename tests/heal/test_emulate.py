@@ -14,7 +14,8 @@ from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.verify import check_load, logits_of, probe_tokens
 from slicer.errors import ArchitectureError, HealError, UsageError
 from slicer.heal.carry import carry, form_for
-from slicer.heal.emulate import Emulated, emulate, emulated
+from slicer.heal.emulate import emulate
+from slicer.heal.emulation import Emulated, emulated
 from slicer.measure.stream import Walk
 from slicer.plan import Plan
 
