@@ -4,8 +4,8 @@
         [--held-out-samples 16] [--rank 32] [--shapley PASSES] --out DIR
 
 Of each kind 1/6, 1/4 and 1/3 go, by angular distance at the last token on the calibration text, in one pass.
-Each cut is then judged by its loss on the held-out text: bare, with a constant, with a low-rank linear map, and with the
-output matrix before every gap solved again (`slicer.heal.emulate`), all fitted on the same calibration tokens. With
+Each cut is then judged by its loss on the held-out text: bare, with a constant, with a low-rank linear map and with
+the output matrix before every gap solved again (`slicer.heal.emulate`), all fitted on the same calibration tokens. With
 --shapley the attention parts are also chosen by leave-one-out loss and by Shapley values on the calibration text.
 Finished cells are kept in OUT/sublayers.json and not run again; the tables go to OUT/sublayers.md.
 """

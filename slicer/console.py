@@ -145,7 +145,7 @@ def print_summary(summary: Summary) -> None:
         console.print(f"healed    {_healed(plan.healing)}")
     if plan.emulated is not None:
         console.print(f"emulated  {_emulated(plan.emulated)}")
-    if plan.below_layers:
+    if plan.form != "native":
         console.print(f"form      {_FORMS[plan.form]}", markup=False)
     error = "" if summary.logits_error is None else f" (largest relative error {summary.logits_error:.1e})"
     console.print(f"verified  {summary.verified}{error}")
@@ -164,7 +164,6 @@ def _emulated(record: Mapping[str, Any]) -> str:
 
 
 _FORMS = {
-    "native": "native: an ordinary checkpoint of its architecture",
     "blockwise": "blockwise: vLLM serves it where slicer is installed; transformers after 'import slicer'",
     "zeroed": "zeroed: loads everywhere like the original, and costs as much",
 }
