@@ -39,6 +39,8 @@ class AnalyzeOptions:
             and with `losses` the loss and the KL divergence without each part.
         shapley: forward passes to spend on Shapley values of the layers (with `sublayers` of their parts); 0: none.
         against: what these are of: "loss" or "kl".
+        beside: another analysis of the same model (a directory), on other text: a figure sets the two against each
+            other, part by part.
         healed: block sizes whose closest blocks are also healed in closed form and compared by loss.
     """
 
@@ -54,6 +56,7 @@ class AnalyzeOptions:
     sublayers: bool = False
     shapley: float = 0
     against: str = "loss"
+    beside: Path | None = None
     force: bool = False
     trust_remote_code: bool = False
     command: str | None = None
@@ -78,6 +81,7 @@ def analyze(
     refuse_quantized(checkpoint)
     checkpoint.check_layers()
     _check_sizes(options, checkpoint.depth)
+    other = None if options.beside is None else Analysis.load(options.beside)
     share = Share.of_environment()
     if options.healed and share.world > 1:
         raise UsageError("--healed: solved by one process; run it without torchrun")
@@ -108,7 +112,7 @@ def analyze(
             if not share.is_first:
                 return None
             progress.stage("Drawing")
-            _publish(analysis, out)
+            _publish(analysis, other, out, progress)
         shutil.rmtree(out / PARTIAL, ignore_errors=True)
         return analysis
     finally:
@@ -298,11 +302,18 @@ def _check_sizes(options: AnalyzeOptions, depth: int) -> None:
         )
 
 
-def _publish(analysis: Analysis, out: Path) -> None:
+def _publish(analysis: Analysis, other: Analysis | None, out: Path, progress: Progress) -> None:
     """Figures first, analysis.json last: where it is, everything is."""
-    from slicer.judge import plots
+    from slicer.judge import part_plots, plots
 
     plots.analysis_figures(analysis, out)
+    if analysis.sublayers:
+        part_plots.parts(analysis, out / "parts.png+svg")
+    if other is not None:
+        agreement = part_plots.trade_off(analysis, other, out / "trade-off.png+svg")
+        progress.note(
+            f"trade-off.png sets the two texts against each other: rank correlation {agreement:.2f}"
+        )
     part = out / "analysis.json.part"
     part.write_text(analysis.to_json(), "utf-8")
     part.replace(out / "analysis.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import files
@@ -12,6 +13,9 @@ from click.testing import CliRunner, Result
 
 from slicer import demo
 from slicer.cli import main
+from slicer.errors import PlanError
+from slicer.judge import part_plots
+from slicer.measure.analysis import Analysis
 from slicer.plan import Plan
 
 
@@ -137,6 +141,11 @@ def test_an_analysis_chooses_parts_by_any_metric(text: Path, tmp_path: Path) -> 
         plan = Plan.load(where / "plan.json")
         row = record["sublayers"][metric]["distances"]["1"][::2]
         assert plan.no_attention == tuple(sorted(sorted(range(1, 12), key=row.__getitem__)[:3]))
+    assert (where / "parts.png").read_bytes().startswith(b"\x89PNG")
+    analysis = Analysis.load(where)
+    assert part_plots.trade_off(analysis, analysis, tmp_path / "same.png") == pytest.approx(1)
+    with pytest.raises(PlanError, match="same model"):
+        part_plots.trade_off(analysis, replace(analysis, depth=11), tmp_path / "never.png")
     result = slicer("plan", where, "--drop-attention", 3, "--metric", "taylor")
     assert result.exit_code == 1 and "taylor" in result.output
 

@@ -94,6 +94,12 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="What Shapley values are shares of: the loss, or the KL divergence from the full model.",
 )
 @click.option(
+    "--beside",
+    metavar="ANALYSIS",
+    type=click.Path(path_type=Path),
+    help="Also draw what each part is worth here against what it is worth to the text of that other analysis.",
+)
+@click.option(
     "--healed",
     metavar="N,...",
     help="Also heal the four closest blocks of these sizes in closed form, and compare their loss.",
@@ -139,6 +145,7 @@ def analyze(source: str, out: Path, **given: Any) -> None:
         taylor=given["taylor"],
         sublayers=given["sublayers"],
         against=given["against"],
+        beside=given["beside"],
         force=given["force"],
         trust_remote_code=given["trust_remote_code"],
         command=recorded_command(_UNRECORDED),
