@@ -55,7 +55,9 @@ def test_the_command_and_the_version() -> None:
     }
     assert commands["slicer"] == "slicer.cli:main"
     plugins = {entry.value for entry in installed.entry_points if entry.group == "vllm.general_plugins"}
-    assert plugins == {"slicer.serve.plugin:register"}, "run make again: it was installed before it had a plugin"
+    assert plugins == {"slicer.serve.plugin:register"}, (
+        "run make again: it was installed before it had a plugin"
+    )
 
 
 def test_the_core_stays_light() -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from slicer import convert
 from slicer.checkpoint.model import load_model
+from slicer.convert import convert
 from slicer.measure.calibration import CalibrationSpec
 from slicer.options import Goal, Options
 from slicer.plan import parse_amount

@@ -108,7 +108,7 @@ class DeciLMForCausalLM(DeciLMPreTrainedModel, Qwen2ForCausalLM):  # type: ignor
     """The decoder with a language-model head."""
 
     def __init__(self, config: BlockwiseConfig) -> None:
-        DeciLMPreTrainedModel.__init__(self, config)
+        Qwen2PreTrainedModel.__init__(self, config)
         self.model = DeciLMModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
