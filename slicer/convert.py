@@ -98,9 +98,8 @@ def convert(
     summary = Summary(out, plan, before, after, verify, warnings=warnings)
     standing = _emulate(checkpoint, summary, config, model, data, options, progress)
     if standing is not None:
-        plan = replace(
-            plan, **{"healing" if standing.found.method == "fold" else "emulated": standing.record}
-        )
+        folded = standing.found.method == "fold"
+        plan = replace(plan, healing=standing.record) if folded else replace(plan, emulated=standing.record)
         after = sizes_after(checkpoint, plan, standing.config, cast, standing.added)
         summary = replace(summary, plan=plan, after=after)
     healing = _heal(checkpoint, summary, model, data, options, progress)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from slicer import convert
 from slicer.checkpoint.model import load_model
 from slicer.convert import convert
 from slicer.measure.calibration import CalibrationSpec

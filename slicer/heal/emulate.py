@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def emulate(
     judging = tuple(range(HELD_OUT // 2, len(sequences), HELD_OUT)) or (len(sequences) // 2,)
     apart[list(judging)] = True
     size = len(batches[0])
-    fitted, held = sequences[~apart].split(size), sequences[apart].split(size)
+    fitted, held = torch.split(sequences[~apart], size), torch.split(sequences[apart], size)
     found = _Filling(walk, [*fitted, *held], len(fitted), plan, method, rank).run(progress)
     return replace(found, held_out=judging)
 
@@ -107,7 +108,7 @@ class _Filling:
         progress.stage("Emulating what is gone", self._walk.depth, "layers")
         for i in range(self._walk.depth):
             with self._walk.layer(i) as layer:
-                if self._midway.place(i, layer, lambda i=i: self._walk.call(i, 0, self._source[0])) is None:
+                if self._midway.place(i, layer, partial(self._walk.call, i, 0, self._source[0])) is None:
                     raise ArchitectureError(
                         f"layer {i} of {type(self._walk.model).__name__} runs attention and feed-forward part side by "
                         "side, so nothing can stand for one of them; use no --emulate"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,14 +126,13 @@ def _attached(layer: nn.Module, emulation: Emulation, eps: float) -> list[Callab
     outputs = attention_outputs(layer) if emulation.part == "attention" else ffn_outputs(layer)
     if emulation.weight is not None:
         module = output_matrix(outputs)
-        old = module.weight.data
-        new = emulation.weight.T if type(module).__name__ == "Conv1D" else emulation.weight
-        module.weight.data = new.to(old)
-        undo = [lambda: setattr(module.weight, "data", old)]
-        if emulation.bias is not None:
-            bias = module.bias.data
-            module.bias.data = (bias.float() + emulation.bias.to(bias.device)).to(bias)
-            undo.append(lambda: setattr(module.bias, "data", bias))
+        weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
+        old, new = weight.data, emulation.weight.T if type(module).__name__ == "Conv1D" else emulation.weight
+        weight.data = new.to(old)
+        undo: list[Callable[[], None]] = [partial(setattr, weight, "data", old)]
+        if emulation.bias is not None and isinstance(bias, torch.Tensor):
+            undo.append(partial(setattr, bias, "data", bias.data))
+            bias.data = (bias.data.float() + emulation.bias.to(bias.device)).to(bias.dtype)
         return undo
     entering: list[torch.Tensor] = []
 

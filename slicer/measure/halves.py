@@ -118,7 +118,7 @@ def measure_halves(
     where its layers cannot be run one by one.
     """
     stacked = record_halves(walk, batches, progress=progress)
-    values = torch.cat([angles(some.float()).cpu() for some in stacked.split(4, 1)])
+    values = torch.cat([angles(some.float()).cpu() for some in torch.split(stacked, 4, 1)])
     length = batches[0].shape[1]
     return table(METRIC, values[:, ::2, ::2], seq_len=length), table(METRIC, values, seq_len=length)
 
@@ -127,7 +127,7 @@ def tables_of_halves(stacked: torch.Tensor, seq_len: int) -> dict[str, Distances
     """Every metric that is an average over tokens, at the last token of each sequence, between half-layers: from what
     `record_halves` returned."""
     found: dict[str, list[torch.Tensor]] = {}
-    for one in stacked.split(1, 1):
+    for one in torch.split(stacked, 1, 1):
         for name, value in per_sequence(one[:, :, None]).items():
             if name == "angular_mean":
                 continue  # of one token: the same again
