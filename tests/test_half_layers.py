@@ -9,6 +9,7 @@ from pathlib import Path
 import files
 import pytest
 import sources
+import tiny
 from click.testing import CliRunner, Result
 
 from slicer import demo
@@ -200,3 +201,19 @@ def test_a_broken_plan_is_named(source: Path, tmp_path: Path) -> None:
         result = slicer("convert", source, "--plan", file, "-o", tmp_path / "out")
         assert result.exit_code == 1 and word in result.output, result.output
         assert len(result.stderr.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("family", "word"), [("qwen3", "QK-norm"), ("gemma2", "--format zeroed")])
+def test_a_family_without_a_form_is_refused_with_the_reason(family: str, word: str, tmp_path: Path) -> None:
+    source = tiny.save_tiny(family, tmp_path / "source")
+    result = slicer("convert", source, "--drop-attention", "3-3", "-o", tmp_path / "out")
+    assert result.exit_code == 1 and word in result.output and len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+    succeeds("convert", source, "--drop-attention", "3-3", "--format", "zeroed", "-o", tmp_path / "out")
+
+
+def test_what_healing_afterwards_cannot_do(source: Path, text: Path, tmp_path: Path) -> None:
+    succeeds("convert", source, "--drop-attention", "3-3", "-o", tmp_path / "cut")
+    result = slicer("heal", tmp_path / "cut", *calibrated(text), "-o", tmp_path / "healed")
+    assert result.exit_code == 1 and "--heal fold" in result.output
+    assert not (tmp_path / "healed").exists()
