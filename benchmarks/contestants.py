@@ -18,6 +18,7 @@ from slicer.checkpoint import architectures, hub
 from slicer.checkpoint.export import copy_companions, expand_config, refuse_quantized, sliced_config
 from slicer.checkpoint.model import blueprint
 from slicer.checkpoint.reader import Checkpoint, has_weights, read_config
+from slicer.checkpoint.registration import MODEL_TYPE
 from slicer.checkpoint.sizes import measure_sizes
 from slicer.errors import ArchitectureError, BenchError, SourceError, UsageError
 from slicer.plan import Plan
@@ -68,6 +69,8 @@ def checkpoints(base: str, sliced: Sequence[str], dtype: str) -> list[Contestant
         refuse_quantized(checkpoint)
         checkpoint.check_layers()
         config = architectures.text_config(checkpoint.config)
+        if config.get("model_type") == MODEL_TYPE and (checkpoint.path / "slicer" / "plan.json").is_file():
+            config = {**config, "model_type": Plan.load(checkpoint.path).model_type}  # what it was cut from
         for name in ("model_type", "hidden_size", "vocab_size"):
             if config.get(name) != first.get(name):
                 raise BenchError(

@@ -10,6 +10,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from slicer.checkpoint.registration import register as _register
+
 if TYPE_CHECKING:
     from slicer.checkpoint.export import export as export
     from slicer.checkpoint.reader import Checkpoint as Checkpoint
@@ -50,3 +52,6 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'slicer' has no attribute {name!r}")
+
+
+_register()  # the blockwise form, with transformers whenever that is imported

@@ -35,6 +35,12 @@ class AnalyzeOptions:
         losses: block sizes whose every block is also scored by the loss without it; costs further passes.
         greedy: layers to remove one after another by re-scored loss (SLEB); 0 for none.
         taylor: whether to also take |gradient x weight|.
+        sublayers: whether attention and feed-forward parts are measured apart, and half-offset cuts: a further pass,
+            and with `losses` the loss and the KL divergence without each part.
+        shapley: forward passes to spend on Shapley values of the layers (with `sublayers` of their parts); 0: none.
+        against: what these are of: "loss" or "kl".
+        beside: another analysis of the same model (a directory), on other text: a figure sets the two against each
+            other, part by part.
         healed: block sizes whose closest blocks are also healed in closed form and compared by loss.
     """
 
@@ -47,6 +53,10 @@ class AnalyzeOptions:
     greedy: int = 0
     taylor: bool = False
     healed: tuple[int, ...] = ()
+    sublayers: bool = False
+    shapley: float = 0
+    against: str = "loss"
+    beside: Path | None = None
     force: bool = False
     trust_remote_code: bool = False
     command: str | None = None
@@ -71,9 +81,12 @@ def analyze(
     refuse_quantized(checkpoint)
     checkpoint.check_layers()
     _check_sizes(options, checkpoint.depth)
+    other = None if options.beside is None else Analysis.load(options.beside)
     share = Share.of_environment()
     if options.healed and share.world > 1:
         raise UsageError("--healed: solved by one process; run it without torchrun")
+    if (options.sublayers or options.shapley) and share.world > 1:
+        raise UsageError("--sublayers and --shapley: measured by one process; run them without torchrun")
     try:
         mark = fingerprint(
             checkpoint,
@@ -99,7 +112,7 @@ def analyze(
             if not share.is_first:
                 return None
             progress.stage("Drawing")
-            _publish(analysis, out)
+            _publish(analysis, other, out, progress)
         shutil.rmtree(out / PARTIAL, ignore_errors=True)
         return analysis
     finally:
@@ -177,6 +190,7 @@ def _measure(
             progress=progress,
         )
         losses.tables["healed_loss"] = healed
+    halves = _measure_parts(walk, own, options, losses.tables, progress)
     each = len(trace.point_positions)
     return Analysis(
         depth=walk.depth,
@@ -189,7 +203,35 @@ def _measure(
         calibration=provenance,
         base_loss=losses.base,
         greedy=losses.greedy,
+        sublayers=halves,
     )
+
+
+def _measure_parts(
+    walk: Any, batches: list[Any], options: AnalyzeOptions, tables: dict[str, Any], progress: Progress
+) -> dict[str, Any]:
+    """Tables of half-layers; Shapley values of whole layers are entered into `tables`."""
+    from slicer.measure import halves
+    from slicer.measure.shapley import Coalitions, leave_one_out, shapley, table_of
+
+    found: dict[str, Any] = {}
+    samples, seq_len = sum(len(b) for b in batches), batches[0].shape[1]
+    if options.sublayers:
+        stacked = halves.record_halves(walk, batches, progress=progress)
+        found |= halves.tables_of_halves(stacked, seq_len)
+        for against in ("loss", "kl") if options.losses else ():
+            coalitions = Coalitions(walk, batches, parts=True, against=against)
+            found[against] = table_of(against, leave_one_out(coalitions, progress), seq_len, samples, 1)
+    if options.shapley:
+        coalitions = Coalitions(walk, batches, parts=options.sublayers, against=options.against)
+        values = shapley(coalitions, options.shapley, seed=options.calibration.seed, progress=progress)
+        target = found if options.sublayers else tables
+        target["shapley"] = table_of("shapley", values, seq_len, samples)
+        pairs = len(values.samples)
+        progress.note(
+            f"Shapley values from {pairs} pair{'s' if pairs > 1 else ''} of orders, {values.passes:.0f} forward passes"
+        )
+    return found
 
 
 def _batches(
@@ -250,17 +292,28 @@ def _check_sizes(options: AnalyzeOptions, depth: int) -> None:
             raise UsageError(
                 f"--{name} {n}: the model has {depth} layers; give sizes between 1 and {depth - 1}"
             )
+    if options.against not in ("loss", "kl"):
+        raise UsageError(f"--against {options.against}: choose loss or kl")
+    if options.shapley < 0:
+        raise UsageError(f"--shapley {options.shapley:g}: give a number of forward passes of at least 1")
     if not 0 <= options.greedy < depth:
         raise UsageError(
             f"--greedy {options.greedy}: the model has {depth} layers; remove at most {depth - 1}"
         )
 
 
-def _publish(analysis: Analysis, out: Path) -> None:
+def _publish(analysis: Analysis, other: Analysis | None, out: Path, progress: Progress) -> None:
     """Figures first, analysis.json last: where it is, everything is."""
-    from slicer.judge import plots
+    from slicer.judge import part_plots, plots
 
     plots.analysis_figures(analysis, out)
+    if analysis.sublayers:
+        part_plots.parts(analysis, out / "parts.png+svg")
+    if other is not None:
+        agreement = part_plots.trade_off(analysis, other, out / "trade-off.png+svg")
+        progress.note(
+            f"trade-off.png sets the two texts against each other: rank correlation {agreement:.2f}"
+        )
     part = out / "analysis.json.part"
     part.write_text(analysis.to_json(), "utf-8")
     part.replace(out / "analysis.json")

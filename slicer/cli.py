@@ -98,6 +98,13 @@ def main() -> None:
 @click.option(
     "--max-bytes", metavar="SIZE", help="Drop as few layers as bring the weights to SIZE, e.g. 16GB."
 )
+@click.option(
+    "--drop-attention",
+    metavar="AMOUNT",
+    help="Attention of so many layers (as in --drop), beside --drop or alone: their keys and values are not cached.",
+)
+@click.option("--drop-ffn", metavar="AMOUNT", help="Feed-forward part of so many layers, likewise.")
+@click.option("--drop-sublayers", metavar="AMOUNT", help="So many of either, whichever changes least.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Replay a saved plan.json.")
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="Output directory  [default: SOURCE's name-LAYERSL]"
@@ -109,6 +116,21 @@ def main() -> None:
     show_default=True,
     help="similarity: the block whose ends lie closest (angular distance). deepest: the last layers but the final "
     "one. tail: the last layers.",
+)
+@click.option(
+    "--offset",
+    type=click.Choice(["auto", "whole", "half"]),
+    default="auto",
+    show_default=True,
+    help="Cut whole layers, or half-offset: from after one attention to after another, joined to the "
+    "feed-forward part that follows. auto: whichever is closer (whole where the cut is healed).",
+)
+@click.option(
+    "--format",
+    type=click.Choice(["native", "blockwise", "zeroed"]),
+    help="How layers without attention or feed-forward part are written. blockwise: vLLM's DeciLM form (Llama, "
+    "Mistral, Qwen2); transformers needs 'import slicer'. zeroed: output matrix zero; loads everywhere, saves nothing  "
+    "[default: native, blockwise where a part is missing]",
 )
 @calibration_options
 @click.option(
@@ -128,6 +150,12 @@ def main() -> None:
 )
 @training_options
 @rank_options
+@click.option(
+    "--emulate",
+    type=click.Choice(["bias", "linear"]),
+    help="Let something small stand for what is removed, solved in closed form on the calibration data: a constant "
+    "(bias) or a low-rank map (linear, needs --rank).",
+)
 @click.option(
     "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest weight file."
 )
@@ -168,12 +196,12 @@ def convert(source: str, **given: Any) -> None:
     from slicer.options import Goal, Options
     from slicer.plan import Plan, parse_amount, parse_size
 
-    amounts = {
-        name: given[name] for name in ("drop", "keep", "max_params", "max_bytes") if given[name] is not None
-    }
+    parts = ("drop_attention", "drop_ffn", "drop_sublayers")
+    amounts = ("drop", "keep", "max_params", "max_bytes", *parts)
     goal = None
-    if amounts:
+    if any(given[name] is not None for name in amounts):
         goal = Goal(
+            **{p: parse_amount(given[p], f"--{p.replace('_', '-')}") for p in parts if given[p] is not None},
             drop=parse_amount(given["drop"]) if given["drop"] is not None else None,
             keep=given["keep"],
             max_params=parse_size(given["max_params"], "--max-params")
@@ -199,9 +227,13 @@ def convert(source: str, **given: Any) -> None:
         memory=parse_size(given["memory"], "--memory") if given["memory"] is not None else None,
         heal=given["heal"],
         fold=given["fold"],
-        training=training_of(given, given["heal"], "--heal"),
+        training=training_of({**given, "rank": None} if given["emulate"] else given, given["heal"], "--heal"),
         save_adapter=given["save_adapter"],
         rank_sweep=rank_sweep_of(given) if given["rank_sweep"] is not None else None,
+        format=given["format"],
+        offset=given["offset"],
+        emulate=given["emulate"],
+        rank=given["rank"],
         max_shard_bytes=parse_size(given["max_shard_size"], "--max-shard-size"),
         force=given["force"],
         dry_run=given["dry_run"],

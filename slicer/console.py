@@ -26,7 +26,7 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from slicer.plan import Plan, spell_layers
+from slicer.plan import Plan, spell_dropped, spell_layers
 from slicer.progress import Progress
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def print_summary(summary: Summary) -> None:
     """The table before and after, the block, the checks, the warnings."""
     console = stdout()
     plan = summary.plan
-    table = Table(title=f"{plan.source}: {plan.depth} to {len(plan.kept)} layers", title_justify="left")
+    table = Table(title=f"{plan.source}: {_change(plan)}", title_justify="left")
     for name in ("", "before", "after", "left"):
         table.add_column(name, justify="left" if not name else "right")
     for (label, old, before), (_, new, after) in zip(
@@ -140,15 +140,46 @@ def print_summary(summary: Summary) -> None:
     ):
         table.add_row(label, before, after, f"{new / old:.1%}" if old else "-")
     console.print(table)
-    console.print(f"dropped   layers {spell_layers(plan.dropped)} ({_why(plan)})")
+    dropped = f"layers {spell_layers(plan.dropped)}" if not plan.below_layers else spell_dropped(plan)
+    console.print(f"dropped   {dropped} ({_why(plan)})", markup=False)
     for other in plan.runners_up[:2]:
         console.print(f"          next best {other['block']} at {other['distance']:.4f}")
     if plan.healing is not None:
         console.print(f"healed    {_healed(plan.healing)}")
+    if plan.emulated is not None:
+        console.print(f"emulated  {_emulated(plan.emulated)}")
+    if plan.form != "native":
+        console.print(f"form      {_FORMS[plan.form]}", markup=False)
     console.print(f"verified  {summary.verified}{_errors(summary)}")
     for warning in summary.warnings:
         console.print(f"warning   {warning}")
     console.print(f"written   {summary.out}" if summary.out else "written   nothing (dry run)")
+
+
+def _emulated(record: Mapping[str, Any]) -> str:
+    loss = record["loss"]
+    rank = f" of rank {record['rank']}" if record.get("rank") else ""
+    return (
+        f"{record['method']}{rank}: held-out loss {loss['cut']:.3f} to {loss['emulated']:.3f} nats a token "
+        f"(whole model: {loss['source']:.3f})"
+    )
+
+
+_FORMS = {
+    "blockwise": "blockwise: vLLM serves it where slicer is installed; transformers after 'import slicer'",
+    "zeroed": "zeroed: loads everywhere like the original, and costs as much",
+}
+
+
+def _change(plan: Plan) -> str:
+    """ "24 to 20 layers", and what the layers left lack."""
+    layers = len(plan.kept)
+    words = f"{plan.depth} to {layers} layers" if layers < plan.depth else f"{layers} layers"
+    if plan.no_attention:
+        words += f", {layers - len(plan.no_attention)} with attention"
+    if plan.no_ffn:
+        words += f", {layers - len(plan.no_ffn)} with feed-forward part"
+    return words
 
 
 def print_healed(done: Healed) -> None:
@@ -215,9 +246,15 @@ def _errors(done: Summary | Healed | Merged) -> str:
 def _why(plan: Plan) -> str:
     if plan.distance is not None and plan.metric not in (None, "angular_last_token"):
         return f"{plan.strategy}: {plan.metric} {plan.distance:.4g}"
+    if plan.distance is not None and (plan.no_attention or plan.no_ffn):
+        return f"{plan.strategy}: angular distances {plan.distance:.4f} in all"
     if plan.distance is not None:
         return f"{plan.strategy}: angular distance {plan.distance:.4f} across the block"
     return plan.strategy if plan.strategy != "explicit" else "as named"
+
+
+def _dropped(plan: Plan) -> str:
+    return spell_dropped(plan) if plan.below_layers else spell_layers(plan.dropped)
 
 
 def print_inspection(found: Inspection) -> None:
@@ -240,8 +277,9 @@ def print_inspection(found: Inspection) -> None:
         facts += [
             ("sliced from", f"{plan.source}{revision}, {plan.depth} layers"),
             ("kept", spell_layers(plan.kept)),
-            ("dropped", f"{spell_layers(plan.dropped)} ({_why(plan)})"),
+            ("dropped", f"{_dropped(plan)} ({_why(plan)})"),
             ("healed", _healed(plan.healing) if plan.healing else "no"),
+            *([("emulated", _emulated(plan.emulated))] if plan.emulated else []),
         ]
     for label, text in facts:
         console.print(f"{label:<18}{text}")
@@ -263,7 +301,7 @@ def print_serving(path: Path, name: str, notes: Sequence[str]) -> None:
         plan = Plan.load(path)
         _ERR.print(
             f"serving   {name}: {len(plan.kept)} of the {plan.depth} layers of {plan.source}, "
-            f"without {spell_layers(plan.dropped)} ({_why(plan)})",
+            f"without {_dropped(plan)} ({_why(plan)})",
             markup=False,
             soft_wrap=True,
         )

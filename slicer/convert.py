@@ -5,18 +5,19 @@ resolve -> Checkpoint.open -> [load -> calibrate -> measure -> select] -> [heal]
 
 from __future__ import annotations
 
+import copy
 import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slicer import __version__
-from slicer.checkpoint import architectures, hub
+from slicer.checkpoint import architectures, blockwise, hub
 from slicer.checkpoint.export import DTYPES, check_output, refuse_quantized
 from slicer.checkpoint.reader import Checkpoint
-from slicer.checkpoint.sizes import measure_sizes
+from slicer.checkpoint.sizes import measure_sizes, sizes_after
 from slicer.checkpoint.writer import check_space
-from slicer.choose import choose
+from slicer.choose import Measured, choose
 from slicer.errors import ArchitectureError, HealError, PlanError
 from slicer.heal.settings import METHODS, Training, of_record
 from slicer.materials import CalibrationData, Configs, SourceModel
@@ -27,8 +28,8 @@ from slicer.produce import write
 from slicer.progress import Progress
 
 if TYPE_CHECKING:
+    from slicer.heal.carry import Standing
     from slicer.heal.healing import Healing
-    from slicer.measure.analysis import Distances
 
 
 def convert(
@@ -62,13 +63,19 @@ def convert(
     model = SourceModel(checkpoint, options, progress)
     data = CalibrationData(checkpoint, options, model, progress)
     config_of = Configs(checkpoint, options)
-    distances: Distances | None = None
+    measured: Measured | None = None
     if plan is not None:
-        config_of(plan.kept if plan.depth == depth else _mismatch(plan, checkpoint))
-        options = _healing_again(plan, options, data)
+        if plan.depth != depth:
+            _mismatch(plan, checkpoint)
+        if options.format is not None:
+            plan = replace(plan, form=blockwise.form_for(checkpoint, plan, options.format))
+        config_of(plan)
+        options = _emulating_again(plan, _healing_again(plan, options, data), data)
     else:
         assert goal is not None
-        plan, distances = choose(checkpoint, goal, options, model, data, config_of, progress)
+        plan, measured = choose(checkpoint, goal, options, model, data, config_of, progress)
+    plan = _form(checkpoint, plan, options)
+    config = config_of(plan)
     plan = replace(
         plan,
         source=source,
@@ -79,21 +86,103 @@ def convert(
         command=options.command,
         parent=_parent(found.path),
         healing=None,
+        emulated=None,
     )
-    out = out or Path(f"{_short_name(source)}-{len(plan.kept)}L")
+    out = out or Path(f"{_short_name(source)}-{_size_name(plan)}")
     cast = DTYPES[options.dtype] if options.dtype else None
-    before, after = measure_sizes(checkpoint), measure_sizes(checkpoint, plan.kept, cast)
-    warnings = tuple(architectures.warnings(checkpoint.config, plan.kept, config_of(plan.kept)))
+    before, after = measure_sizes(checkpoint), sizes_after(checkpoint, plan, config, cast)
+    # The notes are on how vLLM reads the source's own architecture.
+    native = plan.form != "blockwise" and len(plan.kept) < depth
+    warnings = (
+        tuple(architectures.warnings(checkpoint.config, plan.kept, config_of(plan.kept))) if native else ()
+    )
     if options.dry_run:
         return Summary(None, plan, before, after, "nothing written", warnings=warnings)
     check_output(out, found.path, force=options.force)
     check_space(out, after.total_bytes)
     verify = _verification(options, model, progress)
     summary = Summary(out, plan, before, after, verify, warnings=warnings)
+    standing = _emulate(checkpoint, summary, config, model, data, options, progress)
+    if standing is not None:
+        folded = standing.found.method == "fold"
+        plan = replace(plan, healing=standing.record) if folded else replace(plan, emulated=standing.record)
+        after = sizes_after(checkpoint, plan, standing.config, cast, standing.added)
+        summary = replace(summary, plan=plan, after=after)
     healing = _heal(checkpoint, summary, model, data, options, progress)
     if healing is not None:
         summary = replace(summary, plan=replace(plan, healing=healing.record))
-    return write(checkpoint, summary, config_of(plan.kept), distances, model, healing, options, progress)
+    return write(checkpoint, summary, config, measured, model, healing, standing, options, progress)
+
+
+def _form(checkpoint: Checkpoint, plan: Plan, options: Options) -> Plan:
+    """`plan` in the form that can carry what is to stand for the removed parts."""
+    if options.emulate is None:
+        return plan
+    from slicer.heal import carry
+    from slicer.heal.emulate import check_rank
+
+    width = architectures.text_config(checkpoint.config).get("hidden_size")
+    if isinstance(width, int):
+        check_rank(options.emulate, options.rank, width)
+    return carry.form_for(checkpoint, plan, options.emulate)
+
+
+def _emulate(
+    checkpoint: Checkpoint,
+    summary: Summary,
+    config: dict[str, Any],
+    model: SourceModel,
+    data: CalibrationData,
+    options: Options,
+    progress: Progress,
+) -> Standing | None:
+    """What stands for the removed parts, as --emulate asks; also the fold of a cut below the layer."""
+    plan = summary.plan
+    method = options.emulate
+    if method is None and plan.below_layers and options.heal in ("fold", "auto"):
+        if options.heal == "auto" and not data.at_hand:
+            progress.note(
+                "not healed: there is no calibration data at hand; --calibration DATA heals the cut"
+            )
+            return None
+        method = "fold"
+    if method is None:
+        return None
+    from slicer.heal import carry, emulate, emulation
+
+    walk, batches = model.walk(), data.get()
+    cast = DTYPES[options.dtype] if options.dtype else None
+    try:
+        found = emulate.emulate(walk, batches.batches, plan, method, options.rank, progress=progress)
+    except (HealError, ArchitectureError) as error:
+        if options.heal != "auto":
+            raise
+        progress.note(f"not healed: {error}")
+        return None
+    losses = found.losses
+    if not found.helps:
+        words = (
+            f"the loss on calibration text held out does not fall ({losses['emulated']:.4f} nats a token, "
+            f"{losses['cut']:.4f} without)"
+        )
+        progress.note(f"done as asked, but {words}" if options.heal != "auto" else f"not healed: {words}")
+        if options.heal == "auto":
+            return None
+    standing = carry.carry(checkpoint, plan, copy.deepcopy(config), found, cast)
+    record = emulation.record_of(found, batches.provenance)
+    return replace(standing, record=carry.as_healing(record, standing) if method == "fold" else record)
+
+
+def _emulating_again(plan: Plan, options: Options, data: CalibrationData) -> Options:
+    """A plan that was emulated is emulated again on the same text, unless other options are given."""
+    record = plan.emulated
+    if record is None or options.emulate is not None or options.heal is not None:
+        return options
+    if options.calibration.source is None:
+        given = dict(record.get("calibration") or {})
+        names = {f.name for f in fields(CalibrationSpec)}
+        data.spec = CalibrationSpec(**{k: v for k, v in given.items() if k in names})
+    return replace(options, emulate=str(record.get("method")), rank=record.get("rank"))
 
 
 def _convert_and_train(
@@ -198,7 +287,9 @@ def _heal(
 ) -> Healing | None:
     """The new weights around the cut, or None; unasked, only where that can be done and helps."""
     asked = options.heal == "fold"
-    if options.heal == "none":
+    if (
+        options.heal == "none" or options.emulate is not None or summary.plan.below_layers
+    ):  # `_emulate` does the last
         return None
     if not asked and not data.at_hand:
         progress.note("not healed: there is no calibration data at hand; --calibration DATA heals the cut")
@@ -230,7 +321,7 @@ def _heal(
 def _healing_again(plan: Plan, options: Options, data: CalibrationData) -> Options:
     """A plan is replayed as it was: healed on the same text, or not at all, unless other options are given."""
     record = plan.healing
-    if options.heal is not None or options.calibration.source is not None:
+    if options.heal is not None or options.calibration.source is not None or plan.emulated is not None:
         return options
     if record is None:
         return replace(options, heal="none")
@@ -249,11 +340,18 @@ def _verification(options: Options, model: SourceModel, progress: Progress) -> s
     return "load"
 
 
-def _mismatch(plan: Plan, checkpoint: Checkpoint) -> tuple[int, ...]:
+def _mismatch(plan: Plan, checkpoint: Checkpoint) -> None:
     raise PlanError(
         f"the plan is for a model of {plan.depth} layers but {checkpoint.path} has {checkpoint.depth}; "
         "make a plan for this one with --dry-run"
     )
+
+
+def _size_name(plan: Plan) -> str:
+    """ "20L", and what is left of attention and feed-forward parts where some are missing: "24L-16A"."""
+    layers = len(plan.kept)
+    attention = f"-{layers - len(plan.no_attention)}A" if plan.no_attention else ""
+    return f"{layers}L{attention}" + (f"-{layers - len(plan.no_ffn)}F" if plan.no_ffn else "")
 
 
 def _short_name(source: str) -> str:

@@ -96,21 +96,24 @@ class Configs:
 
     def __init__(self, checkpoint: Checkpoint, options: Options) -> None:
         self._checkpoint, self._options = checkpoint, options
-        self._made: dict[tuple[int, ...], dict[str, Any]] = {}
+        self._made: dict[tuple[Any, ...], dict[str, Any]] = {}
 
-    def __call__(self, kept: tuple[int, ...]) -> dict[str, Any]:
-        if kept not in self._made:
-            self._made[kept] = sliced_config(
+    def __call__(self, cut: Plan | tuple[int, ...]) -> dict[str, Any]:
+        """Of a plan, or of one that keeps these layers. Raises ArchitectureError as `sliced_config` does."""
+        plan = cut if isinstance(cut, Plan) else Plan(self._checkpoint.depth, cut)
+        key = (plan.kept, plan.no_attention, plan.no_ffn, plan.joined, plan.form)
+        if key not in self._made:
+            self._made[key] = sliced_config(
                 self._checkpoint,
-                Plan(self._checkpoint.depth, kept),
+                plan,
                 dtype=self._options.dtype,
                 trust_remote_code=self._options.trust_remote_code,
             )
-        return self._made[kept]
+        return self._made[key]
 
-    def expresses(self, kept: tuple[int, ...]) -> bool:
+    def expresses(self, cut: Plan | tuple[int, ...]) -> bool:
         try:
-            self(kept)
+            self(cut)
         except ArchitectureError:
             return False
         return True

@@ -20,22 +20,55 @@ if TYPE_CHECKING:
 
 STRATEGIES = ("similarity", "deepest", "tail")
 HEALINGS = ("none", "auto", "fold", *METHODS)
+FORMATS = ("native", "blockwise", "zeroed")
+OFFSETS = ("auto", "whole", "half")
+EMULATIONS = ("bias", "linear")
 
 
 @dataclass(frozen=True)
 class Goal:
-    """How deep to cut: exactly one field is set. Budgets ask for the smallest n that meets them."""
+    """How deep to cut. Budgets ask for the smallest n that meets them.
+
+    At most one of `drop`, `keep`, `max_params` and `max_bytes` says how many layers go; beside the first two, or alone,
+    `drop_attention`, `drop_ffn` and `drop_sublayers` (either part) say how many parts of the layers that stay.
+    """
 
     drop: Amount | None = None
     keep: int | None = None
     max_params: int | None = None
     max_bytes: int | None = None
+    drop_attention: Amount | None = None
+    drop_ffn: Amount | None = None
+    drop_sublayers: Amount | None = None
 
     def __post_init__(self) -> None:
-        if sum(value is not None for value in asdict(self).values()) != 1:
+        whole = [self.drop, self.keep, self.max_params, self.max_bytes]
+        given = sum(value is not None for value in whole)
+        if given > 1 or (not given and not self.parts):
             raise UsageError(
                 "say how much to drop with exactly one of --drop, --keep, --max-params and --max-bytes"
+                + ("" if given > 1 else ", or with --drop-attention, --drop-ffn or --drop-sublayers")
             )
+        if self.parts and (self.max_params is not None or self.max_bytes is not None):
+            raise UsageError(
+                "a budget (--max-params, --max-bytes) counts whole layers; give --drop-attention and the like alone, "
+                "or beside --drop or --keep"
+            )
+        if self.drop_sublayers is not None and self.drop_sublayers.layers is not None:
+            raise UsageError(
+                "--drop-sublayers: give a fraction or a count; name layers with --drop-attention and --drop-ffn"
+            )
+
+    @property
+    def parts(self) -> dict[str, Amount]:
+        """What is to go below the layer: "attention", "ffn", "sublayers" -> how much of it."""
+        named = {"attention": self.drop_attention, "ffn": self.drop_ffn, "sublayers": self.drop_sublayers}
+        return {name: amount for name, amount in named.items() if amount is not None}
+
+    @property
+    def layers(self) -> bool:
+        """Whether whole layers are to go."""
+        return any(v is not None for v in (self.drop, self.keep, self.max_params, self.max_bytes))
 
     def counts(self, depth: int) -> Iterable[int]:
         """The numbers of layers to drop to try, in order; `met` says when to stop."""
@@ -75,6 +108,12 @@ class Options:
         training: how to train, where `heal` says so; None: as the method's preset has it.
         save_adapter: where the trained adapter goes as well.
         rank_sweep: ranks to choose among.
+        format: how layers without attention or feed-forward part are written: "blockwise" or "zeroed"; None:
+            "blockwise" where any is, else "native".
+        emulate: "bias" or "linear": what stands for the parts removed, solved in closed form on the calibration data;
+            None for nothing, but a plan that was emulated is emulated again.
+        rank: of the linear maps.
+        offset: in similarity mode, blocks of "whole" layers, "half"-offset ones, or "auto": the closer of the two.
     """
 
     strategy: str = "similarity"
@@ -88,6 +127,10 @@ class Options:
     training: Training | None = None
     save_adapter: Path | None = None
     rank_sweep: RankSweep | None = None
+    format: str | None = None
+    offset: str = "auto"
+    emulate: str | None = None
+    rank: int | None = None
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     force: bool = False
     dry_run: bool = False
@@ -119,6 +162,7 @@ class Summary:
             "strategy": plan.strategy,
             "kept": list(plan.kept),
             "dropped": list(plan.dropped),
+            **(_below(plan) if plan.below_layers else {}),
             "distance": plan.distance,
             "runners_up": list(plan.runners_up),
             "before": self.before.to_dict(),
@@ -131,15 +175,40 @@ class Summary:
         }
 
 
+def _below(plan: Plan) -> dict[str, Any]:
+    return {
+        "no_attention": list(plan.no_attention),
+        "no_ffn": list(plan.no_ffn),
+        "joined": [list(pair) for pair in plan.joined],
+        "form": plan.form,
+        "emulated": None if plan.emulated is None else dict(plan.emulated),
+    }
+
+
 def check_options(options: Options, goal: Goal | None, plan: Plan | None) -> None:
     if (goal is None) == (plan is None):
         raise UsageError(
-            "say how much to drop (--drop, --keep, --max-params, --max-bytes) or give --plan, not both"
+            "say how much to drop (--drop, --keep, --max-params, --max-bytes, --drop-attention, --drop-ffn, "
+            "--drop-sublayers) or give --plan, not both"
         )
     if options.strategy not in STRATEGIES:
         raise UsageError(f"strategy {options.strategy!r}: choose one of {', '.join(STRATEGIES)}")
     if options.heal is not None and options.heal not in HEALINGS:
         raise UsageError(f"heal {options.heal!r}: choose one of {', '.join(HEALINGS)}")
+    if options.format is not None and options.format not in FORMATS:
+        raise UsageError(f"format {options.format!r}: choose one of {', '.join(FORMATS)}")
+    if options.offset not in OFFSETS:
+        raise UsageError(f"offset {options.offset!r}: choose one of {', '.join(OFFSETS)}")
+    if options.emulate is not None and options.emulate not in EMULATIONS:
+        raise UsageError(f"emulate {options.emulate!r}: choose one of {', '.join(EMULATIONS)}")
+    if options.emulate is not None and options.heal not in (None, "none"):
+        raise UsageError("--emulate and --heal both fill the gap: give one of them")
+    if (options.emulate == "linear") != (options.rank is not None):
+        raise UsageError("--emulate linear needs --rank, and only that does: --emulate linear --rank 32")
+    if options.rank is not None and options.rank < 1:
+        raise UsageError(f"--rank {options.rank}: must lie between 1 and the model's width")
+    if options.offset == "half" and options.strategy != "similarity":
+        raise UsageError(f"--offset half: chosen by similarity, not by --strategy {options.strategy}")
     if options.verify not in ("auto", "none", "load", "logits"):
         raise UsageError(f"verify {options.verify!r}: choose auto, none, load or logits")
     if options.dtype is not None and options.dtype not in DTYPES:

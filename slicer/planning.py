@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from slicer.errors import OutputError, PlanError, UsageError
 from slicer.measure.analysis import METRIC, Analysis
 from slicer.plan import Amount, Plan
-from slicer.select import Cut, Doubt, best_cuts, doubt
+from slicer.select import (
+    Cut,
+    Doubt,
+    best_cuts,
+    doubt,
+    pick_sublayers,
+    rank_sublayers,
+    spell_sublayer,
+    without_sublayers,
+)
 
 RUNNERS_UP = 3
 
@@ -79,6 +89,55 @@ def plan(
     )
     unsure = doubt(distances, best, others[0]) if others else None
     return Planned(chosen, metric, tuple(cuts), unsure, distances.samples)
+
+
+def plan_parts(
+    analysis: Analysis,
+    amounts: Mapping[str, Amount],
+    *,
+    layers: Planned | None = None,
+    metric: str = METRIC,
+    protect: frozenset[int] = frozenset(),
+    command: str | None = None,
+) -> Planned:
+    """The attention and feed-forward parts to drop by `metric`, beside the layers already planned. Pure.
+
+    `amounts`: "attention", "ffn" or "sublayers" -> how many. Raises PlanError.
+    """
+    if any(amount.layers is not None for amount in amounts.values()):
+        raise UsageError(
+            "give a fraction or a count; convert --drop-attention and --drop-ffn take named layers without a plan"
+        )
+    depth = analysis.depth
+    base = layers.plan if layers is not None else None
+    parts = base.parts if base is not None else tuple((i, i) for i in range(depth))
+    first = parts[0][0]  # in the blockwise form it keeps its attention
+    ranked = rank_sublayers(
+        analysis.halves(metric),
+        (i for i, _ in parts if i != first and i not in protect),
+        (j for _, j in parts if j not in protect),
+    )
+    chosen, left = pick_sublayers(ranked, amounts, depth)
+    gone = {what: {i for kind, i, _ in chosen if kind == what} for what in ("attention", "ffn")}
+    result = without_sublayers(depth, base, gone["attention"], gone["ffn"])
+    result = replace(
+        result,
+        form="blockwise" if result.no_attention or result.no_ffn else "native",
+        strategy="similarity",
+        metric=metric,
+        distance=sum(d for *_, d in chosen) + (base.distance or 0.0 if base is not None else 0.0),
+        runners_up=tuple(
+            {"block": spell_sublayer(what, i), "distance": d} for what, i, d in left[:RUNNERS_UP]
+        ),
+        source=analysis.source,
+        revision=analysis.revision,
+        model_type=analysis.model_type,
+        calibration=analysis.calibration,
+        seed=(analysis.calibration or {}).get("seed"),
+        versions=analysis.versions,
+        command=command,
+    )
+    return Planned(result, metric, (), None, analysis.samples)
 
 
 def write_plan(plan: Plan, file: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,9 @@ from slicer.progress import Progress
 if TYPE_CHECKING:
     import torch
 
+    from slicer.choose import Measured
+    from slicer.heal.carry import Standing
     from slicer.heal.healing import Healing
-    from slicer.measure.analysis import Distances
     from slicer.measure.stream import Walk
 
 
@@ -30,9 +31,10 @@ def write(
     checkpoint: Checkpoint,
     summary: Summary,
     config: Mapping[str, Any],
-    distances: Distances | None,
+    measured: Measured | None,
     model: SourceModel,
     healing: Healing | None,
+    standing: Standing | None,
     options: Options,
     progress: Progress,
 ) -> Summary:
@@ -41,13 +43,16 @@ def write(
     probe: tuple[torch.Tensor, torch.Tensor] | None = None
     if summary.verified == "logits":
         progress.stage("Reference logits of the source with those layers bypassed")
-        probe = _reference(checkpoint, summary.plan, model.walk(), healing)
+        probe = _reference(checkpoint, summary.plan, model.walk(), healing, standing)
     model.release()
     replaced = None
     if healing is not None:
         from slicer.heal.healing import replacements
 
         replaced = replacements(checkpoint, healing)
+    added = None
+    if standing is not None:
+        config, replaced, added = standing.config, dict(standing.replaced), standing.added
     with atomic_directory(summary.out, replace=options.force) as directory:
         progress.stage("Writing", summary.after.total_bytes, "bytes")
         write_checkpoint(
@@ -59,28 +64,33 @@ def write(
             max_shard_bytes=options.max_shard_bytes,
             progress=progress.advance,
             replaced=replaced,
+            added=added,
         )
-        if distances is not None:
-            _draw(distances, summary.plan, directory / "slicer")
-        (directory / "README.md").write_text(_card(checkpoint, summary, distances is not None), "utf-8")
+        if measured is not None:
+            _draw(measured, summary.plan, directory / "slicer")
+        (directory / "README.md").write_text(_card(checkpoint, summary, measured is not None), "utf-8")
         error = _check(checkpoint, directory, summary, model, healing, probe, options, progress)
     return replace(summary, logits_error=error)
 
 
 def _reference(
-    checkpoint: Checkpoint, plan: Plan, walk: Walk, healing: Healing | None
+    checkpoint: Checkpoint, plan: Plan, walk: Walk, healing: Healing | None, standing: Standing | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A few tokens, and the logits that the result must have: the source's, healed, with those layers bypassed."""
     from slicer.checkpoint import verify
+    from slicer.heal.emulation import emulated
     from slicer.heal.healing import healed
 
     config = architectures.text_config(checkpoint.config)
     tokens = verify.probe_tokens(config.get("vocab_size") or walk.model.config.vocab_size, seed=0)
     changes = healing.changes if healing is not None else {}
     if walk.streamed:
-        return tokens, _walked_logits(walk, tokens, plan.kept, changes)
+        return tokens, _walked_logits(walk, tokens, plan, changes, standing)
+    if standing is not None:
+        with emulated(walk.model, plan, standing.found):
+            return tokens, verify.logits_of(walk.model, tokens)
     with healed(walk.model, changes):
-        return tokens, verify.reference_logits(walk.model, tokens, plan.dropped)
+        return tokens, verify.reference_logits_of(walk.model, tokens, plan)
 
 
 def _check(
@@ -122,17 +132,29 @@ def _check(
 
 
 def _walked_logits(
-    walk: Walk, tokens: torch.Tensor, layers: Iterable[int], changes: Mapping[int, Any]
+    walk: Walk,
+    tokens: torch.Tensor,
+    plan: Plan | None,
+    changes: Mapping[int, Any],
+    standing: Standing | None = None,
 ) -> torch.Tensor:
-    """The logits of `tokens` after these layers alone, healed by `changes`: [batch, seq, vocabulary], on the CPU."""
+    """The logits of `tokens` with what `plan` drops left out (None: nothing), healed by `changes` and with `standing`
+    in its place: [batch, seq, vocabulary], on the CPU."""
+    from slicer.checkpoint.parts import without_parts
+    from slicer.heal.emulation import attached, norm_eps
     from slicer.heal.outputs import applied
 
-    states, order = walk.start([tokens]), tuple(layers)
+    no_attention, no_ffn = (frozenset(), frozenset()) if plan is None else plan.gone
+    states = walk.start([tokens])
+    order = [i for i in range(walk.depth) if i not in no_attention or i not in no_ffn]
     with walk.along(order):
         for i in order:
             with walk.layer(i) as layer, contextlib.ExitStack() as stack:
                 if i in changes:
                     stack.enter_context(applied(layer, changes[i]))
+                stack.enter_context(without_parts(layer, i in no_attention, i in no_ffn))
+                if standing is not None:
+                    stack.enter_context(attached(layer, i, standing.found, norm_eps(walk.model)))
                 walk.advance(i, states)
     return walk.logits(states, 0).cpu()
 
@@ -150,19 +172,23 @@ def _check_walked(out: Path, reference: torch.Tensor, tokens: torch.Tensor, opti
             memory_bytes=options.memory,
             trust_remote_code=options.trust_remote_code,
         )
-        logits = _walked_logits(walk, tokens, range(walk.depth), {})
+        logits = _walked_logits(walk, tokens, None, {})
     except SourceError as error:
         raise VerificationError(f"the written checkpoint does not load: {error}") from None
     return verify.compare_logits(logits, reference)
 
 
-def _draw(distances: Distances, plan: Plan, directory: Path) -> None:
+def _draw(measured: Measured, plan: Plan, directory: Path) -> None:
     from slicer.judge import plots
 
+    distances = measured.layers
     (directory / "distances.json").write_text(distances.to_json(), "utf-8")
+    if measured.halves is not None and plan.below_layers:
+        (directory / "half-layers.json").write_text(measured.halves.to_json(), "utf-8")
     n = len(plan.dropped)
-    plots.heat_map(distances, directory / "distances.png", chosen=(plan.dropped[0], n))
-    plots.curves(distances, directory / "curves.png", chosen=(plan.dropped[0], n))
+    chosen = (plan.dropped[0], n) if n and not plan.joined else None
+    plots.heat_map(distances, directory / "distances.png", chosen=chosen)
+    plots.curves(distances, directory / "curves.png", chosen=chosen)
 
 
 def _card(checkpoint: Checkpoint, summary: Summary, figures: bool) -> str:

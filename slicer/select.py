@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from slicer.errors import PlanError
+from slicer.plan import Amount, Plan
 
 SURE = 2.0  # standard errors that a difference must exceed to count
 
@@ -195,6 +196,77 @@ def doubt(distances: MeasuredDistances, best: Cut, other: Cut) -> Doubt | None:
         return None
     needed = math.ceil(distances.samples * (SURE * error / difference) ** 2) if difference > 0 else None
     return Doubt(difference, error, needed)
+
+
+def rank_sublayers(
+    halves: BlockDistances, attention: Iterable[int], ffn: Iterable[int]
+) -> list[tuple[str, int, float]]:
+    """("attention" or "ffn", layer, distance across it) of these parts, closest first; of equals the deeper one first.
+
+    `halves` has the half-layers of the model as its layers: attention i is number 2i, feed-forward part i number 2i+1.
+    """
+    row = halves.block(1)
+    found = [("attention", i, float(row[2 * i])) for i in attention]
+    found += [("ffn", i, float(row[2 * i + 1])) for i in ffn]
+    return sorted(
+        (part for part in found if not math.isnan(part[2])),
+        key=lambda part: (part[2], -2 * part[1] - (part[0] == "ffn")),
+    )
+
+
+def pick_sublayers(
+    ranked: Sequence[tuple[str, int, float]], amounts: Mapping[str, Amount], depth: int
+) -> tuple[list[tuple[str, int, float]], list[tuple[str, int, float]]]:
+    """(chosen, left) of the parts `ranked`, closest first: so many of "attention", of "ffn", then of either
+    ("sublayers"). Raises PlanError where there are not so many."""
+    chosen: list[tuple[str, int, float]] = []
+    left = list(ranked)
+    for what, amount in amounts.items():
+        n = amount.resolve_parts(2 * depth if what == "sublayers" else depth, _PARTS[what])
+        taken = [part for part in left if what in (part[0], "sublayers")][:n]
+        if len(taken) < n:
+            raise PlanError(
+                f"--drop-{what} {n}: only {len(taken)} {_PARTS[what]} can go (those of dropped layers are gone, and in "
+                "the blockwise form the first layer keeps its attention); drop fewer"
+            )
+        chosen += taken
+        left = [part for part in left if part not in taken]
+    return chosen, left
+
+
+_PARTS = {"attention": "attention sublayers", "ffn": "feed-forward sublayers", "sublayers": "sublayers"}
+
+
+def spell_sublayer(what: str, layer: int) -> str:
+    """`attention of layer 3`."""
+    return f"{'attention' if what == 'attention' else 'feed-forward part'} of layer {layer}"
+
+
+def without_sublayers(
+    depth: int, plan: Plan | None, attention: Collection[int], ffn: Collection[int]
+) -> Plan:
+    """`plan` (None: nothing dropped yet) without these parts too; a layer that would lose both goes."""
+    if plan is None:
+        return Plan.cutting(depth, (), attention, ffn)
+    empty = [(i, j) for i, j in plan.parts if i in attention and j in ffn]
+    gone = {i for i, _ in empty}
+    return replace(
+        plan,
+        kept=tuple(i for i in plan.kept if i not in gone),
+        joined=tuple(pair for pair in plan.joined if pair not in empty),
+        no_attention=tuple(sorted(set(attention) - gone)),
+        no_ffn=tuple(sorted(set(ffn) - {j for _, j in empty})),
+    )
+
+
+def rank_offset(halves: BlockDistances, n: int) -> list[Choice]:
+    """All half-offset cuts that make the model n layers shallower, closest first: from after attention `start` to after
+    attention `start` + n. `halves` as in `rank_sublayers`."""
+    if 2 * n >= halves.depth:
+        return []
+    row = halves.block(2 * n)[1::2]
+    choices = [Choice(i, n, float(d)) for i, d in enumerate(row) if not math.isnan(d)]
+    return sorted(choices, key=lambda choice: (choice.distance, -choice.start))
 
 
 def deepest(depth: int, n: int) -> tuple[int, ...]:

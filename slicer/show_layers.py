@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from slicer.console import stdout
-from slicer.plan import spell_layers
+from slicer.plan import spell_dropped, spell_layers
 
 if TYPE_CHECKING:
     from slicer.measure.analysis import Analysis, Distances
@@ -42,6 +42,8 @@ def print_analysis(analysis: Analysis, out: Path) -> None:
             row.append(f"{-min(values)[1]} ({min(values)[0]:.4f})" if values else "-")
         table.add_row(name, *row)
     console.print(table)
+    if analysis.sublayers:
+        console.print(_parts_table(analysis))
     if analysis.base_loss is not None:
         console.print(f"loss      {analysis.base_loss:.4f} nats a token with all layers")
     if analysis.greedy:
@@ -49,6 +51,21 @@ def print_analysis(analysis: Analysis, out: Path) -> None:
         console.print(f"greedy    {order}")
     console.print(f"written   {out} (analysis.json and figures)", markup=False)
     console.print(f"next      slicer plan {out} --drop 0.25", markup=False)
+
+
+def _parts_table(analysis: Analysis) -> Table:
+    """For every metric of half-layers, the attention and feed-forward parts that matter least."""
+    table = Table(title="least of the attention and feed-forward parts, by layer", title_justify="left")
+    for name in ("metric", "attention", "feed-forward part"):
+        table.add_column(name)
+    for name, found in analysis.sublayers.items():
+        cells = []
+        for at in (0, 1):
+            row = list(found.block(1))[at::2]
+            least = sorted(range(len(row)), key=row.__getitem__)[:3]
+            cells.append(", ".join(f"{i} ({row[i]:.4f})" for i in least))
+        table.add_row(name, *cells)
+    return table
 
 
 def heat_lines(distances: Distances, width: int) -> list[str]:
@@ -84,12 +101,21 @@ def print_planned(planned: Planned, file: Path) -> None:
     console = stdout()
     plan = planned.plan
     left = plan.depth - len(plan.dropped)
+    what = (
+        spell_dropped(plan) if plan.below_layers else f"{spell_layers(plan.dropped)} of {plan.depth} layers"
+    )
     console.print(
-        f"plan      drop {spell_layers(plan.dropped)} of {plan.depth} layers, {left} stay", markup=False
+        f"plan      drop {what}, {left} layers stay"
+        if plan.below_layers
+        else f"plan      drop {what}, {left} stay",
+        markup=False,
     )
     total = " (sum over blocks)" if planned.cuts and len(planned.cuts[0].blocks) > 1 else ""
     console.print(f"by        {planned.metric} {plan.distance:.4f}{total}")
     for other in plan.runners_up:
+        if plan.no_attention or plan.no_ffn:
+            console.print(f"          next {other['block']} at {other['distance']:.4f}")
+            continue
         more = other["distance"] - (plan.distance or 0.0)
         console.print(f"          next {other['block']} at {other['distance']:.4f} (+{more:.4f})")
     if planned.doubt is not None:

@@ -71,7 +71,9 @@ def test_named_layers_need_no_tokenizer_and_keep_every_byte(source: Path, tmp_pa
 def test_similarity_writes_distances_figures_card_and_plan(source: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = json.loads(
-        succeeds("convert", source, "--drop", 2, *calibrated(text), "-o", out, "--json").stdout
+        succeeds(
+            "convert", source, "--drop", 2, "--offset", "whole", *calibrated(text), "-o", out, "--json"
+        ).stdout
     )
     distances = json.loads((out / "slicer" / "distances.json").read_text())
     row = distances["distances"]["2"]

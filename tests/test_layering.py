@@ -27,6 +27,9 @@ STDLIB_ONLY = {
     "slicer.select",
     "slicer.checkpoint.architectures",
     "slicer.checkpoint.reader",
+    "slicer.checkpoint.registration",
+    "slicer.checkpoint.blockwise",
+    "slicer.checkpoint.sublayers",
 }
 # Importing these must stay instant: the heavy libraries come when a command needs them.
 LIGHT = STDLIB_ONLY | {"slicer", "slicer.cli", "slicer.checkpoint.writer"}
@@ -103,7 +106,13 @@ FLOORS = (
     ("slicer.__main__",),
 )
 # The only places that build a transformers model: everything else asks these, or works on the files.
-BUILDERS = ("slicer.checkpoint.model", "slicer.checkpoint.verify", "slicer.demo.train", "slicer.benchmarks")
+BUILDERS = (
+    "slicer.checkpoint.model",
+    "slicer.checkpoint.verify",
+    "slicer.checkpoint.blockwise_model",
+    "slicer.demo.train",
+    "slicer.benchmarks",
+)
 
 
 @cache

@@ -54,6 +54,10 @@ def test_the_command_and_the_version() -> None:
         entry.name: entry.value for entry in installed.entry_points if entry.group == "console_scripts"
     }
     assert commands["slicer"] == "slicer.cli:main"
+    plugins = {entry.value for entry in installed.entry_points if entry.group == "vllm.general_plugins"}
+    assert plugins == {"slicer.serve.plugin:register"}, (
+        "run make again: it was installed before it had a plugin"
+    )
 
 
 def test_the_core_stays_light() -> None:

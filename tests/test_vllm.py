@@ -8,17 +8,27 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from slicer import demo
-from slicer.checkpoint.export import export
 from slicer.checkpoint.model import load_model
-from slicer.checkpoint.reader import Checkpoint
-from slicer.plan import Plan
+from slicer.convert import convert
+from slicer.measure.calibration import CalibrationSpec
+from slicer.options import Goal, Options
+from slicer.plan import parse_amount
 
 PROMPTS = ["And the LORD said unto", "The captain of the"]
 TOKENS = 12
+# A native cut, one for vLLM's own DeciLMForCausalLM, and one for slicer's subclass of it.
+CUTS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "layers": ({"drop": "4-6"}, {}),
+    "sublayers": ({"drop": "4-5", "drop_attention": "2,7-9", "drop_ffn": "0,10"}, {}),
+    "emulated": (
+        {"drop": "4-5", "drop_attention": "7-8", "drop_ffn": "2,9"},
+        {"emulate": "linear", "rank": 8},
+    ),
+}
 SERVE = """
 import json, sys
 from vllm import LLM, SamplingParams
@@ -35,11 +45,16 @@ if __name__ == "__main__":
 @pytest.mark.skipif(
     find_spec("vllm") is None, reason="vLLM is not installed: pip install slicer-llm[serve-cpu]"
 )
-def test_vllm_and_transformers_write_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cut", CUTS)
+def test_vllm_and_transformers_write_the_same(cut: str, tmp_path: Path) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    out = export(Checkpoint.open(demo.path()), Plan.dropping(12, (4, 5, 6)), tmp_path / "sliced")
+    amounts, options = CUTS[cut]
+    goal = Goal(**{name: parse_amount(text) for name, text in amounts.items()})
+    spec = CalibrationSpec(source="self", samples=16, seq_len=64)
+    out = tmp_path / "sliced"
+    convert("demo", goal, out, Options(calibration=spec, **options))
     tokenizer, model = AutoTokenizer.from_pretrained(out), load_model(out, dtype="float32", device="cpu")
     expected = []
     for prompt in PROMPTS:

@@ -131,6 +131,14 @@ def _hybrid_pattern(new: Fields, old: Mapping[str, Any], kept: Sequence[int], de
         new["hybrid_override_pattern"] = "".join(pattern[i] for i in kept)
 
 
+def _attention_first(new: Fields, old: Mapping[str, Any], kept: Sequence[int], depth: int) -> None:
+    """The blockwise form: vLLM's class, and transformers' count of cached tokens, need attention in the first layer."""
+    if new["block_configs"][0]["attention"]["no_op"]:
+        raise ArchitectureError(
+            f"layer {kept[0]} has no attention and would become the first, which needs it; keep an earlier layer"
+        )
+
+
 # --- notes: where vLLM 0.32 reads the same config otherwise than transformers -----------------------------------------
 
 
@@ -403,6 +411,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3_next": Architecture(slices=_TYPES, rule=_sparse_step),
     "recurrent_gemma": Architecture(rule=_recurrent_blocks, note=_Unserved("recurrent_gemma")),
     "seed_oss": _PLAIN,
+    "slicer_blockwise": Architecture(slices=("layer_types", "block_configs"), rule=_attention_first),
     "smollm3": Architecture(slices=("no_rope_layers", "layer_types")),
     "stablelm": _PLAIN,
     "starcoder2": _PLAIN,

@@ -9,7 +9,7 @@ from typing import Any
 
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import Sizes
-from slicer.plan import Plan, spell_layers
+from slicer.plan import Plan, spell_dropped, spell_layers
 
 _KEPT_FIELDS = ("license", "license_name", "license_link", "language")
 
@@ -30,13 +30,18 @@ def for_slice(checkpoint: Checkpoint, plan: Plan, before: Sizes, after: Sizes, *
         "- depth-pruning",
     ]
     lines += _inherited(checkpoint.path) + ["---", ""]
+    kept = f", cast to {plan.dtype}" if plan.dtype else " bit for bit"
+    if plan.below_layers:
+        what = f"{name} without {_without(plan)} (counted from 0). All that is left keeps its weights{kept}"
+    else:
+        what = (
+            f"{name} without its decoder layers {spell_layers(plan.dropped)} (counted from 0). The other layers keep "
+            f"their weights{kept}"
+        )
     lines += [
-        f"# {name}, {len(plan.kept)} of {plan.depth} layers",
+        f"# {name}, {_left(plan)}",
         "",
-        f"{name} without its decoder layers {spell_layers(plan.dropped)} (counted from 0). The other layers keep their "
-        "weights"
-        + (f", cast to {plan.dtype}" if plan.dtype else " bit for bit")
-        + ("; nothing was trained or healed." if plan.healing is None else ", but for those healed (below)."),
+        what + _but(plan),
         "",
         "| | before | after |",
         "|---|---|---|",
@@ -53,6 +58,8 @@ def for_slice(checkpoint: Checkpoint, plan: Plan, before: Sizes, after: Sizes, *
     ]
     if plan.healing is not None:
         lines += ["## How the cut was healed", "", *_healing(plan.healing), ""]
+    if plan.emulated is not None:
+        lines += ["## What stands for the removed parts", "", *_emulated(plan.emulated), ""]
     if figures:
         lines += [
             "![Angular distance across every block](slicer/distances.png)",
@@ -63,9 +70,10 @@ def for_slice(checkpoint: Checkpoint, plan: Plan, before: Sizes, after: Sizes, *
     lines += [
         "## How to load it",
         "",
-        "It is an ordinary checkpoint of its architecture. Give the path or id of this directory:",
+        *_loading(plan),
         "",
         "```python",
+        *(["import slicer"] if plan.form == "blockwise" else []),
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         'model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")',
@@ -93,7 +101,85 @@ def for_slice(checkpoint: Checkpoint, plan: Plan, before: Sizes, after: Sizes, *
     return "\n".join(lines)
 
 
+def _but(plan: Plan) -> str:
+    if plan.healing is not None:
+        return ", but for those healed (below)."
+    return (
+        "; nothing was trained or healed."
+        if plan.emulated is None
+        else "; what was removed is emulated (below)."
+    )
+
+
+def _emulated(record: Mapping[str, Any]) -> list[str]:
+    data, loss = record["calibration"], record["loss"]
+    source = str(data.get("source", "calibration text"))
+    source = Path(source).name if Path(source).exists() else source
+    behind = ", ".join(f"the {e['part']} of layer {e['layer']}" for e in record["behind"]) or "nothing"
+    what = (
+        "a constant"
+        if record["method"] == "bias"
+        else f"a linear map of rank {record['rank']} and a constant"
+    )
+    return [
+        f"{what.capitalize()} is added to the residual stream behind {behind} (numbered as in the original), solved in "
+        f"closed form on {data.get('samples', '?')} sequences of {data.get('seq_len', '?')} tokens (source: {source}). "
+        f"Loss in nats a token on {len(record['held_out_sequences'])} of these that took no part in the solving:",
+        "",
+        "| original | cut | emulated |",
+        "|---|---|---|",
+        f"| {loss['source']:.4f} | {loss['cut']:.4f} | {loss['emulated']:.4f} |",
+    ]
+
+
+def _left(plan: Plan) -> str:
+    words = f"{len(plan.kept)} of {plan.depth} layers"
+    if plan.no_attention:
+        words += f", {len(plan.kept) - len(plan.no_attention)} with attention"
+    return words + (f", {len(plan.kept) - len(plan.no_ffn)} with feed-forward part" if plan.no_ffn else "")
+
+
+def _without(plan: Plan) -> str:
+    text = f"the {spell_dropped(plan)}".replace("; ", ", the ")
+    for i, j in plan.joined:
+        text = text.replace(
+            f"the from after attention {i} to after attention {j} (half-offset)",
+            f"what lies between the attention of layer {i} and the feed-forward part of layer {j}, which are now one "
+            "layer",
+        )
+    return text
+
+
+def _loading(plan: Plan) -> list[str]:
+    if plan.form == "zeroed":
+        return [
+            "It is an ordinary checkpoint of its architecture. The removed parts are still there, with their output "
+            "matrices set to zero: it loads everywhere, and **saves neither memory nor time**.",
+        ]
+    if plan.form == "blockwise":
+        return [
+            "Some layers lack a part, which no class of transformers' own runs. vLLM has such a class, which "
+            "keeps no key-value cache for a layer without attention; slicer makes the checkpoint known to both: "
+            "`pip install slicer-llm` beside them. vLLM then serves it; in transformers, `import slicer` first. "
+            "No remote code is run. Give the path or id of this directory:",
+        ]
+    return ["It is an ordinary checkpoint of its architecture. Give the path or id of this directory:"]
+
+
 def _reason(plan: Plan) -> str:
+    if plan.strategy == "similarity" and plan.distance is not None and plan.below_layers:
+        data = plan.calibration or {}
+        source = str(data.get("source", "calibration text"))
+        source = Path(source).name if Path(source).exists() else source
+        others = ", ".join(f"{r['block']} ({r['distance']:.4f})" for r in plan.runners_up)
+        return (
+            "They change the residual stream least: the angular distance between what enters and what leaves "
+            f"{'them' if not plan.joined else 'what was cut'}, at the last token, is {plan.distance:.4f}"
+            f"{' in all' if plan.no_attention or plan.no_ffn else ''} (in units of pi, mean of "
+            f"{data.get('samples', '?')} sequences of {data.get('seq_len', '?')} tokens, source: {source}). The stream "
+            "was tapped after every attention and every feed-forward part."
+            + (f" Next best: {others}." if others else "")
+        )
     if plan.strategy == "similarity" and plan.distance is not None:
         data = plan.calibration or {}
         source = str(data.get("source", "calibration text"))

@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from slicer.checkpoint import architectures
+from slicer.checkpoint import architectures, blockwise, sublayers
 from slicer.checkpoint.hub import COMPANIONS
 from slicer.checkpoint.reader import BIN_INDEX, INDEX, Checkpoint, TensorSpan, inside
 from slicer.checkpoint.writer import (
@@ -91,13 +91,39 @@ def sliced_config(
     """The new config.json. Raises ArchitectureError when its fields cannot express the cut."""
     if plan.depth != checkpoint.depth:
         raise PlanError(f"the plan is for {plan.depth} layers but {checkpoint.path} has {checkpoint.depth}")
+    config = kept_config(checkpoint, plan.kept, dtype=dtype, trust_remote_code=trust_remote_code)
+    if not plan.below_layers:
+        return config
+    sublayers.check_there(checkpoint, plan.no_attention, plan.no_ffn)
+    sublayers.check_joined(checkpoint, plan)
+    if plan.form == "blockwise":
+        expanded = expand_config(checkpoint.path, trust_remote_code=trust_remote_code)
+        blockwise.check(checkpoint, expanded, plan)
+        return blockwise.config_of(config, expanded, plan)
+    if plan.form == "zeroed":
+        sublayers.zeroed_keys(checkpoint, plan)
+    elif plan.no_attention or plan.no_ffn:
+        raise PlanError(
+            "the plan leaves a layer without one of its parts; its form must be blockwise or zeroed"
+        )
+    return config
+
+
+def kept_config(
+    checkpoint: Checkpoint,
+    kept: Sequence[int],
+    *,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """The config.json of the layers `kept`, all of which may stay. Raises ArchitectureError as `sliced_config` does."""
     if architectures.is_explicit(checkpoint.config):
         # transformers, whose import takes seconds, has nothing to add.
-        config = architectures.rewrite_config(checkpoint.config, checkpoint.config, plan.kept)
+        config = architectures.rewrite_config(checkpoint.config, checkpoint.config, kept)
     else:
         expanded = expand_config(checkpoint.path, trust_remote_code=trust_remote_code)
-        config = architectures.rewrite_config(checkpoint.config, expanded, plan.kept)
-        _check_expressed(checkpoint, expanded, config, plan.kept, trust_remote_code)
+        config = architectures.rewrite_config(checkpoint.config, expanded, kept)
+        _check_expressed(checkpoint, expanded, config, kept, trust_remote_code)
     if dtype:
         for part in (config, architectures.text_config(config)):
             for name in ("dtype", "torch_dtype"):
@@ -139,12 +165,14 @@ def write_checkpoint(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress | None = None,
     replaced: Mapping[str, TensorSpan] | None = None,
+    added: Mapping[str, TensorSpan] | None = None,
 ) -> None:
     """Fill the empty `directory`: weights, config.json, companions and slicer/plan.json.
 
-    `replaced` has, under raw keys of the source, the tensors whose bytes are taken from elsewhere.
+    `replaced` has, under raw keys of the source, the tensors whose bytes are taken from elsewhere; `added`, under keys
+    of the result, those that the source has not.
     """
-    tensors = checkpoint.replacing(replaced or {}).sliced(plan.kept)
+    tensors = {**sublayers.tensors_of(checkpoint.replacing(replaced or {}), plan), **(added or {})}
     cast = DTYPES[dtype] if dtype else None
     check_space(directory, sum(span.cast(cast)[1] for span in tensors.values()) + (1 << 20))
     copy_companions(checkpoint.path, directory)

@@ -217,6 +217,11 @@ def placed(checkpoint: Checkpoint, adapter: Adapter, renumber: bool = False) -> 
     kept: tuple[int, ...] | None = None
     if renumber:
         plan = Plan.load(checkpoint.path)
+        if plan.joined:
+            raise HealError(
+                f"{checkpoint.path}: was cut half-offset, so a layer of it is of two of the unsliced model; train the "
+                "adapter on it instead of --renumber"
+            )
         kept, old_depth = plan.kept, plan.depth
     found = {}
     for origin in adapter.pairs:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from slicer.checkpoint import architectures
+from slicer.checkpoint import architectures, sublayers
 from slicer.checkpoint.reader import Checkpoint, TensorSpan
+from slicer.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,19 @@ def measure_sizes(
         flops_per_token=2 * flops,
         kv_bytes_per_token=sum(_kv_bytes(layer, config, cast) for layer in layers),
     )
+
+
+def sizes_after(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    config: dict[str, Any],
+    cast: str | None = None,
+    added: Mapping[str, TensorSpan] | None = None,
+) -> Sizes:
+    """Sizes of what `plan` leaves of `checkpoint`, sublayers counted too, and of the tensors `added`; `config` is the
+    result's config.json."""
+    tensors = {**sublayers.tensors_of(checkpoint, plan), **(added or {})}
+    return measure_sizes(replace(checkpoint, config=config, tensors=tensors), cast=cast)
 
 
 def _expert_share(config: Mapping[str, Any]) -> float:

@@ -33,7 +33,7 @@ _TRAINING: tuple[tuple[str, str | None, Any, str], ...] = (
      "How the learning rate falls  [default: cosine]"),
     ("--warmup", None, _COUNT, "Steps in which it rises  [default: 100, at most a tenth of the steps]"),
     ("--weight-decay", None, _FLOAT, "AdamW's  [default: 0]"),
-    ("--rank", None, _POSITIVE, "Rank of the adapters  [default: by model]"),
+    ("--rank", None, _POSITIVE, "Rank of the adapters  [default: by model]; of the maps of --emulate linear"),
     ("--alpha", None, _FLOAT, "Scale of the adapters, in units of the rank  [default: the rank]"),
     ("--dropout", None, _FLOAT, "Dropout of the adapters' input  [default: 0.05]"),
     ("--validation", None, str, "Text to measure the loss on, as --calibration; never trained on  [default: one "

@@ -87,6 +87,11 @@ def heal(
     progress.stage("Opening the checkpoints")
     cut = Checkpoint.open(hub.resolve(sliced).path)
     plan = Plan.load(cut.path)
+    if plan.below_layers:
+        raise HealError(
+            f"{sliced}: lacks parts of layers, which are healed as they are dropped: slicer convert --heal fold or "
+            "--emulate"
+        )
     origin = source or plan.source
     if origin is None:
         raise PlanError(f"{sliced}: its plan names no source; give it with --from")

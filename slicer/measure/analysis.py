@@ -28,6 +28,7 @@ TITLES = {
     "loss": "loss without the block (nats a token, increase)",
     "kl": "KL divergence to the full model (nats a token)",
     "taylor": "Taylor importance, |gradient x weight|",
+    "shapley": "Shapley value (nats a token)",
     "healed_loss": "loss after closed-form healing (nats a token, increase)",
 }
 
@@ -112,6 +113,24 @@ def _rows_in(rows: Mapping[str, Sequence[float | None]]) -> dict[int, list[float
     return {int(n): [math.nan if v is None else float(v) for v in row] for n, row in rows.items()}
 
 
+def _tables_out(tables: Mapping[str, Distances]) -> dict[str, Any]:
+    return {
+        name: {
+            "what": TITLES.get(name, name),
+            "distances": _rows_out(table.mean),
+            "standard_error": _rows_out(table.standard_error),
+            "difference_error": _rows_out(table.difference_error),
+        }
+        for name, table in tables.items()
+    }
+
+
+def _tables_in(record: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Distances]:
+    return {
+        name: Distances._from_record({**shared, **table, "metric": name}) for name, table in record.items()
+    }
+
+
 @dataclass(frozen=True)
 class Analysis:
     """Everything `slicer analyze` measured of a model.
@@ -122,6 +141,8 @@ class Analysis:
         greedy: SLEB's order of removal with the loss after each, where it was measured.
         positions: which tokens of each sequence the averages over tokens take.
         points: how many tokens CKA and the fold residual take, over all sequences.
+        sublayers: name -> a table whose layers are the model's 2L half-layers: attention i is number 2i, feed-forward
+            part i number 2i + 1; a block of an even number that starts at an odd one is a half-offset cut.
         base_loss: nats a token of the whole model on the calibration data, where losses were measured.
     """
 
@@ -138,6 +159,7 @@ class Analysis:
     calibration: Mapping[str, Any] | None = None
     base_loss: float | None = None
     greedy: tuple[Mapping[str, float], ...] = ()
+    sublayers: Mapping[str, Distances] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     command: str | None = None
 
@@ -147,6 +169,16 @@ class Analysis:
             raise PlanError(f"no {metric} in this analysis; it has {', '.join(self.metrics)}")
         return self.metrics[metric]
 
+    def halves(self, metric: str = METRIC) -> Distances:
+        """One metric's table of half-layers. Raises PlanError when it is not there."""
+        if metric not in self.sublayers:
+            known = ", ".join(self.sublayers)
+            raise PlanError(
+                f"no {metric} of attention and feed-forward parts in this analysis"
+                + (f"; it has {known}" if known else "; run slicer analyze with --sublayers")
+            )
+        return self.sublayers[metric]
+
     def to_json(self) -> str:
         """The same bytes for the same figures."""
         record: dict[str, Any] = {
@@ -154,16 +186,10 @@ class Analysis:
             **{k: getattr(self, k) for k in _PLAIN},
             "positions": list(self.positions),
             "greedy": [dict(step) for step in self.greedy],
-            "metrics": {
-                name: {
-                    "what": TITLES.get(name, name),
-                    "distances": _rows_out(table.mean),
-                    "standard_error": _rows_out(table.standard_error),
-                    "difference_error": _rows_out(table.difference_error),
-                }
-                for name, table in self.metrics.items()
-            },
+            "metrics": _tables_out(self.metrics),
         }
+        if self.sublayers:
+            record["sublayers"] = _tables_out(self.sublayers)
         return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -174,15 +200,14 @@ class Analysis:
             if record.get("format") != FORMAT:
                 raise ValueError(f"format {record.get('format')!r} is not {FORMAT}")
             shared = {k: record[k] for k in ("depth", "samples", "seq_len")}
-            metrics = {
-                name: Distances._from_record({**shared, **table, "metric": name})
-                for name, table in record["metrics"].items()
-            }
-            for table in metrics.values():
+            metrics = _tables_in(record["metrics"], shared)
+            sublayers = _tables_in(record.get("sublayers") or {}, {**shared, "depth": 2 * record["depth"]})
+            for table in (*metrics.values(), *sublayers.values()):
                 if any(len(row) != table.depth - n + 1 for n, row in table.mean.items()):
                     raise ValueError(f"{table.metric} has rows of the wrong length")
             return cls(
                 metrics=metrics,
+                sublayers=sublayers,
                 positions=tuple(record.get("positions") or ()),
                 greedy=tuple(record.get("greedy") or ()),
                 **{k: record[k] for k in _PLAIN if k in record},

@@ -11,7 +11,7 @@ import click
 
 METRICS = (
     "angular_last_token", "angular_mean", "block_influence", "relative_l1", "relative_l2", "cka", "fold_residual",
-    "loss", "kl", "taylor", "greedy", "healed_loss",
+    "loss", "kl", "taylor", "greedy", "healed_loss", "shapley",
 )  # fmt: skip
 _UNRECORDED = {"out", "force", "as_json", "debug", "device", "memory", "source", "directory"}
 
@@ -77,6 +77,31 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "--taylor", is_flag=True, help="Also |gradient x weight| of each layer. A pass and a backward pass."
 )
 @click.option(
+    "--sublayers",
+    is_flag=True,
+    help="Also attention and feed-forward parts apart, and half-offset cuts: the stream is tapped after every "
+    "attention; with --losses also the loss and KL without each part. A pass more.",
+)
+@click.option(
+    "--shapley",
+    type=click.IntRange(min=1),
+    metavar="PASSES",
+    help="Also Shapley values of the layers (with --sublayers of their parts), sampled within so many forward passes.",
+)
+@click.option(
+    "--against",
+    type=click.Choice(["loss", "kl"]),
+    default="loss",
+    show_default=True,
+    help="What Shapley values are shares of: the loss, or the KL divergence from the full model.",
+)
+@click.option(
+    "--beside",
+    metavar="ANALYSIS",
+    type=click.Path(path_type=Path),
+    help="Also draw what each part is worth here against what it is worth to the text of that other analysis.",
+)
+@click.option(
     "--healed",
     metavar="N,...",
     help="Also heal the four closest blocks of these sizes in closed form, and compare their loss.",
@@ -111,7 +136,7 @@ def analyze(source: str, out: Path, **given: Any) -> None:
         for k in ("samples", "seq_len", "batch_size", "seed", "text_column")
         if given[k] is not None
     }
-    chosen = {k: given[k] for k in ("positions", "greedy") if given[k] is not None}
+    chosen = {k: given[k] for k in ("positions", "greedy", "shapley") if given[k] is not None}
     options = AnalyzeOptions(
         calibration=CalibrationSpec(source=calibration, **spec),
         dtype=given["dtype"],
@@ -120,6 +145,9 @@ def analyze(source: str, out: Path, **given: Any) -> None:
         losses=_sizes(given["losses"], "--losses"),
         healed=_sizes(given["healed"], "--healed"),
         taylor=given["taylor"],
+        sublayers=given["sublayers"],
+        against=given["against"],
+        beside=given["beside"],
         force=given["force"],
         trust_remote_code=given["trust_remote_code"],
         command=recorded_command(_UNRECORDED),
@@ -137,7 +165,12 @@ def analyze(source: str, out: Path, **given: Any) -> None:
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--drop", metavar="AMOUNT", required=True, help="Fraction 0.4 or count 8.")
+@click.option("--drop", metavar="AMOUNT", help="Fraction 0.4 or count 8.")
+@click.option(
+    "--drop-attention", metavar="AMOUNT", help="Attention of so many layers, beside --drop or alone."
+)
+@click.option("--drop-ffn", metavar="AMOUNT", help="Feed-forward part of so many layers, likewise.")
+@click.option("--drop-sublayers", metavar="AMOUNT", help="So many of either, whichever scores least.")
 @click.option(
     "--metric",
     type=click.Choice(METRICS),
@@ -160,7 +193,10 @@ def analyze(source: str, out: Path, **given: Any) -> None:
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def plan(
     directory: Path,
-    drop: str,
+    drop: str | None,
+    drop_attention: str | None,
+    drop_ffn: str | None,
+    drop_sublayers: str | None,
     metric: str,
     blocks: int,
     protect: str | None,
@@ -175,22 +211,26 @@ def plan(
     slicer convert SOURCE --plan analysis/plan.json
     """
     from slicer import show_layers
+    from slicer.errors import UsageError
     from slicer.measure.analysis import Analysis
     from slicer.plan import parse_amount
+    from slicer.planning import Planned, plan_parts, write_plan
     from slicer.planning import plan as choose
-    from slicer.planning import write_plan
     from slicer.select import protected
 
     analysis = Analysis.load(directory)
     stay = protected(protect, analysis.depth) if protect is not None else frozenset()
-    planned = choose(
-        analysis,
-        parse_amount(drop),
-        metric=metric,
-        blocks=blocks,
-        protect=stay,
-        command=recorded_command(_UNRECORDED),
-    )
+    words = recorded_command(_UNRECORDED)
+    named = {"attention": drop_attention, "ffn": drop_ffn, "sublayers": drop_sublayers}
+    parts = {k: parse_amount(v, f"--drop-{k}") for k, v in named.items() if v is not None}
+    planned: Planned | None = None
+    if drop is not None:
+        amount = parse_amount(drop)
+        planned = choose(analysis, amount, metric=metric, blocks=blocks, protect=stay, command=words)
+    if parts:
+        planned = plan_parts(analysis, parts, layers=planned, metric=metric, protect=stay, command=words)
+    if planned is None:
+        raise UsageError("say how much to drop: --drop, --drop-attention, --drop-ffn or --drop-sublayers")
     file = out or (directory if directory.is_dir() else directory.parent) / "plan.json"
     write_plan(planned.plan, file)
     if as_json:

@@ -1,0 +1,118 @@
+"""The blockwise form: layers without attention or without feed-forward part, served by vLLM's DeciLMForCausalLM.
+
+What that class can run (vLLM 0.32, `nemotron_nas.py`): Llama's layer, with or without biases, silu, any kind of rotary
+embedding, no norm of queries and keys, and attention in the first layer. Standard library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from slicer.checkpoint import architectures
+from slicer.checkpoint.reader import Checkpoint
+from slicer.checkpoint.registration import MODEL_TYPE
+from slicer.errors import ArchitectureError
+from slicer.plan import Plan
+
+FAMILIES = ("llama", "mistral", "qwen2")
+STOCK_CLASS, OWN_CLASS = "DeciLMForCausalLM", "SlicerBlockwiseForCausalLM"
+_FIELDS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps"),
+    *(
+        "use_cache",
+        "tie_word_embeddings",
+        "rope_parameters",
+        "rope_theta",
+        "rope_scaling",
+        "attention_dropout",
+    ),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "head_dim", "dtype", "torch_dtype", "layer_types"),
+    *("sliding_window", "transformers_version"),
+)
+_ZEROED = "--format zeroed loads everywhere, but saves nothing"
+
+
+def check(checkpoint: Checkpoint, config: Mapping[str, Any], plan: Plan) -> None:
+    """Raise ArchitectureError where the blockwise form cannot say what `plan` leaves of `checkpoint`.
+
+    `config` is config.json with transformers' defaults written out.
+    """
+    name = str(config.get("model_type"))
+    if any(".q_norm." in key or ".q_layernorm." in key for key in checkpoint.tensors):
+        raise ArchitectureError(
+            f"{name}: its attention norms queries and keys (QK-norm), which the blockwise form cannot; {_ZEROED}"
+        )
+    if name == MODEL_TYPE:
+        raise ArchitectureError(
+            f"{checkpoint.path}: is in the blockwise form already; drop all parts at once from the original"
+        )
+    if name not in FAMILIES:
+        raise ArchitectureError(
+            f"{name}: the blockwise form is for {', '.join(FAMILIES[:-1])} and {FAMILIES[-1]}; {_ZEROED}"
+        )
+    if config.get("hidden_act", "silu") != "silu":
+        raise ArchitectureError(
+            f"{name}: activation {config['hidden_act']!r}, and the blockwise form knows silu only; {_ZEROED}"
+        )
+    if plan.parts[0][0] in plan.no_attention:
+        raise ArchitectureError(
+            f"the attention of layer {plan.parts[0][0]} cannot go: in the blockwise form the first layer needs its "
+            f"attention; choose others ({_ZEROED})"
+        )
+    heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
+    if heads % (kv_heads or heads):
+        raise ArchitectureError(
+            f"{name}: {heads} heads do not divide by {kv_heads} key-value heads; {_ZEROED}"
+        )
+
+
+def config_of(rewritten: Mapping[str, Any], expanded: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """config.json of the blockwise form: `rewritten` is that of the layers kept, `expanded` the source's with every
+    default."""
+    merged = {**expanded, **rewritten}
+    name = merged["model_type"]
+    heads = merged["num_attention_heads"]
+    group = heads // (merged.get("num_key_value_heads") or heads)
+    config: dict[str, Any] = {"architectures": [STOCK_CLASS], "model_type": MODEL_TYPE}
+    config |= {field: merged[field] for field in _FIELDS if field in merged}
+    if config.get("head_dim") is None:
+        config["head_dim"] = merged["hidden_size"] // heads
+    config |= {
+        "attention_bias": name == "llama" and bool(merged.get("attention_bias")),
+        "qkv_bias": name == "qwen2" or (name == "llama" and bool(merged.get("attention_bias"))),
+        "mlp_bias": name == "llama" and bool(merged.get("mlp_bias")),
+    }
+    depth = len(plan.kept)
+    window = config.get("sliding_window")
+    if name == "mistral" and window is not None and not config.get("layer_types"):
+        config["layer_types"] = ["sliding_attention"] * depth
+    if not config.get("layer_types"):
+        config["layer_types"] = ["full_attention"] * depth
+    if "sliding_attention" not in config["layer_types"]:
+        config["sliding_window"] = None
+    blocks = []
+    for i, j in plan.parts:
+        attention = {"no_op": i in plan.no_attention, "n_heads_in_group": group}
+        ffn = {"no_op": j in plan.no_ffn, "intermediate_size": merged["intermediate_size"]}
+        blocks.append({"attention": attention, "ffn": ffn})
+    config["block_configs"] = blocks
+    return config
+
+
+def form_for(checkpoint: Checkpoint, plan: Plan, asked: str | None) -> str:
+    """The form in which `plan` is written: as `asked`, else native where nothing below the layer is missing.
+
+    Raises ArchitectureError where a form was asked for that cannot say it.
+    """
+    missing = bool(plan.no_attention or plan.no_ffn)
+    if asked == "native" and missing:
+        name = architectures.text_config(checkpoint.config).get("model_type")
+        raise ArchitectureError(
+            f"--format native: a {name} layer has attention and feed-forward part, and this cut leaves one without; "
+            "use --format blockwise or zeroed"
+        )
+    if asked == "zeroed" and not missing:
+        return "native"
+    return asked or ("blockwise" if missing else "native")

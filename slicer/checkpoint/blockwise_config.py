@@ -1,0 +1,66 @@
+"""The configuration of the blockwise form: a Llama-like model of which each layer says what it has.
+
+`block_configs` has one entry a layer, as vLLM's DeciLMForCausalLM reads it (by attribute) and as JSON:
+
+    {"attention": {"no_op": false, "n_heads_in_group": 7}, "ffn": {"no_op": false, "intermediate_size": 4864}}
+
+A block may also have `"emulated_ranks": {"mid": r, "end": r}`: low-rank maps that stand for parts removed behind its
+attention and behind its feed-forward part.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import LlamaConfig
+
+from slicer.checkpoint.registration import MODEL_TYPE
+
+
+class Block(dict[str, Any]):
+    """A JSON object whose entries are attributes too."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class BlockwiseConfig(LlamaConfig):  # type: ignore[misc]
+    """Llama's fields and, beside `block_configs`: `layer_types` and `sliding_window` as Mistral and Qwen2 have them,
+    and `qkv_bias` (None: as `attention_bias`, which then speaks of the output projection alone)."""
+
+    model_type = MODEL_TYPE
+
+    layer_types: list[str] | None = None
+    sliding_window: int | None = None
+    qkv_bias: bool | None = None
+    block_configs: list[Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.qkv_bias is None:
+            self.qkv_bias = self.attention_bias
+        if self.layer_types is None:
+            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [kind] * self.num_hidden_layers
+        group = self.num_attention_heads // self.num_key_value_heads
+        if self.block_configs is None:
+            whole = {
+                "attention": {"no_op": False, "n_heads_in_group": group},
+                "ffn": {"no_op": False, "intermediate_size": self.intermediate_size},
+            }
+            self.block_configs = [whole] * self.num_hidden_layers
+        self.block_configs = [
+            Block({name: Block(part) for name, part in block.items()}) for block in self.block_configs
+        ]
+        if len(self.block_configs) != self.num_hidden_layers:
+            raise ValueError(
+                f"block_configs has {len(self.block_configs)} entries for {self.num_hidden_layers} layers"
+            )
+        for i, block in enumerate(self.block_configs):
+            if not block.attention.no_op and block.attention.n_heads_in_group != group:
+                raise ValueError(
+                    f"block_configs[{i}]: n_heads_in_group is {block.attention.n_heads_in_group}, not {group}"
+                )

@@ -1,0 +1,201 @@
+"""Attention and feed-forward parts on disk: which tensor of a layer belongs to which, and a plan's tensors.
+
+Told apart by the first name of a key within its layer ("self_attn", "mlp", "ln_2"), which over all architectures of the
+table mean the same thing; a layer with a name that is not known here, or whose two parts run side by side, is refused.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+from slicer.checkpoint import architectures
+from slicer.checkpoint.architectures import ATTENTION_OUTPUTS, EXPERT_OUTPUTS, FEED_FORWARD_OUTPUTS
+from slicer.checkpoint.reader import Checkpoint, TensorSpan
+from slicer.errors import ArchitectureError, PlanError
+from slicer.plan import Plan
+
+ATTENTION, FEED_FORWARD = "attention", "feed-forward"
+_ATTENTION = {
+    *("self_attn", "attn", "attention", "self_attention", "linear_attn", "conv", "mamba", "temporal_block"),
+    *("emulated_mid",),
+    *("input_layernorm", "ln_1", "self_attn_layer_norm", "norm_1", "operator_norm", "attention_layernorm"),
+    *("post_self_attn_layernorm", "temporal_pre_norm", "ln_attn"),
+}
+_FEED_FORWARD_NORMS = {
+    *("pre_feedforward_layernorm", "post_feedforward_layernorm", "ln_2", "final_layer_norm", "norm_2"),
+    *("ffn_norm", "pre_ff_layernorm", "post_mlp_layernorm", "feedforward_layernorm", "channel_pre_norm"),
+    *("ln_mlp",),
+}
+_FEED_FORWARD = {
+    *("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc1", "fc2", "mlp_block", "shared_mlp"),
+    *("emulated_end",),
+}
+# Config fields under which attention and feed-forward part read the same input; the first of them is GPT-NeoX's,
+# which means yes where it is absent.
+_PARALLEL = ("use_parallel_residual", "parallel_attn", "new_decoder_architecture")
+
+
+def part_of(name: str, siblings: Collection[str]) -> str | None:
+    """ATTENTION or FEED_FORWARD for the first name of a key within its layer, or None where that is not known.
+
+    `siblings` are all such names of the layer: `post_attention_layernorm` stands before the feed-forward part
+    (Llama), unless that has a norm of its own (Gemma 2) or the attention has none before it (OLMo 2).
+    """
+    if name == "post_attention_layernorm":
+        behind = "pre_feedforward_layernorm" in siblings or (
+            "input_layernorm" not in siblings and "post_feedforward_layernorm" in siblings
+        )
+        return ATTENTION if behind else FEED_FORWARD
+    if name in _ATTENTION:
+        return ATTENTION
+    return FEED_FORWARD if name in _FEED_FORWARD or name in _FEED_FORWARD_NORMS else None
+
+
+def layers_of(checkpoint: Checkpoint) -> list[dict[str, TensorSpan]]:
+    """For every layer: name within the layer -> span."""
+    layers: list[dict[str, TensorSpan]] = [{} for _ in range(checkpoint.depth)]
+    pattern = re.compile(re.escape(checkpoint.layer_prefix) + r"(\d+)\.(.*)")
+    for key, span in checkpoint.tensors.items():
+        match = pattern.match(key)
+        if match and int(match[1]) < len(layers):
+            layers[int(match[1])][match[2]] = span
+    return layers
+
+
+def split(layer: Mapping[str, TensorSpan]) -> dict[str, dict[str, TensorSpan]]:
+    """The tensors of a layer by part. Raises ArchitectureError for one that belongs to neither."""
+    siblings = {name.partition(".")[0] for name in layer}
+    found: dict[str, dict[str, TensorSpan]] = {ATTENTION: {}, FEED_FORWARD: {}}
+    for name, span in layer.items():
+        part = part_of(name.partition(".")[0], siblings)
+        if part is None:
+            raise ArchitectureError(
+                f"tensor {name} of a layer belongs neither to its attention nor to its feed-forward part, as far as "
+                "slicer knows; drop whole layers of this model (--drop, --offset whole)"
+            )
+        found[part][name] = span
+    return found
+
+
+def check_joinable(checkpoint: Checkpoint) -> None:
+    """Raise ArchitectureError where the feed-forward part does not follow the attention: then no two can be joined."""
+    config = architectures.text_config(checkpoint.config)
+    reason = None
+    if any(config.get(name, name == _PARALLEL[0] and _is_neox(config)) for name in _PARALLEL):
+        reason = "its attention and feed-forward part run side by side"
+    for i, layer in enumerate(layers_of(checkpoint)):
+        parts = split(layer)
+        if not parts[ATTENTION] or not parts[FEED_FORWARD]:
+            reason = reason or f"layer {i} has not both attention and feed-forward part"
+        names = {name.partition(".")[0] for name in parts[FEED_FORWARD]}
+        if not names & (_FEED_FORWARD_NORMS | {"post_attention_layernorm"}):
+            reason = reason or "its attention and feed-forward part share a norm and run side by side"
+    if reason:
+        raise ArchitectureError(
+            f"{config.get('model_type')}: no half-offset cut of it, {reason}; use --offset whole"
+        )
+
+
+def _is_neox(config: Mapping[str, Any]) -> bool:
+    return config.get("model_type") == "gpt_neox"
+
+
+def check_joined(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Raise ArchitectureError unless the feed-forward parts that change places are of one kind."""
+    if not plan.joined:
+        return
+    check_joinable(checkpoint)
+    layers = layers_of(checkpoint)
+    for i, j in plan.joined:
+        one, other = (split(layers[k])[FEED_FORWARD] for k in (i, j))
+        shapes = [{name: span.shape for name, span in part.items()} for part in (one, other)]
+        if shapes[0] != shapes[1]:
+            name = sorted(shapes[0].items() ^ shapes[1].items())[0][0]
+            raise ArchitectureError(
+                f"the feed-forward part of layer {j} cannot take the place of that of layer {i}: they are of different "
+                f"kinds ({name}); choose another cut, or --offset whole"
+            )
+
+
+def tensors_of(checkpoint: Checkpoint, plan: Plan) -> dict[str, TensorSpan]:
+    """New key -> span of the source's tensor, in the order of the bytes on disk, for what `plan` leaves.
+
+    In the zeroed form nothing but whole layers is left out: what removed parts write into the stream is zero.
+    """
+    if not plan.below_layers:
+        return checkpoint.sliced(plan.kept)
+    attention = {i: at for at, (i, _) in enumerate(plan.parts)}
+    ffn = {j: at for at, (_, j) in enumerate(plan.parts)}
+    zeroed = set(zeroed_keys(checkpoint, plan)) if plan.form == "zeroed" else set()
+    if plan.form != "zeroed":
+        for i in plan.no_attention:
+            del attention[i]
+        for j in plan.no_ffn:
+            del ffn[j]
+    siblings = [{name.partition(".")[0] for name in layer} for layer in layers_of(checkpoint)]
+    prefix, found = checkpoint.layer_prefix, {}
+    for key, span in checkpoint.tensors.items():
+        new: str | None = key
+        match = re.match(re.escape(prefix) + r"(\d+)\.(.*)", key)
+        if match and int(match[1]) < checkpoint.depth:
+            i, name = int(match[1]), match[2]
+            part = part_of(name.partition(".")[0], siblings[i])
+            if part is None and not (plan.form == "zeroed" and not plan.joined):
+                split({name: span})  # raises the reason
+            at = (ffn if part == FEED_FORWARD else attention).get(i)
+            new = None if at is None else f"{prefix}{at}.{name}"
+        elif architectures.slice_key(key, prefix, plan.kept, plan.depth) is None:
+            new = None
+        if new is not None:
+            found[new] = span.made(key, _zeros(span)) if key in zeroed else span
+    return found
+
+
+def _zeros(span: TensorSpan) -> Callable[[], Any]:
+    def make() -> Any:
+        import torch
+
+        from slicer.checkpoint.tensors import torch_dtype
+
+        return torch.zeros(span.shape, dtype=torch_dtype(span.dtype))
+
+    return make
+
+
+def zeroed_keys(checkpoint: Checkpoint, plan: Plan) -> list[str]:
+    """Raw keys of all that the removed parts write into the stream with. Raises ArchitectureError where a part has
+    no such tensor."""
+    found: list[str] = []
+    layers = layers_of(checkpoint)
+    for gone, outputs, what in (
+        (plan.no_attention, ATTENTION_OUTPUTS, "attention"),
+        (plan.no_ffn, FEED_FORWARD_OUTPUTS, "feed-forward part"),
+    ):
+        for i in gone:
+            names = [name for name in layers[i] if name.rpartition(".")[0] in outputs]
+            if gone is plan.no_ffn:
+                experts = [p for p, _ in EXPERT_OUTPUTS]
+                names += [n for n in layers[i] if any(re.search(rf"(^|\.){p}$", n) for p in experts)]
+            if not names:
+                raise ArchitectureError(
+                    f"layer {i}: no output matrix of its {what} is known, so it cannot be set to zero; keep it"
+                )
+            found += [f"{checkpoint.layer_prefix}{i}.{name}" for name in dict.fromkeys(names)]
+    return found
+
+
+def check_there(checkpoint: Checkpoint, attention: Iterable[int], ffn: Iterable[int]) -> None:
+    """Raise PlanError for a part that the source lacks already."""
+    layers = layers_of(checkpoint)
+    for what, gone, outputs in (
+        ("attention", attention, ATTENTION_OUTPUTS),
+        ("feed-forward part", ffn, (*FEED_FORWARD_OUTPUTS,)),
+    ):
+        for i in gone:
+            names = {name.rpartition(".")[0] for name in layers[i]}
+            experts = what != "attention" and any("expert" in name for name in names)
+            if not names.intersection(outputs) and not experts:
+                raise PlanError(f"layer {i} of {checkpoint.path} has no {what} to drop; choose another layer")

@@ -1,0 +1,168 @@
+"""The residual stream tapped after every attention too: distances across half-layers, all from one pass.
+
+The model is seen as 2L half-layers: number 2l is the attention of layer l, number 2l+1 its feed-forward part. A block
+of an even number of half-layers that starts at an odd one is a half-offset cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from slicer.checkpoint.parts import attention_outputs, ffn_outputs, silenced
+from slicer.errors import ArchitectureError
+from slicer.measure.analysis import METRIC, Distances
+from slicer.measure.metrics import angles, check_finite, per_sequence
+from slicer.measure.stream import Walk
+from slicer.measure.summary import table
+from slicer.progress import Progress
+
+Run = Callable[[], torch.Tensor]
+Listener = Callable[[int, torch.Tensor], None]
+
+
+class Midway:
+    """Finds where in a layer the stream stands after its attention, and listens there.
+
+    A module that is handed just that (the norm before the feed-forward part, in most models) is found by running the
+    layer with its feed-forward part silenced, which leaves the stream as it is in between. In layers where nothing is
+    (attention and feed-forward part side by side) every run is made twice.
+    """
+
+    def __init__(self, walk: Walk) -> None:
+        self._walk = walk
+        self._places: dict[tuple[Any, ...], str | None] = {}
+
+    def states(self, i: int, batch: int, entering: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(stream after the attention of layer i, after the layer), [batch, seq, d], where x(i) is `entering`."""
+        with self._walk.layer(i) as layer:
+            run = partial(self._walk.call, i, batch, entering)
+            place = self.place(i, layer, run)
+            if place is None:
+                with silenced(ffn_outputs(layer)):
+                    between = run()
+                return between, run()
+            seen: list[torch.Tensor] = []
+            handle = layer.get_submodule(place).register_forward_pre_hook(
+                lambda module, args, kwargs: seen.append(_given(args, kwargs)), with_kwargs=True
+            )
+            try:
+                after = run()
+            finally:
+                handle.remove()
+            return seen[0].view(after.shape), after
+
+    def place(self, i: int, layer: nn.Module, run: Run) -> str | None:
+        """The module of layer i that is given the stream after the attention; None where none is.
+
+        Raises ArchitectureError for a layer that has not both parts.
+        """
+        key = (type(layer), *(name for name, _ in layer.named_children()))
+        if key not in self._places:
+            outputs = ffn_outputs(layer)
+            if not outputs or not attention_outputs(layer):
+                raise ArchitectureError(
+                    f"layer {i} of {type(self._walk.model).__name__} has not both attention and feed-forward part, as "
+                    "far as slicer knows; drop whole layers (--drop, --offset whole)"
+                )
+            with silenced(outputs):
+                between = run()
+            self._places[key] = _handed(layer, run, between)
+        return self._places[key]
+
+
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    value = args[0] if args else next(v for v in kwargs.values() if isinstance(v, torch.Tensor))
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def _handed(layer: nn.Module, run: Run, wanted: torch.Tensor) -> str | None:
+    """The first module within `layer` whose input is `wanted`, bit for bit."""
+    found: list[str] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+            first = tensors[0] if tensors else wanted[:0]
+            alike = first.numel() == wanted.numel() and first.dtype == wanted.dtype
+            if alike and torch.equal(first.reshape(wanted.shape), wanted):
+                found.append(name)
+
+        return look
+
+    handles = [
+        module.register_forward_pre_hook(hook(name), with_kwargs=True)
+        for name, module in layer.named_modules()
+        if name
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def measure_halves(
+    walk: Walk, batches: Sequence[torch.Tensor], *, progress: Progress | None = None
+) -> tuple[Distances, Distances]:
+    """One pass over `batches` (int64 [batch, seq] each, no padding): the angular distances of last tokens between
+    layers, as `summary.measure` has them, and between half-layers (a table of depth 2L).
+
+    Raises CalibrationError for states that are not finite, ArchitectureError where a layer has not both parts, or
+    where its layers cannot be run one by one.
+    """
+    stacked = record_halves(walk, batches, progress=progress)
+    values = torch.cat([angles(some.float()).cpu() for some in torch.split(stacked, 4, 1)])
+    length = batches[0].shape[1]
+    return table(METRIC, values[:, ::2, ::2], seq_len=length), table(METRIC, values, seq_len=length)
+
+
+def tables_of_halves(stacked: torch.Tensor, seq_len: int) -> dict[str, Distances]:
+    """Every metric that is an average over tokens, at the last token of each sequence, between half-layers: from what
+    `record_halves` returned."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for one in torch.split(stacked, 1, 1):
+        for name, value in per_sequence(one[:, :, None]).items():
+            if name == "angular_mean":
+                continue  # of one token: the same again
+            found.setdefault(name, []).append(value)
+    return {name: table(name, torch.cat(values), seq_len=seq_len) for name, values in found.items()}
+
+
+def record_halves(
+    walk: Walk, batches: Sequence[torch.Tensor], *, progress: Progress | None = None
+) -> torch.Tensor:
+    """The last token's stream before, within and after every layer: [2L+1, samples, d].
+
+    Raises as `measure_halves` does.
+    """
+    progress = progress or Progress()
+    states = walk.start(batches)
+    midway = Midway(walk)
+    points: list[list[torch.Tensor]] = [[] for _ in range(2 * walk.depth + 1)]
+    for state in states:
+        points[0].append(_last(state))
+    progress.stage("Measuring layers", walk.depth, "layers")
+    for i in range(walk.depth):
+        with walk.layer(i):
+            for b in range(len(states)):
+                between, after = midway.states(i, b, states[b])
+                points[2 * i + 1].append(_last(between))
+                points[2 * i + 2].append(_last(after))
+                states[b] = after
+        states.layer = i + 1
+        progress.advance()
+    stacked = torch.stack([torch.cat(each) for each in points])
+    check_finite(stacked[::2])
+    check_finite(stacked)
+    return stacked
+
+
+def _last(states: torch.Tensor) -> torch.Tensor:
+    return states[:, -1].detach().cpu().clone()

@@ -1,0 +1,219 @@
+"""convert below the layer, end to end: what is chosen, written and said, and that bad input is one line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import files
+import pytest
+import sources
+import tiny
+from click.testing import CliRunner, Result
+
+from slicer import demo
+from slicer.cli import main
+from slicer.errors import PlanError
+from slicer.judge import part_plots
+from slicer.measure.analysis import Analysis
+from slicer.plan import Plan
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sources.save_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sources.save_text(tmp_path_factory.mktemp("text") / "text.jsonl")
+
+
+def slicer(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def succeeds(*arguments: object) -> Result:
+    result = slicer(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def calibrated(text: Path) -> list[object]:
+    return ["--calibration", text, "--samples", 8, "--seq-len", 32]
+
+
+def test_attention_goes_and_the_plan_replays(source: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    given = ["--drop-attention", 2, "--drop-ffn", "0-0", *calibrated(text)]
+    result = json.loads(succeeds("convert", source, *given, "-o", out, "--json").stdout)
+    assert result["form"] == "blockwise" and result["logits_error"] < 1e-5
+    assert len(result["no_attention"]) == 2 and 0 not in result["no_attention"] and result["no_ffn"] == [0]
+    assert result["after"]["kv_bytes_per_token"] * 6 == result["before"]["kv_bytes_per_token"] * 4
+    card = (out / "README.md").read_text()
+    assert "import slicer" in card and "6 of 6 layers, 4 with attention" in card
+    plan = out / "slicer" / "plan.json"
+    assert json.loads(plan.read_text())["format"] == 2
+    succeeds("convert", source, "--plan", plan, "-o", tmp_path / "again")
+    assert files.read_tensors(tmp_path / "again") == files.read_tensors(out)
+    shown = succeeds("inspect", out).stdout
+    assert "attention of layers" in shown and "DeciLMForCausalLM" in shown
+    table = json.loads((out / "slicer" / "half-layers.json").read_text())
+    assert table["depth"] == 12 and len(table["distances"]["1"]) == 12
+
+
+def test_a_half_offset_cut_is_native_and_taken_where_it_wins(
+    source: Path, text: Path, tmp_path: Path
+) -> None:
+    results = {
+        offset: json.loads(
+            succeeds(
+                "convert", source, "--drop", 2, "--offset", offset, *calibrated(text), "-o", tmp_path / offset,
+                "--json",
+            ).stdout
+        )
+        for offset in ("whole", "half", "auto")
+    }  # fmt: skip
+    assert "joined" not in results["whole"] and results["half"]["form"] == "native"
+    ((i, j),) = results["half"]["joined"]
+    assert j == i + 2 and results["half"]["dropped"] == [i + 1, j] and results["half"]["logits_error"] < 1e-5
+    best = min(results["whole"]["distance"], results["half"]["distance"])
+    assert results["auto"]["distance"] == best
+    config = json.loads((tmp_path / "half" / "config.json").read_text())
+    assert config["model_type"] == "llama" and config["num_hidden_layers"] == 4
+    old, new = files.read_tensors(source), files.read_tensors(tmp_path / "half")
+    assert (
+        new[f"model.layers.{i}.self_attn.q_proj.weight"] == old[f"model.layers.{i}.self_attn.q_proj.weight"]
+    )
+    assert new[f"model.layers.{i}.mlp.up_proj.weight"] == old[f"model.layers.{j}.mlp.up_proj.weight"]
+
+
+@pytest.mark.parametrize("memory", [None, "1MB"])
+@pytest.mark.parametrize(
+    "ways",
+    [
+        ["--drop-attention", "2", "--emulate", "bias"],
+        ["--drop-ffn", "2", "--emulate", "linear", "--rank", "4"],
+        ["--drop", "2", "--emulate", "bias"],
+        ["--drop-sublayers", "3", "--heal", "fold"],
+        ["--drop", "2", "--offset", "half", "--heal", "fold"],
+    ],
+)
+def test_what_stands_for_removed_parts_is_verified(
+    source: Path, text: Path, tmp_path: Path, ways: list[str], memory: str | None
+) -> None:
+    more = [] if memory is None else ["--memory", memory, "--verify", "logits"]
+    result = json.loads(
+        succeeds("convert", source, *ways, *more, *calibrated(text), "-o", tmp_path / "out", "--json").stdout
+    )
+    assert result["logits_error"] < 1e-5
+    record = result.get("emulated") or result["healing"]
+    assert record["loss"]["source"] > 0 and record["method"] in ("bias", "linear", "fold")
+    assert f"{record['loss']['source']:.4f}" in (tmp_path / "out" / "README.md").read_text()
+    if memory is None:
+        succeeds("convert", source, "--plan", tmp_path / "out" / "slicer" / "plan.json", "-o", tmp_path / "2")
+        assert files.read_tensors(tmp_path / "2") == files.read_tensors(tmp_path / "out")
+
+
+def test_both_parts_of_a_layer_are_the_layer(source: Path, tmp_path: Path) -> None:
+    given = ["--drop-attention", "2-3", "--drop-ffn", "2-3"]
+    result = json.loads(succeeds("convert", source, *given, "-o", tmp_path / "out", "--json").stdout)
+    assert result["dropped"] == [2, 3] and "form" not in result
+    succeeds("convert", source, "--drop", "2-3", "-o", tmp_path / "layers")
+    assert files.read_tensors(tmp_path / "out") == files.read_tensors(tmp_path / "layers")
+
+
+def test_zeroed_says_that_it_saves_nothing(source: Path, tmp_path: Path) -> None:
+    given = ["--drop-attention", "0-1", "--format", "zeroed"]
+    result = json.loads(succeeds("convert", source, *given, "-o", tmp_path / "out", "--json").stdout)
+    assert result["form"] == "zeroed" and result["after"] == result["before"]
+    assert "saves neither memory nor time" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_an_analysis_chooses_parts_by_any_metric(text: Path, tmp_path: Path) -> None:
+    where = tmp_path / "analysis"
+    options = ["--samples", 4, "--seq-len", 16, "--sublayers", "--losses", 1, "--shapley", 8]
+    succeeds("analyze", demo.path(), "--calibration", text, *options, "-o", where)
+    record = json.loads((where / "analysis.json").read_text())
+    assert {"angular_last_token", "block_influence", "loss", "kl", "shapley"} <= set(record["sublayers"])
+    for metric in ("loss", "shapley", "block_influence"):
+        succeeds("plan", where, "--drop-attention", 0.25, "--metric", metric, "-o", where / "plan.json")
+        plan = Plan.load(where / "plan.json")
+        row = record["sublayers"][metric]["distances"]["1"][::2]
+        assert plan.no_attention == tuple(sorted(sorted(range(1, 12), key=row.__getitem__)[:3]))
+    assert (where / "parts.png").read_bytes().startswith(b"\x89PNG")
+    analysis = Analysis.load(where)
+    assert part_plots.trade_off(analysis, analysis, tmp_path / "same.png") == pytest.approx(1)
+    with pytest.raises(PlanError, match="same model"):
+        part_plots.trade_off(analysis, replace(analysis, depth=11), tmp_path / "never.png")
+    result = slicer("plan", where, "--drop-attention", 3, "--metric", "taylor")
+    assert result.exit_code == 1 and "taylor" in result.output
+
+
+BAD = {
+    "attention of the first layer": (["--drop-attention", "0-0"], 1, "first layer needs"),
+    "the same layer twice": (["--drop-attention", "3,3"], 2, "names a layer twice"),
+    "a layer and its attention": (["--drop", "2-3", "--drop-attention", "3-4"], 1, "goes twice"),
+    "a layer and its feed-forward part": (["--drop", "2-3", "--drop-ffn", "2-2"], 1, "goes twice"),
+    "a layer that is not there": (["--drop-ffn", "9-9"], 1, "layer 9 is not in the model"),
+    "more than there are": (["--drop-attention", "7"], 1, "not so many"),
+    "a list of sublayers": (["--drop-sublayers", "3,4"], 2, "--drop-attention and --drop-ffn"),
+    "rank 0": (["--drop", "2-3", "--emulate", "linear", "--rank", "0"], 2, "--rank 0"),
+    "a rank beyond the width": (["--drop", "2-3", "--emulate", "linear", "--rank", "65"], 2, "width, 64"),
+    "no rank": (["--drop", "2-3", "--emulate", "linear"], 2, "needs --rank"),
+    "a rank for nothing": (["--drop", "2-3", "--rank", "4"], 2, "needs --rank"),
+    "emulated and healed": (["--drop", "2-3", "--emulate", "bias", "--heal", "fold"], 2, "one of them"),
+    "native without attention": (["--drop-attention", "3-3", "--format", "native"], 1, "--format native"),
+    "half-offset by a heuristic": (
+        ["--drop", "2", "--offset", "half", "--strategy", "tail"],
+        2,
+        "similarity",
+    ),
+    "half-offset of named layers": (["--drop", "2-3", "--offset", "half"], 1, "--offset half"),
+    "a budget beside": (["--max-params", "100k", "--drop-attention", "2"], 2, "budget"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    name: str, source: Path, text: Path, tmp_path: Path
+) -> None:
+    given, code, word = BAD[name]
+    result = slicer("convert", source, *given, *calibrated(text), "-o", tmp_path / "deep" / "out")
+    assert result.exit_code == code, result.output
+    assert word in result.output and "Traceback" not in result.output
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert not (tmp_path / "deep").exists()
+
+
+def test_a_broken_plan_is_named(source: Path, tmp_path: Path) -> None:
+    for record, word in (
+        ({"kept": [0, 1, 2, 3, 4, 5], "no_attention": [2, 2]}, "twice"),
+        ({"kept": [0, 1, 2], "no_ffn": [4]}, "goes twice"),
+        ({"kept": [0, 1, 2], "joined": [[1, 4]]}, "half-offset"),
+        ({"kept": [0, 1, 2], "joined": 3}, "pairs"),
+        ({"kept": [0, 1, 2], "form": "folded"}, "folded"),
+        ({"kept": [0, 1, 2, 3, 4, 5], "no_attention": [2], "form": "native"}, "blockwise or zeroed"),
+    ):
+        file = tmp_path / "plan.json"
+        file.write_text(json.dumps({"format": 2, "depth": 6, **record}))
+        result = slicer("convert", source, "--plan", file, "-o", tmp_path / "out")
+        assert result.exit_code == 1 and word in result.output, result.output
+        assert len(result.stderr.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("family", "word"), [("qwen3", "QK-norm"), ("gemma2", "--format zeroed")])
+def test_a_family_without_a_form_is_refused_with_the_reason(family: str, word: str, tmp_path: Path) -> None:
+    source = tiny.save_tiny(family, tmp_path / "source")
+    result = slicer("convert", source, "--drop-attention", "3-3", "-o", tmp_path / "out")
+    assert result.exit_code == 1 and word in result.output and len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+    succeeds("convert", source, "--drop-attention", "3-3", "--format", "zeroed", "-o", tmp_path / "out")
+
+
+def test_what_healing_afterwards_cannot_do(source: Path, text: Path, tmp_path: Path) -> None:
+    succeeds("convert", source, "--drop-attention", "3-3", "-o", tmp_path / "cut")
+    result = slicer("heal", tmp_path / "cut", *calibrated(text), "-o", tmp_path / "healed")
+    assert result.exit_code == 1 and "--heal fold" in result.output
+    assert not (tmp_path / "healed").exists()
