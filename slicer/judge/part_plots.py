@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slicer.errors import PlanError
-from slicer.judge.plots import _BLUE, _ORANGE, _canvas, _save, analysis_title
+from slicer.judge.plots import BLUE, ORANGE, _canvas, save, analysis_title
 
 if TYPE_CHECKING:
     from slicer.measure.analysis import Analysis, Distances
@@ -20,7 +20,7 @@ def parts(analysis: Analysis, path: Path) -> None:
     for at, table in enumerate(tables):
         axes = figure.add_subplot(len(tables), 1, at + 1)
         row, error = list(table.block(1)), list(table.standard_error[1])
-        for first, colour, name in ((0, _BLUE, "attention"), (1, _ORANGE, "feed-forward part")):
+        for first, colour, name in ((0, BLUE, "attention"), (1, ORANGE, "feed-forward part")):
             values, errors = row[first::2], error[first::2]
             axes.errorbar(
                 range(len(values)), values, yerr=errors, color=colour, marker="o", markersize=3, linewidth=1,
@@ -32,7 +32,7 @@ def parts(analysis: Analysis, path: Path) -> None:
         if not at:
             axes.legend(frameon=False, fontsize="small")
     axes.set_xlabel("layer (bars: one standard error)")
-    _save(figure, path)
+    save(figure, path)
 
 
 def trade_off(one: Analysis, other: Analysis, path: Path) -> float:
@@ -49,7 +49,7 @@ def trade_off(one: Analysis, other: Analysis, path: Path) -> float:
     figure = _canvas((5.6, 5.2))
     axes = figure.add_subplot()
     halves = a.depth == 2 * one.depth
-    kinds = ((0, _BLUE, "attention"), (1, _ORANGE, "feed-forward part")) if halves else ((0, _BLUE, "layer"),)
+    kinds = ((0, BLUE, "attention"), (1, ORANGE, "feed-forward part")) if halves else ((0, BLUE, "layer"),)
     step = len(kinds)
     for first, colour, name in kinds:
         axes.errorbar(
@@ -65,7 +65,7 @@ def trade_off(one: Analysis, other: Analysis, path: Path) -> float:
     axes.set_ylabel(f"on {_text(other)}")
     axes.set_title(f"{analysis_title(a.metric)}\nrank correlation {agreement:.2f}", fontsize=10)
     axes.legend(frameon=False, fontsize="small")
-    _save(figure, path)
+    save(figure, path)
     return agreement
 
 
