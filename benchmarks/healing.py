@@ -86,18 +86,8 @@ def main() -> None:
     walk.cache = held_walk.cache = options.cache  # type: ignore[attr-defined]
 
     def tokens(sources: list[str], samples: int, seed: int) -> torch.Tensor:
-        share = samples // len(sources)
-        parts = [
-            torch.cat(
-                token_batches(
-                    CalibrationSpec(source, share, options.seq_len, batch_size=share, seed=seed),
-                    options.model,
-                    model,
-                ).batches
-            )
-            for source in sources
-        ]
-        return torch.cat(parts)  # one in so many is held out: some of each
+        spec = CalibrationSpec(",".join(sources), samples, options.seq_len, batch_size=samples, seed=seed)
+        return torch.cat(token_batches(spec, options.model, model).batches)
 
     batches = list(tokens(options.calibration, options.samples, 0).split(4))
     texts = dict(pair.split("=", 1) for pair in options.held_out)

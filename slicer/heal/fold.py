@@ -23,6 +23,7 @@ from torch import nn
 
 from slicer.errors import HealError, UsageError
 from slicer.heal.least_squares import Solution, solve
+from slicer.heal.newton import STEPS, Newton
 from slicer.heal.outputs import LayerChange, Output, applied, find, parameters_after
 from slicer.heal.rows import SINKS, gather, norm_gain
 from slicer.measure.states import States
@@ -33,6 +34,8 @@ SOLVERS = ("resolve", "transform")
 HELD_OUT = 16  # one sequence in so many (at least one) chooses the strengths and gives the figures
 _NORM_STEPS = 3  # Gauss-Newton steps where a norm follows the map
 MIN_SEQUENCES = 4
+TOGETHER = 1024  # tokens in a batch, at most: gradients need all that the layers behind the cut compute on it
+BEFORE = 1  # layers before the first changed one that take second-order steps too
 AFTER = 4  # layers behind a cut that are solved again toward the source's stream
 
 Storable = Callable[[int, str, nn.Module], bool]
@@ -82,6 +85,11 @@ def fold(
     healer = _Healer(walk, data, dropped, storable, solver, walk.loaded and solver == "resolve")
     progress.stage("Healing the cut", walk.depth if healer.judges else runs[-1][1], "layers")
     source = walk.start(data.batches)
+    first = max(0, runs[0][0] - 1 - BEFORE)
+    while source.layer < first:
+        walk.advance(source.layer, source)
+        progress.advance()
+    origin = source.copy() if healer.judges else None
     student: States | None = None
     for at, (start, end) in enumerate(runs):
         before = start - 1  # the layer to change; -1 where the model's first layers are dropped
@@ -113,14 +121,40 @@ def fold(
     if not healer.judges:
         return Fold(changes, losses(walk, batches, dropped, changes))
     for i in range(source.layer, walk.depth):
-        walk.advance(i, source, only=data.held)
+        walk.advance(i, source)
         progress.advance()
     figures = {
         "source": _loss(walk, source, data.held),
         "sliced": healer.losses[0],
         "healed": healer.losses[-1],
     }
+    if origin is not None:
+        changes, loss = _second_order(walk, data, dropped, changes, origin, source, storable)
+        figures["healed"] = loss
     return Fold(changes, figures)
+
+
+def _second_order(
+    walk: Walk,
+    data: Split,
+    dropped: Sequence[int],
+    changes: dict[int, LayerChange],
+    origin: States,
+    target: States,
+    storable: Storable,
+) -> tuple[dict[int, LayerChange], float]:
+    """`changes` after steps on the loss itself, and the loss on the sequences held out."""
+    kept = [i for i in range(origin.layer, walk.depth) if i not in dropped]
+    with contextlib.ExitStack() as stack:
+        for i, change in changes.items():
+            stack.enter_context(applied(walk.layers[i], change))
+        newton = stack.enter_context(Newton(walk, kept, origin, target, data.held, storable))
+        for number in range(STEPS):
+            if not newton.step(number):
+                break
+        for i in kept:
+            walk.advance(i, origin, only=data.held)
+        return newton.changes(changes), _loss(walk, origin, data.held)
 
 
 @dataclass(frozen=True)
@@ -137,7 +171,7 @@ def split(batches: Sequence[torch.Tensor]) -> Split:
     Raises HealError when there are too few sequences to set any apart.
     """
     held = held_out_sequences(batches)
-    size = len(batches[0])
+    size = max(1, min(len(batches[0]), TOGETHER // batches[0].shape[1]))
     sequences = torch.cat(list(batches))
     apart = torch.zeros(len(sequences), dtype=torch.bool)
     apart[sorted(held)] = True

@@ -1,0 +1,300 @@
+"""Second-order steps on the loss itself, over a model in memory.
+
+Least squares brings the residual stream back to the source's; what counts is the loss. With p the source's distribution
+over the next token, q the sliced model's, and y the token that follows, it is here, in nats a token,
+
+    L = (1 - MIX) KL(p || q) - MIX log q(y)
+
+A step of K-FAC (Martens and Grosse, arXiv 1503.05671) adds to a matrix W [d, f] with inputs z and loss gradients g of
+its outputs a multiple of
+
+    D = -(G + b I)^-1 (dL/dW) (A + a I)^-1,    A = E[z z^T],  G = E[g g^T]
+
+where G takes the g of tokens drawn from q, so that G (x) A is the Fisher information. With a few ten thousand tokens
+the noise of dL/dW in the flat directions outweighs what a full Newton step wins there: p parameters cost p / 2N nats on
+N tokens. Hence the large a and b. All matrices step together, and the length is searched on the sequences held out.
+There is no learning rate: a step is one pass forward and back, and two Cholesky solves a matrix.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from slicer.checkpoint.architectures import ATTENTION_OUTPUTS, FEED_FORWARD_OUTPUTS
+from slicer.heal.outputs import LayerChange, Output
+from slicer.measure.states import States
+from slicer.measure.stream import Walk
+
+STEPS = 3
+NAMES = (*ATTENTION_OUTPUTS, *FEED_FORWARD_OUTPUTS)
+MIX = 0.5  # share of the text itself in the loss
+STRIDE = 2  # one position in so many has its logits computed; each step takes others
+DRAWN = 4  # one batch in so many gives G
+DAMPING = (0.1, 1.0)  # a and b, in units of the mean of the diagonal of A and G
+_FIRST = 0.02  # length that is tried first: the largest change of a matrix, relative
+_HALVINGS = 5
+_CHUNK = 128  # positions whose logits are held at a time
+
+
+class Matrix:
+    """A matrix W of a kept layer: what it becomes, and the sums of one pass.
+
+    Attributes:
+        layer, name: where it is: the module within the layer.
+        delta: float32 [d, f], what was added to W so far.
+        gradient: dL/dW, float32 [d, f].
+        inputs, outputs: A [f, f] and G [d, d], float32.
+        z, u: of the last run: what went in, [.., f], and what came out, [.., d].
+    """
+
+    def __init__(self, layer: int, name: str, module: nn.Module) -> None:
+        self.layer, self.name, self.module = layer, name, module
+        output = Output(name, module)
+        weight = module.weight
+        assert isinstance(weight, nn.Parameter)
+        self._parameter, self._transposed, self._own = weight, output.transposed, weight.data
+        self._base = output.weight.detach().float()
+        d, f = self._base.shape
+        self.delta = torch.zeros_like(self._base)
+        self.gradient = torch.zeros_like(self._base)
+        self.inputs = self._base.new_zeros(f, f)
+        self.outputs = self._base.new_zeros(d, d)
+        self.z: torch.Tensor | None = None
+        self.u: torch.Tensor | None = None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """As it is now, in the layout and dtype of the checkpoint."""
+        return self._parameter.data
+
+    def put(self, delta: torch.Tensor) -> None:
+        """W becomes what it was plus `delta`, in its own dtype."""
+        new = (self._base + delta).to(self._own.dtype)
+        self._parameter.data = (new.T if self._transposed else new).contiguous()
+
+    def restore(self) -> None:
+        """W is the very tensor that it was."""
+        self._parameter.data = self._own
+
+    def take(self, slope: torch.Tensor | None, curvature: bool) -> None:
+        """Add the tokens of one batch: dL/du [.., d] of the last run."""
+        if slope is None or self.z is None:
+            return
+        z, g = self.z.flatten(0, -2).float(), slope.flatten(0, -2).float()
+        self.gradient += g.T @ z
+        if curvature:
+            self.inputs += z.T @ z
+
+    def draw(self, slope: torch.Tensor | None) -> None:
+        """Add to G the slopes [.., d] of the log likelihood of drawn tokens."""
+        if slope is not None:
+            g = slope.flatten(0, -2).float()
+            self.outputs += g.T @ g
+
+    def direction(self) -> torch.Tensor:
+        """D, float32 [d, f], up to a factor that all matrices share."""
+        step = _damped_solve(self.outputs, self.gradient, DAMPING[1])
+        return -_damped_solve(self.inputs, step.T, DAMPING[0]).T
+
+
+class Newton:
+    """Takes steps on matrices of `layers`, which are run one after the other.
+
+    Inside its `with` block the model has the new weights; afterwards its own.
+
+    Args:
+        layers: kept layers, ascending, to the last of the model.
+        origin, target: what enters the first of `layers`; and what the source has behind its last layer.
+        held: the batches that choose the length of each step; the others are fitted.
+        storable: whether the checkpoint has the weights of a module of a layer.
+    """
+
+    def __init__(
+        self,
+        walk: Walk,
+        layers: Sequence[int],
+        origin: States,
+        target: States,
+        held: range,
+        storable: Callable[[int, str, nn.Module], bool],
+    ) -> None:
+        self._walk, self._layers, self._held = walk, layers, held
+        self._origin, self._target = origin, target
+        self._matrices = [
+            Matrix(i, name, module)
+            for i in layers
+            for name, module in walk.layers[i].named_modules()
+            if name in NAMES and _steps(module) and storable(i, name, module)
+        ]
+        self._loss = self.judge()
+
+    def __enter__(self) -> Newton:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for matrix in self._matrices:
+            matrix.restore()
+
+    def step(self, number: int) -> bool:
+        """Take step `number` (the first gathers A and G) if it lowers the loss on the sequences held out."""
+        self._gather(number % STRIDE, curvature=number == 0)
+        directions = [matrix.direction() for matrix in self._matrices]
+        length, self._loss = self._search(directions)
+        for matrix, direction in zip(self._matrices, directions, strict=True):
+            matrix.delta.add_(direction, alpha=length)
+            matrix.put(matrix.delta)
+        return length > 0
+
+    def changes(self, before: Mapping[int, LayerChange]) -> dict[int, LayerChange]:
+        """`before` with what the steps made of it."""
+        after = {
+            i: LayerChange(i, dict(c.parameters), dict(c.transforms), list(c.report))
+            for i, c in before.items()
+        }
+        for matrix in self._matrices:
+            if not bool(matrix.delta.any()):
+                continue
+            change = after.setdefault(matrix.layer, LayerChange(matrix.layer))
+            change.parameters[f"{matrix.name}.weight"] = matrix.weight.clone()
+            relative = float(matrix.delta.norm() / matrix.weight.float().norm())
+            change.report.append(
+                {"layer": matrix.layer, "module": matrix.name, "way": "newton", "change": round(relative, 6)}
+            )
+        return after
+
+    def judge(self) -> float:
+        """L on the sequences held out, but for what only the source decides."""
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for b in self._held:
+                last = self._run(b, self._origin[b])
+                for at in torch.arange(0, last.shape[1]).split(_CHUNK):
+                    q = self._walk.head(self._origin.tokens[b][:, at], last[:, at]).float().log_softmax(-1)
+                    total -= float((self._wanted(b, at) * q).sum(dtype=torch.float64))
+                    count += at.numel() * len(q)
+        return total / count
+
+    # --- one pass ---------------------------------------------------------------------------------------------------
+
+    def _gather(self, offset: int, *, curvature: bool) -> None:
+        """dL/dW of every matrix on the sequences fitted; with `curvature` also A and G."""
+        for matrix in self._matrices:
+            matrix.gradient.zero_()
+        generator = torch.Generator().manual_seed(0)
+        fitted = [b for b in range(len(self._origin)) if b not in self._held]
+        with self._watching():
+            for at, b in enumerate(fitted):
+                draws = curvature and at % DRAWN == 0
+                first = self._origin[b].to(self._walk.device).detach().requires_grad_()
+                last = self._run(b, first, gradient=True)
+                asked, drawn = self._slopes(b, last.detach(), offset, generator if draws else None)
+                outputs = [matrix.u for matrix in self._matrices]
+                slopes = torch.autograd.grad(last, outputs, asked, retain_graph=draws, allow_unused=True)
+                for matrix, g in zip(self._matrices, slopes, strict=True):
+                    matrix.take(g, curvature)
+                if draws:
+                    slopes = torch.autograd.grad(last, outputs, drawn, allow_unused=True)
+                    for matrix, g in zip(self._matrices, slopes, strict=True):
+                        matrix.draw(g)
+
+    def _slopes(
+        self, b: int, last: torch.Tensor, offset: int, generator: torch.Generator | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The slopes of L, and of the log likelihood of tokens drawn from q, along what is behind the last layer.
+
+        Both [batch, seq, d]; a sum over positions, not a mean.
+        """
+        asked, drawn = torch.zeros_like(last), torch.zeros_like(last)
+        for at in torch.arange(offset, last.shape[1], STRIDE).split(_CHUNK):
+            x = last[:, at].requires_grad_()
+            logits = self._walk.head(self._origin.tokens[b][:, at], x, gradient=True)
+            q = logits.detach().float().softmax(-1)
+            slope = (q - self._wanted(b, at)).to(logits.dtype)
+            keep = generator is not None
+            asked[:, at] = torch.autograd.grad(logits, x, slope, retain_graph=keep)[0]
+            if generator is not None:
+                point = torch.rand((*q.shape[:-1], 1), generator=generator).to(q.device)
+                token = torch.searchsorted(q.cumsum(-1), point).clamp_(max=q.shape[-1] - 1)
+                slope = q.scatter_add_(-1, token, -torch.ones_like(point)).to(logits.dtype)
+                drawn[:, at] = torch.autograd.grad(logits, x, slope)[0]
+        return asked, drawn
+
+    def _wanted(self, b: int, at: torch.Tensor) -> torch.Tensor:
+        """(1 - MIX) p + MIX (the token that follows): float32 [batch, positions, vocabulary]."""
+        tokens = self._origin.tokens[b]
+        with torch.no_grad():
+            p = self._walk.head(tokens[:, at], self._target[b][:, at]).float().softmax(-1)
+        has = at + 1 < tokens.shape[1]  # nothing follows the last
+        share = torch.where(has, MIX, 0.0).to(p.device)[None, :, None].expand(len(p), -1, 1)
+        follows = tokens[:, (at + 1).clamp(max=tokens.shape[1] - 1)][..., None].to(p.device)
+        return (p * (1 - share)).scatter_add_(-1, follows, share.contiguous())
+
+    def _run(self, b: int, states: torch.Tensor, *, gradient: bool = False) -> torch.Tensor:
+        for i in self._layers:
+            states = self._walk.call(i, b, states, gradient=gradient)
+        return states
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Inside the block each matrix keeps what went in and came out."""
+
+        def watch(matrix: Matrix) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, result: torch.Tensor) -> None:
+                matrix.z, matrix.u = args[0].detach(), result
+
+            return hook
+
+        handles = [matrix.module.register_forward_hook(watch(matrix)) for matrix in self._matrices]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for matrix in self._matrices:
+                matrix.z = matrix.u = None
+
+    def _search(self, directions: Sequence[torch.Tensor]) -> tuple[float, float]:
+        """(length, L): doubled or halved from a first guess as long as the loss on the sequences held out falls."""
+        largest = max(
+            float(direction.norm() / matrix.weight.float().norm())
+            for matrix, direction in zip(self._matrices, directions, strict=True)
+        )
+        tried = {0.0: self._loss}
+
+        def loss(length: float) -> float:
+            if length not in tried:
+                for matrix, direction in zip(self._matrices, directions, strict=True):
+                    matrix.put(matrix.delta + length * direction)
+                tried[length] = self.judge()
+            return tried[length]
+
+        length = _FIRST / max(largest, 1e-30)
+        if loss(length) < self._loss:
+            while loss(2 * length) < loss(length):
+                length *= 2
+        for _ in range(_HALVINGS):
+            if loss(length) < self._loss and loss(length) <= loss(length / 2):
+                break
+            length /= 2
+        best = min(tried, key=lambda tried_length: tried[tried_length])
+        return best, tried[best]
+
+
+def _steps(module: nn.Module) -> bool:
+    """Whether the module is a plain matrix: nn.Linear, or GPT-2's transposed one."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _damped_solve(matrix: torch.Tensor, right: torch.Tensor, strength: float) -> torch.Tensor:
+    """(M + s m I)^-1 B, m the mean of M's diagonal; 0 where M is."""
+    mean = matrix.diagonal().mean()
+    if not bool(mean > 0):
+        return torch.zeros_like(right)
+    damped = matrix / mean
+    damped.diagonal().add_(strength)
+    return torch.cholesky_solve(right / mean, torch.linalg.cholesky(damped))
