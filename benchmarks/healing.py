@@ -24,8 +24,9 @@ import torch
 from slicer import demo
 from slicer.checkpoint.model import load_model
 from slicer.checkpoint.reader import Checkpoint
-from slicer.heal.fold import fold, split
+from slicer.heal.fold import fold
 from slicer.heal.healing import _storable
+from slicer.heal.held import split
 from slicer.heal.outputs import LayerChange, applied
 from slicer.measure.analysis import Distances
 from slicer.measure.calibration import CalibrationSpec, token_batches

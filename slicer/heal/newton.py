@@ -19,87 +19,28 @@ There is no learning rate: a step is one pass forward and back, and two Cholesky
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from slicer.checkpoint.architectures import ATTENTION_OUTPUTS, FEED_FORWARD_OUTPUTS
+from slicer.checkpoint.verify import available_memory
+from slicer.heal.curvature import Matrix
 from slicer.heal.outputs import LayerChange, Output
 from slicer.measure.states import States
 from slicer.measure.stream import Walk
 
 STEPS = 3
 NAMES = (*ATTENTION_OUTPUTS, *FEED_FORWARD_OUTPUTS)
-MIX = 0.5  # share of the text itself in the loss
-STRIDE = 2  # one position in so many has its logits computed; each step takes others
+MIX = 0.25  # share of the text itself in the loss
+PARTS = 3  # each step takes another such part of the sequences, interleaved
+STRIDE = 2  # of the sequences held out, one position in so many is judged
 DRAWN = 4  # one batch in so many gives G
-DAMPING = (0.1, 1.0)  # a and b, in units of the mean of the diagonal of A and G
 _FIRST = 0.02  # length that is tried first: the largest change of a matrix, relative
 _HALVINGS = 5
 _CHUNK = 128  # positions whose logits are held at a time
-
-
-class Matrix:
-    """A matrix W of a kept layer: what it becomes, and the sums of one pass.
-
-    Attributes:
-        layer, name: where it is: the module within the layer.
-        delta: float32 [d, f], what was added to W so far.
-        gradient: dL/dW, float32 [d, f].
-        inputs, outputs: A [f, f] and G [d, d], float32.
-        z, u: of the last run: what went in, [.., f], and what came out, [.., d].
-    """
-
-    def __init__(self, layer: int, name: str, module: nn.Module) -> None:
-        self.layer, self.name, self.module = layer, name, module
-        output = Output(name, module)
-        weight = module.weight
-        assert isinstance(weight, nn.Parameter)
-        self._parameter, self._transposed, self._own = weight, output.transposed, weight.data
-        self._base = output.weight.detach().float()
-        d, f = self._base.shape
-        self.delta = torch.zeros_like(self._base)
-        self.gradient = torch.zeros_like(self._base)
-        self.inputs = self._base.new_zeros(f, f)
-        self.outputs = self._base.new_zeros(d, d)
-        self.z: torch.Tensor | None = None
-        self.u: torch.Tensor | None = None
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """As it is now, in the layout and dtype of the checkpoint."""
-        return self._parameter.data
-
-    def put(self, delta: torch.Tensor) -> None:
-        """W becomes what it was plus `delta`, in its own dtype."""
-        new = (self._base + delta).to(self._own.dtype)
-        self._parameter.data = (new.T if self._transposed else new).contiguous()
-
-    def restore(self) -> None:
-        """W is the very tensor that it was."""
-        self._parameter.data = self._own
-
-    def take(self, slope: torch.Tensor | None, curvature: bool) -> None:
-        """Add the tokens of one batch: dL/du [.., d] of the last run."""
-        if slope is None or self.z is None:
-            return
-        z, g = self.z.flatten(0, -2).float(), slope.flatten(0, -2).float()
-        self.gradient += g.T @ z
-        if curvature:
-            self.inputs += z.T @ z
-
-    def draw(self, slope: torch.Tensor | None) -> None:
-        """Add to G the slopes [.., d] of the log likelihood of drawn tokens."""
-        if slope is not None:
-            g = slope.flatten(0, -2).float()
-            self.outputs += g.T @ g
-
-    def direction(self) -> torch.Tensor:
-        """D, float32 [d, f], up to a factor that all matrices share."""
-        step = _damped_solve(self.outputs, self.gradient, DAMPING[1])
-        return -_damped_solve(self.inputs, step.T, DAMPING[0]).T
 
 
 class Newton:
@@ -125,13 +66,15 @@ class Newton:
     ) -> None:
         self._walk, self._layers, self._held = walk, layers, held
         self._origin, self._target = origin, target
-        self._matrices = [
-            Matrix(i, name, module)
+        found = (
+            (i, name, module)
             for i in layers
             for name, module in walk.layers[i].named_modules()
             if name in NAMES and _steps(module) and storable(i, name, module)
-        ]
-        self._loss = self.judge()
+        )
+        self._matrices = list(_affordable(found, walk.device))
+        self._size = _FIRST
+        self._loss, self._limit = self.judge()
 
     def __enter__(self) -> Newton:
         return self
@@ -142,7 +85,9 @@ class Newton:
 
     def step(self, number: int) -> bool:
         """Take step `number` (the first gathers A and G) if it lowers the loss on the sequences held out."""
-        self._gather(number % STRIDE, curvature=number == 0)
+        if not self._matrices:
+            return False
+        self._gather(number % PARTS, curvature=number == 0)
         directions = [matrix.direction() for matrix in self._matrices]
         length, self._loss = self._search(directions)
         for matrix, direction in zip(self._matrices, directions, strict=True):
@@ -167,32 +112,39 @@ class Newton:
             )
         return after
 
-    def judge(self) -> float:
-        """L on the sequences held out, but for what only the source decides."""
-        total, count = 0.0, 0
+    def judge(self) -> tuple[float, float]:
+        """L and KL(p || q) on the sequences held out."""
+        total = far = 0.0
+        count = 0
         with torch.no_grad():
             for b in self._held:
                 last = self._run(b, self._origin[b])
-                for at in torch.arange(0, last.shape[1]).split(_CHUNK):
+                for at in torch.arange(0, last.shape[1], STRIDE).split(_CHUNK):
+                    p = self._source(b, at)
                     q = self._walk.head(self._origin.tokens[b][:, at], last[:, at]).float().log_softmax(-1)
-                    total -= float((self._wanted(b, at) * q).sum(dtype=torch.float64))
+                    kl = nn.functional.kl_div(q, p, reduction="sum").item()
+                    following, there = self._following(b, at)
+                    text = -(q.gather(-1, following.to(q.device))[..., 0] * there.to(q.device)).sum().item()
+                    total += (1 - MIX) * kl + MIX * text
+                    far += kl
                     count += at.numel() * len(q)
-        return total / count
+        return total / count, far / count
 
     # --- one pass ---------------------------------------------------------------------------------------------------
 
-    def _gather(self, offset: int, *, curvature: bool) -> None:
-        """dL/dW of every matrix on the sequences fitted; with `curvature` also A and G."""
+    def _gather(self, part: int, *, curvature: bool) -> None:
+        """dL/dW of every matrix on a part of the sequences fitted; with `curvature` also A and G."""
         for matrix in self._matrices:
             matrix.gradient.zero_()
         generator = torch.Generator().manual_seed(0)
         fitted = [b for b in range(len(self._origin)) if b not in self._held]
+        fitted = fitted[part::PARTS] or fitted
         with self._watching():
             for at, b in enumerate(fitted):
                 draws = curvature and at % DRAWN == 0
                 first = self._origin[b].to(self._walk.device).detach().requires_grad_()
                 last = self._run(b, first, gradient=True)
-                asked, drawn = self._slopes(b, last.detach(), offset, generator if draws else None)
+                asked, drawn = self._slopes(b, last.detach(), generator if draws else None)
                 outputs = [matrix.u for matrix in self._matrices]
                 slopes = torch.autograd.grad(last, outputs, asked, retain_graph=draws, allow_unused=True)
                 for matrix, g in zip(self._matrices, slopes, strict=True):
@@ -203,14 +155,14 @@ class Newton:
                         matrix.draw(g)
 
     def _slopes(
-        self, b: int, last: torch.Tensor, offset: int, generator: torch.Generator | None
+        self, b: int, last: torch.Tensor, generator: torch.Generator | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The slopes of L, and of the log likelihood of tokens drawn from q, along what is behind the last layer.
 
         Both [batch, seq, d]; a sum over positions, not a mean.
         """
         asked, drawn = torch.zeros_like(last), torch.zeros_like(last)
-        for at in torch.arange(offset, last.shape[1], STRIDE).split(_CHUNK):
+        for at in torch.arange(last.shape[1]).split(_CHUNK):
             x = last[:, at].requires_grad_()
             logits = self._walk.head(self._origin.tokens[b][:, at], x, gradient=True)
             q = logits.detach().float().softmax(-1)
@@ -224,15 +176,24 @@ class Newton:
                 drawn[:, at] = torch.autograd.grad(logits, x, slope)[0]
         return asked, drawn
 
-    def _wanted(self, b: int, at: torch.Tensor) -> torch.Tensor:
-        """(1 - MIX) p + MIX (the token that follows): float32 [batch, positions, vocabulary]."""
-        tokens = self._origin.tokens[b]
+    def _source(self, b: int, at: torch.Tensor) -> torch.Tensor:
+        """p at the positions `at`: float32 [batch, positions, vocabulary]."""
         with torch.no_grad():
-            p = self._walk.head(tokens[:, at], self._target[b][:, at]).float().softmax(-1)
-        has = at + 1 < tokens.shape[1]  # nothing follows the last
-        share = torch.where(has, MIX, 0.0).to(p.device)[None, :, None].expand(len(p), -1, 1)
-        follows = tokens[:, (at + 1).clamp(max=tokens.shape[1] - 1)][..., None].to(p.device)
-        return (p * (1 - share)).scatter_add_(-1, follows, share.contiguous())
+            logits = self._walk.head(self._origin.tokens[b][:, at], self._target[b][:, at])
+        return logits.float().softmax(-1)
+
+    def _following(self, b: int, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The token after each position, int64 [batch, positions, 1]; and 1 where there is one, else 0, [positions]."""
+        tokens = self._origin.tokens[b]
+        there = (at + 1 < tokens.shape[1]).float()
+        return tokens[:, (at + 1).clamp(max=tokens.shape[1] - 1)][..., None], there
+
+    def _wanted(self, b: int, at: torch.Tensor) -> torch.Tensor:
+        """(1 - MIX) p + MIX (the token that follows): dL/dlogits is q less this."""
+        p = self._source(b, at)
+        following, there = self._following(b, at)
+        share = (MIX * there).to(p.device)[None, :, None].expand(len(p), -1, 1)
+        return (p * (1 - share)).scatter_add_(-1, following.to(p.device), share.contiguous())
 
     def _run(self, b: int, states: torch.Tensor, *, gradient: bool = False) -> torch.Tensor:
         for i in self._layers:
@@ -261,7 +222,7 @@ class Newton:
     def _search(self, directions: Sequence[torch.Tensor]) -> tuple[float, float]:
         """(length, L): doubled or halved from a first guess as long as the loss on the sequences held out falls."""
         largest = max(
-            float(direction.norm() / matrix.weight.float().norm())
+            float(direction.norm() / matrix.weight.float().norm().clamp_min(1e-12))
             for matrix, direction in zip(self._matrices, directions, strict=True)
         )
         tried = {0.0: self._loss}
@@ -270,10 +231,11 @@ class Newton:
             if length not in tried:
                 for matrix, direction in zip(self._matrices, directions, strict=True):
                     matrix.put(matrix.delta + length * direction)
-                tried[length] = self.judge()
+                found, far = self.judge()
+                tried[length] = found if far <= self._limit else float("inf")
             return tried[length]
 
-        length = _FIRST / max(largest, 1e-30)
+        length = self._size / max(largest, 1e-30)
         if loss(length) < self._loss:
             while loss(2 * length) < loss(length):
                 length *= 2
@@ -282,6 +244,7 @@ class Newton:
                 break
             length /= 2
         best = min(tried, key=lambda tried_length: tried[tried_length])
+        self._size = best * largest or _FIRST
         return best, tried[best]
 
 
@@ -290,11 +253,13 @@ def _steps(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def _damped_solve(matrix: torch.Tensor, right: torch.Tensor, strength: float) -> torch.Tensor:
-    """(M + s m I)^-1 B, m the mean of M's diagonal; 0 where M is."""
-    mean = matrix.diagonal().mean()
-    if not bool(mean > 0):
-        return torch.zeros_like(right)
-    damped = matrix / mean
-    damped.diagonal().add_(strength)
-    return torch.cholesky_solve(right / mean, torch.linalg.cholesky(damped))
+def _affordable(matrices: Iterable[tuple[int, str, nn.Module]], device: torch.device) -> Iterator[Matrix]:
+    """Those of the first layers whose sums fit into half of the free memory."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    room = free // 2
+    for i, name, module in matrices:
+        d, f = Output(name, module).weight.shape
+        room -= 4 * (2 * d * f + d * d + f * f)
+        if room < 0:
+            return
+        yield Matrix(i, name, module)
