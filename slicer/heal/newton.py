@@ -13,7 +13,8 @@ its outputs a multiple of
 where G takes the g of tokens drawn from q, so that G (x) A is the Fisher information. With a few ten thousand tokens
 the noise of dL/dW in the flat directions outweighs what a full Newton step wins there: p parameters cost p / 2N nats on
 N tokens. Hence the large a and b. All matrices step together, and the length is searched on the sequences held out.
-There is no learning rate: a step is one pass forward and back, and two Cholesky solves a matrix.
+A length at which KL(p || q) there is above what least squares left is refused: the text may not lead the model away
+from the source. There is no learning rate: a step is one pass forward and back, and two Cholesky solves a matrix.
 """
 
 from __future__ import annotations
@@ -88,10 +89,13 @@ class Newton:
         if not self._matrices:
             return False
         self._gather(number % PARTS, curvature=number == 0)
+        if not all(bool(matrix.gradient.isfinite().all()) for matrix in self._matrices):
+            return False
         directions = [matrix.direction() for matrix in self._matrices]
         length, self._loss = self._search(directions)
         for matrix, direction in zip(self._matrices, directions, strict=True):
-            matrix.delta.add_(direction, alpha=length)
+            if length > 0:
+                matrix.delta.add_(direction, alpha=length)
             matrix.put(matrix.delta)
         return length > 0
 
@@ -142,17 +146,20 @@ class Newton:
         with self._watching():
             for at, b in enumerate(fitted):
                 draws = curvature and at % DRAWN == 0
-                first = self._origin[b].to(self._walk.device).detach().requires_grad_()
-                last = self._run(b, first, gradient=True)
+                first = self._origin[b].to(self._walk.device).clone().requires_grad_()
+                last = self._run(b, first.clone(), gradient=True)  # a layer may write into what it is given
                 asked, drawn = self._slopes(b, last.detach(), generator if draws else None)
-                outputs = [matrix.u for matrix in self._matrices]
+                seen = [
+                    matrix for matrix in self._matrices if matrix.u is not None and matrix.u.requires_grad
+                ]
+                outputs = [matrix.u for matrix in seen if matrix.u is not None]
                 slopes = torch.autograd.grad(last, outputs, asked, retain_graph=draws, allow_unused=True)
-                for matrix, g in zip(self._matrices, slopes, strict=True):
-                    matrix.take(g, curvature)
+                for matrix, slope in zip(seen, slopes, strict=True):
+                    matrix.take(slope, curvature)
                 if draws:
                     slopes = torch.autograd.grad(last, outputs, drawn, allow_unused=True)
-                    for matrix, g in zip(self._matrices, slopes, strict=True):
-                        matrix.draw(g)
+                    for matrix, slope in zip(seen, slopes, strict=True):
+                        matrix.draw(slope)
 
     def _slopes(
         self, b: int, last: torch.Tensor, generator: torch.Generator | None
