@@ -24,8 +24,9 @@ import torch
 from slicer import demo
 from slicer.checkpoint.model import load_model
 from slicer.checkpoint.reader import Checkpoint
-from slicer.heal.fold import fold, split
+from slicer.heal.fold import fold
 from slicer.heal.healing import _storable
+from slicer.heal.held import split
 from slicer.heal.outputs import LayerChange, applied
 from slicer.measure.analysis import Distances
 from slicer.measure.calibration import CalibrationSpec, token_batches
@@ -86,18 +87,8 @@ def main() -> None:
     walk.cache = held_walk.cache = options.cache  # type: ignore[attr-defined]
 
     def tokens(sources: list[str], samples: int, seed: int) -> torch.Tensor:
-        share = samples // len(sources)
-        parts = [
-            torch.cat(
-                token_batches(
-                    CalibrationSpec(source, share, options.seq_len, batch_size=share, seed=seed),
-                    options.model,
-                    model,
-                ).batches
-            )
-            for source in sources
-        ]
-        return torch.stack(parts, 1).reshape(-1, options.seq_len)  # in turn, so that each is held out too
+        spec = CalibrationSpec(",".join(sources), samples, options.seq_len, batch_size=samples, seed=seed)
+        return torch.cat(token_batches(spec, options.model, model).batches)
 
     batches = list(tokens(options.calibration, options.samples, 0).split(4))
     texts = dict(pair.split("=", 1) for pair in options.held_out)

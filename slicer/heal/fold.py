@@ -14,28 +14,23 @@ first positions of each sequence (attention sinks) are left out.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from torch import nn
 
 from slicer.errors import HealError, UsageError
-from slicer.heal.least_squares import NormalEquations, Solution, solve
-from slicer.heal.outputs import LayerChange, Output, Seen, applied, arriving, find, parameters_after, watching
+from slicer.heal.held import loss, split
+from slicer.heal.layerwise import Healer, Storable
+from slicer.heal.newton import STEPS, Newton
+from slicer.heal.outputs import LayerChange, applied
 from slicer.measure.states import States
 from slicer.measure.stream import Walk
 from slicer.progress import Progress
 
+_NOTHING = "no weights next to the cut can take the fold, or none gains by it; use --heal none"
 SOLVERS = ("resolve", "transform")
-SINKS = 4  # positions at the start of a sequence that take no part
-HELD_OUT = 16  # one sequence in so many (at least one) chooses the strengths and gives the figures
-_NORM_STEPS = 3  # Gauss-Newton steps where a norm follows the map
-MIN_SEQUENCES = 4
-AFTER = 4  # layers behind a cut that are solved again toward the source's stream
-
-Storable = Callable[[int, str, nn.Module], bool]
+BEFORE = 1  # layers before the first changed one that take second-order steps too
 
 
 @dataclass(frozen=True)
@@ -79,11 +74,18 @@ def fold(
     progress = progress or Progress()
     runs = blocks(dropped)
     data = split(batches)
-    healer = _Healer(walk, data, dropped, storable, solver, walk.loaded and solver == "resolve")
+    healer = Healer(walk, data, dropped, storable, solver, walk.loaded and solver == "resolve")
     progress.stage("Healing the cut", walk.depth if healer.judges else runs[-1][1], "layers")
     source = walk.start(data.batches)
+    first = max(0, runs[0][0] - 1 - BEFORE)
+    while source.layer < first:
+        walk.advance(source.layer, source)
+        progress.advance()
+    origin = source.copy() if healer.judges else None
+    if origin is not None:
+        healer.losses.append(healer.loss(first, origin))
     student: States | None = None
-    for at, (start, end) in enumerate(runs):
+    for start, end in runs:
         before = start - 1  # the layer to change; -1 where the model's first layers are dropped
         for i in range(source.layer, max(before, 0)):
             walk.advance(i, source)
@@ -95,66 +97,35 @@ def fold(
             walk.advance(i, source)
             progress.advance()
         if start > 0:
-            healer.heal(before, student, source, attention=True)
+            healer.heal(before, student, source)
         student.layer = end
-        if healer.judges:
-            until = runs[at + 1][0] - 1 if at + 1 < len(runs) else walk.depth
-            for i in range(end, min(until, end + AFTER)):
-                walk.advance(i, source)
-                healer.heal(i, student, source, attention=False)
-                progress.advance()
     changes = {i: change for i, change in healer.changes.items() if change.report}
-    if not changes and healer.nearest is not None:  # who asked for a fold gets the least bad, and its figures
-        loss, change = healer.nearest
-        healer.losses.append(loss)
-        changes = {change.layer: change}
-    if not changes:
-        raise HealError("no weights next to the cut can take the fold, or none gains by it; use --heal none")
-    if not healer.judges:
+    if origin is None:
+        if not changes:
+            raise HealError(_NOTHING)
         return Fold(changes, losses(walk, batches, dropped, changes))
     for i in range(source.layer, walk.depth):
-        walk.advance(i, source, only=data.held)
+        walk.advance(i, source)
         progress.advance()
-    figures = {
-        "source": _loss(walk, source, data.held),
-        "sliced": healer.losses[0],
-        "healed": healer.losses[-1],
-    }
+    progress.stage("Healing the cut: second-order steps", STEPS, "steps")
+    kept = [i for i in range(first, walk.depth) if i not in dropped]
+    with contextlib.ExitStack() as stack:
+        for i, change in changes.items():
+            stack.enter_context(applied(walk.layers[i], change))
+        newton = stack.enter_context(Newton(walk, kept, origin, source, data.held, storable))
+        for number in range(STEPS):
+            if not newton.step(number):
+                break
+            progress.advance()
+        changes = newton.changes(changes)
+        healed = healer.loss(first, origin)
+    if not changes and healer.nearest is not None:  # who asked for a fold gets the least bad, and its figures
+        healed, change = healer.nearest
+        changes = {change.layer: change}
+    if not changes:
+        raise HealError(_NOTHING)
+    figures = {"source": loss(walk, source, data.held), "sliced": healer.losses[0], "healed": healed}
     return Fold(changes, figures)
-
-
-@dataclass(frozen=True)
-class Split:
-    """Calibration batches with the sequences held out in batches of their own: `held` are the numbers of those."""
-
-    batches: list[torch.Tensor]
-    held: range
-
-
-def split(batches: Sequence[torch.Tensor]) -> Split:
-    """Set one sequence in `HELD_OUT` apart, to choose the strengths and give the figures.
-
-    Raises HealError when there are too few sequences to set any apart.
-    """
-    held = held_out_sequences(batches)
-    size = len(batches[0])
-    sequences = torch.cat(list(batches))
-    apart = torch.zeros(len(sequences), dtype=torch.bool)
-    apart[sorted(held)] = True
-    fitted = list(torch.split(sequences[~apart], size))
-    both = fitted + list(torch.split(sequences[apart], size))
-    return Split(both, range(len(fitted), len(both)))
-
-
-def held_out_sequences(batches: Sequence[torch.Tensor]) -> set[int]:
-    """Numbers, over all batches, of the sequences held out. Raises HealError when there are too few."""
-    count, length = sum(len(batch) for batch in batches), batches[0].shape[1] if batches else 0
-    if count < MIN_SEQUENCES or length <= 2 * SINKS:
-        raise HealError(
-            f"{count} calibration sequences of {length} tokens are too few to heal on; give at least "
-            f"{MIN_SEQUENCES} of {2 * SINKS + 1} (--samples, --seq-len)"
-        )
-    return set(range(HELD_OUT // 2, count, HELD_OUT)) or {count // 2}
 
 
 def losses(
@@ -175,264 +146,4 @@ def losses(
             with applied(layer, changes[i]) if i in changes else contextlib.nullcontext():
                 walk.advance(i, healed)
     named = {"source": source, "sliced": sliced, "healed": healed}
-    return {name: _loss(walk, states, range(len(states))) for name, states in named.items()}
-
-
-def _loss(walk: Walk, states: States, batches: Iterable[int]) -> float:
-    """Mean next-token cross entropy, nats; one sequence at a time, for the logits are large."""
-    sums = [_cross_entropy(walk, states.tokens[b], states[b]) for b in batches]
-    return sum(total for total, _ in sums) / sum(count for _, count in sums)
-
-
-def _cross_entropy(walk: Walk, tokens: torch.Tensor, last: torch.Tensor) -> tuple[float, int]:
-    total = 0.0
-    for row in range(len(tokens)):
-        one = tokens[row : row + 1]
-        logits = walk.head(one, last[row : row + 1])[0, :-1].float()
-        total += float(nn.functional.cross_entropy(logits, one[0, 1:].to(logits.device), reduction="sum"))
-    return total, len(tokens) * (tokens.shape[1] - 1)
-
-
-# --- one layer --------------------------------------------------------------------------------------------------------
-
-
-class _Healer:
-    """Heals one layer after another.
-
-    Attributes:
-        judges: whether each step is kept only if it lowers the loss on the sequences held out.
-        changes: layer -> its new weights.
-        losses: of the bare cut, and after every step that was kept.
-        nearest: loss and change of the best step that was not kept.
-    """
-
-    def __init__(
-        self, walk: Walk, data: Split, dropped: Sequence[int], storable: Storable, solver: str, judges: bool
-    ) -> None:
-        self._walk, self._data, self._dropped = walk, data, set(dropped)
-        self._storable, self._solver, self.judges = storable, solver, judges
-        self.changes: dict[int, LayerChange] = {}
-        self.losses: list[float] = []
-        self.nearest: tuple[float, LayerChange] | None = None
-
-    def heal(self, i: int, student: States, target: States, *, attention: bool) -> None:
-        """Solve layer i so that it puts out `target` when given `student`, which is then advanced through it.
-
-        The feed-forward part alone and, with `attention`, the attention's output first.
-        """
-        best = LayerChange(i)
-        with self._walk.layer(i) as layer:
-            if self.judges and not self.losses:
-                self.losses.append(self._loss(i, student))
-            for parts in (
-                ((False,), (True, False)) if attention and self._solver == "resolve" else ((False,),)
-            ):
-                change = self._solved(layer, i, student, target, parts)
-                if not change.report:
-                    continue
-                if self.judges:
-                    with applied(layer, change):
-                        loss = self._loss(i, student)
-                    if not loss < self.losses[-1]:
-                        if self.nearest is None or loss < self.nearest[0]:
-                            self.nearest = loss, change
-                        continue
-                    self.losses.append(loss)
-                best = change
-                if not self.judges:
-                    break
-            self.changes[i] = best
-            with applied(layer, best):
-                self._walk.advance(i, student)
-
-    def _loss(self, i: int, student: States) -> float:
-        """On the sequences held out, of the model from layer i on as it is now."""
-        sums = []
-        for b in self._data.held:
-            states = student[b]
-            for j in range(i, self._walk.depth):
-                if j not in self._dropped:
-                    states = self._walk.call(j, b, states)
-            sums.append(_cross_entropy(self._walk, self._data.batches[b], states))
-        return sum(total for total, _ in sums) / sum(count for _, count in sums)
-
-    def _solved(
-        self, layer: nn.Module, i: int, student: States, target: States, parts: Sequence[bool]
-    ) -> LayerChange:
-        """The new weights of one layer, part after part: its attention (True), its feed-forward part (False)."""
-        change = LayerChange(i)
-        for attention in parts:
-            outputs = find(
-                layer,
-                partial(self._walk.call, i, 0, student[0]),
-                attention=attention,
-                storable=partial(self._storable, i),
-            )
-            for output in outputs:
-                self._solve(layer, i, output, student, target, change)
-        return change
-
-    def _solve(
-        self, layer: nn.Module, i: int, output: Output, student: States, target: States, change: LayerChange
-    ) -> None:
-        """Enter the solution of one output into `change`."""
-        held = self._data.held
-        for _ in range(_NORM_STEPS if output.kind == "normed" else 1):
-            with applied(layer, change):
-                solution = solve(_gather(self._walk, layer, i, output, student, target, held, self._solver))
-                if solution is None:
-                    break
-                _put(output, solution, self._solver, change)
-            change.report.append(
-                {
-                    "layer": i,
-                    "module": output.name,
-                    "way": output.kind,
-                    "strength": solution.strength,
-                    "error_left": round(solution.left, 6),
-                }
-            )
-        if output.norm is not None and self._storable(i, output.norm, layer.get_submodule(output.norm)):
-            with applied(layer, change):
-                more, left = _norm_gain(self._walk, i, layer, output, student, target, held)
-                if left < 1:
-                    gain = layer.get_submodule(output.norm).weight
-                    assert isinstance(gain, torch.Tensor)
-                    change.parameters[f"{output.norm}.weight"] = (gain.double() + more).to(gain.dtype)
-                    change.report.append(
-                        {"layer": i, "module": output.norm, "way": "gain", "error_left": round(left, 6)}
-                    )
-
-
-def _put(output: Output, solution: Solution, solver: str, change: LayerChange) -> None:
-    """Enter the solution into `change`; called where what `change` says already is applied."""
-    if output.kind == "experts":
-        unit = torch.eye(len(solution.delta), dtype=torch.float64, device=solution.delta.device)
-        change.transforms[output.name] = (unit + solution.delta).float()
-    elif solver == "transform":
-        delta = solution.delta @ output.weight.double()
-        bias = output.bias
-        if bias is not None:
-            delta = torch.cat([delta, (solution.delta @ bias.double())[:, None]], dim=1)
-        change.parameters.update(parameters_after(output, delta))
-    else:
-        change.parameters.update(parameters_after(output, solution.delta))
-
-
-def _gather(
-    walk: Walk,
-    layer: nn.Module,
-    i: int,
-    output: Output,
-    student: States,
-    target: States,
-    held: range,
-    solver: str,
-) -> NormalEquations:
-    """The normal equations of `output` over all batches, in the layer as it is now."""
-    equations: NormalEquations | None = None
-    with watching(layer, output) as seen:
-        for batch, states in enumerate(student):
-            h = walk.call(i, batch, states)
-            wanted = target[batch].to(h.device)
-            factor = output.factor
-            if factor is None:  # a gate of each token's own
-                factors = arriving(output, partial(walk.call, i, batch, states))[0]
-            else:
-                factors = torch.full(h.shape[:2], factor, device=h.device)
-            for row in range(len(h)):
-                kept = slice(SINKS, None)
-                z, r, weight = _rows(output, seen, row, h, wanted, factors, solver)
-                if equations is None:
-                    equations = NormalEquations(z.shape[1], r.shape[1], z.device)
-                equations.add(z[kept], r[kept], weight[kept], held_out=batch in held)
-    assert equations is not None
-    return equations
-
-
-def _rows(
-    output: Output,
-    seen: Seen,
-    row: int,
-    h: torch.Tensor,
-    wanted: torch.Tensor,
-    factors: torch.Tensor,
-    solver: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(features [seq, f], change [seq, d], weight [seq]) of one sequence."""
-    assert seen.output is not None
-    length, d = h.shape[1:]
-    u = seen.output.view(len(h), length, d)[row].float()
-    if output.kind == "experts" or solver == "transform":
-        z = u
-    else:
-        assert seen.features is not None
-        z = seen.features.view(len(h), length, -1)[row].float()
-        if output.bias is not None:
-            z = torch.cat([z, torch.ones_like(z[:, :1])], dim=1)
-    r = wanted[row].float() - h[row].float()
-    weight = _weights(wanted[row].float())
-    if output.kind != "normed":
-        return z * factors[row][:, None], r, weight
-    assert seen.normed is not None
-    return z, *_through_norm(u, seen.normed.view(len(h), length, d)[row].float(), r, weight)
-
-
-def _through_norm(
-    u: torch.Tensor, o: torch.Tensor, r: torch.Tensor, weight: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(change of u, weight) that stand for the change r behind an RMS norm o = g u / |u|: a Gauss-Newton step.
-
-    Only the part of a change of u across u passes the norm, divided by u's root mean square.
-    """
-    size = u.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
-    direction = u / size
-    gain = _gain(direction, o)
-    wanted = (o + r) * gain / (gain.square() + 1e-4 * gain.square().mean())
-    across = wanted - direction
-    across = across - direction * (across * direction).mean(-1, keepdim=True)
-    return across * size, weight / size[:, 0].square()
-
-
-def _gain(direction: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
-    """g [d] of o = g u / |u|, read off what went in and came out."""
-    return (direction * o).sum(0) / direction.square().sum(0).clamp_min(1e-12)
-
-
-def _norm_gain(
-    walk: Walk, i: int, layer: nn.Module, output: Output, student: States, target: States, held: range
-) -> tuple[torch.Tensor, float]:
-    """How the norm's gain g [d] should change, and the share of the squared error left on tokens held out.
-
-    For every component apart: the g that brings g u / |u| closest to what should have come out, least squares.
-    """
-    sums = [torch.zeros(0)] * 2
-    with watching(layer, output) as seen:
-        for batch, states in enumerate(student):
-            h = walk.call(i, batch, states)
-            for row in range(len(h)):
-                assert seen.output is not None and seen.normed is not None
-                u = seen.output[row, SINKS:].float()
-                wanted = target[batch][row, SINKS:].to(h.device).float()
-                r = wanted - h[row, SINKS:].float()
-                direction = u / u.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
-                weight = _weights(wanted)[:, None]
-                terms = torch.stack(
-                    [
-                        (weight * direction * r).sum(0),
-                        (weight * direction.square()).sum(0),
-                        (weight * r.square()).sum(0),
-                    ]
-                ).double()
-                at = int(batch in held)
-                sums[at] = sums[at] + terms if len(sums[at]) else terms
-    cross, own, _ = sums[0]
-    change = cross / own.clamp_min(1e-30)
-    cross, own, power = sums[1]
-    after = power - 2 * change * cross + change.square() * own
-    return change, float(after.sum() / power.sum().clamp_min(1e-30))
-
-
-def _weights(wanted: torch.Tensor) -> torch.Tensor:
-    """1 / |x|^2 of each token, [seq, d] -> [seq], with |x| the root mean square."""
-    return 1 / wanted.square().mean(-1).clamp_min(1e-12)
+    return {name: loss(walk, states, range(len(states))) for name, states in named.items()}

@@ -16,7 +16,8 @@ from slicer.checkpoint import tensors as stored
 from slicer.checkpoint.architectures import EXPERT_OUTPUTS
 from slicer.checkpoint.model import decoder_layers
 from slicer.checkpoint.reader import Checkpoint, TensorSpan
-from slicer.heal.fold import fold, held_out_sequences
+from slicer.heal.fold import fold
+from slicer.heal.held import held_out_sequences
 from slicer.heal.outputs import LayerChange, applied
 from slicer.measure.calibration import TokenBatches
 from slicer.measure.stream import Walk

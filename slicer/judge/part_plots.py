@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slicer.errors import PlanError
-from slicer.judge.plots import BLUE, ORANGE, _canvas, save, analysis_title
+from slicer.judge.plots import BLUE, ORANGE, _canvas, analysis_title, save
 
 if TYPE_CHECKING:
     from slicer.measure.analysis import Analysis, Distances

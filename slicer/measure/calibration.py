@@ -9,7 +9,7 @@ import os
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -37,6 +37,7 @@ class CalibrationSpec:
     Attributes:
         source: None for allenai/c4 (English, streamed), "self" for sequences sampled from the model, a local file, a
             Hub data set, `name` or `name:config`, or `task:NAME` for the prompts and answers of an lm-eval task.
+            Several, with commas between, share the samples equally.
             Conversations (a column `messages` or `conversations`) go through the chat template.
         samples: sequences.
         seq_len: tokens in each, BOS included.
@@ -79,18 +80,9 @@ def token_batches(
     import torch
 
     _check_length(spec, model)
-    if spec.source == "self":
-        if streamed:
-            raise CalibrationError(
-                "--calibration self: the model does not fit in memory, and sampling reads it once a token; "
-                "give a local .jsonl, .txt or .parquet file, or a Hub data set"
-            )
-        tokens = sample_tokens(model, spec)
-        source = "self"
-    else:
-        tokenizer = open_tokenizer(path, trust_remote_code)
-        source = spec.source or ":".join(DEFAULT_DATASET)
-        tokens = _pack(documents(spec), tokenizer, spec, source)
+    parts = [_part(part, path, model, streamed, trust_remote_code) for part in _parts(spec)]
+    tokens = torch.cat(parts)
+    source = spec.source or ":".join(DEFAULT_DATASET)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if int(tokens.max()) >= vocabulary:
         raise CalibrationError(
@@ -107,6 +99,34 @@ def token_batches(
         "tokens_sha256": hashlib.sha256(tokens.to(torch.int64).numpy().tobytes()).hexdigest(),
     }
     return TokenBatches(list(torch.split(tokens, spec.batch_size)), provenance)
+
+
+def _parts(spec: CalibrationSpec) -> list[CalibrationSpec]:
+    """One for each source that `spec` names, which share its samples; the first ones take what is left over."""
+    if spec.source is None or "," not in spec.source or Path(spec.source).exists():
+        return [spec]
+    names = [name.strip() for name in spec.source.split(",")]
+    if "" in names or len(names) > spec.samples:
+        raise CalibrationError(
+            f"--calibration {spec.source}: {len(names)} sources; name each, and take at least {len(names)} --samples"
+        )
+    share, over = divmod(spec.samples, len(names))
+    return [replace(spec, source=name, samples=share + (at < over)) for at, name in enumerate(names)]
+
+
+def _part(
+    spec: CalibrationSpec, path: Path, model: Any, streamed: bool, trust_remote_code: bool
+) -> torch.Tensor:
+    """The tokens of one source, int64 [samples, seq_len]."""
+    if spec.source != "self":
+        tokenizer = open_tokenizer(path, trust_remote_code)
+        return _pack(documents(spec), tokenizer, spec, spec.source or ":".join(DEFAULT_DATASET))
+    if streamed:
+        raise CalibrationError(
+            "--calibration self: the model does not fit in memory, and sampling reads it once a token; "
+            "give a local .jsonl, .txt or .parquet file, or a Hub data set"
+        )
+    return sample_tokens(model, spec)
 
 
 def _check_length(spec: CalibrationSpec, model: Any) -> None:

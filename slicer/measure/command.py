@@ -24,7 +24,8 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="DATA",
             help="Text to measure and heal on: a Hub data set, a .jsonl, .txt or .parquet file (conversations go "
             "through the chat template), task:NAME for the prompts of an lm-eval task, or 'self' (text sampled from "
-            "the model)  [default: allenai/c4, streamed; self for the demo model]",
+            "the model); several, with commas between, in equal shares  [default: allenai/c4, streamed; self for the "
+            "demo model]",
         ),
         click.option("--samples", type=click.IntRange(min=1), help="Calibration sequences."),
         click.option("--seq-len", type=click.IntRange(min=2), help="Tokens in each."),

@@ -16,10 +16,11 @@ from slicer.checkpoint.export import sliced_config, write_checkpoint
 from slicer.checkpoint.model import bypass, load_model
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import HealError
-from slicer.heal.fold import SINKS, blocks, fold, losses
+from slicer.heal.fold import blocks, fold, losses
 from slicer.heal.healing import as_written, fold_checkpoint, healed, replacements
 from slicer.heal.least_squares import NormalEquations
 from slicer.heal.outputs import LayerChange
+from slicer.heal.rows import SINKS
 from slicer.measure.calibration import TokenBatches
 from slicer.measure.stream import Walk
 from slicer.plan import Plan

@@ -59,6 +59,16 @@ def test_the_seed_decides(path: Path, model: Any, tmp_path: Path) -> None:
     assert not torch.equal(tokens(path, model, text, seed=3), tokens(path, model, text, seed=4))
 
 
+def test_several_sources_share_the_samples(path: Path, model: Any, tmp_path: Path) -> None:
+    texts = [sources.save_text(tmp_path / "a.jsonl"), tmp_path / "b.txt"]
+    texts[1].write_text("zebra " * 400)
+    both = tokens(path, model, ",".join(map(str, texts)), samples=7)
+    alone = [tokens(path, model, text, samples=n) for text, n in zip(texts, (4, 3), strict=True)]
+    assert torch.equal(both, torch.cat(alone))
+    with pytest.raises(CalibrationError, match="at least 2 --samples"):
+        tokens(path, model, ",".join(map(str, texts)), samples=1)
+
+
 def test_every_format_gives_the_same_tokens(path: Path, model: Any, tmp_path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
