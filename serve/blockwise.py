@@ -21,13 +21,14 @@ class _Emulated(nn.Module):
     def __init__(self, width: int, rank: int, eps: float, prefix: str) -> None:
         super().__init__()
         self.norm = RMSNorm(width, eps=eps)
-        self.down_proj = ReplicatedLinear(width, rank, bias=False, prefix=f"{prefix}.down_proj")
-        self.up_proj = ReplicatedLinear(rank, width, bias=True, prefix=f"{prefix}.up_proj")
+        # Not "up_proj": vLLM joins all of that name with a gate_proj.
+        self.down = ReplicatedLinear(width, rank, bias=False, prefix=f"{prefix}.down")
+        self.up = ReplicatedLinear(rank, width, bias=True, prefix=f"{prefix}.up")
 
     def forward(self, states: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # vLLM's layers hand on the last update and the stream before it; a norm adds the two.
         states, residual = self.norm(states, residual)
-        return self.up_proj(self.down_proj(states)[0])[0], residual
+        return self.up(self.down(states)[0])[0], residual
 
 
 class _Layer(DeciLMDecoderLayer):  # type: ignore[misc]

@@ -267,24 +267,24 @@ class Amount:
         """n, the number of layers to drop of `depth`. Raises PlanError when that is nothing or everything."""
         if self.layers is not None:
             return len(Plan.dropping(depth, self.layers).dropped)
-        n = self.resolve_parts(depth, "layers")
-        if n == depth:
+        n = self._number(depth, "layers")
+        if n >= depth:
             raise PlanError(f"dropping {n} of {depth} layers leaves none; drop at most {depth - 1}")
         return n
 
     def resolve_parts(self, depth: int, what: str) -> int:
         """n, the number to drop of `depth` parts, called `what`. Raises PlanError for nothing or more than all."""
-        if self.layers is not None:
-            return len(self.layers)
+        n = len(self.layers) if self.layers is not None else self._number(depth, what)
+        if n > depth:
+            raise PlanError(f"dropping {n} of {depth} {what}: there are not so many; drop at most {depth}")
+        return n
+
+    def _number(self, depth: int, what: str) -> int:
         n = self.count if self.count is not None else round((self.fraction or 0.0) * depth)
         if n == 0:
             raise PlanError(
                 f"a fraction of {self.fraction:g} of {depth} {what} rounds to none; "
                 f"the least that drops one is {math.ceil(1000 * 0.51 / depth) / 1000:g}"
-            )
-        if n > depth:
-            raise PlanError(
-                f"dropping {n} of {depth} {what}: there are not so many; drop at most {depth - 1}"
             )
         return n
 

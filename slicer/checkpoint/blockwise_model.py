@@ -46,11 +46,11 @@ class Emulated(nn.Module):
     def __init__(self, width: int, rank: int, eps: float) -> None:
         super().__init__()
         self.norm = Qwen2RMSNorm(width, eps=eps)
-        self.down_proj = nn.Linear(width, rank, bias=False)
-        self.up_proj = nn.Linear(rank, width, bias=True)
+        self.down = nn.Linear(width, rank, bias=False)
+        self.up = nn.Linear(rank, width, bias=True)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        new: torch.Tensor = hidden_states + self.up_proj(self.down_proj(self.norm(hidden_states)))
+        new: torch.Tensor = hidden_states + self.up(self.down(self.norm(hidden_states)))
         return new
 
 

@@ -150,9 +150,9 @@ class _Placing:
         self.config["architectures"] = [blockwise.OWN_CLASS]
         for name, tensor in (
             ("norm.weight", e.gain),
-            ("down_proj.weight", e.down),
-            ("up_proj.weight", e.up),
-            ("up_proj.bias", e.bias),
+            ("down.weight", e.down),
+            ("up.weight", e.up),
+            ("up.bias", e.bias),
         ):
             self._add(f"{at}.emulated_{slot}.{name}", tensor)
 

@@ -143,7 +143,7 @@ class _Filling:
         self._features = {}
         matrix = output_matrix(outputs) if self._method == "fold" and self._gap_behind(part, i) else None
         if matrix is not None:
-            self._weight = oriented_weight(matrix).float().cpu().clone()
+            self._weight = oriented_weight(matrix).detach().float().cpu().clone()
             self._has_bias = getattr(matrix, "bias", None) is not None
 
         def watch(b: int) -> contextlib.AbstractContextManager[Any]:
