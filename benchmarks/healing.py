@@ -135,10 +135,7 @@ def main() -> None:
         show(dropped, "bare", bare, None, None)
         for way in options.ways.split(","):
             started = time.perf_counter()
-            found = fold(
-                walk, batches, dropped, storable=_storable(checkpoint), solver=way,
-                own_text=options.calibration == ["self"],
-            )  # fmt: skip
+            found = fold(walk, batches, dropped, storable=_storable(checkpoint), solver=way)
             seconds = time.perf_counter() - started
             now = loss(dropped, found.changes)
             show(dropped, way, now, (sum(bare) - sum(now)) / gap, seconds)

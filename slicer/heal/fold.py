@@ -22,7 +22,7 @@ import torch
 from slicer.errors import HealError, UsageError
 from slicer.heal.held import loss, split
 from slicer.heal.layerwise import Healer, Storable
-from slicer.heal.newton import MIX, STEPS, Newton
+from slicer.heal.newton import STEPS, Newton
 from slicer.heal.outputs import LayerChange, applied
 from slicer.measure.states import States
 from slicer.measure.stream import Walk
@@ -60,16 +60,14 @@ def fold(
     *,
     storable: Storable,
     solver: str = "resolve",
-    own_text: bool = False,
     progress: Progress | None = None,
 ) -> Fold:
     """Solve the layers around each dropped block again, in order, each on the states of the already healed model.
 
     `walk` goes over the source; `batches` are int64 [batch, seq] without padding. `storable(i, name, module)` says
-    whether the checkpoint holds the weights of a module of layer i under its name. `own_text`: the source wrote the
-    batches, so which token follows tells nothing that its predictions do not, and only these are learned. Of
-    `resolve`, over a loaded model, only those steps are kept that lower the loss on the sequences held out. Raises
-    HealError when there are too few tokens, or no layer that could be changed.
+    whether the checkpoint holds the weights of a module of layer i under its name. Of `resolve`, over a loaded model,
+    only those steps are kept that lower the loss on the sequences held out. Raises HealError when there are too few
+    tokens, or no layer that could be changed.
     """
     if solver not in SOLVERS:
         raise UsageError(f"fold {solver!r}: choose one of {', '.join(SOLVERS)}")
@@ -114,9 +112,7 @@ def fold(
     with contextlib.ExitStack() as stack:
         for i, change in changes.items():
             stack.enter_context(applied(walk.layers[i], change))
-        newton = stack.enter_context(
-            Newton(walk, kept, origin, source, data.held, storable, mix=0.0 if own_text else MIX)
-        )
+        newton = stack.enter_context(Newton(walk, kept, origin, source, data.held, storable))
         for number in range(STEPS):
             if not newton.step(number):
                 break

@@ -64,13 +64,7 @@ def fold_checkpoint(
     progress = progress or Progress()
     held = sorted(held_out_sequences(data.batches))
     found = fold(
-        walk,
-        data.batches,
-        dropped,
-        storable=_storable(checkpoint),
-        solver=solver,
-        own_text=data.provenance.get("source") == "self",
-        progress=progress,
+        walk, data.batches, dropped, storable=_storable(checkpoint), solver=solver, progress=progress
     )
     changes = found.changes
     tensors = _tensors(checkpoint, changes, cast)

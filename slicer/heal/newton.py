@@ -3,7 +3,7 @@
 Least squares brings the residual stream back to the source's; what counts is the loss. With p the source's distribution
 over the next token, q the sliced model's, and y the token that follows, it is here, in nats a token,
 
-    L = (1 - mix) KL(p || q) - mix log q(y)
+    L = (1 - MIX) KL(p || q) - MIX log q(y)
 
 A step of K-FAC (Martens and Grosse, arXiv 1503.05671) adds to a matrix W [d, f] with inputs z and loss gradients g of
 its outputs a multiple of
@@ -64,10 +64,8 @@ class Newton:
         target: States,
         held: range,
         storable: Callable[[int, str, nn.Module], bool],
-        *,
-        mix: float = MIX,
     ) -> None:
-        self._walk, self._layers, self._held, self._mix = walk, layers, held, mix
+        self._walk, self._layers, self._held = walk, layers, held
         self._origin, self._target = origin, target
         found = (
             (i, name, module)
@@ -131,7 +129,7 @@ class Newton:
                     kl = nn.functional.kl_div(q, p, reduction="sum").item()
                     following, there = self._following(b, at)
                     text = -(q.gather(-1, following.to(q.device))[..., 0] * there.to(q.device)).sum().item()
-                    total += (1 - self._mix) * kl + self._mix * text
+                    total += (1 - MIX) * kl + MIX * text
                     far += kl
                     count += at.numel() * len(q)
         return total / count, far / count
@@ -198,10 +196,10 @@ class Newton:
         return tokens[:, (at + 1).clamp(max=tokens.shape[1] - 1)][..., None], there
 
     def _wanted(self, b: int, at: torch.Tensor) -> torch.Tensor:
-        """(1 - mix) p + mix (the token that follows): dL/dlogits is q less this."""
+        """(1 - MIX) p + MIX (the token that follows): dL/dlogits is q less this."""
         p = self._source(b, at)
         following, there = self._following(b, at)
-        share = (self._mix * there).to(p.device)[None, :, None].expand(len(p), -1, 1)
+        share = (MIX * there).to(p.device)[None, :, None].expand(len(p), -1, 1)
         return (p * (1 - share)).scatter_add_(-1, following.to(p.device), share.contiguous())
 
     def _run(self, b: int, states: torch.Tensor, *, gradient: bool = False) -> torch.Tensor:
