@@ -31,8 +31,8 @@ def show(drop: str, out: Path | None, progress: Progress) -> Shown:
     with tempfile.TemporaryDirectory(prefix="slicer-demo-") as scratch:
         target = out or Path(scratch) / "sliced"
         options = Options(
-            calibration=CalibrationSpec(source="self", samples=32, seq_len=128),  # enough, and seconds
-            command=f"slicer convert demo --drop {drop} --samples 32 --seq-len 128",
+            calibration=CalibrationSpec(source="self", samples=64, seq_len=128),  # enough, and seconds
+            command=f"slicer convert demo --drop {drop} --samples 64 --seq-len 128",
         )
         summary = convert("demo", Goal(drop=parse_amount(drop)), target, options, progress=progress)
         progress.stage("Writing a line from each")
