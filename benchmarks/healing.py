@@ -5,8 +5,8 @@
 
 Rivals in the same run, on the same tokens: the bare cut, and ReplaceMe's transform (`--fold transform`). The layers are
 chosen by angular distance on the calibration text, as `slicer convert` does. The share closed is
-(bare - healed) / (bare - all layers), in nats a token, averaged over the held-out texts. The source's states are
-computed once and kept in --cache for all depths and ways.
+(bare - healed) / (bare - all layers), in nats a token, averaged over the held-out texts; new tensors are rounded to the
+checkpoint's dtypes. The source's states are computed once and kept in --cache for all depths and ways.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import hashlib
 import resource
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 from slicer import demo
 from slicer.checkpoint.model import load_model
 from slicer.checkpoint.reader import Checkpoint
+from slicer.checkpoint.tensors import torch_dtype
 from slicer.heal.fold import fold
 from slicer.heal.healing import _storable
 from slicer.heal.held import split
@@ -105,6 +107,7 @@ def main() -> None:
     def loss(dropped: Sequence[int], changes: dict[int, LayerChange]) -> list[float]:
         """Nats a token on each held-out text, of the source without `dropped` and with `changes`."""
         first = min([*dropped, *changes], default=walk.depth)
+        changes = {i: stored_as(checkpoint, change) for i, change in changes.items()}
         states = held_walk.start(held_batches)
         while states.layer < first:
             held_walk.advance(states.layer, states)
@@ -145,6 +148,17 @@ def main() -> None:
             print("   ", found.losses, flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"\nhighest resident memory {peak:.1f} GB, {torch.get_num_threads()} threads")
+
+
+def stored_as(checkpoint: Checkpoint, change: LayerChange) -> LayerChange:
+    """The change as a checkpoint of the source's dtypes would hold it."""
+    rounded = {
+        name: tensor.to(
+            torch_dtype(checkpoint.tensors[f"{checkpoint.layer_prefix}{change.layer}.{name}"].dtype)
+        ).to(tensor.dtype)
+        for name, tensor in change.parameters.items()
+    }
+    return replace(change, parameters=rounded)
 
 
 def show(

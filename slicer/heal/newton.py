@@ -71,7 +71,7 @@ class Newton:
             (i, name, module)
             for i in layers
             for name, module in walk.layers[i].named_modules()
-            if name in NAMES and _steps(module) and storable(i, name, module)
+            if name in NAMES and _steps(walk.layers[i], name, module) and storable(i, name, module)
         )
         self._matrices = list(_affordable(found, walk.device))
         self._size = _FIRST
@@ -255,9 +255,11 @@ class Newton:
         return best, tried[best]
 
 
-def _steps(module: nn.Module) -> bool:
-    """Whether the module is a plain matrix: nn.Linear, or GPT-2's transposed one."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+def _steps(layer: nn.Module, name: str, module: nn.Module) -> bool:
+    """Whether the module is a plain matrix (nn.Linear, GPT-2's Conv1D), and no shared expert: those take the map of
+    all experts' sum."""
+    plain = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return plain and not hasattr(layer.get_submodule(name.rpartition(".")[0].partition(".")[0]), "experts")
 
 
 def _affordable(matrices: Iterable[tuple[int, str, nn.Module]], device: torch.device) -> Iterator[Matrix]:
