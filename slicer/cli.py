@@ -233,7 +233,7 @@ def convert(source: str, **given: Any) -> None:
         format=given["format"],
         offset=given["offset"],
         emulate=given["emulate"],
-        rank=given["rank"],
+        rank=given["rank"] if given["emulate"] else None,
         max_shard_bytes=parse_size(given["max_shard_size"], "--max-shard-size"),
         force=given["force"],
         dry_run=given["dry_run"],

@@ -159,10 +159,10 @@ BAD = {
     "a layer that is not there": (["--drop-ffn", "9-9"], 1, "layer 9 is not in the model"),
     "more than there are": (["--drop-attention", "7"], 1, "not so many"),
     "a list of sublayers": (["--drop-sublayers", "3,4"], 2, "--drop-attention and --drop-ffn"),
-    "rank 0": (["--drop", "2-3", "--emulate", "linear", "--rank", "0"], 2, "--rank 0"),
+    "rank 0": (["--drop", "2-3", "--emulate", "linear", "--rank", "0"], 2, "'--rank': 0 is not"),
     "a rank beyond the width": (["--drop", "2-3", "--emulate", "linear", "--rank", "65"], 2, "width, 64"),
     "no rank": (["--drop", "2-3", "--emulate", "linear"], 2, "needs --rank"),
-    "a rank for nothing": (["--drop", "2-3", "--rank", "4"], 2, "needs --rank"),
+    "a rank for nothing": (["--drop", "2-3", "--rank", "4"], 2, "or with --emulate linear"),
     "emulated and healed": (["--drop", "2-3", "--emulate", "bias", "--heal", "fold"], 2, "one of them"),
     "native without attention": (["--drop-attention", "3-3", "--format", "native"], 1, "--format native"),
     "half-offset by a heuristic": (

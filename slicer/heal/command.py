@@ -119,7 +119,10 @@ def training_of(given: dict[str, Any], method: str | None, option: str) -> Train
     if method not in METHODS:
         for name in (*names, *flags, "save_adapter", "rank_sweep", "rank_metric", "rank_data", "rank_limit"):
             if given.get(name) not in (None, False):
-                raise UsageError(f"--{name.replace('_', '-')}: give it with {option} {', '.join(METHODS)}")
+                or_emulate = ", or with --emulate linear" if name == "rank" and "emulate" in given else ""
+                raise UsageError(
+                    f"--{name.replace('_', '-')}: give it with {option} {', '.join(METHODS)}{or_emulate}"
+                )
         return None
     if given.get("rank_sweep") is None:
         for name in ("rank_metric", "rank_data", "rank_limit"):
