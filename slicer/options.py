@@ -91,6 +91,12 @@ class Goal:
         return next(f"--{k.replace('_', '-')} {v}" for k, v in asdict(self).items() if v is not None)
 
 
+def output_name(source: str, size: str) -> str:
+    """The name of a result where none is given: "Llama-2-7b-hf-24L" of org/Llama-2-7b-hf@main and "24L"."""
+    name = source.rsplit("@", 1)[0] if not Path(source).exists() else str(Path(source).resolve())
+    return f"{Path(name).name or 'model'}-{size}"
+
+
 @dataclass(frozen=True)
 class Options:
     """How to convert; every default of the command line lives here.

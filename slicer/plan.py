@@ -117,6 +117,13 @@ class Plan:
         return tuple((i, other.get(i, i)) for i in self.kept)
 
     @property
+    def size_name(self) -> str:
+        """ "20L", and what is left of attention and feed-forward parts where some are missing: "24L-16A"."""
+        layers = len(self.kept)
+        attention = f"-{layers - len(self.no_attention)}A" if self.no_attention else ""
+        return f"{layers}L{attention}" + (f"-{layers - len(self.no_ffn)}F" if self.no_ffn else "")
+
+    @property
     def below_layers(self) -> bool:
         """Whether this plan says more than which layers stay."""
         return bool(self.no_attention or self.no_ffn or self.joined or self.form != "native" or self.emulated)

@@ -14,9 +14,7 @@ from pathlib import Path
 import files
 import pytest
 import sources
-from click.testing import CliRunner, Result
-
-from slicer.cli import main
+from commands import slicer, succeeds
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +25,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sources.save_text(tmp_path_factory.mktemp("text") / "text.jsonl")
-
-
-def slicer(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
-
-
-def succeeds(*arguments: object) -> Result:
-    result = slicer(*arguments)
-    assert result.exit_code == 0, result.output
-    return result
 
 
 def calibrated(text: Path) -> list[object]:

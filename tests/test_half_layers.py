@@ -10,10 +10,9 @@ import files
 import pytest
 import sources
 import tiny
-from click.testing import CliRunner, Result
+from commands import slicer, succeeds
 
 from slicer import demo
-from slicer.cli import main
 from slicer.errors import PlanError
 from slicer.judge import part_plots
 from slicer.measure.analysis import Analysis
@@ -28,16 +27,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sources.save_text(tmp_path_factory.mktemp("text") / "text.jsonl")
-
-
-def slicer(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
-
-
-def succeeds(*arguments: object) -> Result:
-    result = slicer(*arguments)
-    assert result.exit_code == 0, result.output
-    return result
 
 
 def calibrated(text: Path) -> list[object]:

@@ -85,6 +85,8 @@ FLOORS = (
         "slicer.options",
         "slicer.materials",
         "slicer.choose",
+        "slicer.closing",
+        "slicer.trained",
         "slicer.produce",
         "slicer.convert",
         "slicer.inspect",

@@ -87,6 +87,7 @@ def train_cut(
     progress.stage("Opening the checkpoints")
     cut = Checkpoint.open(hub.resolve(sliced).path)
     plan = Plan.load(cut.path)
+    check_trainable(sliced, below_layers=plan.below_layers)
     origin = source or plan.source
     if origin is None:
         raise PlanError(f"{sliced}: its plan names no source; give it with --from")
@@ -112,6 +113,15 @@ def train_cut(
     )
     with first_alone(share, work, mark, force=options.force):
         return _train_cut(cut, whole, plan, out, work, settings, options, share, progress)
+
+
+def check_trainable(name: str, *, below_layers: bool) -> None:
+    """Raise HealError for a cut that is not of whole layers: what training leaves is written under their names."""
+    if below_layers:
+        raise HealError(
+            f"{name}: training takes cuts of whole layers, not of attention or feed-forward parts, nor half-offset "
+            "ones; close those with convert --heal fold or --emulate"
+        )
 
 
 def _train_cut(

@@ -11,15 +11,9 @@ import pytest
 import sources
 import tiny
 import torch
-from click.testing import CliRunner, Result
-
-from slicer.cli import main
+from commands import slicer
 
 peft = pytest.importorskip("peft")
-
-
-def slicer(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 def save_adapter(base: Path, path: Path, **changes: Any) -> Path:

@@ -36,18 +36,9 @@ def random_batches(sequences: int = 32, length: int = 24) -> list[torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    return load_model(demo.path(), dtype="float32", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def text() -> list[torch.Tensor]:
+def text(held_out_ids: list[int]) -> list[torch.Tensor]:
     """int64 batches of 4 x 128: text that the embedded model was not trained on."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(demo.path())
-    ids = tokenizer((demo.path().parent / "heldout.txt").read_text("utf-8"), verbose=False)["input_ids"]
-    return list(torch.tensor(ids[: 96 * 128]).view(-1, 128)[torch.randperm(96)].split(4))
+    return list(torch.tensor(held_out_ids[: 96 * 128]).view(-1, 128)[torch.randperm(96)].split(4))
 
 
 def mean_loss(model: Any, batches: list[torch.Tensor]) -> float:

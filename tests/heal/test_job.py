@@ -11,30 +11,17 @@ import files
 import pytest
 import sources
 import torch
-from click.testing import CliRunner, Result
+from commands import slicer, succeeds
 
 from slicer import demo
-from slicer.cli import main
 
 LAYER_3 = {"model.layers.3.self_attn.o_proj.weight", "model.layers.3.mlp.down_proj.weight"}
 
 
-def slicer(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
-
-
-def succeeds(*arguments: object) -> Result:
-    result = slicer(*arguments)
-    assert result.exit_code == 0, result.output
-    return result
-
-
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+def text(held_out_file: Path) -> list[object]:
     """Options that calibrate on text the embedded model was not trained on."""
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_bytes((demo.path().parent / "heldout.txt").read_bytes())
-    return ["--calibration", file, "--samples", 32, "--seq-len", 64]
+    return ["--calibration", held_out_file, "--samples", 32, "--seq-len", 64]
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from slicer import demo
-from slicer.checkpoint.model import bypass, load_model
+from slicer.checkpoint.model import bypass
 from slicer.heal.curvature import DAMPING, Matrix
 from slicer.heal.fold import fold
 from slicer.heal.newton import MIX, Newton
@@ -23,18 +22,9 @@ def anything(i: int, name: str, module: nn.Module) -> bool:
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    return load_model(demo.path(), dtype="float32", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def text() -> list[torch.Tensor]:
+def text(held_out_ids: list[int]) -> list[torch.Tensor]:
     """int64 batches of 1 x 96."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(demo.path())
-    ids = tokenizer((demo.path().parent / "heldout.txt").read_text("utf-8"), verbose=False)["input_ids"]
-    return list(torch.tensor(ids[: 16 * 96]).view(-1, 96).split(1))
+    return list(torch.tensor(held_out_ids[: 16 * 96]).view(-1, 96).split(1))
 
 
 def start(model: Any, text: list[torch.Tensor]) -> tuple[Walk, Newton]:

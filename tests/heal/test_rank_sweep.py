@@ -9,16 +9,11 @@ from typing import Any
 
 import pytest
 import sources
-from click.testing import CliRunner, Result
+from commands import slicer
 
 from slicer import demo
-from slicer.cli import main
 
 pytest.importorskip("peft")
-
-
-def slicer(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import sources
 import torch
-from click.testing import CliRunner, Result
+from commands import slicer
 
 from slicer.checkpoint.model import bypass, load_model, residual_stream
 from slicer.checkpoint.reader import Checkpoint
-from slicer.cli import main
 from slicer.heal.corpus import prepare
 from slicer.heal.settings import Training, resolve
 from slicer.heal.teacher import Answer, Cut, Lessons, Live, ask_beforehand, cuts, divergence
@@ -25,10 +24,6 @@ pytest.importorskip("peft")
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sources.save_llama(tmp_path_factory.mktemp("models") / "whole")
-
-
-def slicer(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 def test_the_student_meets_the_teacher_behind_each_cut() -> None:

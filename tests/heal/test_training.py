@@ -15,10 +15,9 @@ import files
 import pytest
 import sources
 import torch
-from click.testing import CliRunner, Result
+from commands import slicer, succeeds
 
-from slicer import demo
-from slicer.cli import main
+from slicer.plan import Plan
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
@@ -26,16 +25,6 @@ pytest.importorskip("bitsandbytes")
 FEW: list[object] = ["--steps", 12, "--train-batch-size", 4, "--train-seq-len", 32, "--rank", 4, "--lr", 3e-3]
 FEW += ["--eval-every", 3, "--validation-samples", 4]
 QUICK: list[object] = ["--start", "cut", "--verify", "none"]
-
-
-def slicer(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
-
-
-def succeeds(*arguments: object) -> Result:
-    result = slicer(*arguments)
-    assert result.exit_code == 0, result.output
-    return result
 
 
 def record_of(path: Path) -> dict[str, Any]:
@@ -57,11 +46,9 @@ def sliced(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+def text(held_out_file: Path) -> list[object]:
     """The data options: text that the embedded model was not trained on."""
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_bytes((demo.path().parent / "heldout.txt").read_bytes())
-    return ["--calibration", file, "--samples", 64, "--seq-len", 32]
+    return ["--calibration", held_out_file, "--samples", 64, "--seq-len", 32]
 
 
 @pytest.fixture(scope="module")
@@ -338,6 +325,39 @@ def test_out_of_memory_says_what_helps(
     assert result.exit_code == 1 and not os.listdir(tmp_path)
     for option in ("--micro-batch 1", "--gradient-checkpointing", "--method qlora", "--train-seq-len 16"):
         assert option in result.stderr
+
+
+def test_the_block_is_one_of_whole_layers(text: list[object], tmp_path: Path) -> None:
+    """By similarity, where a half-offset block lies closer on the embedded model."""
+    given = ["convert", "demo", "--drop", 3, *text]
+    nearest = json.loads(succeeds(*given, "--heal", "none", "--dry-run", "--json").stdout)
+    assert nearest["joined"], (
+        "a half-offset block is no longer the closest here: choose another number of layers"
+    )
+    few = [
+        "--steps",
+        2,
+        "--train-batch-size",
+        4,
+        "--train-seq-len",
+        32,
+        "--rank",
+        4,
+        "--validation-samples",
+        4,
+    ]
+    out = tmp_path / "out"
+    done = json.loads(succeeds(*given, "--heal", "lora", *few, *QUICK, "-o", out, "--json").stdout)
+    assert len(done["dropped"]) == 3 and not Plan.load(out).joined
+
+
+@pytest.mark.parametrize(
+    "asked", [["--drop-attention", "3"], ["--drop-ffn", "4-5"], ["--drop", "3", "--offset", "half"]]
+)
+def test_parts_of_layers_are_not_trained(asked: list[str], text: list[object], tmp_path: Path) -> None:
+    result = slicer("convert", "demo", *asked, *text, "--heal", "lora", "--steps", 2, "-o", tmp_path / "out")
+    assert result.exit_code == 1 and "training takes cuts of whole layers" in result.output
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("where", ["everywhere", "packed"])

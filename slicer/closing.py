@@ -1,0 +1,162 @@
+"""What closes the cut of a conversion in memory: a fold, or an emulation of what is gone.
+
+Asked for, by default, or as a plan that is replayed had it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
+
+from slicer.checkpoint import architectures
+from slicer.checkpoint.export import DTYPES
+from slicer.checkpoint.reader import Checkpoint
+from slicer.errors import ArchitectureError, HealError
+from slicer.heal.settings import METHODS, of_record
+from slicer.materials import CalibrationData, SourceModel
+from slicer.measure.calibration import CalibrationSpec
+from slicer.options import Options, Summary
+from slicer.plan import Plan
+from slicer.progress import Progress
+
+if TYPE_CHECKING:
+    from slicer.heal.carry import Standing
+    from slicer.heal.healing import Healing
+
+
+def form_for(checkpoint: Checkpoint, plan: Plan, options: Options) -> Plan:
+    """`plan` in the form that can carry what is to stand for the removed parts."""
+    if options.emulate is None:
+        return plan
+    from slicer.heal import carry
+    from slicer.heal.emulate import check_rank
+
+    width = architectures.text_config(checkpoint.config).get("hidden_size")
+    if isinstance(width, int):
+        check_rank(options.emulate, options.rank, width)
+    return carry.form_for(checkpoint, plan, options.emulate)
+
+
+def emulate(
+    checkpoint: Checkpoint,
+    summary: Summary,
+    config: dict[str, Any],
+    model: SourceModel,
+    data: CalibrationData,
+    options: Options,
+    progress: Progress,
+) -> Standing | None:
+    """What stands for the removed parts, as --emulate asks; also the fold of a cut below the layer."""
+    plan = summary.plan
+    method = options.emulate
+    if method is None and plan.below_layers and options.heal in ("fold", "auto"):
+        if options.heal == "auto" and not data.at_hand:
+            progress.note(
+                "not healed: there is no calibration data at hand; --calibration DATA heals the cut"
+            )
+            return None
+        method = "fold"
+    if method is None:
+        if plan.below_layers and options.heal is None and data.at_hand:
+            progress.note("not healed: below the layer that is done when asked for; --heal fold or --emulate")
+        return None
+    from slicer.heal import carry, emulation
+    from slicer.heal.emulate import emulate as fill
+
+    walk, batches = model.walk(), data.get()
+    cast = DTYPES[options.dtype] if options.dtype else None
+    try:
+        found = fill(walk, batches.batches, plan, method, options.rank, progress=progress)
+    except (HealError, ArchitectureError) as error:
+        if options.heal != "auto":
+            raise
+        progress.note(f"not healed: {error}")
+        return None
+    losses = found.losses
+    if not found.helps:
+        words = (
+            f"the loss on calibration text held out does not fall ({losses['emulated']:.4f} nats a token, "
+            f"{losses['cut']:.4f} without)"
+        )
+        progress.note(f"done as asked, but {words}" if options.heal != "auto" else f"not healed: {words}")
+        if options.heal == "auto":
+            return None
+    standing = carry.carry(checkpoint, plan, copy.deepcopy(config), found, cast)
+    record = emulation.record_of(found, batches.provenance)
+    return replace(standing, record=carry.as_healing(record, standing) if method == "fold" else record)
+
+
+def heal(
+    checkpoint: Checkpoint,
+    summary: Summary,
+    model: SourceModel,
+    data: CalibrationData,
+    options: Options,
+    progress: Progress,
+) -> Healing | None:
+    """The new weights around the cut, or None; unasked, only where that can be done and helps."""
+    asked = options.heal == "fold"
+    if (
+        options.heal == "none" or options.emulate is not None or summary.plan.below_layers
+    ):  # `emulate` does the last
+        return None
+    if not asked and not data.at_hand:
+        progress.note("not healed: there is no calibration data at hand; --calibration DATA heals the cut")
+        return None
+    from slicer.heal.healing import fold_checkpoint
+
+    walk, batches = model.walk(), data.get()
+    cast = DTYPES[options.dtype] if options.dtype else None
+    try:
+        healing = fold_checkpoint(
+            checkpoint, walk, batches, summary.plan.dropped, solver=options.fold, cast=cast, progress=progress
+        )
+    except (HealError, ArchitectureError) as error:
+        if asked:
+            raise
+        progress.note(f"not healed: {error}")
+        return None
+    if not healing.helps:
+        loss = healing.record["loss"]
+        words = (
+            f"it does not lower the loss on calibration text held out ({loss['healed']:.4f} nats a token, "
+            f"{loss['sliced']:.4f} without)"
+        )
+        progress.note(f"healed as asked, but {words}" if asked else f"not healed: {words}")
+        return healing if asked else None
+    return healing
+
+
+def trained_again(plan: Plan, options: Options) -> Options:
+    """A plan that was healed by training is trained again on the same text, unless other options are given."""
+    record = plan.healing or {}
+    if record.get("method") not in METHODS or options.heal or options.calibration.source is not None:
+        return options
+    training = options.training or of_record(record)
+    spec = _text_of(record)
+    return replace(options, heal=record["method"], training=training, calibration=spec, fold=record["solver"])
+
+
+def closed_again(plan: Plan, options: Options, data: CalibrationData) -> Options:
+    """A plan is replayed as it was: folded or emulated on the same text, or left as it is, unless other options are
+    given."""
+    if options.heal is not None or options.emulate is not None:
+        return options
+    record = plan.emulated or plan.healing
+    if record is None:
+        return options if options.calibration.source is not None else replace(options, heal="none")
+    if options.calibration.source is None:
+        data.spec = _text_of(record)
+    elif plan.emulated is None:
+        return options
+    if plan.emulated is not None:
+        return replace(options, emulate=str(record.get("method")), rank=record.get("rank"))
+    return replace(options, heal="fold", fold=str(record.get("solver", options.fold)))
+
+
+def _text_of(record: Mapping[str, Any]) -> CalibrationSpec:
+    """The calibration text that a record of healing names."""
+    names = {f.name for f in fields(CalibrationSpec)}
+    return CalibrationSpec(**{k: v for k, v in (record.get("calibration") or {}).items() if k in names})

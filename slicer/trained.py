@@ -1,0 +1,100 @@
+"""A conversion whose cut is healed by training: the bare cut beside the output, then training from there."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from slicer.checkpoint import hub
+from slicer.checkpoint.export import check_output
+from slicer.checkpoint.reader import Checkpoint
+from slicer.heal.settings import Training
+from slicer.options import Goal, Options, Summary, output_name
+from slicer.plan import Plan
+from slicer.progress import Progress
+
+_OF_CUT = ("strategy", "dtype")
+_OF_TRAINING = (
+    "calibration", "fold", "save_adapter", "verify", "device", "max_shard_bytes", "force", "trust_remote_code",
+    "command",
+)  # fmt: skip
+
+Convert = Callable[..., Summary]
+
+
+def convert_and_train(
+    convert: Convert,
+    source: str,
+    goal: Goal | None,
+    out: Path | None,
+    options: Options,
+    plan: Plan | None,
+    progress: Progress,
+) -> Summary:
+    """As `slicer.convert.convert`, which is given as `convert`, where `options.heal` is a way to train.
+
+    The bare cut is kept beside `out` until the training that starts from it is done, so that the same command goes on
+    where it was stopped. Raises HealError for a cut below the layer, which training does not take.
+    """
+    from slicer.heal.adapters import require
+    from slicer.heal.place import cut_for, discarding, workplace_of
+    from slicer.heal.trained import TrainOptions, check_trainable, train_cut
+    from slicer.measure.share import Share
+
+    training = replace(
+        options.training or Training(), method=str(options.heal), seed=options.calibration.seed
+    )
+    training.check()
+    require(training.method)
+    check_trainable(
+        source,
+        below_layers=bool(goal and goal.parts)
+        or options.offset == "half"
+        or bool(plan and plan.below_layers),
+    )
+    checkpoint = Checkpoint.open(hub.resolve(source).path)
+    # Only blocks of whole layers: a bare conversion would take a half-offset one where it is closer.
+    bare = replace(options, heal="none", offset="whole", command=None)
+    if out is None:
+        counts = list(goal.counts(checkpoint.depth)) if goal is not None else []
+        if len(counts) > 1:  # a budget: the plan tells how many layers are left
+            plan = convert(source, goal, None, replace(bare, dry_run=True), progress=progress).plan
+            goal = None
+        left = len(plan.kept) if plan is not None else checkpoint.depth - counts[0]
+        out = Path(output_name(source, f"{left}L"))
+    check_output(out, checkpoint.path, force=options.force)
+    asked = {"goal": str(goal), "plan": plan and plan.to_json(), **{k: getattr(options, k) for k in _OF_CUT}}
+
+    def cut() -> tuple[str, Summary]:
+        def make(place: Path) -> None:
+            quickly = replace(bare, force=True, verify="load")
+            convert(source, goal, place, quickly, plan=plan, progress=progress)
+
+        path = cut_for(out, checkpoint, options.calibration, asked, make, force=options.force)
+        again = replace(bare, dry_run=True)
+        return str(path), convert(source, None, None, again, plan=Plan.load(path), progress=progress)
+
+    path, summary = Share.of_environment().first(cut)
+    given = TrainOptions(training=training, **{k: getattr(options, k) for k in _OF_TRAINING})
+    with discarding(out):
+        if options.rank_sweep is None:
+            done = train_cut(path, source, out, given, progress=progress)
+        else:
+            from slicer.heal.rank_sweep import pick_rank
+
+            done = pick_rank(path, source, out, given, options.rank_sweep, progress=progress)
+            if done is not None:
+                shutil.rmtree(workplace_of(out))
+    Share.of_environment().leave()
+    if done is None:  # not the first of several processes
+        return replace(summary, out=out)
+    return replace(
+        summary,
+        out=out,
+        plan=done.plan,
+        verified=done.verified,
+        logits_error=done.logits_error,
+        rounding_error=done.rounding_error,
+    )

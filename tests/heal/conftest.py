@@ -1,0 +1,35 @@
+"""The embedded model, and text that it was not trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slicer import demo
+from slicer.checkpoint.model import load_model
+
+
+@pytest.fixture(scope="session")
+def held_out_ids() -> list[int]:
+    """Tokens of the held-out text."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(demo.path())
+    text = (demo.path().parent / "heldout.txt").read_text("utf-8")
+    return list(tokenizer(text, verbose=False)["input_ids"])
+
+
+@pytest.fixture(scope="session")
+def held_out_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The held-out text by itself in a directory."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_bytes((demo.path().parent / "heldout.txt").read_bytes())
+    return file
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """In float32; a test that changes it puts it back."""
+    return load_model(demo.path(), dtype="float32", device="cpu")
