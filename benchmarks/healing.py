@@ -40,21 +40,26 @@ from slicer.select import select
 
 
 class Remembering(Walk):
-    """A walk that keeps the states of the source on disk, so that many folds share one pass."""
+    """A walk that keeps the states of the source on disk, so that many folds share one pass.
+
+    Attributes:
+        cache: the directory they are kept in.
+    """
 
     cache: Path
+    _named: tuple[tuple[States, str], ...] = ()  # states begun here, and what their files are called
 
     def start(self, batches: Sequence[torch.Tensor]) -> States:
         states = super().start(batches)
         digest = hashlib.sha256(torch.cat(list(batches)).numpy().tobytes()).hexdigest()[:12]
-        states.name = digest  # type: ignore[attr-defined]
+        self._named += ((states, digest),)
         return states
 
     def advance(
         self, i: int, states: States, listener: Any = None, *, only: Iterable[int] | None = None
     ) -> States:
-        name = getattr(states, "name", None)  # copies, which get other weights, have none
-        if name is None:
+        name = next((name for known, name in self._named if known is states), None)
+        if name is None:  # a copy, which goes through other weights
             return super().advance(i, states, listener, only=only)
         file = self.cache / f"{name}-{i + 1}.safetensors"
         if file.exists():
@@ -70,8 +75,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=demo.path())
-    parser.add_argument("--calibration", action="append", required=True)
-    parser.add_argument("--held-out", action="append", required=True, metavar="NAME=FILE")
+    parser.add_argument("--calibration", action="append", default=[])
+    parser.add_argument("--held-out", action="append", default=[], metavar="NAME=FILE")
+    parser.add_argument(
+        "--halves", type=Path, metavar="FILE", help="Calibrate on every other paragraph, hold out the rest."
+    )
     parser.add_argument("--drop", default="2,4,6,8")
     parser.add_argument("--layers", help="Drop these layers instead of choosing, e.g. 10-13.")
     parser.add_argument("--samples", type=int, default=64)
@@ -83,10 +91,18 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("/tmp/slicer-healing"))
     options = parser.parse_args()
     options.cache.mkdir(parents=True, exist_ok=True)
+    if options.halves is not None:
+        paragraphs = options.halves.read_text("utf-8").split("\n\n")
+        for name, part in (("fitted", paragraphs[::2]), ("held", paragraphs[1::2])):
+            (options.cache / f"{name}.txt").write_text("\n\n".join(part), "utf-8")
+        options.calibration.append(str(options.cache / "fitted.txt"))
+        options.held_out.append(f"{options.halves.stem}={options.cache / 'held.txt'}")
+    if not options.calibration or not options.held_out:
+        parser.error("give --calibration and --held-out, or --halves")
     model = load_model(options.model, dtype=options.dtype, device=options.device)
     checkpoint = Checkpoint.open(options.model)
     walk, held_walk = Remembering.in_memory(model), Remembering.in_memory(model)
-    walk.cache = held_walk.cache = options.cache  # type: ignore[attr-defined]
+    walk.cache = held_walk.cache = options.cache
 
     def tokens(sources: list[str], samples: int, seed: int) -> torch.Tensor:
         spec = CalibrationSpec(",".join(sources), samples, options.seq_len, batch_size=samples, seed=seed)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
@@ -81,7 +81,7 @@ class Walk:
         self._passed_on: list[int] = []  # identities of what a layer returns beside its states
 
     @classmethod
-    def in_memory(cls, model: Any, *, memory_bytes: int | None = None, directory: Path | None = None) -> Walk:
+    def in_memory(cls, model: Any, *, memory_bytes: int | None = None, directory: Path | None = None) -> Self:
         """Over a loaded model, on whatever devices it is. States beyond `memory_bytes` go to files in `directory`."""
         return cls(model, None, Room(memory_bytes, directory))
 
