@@ -241,7 +241,7 @@ def _measure(
     needed = bool(goal.parts) or options.offset == "half"
     bare = (
         options.heal == "none" or options.emulate is not None
-    )  # a fold wins more than half a layer's offset does
+    )  # a fold of whole layers wins more than half a layer's offset does: docs/half_layers.md
     wanted = needed or (options.offset == "auto" and bare)
     if wanted and not needed:
         try:

@@ -217,7 +217,7 @@ def rank_sublayers(
 def pick_sublayers(
     ranked: Sequence[tuple[str, int, float]], amounts: Mapping[str, Amount], depth: int
 ) -> tuple[list[tuple[str, int, float]], list[tuple[str, int, float]]]:
-    """(chosen, left) of the parts `ranked`, closest first: so many of "attention", of "ffn", then of either
+    """(chosen, runners-up) of the parts `ranked`, closest first: so many of "attention", of "ffn", then of either
     ("sublayers"). Raises PlanError where there are not so many."""
     chosen: list[tuple[str, int, float]] = []
     left = list(ranked)
@@ -231,7 +231,7 @@ def pick_sublayers(
             )
         chosen += taken
         left = [part for part in left if part not in taken]
-    return chosen, left
+    return chosen, [part for part in left if part[0] in amounts or "sublayers" in amounts]
 
 
 _PARTS = {"attention": "attention sublayers", "ffn": "feed-forward sublayers", "sublayers": "sublayers"}

@@ -38,6 +38,9 @@ def test_attention_goes_and_the_plan_replays(source: Path, text: Path, tmp_path:
     given = ["--drop-attention", 2, "--drop-ffn", "0-0", *calibrated(text)]
     result = json.loads(succeeds("convert", source, *given, "-o", out, "--json").stdout)
     assert result["form"] == "blockwise" and result["logits_error"] < 1e-5
+    assert all(other["block"].startswith("attention") for other in Plan.load(out).runners_up), (
+        "only what was asked"
+    )
     assert len(result["no_attention"]) == 2 and 0 not in result["no_attention"] and result["no_ffn"] == [0]
     assert result["after"]["kv_bytes_per_token"] * 6 == result["before"]["kv_bytes_per_token"] * 4
     card = (out / "README.md").read_text()
