@@ -28,16 +28,15 @@ from torch import nn
 from slicer.checkpoint.parts import attention_outputs, ffn_outputs, silenced
 from slicer.errors import ArchitectureError, HealError, UsageError
 from slicer.heal.emulation import Emulated, Emulation, norm_eps, oriented_weight, output_matrix
+from slicer.heal.held import Split, held_out_sequences, loss, split
 from slicer.heal.least_squares import NormalEquations, Solution, solve
+from slicer.heal.rows import SINKS
 from slicer.measure.halves import Midway
-from slicer.measure.states import States
 from slicer.measure.stream import Walk
 from slicer.plan import Plan
 from slicer.progress import Progress
 
 METHODS = ("bias", "linear", "fold")
-SINKS = 4  # positions at the start of a sequence that take no part
-HELD_OUT = 16  # one sequence in so many, at least one, judges
 
 
 def check_rank(method: str, rank: int | None, width: int) -> None:
@@ -67,30 +66,18 @@ def emulate(
     width = walk.model.config.get_text_config().hidden_size
     check_rank(method, rank, width)
     progress = progress or Progress()
-    sequences = torch.cat(list(batches))
-    if len(sequences) < 2 or sequences.shape[1] <= 2 * SINKS:
-        raise HealError(
-            f"{len(sequences)} calibration sequences of {sequences.shape[1]} tokens are too few to emulate on; give at "
-            f"least 2 of {2 * SINKS + 1} (--samples, --seq-len)"
-        )
-    apart = torch.zeros(len(sequences), dtype=torch.bool)
-    judging = tuple(range(HELD_OUT // 2, len(sequences), HELD_OUT)) or (len(sequences) // 2,)
-    apart[list(judging)] = True
-    size = len(batches[0])
-    fitted, held = torch.split(sequences[~apart], size), torch.split(sequences[apart], size)
-    found = _Filling(walk, [*fitted, *held], len(fitted), plan, method, rank).run(progress)
-    return replace(found, held_out=judging)
+    data = split(batches)
+    found = _Filling(walk, data, plan, method, rank).run(progress)
+    return replace(found, held_out=tuple(sorted(held_out_sequences(batches))))
 
 
 class _Filling:
     """One pass through the source, beside it through the cut as emulated and, for the text held out, the bare cut."""
 
-    def __init__(
-        self, walk: Walk, batches: list[torch.Tensor], fitted: int, plan: Plan, method: str, rank: int | None
-    ) -> None:
+    def __init__(self, walk: Walk, data: Split, plan: Plan, method: str, rank: int | None) -> None:
         self._walk, self._plan, self._method, self._rank = walk, plan, method, rank
-        self._held = range(fitted, len(batches))
-        self._source = walk.start(batches)
+        self._held = data.held
+        self._source = walk.start(data.batches)
         self._cut = self._source.copy()  # as emulated so far
         self._bare = self._source.copy()  # only the batches held out are run
         self._midway = Midway(walk)
@@ -129,7 +116,10 @@ class _Filling:
             progress.advance()
         self._fill(list(self._source))
         self._found.losses.update(
-            source=self._loss(self._source), cut=self._loss(self._bare), emulated=self._loss(self._cut)
+            {
+                name: loss(self._walk, states, self._held)
+                for name, states in (("source", self._source), ("cut", self._bare), ("emulated", self._cut))
+            }
         )
         return self._found
 
@@ -246,18 +236,6 @@ class _Filling:
         delta = torch.cat([up @ down, c[:, None]], 1)
         left = equations.error(delta) / max(equations.error(None), 1e-30)
         return Emulation(*self._anchor, c.float(), self._gain, down.float(), up.float(), error_left=left)
-
-    def _loss(self, states: States) -> float:
-        total, count = 0.0, 0
-        for b in self._held:
-            for row in range(len(states[b])):
-                tokens = states.tokens[b][row : row + 1]
-                logits = self._walk.head(tokens, states[b][row : row + 1])[0, :-1].float()
-                total += float(
-                    nn.functional.cross_entropy(logits, tokens[0, 1:].to(logits.device), reduction="sum")
-                )
-                count += tokens.shape[1] - 1
-        return total / count
 
 
 def reduced_rank(
