@@ -92,15 +92,7 @@ def heal(
             f"{sliced}: lacks parts of layers, which are healed as they are dropped: slicer convert --heal fold or "
             "--emulate"
         )
-    origin = source or plan.source
-    if origin is None:
-        raise PlanError(f"{sliced}: its plan names no source; give it with --from")
-    whole = Checkpoint.open(hub.resolve(origin).path)
-    refuse_quantized(whole)
-    check_output(out, cut.path, force=options.force)
-    check_output(out, whole.path, force=options.force)
-    check_source(cut, whole, plan)
-    check_space(out, cut.total_bytes)
+    whole = source_of(cut, plan, sliced, source, out, force=options.force)
     fits = verify.fits_in_memory(whole.total_bytes, options.device)
     dtype = plan.dtype or "auto"
     remote = options.trust_remote_code
@@ -157,6 +149,26 @@ def heal(
                 directory, probe[1], probe[0], dtype=dtype, device=options.device, trust_remote_code=remote
             )
     return Healed(out, plan, checked, error, healing.helps)
+
+
+def source_of(
+    cut: Checkpoint, plan: Plan, name: str, source: str | None, out: Path, *, force: bool
+) -> Checkpoint:
+    """What `cut`, called `name`, was sliced from: `source`, or else what its plan says; checked to be that.
+
+    Raises PlanError where the plan names none, HealError where it is another model, OutputError where a result of the
+    size of `cut` cannot be written to `out`.
+    """
+    origin = source or plan.source
+    if origin is None:
+        raise PlanError(f"{name}: its plan names no source; give it with --from")
+    whole = Checkpoint.open(hub.resolve(origin).path)
+    refuse_quantized(whole)
+    for path in (cut.path, whole.path):
+        check_output(out, path, force=force)
+    check_source(cut, whole, plan)
+    check_space(out, cut.total_bytes)
+    return whole
 
 
 def check_source(cut: Checkpoint, whole: Checkpoint, plan: Plan) -> None:

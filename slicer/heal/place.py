@@ -57,7 +57,7 @@ def discarding(out: Path) -> Iterator[None]:
     work = workplace_of(out)
     try:
         yield
-    except Exception:
+    except Exception:  # anything but being stopped by hand, after which the same command goes on
         if not _worth_keeping(work) and not out.with_name(out.name + ".ranks").exists():
             shutil.rmtree(work, ignore_errors=True)
         raise

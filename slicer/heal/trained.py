@@ -22,14 +22,14 @@ import torch
 
 from slicer.checkpoint import hub, verify
 from slicer.checkpoint.architectures import text_config
-from slicer.checkpoint.export import check_output, copy_unchanged, refuse_quantized
+from slicer.checkpoint.export import copy_unchanged
 from slicer.checkpoint.model import load_model, pick_device
 from slicer.checkpoint.reader import Checkpoint
-from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES, check_space
-from slicer.errors import ArchitectureError, CalibrationError, HealError, PlanError, UsageError
+from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES
+from slicer.errors import ArchitectureError, CalibrationError, HealError, UsageError
 from slicer.heal import adapters
 from slicer.heal.corpus import Corpus, prepare
-from slicer.heal.job import Healed, HealOptions, as_before, check_source, heal
+from slicer.heal.job import Healed, HealOptions, as_before, heal, source_of
 from slicer.heal.place import first_alone, workplace_of
 from slicer.heal.settings import Settings, Training, resolve
 from slicer.heal.write import Result, write
@@ -88,15 +88,8 @@ def train_cut(
     cut = Checkpoint.open(hub.resolve(sliced).path)
     plan = Plan.load(cut.path)
     check_trainable(sliced, below_layers=plan.below_layers)
-    origin = source or plan.source
-    if origin is None:
-        raise PlanError(f"{sliced}: its plan names no source; give it with --from")
-    whole = Checkpoint.open(hub.resolve(origin).path)
-    refuse_quantized(whole)
-    for path in (cut.path, whole.path):
-        check_output(out, path, force=options.force)
-    check_source(cut, whole, plan)
-    check_space(out, cut.total_bytes)
+    whole = source_of(cut, plan, sliced, source, out, force=options.force)
+    origin = str(source or plan.source)
     settings, words = resolve(
         training,
         plan.source or origin,

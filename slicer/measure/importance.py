@@ -156,7 +156,11 @@ def leave_out(
                 apart.append(float((full.exp() * (full - cut)).sum(-1).mean()))
             losses.append(mine)
             divergences.append(apart)
-    return tuple(torch.tensor(v, dtype=torch.float64) for v in (base, losses, divergences))  # type: ignore[return-value]
+    return (
+        torch.tensor(base, dtype=torch.float64),
+        torch.tensor(losses, dtype=torch.float64),
+        torch.tensor(divergences, dtype=torch.float64),
+    )
 
 
 def _loss(chances: torch.Tensor, tokens: torch.Tensor) -> float:

@@ -85,9 +85,9 @@ def summarise(
     joined = share.join(parts, first, samples)
     if share.world > 1 and each:
         gathered = joined[len(found) :]
-        taken = gathered[0][:sequences].transpose(0, 1).flatten(1, 2)  # type: ignore[assignment]
+        taken = list(gathered[0][:sequences].transpose(0, 1).flatten(1, 2))
         if trace.has_mlp:
-            mlp = gathered[1][:sequences].transpose(0, 1).flatten(1, 2)  # type: ignore[assignment]
+            mlp = list(gathered[1][:sequences].transpose(0, 1).flatten(1, 2))
     tables = {
         name: table(name, values, seq_len=seq_len, samples=samples)
         for name, values in zip(found, joined, strict=False)

@@ -53,6 +53,32 @@ def test_the_scores_are_lm_evals_to_the_last_digit(data: Path, result: Evaluatio
     assert score.standard_error == found["results"]["by_hand"]["acc_stderr,none"]
 
 
+def test_only_the_logits_asked_for_say_the_same(data: Path) -> None:
+    """What a sweep computes: each item's answer and each excerpt's loss, from fewer logits."""
+    from slicer.checkpoint.model import load_model
+    from slicer.judge import backends
+
+    options = EvalOptions(tasks=("mmlu_astronomy", "boolq"), data=data, limit=8, **OPTIONS)
+    model = load_model(demo.path(), dtype="float32", device="cpu")
+    sizes: list[int] = []
+    hook = model.lm_head.register_forward_hook(lambda *given: sizes.append(given[2].shape[1]))
+    texts = ("The king went to the sea.", "He said unto them, and the temple of the city was old.")
+    seen, computed = [], []
+    with Suite(options) as suite:
+        for last in (False, True):
+            sizes.clear()
+            lm = backends.wrap(model, demo.path(), options, last_logits_only=last)
+            items = suite.run(lm, "demo", 4096).items
+            few = sum(sizes)
+            nats, _ = backends.text_losses(lm, texts)
+            seen.append((items, nats))
+            computed.append(few)
+    hook.remove()
+    assert seen[0][0] == seen[1][0]
+    assert seen[0][1] == pytest.approx(seen[1][1], rel=1e-5)
+    assert computed[1] < computed[0] / 2
+
+
 def test_examples_in_another_order_are_the_same_examples(data: Path) -> None:
     """Figure 7 of the paper: only the order of what stands before each question differs."""
     from lm_eval.api.model import LM
