@@ -1,11 +1,13 @@
 """What it costs to drop attention, feed-forward parts, whole layers or half-offset blocks, and what can stand for them.
 
     python -m slicer.benchmarks.sublayers --model DIR --calibration TEXT --held-out TEXT [--samples 32] [--seq-len 256]
-        [--held-out-samples 16] [--rank 32] [--shapley PASSES] --out DIR
+        [--held-out-samples 16] [--rank 32] [--train-steps N] [--shapley PASSES [--shapley-samples N]]
+        --out DIR
 
 Of each kind 1/6, 1/4 and 1/3 go, by angular distance at the last token on the calibration text, in one pass.
 Each cut is then judged by its loss on the held-out text: bare, with a constant, with a low-rank linear map and with
-the output matrix before every gap solved again (`slicer.heal.emulate`), all fitted on the same calibration tokens. With
+the output matrix before every gap solved again (`slicer.heal.emulate`), all fitted on the same calibration tokens; with
+--train-steps the linear map is also trained on them for so many steps. With
 --shapley the attention parts are also chosen by leave-one-out loss and by Shapley values on the calibration text.
 Finished cells are kept in OUT/sublayers.json and not run again; the tables go to OUT/sublayers.md.
 """
@@ -24,6 +26,7 @@ import torch
 from slicer.checkpoint import hub
 from slicer.checkpoint.model import load_model
 from slicer.heal.emulate import emulate
+from slicer.heal.emulate_train import train
 from slicer.heal.emulation import emulated
 from slicer.measure.calibration import CalibrationSpec, token_batches
 from slicer.measure.halves import measure_halves
@@ -35,6 +38,7 @@ from slicer.select import rank, rank_offset, rank_sublayers
 FRACTIONS = {"1/6": 1 / 6, "1/4": 1 / 4, "1/3": 1 / 3}
 KINDS = ("attention", "feed-forward", "whole layers", "half-offset")
 WAYS = ("bare", "bias", "linear", "fold")
+TRAINED = "linear, trained"
 
 
 def main() -> None:
@@ -49,7 +53,11 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument(
+        "--train-steps", type=int, default=0, help="also train the linear maps for so many steps"
+    )
     parser.add_argument("--shapley", type=float, default=0, help="forward passes to spend on Shapley values")
+    parser.add_argument("--shapley-samples", type=int, help="calibration sequences for these [default: all]")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, required=True)
     run(parser.parse_args())
@@ -58,7 +66,9 @@ def main() -> None:
 def run(given: argparse.Namespace) -> None:
     """All cells that are not there yet, then the tables."""
     given.out.mkdir(parents=True, exist_ok=True)
-    book = _Book(given.out / "sublayers.json", {k: str(v) for k, v in vars(given).items() if k != "out"})
+    book = _Book(
+        given.out / "sublayers.json", {k: str(v) for k, v in vars(given).items() if k != "out" and v}
+    )
     path = hub.resolve(given.model).path
     model = load_model(path, dtype=given.dtype, device="cpu")
 
@@ -80,12 +90,13 @@ def run(given: argparse.Namespace) -> None:
         n = round(fraction * depth)
         for kind in KINDS:
             plan = chosen(kind, n, depth, layers, halves)
-            for way in WAYS:
+            for way in (*WAYS, *([TRAINED] if given.train_steps else [])):
                 key = f"{kind} {name} {way}"
-                book.take(key, lambda p=plan, w=way: _cell(walk, model, fitted, judged, p, w, given.rank))
+                book.take(key, lambda p=plan, w=way: _cell(walk, model, fitted, judged, p, w, given))
                 print(key, book.cells[key]["loss"], flush=True)
     if given.shapley:
-        _choices(book, walk, model, fitted, judged, halves, given.shapley)
+        few = torch.cat(fitted)[: given.shapley_samples].split(given.batch_size)
+        _choices(book, walk, model, few, judged, halves, given)
     (given.out / "sublayers.md").write_text(tables(book.cells), "utf-8")
     print(tables(book.cells))
 
@@ -109,12 +120,16 @@ def chosen(kind: str, n: int, depth: int, layers: Any, halves: Any) -> Plan:
 
 
 def _cell(
-    walk: Walk, model: Any, fitted: Any, judged: Any, plan: Plan, way: str, rank_: int
+    walk: Walk, model: Any, fitted: Any, judged: Any, plan: Plan, way: str, given: argparse.Namespace
 ) -> dict[str, Any]:
     started = time.perf_counter()
     found = None
     if way != "bare":
-        found = emulate(walk, fitted, plan, way, rank_ if way == "linear" else None)
+        method = "linear" if way == TRAINED else way
+        found = emulate(walk, fitted, plan, method, given.rank if method == "linear" else None)
+    if way == TRAINED:
+        assert found is not None
+        found = train(walk, fitted, plan, found, given.train_steps)
     seconds = time.perf_counter() - started
     with emulated(model, plan, found):
         loss = loss_of(model, judged)
@@ -134,7 +149,7 @@ def loss_of(model: Any, batches: Sequence[torch.Tensor]) -> float:
 
 
 def _choices(
-    book: _Book, walk: Walk, model: Any, fitted: Any, judged: Any, halves: Any, passes: float
+    book: _Book, walk: Walk, model: Any, fitted: Any, judged: Any, halves: Any, given: argparse.Namespace
 ) -> None:
     """Attention chosen by three importances, bare."""
     depth = walk.depth
@@ -142,7 +157,7 @@ def _choices(
     def values() -> dict[str, Any]:
         coalitions = Coalitions(walk, fitted, parts=True)
         alone = leave_one_out(coalitions)
-        together = shapley(coalitions, passes)
+        together = shapley(coalitions, given.shapley)
         return {
             "loss": 0.0,
             "leave-one-out": alone.mean,
@@ -162,7 +177,7 @@ def _choices(
     for name, fraction in FRACTIONS.items():
         for by, order in orders.items():
             plan = Plan.cutting(depth, attention=order[: round(fraction * depth)])
-            book.take(f"by {by} {name}", lambda p=plan: _cell(walk, model, fitted, judged, p, "bare", 0))
+            book.take(f"by {by} {name}", lambda p=plan: _cell(walk, model, fitted, judged, p, "bare", given))
 
 
 class _Book:
@@ -188,11 +203,14 @@ class _Book:
 def tables(cells: dict[str, Any]) -> str:
     """Markdown: losses of every kind, fraction and way; and of the choices of attention, where measured."""
     whole = cells["whole model"]["loss"]
+    ways = [
+        way for way in (*WAYS[:3], TRAINED, WAYS[3]) if f"{KINDS[0]} {next(iter(FRACTIONS))} {way}" in cells
+    ]
     lines = [f"Whole model: {whole:.3f} nats a token.", ""]
-    lines += ["| removed | " + " | ".join(WAYS) + " |", "|---|" + "---|" * len(WAYS)]
+    lines += ["| removed | " + " | ".join(ways) + " |", "|---|" + "---|" * len(ways)]
     for kind in KINDS:
         for name in FRACTIONS:
-            row = [f"{cells[f'{kind} {name} {way}']['loss']:.3f}" for way in WAYS]
+            row = [f"{cells[f'{kind} {name} {way}']['loss']:.3f}" for way in ways]
             lines.append(f"| {name} of {kind}" if kind != "half-offset" else f"| {name}, half-offset")
             lines[-1] += " | " + " | ".join(row) + " |"
     if "importances" in cells:

@@ -23,6 +23,7 @@ from slicer.measure.workplace import PARTIAL, fingerprint, workplace
 from slicer.progress import Progress
 
 POSITIONS = 16
+QUESTIONS = 64
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,10 @@ class AnalyzeOptions:
         sublayers: whether attention and feed-forward parts are measured apart, and half-offset cuts: a further pass,
             and with `losses` the loss and the KL divergence without each part.
         shapley: forward passes to spend on Shapley values of the layers (with `sublayers` of their parts); 0: none.
-        against: what these are of: "loss" or "kl".
+        against: what these are of: "loss" or "kl" on the calibration text, or "task:NAME", the score of an lm-eval
+            task.
+        questions: of that task, so many.
+        data: local files of that task, see `slicer.judge.local_tasks`; None takes the Hub's.
         beside: another analysis of the same model (a directory), on other text: a figure sets the two against each
             other, part by part.
         healed: block sizes whose closest blocks are also healed in closed form and compared by loss.
@@ -56,6 +60,8 @@ class AnalyzeOptions:
     sublayers: bool = False
     shapley: float = 0
     against: str = "loss"
+    questions: int = QUESTIONS
+    data: Path | None = None
     beside: Path | None = None
     force: bool = False
     trust_remote_code: bool = False
@@ -122,6 +128,7 @@ def analyze(
 def _measure(
     checkpoint: Checkpoint, options: AnalyzeOptions, work: Path, share: Any, progress: Progress
 ) -> Analysis:
+    from slicer.analyze_parts import measure_parts, questions_of
     from slicer.measure import importance
     from slicer.measure.metrics import points_affordable
     from slicer.measure.stream import Walk, fits
@@ -145,6 +152,7 @@ def _measure(
     batches, provenance = _batches(checkpoint, options, walk, work.parent, share)
     samples, seq_len = sum(len(b) for b in batches), batches[0].shape[1]
     own, first = share.of(batches)
+    questions = questions_of(checkpoint, options, walk, progress)
     prefix = checkpoint.layer_prefix
     points = points_affordable(
         walk.depth + 1,
@@ -190,7 +198,7 @@ def _measure(
             progress=progress,
         )
         losses.tables["healed_loss"] = healed
-    halves = _measure_parts(walk, own, options, losses.tables, progress)
+    halves, about = measure_parts(walk, own, questions, options, losses.tables, progress)
     each = len(trace.point_positions)
     return Analysis(
         depth=walk.depth,
@@ -204,34 +212,8 @@ def _measure(
         base_loss=losses.base,
         greedy=losses.greedy,
         sublayers=halves,
+        shapley=about,
     )
-
-
-def _measure_parts(
-    walk: Any, batches: list[Any], options: AnalyzeOptions, tables: dict[str, Any], progress: Progress
-) -> dict[str, Any]:
-    """Tables of half-layers; Shapley values of whole layers are entered into `tables`."""
-    from slicer.measure import halves
-    from slicer.measure.shapley import Coalitions, leave_one_out, shapley, table_of
-
-    found: dict[str, Any] = {}
-    samples, seq_len = sum(len(b) for b in batches), batches[0].shape[1]
-    if options.sublayers:
-        stacked = halves.record_halves(walk, batches, progress=progress)
-        found |= halves.tables_of_halves(stacked, seq_len)
-        for against in ("loss", "kl") if options.losses else ():
-            coalitions = Coalitions(walk, batches, parts=True, against=against)
-            found[against] = table_of(against, leave_one_out(coalitions, progress), seq_len, samples, 1)
-    if options.shapley:
-        coalitions = Coalitions(walk, batches, parts=options.sublayers, against=options.against)
-        values = shapley(coalitions, options.shapley, seed=options.calibration.seed, progress=progress)
-        target = found if options.sublayers else tables
-        target["shapley"] = table_of("shapley", values, seq_len, samples)
-        pairs = len(values.samples)
-        progress.note(
-            f"Shapley values from {pairs} pair{'s' if pairs > 1 else ''} of orders, {values.passes:.0f} forward passes"
-        )
-    return found
 
 
 def _batches(
@@ -292,8 +274,17 @@ def _check_sizes(options: AnalyzeOptions, depth: int) -> None:
             raise UsageError(
                 f"--{name} {n}: the model has {depth} layers; give sizes between 1 and {depth - 1}"
             )
-    if options.against not in ("loss", "kl"):
-        raise UsageError(f"--against {options.against}: choose loss or kl")
+    task = options.against.startswith("task:")
+    if options.against not in ("loss", "kl") and not (task and options.against != "task:"):
+        raise UsageError(f"--against {options.against}: choose loss, kl or task:NAME")
+    if task and not options.shapley:
+        raise UsageError(
+            f"--against {options.against}: say how many forward passes to spend: --shapley PASSES"
+        )
+    if options.data is not None and not task:
+        raise UsageError("--data: the files of a task; name it with --against task:NAME")
+    if options.questions < 1:
+        raise UsageError(f"--questions {options.questions}: ask at least 1")
     if options.shapley < 0:
         raise UsageError(f"--shapley {options.shapley:g}: give a number of forward passes of at least 1")
     if not 0 <= options.greedy < depth:

@@ -157,6 +157,14 @@ def main() -> None:
     "(bias) or a low-rank map (linear, needs --rank).",
 )
 @click.option(
+    "--emulate-steps",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Then train that, and nothing else, for so many steps; the best by held-out loss is kept.",
+)
+@click.option(
     "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest weight file."
 )
 @click.option(
@@ -234,6 +242,7 @@ def convert(source: str, **given: Any) -> None:
         offset=given["offset"],
         emulate=given["emulate"],
         rank=given["rank"] if given["emulate"] else None,
+        emulate_steps=given["emulate_steps"],
         max_shard_bytes=parse_size(given["max_shard_size"], "--max-shard-size"),
         force=given["force"],
         dry_run=given["dry_run"],

@@ -64,11 +64,22 @@ def emulate(
         return None
     from slicer.heal import carry, emulation
     from slicer.heal.emulate import emulate as fill
+    from slicer.heal.emulate_train import train
 
     walk, batches = model.walk(), data.get()
     cast = DTYPES[options.dtype] if options.dtype else None
     try:
         found = fill(walk, batches.batches, plan, method, options.rank, progress=progress)
+        if options.emulate_steps:
+            found = train(
+                walk,
+                batches.batches,
+                plan,
+                found,
+                options.emulate_steps,
+                seed=data.spec.seed,
+                progress=progress,
+            )
     except (HealError, ArchitectureError) as error:
         if options.heal != "auto":
             raise
@@ -77,7 +88,7 @@ def emulate(
     losses = found.losses
     if not found.helps:
         words = (
-            f"the loss on calibration text held out does not fall ({losses['emulated']:.4f} nats a token, "
+            f"the loss on calibration text held out does not fall ({found.loss:.4f} nats a token, "
             f"{losses['cut']:.4f} without)"
         )
         progress.note(f"done as asked, but {words}" if options.heal != "auto" else f"not healed: {words}")
@@ -152,7 +163,10 @@ def closed_again(plan: Plan, options: Options, data: CalibrationData) -> Options
     elif plan.emulated is None:
         return options
     if plan.emulated is not None:
-        return replace(options, emulate=str(record.get("method")), rank=record.get("rank"))
+        steps = int(record.get("steps", 0))
+        return replace(
+            options, emulate=str(record.get("method")), rank=record.get("rank"), emulate_steps=steps
+        )
     return replace(options, heal="fold", fold=str(record.get("solver", options.fold)))
 
 

@@ -159,8 +159,9 @@ def print_summary(summary: Summary) -> None:
 def _emulated(record: Mapping[str, Any]) -> str:
     loss = record["loss"]
     rank = f" of rank {record['rank']}" if record.get("rank") else ""
+    trained = f", {loss['trained']:.3f} trained" if "trained" in loss else ""
     return (
-        f"{record['method']}{rank}: held-out loss {loss['cut']:.3f} to {loss['emulated']:.3f} nats a token "
+        f"{record['method']}{rank}: held-out loss {loss['cut']:.3f} to {loss['emulated']:.3f}{trained} nats a token "
         f"(whole model: {loss['source']:.3f})"
     )
 

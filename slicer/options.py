@@ -119,6 +119,7 @@ class Options:
         emulate: "bias" or "linear": what stands for the parts removed, solved in closed form on the calibration data;
             None for nothing, but a plan that was emulated is emulated again.
         rank: of the linear maps.
+        emulate_steps: steps of training that what stands for the removed parts then gets, alone; 0 leaves it as solved.
         offset: in similarity mode, blocks of "whole" layers, "half"-offset ones, or "auto": the closer of the two.
     """
 
@@ -137,6 +138,7 @@ class Options:
     offset: str = "auto"
     emulate: str | None = None
     rank: int | None = None
+    emulate_steps: int = 0
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     force: bool = False
     dry_run: bool = False
@@ -211,6 +213,10 @@ def check_options(options: Options, goal: Goal | None, plan: Plan | None) -> Non
         raise UsageError("--emulate and --heal both fill the gap: give one of them")
     if (options.emulate == "linear") != (options.rank is not None):
         raise UsageError("--emulate linear needs --rank, and only that does: --emulate linear --rank 32")
+    if options.emulate_steps < 0 or (options.emulate_steps and options.emulate is None):
+        raise UsageError(
+            f"--emulate-steps {options.emulate_steps}: trains what --emulate puts in; give that, and a number of steps"
+        )
     if options.rank is not None and options.rank < 1:
         raise UsageError(f"--rank {options.rank}: must lie between 1 and the model's width")
     if options.offset == "half" and options.strategy != "similarity":

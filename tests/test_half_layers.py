@@ -88,6 +88,7 @@ def test_a_half_offset_cut_is_native_and_taken_where_it_wins(
         ["--drop-attention", "2", "--emulate", "bias"],
         ["--drop-ffn", "2", "--emulate", "linear", "--rank", "4"],
         ["--drop", "2", "--emulate", "bias"],
+        ["--drop-attention", "2", "--emulate", "linear", "--rank", "4", "--emulate-steps", "6"],
         ["--drop-sublayers", "3", "--heal", "fold"],
         ["--drop", "2", "--offset", "half", "--heal", "fold"],
     ],
@@ -96,13 +97,19 @@ def test_what_stands_for_removed_parts_is_verified(
     source: Path, text: Path, tmp_path: Path, ways: list[str], memory: str | None
 ) -> None:
     more = [] if memory is None else ["--memory", memory, "--verify", "logits"]
+    if "--emulate-steps" in ways and memory is not None:
+        refused = slicer("convert", source, *ways, *more, *calibrated(text), "-o", tmp_path / "out")
+        assert refused.exit_code == 1 and "in memory" in refused.output and not (tmp_path / "out").exists()
+        return
     result = json.loads(
         succeeds("convert", source, *ways, *more, *calibrated(text), "-o", tmp_path / "out", "--json").stdout
     )
     assert result["logits_error"] < 1e-5
     record = result.get("emulated") or result["healing"]
     assert record["loss"]["source"] > 0 and record["method"] in ("bias", "linear", "fold")
-    assert f"{record['loss']['source']:.4f}" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{record['loss']['source']:.4f}" in card
+    assert ("trained alone for 6 steps" in card) == ("--emulate-steps" in ways)
     if memory is None:
         succeeds("convert", source, "--plan", tmp_path / "out" / "slicer" / "plan.json", "-o", tmp_path / "2")
         assert files.read_tensors(tmp_path / "2") == files.read_tensors(tmp_path / "out")
@@ -155,6 +162,7 @@ BAD = {
     "a rank beyond the width": (["--drop", "2-3", "--emulate", "linear", "--rank", "65"], 2, "width, 64"),
     "no rank": (["--drop", "2-3", "--emulate", "linear"], 2, "needs --rank"),
     "a rank for nothing": (["--drop", "2-3", "--rank", "4"], 2, "or with --emulate linear"),
+    "steps of nothing": (["--drop", "2-3", "--emulate-steps", "4"], 2, "--emulate"),
     "emulated and healed": (["--drop", "2-3", "--emulate", "bias", "--heal", "fold"], 2, "one of them"),
     "native without attention": (["--drop-attention", "3-3", "--format", "native"], 1, "--format native"),
     "half-offset by a heuristic": (

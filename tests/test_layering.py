@@ -92,7 +92,7 @@ FLOORS = (
         "slicer.inspect",
         "slicer.serve",
     ),
-    ("slicer.analyze", "slicer.healed", "slicer.planning"),
+    ("slicer.analyze", "slicer.analyze_parts", "slicer.healed", "slicer.planning"),
     ("slicer.benchmarks", "slicer.demo.show", "slicer.demo.train"),
     ("slicer.console",),
     ("slicer.show_layers", "slicer.show_scores"),

@@ -121,14 +121,21 @@ def _emulated(record: Mapping[str, Any]) -> list[str]:
         if record["method"] == "bias"
         else f"a linear map of rank {record['rank']} and a constant"
     )
+    trained = ""
+    if "trained" in loss:
+        trained = (
+            f", then trained alone for {record['steps']} steps, of which step {record['best_step']} was kept"
+        )
+    columns = {"original": "source", "cut": "cut", "emulated": "emulated", "trained": "trained"}
+    shown = {name: loss[key] for name, key in columns.items() if key in loss}
     return [
         f"{what.capitalize()} is added to the residual stream behind {behind} (numbered as in the original), solved in "
-        f"closed form on {data.get('samples', '?')} sequences of {data.get('seq_len', '?')} tokens (source: {source}). "
-        f"Loss in nats a token on {len(record['held_out_sequences'])} of these that took no part in the solving:",
+        f"closed form on {data.get('samples', '?')} sequences of {data.get('seq_len', '?')} tokens (source: {source})"
+        f"{trained}. Loss in nats a token on {len(record['held_out_sequences'])} of these that took no part in that:",
         "",
-        "| original | cut | emulated |",
-        "|---|---|---|",
-        f"| {loss['source']:.4f} | {loss['cut']:.4f} | {loss['emulated']:.4f} |",
+        f"| {' | '.join(shown)} |",
+        "|---" * len(shown) + "|",
+        f"| {' | '.join(f'{value:.4f}' for value in shown.values())} |",
     ]
 
 

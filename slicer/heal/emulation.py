@@ -52,18 +52,26 @@ class Emulation:
 @dataclass(frozen=True)
 class Emulated:
     """All gaps filled: `by_anchor`: (part, layer) -> what follows it. `losses`: nats a token on the sequences held out:
-    "source", "cut" and "emulated". `held_out`: which those are."""
+    "source", "cut" and "emulated", and "trained" where steps were taken. `held_out`: which those are. `steps`: of
+    training, and `best`, the one that was kept (0: as solved)."""
 
     method: str
     rank: int | None
     by_anchor: dict[tuple[str, int], Emulation] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     held_out: tuple[int, ...] = ()
+    steps: int = 0
+    best: int = 0
+
+    @property
+    def loss(self) -> float:
+        """Nats a token on the sequences held out, as it ends."""
+        return self.losses.get("trained", self.losses["emulated"])
 
     @property
     def helps(self) -> bool:
         """Whether the loss on sequences held out is lower than that of the bare cut."""
-        return self.losses["emulated"] < self.losses["cut"]
+        return self.loss < self.losses["cut"]
 
 
 def output_matrix(outputs: Sequence[nn.Module]) -> nn.Module:
@@ -170,6 +178,7 @@ def record_of(found: Emulated, provenance: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "method": found.method,
         "rank": found.rank,
+        **({"steps": found.steps, "best_step": found.best} if found.steps else {}),
         "calibration": dict(provenance),
         "held_out_sequences": list(found.held_out),
         "loss": {name: round(value, 6) for name, value in found.losses.items()},

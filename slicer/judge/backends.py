@@ -140,6 +140,22 @@ def load_vllm(path: Path, options: EvalOptions) -> tuple[Any, int]:
     return _quiet(lm), int(config["vocab_size"])
 
 
+def encoded(lm: Any, requests: Sequence[Any]) -> list[tuple[list[int], list[int]]]:
+    """(context, continuation) of each of lm-eval's log-likelihood requests, as the tokens it would score."""
+    found: list[tuple[list[int], list[int]]] = []
+
+    def keep(pairs: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
+        found.extend((list(context), list(continuation)) for _, context, continuation in pairs)
+        return [(0.0, False)] * len(pairs)
+
+    before, lm._loglikelihood_tokens = lm._loglikelihood_tokens, keep
+    try:
+        lm.loglikelihood(list(requests))
+    finally:
+        lm._loglikelihood_tokens = before
+    return found
+
+
 def text_losses(lm: Any, texts: Sequence[str]) -> tuple[list[float], list[int]]:
     """Total nats and number of tokens of each text, every token scored given those before it and one start token.
 

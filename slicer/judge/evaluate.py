@@ -69,7 +69,7 @@ class Suite:
         self.options, self.progress = options, progress or Progress()
         self._scratch = tempfile.TemporaryDirectory(prefix="slicer-eval-")
         self.excerpts: loss.Excerpts | None = None
-        self._rounds: list[_Round] = []
+        self._rounds: list[Round] = []
         try:
             self._prepare()
         except BaseException:
@@ -105,7 +105,7 @@ class Suite:
         directory = options.keep_tasks or Path(self._scratch.name) / "tasks"
         manager = tasks.manager([task.name for task in asked], options.data, directory)
         # One by one: lm-eval refuses a task beside a group that holds it (mmlu_astronomy, mmlu).
-        self._rounds = [_Round(manager, task, options) for task in asked]
+        self._rounds = [Round(manager, task, options) for task in asked]
 
     def run(self, lm: Any, name: str, vocabulary: int) -> Evaluation:
         """Ask `lm` (an lm-eval model) everything. `vocabulary` is V of the normalised loss."""
@@ -133,7 +133,7 @@ class Suite:
         )
 
 
-class _Round:
+class Round:
     """One task, group or tag asked with one number of examples; `label` is its name in the results."""
 
     def __init__(self, manager: Any, asked: tasks.Asked, options: EvalOptions) -> None:
@@ -167,9 +167,8 @@ class _Round:
             for leaf, count in tasks.share(sizes, limit).items()
         }
 
-    def run(self, lm: Any, scores: list[Score], items: dict[str, dict[str, float]]) -> None:
-        """Ask `lm`, and add to `scores` and `items`."""
-        evaluator = backends.lm_eval_module("evaluator")
+    def reseed(self) -> None:
+        """Before questions are built: the same examples each time."""
         import numpy
         import torch
 
@@ -179,6 +178,11 @@ class _Round:
         torch.manual_seed(_LMEVAL_SEED + seed)
         for task in self.loaded["tasks"].values():
             task.set_fewshot_seed(seed=_LMEVAL_SEED + seed)
+
+    def run(self, lm: Any, scores: list[Score], items: dict[str, dict[str, float]]) -> None:
+        """Ask `lm`, and add to `scores` and `items`."""
+        evaluator = backends.lm_eval_module("evaluator")
+        self.reseed()
         limit = None if self.samples else self.options.limit
         try:
             found = evaluator.evaluate(lm, self.loaded, limit=limit, samples=self.samples, log_samples=True)

@@ -61,8 +61,8 @@ def trade_off(one: Analysis, other: Analysis, path: Path) -> float:
             axes.annotate(str(i), point, xytext=(3, 3), textcoords="offset points", fontsize=7)
     for values, scale in ((x, axes.set_xscale), (y, axes.set_yscale)):
         _spread(values, scale)
-    axes.set_xlabel(f"on {_text(one)}")
-    axes.set_ylabel(f"on {_text(other)}")
+    axes.set_xlabel(f"on {_text(one, a.metric)}")
+    axes.set_ylabel(f"on {_text(other, b.metric)}")
     axes.set_title(f"{analysis_title(a.metric)}\nrank correlation {agreement:.2f}", fontsize=10)
     axes.legend(frameon=False, fontsize="small")
     save(figure, path)
@@ -88,7 +88,7 @@ def comparable(one: Analysis, other: Analysis) -> tuple[Distances, Distances]:
             f"the other analysis is of a {other.model_type} of {other.depth} layers, this one of a {one.model_type} of "
             f"{one.depth}: give one of the same model"
         )
-    for metric in ("shapley", "loss", "kl", "block_influence"):
+    for metric in ("shapley_score", "shapley", "loss", "kl", "block_influence"):
         for mine, theirs in ((one.sublayers, other.sublayers), (one.metrics, other.metrics)):
             if metric in mine and metric in theirs and 1 in mine[metric].sizes and 1 in theirs[metric].sizes:
                 return mine[metric], theirs[metric]
@@ -101,6 +101,8 @@ def _singles(table: Distances) -> Distances:
     return replace(table, mean={1: table.mean[1]}, standard_error={1: table.standard_error[1]})
 
 
-def _text(analysis: Analysis) -> str:
+def _text(analysis: Analysis, metric: str) -> str:
+    if metric == "shapley_score":
+        return str((analysis.shapley or {}).get("against", "task"))
     source = str((analysis.calibration or {}).get("source", "calibration text"))
     return Path(source).name

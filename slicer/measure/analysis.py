@@ -29,6 +29,7 @@ TITLES = {
     "kl": "KL divergence to the full model (nats a token)",
     "taylor": "Taylor importance, |gradient x weight|",
     "shapley": "Shapley value (nats a token)",
+    "shapley_score": "Shapley value (share of questions answered wrongly)",
     "healed_loss": "loss after closed-form healing (nats a token, increase)",
 }
 
@@ -144,6 +145,8 @@ class Analysis:
         sublayers: name -> a table whose layers are the model's 2L half-layers: attention i is number 2i, feed-forward
             part i number 2i + 1; a block of an even number that starts at an odd one is a half-offset cut.
         base_loss: nats a token of the whole model on the calibration data, where losses were measured.
+        shapley: what Shapley values were sampled of ("against": loss, kl or task:NAME), "pairs" of orders, "passes" of
+            the whole model; of a task also "questions", its "score" with all layers, and that of "guessing".
     """
 
     depth: int
@@ -158,6 +161,7 @@ class Analysis:
     points: int = 0
     calibration: Mapping[str, Any] | None = None
     base_loss: float | None = None
+    shapley: Mapping[str, Any] | None = None
     greedy: tuple[Mapping[str, float], ...] = ()
     sublayers: Mapping[str, Distances] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -232,5 +236,5 @@ class Analysis:
 
 _PLAIN = (
     "source", "revision", "model_type", "depth", "samples", "seq_len", "dtype", "points", "calibration", "base_loss",
-    "versions", "command",
+    "shapley", "versions", "command",
 )  # fmt: skip

@@ -11,7 +11,7 @@ import click
 
 METRICS = (
     "angular_last_token", "angular_mean", "block_influence", "relative_l1", "relative_l2", "cka", "fold_residual",
-    "loss", "kl", "taylor", "greedy", "healed_loss", "shapley",
+    "loss", "kl", "taylor", "greedy", "healed_loss", "shapley", "shapley_score",
 )  # fmt: skip
 _UNRECORDED = {"out", "force", "as_json", "debug", "device", "memory", "source", "directory"}
 
@@ -91,10 +91,23 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option(
     "--against",
-    type=click.Choice(["loss", "kl"]),
+    metavar="loss|kl|task:NAME",
     default="loss",
     show_default=True,
-    help="What Shapley values are shares of: the loss, or the KL divergence from the full model.",
+    help="What Shapley values are shares of: the loss, the KL divergence from the full model, or the score of a "
+    "multiple-choice task of lm-eval's, e.g. task:boolq or task:mmlu@5 (five examples).",
+)
+@click.option(
+    "--questions",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Questions of that task, drawn by the seed  [default: 64]",
+)
+@click.option(
+    "--data",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Local files of that task, as in slicer eval  [default: the Hub's]",
 )
 @click.option(
     "--beside",
@@ -137,7 +150,7 @@ def analyze(source: str, out: Path, **given: Any) -> None:
         for k in ("samples", "seq_len", "batch_size", "seed", "text_column")
         if given[k] is not None
     }
-    chosen = {k: given[k] for k in ("positions", "greedy", "shapley") if given[k] is not None}
+    chosen = {k: given[k] for k in ("positions", "greedy", "shapley", "questions") if given[k] is not None}
     options = AnalyzeOptions(
         calibration=CalibrationSpec(source=calibration, **spec),
         dtype=given["dtype"],
@@ -148,6 +161,7 @@ def analyze(source: str, out: Path, **given: Any) -> None:
         taylor=given["taylor"],
         sublayers=given["sublayers"],
         against=given["against"],
+        data=given["data"],
         beside=given["beside"],
         force=given["force"],
         trust_remote_code=given["trust_remote_code"],

@@ -2,7 +2,8 @@
 
 Players are the layers, or their attention and feed-forward parts. A coalition is a model without some of them, and its
 cost the loss on the calibration text, or the KL divergence of its next-token distributions from the full model's, in
-nats a token, at most log V (guessing). A player's Shapley value is the mean, over all orders in which players can
+nats a token, at most log V (guessing); or the share of a task's questions that it answers wrongly, at most that of
+guessing. A player's Shapley value is the mean, over all orders in which players can
 leave, of how much the cost rises when it leaves (Castro et al. 2009): what "A deeper look at depth pruning of LLMs"
 calls an adaptive importance.
 
@@ -24,6 +25,7 @@ import torch
 from slicer.checkpoint.parts import attention_outputs, ffn_outputs, without_parts
 from slicer.errors import ArchitectureError, UsageError
 from slicer.measure.analysis import Distances
+from slicer.measure.questions import Questions
 from slicer.measure.states import States
 from slicer.measure.stream import Walk
 from slicer.measure.summary import table_of_rows
@@ -37,7 +39,8 @@ class Values:
     """What was measured of each player, in order of depth (attention before feed-forward part).
 
     Attributes:
-        samples: [samples, players], float64: a pair of orders each (Shapley), or a sequence (leave-one-out).
+        samples: [samples, players], float64: a pair of orders each (Shapley), or a sequence or question
+            (leave-one-out).
         base: the cost of the whole model.
         passes: forward passes that were made, in whole models.
     """
@@ -60,19 +63,29 @@ class Values:
 
 
 class Coalitions:
-    """Costs of the model without some players. `parts`: whether they are sublayers, 2i and 2i + 1 those of layer i.
+    """Costs of the model without some players: its loss or KL divergence on batches, or its errors on `Questions`.
+
+    `parts`: whether the players are sublayers, 2i and 2i + 1 those of layer i.
 
     Attributes:
         players: how many there are.
-        base: the cost of the whole model, by sequence.
-        ceiling: the cost of guessing, log V.
+        base: the cost of the whole model, by sequence or question.
+        ceiling: the cost of guessing: log V, or of questions its share of errors; where the whole model answers no
+            better than that, infinite, and no order is cut short.
     """
 
     def __init__(
-        self, walk: Walk, batches: Sequence[torch.Tensor], *, parts: bool, against: str = "loss"
+        self,
+        walk: Walk,
+        of: Sequence[torch.Tensor] | Questions,
+        *,
+        parts: bool,
+        against: str = "loss",
     ) -> None:
         if against not in AGAINST:
             raise UsageError(f"against {against!r}: choose one of {', '.join(AGAINST)}")
+        self._questions = of if isinstance(of, Questions) else None
+        batches = of.batches if isinstance(of, Questions) else of
         self._walk, self._parts, self._against = walk, parts, against
         self.players = walk.depth * (2 if parts else 1)
         if parts:
@@ -88,9 +101,12 @@ class Coalitions:
         self._run(frozenset(), 0)
         self._whole = list(self._trail)
         self._gone: frozenset[int] = frozenset()
-        self.ceiling = math.log(walk.model.config.get_text_config().vocab_size)
         self._last = self._whole[-1]
         self.base = self._costs(self._last)
+        self.ceiling = math.log(walk.model.config.get_text_config().vocab_size)
+        if self._questions is not None:
+            guessing = self._questions.guessing
+            self.ceiling = guessing if float(self.base.mean()) < guessing else math.inf
         self._known: dict[frozenset[int], float] = {}
 
     @property
@@ -99,13 +115,13 @@ class Coalitions:
         return self.layer_runs / self._walk.depth
 
     def without(self, gone: frozenset[int]) -> float:
-        """The cost without these players, nats a token, at most `ceiling`."""
+        """The cost without these players, at most `ceiling`."""
         if gone not in self._known:
             self._known[gone] = min(float(self.samples_without(gone).mean()), self.ceiling)
         return self._known[gone]
 
     def samples_without(self, gone: frozenset[int]) -> torch.Tensor:
-        """The cost of each sequence, [samples], float64."""
+        """The cost of each sequence or question, [samples], float64."""
         new = gone - self._gone if self._gone <= gone else gone
         if not self._gone <= gone:
             self._trail, self._gone = list(self._whole), frozenset()
@@ -135,6 +151,11 @@ class Coalitions:
                 self._trail.append(states)
 
     def _costs(self, last: States) -> torch.Tensor:
+        def following(b: int, n: int) -> torch.Tensor:
+            return self._walk.head(last.tokens[b][:, -n:], last[b][:, -n:])[0].float().log_softmax(-1)
+
+        if self._questions is not None:
+            return self._questions.errors(following)
         found = []
         for b, tokens in enumerate(last.tokens):
             for s in range(len(tokens)):
@@ -153,7 +174,7 @@ class Coalitions:
 
 
 def leave_one_out(coalitions: Coalitions, progress: Progress | None = None) -> Values:
-    """How much the cost rises without each player alone, a sequence a sample."""
+    """How much the cost rises without each player alone, a sequence or question a sample."""
     progress = progress or Progress()
     progress.stage("Leaving out each part", coalitions.players, "parts")
     columns = []

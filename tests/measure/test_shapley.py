@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
 import tiny
 import torch
 
+from slicer.checkpoint.parts import bypass_parts
 from slicer.errors import UsageError
 from slicer.measure.importance import leave_out
+from slicer.measure.questions import Choice, Questions
 from slicer.measure.shapley import Coalitions, _marginals, leave_one_out, shapley
 from slicer.measure.stream import Walk
 
@@ -78,3 +81,68 @@ def test_an_order_ends_where_the_model_only_guesses() -> None:
 def test_a_budget_of_nothing(model: Any, batches: list[torch.Tensor]) -> None:
     with pytest.raises(UsageError, match="forward passes"):
         shapley(Coalitions(Walk.in_memory(model), batches, parts=False), 0)
+
+
+@pytest.fixture(scope="module")
+def questions(model: Any) -> Questions:
+    """Eight with three choices of two tokens; the likeliest to the whole model is right, but for two of them."""
+    draw = torch.Generator().manual_seed(4)
+    batches, choices, right = [], [], []
+    for q in range(8):
+        asked = torch.randint(tiny.VOCAB, (3, 7), generator=draw)
+        batches += list(asked[:, :-1].split(1))
+        choices.append(tuple(Choice(3 * q + k, tuple(row[-2:].tolist())) for k, row in enumerate(asked)))
+        best = _answer(model, batches, choices[-1])
+        right.append(frozenset([best if q < 6 else (best + 1) % 3]))
+    return Questions("made up", batches, choices, right)
+
+
+def _answer(model: Any, batches: list[torch.Tensor], choices: tuple[Choice, ...]) -> int:
+    """By whole forward passes, the choice of greatest likelihood."""
+    sums = []
+    with torch.no_grad():
+        for choice in choices:
+            chances = model(batches[choice.batch]).logits[0].log_softmax(-1)
+            sums.append(
+                float(sum(chances[at, token] for at, token in zip((-2, -1), choice.tokens, strict=True)))
+            )
+    return max(range(len(sums)), key=sums.__getitem__)
+
+
+def test_values_of_a_score_are_those_of_brute_force(model: Any, questions: Questions) -> None:
+    def errors(gone: frozenset[int]) -> float:
+        with bypass_parts(model, gone, gone):
+            wrong = [
+                _answer(model, list(questions.batches), tuple(choices)) not in right
+                for choices, right in zip(questions.choices, questions.right, strict=True)
+            ]
+        return sum(wrong) / len(wrong)
+
+    coalitions = Coalitions(Walk.in_memory(model), questions, parts=False)
+    assert coalitions.base.tolist() == [0.0] * 6 + [1.0] * 2
+    assert coalitions.ceiling == pytest.approx(2 / 3)
+    coalitions.ceiling = float("inf")  # no order is truncated
+    exact = [0.0] * 3
+    for p in range(3):
+        others = [i for i in range(3) if i != p]
+        for size in range(3):
+            for company in itertools.combinations(others, size):
+                gone = frozenset(company)
+                weight = math.factorial(size) * math.factorial(2 - size) / 6
+                exact[p] += weight * (errors(gone | {p}) - errors(gone))
+    found = shapley(coalitions, 60)
+    assert any(abs(value) > 0.05 for value in exact)
+    for value, true, error in zip(found.mean, exact, found.standard_error, strict=True):
+        assert abs(value - true) <= 4 * error + 1e-9
+    orders = [_marginals(coalitions, order) for order in itertools.permutations(range(3))]
+    assert torch.stack(orders).mean(0).tolist() == pytest.approx(exact)
+
+
+def test_no_order_of_a_model_that_guesses_is_cut_short(model: Any, questions: Questions) -> None:
+    wrong = [frozenset(range(3)) - r for r in questions.right]  # what it does not choose: six of eight wrong
+    guesser = Questions("guessed", questions.batches, questions.choices, [frozenset([min(w)]) for w in wrong])
+    coalitions = Coalitions(Walk.in_memory(model), guesser, parts=True)
+    assert float(coalitions.base.mean()) >= guesser.guessing and coalitions.ceiling == float("inf")
+    found = shapley(coalitions, 8)
+    everything = coalitions.without(frozenset(range(6))) - float(coalitions.base.mean())
+    assert sum(found.mean) == pytest.approx(everything, abs=1e-9)
