@@ -142,7 +142,7 @@ class _Training:
         """The gradients of the mean of L over a batch, into the parameters."""
         last = self._run(b, gradient=True)
         slope, tokens = torch.zeros_like(last), self._target.tokens[b]
-        for at in torch.arange(last.shape[1]).split(_CHUNK):
+        for at in torch.split(torch.arange(last.shape[1]), _CHUNK):
             x = last[:, at].detach().requires_grad_()
             value = self._sum(b, at, self._walk.head(tokens[:, at], x, gradient=True))
             slope[:, at] = torch.autograd.grad(value, x)[0]
@@ -158,7 +158,7 @@ class _Training:
         total, count = 0.0, 0
         for b in self._held:
             last, tokens = self._run(b), self._target.tokens[b]
-            for at in torch.arange(last.shape[1]).split(_CHUNK):
+            for at in torch.split(torch.arange(last.shape[1]), _CHUNK):
                 total += float(self._sum(b, at, self._walk.head(tokens[:, at], last[:, at])))
             count += tokens.numel()
         return total / count
