@@ -24,7 +24,7 @@ from slicer.heal.held import loss, split
 from slicer.heal.layerwise import Healer, Storable
 from slicer.heal.newton import STEPS, Newton
 from slicer.heal.outputs import LayerChange, applied
-from slicer.measure.states import States
+from slicer.measure.states import Course, States
 from slicer.measure.stream import Walk
 from slicer.progress import Progress
 
@@ -60,18 +60,20 @@ def fold(
     *,
     storable: Storable,
     solver: str = "resolve",
+    course: Course | None = None,
     progress: Progress | None = None,
 ) -> Fold:
     """Solve the layers around each dropped block again, in order, each on the states of the already healed model.
 
     `walk` goes over the source; `batches` are int64 [batch, seq] without padding. `storable(i, name, module)` says
     whether the checkpoint holds the weights of a module of layer i under its name. Of `resolve`, over a loaded model,
-    only those steps are kept that lower the loss on the sequences held out. Raises HealError when there are too few
-    tokens, or no layer that could be changed.
+    only those steps are kept that lower the loss on the sequences held out. `course`, of the same model and batches,
+    spares the next fold the way through the source. Raises HealError when there are too few tokens, or no layer that
+    could be changed.
     """
     if solver not in SOLVERS:
         raise UsageError(f"fold {solver!r}: choose one of {', '.join(SOLVERS)}")
-    progress = progress or Progress()
+    progress, course = progress or Progress(), course or Course(0)
     runs = blocks(dropped)
     data = split(batches)
     healer = Healer(walk, data, dropped, storable, solver, walk.loaded and solver == "resolve")
@@ -79,7 +81,7 @@ def fold(
     source = walk.start(data.batches)
     first = max(0, runs[0][0] - 1 - BEFORE)
     while source.layer < first:
-        walk.advance(source.layer, source)
+        course.advance(walk, source.layer, source)
         progress.advance()
     origin = source.copy() if healer.judges else None
     if origin is not None:
@@ -88,13 +90,13 @@ def fold(
     for start, end in runs:
         before = start - 1  # the layer to change; -1 where the model's first layers are dropped
         for i in range(source.layer, max(before, 0)):
-            walk.advance(i, source)
+            course.advance(walk, i, source)
             if student is not None:
                 walk.advance(i, student)
             progress.advance()
         student = source.copy() if student is None else student
         for i in range(source.layer, end):
-            walk.advance(i, source)
+            course.advance(walk, i, source)
             progress.advance()
         if start > 0:
             healer.heal(before, student, source)
@@ -105,7 +107,7 @@ def fold(
             raise HealError(_NOTHING)
         return Fold(changes, losses(walk, batches, dropped, changes))
     for i in range(source.layer, walk.depth):
-        walk.advance(i, source)
+        course.advance(walk, i, source)
         progress.advance()
     progress.stage("Healing the cut: second-order steps", STEPS, "steps")
     kept = [i for i in range(first, walk.depth) if i not in dropped]

@@ -20,6 +20,7 @@ from slicer.heal.fold import fold
 from slicer.heal.held import held_out_sequences
 from slicer.heal.outputs import LayerChange, applied
 from slicer.measure.calibration import TokenBatches
+from slicer.measure.states import Course
 from slicer.measure.stream import Walk
 from slicer.plan import Plan
 from slicer.progress import Progress
@@ -54,17 +55,24 @@ def fold_checkpoint(
     *,
     solver: str = "resolve",
     cast: str | None = None,
+    course: Course | None = None,
     progress: Progress | None = None,
 ) -> Healing:
     """Heal the cut of `dropped` layers out of the source `checkpoint`, over which `walk` goes, in closed form.
 
-    `cast` is the safetensors dtype of the output where it is not that of the source. Raises HealError where no
-    weight can take the fold.
+    `cast` is the safetensors dtype of the output where it is not that of the source; `course` as in `fold`. Raises
+    HealError where no weight can take the fold.
     """
     progress = progress or Progress()
     held = sorted(held_out_sequences(data.batches))
     found = fold(
-        walk, data.batches, dropped, storable=_storable(checkpoint), solver=solver, progress=progress
+        walk,
+        data.batches,
+        dropped,
+        storable=_storable(checkpoint),
+        solver=solver,
+        course=course,
+        progress=progress,
     )
     changes = found.changes
     tensors = _tensors(checkpoint, changes, cast)

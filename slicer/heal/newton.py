@@ -1,12 +1,8 @@
 """Second-order steps on the loss itself, over a model in memory.
 
-Least squares brings the residual stream back to the source's; what counts is the loss. With p the source's distribution
-over the next token, q the sliced model's, and y the token that follows, it is here, in nats a token,
-
-    L = (1 - MIX) KL(p || q) - MIX log q(y)
-
-A step of K-FAC (Martens and Grosse, arXiv 1503.05671) adds to a matrix W [d, f] with inputs z and loss gradients g of
-its outputs a multiple of
+Least squares brings the residual stream back to the source's; what counts is the loss L (see `objective`): KL(p || q)
+from the source's predictions, and the text itself. A step of K-FAC (Martens and Grosse, arXiv 1503.05671) adds to a
+matrix W [d, f] with inputs z and loss gradients g of its outputs a multiple of
 
     D = -(G + b I)^-1 (dL/dW) (A + a I)^-1,    A = E[z z^T],  G = E[g g^T]
 
@@ -27,21 +23,18 @@ import torch
 from torch import nn
 
 from slicer.checkpoint.architectures import ATTENTION_OUTPUTS, FEED_FORWARD_OUTPUTS
-from slicer.checkpoint.verify import available_memory
 from slicer.heal.curvature import Matrix
+from slicer.heal.objective import Objective, free_memory
 from slicer.heal.outputs import LayerChange, Output
 from slicer.measure.states import States
 from slicer.measure.stream import Walk
 
 STEPS = 3
 NAMES = (*ATTENTION_OUTPUTS, *FEED_FORWARD_OUTPUTS)
-MIX = 0.25  # share of the text itself in the loss
 PARTS = 3  # each step takes another such part of the sequences, interleaved
-STRIDE = 2  # of the sequences held out, one position in so many is judged
 DRAWN = 4  # one batch in so many gives G
 _FIRST = 0.02  # length that is tried first: the largest change of a matrix, relative
 _HALVINGS = 5
-_CHUNK = 128  # positions whose logits are held at a time
 
 
 class Newton:
@@ -66,7 +59,7 @@ class Newton:
         storable: Callable[[int, str, nn.Module], bool],
     ) -> None:
         self._walk, self._layers, self._held = walk, layers, held
-        self._origin, self._target = origin, target
+        self._origin, self._objective = origin, Objective(walk, target, held)
         found = (
             (i, name, module)
             for i in layers
@@ -118,21 +111,8 @@ class Newton:
 
     def judge(self) -> tuple[float, float]:
         """L and KL(p || q) on the sequences held out."""
-        total = far = 0.0
-        count = 0
         with torch.no_grad():
-            for b in self._held:
-                last = self._run(b, self._origin[b])
-                for at in torch.split(torch.arange(0, last.shape[1], STRIDE), _CHUNK):
-                    p = self._source(b, at)
-                    q = self._walk.head(self._origin.tokens[b][:, at], last[:, at]).float().log_softmax(-1)
-                    kl = nn.functional.kl_div(q, p, reduction="sum").item()
-                    following, there = self._following(b, at)
-                    text = -(q.gather(-1, following.to(q.device))[..., 0] * there.to(q.device)).sum().item()
-                    total += (1 - MIX) * kl + MIX * text
-                    far += kl
-                    count += at.numel() * len(q)
-        return total / count, far / count
+            return self._objective.judge((b, self._run(b, self._origin[b])) for b in self._held)
 
     # --- one pass ---------------------------------------------------------------------------------------------------
 
@@ -148,7 +128,7 @@ class Newton:
                 draws = curvature and at % DRAWN == 0
                 first = self._origin[b].to(self._walk.device).clone().requires_grad_()
                 last = self._run(b, first.clone(), gradient=True)  # a layer may write into what it is given
-                asked, drawn = self._slopes(b, last.detach(), generator if draws else None)
+                asked, drawn = self._objective.slopes(b, last.detach(), generator if draws else None)
                 seen = [
                     matrix for matrix in self._matrices if matrix.u is not None and matrix.u.requires_grad
                 ]
@@ -160,47 +140,6 @@ class Newton:
                     slopes = torch.autograd.grad(last, outputs, drawn, allow_unused=True)
                     for matrix, slope in zip(seen, slopes, strict=True):
                         matrix.draw(slope)
-
-    def _slopes(
-        self, b: int, last: torch.Tensor, generator: torch.Generator | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The slopes of L, and of the log likelihood of tokens drawn from q, along what is behind the last layer.
-
-        Both [batch, seq, d]; a sum over positions, not a mean.
-        """
-        asked, drawn = torch.zeros_like(last), torch.zeros_like(last)
-        for at in torch.split(torch.arange(last.shape[1]), _CHUNK):
-            x = last[:, at].requires_grad_()
-            logits = self._walk.head(self._origin.tokens[b][:, at], x, gradient=True)
-            q = logits.detach().float().softmax(-1)
-            slope = (q - self._wanted(b, at)).to(logits.dtype)
-            keep = generator is not None
-            asked[:, at] = torch.autograd.grad(logits, x, slope, retain_graph=keep)[0]
-            if generator is not None:
-                point = torch.rand((*q.shape[:-1], 1), generator=generator).to(q.device)
-                token = torch.searchsorted(q.cumsum(-1), point).clamp_(max=q.shape[-1] - 1)
-                slope = q.scatter_add_(-1, token, -torch.ones_like(point)).to(logits.dtype)
-                drawn[:, at] = torch.autograd.grad(logits, x, slope)[0]
-        return asked, drawn
-
-    def _source(self, b: int, at: torch.Tensor) -> torch.Tensor:
-        """p at the positions `at`: float32 [batch, positions, vocabulary]."""
-        with torch.no_grad():
-            logits = self._walk.head(self._origin.tokens[b][:, at], self._target[b][:, at])
-        return logits.float().softmax(-1)
-
-    def _following(self, b: int, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The token after each position, int64 [batch, positions, 1]; and 1 where there is one, else 0, [positions]."""
-        tokens = self._origin.tokens[b]
-        there = (at + 1 < tokens.shape[1]).float()
-        return tokens[:, (at + 1).clamp(max=tokens.shape[1] - 1)][..., None], there
-
-    def _wanted(self, b: int, at: torch.Tensor) -> torch.Tensor:
-        """(1 - MIX) p + MIX (the token that follows): dL/dlogits is q less this."""
-        p = self._source(b, at)
-        following, there = self._following(b, at)
-        share = (MIX * there).to(p.device)[None, :, None].expand(len(p), -1, 1)
-        return (p * (1 - share)).scatter_add_(-1, following.to(p.device), share.contiguous())
 
     def _run(self, b: int, states: torch.Tensor, *, gradient: bool = False) -> torch.Tensor:
         for i in self._layers:
@@ -264,8 +203,7 @@ def _steps(layer: nn.Module, name: str, module: nn.Module) -> bool:
 
 def _affordable(matrices: Iterable[tuple[int, str, nn.Module]], device: torch.device) -> Iterator[Matrix]:
     """Those of the first layers whose sums fit into half of the free memory."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    room = free // 2
+    room = free_memory(device) // 2
     for i, name, module in matrices:
         d, f = Output(name, module).weight.shape
         room -= 4 * (2 * d * f + d * d + f * f)

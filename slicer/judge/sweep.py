@@ -38,9 +38,11 @@ from slicer.select import deepest, rank, tail
 if TYPE_CHECKING:
     from slicer.measure.analysis import Distances
     from slicer.measure.calibration import TokenBatches
+    from slicer.measure.states import Course
 
 _WAIT_SECONDS = 1.0
 _RANDOM_TRIES = 200
+_COURSE_SHARE = 0.15  # of the free memory, for the way of the calibration text through the source
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Sweep:
             raise
         self._model: Any = None
         self._first_layers: Prefix | None = None
+        self._course: Course | None = None  # of the calibration text through the source, for all folds
         self._batches: TokenBatches | None = None
         self._distances: Distances | None = None
         self._provenance: dict[str, Any] = {}
@@ -160,11 +163,18 @@ class Sweep:
                 return self._measure(name)
         if cell.heal == "fold":
             from slicer.heal.healing import fold_checkpoint, healed
+            from slicer.measure.states import Course
             from slicer.measure.stream import Walk
 
             walk = Walk.in_memory(self.model())
+            self._course = self._course or Course(int(_COURSE_SHARE * verify.available_memory()))
             changed = fold_checkpoint(
-                self.checkpoint, walk, self._calibration(), plan.dropped, progress=self.progress
+                self.checkpoint,
+                walk,
+                self._calibration(),
+                plan.dropped,
+                course=self._course,
+                progress=self.progress,
             )
             record["healing"] = {k: v for k, v in changed.record.items() if k != "tensors"}
             first = min(*plan.dropped, *changed.changes)
@@ -180,9 +190,8 @@ class Sweep:
         from slicer.checkpoint.model import load_model
 
         device = self._device()
-        self._model = self._batches = self._first_layers = (
-            None  # training needs the room, and reads from files
-        )
+        # training needs the room, and reads from files
+        self._model = self._batches = self._first_layers = self._course = None
         gc.collect()
         place = self.journal.directory / "training" / cell.name
         training = healing.training_of(cell, self.options.training)

@@ -7,10 +7,14 @@ import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from slicer.errors import OutputError
+
+if TYPE_CHECKING:
+    from slicer.measure.stream import Walk
 
 
 class Room:
@@ -54,6 +58,33 @@ def _mapped(shape: tuple[int, ...], count: int, dtype: torch.dtype, directory: P
             f"{place}: no room for {count * dtype.itemsize} bytes of hidden states ({error.strerror}); "
             "give more --memory, fewer --samples, or a disk with more space"
         ) from None
+
+
+class Course:
+    """The way of the same batches through the same loaded model, gone once for all: what every layer made of them.
+
+    As far as `room` bytes hold it; what does not fit is run again.
+    """
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._kept: dict[int, list[torch.Tensor]] = {}
+        self._tokens: list[torch.Tensor] | None = None
+
+    def advance(self, walk: Walk, i: int, states: States) -> None:
+        """`states`, x(i) of the model as it is, become x(i+1). Raises ValueError for other batches than before."""
+        self._tokens = known = self._tokens or states.tokens
+        if known is not states.tokens and not all(map(torch.equal, known, states.tokens)):
+            raise ValueError("these are other batches than those that went this way before")
+        if i not in self._kept:
+            walk.advance(i, states)
+            if states.nbytes <= self._room:
+                self._room -= states.nbytes
+                self._kept[i] = [state.clone() for state in states]
+            return
+        for b, state in enumerate(self._kept[i]):
+            states[b] = state
+        states.layer = i + 1
 
 
 class States:

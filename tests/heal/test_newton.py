@@ -11,7 +11,9 @@ from torch import nn
 from slicer.checkpoint.model import bypass
 from slicer.heal.curvature import DAMPING, Matrix
 from slicer.heal.fold import fold
-from slicer.heal.newton import MIX, Newton
+from slicer.heal.newton import Newton
+from slicer.heal.objective import MIX
+from slicer.measure.states import Course
 from slicer.measure.stream import Walk
 
 DROPPED = [4, 5]
@@ -100,3 +102,19 @@ def test_the_same_text_gives_the_same_bytes(model: Any, text: list[torch.Tensor]
     assert once.losses == again.losses and once.changes.keys() == again.changes.keys()
     for i, change in once.changes.items():
         assert all(torch.equal(t, again.changes[i].parameters[name]) for name, t in change.parameters.items())
+
+
+def test_a_course_gone_before_changes_no_byte(model: Any, text: list[torch.Tensor]) -> None:
+    course = Course(1 << 30)
+
+    def healed(dropped: list[int], course: Course | None) -> dict[str, torch.Tensor]:
+        found = fold(Walk.in_memory(model), text, dropped, storable=anything, course=course)
+        return {f"{i}.{name}": t for i, c in found.changes.items() for name, t in c.parameters.items()}
+
+    healed([7], course)
+    with_it, without = healed(DROPPED, course), healed(DROPPED, None)
+    assert with_it.keys() == without.keys() and all(
+        torch.equal(with_it[name], without[name]) for name in without
+    )
+    with pytest.raises(ValueError, match="other batches"):
+        fold(Walk.in_memory(model), text[:8], DROPPED, storable=anything, course=course)

@@ -1,0 +1,129 @@
+"""The loss that the second-order steps lower, from what stands behind a model's last layer, and its slopes there.
+
+With p the source's distribution over the next token, q the sliced model's, and y the token that follows, in nats:
+
+    L = (1 - MIX) KL(p || q) - MIX log q(y)
+
+It is judged over the whole vocabulary. Its slopes are taken over a part that stands for all of it (`vocabulary`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from slicer.checkpoint.verify import available_memory
+from slicer.heal.vocabulary import choose, narrowed
+from slicer.measure.states import States
+from slicer.measure.stream import Walk
+
+MIX = 0.25  # share of the text itself in the loss
+STRIDE = 2  # of the sequences held out, one position in so many is judged
+_CHUNK = 128  # positions whose logits are held at a time
+
+
+class Objective:
+    """L of the model that `walk` goes over.
+
+    Args:
+        target: what the source has behind its last layer, and the tokens.
+        held: the batches that L is judged on.
+    """
+
+    def __init__(self, walk: Walk, target: States, held: range) -> None:
+        self._walk, self._target, self._held = walk, target, held
+        room = free_memory(walk.device) // 4
+        # p at the positions judged, as far as there is room; over all of them sum p log p, and each token's likelihood
+        self._known: dict[tuple[int, int], torch.Tensor] = {}
+        self._certainty = 0.0
+        likelihood: torch.Tensor | None = None
+        for b in held:
+            for at in self._positions(b):
+                p = self._source(b, at)
+                self._certainty -= float(torch.special.entr(p).double().sum())
+                sums = p.sum((0, 1))
+                likelihood = sums if likelihood is None else likelihood + sums
+                if p.nbytes <= room:
+                    room -= p.nbytes
+                    self._known[b, int(at[0])] = p
+        assert likelihood is not None
+        self._vocabulary = choose(likelihood, torch.cat([tokens.flatten() for tokens in target.tokens]))
+
+    def judge(self, last: Iterator[tuple[int, torch.Tensor]]) -> tuple[float, float]:
+        """L and KL(p || q) from (batch, [batch, seq, d] behind the last layer) of all the batches held out."""
+        far, text, count = self._certainty, 0.0, 0
+        with torch.no_grad():
+            for b, states in last:
+                for at in self._positions(b):
+                    p = self._known.get((b, int(at[0])))
+                    p = self._source(b, at) if p is None else p
+                    logits = self._walk.head(self._target.tokens[b][:, at], states[:, at]).float()
+                    size = logits.logsumexp(-1)
+                    far += float((size - torch.linalg.vecdot(p, logits)).double().sum())
+                    following, there = self._following(b, at)
+                    right = logits.gather(-1, following.to(logits.device))[..., 0]
+                    text += float(((size - right) * there.to(logits.device)).double().sum())
+                    count += size.numel()
+        return ((1 - MIX) * far + MIX * text) / count, far / count
+
+    def slopes(
+        self, b: int, last: torch.Tensor, generator: torch.Generator | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The slopes of L, and of the log likelihood of tokens drawn from q, along `last`, [batch, seq, d].
+
+        The latter are zero without a generator. A sum over positions, not a mean.
+        """
+        asked, drawn = torch.zeros_like(last), torch.zeros_like(last)
+        tokens = self._target.tokens[b]
+        with narrowed(self._walk.model, self._vocabulary) as part:
+            offset = self._vocabulary.offset if part else None
+            for at in torch.split(torch.arange(last.shape[1]), _CHUNK):
+                wanted = self._wanted(b, at, offset)
+                x = last[:, at].requires_grad_()
+                logits = self._walk.head(tokens[:, at], x, gradient=True)
+                q = _chances(logits.detach(), offset)
+                keep = generator is not None
+                asked[:, at] = torch.autograd.grad(
+                    logits, x, wanted.neg_().add_(q).to(logits.dtype), retain_graph=keep
+                )[0]
+                if generator is not None:
+                    point = torch.rand((*q.shape[:-1], 1), generator=generator).to(q.device)
+                    token = torch.searchsorted(q.cumsum(-1), point).clamp_(max=q.shape[-1] - 1)
+                    slope = q.scatter_add_(-1, token, -torch.ones_like(point)).to(logits.dtype)
+                    drawn[:, at] = torch.autograd.grad(logits, x, slope)[0]
+        return asked, drawn
+
+    def _positions(self, b: int) -> tuple[torch.Tensor, ...]:
+        return torch.split(torch.arange(0, self._target.tokens[b].shape[1], STRIDE), _CHUNK)
+
+    def _source(self, b: int, at: torch.Tensor, offset: torch.Tensor | None = None) -> torch.Tensor:
+        """p at the positions `at`: float32 [batch, positions, vocabulary]."""
+        with torch.no_grad():
+            return _chances(self._walk.head(self._target.tokens[b][:, at], self._target[b][:, at]), offset)
+
+    def _following(self, b: int, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The token after each position, int64 [batch, positions, 1]; and 1 where there is one, else 0, [positions]."""
+        tokens = self._target.tokens[b]
+        there = (at + 1 < tokens.shape[1]).float()
+        return tokens[:, (at + 1).clamp(max=tokens.shape[1] - 1)][..., None], there
+
+    def _wanted(self, b: int, at: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
+        """(1 - MIX) p + MIX (the token that follows): dL/dlogits is q less this. In the narrowed vocabulary where there
+        is an offset."""
+        p = self._source(b, at, offset)
+        following, there = self._following(b, at)
+        if offset is not None:
+            following = self._vocabulary.index(following)
+        share = (MIX * there).to(p.device)[None, :, None].expand(len(p), -1, 1)
+        return p.mul_(1 - share).scatter_add_(-1, following.to(p.device), share.contiguous())
+
+
+def _chances(logits: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
+    """q, float32; each token counted as many times as it stands for others."""
+    return (logits.float() if offset is None else logits.float() + offset.to(logits.device)).softmax(-1)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on a device."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_memory()
