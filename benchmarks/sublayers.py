@@ -5,8 +5,8 @@
         --out DIR
 
 Of each kind 1/6, 1/4 and 1/3 go, by angular distance at the last token on the calibration text, in one pass.
-Each cut is then judged by its loss on the held-out text: bare, with a constant, with a low-rank linear map and with
-the output matrix before every gap solved again (`slicer.heal.emulate`), all fitted on the same calibration tokens; with
+Each cut is then judged by its loss on the held-out text: bare, with a constant, with a low-rank linear map
+(`slicer.heal.emulate`) and folded (`slicer.heal.fold_parts`), all fitted on the same calibration tokens; with
 --train-steps the linear map is also trained on them for so many steps. With
 --shapley the attention parts are also chosen by leave-one-out loss and by Shapley values on the calibration text.
 Finished cells are kept in OUT/sublayers.json and not run again; the tables go to OUT/sublayers.md.
@@ -28,6 +28,7 @@ from slicer.checkpoint.model import load_model
 from slicer.heal.emulate import emulate
 from slicer.heal.emulate_train import train
 from slicer.heal.emulation import emulated
+from slicer.heal.fold_parts import fold_parts
 from slicer.measure.calibration import CalibrationSpec, token_batches
 from slicer.measure.halves import measure_halves
 from slicer.measure.shapley import Coalitions, leave_one_out, shapley
@@ -125,10 +126,12 @@ def _cell(
     started = time.perf_counter()
     found = None
     if way != "bare":
-        method = "linear" if way == TRAINED else way
-        found = emulate(walk, fitted, plan, method, given.rank if method == "linear" else None)
-    if way == TRAINED:
-        assert found is not None
+        found = (
+            fold_parts(walk, fitted, plan)
+            if way == "fold"
+            else emulate(walk, fitted, plan, way.split(",")[0], given.rank if "linear" in way else None)
+        )
+    if way == TRAINED and found is not None:
         found = train(walk, fitted, plan, found, given.train_steps)
     seconds = time.perf_counter() - started
     with emulated(model, plan, found):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from slicer.checkpoint import architectures
@@ -65,11 +66,21 @@ def emulate(
     from slicer.heal import carry, emulation
     from slicer.heal.emulate import emulate as fill
     from slicer.heal.emulate_train import train
+    from slicer.heal.fold_parts import fold_parts
 
     walk, batches = model.walk(), data.get()
     cast = DTYPES[options.dtype] if options.dtype else None
     try:
-        found = fill(walk, batches.batches, plan, method, options.rank, progress=progress)
+        if method == "fold":
+            found = fold_parts(
+                walk,
+                batches.batches,
+                plan,
+                storable=partial(carry.storable, checkpoint),
+                progress=progress,
+            )
+        else:
+            found = fill(walk, batches.batches, plan, method, options.rank, progress=progress)
         if options.emulate_steps:
             found = train(
                 walk,

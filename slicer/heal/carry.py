@@ -83,11 +83,23 @@ def as_healing(record: Mapping[str, Any], standing: Standing) -> dict[str, Any]:
         "held_out_sequences": record["held_out_sequences"],
         "loss": {"source": loss["source"], "sliced": loss["cut"], "healed": loss["emulated"]},
         "solved": [
-            {"layer": e["layer"], "module": f"output of the {e['part']}", "error_left": e["error_left"]}
+            {"layer": e["layer"], "module": f"output of the {e['part']}", **figures}
             for e in record["behind"]
+            for figures in _figures(e)
         ],
         "tensors": sorted(standing.replaced),
     }
+
+
+def _figures(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What was done to a matrix: solved again, stepped, or both."""
+    solved = [{"way": "direct", "error_left": entry["error_left"]}] if entry["error_left"] < 1 else []
+    return solved + ([{"way": "newton", "change": entry["change"]}] if "change" in entry else [])
+
+
+def storable(checkpoint: Checkpoint, part: str, layer: int) -> bool:
+    """Whether the checkpoint has the output matrix of "attention" or "ffn" of a layer under a name that is known."""
+    return _output_key(checkpoint, part, layer, "weight") is not None
 
 
 class _Placing:

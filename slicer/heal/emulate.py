@@ -166,6 +166,8 @@ class _Filling:
         if self._gap is None:
             return
         gap, self._gap = self._gap, None
+        if self._anchor is None and self._method == "fold" and self._walk.loaded:
+            return  # steps on the loss behind the gap may heal it
         if self._anchor is None:
             raise HealError(
                 f"nothing stands before the {gap[0]} of layer {gap[1]}, so what stands for it has no place; "

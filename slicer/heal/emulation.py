@@ -26,7 +26,8 @@ class Emulation:
         bias: c [d]; for "fold" the change of the output's bias, or None where it has none.
         gain, down, up: g [d], and B = up [d, r] down [r, d]; None for a constant.
         weight: the new output matrix [d, f], for "fold".
-        error_left: share of the squared error left on sequences held out.
+        error_left: share of the squared error left on sequences held out; 1 where nothing was solved.
+        change: of the weight by second-order steps on the loss, relative; None where none were taken.
     """
 
     part: str
@@ -37,6 +38,7 @@ class Emulation:
     up: torch.Tensor | None = None
     weight: torch.Tensor | None = None
     error_left: float = 1.0
+    change: float | None = None
 
     def update(self, states: torch.Tensor, eps: float) -> torch.Tensor:
         """What is added to `states` [.., d], in their dtype."""
@@ -184,6 +186,7 @@ def record_of(found: Emulated, provenance: Mapping[str, Any]) -> dict[str, Any]:
         "loss": {name: round(value, 6) for name, value in found.losses.items()},
         "behind": [
             {"part": e.part, "layer": e.layer, "error_left": round(e.error_left, 6)}
+            | ({} if e.change is None else {"change": e.change})
             for _, e in sorted(found.by_anchor.items(), key=lambda item: (item[0][1], item[0][0] == "ffn"))
         ],
     }
