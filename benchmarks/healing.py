@@ -6,19 +6,19 @@
 Rivals in the same run, on the same tokens: the bare cut, and ReplaceMe's transform (`--fold transform`). The layers are
 chosen by angular distance on the calibration text, as `slicer convert` does. The share closed is
 (bare - healed) / (bare - all layers), in nats a token, averaged over the held-out texts; new tensors are rounded to the
-checkpoint's dtypes. The source's states are computed once and kept in --cache for all depths and ways.
+checkpoint's dtypes. The text goes through the source once for all depths and ways; those seconds are given apart, and
+a fold by itself takes them too.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import resource
+import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -33,41 +33,10 @@ from slicer.heal.outputs import LayerChange, applied
 from slicer.measure.analysis import Distances
 from slicer.measure.calibration import CalibrationSpec, token_batches
 from slicer.measure.metrics import AngularDistance
-from slicer.measure.states import States
+from slicer.measure.states import Course
 from slicer.measure.stream import Walk
 from slicer.plan import spell_layers
 from slicer.select import select
-
-
-class Remembering(Walk):
-    """A walk that keeps the states of the source on disk, so that many folds share one pass.
-
-    Attributes:
-        cache: the directory they are kept in.
-    """
-
-    cache: Path
-    _named: tuple[tuple[States, str], ...] = ()  # states begun here, and what their files are called
-
-    def start(self, batches: Sequence[torch.Tensor]) -> States:
-        states = super().start(batches)
-        digest = hashlib.sha256(torch.cat(list(batches)).numpy().tobytes()).hexdigest()[:12]
-        self._named += ((states, digest),)
-        return states
-
-    def advance(
-        self, i: int, states: States, listener: Any = None, *, only: Iterable[int] | None = None
-    ) -> States:
-        name = next((name for known, name in self._named if known is states), None)
-        if name is None:  # a copy, which goes through other weights
-            return super().advance(i, states, listener, only=only)
-        file = self.cache / f"{name}-{i + 1}.safetensors"
-        if file.exists():
-            states.restore(file)
-        else:
-            super().advance(i, states)
-            states.save(file)
-        return states
 
 
 def main() -> None:
@@ -88,21 +57,25 @@ def main() -> None:
     parser.add_argument("--ways", default="transform,resolve")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--cache", type=Path, default=Path("/tmp/slicer-healing"))
     options = parser.parse_args()
-    options.cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="slicer-healing-") as scratch:
+        run(parser, options, Path(scratch))
+
+
+def run(parser: argparse.ArgumentParser, options: argparse.Namespace, scratch: Path) -> None:
+    """The table, printed as it grows."""
     if options.halves is not None:
         paragraphs = options.halves.read_text("utf-8").split("\n\n")
         for name, part in (("fitted", paragraphs[::2]), ("held", paragraphs[1::2])):
-            (options.cache / f"{name}.txt").write_text("\n\n".join(part), "utf-8")
-        options.calibration.append(str(options.cache / "fitted.txt"))
-        options.held_out.append(f"{options.halves.stem}={options.cache / 'held.txt'}")
+            (scratch / f"{name}.txt").write_text("\n\n".join(part), "utf-8")
+        options.calibration.append(str(scratch / "fitted.txt"))
+        options.held_out.append(f"{options.halves.stem}={scratch / 'held.txt'}")
     if not options.calibration or not options.held_out:
         parser.error("give --calibration and --held-out, or --halves")
     model = load_model(options.model, dtype=options.dtype, device=options.device)
     checkpoint = Checkpoint.open(options.model)
-    walk, held_walk = Remembering.in_memory(model), Remembering.in_memory(model)
-    walk.cache = held_walk.cache = options.cache
+    walk, held_walk = Walk.in_memory(model), Walk.in_memory(model)
+    course, held_course = Course(1 << 62), Course(1 << 62)
 
     def tokens(sources: list[str], samples: int, seed: int) -> torch.Tensor:
         spec = CalibrationSpec(",".join(sources), samples, options.seq_len, batch_size=samples, seed=seed)
@@ -112,8 +85,10 @@ def main() -> None:
     texts = dict(pair.split("=", 1) for pair in options.held_out)
     held = {name: tokens([file], options.held_out_samples, 1) for name, file in texts.items()}
     held_batches = [batch for part in held.values() for batch in part.split(4)]
+    started = time.perf_counter()
+    distances = angular(walk, split(batches).batches, course)
+    print(f"the text through the source: {time.perf_counter() - started:.0f} s")
     if options.layers is None:
-        distances = angular(walk, split(batches).batches)
         cuts = [select(distances, int(n)).dropped for n in options.drop.split(",")]
     else:
         from slicer.plan import parse_amount
@@ -126,8 +101,7 @@ def main() -> None:
         changes = {i: stored_as(checkpoint, change) for i, change in changes.items()}
         states = held_walk.start(held_batches)
         while states.layer < first:
-            held_walk.advance(states.layer, states)
-        states = states.copy()
+            held_course.advance(held_walk, states.layer, states)
         for i in range(first, walk.depth):
             if i not in dropped:
                 with applied(held_walk.layers[i], changes.get(i, LayerChange(i))):
@@ -154,7 +128,7 @@ def main() -> None:
         show(dropped, "bare", bare, None, None)
         for way in options.ways.split(","):
             started = time.perf_counter()
-            found = fold(walk, batches, dropped, storable=_storable(checkpoint), solver=way)
+            found = fold(walk, batches, dropped, storable=_storable(checkpoint), solver=way, course=course)
             seconds = time.perf_counter() - started
             now = loss(dropped, found.changes)
             show(dropped, way, now, (sum(bare) - sum(now)) / gap, seconds)
@@ -185,13 +159,13 @@ def show(
     print(f"| {spell_layers(dropped)} | {way} | {' | '.join(cells)} |", flush=True)
 
 
-def angular(walk: Walk, batches: list[torch.Tensor]) -> Distances:
-    """Angular distances of the last tokens, from the same states."""
+def angular(walk: Walk, batches: list[torch.Tensor], course: Course) -> Distances:
+    """Angular distances of the last tokens, on the way through the source that the folds go too."""
     angles = AngularDistance(walk.depth)
     states = walk.start(batches)
     ends = [[state[:, -1].clone() for state in states]]
     for i in range(walk.depth):
-        walk.advance(i, states)
+        course.advance(walk, i, states)
         ends.append([state[:, -1].clone() for state in states])
     for b in range(len(batches)):
         angles.add(torch.stack([layer[b] for layer in ends]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from slicer.checkpoint.reader import Checkpoint, TensorSpan
 from slicer.heal.fold import fold
 from slicer.heal.held import held_out_sequences
 from slicer.heal.outputs import LayerChange, applied
+from slicer.heal.precision import in_float32
 from slicer.measure.calibration import TokenBatches
 from slicer.measure.states import Course
 from slicer.measure.stream import Walk
@@ -65,16 +66,17 @@ def fold_checkpoint(
     """
     progress = progress or Progress()
     held = sorted(held_out_sequences(data.batches))
-    found = fold(
-        walk,
-        data.batches,
-        dropped,
-        storable=_storable(checkpoint),
-        solver=solver,
-        course=course,
-        progress=progress,
-    )
-    changes = found.changes
+    with in_float32(walk.model) if walk.loaded else contextlib.nullcontext():
+        found = fold(
+            walk,
+            data.batches,
+            dropped,
+            storable=_storable(checkpoint),
+            solver=solver,
+            course=course,
+            progress=progress,
+        )
+    changes = {i: _in_the_dtype_of(walk.layers[i], change) for i, change in found.changes.items()}
     tensors = _tensors(checkpoint, changes, cast)
     record = {
         "method": "fold",
@@ -145,6 +147,12 @@ def _expert_keys(checkpoint: Checkpoint, i: int, name: str) -> dict[str, int]:
                 if re.search(rf"(^|\.){pattern}$", key.removeprefix(prefix)):
                     found[key] = axis
     return found
+
+
+def _in_the_dtype_of(layer: nn.Module, change: LayerChange) -> LayerChange:
+    """Rounded, where it was solved in a higher precision than the layer's."""
+    own = dict(layer.named_parameters())
+    return replace(change, parameters={name: t.to(own[name].dtype) for name, t in change.parameters.items()})
 
 
 def _tensors(

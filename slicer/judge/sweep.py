@@ -314,11 +314,10 @@ class Sweep:
 
 def _float32_is_faster(device: str, checkpoint: Checkpoint) -> bool:
     """On a CPU without matrix instructions for 16-bit numbers (AMX), where the model fits so."""
-    import torch
-
     from slicer.checkpoint.model import pick_device
+    from slicer.heal.precision import float32_is_faster
 
-    if pick_device(device).type != "cpu" or torch.cpu._is_amx_tile_supported():
+    if not float32_is_faster(pick_device(device)):
         return False
     return verify.fits_in_memory(sum(span.cast("F32")[1] for span in checkpoint.tensors.values()), "cpu")
 

@@ -1,0 +1,43 @@
+"""A 16-bit model is folded in float32 where that is faster, as if it had been loaded so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from slicer import demo
+from slicer.checkpoint.model import load_model
+from slicer.checkpoint.reader import Checkpoint
+from slicer.heal import precision
+from slicer.heal.healing import fold_checkpoint
+from slicer.measure.calibration import TokenBatches
+from slicer.measure.stream import Walk
+
+
+@pytest.fixture(autouse=True)
+def slow_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "float32_is_faster", lambda device: True)
+
+
+def test_a_16_bit_model_is_folded_as_in_float32(held_out_ids: list[int]) -> None:
+    checkpoint = Checkpoint.open(demo.path())
+    data = TokenBatches(list(torch.tensor(held_out_ids[: 16 * 96]).view(-1, 96).split(2)), {})
+    half, full = (load_model(demo.path(), dtype=d, device="cpu") for d in ("bfloat16", "float32"))
+    before = {name: p.data_ptr() for name, p in half.named_parameters()}
+    found, expected = (
+        fold_checkpoint(checkpoint, Walk.in_memory(m), data, [4, 5], cast="BF16") for m in (half, full)
+    )
+    assert found.record["loss"] == expected.record["loss"]
+    assert found.tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(t, expected.tensors[key]) for key, t in found.tensors.items())
+    assert {t.dtype for c in found.changes.values() for t in c.parameters.values()} == {torch.bfloat16}
+    assert all(p.data_ptr() == before[name] for name, p in half.named_parameters())
+
+
+def test_it_stays_as_it_is_without_memory_for_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(demo.path(), dtype="bfloat16", device="cpu")
+    with precision.in_float32(model) as cast:
+        assert cast and model.dtype == torch.float32
+    monkeypatch.setattr(precision, "available_memory", lambda: 1 << 20)
+    with precision.in_float32(model) as cast:
+        assert not cast and model.dtype == torch.bfloat16
