@@ -239,10 +239,9 @@ def _measure(
 ) -> Measured:
     """One pass: within the layers too where that is needed, or may win."""
     needed = bool(goal.parts) or options.offset == "half"
-    bare = (
-        options.heal == "none" or options.emulate is not None
-    )  # a fold of whole layers wins more than half a layer's offset does: docs/half_layers.md
-    wanted = needed or (options.offset == "auto" and bare)
+    bare = options.heal == "none" or options.emulate is not None
+    as_well = bare or (options.fold == "resolve" and sublayers.adds_directly(checkpoint))
+    wanted = needed or (options.offset == "auto" and as_well)  # the closer of the two: docs/half_layers.md
     if wanted and not needed:
         try:
             sublayers.check_joinable(checkpoint)

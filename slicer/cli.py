@@ -123,7 +123,7 @@ def main() -> None:
     default="auto",
     show_default=True,
     help="Cut whole layers, or half-offset: from after one attention to after another, joined to the "
-    "feed-forward part that follows. auto: whichever is closer (whole where the cut is healed).",
+    "feed-forward part that follows. auto: whichever is closer (whole for --fold transform and training).",
 )
 @click.option(
     "--format",

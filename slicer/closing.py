@@ -52,8 +52,12 @@ def emulate(
     """What stands for the removed parts, as --emulate asks; also the fold of a cut below the layer."""
     plan = summary.plan
     method = options.emulate
-    if method is None and plan.below_layers and options.heal in ("fold", "auto"):
-        if options.heal == "auto" and not data.at_hand:
+    # A half-offset block that was not asked for is closed as whole layers are: where that can be done and helps.
+    unasked = options.heal == "auto" or (
+        options.heal is None and options.offset == "auto" and bool(plan.joined) and plan.ordinary
+    )
+    if method is None and plan.below_layers and (unasked or options.heal == "fold"):
+        if unasked and not data.at_hand:
             progress.note(
                 "not healed: there is no calibration data at hand; --calibration DATA heals the cut"
             )
@@ -92,7 +96,7 @@ def emulate(
                 progress=progress,
             )
     except (HealError, ArchitectureError) as error:
-        if options.heal != "auto":
+        if method != "fold" or not unasked:
             raise
         progress.note(f"not healed: {error}")
         return None
@@ -102,12 +106,14 @@ def emulate(
             f"the loss on calibration text held out does not fall ({found.loss:.4f} nats a token, "
             f"{losses['cut']:.4f} without)"
         )
-        progress.note(f"done as asked, but {words}" if options.heal != "auto" else f"not healed: {words}")
-        if options.heal == "auto":
+        left = method == "fold" and unasked
+        progress.note(f"not healed: {words}" if left else f"done as asked, but {words}")
+        if left:
             return None
+    if method == "fold":
+        return carry.fold(checkpoint, plan, config, found, batches.provenance, cast)
     standing = carry.carry(checkpoint, plan, copy.deepcopy(config), found, cast)
-    record = emulation.record_of(found, batches.provenance)
-    return replace(standing, record=carry.as_healing(record, standing) if method == "fold" else record)
+    return replace(standing, record=emulation.record_of(found, batches.provenance))
 
 
 def heal(

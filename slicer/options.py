@@ -120,7 +120,8 @@ class Options:
             None for nothing, but a plan that was emulated is emulated again.
         rank: of the linear maps.
         emulate_steps: steps of training that what stands for the removed parts then gets, alone; 0 leaves it as solved.
-        offset: in similarity mode, blocks of "whole" layers, "half"-offset ones, or "auto": the closer of the two.
+        offset: in similarity mode, blocks of "whole" layers, "half"-offset ones, or "auto": the closer of the two
+            (whole layers alone for the fold "transform", for training, and for a fold of experts or behind norms).
     """
 
     strategy: str = "similarity"

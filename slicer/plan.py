@@ -129,6 +129,11 @@ class Plan:
         return bool(self.no_attention or self.no_ffn or self.joined or self.form != "native" or self.emulated)
 
     @property
+    def ordinary(self) -> bool:
+        """Whether every layer of the result has both parts, whole or joined, and nothing stands for what is gone."""
+        return self.form == "native" and not (self.no_attention or self.no_ffn or self.emulated)
+
+    @property
     def gone(self) -> tuple[frozenset[int], frozenset[int]]:
         """(attention, feed-forward parts) of the source that the result lacks, those of dropped layers included."""
         attention = {i for i, _ in self.parts if i not in self.no_attention}

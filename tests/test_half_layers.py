@@ -212,6 +212,29 @@ def test_a_family_without_a_form_is_refused_with_the_reason(family: str, word: s
     succeeds("convert", source, "--drop-attention", "3-3", "--format", "zeroed", "-o", tmp_path / "out")
 
 
+def test_a_half_offset_block_is_closed_like_whole_layers(tmp_path: Path) -> None:
+    """On the embedded model it is the closest of three; healed at once, or later from the bare cut: the same bytes."""
+    held = demo.path().parent / "heldout.txt"
+    text = ["--calibration", held, "--samples", 16, "--seq-len", 64]
+    given = ["convert", "demo", "--drop", 3, *text]
+    done = json.loads(succeeds(*given, "-o", tmp_path / "healed", "--json").stdout)
+    assert done["joined"] and done["healing"]["loss"]["healed"] < done["healing"]["loss"]["sliced"]
+    assert {entry["way"] for entry in done["healing"]["solved"]} >= {"newton"} and done["logits_error"] < 0.02
+    for name, more in (("bare", ["--heal", "none"]), ("asked", ["--offset", "half"])):
+        bare = json.loads(succeeds(*given, *more, "-o", tmp_path / name, "--json").stdout)
+        assert bare["joined"] == done["joined"] and not bare["healing"] and bare["logits_error"] == 0
+    later = json.loads(succeeds("heal", tmp_path / "bare", *text, "-o", tmp_path / "later", "--json").stdout)
+    assert later["healing"]["loss"] == done["healing"]["loss"]
+    wanted = files.read_tensors(tmp_path / "healed")
+    assert files.read_tensors(tmp_path / "later") == wanted
+    succeeds(
+        "heal", tmp_path / "healed", *text, "-o", tmp_path / "again"
+    )  # from the source's weights, not from these
+    assert files.read_tensors(tmp_path / "again") == wanted
+    whole = json.loads(succeeds(*given, "--fold", "transform", "--dry-run", "--json").stdout)
+    assert not whole.get("joined")
+
+
 def test_what_healing_afterwards_cannot_do(source: Path, text: Path, tmp_path: Path) -> None:
     succeeds("convert", source, "--drop-attention", "3-3", "-o", tmp_path / "cut")
     result = slicer("heal", tmp_path / "cut", *calibrated(text), "-o", tmp_path / "healed")

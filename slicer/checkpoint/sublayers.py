@@ -80,6 +80,16 @@ def split(layer: Mapping[str, TensorSpan]) -> dict[str, dict[str, TensorSpan]]:
     return found
 
 
+def adds_directly(checkpoint: Checkpoint) -> bool:
+    """Whether each part adds the output of one matrix to the stream as it is: no norm behind it, no experts.
+
+    Then a fold does for a half-offset cut what it does for one of whole layers.
+    """
+    names = {name for layer in layers_of(checkpoint) for name in layer}
+    behind = {"post_feedforward_layernorm", "post_mlp_layernorm", "post_self_attn_layernorm"}
+    return not any(name.partition(".")[0] in behind or "expert" in name for name in names)
+
+
 def check_joinable(checkpoint: Checkpoint) -> None:
     """Raise ArchitectureError where the feed-forward part does not follow the attention: then no two can be joined."""
     config = architectures.text_config(checkpoint.config)
@@ -127,9 +137,18 @@ def tensors_of(checkpoint: Checkpoint, plan: Plan) -> dict[str, TensorSpan]:
     """
     if not plan.below_layers:
         return checkpoint.sliced(plan.kept)
+    zeroed = set(zeroed_keys(checkpoint, plan)) if plan.form == "zeroed" else set()
+    found = {}
+    for key, new in names_of(checkpoint, plan).items():
+        span = checkpoint.tensors[key]
+        found[new] = span.made(key, _zeros(span)) if key in zeroed else span
+    return found
+
+
+def names_of(checkpoint: Checkpoint, plan: Plan) -> dict[str, str]:
+    """Raw key of the source -> its key in what `plan` leaves, of those that stay."""
     attention = {i: at for at, (i, _) in enumerate(plan.parts)}
     ffn = {j: at for at, (_, j) in enumerate(plan.parts)}
-    zeroed = set(zeroed_keys(checkpoint, plan)) if plan.form == "zeroed" else set()
     if plan.form != "zeroed":
         for i in plan.no_attention:
             del attention[i]
@@ -138,19 +157,17 @@ def tensors_of(checkpoint: Checkpoint, plan: Plan) -> dict[str, TensorSpan]:
     siblings = [{name.partition(".")[0] for name in layer} for layer in layers_of(checkpoint)]
     prefix, found = checkpoint.layer_prefix, {}
     for key, span in checkpoint.tensors.items():
-        new: str | None = key
+        new = architectures.slice_key(key, prefix, plan.kept, plan.depth)
         match = re.match(re.escape(prefix) + r"(\d+)\.(.*)", key)
-        if match and int(match[1]) < checkpoint.depth:
+        if plan.below_layers and match and int(match[1]) < checkpoint.depth:
             i, name = int(match[1]), match[2]
             part = part_of(name.partition(".")[0], siblings[i])
             if part is None and not (plan.form == "zeroed" and not plan.joined):
                 split({name: span})  # raises the reason
             at = (ffn if part == FEED_FORWARD else attention).get(i)
             new = None if at is None else f"{prefix}{at}.{name}"
-        elif architectures.slice_key(key, prefix, plan.kept, plan.depth) is None:
-            new = None
         if new is not None:
-            found[new] = span.made(key, _zeros(span)) if key in zeroed else span
+            found[key] = new
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from slicer.checkpoint import tensors as stored
 from slicer.checkpoint.architectures import ATTENTION_OUTPUTS, FEED_FORWARD_OUTPUTS
 from slicer.checkpoint.reader import DTYPE_BITS, Checkpoint, TensorSpan
 from slicer.errors import ArchitectureError
-from slicer.heal.emulation import Emulated, Emulation
+from slicer.heal.emulation import Emulated, Emulation, record_of
 from slicer.plan import Plan
 
 _BIASES = {
@@ -100,6 +101,19 @@ def _figures(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
 def storable(checkpoint: Checkpoint, part: str, layer: int) -> bool:
     """Whether the checkpoint has the output matrix of "attention" or "ffn" of a layer under a name that is known."""
     return _output_key(checkpoint, part, layer, "weight") is not None
+
+
+def fold(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    config: Mapping[str, Any],
+    found: Emulated,
+    provenance: Mapping[str, Any],
+    cast: str | None = None,
+) -> Standing:
+    """A fold below the layer, `found` on data of this `provenance`, with its record."""
+    standing = carry(checkpoint, plan, copy.deepcopy(dict(config)), found, cast)
+    return replace(standing, record=as_healing(record_of(found, provenance), standing))
 
 
 class _Placing:

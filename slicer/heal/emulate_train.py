@@ -20,6 +20,7 @@ from slicer.heal.cut import Cut
 from slicer.heal.emulation import Emulated, Emulation
 from slicer.heal.held import Split, split
 from slicer.heal.objective import Objective
+from slicer.heal.precision import in_float32
 from slicer.measure.stream import Walk
 from slicer.plan import Plan
 from slicer.progress import Progress
@@ -50,7 +51,8 @@ def train(
         raise HealError("--emulate-steps: training needs the model in memory; use --emulate without it")
     if not found.by_anchor:
         return replace(found, losses={**found.losses, "trained": found.losses["emulated"]}, steps=steps)
-    return _Training(walk, split(batches), plan, found).run(steps, seed, progress or Progress())
+    with in_float32(walk.model):
+        return _Training(walk, split(batches), plan, found).run(steps, seed, progress or Progress())
 
 
 class _Training:

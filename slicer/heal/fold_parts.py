@@ -22,6 +22,7 @@ from slicer.heal.emulation import Emulated, Emulation, output_matrix
 from slicer.heal.fold import BEFORE
 from slicer.heal.held import split
 from slicer.heal.newton import STEPS, Newton
+from slicer.heal.precision import in_float32
 from slicer.measure.stream import Walk
 from slicer.plan import Plan
 from slicer.progress import Progress
@@ -42,9 +43,20 @@ def fold_parts(
     ArchitectureError where a layer's parts are not known or run side by side.
     """
     progress = progress or Progress()
-    found = emulate(walk, batches, plan, "fold", progress=progress)
     if not walk.loaded:
-        return found
+        return emulate(walk, batches, plan, "fold", progress=progress)
+    with in_float32(walk.model):
+        return _folded(walk, batches, plan, storable, progress)
+
+
+def _folded(
+    walk: Walk,
+    batches: Sequence[torch.Tensor],
+    plan: Plan,
+    storable: Callable[[str, int], bool],
+    progress: Progress,
+) -> Emulated:
+    found = emulate(walk, batches, plan, "fold", progress=progress)
     data = split(batches)
     cut = Cut(walk, data, plan, max(0, _before_first_gap(plan) - BEFORE))
     kept = those(found, set())

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from slicer.checkpoint import architectures
 from slicer.checkpoint import tensors as stored
 from slicer.checkpoint.architectures import EXPERT_OUTPUTS
 from slicer.checkpoint.model import decoder_layers
 from slicer.checkpoint.reader import Checkpoint, TensorSpan
+from slicer.checkpoint.sublayers import names_of
 from slicer.heal.fold import fold
 from slicer.heal.held import held_out_sequences
 from slicer.heal.outputs import LayerChange, applied
@@ -111,10 +111,8 @@ def replacements(checkpoint: Checkpoint, healing: Healing) -> dict[str, TensorSp
 
 def new_keys(checkpoint: Checkpoint, plan: Plan, keys: Iterable[str]) -> dict[str, str]:
     """Raw key of the source -> key in the sliced checkpoint, of those that stay."""
-    named = {
-        key: architectures.slice_key(key, checkpoint.layer_prefix, plan.kept, plan.depth) for key in keys
-    }
-    return {key: new for key, new in named.items() if new is not None}
+    names = names_of(checkpoint, plan)
+    return {key: names[key] for key in keys if key in names}
 
 
 def as_written(checkpoint: Checkpoint, plan: Plan, healing: Healing) -> dict[str, torch.Tensor]:

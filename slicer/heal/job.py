@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,14 @@ from slicer.checkpoint.export import DTYPES, check_output, copy_unchanged, refus
 from slicer.checkpoint.model import load_model
 from slicer.checkpoint.reader import Checkpoint, TensorSpan
 from slicer.checkpoint.sizes import measure_sizes
+from slicer.checkpoint.sublayers import tensors_of
 from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES, atomic_directory, check_space
 from slicer.errors import HealError, PlanError, UsageError
-from slicer.heal.healing import as_written, fold_checkpoint, healed, new_keys, replacements
+from slicer.heal import carry
+from slicer.heal.carry import Standing
+from slicer.heal.emulation import emulated
+from slicer.heal.fold_parts import fold_parts
+from slicer.heal.healing import Healing, as_written, fold_checkpoint, healed, new_keys, replacements
 from slicer.measure.calibration import CalibrationSpec, TokenBatches, token_batches
 from slicer.measure.stream import Walk
 from slicer.plan import Plan
@@ -87,11 +93,13 @@ def heal(
     progress.stage("Opening the checkpoints")
     cut = Checkpoint.open(hub.resolve(sliced).path)
     plan = Plan.load(cut.path)
-    if plan.below_layers:
+    if not plan.ordinary:
         raise HealError(
             f"{sliced}: lacks parts of layers, which are healed as they are dropped: slicer convert --heal fold or "
             "--emulate"
         )
+    if plan.joined and options.fold != "resolve":
+        raise HealError(f"{sliced}: --fold {options.fold} takes cuts of whole layers; use --fold resolve")
     whole = source_of(cut, plan, sliced, source, out, force=options.force)
     fits = verify.fits_in_memory(whole.total_bytes, options.device)
     dtype = plan.dtype or "auto"
@@ -107,22 +115,35 @@ def heal(
         progress.stage("Calibration data")
         data = token_batches(options.calibration, whole.path, model, trust_remote_code=remote)
     cast = DTYPES[plan.dtype] if plan.dtype else None
-    healing = fold_checkpoint(
-        whole, walk, data, plan.dropped, solver=options.fold, cast=cast, progress=progress
-    )
-    plan = replace(plan, healing={**healing.record, "command": options.command})
+    healing: Healing | None = None
+    standing: Standing | None = None
+    if plan.joined:
+        found = fold_parts(
+            walk, data.batches, plan, storable=partial(carry.storable, whole), progress=progress
+        )
+        standing = carry.fold(whole, plan, cut.config, found, data.provenance, cast)
+        record, helps, spans = standing.record, found.helps, dict(standing.replaced)
+    else:
+        healing = fold_checkpoint(
+            whole, walk, data, plan.dropped, solver=options.fold, cast=cast, progress=progress
+        )
+        record, helps, spans = healing.record, healing.helps, replacements(whole, healing)
+    plan = replace(plan, healing={**record, "command": options.command})
     checked = options.verify if options.verify != "auto" else "logits" if fits else "load"
     probe = None
     if checked == "logits":
         progress.stage("Reference logits of the source, healed, with those layers bypassed")
         vocabulary = architectures.text_config(whole.config).get("vocab_size") or model.config.vocab_size
         tokens = verify.probe_tokens(vocabulary)
-        with healed(model, healing.changes):
-            probe = tokens, verify.reference_logits(model, tokens, plan.dropped)
+        if standing is not None:
+            with emulated(model, plan, standing.found):
+                probe = tokens, verify.logits_of(model, tokens)
+        elif healing is not None:
+            with healed(model, healing.changes):
+                probe = tokens, verify.reference_logits(model, tokens, plan.dropped)
     del model, walk
     gc.collect()
     error: float | None = None
-    spans = replacements(whole, healing)
     with atomic_directory(out, replace=options.force) as directory:
         progress.stage("Writing", cut.total_bytes, "bytes")
         names = new_keys(whole, plan, spans)
@@ -142,13 +163,14 @@ def heal(
         if checked != "none":
             progress.stage("Checking every key and shape")
             verify.check_load(directory, trust_remote_code=remote)
-        verify.check_tensors(directory, as_written(whole, plan, healing))
+        if healing is not None:
+            verify.check_tensors(directory, as_written(whole, plan, healing))
         if probe is not None:
             progress.stage("Comparing logits")
             error = verify.check_logits(
                 directory, probe[1], probe[0], dtype=dtype, device=options.device, trust_remote_code=remote
             )
-    return Healed(out, plan, checked, error, healing.helps)
+    return Healed(out, plan, checked, error, helps)
 
 
 def source_of(
@@ -178,7 +200,7 @@ def check_source(cut: Checkpoint, whole: Checkpoint, plan: Plan) -> None:
             f"{cut.path}: sliced from {plan.depth} layers to {len(plan.kept)}, but {whole.path} has {whole.depth}; "
             "give the source it was sliced from with --from"
         )
-    expected = whole.sliced(plan.kept)
+    expected = tensors_of(whole, plan)
     before = _healed_before(cut, whole)
     other = sorted(expected.keys() ^ cut.tensors.keys())
     if other:
@@ -206,5 +228,5 @@ def _healed_before(cut: Checkpoint, whole: Checkpoint) -> set[str]:
 
 def as_before(cut: Checkpoint, whole: Checkpoint) -> dict[str, TensorSpan]:
     """What an earlier healing changed, as it was in the source: the new one starts from there."""
-    fresh = whole.sliced(Plan.load(cut.path).kept)
+    fresh = tensors_of(whole, Plan.load(cut.path))
     return {key: fresh[key] for key in _healed_before(cut, whole) if key in fresh}

@@ -87,7 +87,7 @@ def train_cut(
     progress.stage("Opening the checkpoints")
     cut = Checkpoint.open(hub.resolve(sliced).path)
     plan = Plan.load(cut.path)
-    check_trainable(sliced, below_layers=plan.below_layers)
+    check_trainable(sliced, below_layers=not plan.ordinary)
     whole = source_of(cut, plan, sliced, source, out, force=options.force)
     origin = str(source or plan.source)
     settings, words = resolve(
@@ -109,11 +109,10 @@ def train_cut(
 
 
 def check_trainable(name: str, *, below_layers: bool) -> None:
-    """Raise HealError for a cut that is not of whole layers: what training leaves is written under their names."""
+    """Raise HealError for a cut that leaves layers without a part, or with something in its place."""
     if below_layers:
         raise HealError(
-            f"{name}: training takes cuts of whole layers, not of attention or feed-forward parts, nor half-offset "
-            "ones; close those with convert --heal fold or --emulate"
+            f"{name}: training takes layers that have both parts; close this cut with convert --heal fold or --emulate"
         )
 
 

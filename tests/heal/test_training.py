@@ -356,7 +356,7 @@ def test_the_block_is_one_of_whole_layers(text: list[object], tmp_path: Path) ->
 )
 def test_parts_of_layers_are_not_trained(asked: list[str], text: list[object], tmp_path: Path) -> None:
     result = slicer("convert", "demo", *asked, *text, "--heal", "lora", "--steps", 2, "-o", tmp_path / "out")
-    assert result.exit_code == 1 and "training takes cuts of whole layers" in result.output
+    assert result.exit_code == 1 and "training takes layers that have both parts" in result.output
     assert os.listdir(tmp_path) == []
 
 
