@@ -24,6 +24,7 @@ from slicer.checkpoint import tensors as stored
 from slicer.checkpoint.export import check_output, copy_unchanged, refuse_quantized
 from slicer.checkpoint.model import load_model
 from slicer.checkpoint.reader import Checkpoint, TensorSpan, read_header
+from slicer.checkpoint.sublayers import FEED_FORWARD, part_of
 from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES, atomic_directory, check_space
 from slicer.errors import HealError, SlicerError, UsageError, VerificationError
 from slicer.plan import Plan
@@ -214,29 +215,25 @@ def merged_spans(
 
 def placed(checkpoint: Checkpoint, adapter: Adapter, renumber: bool = False) -> dict[str, tuple[str, str]]:
     """Module in the checkpoint's numbering -> (its raw key, the adapter's own module). Raises HealError."""
-    kept: tuple[int, ...] | None = None
-    if renumber:
-        plan = Plan.load(checkpoint.path)
-        if plan.joined:
-            raise HealError(
-                f"{checkpoint.path}: was cut half-offset, so a layer of it is of two of the unsliced model; train the "
-                "adapter on it instead of --renumber"
-            )
-        kept, old_depth = plan.kept, plan.depth
+    plan = Plan.load(checkpoint.path) if renumber else None
     found = {}
     for origin in adapter.pairs:
         match = re.fullmatch(r"(.*?\.)(\d+)(\..+)", origin)
         module = origin
         if match is not None:
             index = int(match[2])
-            if kept is not None:
-                if index >= old_depth:
+            if plan is not None:
+                if index >= plan.depth:
                     raise HealError(
-                        f"{adapter.path}: has a layer {index}, but the source had {old_depth}; it is another model's"
+                        f"{adapter.path}: has a layer {index}, but the source had {plan.depth}; it is another model's"
                     )
-                if index not in kept:
+                name = match[3].split(".")[1]
+                homes = [
+                    pair[part_of(name, ()) == FEED_FORWARD] for pair in plan.parts
+                ]  # of a half-offset cut: two
+                if index not in homes:
                     continue
-                module = f"{match[1]}{kept.index(index)}{match[3]}"
+                module = f"{match[1]}{homes.index(index)}{match[3]}"
             elif index >= checkpoint.depth:
                 raise HealError(
                     f"{adapter.path}: has a layer {index}, but {checkpoint.path} has {checkpoint.depth} layers; if it "

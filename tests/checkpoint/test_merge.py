@@ -13,6 +13,8 @@ import tiny
 import torch
 from commands import slicer
 
+from slicer.plan import Plan
+
 peft = pytest.importorskip("peft")
 
 
@@ -90,6 +92,21 @@ def test_an_adapter_of_the_whole_model_is_renumbered_when_asked(
     for new, old in enumerate([0, 1, 4, 5]):
         key = "model.layers.{}.mlp.down_proj.weight"
         assert torch.allclose(found[key.format(new)], expected[key.format(old)], atol=1e-6)
+
+
+def test_of_a_half_offset_cut_the_parts_of_two_layers_are_renumbered(whole: Path, tmp_path: Path) -> None:
+    plan = Plan(6, (0, 1, 4, 5), joined=((1, 3),))
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    cut = tmp_path / "cut"
+    assert slicer("convert", whole, "--plan", tmp_path / "plan.json", "-o", cut).exit_code == 0
+    adapter = save_adapter(whole, tmp_path / "adapter")
+    result = slicer("merge", cut, adapter, "--renumber", "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    expected, found = by_peft(whole, adapter), tensors(tmp_path / "out")
+    for part, layers in (("self_attn.q_proj", (0, 1, 4, 5)), ("mlp.down_proj", (0, 3, 4, 5))):
+        for new, old in enumerate(layers):
+            key = f"model.layers.{{}}.{part}.weight"
+            assert torch.allclose(found[key.format(new)], expected[key.format(old)], atol=1e-6)
 
 
 def test_gpt2_stores_its_matrices_transposed(tmp_path: Path) -> None:
