@@ -23,7 +23,7 @@ class Matrix:
         z, u: of the last run: what went in, [.., f], and what came out, [.., d].
     """
 
-    def __init__(self, layer: int, name: str, module: nn.Module) -> None:
+    def __init__(self, layer: int, name: str, module: nn.Module, written: torch.dtype | None = None) -> None:
         self.layer, self.name, self.module = layer, name, module
         output = Output(name, module)
         weight = module.weight
@@ -33,6 +33,7 @@ class Matrix:
         new = partial(torch.zeros, dtype=torch.float32, device=weight.device)
         self.delta, self.gradient = new(d, f), new(d, f)
         self.inputs, self.outputs = new(f, f), new(d, d)
+        self._written = written or weight.dtype
         self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
         self.z: torch.Tensor | None = None
         self.u: torch.Tensor | None = None
@@ -43,9 +44,9 @@ class Matrix:
         return self._parameter.data
 
     def put(self, delta: torch.Tensor) -> None:
-        """W becomes what it was plus `delta`, in its own dtype."""
+        """W becomes what it was plus `delta`, in its own dtype, rounded as it will be written."""
         change = delta.T if self._transposed else delta
-        self._parameter.data = (self._own.float() + change).to(self._own.dtype)
+        self._parameter.data = (self._own.float() + change).to(self._written).to(self._own.dtype)
 
     def restore(self) -> None:
         """W is the very tensor that it was."""

@@ -60,6 +60,7 @@ def fold(
     *,
     storable: Storable,
     solver: str = "resolve",
+    written: torch.dtype | None = None,
     course: Course | None = None,
     progress: Progress | None = None,
 ) -> Fold:
@@ -68,15 +69,17 @@ def fold(
     `walk` goes over the source; `batches` are int64 [batch, seq] without padding. `storable(i, name, module)` says
     whether the checkpoint holds the weights of a module of layer i under its name. Of `resolve`, over a loaded model,
     only those steps are kept that lower the loss on the sequences held out. `course`, of the same model and batches,
-    spares the next fold the way through the source. Raises HealError when there are too few tokens, or no layer that
-    could be changed.
+    spares the next fold the way through the source. New weights are rounded to the dtype `written` (None: the model's),
+    so that they are judged as they will be read. Raises HealError when there are too few tokens, or no layer that could
+    be changed.
     """
     if solver not in SOLVERS:
         raise UsageError(f"fold {solver!r}: choose one of {', '.join(SOLVERS)}")
     progress, course = progress or Progress(), course or Course(0)
     runs = blocks(dropped)
     data = split(batches)
-    healer = Healer(walk, data, dropped, storable, solver, walk.loaded and solver == "resolve")
+    judges = walk.loaded and solver == "resolve"
+    healer = Healer(walk, data, dropped, storable, solver, judges, written)
     progress.stage("Healing the cut", walk.depth if healer.judges else runs[-1][1], "layers")
     source = walk.start(data.batches)
     first = max(0, runs[0][0] - 1 - BEFORE)
@@ -114,7 +117,7 @@ def fold(
     with contextlib.ExitStack() as stack:
         for i, change in changes.items():
             stack.enter_context(applied(walk.layers[i], change))
-        newton = stack.enter_context(Newton(walk, kept, origin, source, data.held, storable))
+        newton = stack.enter_context(Newton(walk, kept, origin, source, data.held, storable, written))
         for number in range(STEPS):
             if not newton.step(number):
                 break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -66,13 +67,15 @@ def fold_checkpoint(
     """
     progress = progress or Progress()
     held = sorted(held_out_sequences(data.batches))
-    with in_float32(walk.model) if walk.loaded else contextlib.nullcontext():
+    with in_float32(walk.model):
+        precision = str(walk.model.dtype).removeprefix("torch.")
         found = fold(
             walk,
             data.batches,
             dropped,
             storable=_storable(checkpoint),
             solver=solver,
+            written=_written(checkpoint, cast),
             course=course,
             progress=progress,
         )
@@ -81,6 +84,7 @@ def fold_checkpoint(
     record = {
         "method": "fold",
         "solver": solver,
+        "precision": precision,
         "calibration": dict(data.provenance),
         "held_out_sequences": held,
         "loss": {name: round(value, 6) for name, value in found.losses.items()},
@@ -133,6 +137,16 @@ def _storable(checkpoint: Checkpoint) -> Callable[[int, str, nn.Module], bool]:
         )
 
     return storable
+
+
+def _written(checkpoint: Checkpoint, cast: str | None) -> torch.dtype:
+    """The dtype that most tensors of the layers are written in."""
+    names = Counter(
+        span.cast(cast)[0]
+        for key, span in checkpoint.tensors.items()
+        if key.startswith(checkpoint.layer_prefix)
+    )
+    return stored.torch_dtype(names.most_common(1)[0][0])
 
 
 def _expert_keys(checkpoint: Checkpoint, i: int, name: str) -> dict[str, int]:

@@ -25,16 +25,24 @@ class Healer:
 
     Attributes:
         judges: whether each step is kept only if it lowers the loss on the sequences held out.
-        changes: layer -> its new weights.
+        changes: layer -> its new weights, rounded to the dtype `written` (None: their own).
         losses: of the bare cut, and after every step that was kept.
         nearest: loss and change of the best step that was not kept.
     """
 
     def __init__(
-        self, walk: Walk, data: Split, dropped: Sequence[int], storable: Storable, solver: str, judges: bool
+        self,
+        walk: Walk,
+        data: Split,
+        dropped: Sequence[int],
+        storable: Storable,
+        solver: str,
+        judges: bool,
+        written: torch.dtype | None = None,
     ) -> None:
         self._walk, self._data, self._dropped = walk, data, set(dropped)
         self._storable, self._solver, self.judges = storable, solver, judges
+        self._written = written
         self.changes: dict[int, LayerChange] = {}
         self.losses: list[float] = []
         self.nearest: tuple[float, LayerChange] | None = None
@@ -90,6 +98,8 @@ class Healer:
             )
             for output in outputs:
                 self._solve(layer, i, output, student, target, change)
+        for name, tensor in change.parameters.items():
+            change.parameters[name] = tensor.to(self._written or tensor.dtype).to(tensor.dtype)
         return change
 
     def _solve(

@@ -24,8 +24,9 @@ from torch import nn
 
 from slicer.checkpoint.architectures import ATTENTION_OUTPUTS, FEED_FORWARD_OUTPUTS
 from slicer.heal.curvature import Matrix
-from slicer.heal.objective import Objective, free_memory
+from slicer.heal.objective import Objective
 from slicer.heal.outputs import LayerChange, Output
+from slicer.heal.precision import free_memory
 from slicer.measure.states import States
 from slicer.measure.stream import Walk
 
@@ -47,6 +48,7 @@ class Newton:
         origin, target: what enters the first of `layers`; and what the source has behind its last layer.
         held: the batches that choose the length of each step; the others are fitted.
         storable: whether the checkpoint has the weights of a module of a layer.
+        written: what new weights are rounded to; None: their own dtype.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Newton:
         target: States,
         held: range,
         storable: Callable[[int, str, nn.Module], bool],
+        written: torch.dtype | None = None,
     ) -> None:
         self._walk, self._layers, self._held = walk, layers, held
         self._origin, self._objective = origin, Objective(walk, target, held)
@@ -66,7 +69,7 @@ class Newton:
             for name, module in walk.layers[i].named_modules()
             if name in NAMES and _steps(walk.layers[i], name, module) and storable(i, name, module)
         )
-        self._matrices = list(_affordable(found, walk.device))
+        self._matrices = list(_affordable(found, walk.device, written))
         self._size = _FIRST
         self._loss, self._limit = self.judge()
 
@@ -201,7 +204,9 @@ def _steps(layer: nn.Module, name: str, module: nn.Module) -> bool:
     return plain and not hasattr(layer.get_submodule(name.rpartition(".")[0].partition(".")[0]), "experts")
 
 
-def _affordable(matrices: Iterable[tuple[int, str, nn.Module]], device: torch.device) -> Iterator[Matrix]:
+def _affordable(
+    matrices: Iterable[tuple[int, str, nn.Module]], device: torch.device, written: torch.dtype | None
+) -> Iterator[Matrix]:
     """Those of the first layers whose sums fit into half of the free memory."""
     room = free_memory(device) // 2
     for i, name, module in matrices:
@@ -209,4 +214,4 @@ def _affordable(matrices: Iterable[tuple[int, str, nn.Module]], device: torch.de
         room -= 4 * (2 * d * f + d * d + f * f)
         if room < 0:
             return
-        yield Matrix(i, name, module)
+        yield Matrix(i, name, module, written)

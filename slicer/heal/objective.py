@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
-from slicer.checkpoint.verify import available_memory
+from slicer.heal.precision import free_memory
 from slicer.heal.vocabulary import choose, narrowed
 from slicer.measure.states import States
 from slicer.measure.stream import Walk
@@ -122,8 +122,3 @@ class Objective:
 def _chances(logits: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
     """q, float32; each token counted as many times as it stands for others."""
     return (logits.float() if offset is None else logits.float() + offset.to(logits.device)).softmax(-1)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes free on a device."""
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_memory()

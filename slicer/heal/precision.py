@@ -1,8 +1,13 @@
-"""The precision that a fold computes in: a CPU without matrix instructions for 16-bit numbers is faster in float32."""
+"""The precision that a fold computes in.
+
+A 16-bit model's gradients and losses are too coarse for the small steps of a fold (docs/healing.md has the figures),
+and a CPU without matrix instructions for 16-bit numbers is faster in float32 besides.
+"""
 
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +15,7 @@ import torch
 
 from slicer.checkpoint.verify import available_memory
 
-_SHARE = 1 / 3  # of the free memory that a copy of the model in float32 may take
+_SHARE = 0.5  # of a device's free memory that a copy of the model in float32 may take
 
 
 def float32_is_faster(device: torch.device) -> bool:
@@ -18,15 +23,24 @@ def float32_is_faster(device: torch.device) -> bool:
     return device.type == "cpu" and not torch.cpu._is_amx_tile_supported()
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes free on a device."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_memory()
+
+
 @contextlib.contextmanager
 def in_float32(model: Any) -> Iterator[bool]:
-    """Inside the block a loaded 16-bit `model` computes in float32, where that is faster and a copy has room.
+    """Inside the block a loaded 16-bit `model` computes in float32, where there is memory for a copy of it.
 
     Afterwards its parameters are the very tensors that they were.
     """
     halves = [p for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
-    wanted = bool(halves) and all(float32_is_faster(p.device) for p in model.parameters())
-    if not wanted or sum(4 * p.numel() for p in halves) > _SHARE * available_memory():
+    needed: Counter[torch.device] = Counter()
+    for parameter in halves:
+        needed[parameter.device] += 4 * parameter.numel()
+    if not halves or any(
+        device.type == "meta" or size > _SHARE * free_memory(device) for device, size in needed.items()
+    ):
         yield False
         return
     before = [p.data for p in halves]

@@ -1,4 +1,4 @@
-"""A 16-bit model is folded in float32 where that is faster, as if it had been loaded so."""
+"""A 16-bit model is folded in float32, as if it had been loaded so."""
 
 from __future__ import annotations
 
@@ -12,11 +12,6 @@ from slicer.heal import precision
 from slicer.heal.healing import fold_checkpoint
 from slicer.measure.calibration import TokenBatches
 from slicer.measure.stream import Walk
-
-
-@pytest.fixture(autouse=True)
-def slow_halves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "float32_is_faster", lambda device: True)
 
 
 def test_a_16_bit_model_is_folded_as_in_float32(held_out_ids: list[int]) -> None:
