@@ -45,8 +45,9 @@ def fold_parts(
     progress = progress or Progress()
     if not walk.loaded:
         return emulate(walk, batches, plan, "fold", progress=progress)
+    written = walk.model.dtype
     with in_float32(walk.model):
-        return _folded(walk, batches, plan, storable, progress)
+        return _folded(walk, batches, plan, storable, written, progress)
 
 
 def _folded(
@@ -54,9 +55,16 @@ def _folded(
     batches: Sequence[torch.Tensor],
     plan: Plan,
     storable: Callable[[str, int], bool],
+    written: torch.dtype,
     progress: Progress,
 ) -> Emulated:
+    """As `fold_parts`; new weights are rounded to `written`, so that they are judged as they will be read."""
     found = emulate(walk, batches, plan, "fold", progress=progress)
+    rounded = {
+        anchor: replace(e, weight=None if e.weight is None else e.weight.to(written).to(e.weight.dtype))
+        for anchor, e in found.by_anchor.items()
+    }
+    found = replace(found, by_anchor=rounded)
     data = split(batches)
     cut = Cut(walk, data, plan, max(0, _before_first_gap(plan) - BEFORE))
     kept = those(found, set())
@@ -70,7 +78,9 @@ def _folded(
     progress.stage("Healing the cut: second-order steps", STEPS, "steps")
     with contextlib.ExitStack() as stack:
         cut.attach(stack, kept)
-        newton = stack.enter_context(Newton(walk, cut.layers, cut.origin, cut.target, data.held, steppable))
+        newton = stack.enter_context(
+            Newton(walk, cut.layers, cut.origin, cut.target, data.held, steppable, written)
+        )
         for number in range(STEPS):
             if not newton.step(number):
                 break
