@@ -1,7 +1,6 @@
 """The precision that a fold computes in.
 
-A 16-bit model's gradients and losses are too coarse for the small steps of a fold (docs/healing.md has the figures),
-and a CPU without matrix instructions for 16-bit numbers is faster in float32 besides.
+A 16-bit model's gradients and losses are too coarse for the small steps of a fold; docs/healing.md has the figures.
 """
 
 from __future__ import annotations
@@ -16,11 +15,6 @@ import torch
 from slicer.checkpoint.verify import available_memory
 
 _SHARE = 0.5  # of a device's free memory that a copy of the model in float32 may take
-
-
-def float32_is_faster(device: torch.device) -> bool:
-    """Whether this is a CPU without AMX."""
-    return device.type == "cpu" and not torch.cpu._is_amx_tile_supported()
 
 
 def free_memory(device: torch.device) -> int:

@@ -314,10 +314,11 @@ class Sweep:
 
 def _float32_is_faster(device: str, checkpoint: Checkpoint) -> bool:
     """On a CPU without matrix instructions for 16-bit numbers (AMX), where the model fits so."""
-    from slicer.checkpoint.model import pick_device
-    from slicer.heal.precision import float32_is_faster
+    import torch
 
-    if not float32_is_faster(pick_device(device)):
+    from slicer.checkpoint.model import pick_device
+
+    if pick_device(device).type != "cpu" or torch.cpu._is_amx_tile_supported():
         return False
     return verify.fits_in_memory(sum(span.cast("F32")[1] for span in checkpoint.tensors.values()), "cpu")
 

@@ -97,4 +97,4 @@ def leaves(name: str, index: Mapping[str, Any]) -> list[str]:
 def _unknown(task: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(task, [LOSS, *known], n=5, cutoff=0.6)
     hint = f"; near it: {', '.join(near)}" if near else "; `lm_eval ls tasks` lists all"
-    return f"--tasks {task}: no such task{hint}"
+    return f"task {task}: there is no such task{hint}"

@@ -76,15 +76,16 @@ class Course:
         self._tokens = known = self._tokens or states.tokens
         if known is not states.tokens and not all(map(torch.equal, known, states.tokens)):
             raise ValueError("these are other batches than those that went this way before")
-        if i not in self._kept:
-            walk.advance(i, states)
-            if states.nbytes <= self._room:
-                self._room -= states.nbytes
-                self._kept[i] = [state.clone() for state in states]
+        kept = self._kept.get(i)
+        if kept is not None and kept[0].dtype == states[0].dtype:
+            for b, state in enumerate(kept):
+                states[b] = state
+            states.layer = i + 1
             return
-        for b, state in enumerate(self._kept[i]):
-            states[b] = state
-        states.layer = i + 1
+        walk.advance(i, states)
+        if kept is None and states.nbytes <= self._room:
+            self._room -= states.nbytes
+            self._kept[i] = [state.clone() for state in states]
 
 
 class States:

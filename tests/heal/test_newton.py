@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from slicer.checkpoint.model import bypass
+from slicer import demo
+from slicer.checkpoint.model import bypass, load_model
 from slicer.heal.curvature import DAMPING, Matrix
 from slicer.heal.fold import fold
 from slicer.heal.newton import Newton
@@ -118,3 +119,14 @@ def test_a_course_gone_before_changes_no_byte(model: Any, text: list[torch.Tenso
     )
     with pytest.raises(ValueError, match="other batches"):
         fold(Walk.in_memory(model), text[:8], DROPPED, storable=anything, course=course)
+
+
+def test_a_course_gone_in_another_precision_is_gone_again(model: Any, text: list[torch.Tensor]) -> None:
+    course = Course(1 << 30)
+    half = load_model(demo.path(), dtype="bfloat16", device="cpu")
+    for each in (half, model):
+        walk = Walk.in_memory(each)
+        states, expected = walk.start(text[:2]), walk.start(text[:2])
+        course.advance(walk, 0, states)
+        walk.advance(0, expected)
+        assert states.layer == 1 and all(map(torch.equal, states, expected))

@@ -9,6 +9,7 @@ from slicer import demo
 from slicer.checkpoint.model import load_model
 from slicer.checkpoint.reader import Checkpoint
 from slicer.heal import precision
+from slicer.heal.fold import losses
 from slicer.heal.healing import fold_checkpoint
 from slicer.measure.calibration import TokenBatches
 from slicer.measure.stream import Walk
@@ -36,3 +37,17 @@ def test_it_stays_as_it_is_without_memory_for_a_copy(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(precision, "available_memory", lambda: 1 << 20)
     with precision.in_float32(model) as cast:
         assert not cast and model.dtype == torch.bfloat16
+
+
+def test_new_weights_are_judged_as_they_will_be_written(held_out_ids: list[int]) -> None:
+    checkpoint, model = Checkpoint.open(demo.path()), load_model(demo.path(), dtype="float32", device="cpu")
+    text = list(torch.tensor(held_out_ids[: 16 * 96]).view(-1, 96).split(2))
+    walk = Walk.in_memory(model)
+    found = fold_checkpoint(checkpoint, walk, TokenBatches(text, {}), [4, 5], cast="BF16")
+    for change in found.changes.values():
+        for name, tensor in change.parameters.items():
+            written = found.tensors[f"{checkpoint.layer_prefix}{change.layer}.{name}"]
+            assert written.dtype == torch.bfloat16 and torch.equal(tensor, written.float())
+    assert found.record["loss"]["healed"] == pytest.approx(
+        losses(walk, text, [4, 5], found.changes)["healed"], abs=1e-4
+    )
