@@ -25,6 +25,7 @@ from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import ArchitectureError, EvaluationError, HealError
 from slicer.heal.settings import Training
 from slicer.judge import backends, healing
+from slicer.judge.clock import Clock
 from slicer.judge.evaluate import EvalOptions, Suite, describe
 from slicer.judge.grid import UNPRUNED, Cell
 from slicer.judge.journal import Journal, write_atomically
@@ -102,7 +103,7 @@ class Sweep:
         """Finish all of `cells`, beside other processes that do the same; returns when every one is done."""
         healing.require({cell.heal for cell in cells})
         healing.check_alike(self.journal, cells, self.options.training)
-        clock = _Clock(self.journal, cells, self.depth)
+        clock = Clock(self.journal, cells, self.depth)
         while todo := [cell for cell in cells if self.journal.get(cell.name) is None]:
             worked = False
             for cell in todo:
@@ -321,34 +322,6 @@ def _float32_is_faster(device: str, checkpoint: Checkpoint) -> bool:
     if pick_device(device).type != "cpu" or torch.cpu._is_amx_tile_supported():
         return False
     return verify.fits_in_memory(sum(span.cast("F32")[1] for span in checkpoint.tensors.values()), "cpu")
-
-
-class _Clock:
-    """How long is left: what a finished cell of the same healing took, by the layers it had to run."""
-
-    def __init__(self, journal: Journal, cells: Sequence[Cell], depth: int) -> None:
-        self._journal, self._cells, self._depth = journal, cells, depth
-
-    def left(self) -> str:
-        rates: dict[str, list[float]] = {}
-        todo = []
-        for cell in self._cells:
-            record = self._journal.get(cell.name)
-            if record is None:
-                todo.append(cell)
-            elif record.get("seconds"):
-                rates.setdefault(cell.heal, []).append(record["seconds"] / (self._depth - cell.n))
-        done = len(self._cells) - len(todo)
-        known = [rate for each in rates.values() for rate in each]
-        if not known:
-            return f"{done} of {len(self._cells)} cells done"
-        slowest = max(known)
-        seconds = sum(
-            (sum(rates[c.heal]) / len(rates[c.heal]) if c.heal in rates else slowest) * (self._depth - c.n)
-            for c in todo
-        ) / int(os.environ.get("WORLD_SIZE", "1"))
-        minutes = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
-        return f"{done} of {len(self._cells)} cells done, about {minutes} left"
 
 
 def first_process() -> bool:

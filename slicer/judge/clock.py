@@ -1,0 +1,37 @@
+"""How long a sweep still takes, by the cells that are done."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from slicer.judge.grid import Cell
+from slicer.judge.journal import Journal
+
+
+class Clock:
+    """How long is left: what a finished cell of the same healing took, by the layers it had to run."""
+
+    def __init__(self, journal: Journal, cells: Sequence[Cell], depth: int) -> None:
+        self._journal, self._cells, self._depth = journal, cells, depth
+
+    def left(self) -> str:
+        rates: dict[str, list[float]] = {}
+        todo = []
+        for cell in self._cells:
+            record = self._journal.get(cell.name)
+            if record is None:
+                todo.append(cell)
+            elif record.get("seconds"):
+                rates.setdefault(cell.heal, []).append(record["seconds"] / (self._depth - cell.n))
+        done = len(self._cells) - len(todo)
+        known = [rate for each in rates.values() for rate in each]
+        if not known:
+            return f"{done} of {len(self._cells)} cells done"
+        slowest = max(known)
+        seconds = sum(
+            (sum(rates[c.heal]) / len(rates[c.heal]) if c.heal in rates else slowest) * (self._depth - c.n)
+            for c in todo
+        ) / int(os.environ.get("WORLD_SIZE", "1"))
+        minutes = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+        return f"{done} of {len(self._cells)} cells done, about {minutes} left"
