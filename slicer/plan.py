@@ -129,6 +129,14 @@ class Plan:
         return bool(self.no_attention or self.no_ffn or self.joined or self.form != "native" or self.emulated)
 
     @property
+    def half_offset(self) -> tuple[int, int, float] | None:
+        """(i, j, distance) where all that goes is one measured block, from after attention i to after attention j."""
+        if len(self.joined) != 1 or self.distance is None:
+            return None
+        (i, j), *_ = self.joined
+        return (i, j, self.distance) if len(self.dropped) == j - i else None
+
+    @property
     def ordinary(self) -> bool:
         """Whether every layer of the result has both parts, whole or joined, and nothing stands for what is gone."""
         return self.form == "native" and not (self.no_attention or self.no_ffn or self.emulated)

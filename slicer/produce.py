@@ -188,7 +188,7 @@ def _draw(measured: Measured, plan: Plan, directory: Path) -> None:
     n = len(plan.dropped)
     chosen = (plan.dropped[0], n) if n and not plan.joined else None
     plots.heat_map(distances, directory / "distances.png", chosen=chosen)
-    plots.curves(distances, directory / "curves.png", chosen=chosen)
+    plots.curves(distances, directory / "curves.png", chosen=chosen, offset=plan.half_offset)
 
 
 def _card(checkpoint: Checkpoint, summary: Summary, figures: bool) -> str:

@@ -69,25 +69,28 @@ def curves(
     path: Path,
     *,
     chosen: tuple[int, int] | None = None,
+    offset: tuple[int, int, float] | None = None,
     title: str = "Where a block changes the residual stream least",
     label: str = "angular distance d(l, l+n), units of pi",
     minima: bool = False,
 ) -> None:
     """The paper's figure 1c: d(l, l+n) against l, a curve for each of some block sizes n. Writes a PNG or SVG.
 
-    With `minima` the least of each n is marked, and those of all n are joined.
+    `chosen`: (first layer, n) of the block that is marked; `offset`: (i, j, distance) of a half-offset one, from after
+    attention i to after attention j. With `minima` the least of each n is marked, and those of all n are joined.
     """
     depth = distances.depth
     sizes = sorted({max(1, round(depth * k / (2 * _CURVES))) for k in range(1, _CURVES + 1)})
     sizes = [n for n in sizes if n in distances.sizes] or list(distances.sizes)
-    if chosen is not None:
-        sizes = sorted({*sizes, chosen[1]} - {depth})
+    marked = chosen[1] if chosen is not None else offset[1] - offset[0] if offset is not None else None
+    if marked is not None:
+        sizes = sorted({*sizes, marked} - {depth})
     figure, axes = new_figure()
     from matplotlib import colormaps
 
     for at, n in enumerate(sizes):
         row, error = list(distances.block(n)), list(distances.standard_error[n])
-        picked = chosen is not None and n == chosen[1]
+        picked = n == marked
         colour = colormaps["viridis"](at / max(1, len(sizes) - 1))
         axes.plot(range(len(row)), row, color=colour, linewidth=2.4 if picked else 1.2, label=f"n = {n}")
         lower = [d - e for d, e in zip(row, error, strict=True)]
@@ -98,11 +101,16 @@ def curves(
         least = [(row.index(min(row)), min(row)) for row in rows]
         axes.plot(*zip(*least, strict=True), color="black", linewidth=0.8, linestyle=":", marker=".", markersize=4,
                   label="least of each n")  # fmt: skip
+    where: tuple[float, float, str] | None = None
     if chosen is not None:
-        start, n = chosen
+        where = chosen[0], distances.block(chosen[1])[chosen[0]], _block(*chosen)
+    elif offset is not None:  # half a layer further in than the block that begins with layer i
+        where = offset[0] + 0.5, offset[2], f"half-offset, {offset[0]} to {offset[1]}"
+    if where is not None:
+        x, y, name = where
         axes.plot(
-            start, distances.block(n)[start], marker="o", markersize=9, markerfacecolor="none", markeredgecolor="red",
-            linestyle="none", label=f"dropped: {_block(*chosen)}",
+            x, y, marker="o", markersize=9, markerfacecolor="none", markeredgecolor="red", linestyle="none",
+            label=f"dropped: {name}",
         )  # fmt: skip
     axes.set(
         xlabel="first layer of the block, l", ylabel=label, title=title,

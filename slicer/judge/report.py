@@ -88,10 +88,11 @@ def collect(directory: Path) -> dict[str, Any]:
             f"{directory}: nothing to report in it: no sweep.json, distances.json, bench.json or slicer/plan.json"
         )
     said = verdict.judge(table) if table else None
-    chosen = _chosen(said.row if said else None, plan)
+    row = said.row if said else None
+    chosen, offset = _chosen(row, plan), plan.half_offset if plan and row is None else None
     histories = _histories(table, plan)
     groups: dict[str, list[Figure]] = {
-        "distances": _distance_figures(distances, chosen) if distances else [],
+        "distances": _distance_figures(distances, chosen, offset) if distances else [],
         "curves": _curve_figures(table) if table else [],
         "healing": _healing_figures(histories),
         "bench": _bench_figures(bench) if bench else [],
@@ -172,7 +173,9 @@ def _healings(table: Table | None, plan: Plan | None) -> list[tuple[str, Mapping
 
 
 def _chosen(row: Row | None, plan: Plan | None) -> tuple[int, int] | None:
-    """(start, n) of the dropped block, where it is one block."""
+    """(start, n) of the dropped block, where it is one block of whole layers."""
+    if row is None and plan is not None and plan.joined:
+        return None
     dropped = row.dropped if row else plan.dropped if plan else ()
     if dropped and list(dropped) == list(range(dropped[0], dropped[0] + len(dropped))):
         return dropped[0], len(dropped)
@@ -182,11 +185,13 @@ def _chosen(row: Row | None, plan: Plan | None) -> tuple[int, int] | None:
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def _distance_figures(distances: Distances, chosen: tuple[int, int] | None) -> list[Figure]:
+def _distance_figures(
+    distances: Distances, chosen: tuple[int, int] | None, offset: tuple[int, int, float] | None
+) -> list[Figure]:
     with tempfile.TemporaryDirectory(prefix="slicer-report-") as scratch:
         heat, lines = Path(scratch) / "distances.png", Path(scratch) / "curves.png"
         plots.heat_map(distances, heat, chosen=chosen)
-        plots.curves(distances, lines, chosen=chosen)
+        plots.curves(distances, lines, chosen=chosen, offset=offset)
         return [
             Figure("distances.png", "Angular distance across every block of layers.", heat.read_bytes()),
             Figure("distance-curves.png", "The same, a curve for each of some sizes.", lines.read_bytes()),

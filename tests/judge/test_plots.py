@@ -64,3 +64,10 @@ def test_metrics_that_agree() -> None:
     against = Distances(4, 2, 8, {1: [-v for v in rows[1]]}, {})
     assert rank_agreement(one, same) == pytest.approx(1)
     assert rank_agreement(one, against) == pytest.approx(-1)
+
+
+def test_a_half_offset_cut_is_marked_between_the_blocks_of_whole_layers(tmp_path: Path) -> None:
+    plots.curves(distances(12), tmp_path / "none")
+    plots.curves(distances(12), tmp_path / "whole", chosen=(4, 2))
+    plots.curves(distances(12), tmp_path / "half", offset=(4, 6, 0.05))
+    assert len({(tmp_path / name).read_bytes() for name in ("none", "whole", "half")}) == 3

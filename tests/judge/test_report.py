@@ -17,10 +17,11 @@ from slicer.judge.grid import UNPRUNED, Cell
 from slicer.judge.health import judge
 from slicer.judge.journal import Journal
 from slicer.judge.loss import Loss
-from slicer.judge.report import write_report
+from slicer.judge.report import _chosen, write_report
 from slicer.judge.results import Evaluation, Score
 from slicer.judge.sweep import record_cells
 from slicer.measure.analysis import Distances
+from slicer.plan import Plan
 
 
 def evaluation(right: int, nats: float) -> Evaluation:
@@ -157,3 +158,10 @@ def test_a_browser_shows_it_without_complaint(swept: Path, tmp_path: Path, width
     assert widths is not None, shown.stderr[-2000:]
     assert int(widths[1]) <= int(widths[2]) == width
     assert "CONSOLE" not in shown.stderr
+
+
+def test_a_half_offset_cut_is_no_block_of_whole_layers() -> None:
+    half = Plan(12, tuple(i for i in range(12) if i not in (5, 6)), joined=((4, 6),), distance=0.09)
+    assert _chosen(None, half) is None and half.half_offset == (4, 6, 0.09)
+    whole = Plan.dropping(12, (5, 6), distance=0.1)
+    assert _chosen(None, whole) == (5, 2) and whole.half_offset is None
