@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from slicer.checkpoint import architectures, hub
+from slicer.checkpoint import architectures, hub, rewrite
 from slicer.checkpoint.export import copy_companions, expand_config, refuse_quantized, sliced_config
 from slicer.checkpoint.model import blueprint
 from slicer.checkpoint.reader import Checkpoint, has_weights, read_config
@@ -193,7 +193,7 @@ def _cut(whole: Checkpoint, n: int, trust_remote_code: bool) -> tuple[Plan | Non
         except ArchitectureError as error:
             failure = failure or error
             continue
-        if not architectures.warnings(whole.config, plan.kept, rewritten):
+        if not rewrite.warnings(whole.config, plan.kept, rewritten):
             return plan, rewritten
         second = second or (plan, rewritten)
     if second is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slicer import __version__
-from slicer.checkpoint import architectures, blockwise, hub
+from slicer.checkpoint import blockwise, hub, rewrite
 from slicer.checkpoint.export import DTYPES, check_output, refuse_quantized
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import measure_sizes, sizes_after
@@ -88,9 +88,7 @@ def convert(
     before, after = measure_sizes(checkpoint), sizes_after(checkpoint, plan, config, cast)
     # The notes are on how vLLM reads the source's own architecture.
     native = plan.form != "blockwise" and len(plan.kept) < depth
-    warnings = (
-        tuple(architectures.warnings(checkpoint.config, plan.kept, config_of(plan.kept))) if native else ()
-    )
+    warnings = tuple(rewrite.warnings(checkpoint.config, plan.kept, config_of(plan.kept))) if native else ()
     if options.dry_run:
         return Summary(None, plan, before, after, "nothing written", warnings=warnings)
     check_output(out, found.path, force=options.force)

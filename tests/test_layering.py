@@ -25,7 +25,10 @@ STDLIB_ONLY = {
     "slicer.progress",
     "slicer.plan",
     "slicer.select",
+    "slicer.checkpoint.layer_fields",
+    "slicer.checkpoint.vllm_notes",
     "slicer.checkpoint.architectures",
+    "slicer.checkpoint.rewrite",
     "slicer.checkpoint.reader",
     "slicer.checkpoint.registration",
     "slicer.checkpoint.blockwise",
@@ -76,7 +79,13 @@ TRANSITIVE = {
 # The rooms of the house, lowest floor first: a module imports its own floor and those below, never above.
 FLOORS = (
     ("slicer.errors", "slicer.progress"),
-    ("slicer.plan", "slicer.checkpoint.architectures"),
+    (
+        "slicer.plan",
+        "slicer.checkpoint.layer_fields",
+        "slicer.checkpoint.vllm_notes",
+        "slicer.checkpoint.architectures",
+        "slicer.checkpoint.rewrite",
+    ),
     ("slicer.checkpoint", "slicer.demo"),
     ("slicer.measure",),
     ("slicer.select",),

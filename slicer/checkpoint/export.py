@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from slicer.checkpoint import architectures, blockwise, sublayers
+from slicer.checkpoint import architectures, blockwise, rewrite, sublayers
 from slicer.checkpoint.hub import COMPANIONS
 from slicer.checkpoint.reader import BIN_INDEX, INDEX, Checkpoint, TensorSpan, inside
 from slicer.checkpoint.writer import (
@@ -117,12 +117,12 @@ def kept_config(
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """The config.json of the layers `kept`, all of which may stay. Raises ArchitectureError as `sliced_config` does."""
-    if architectures.is_explicit(checkpoint.config):
+    if rewrite.is_explicit(checkpoint.config):
         # transformers, whose import takes seconds, has nothing to add.
-        config = architectures.rewrite_config(checkpoint.config, checkpoint.config, kept)
+        config = rewrite.rewrite_config(checkpoint.config, checkpoint.config, kept)
     else:
         expanded = expand_config(checkpoint.path, trust_remote_code=trust_remote_code)
-        config = architectures.rewrite_config(checkpoint.config, expanded, kept)
+        config = rewrite.rewrite_config(checkpoint.config, expanded, kept)
         _check_expressed(checkpoint, expanded, config, kept, trust_remote_code)
     if dtype:
         for part in (config, architectures.text_config(config)):
@@ -152,7 +152,7 @@ def _check_expressed(
         except SourceError as error:
             reason = str(error).rsplit("refuses it: ", 1)[-1]
             raise ArchitectureError(f"transformers refuses the config of this cut: {reason}") from None
-    architectures.check_rewritten(expanded, again, kept)
+    rewrite.check_rewritten(expanded, again, kept)
 
 
 def write_checkpoint(

@@ -1,0 +1,173 @@
+"""config.json for fewer layers: depth and per-layer fields rewritten as the table of architectures says, and checked.
+
+Standard library only: what transformers makes of a config is handed in.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from slicer.checkpoint.architectures import DEPTH_NAMES, Architecture, depth, lookup, text_config
+from slicer.checkpoint.layer_fields import Fields, check_length, positions
+from slicer.errors import ArchitectureError
+
+_ALIASES = {"layer_types": "layers_block_type", "layers_block_type": "layer_types"}
+_MTP_NAMES = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+# Lists that never have one entry a layer, though their length may happen to equal the depth.
+_NOT_PER_LAYER = {
+    *("architectures", "attention_types", "block_types", "mlp_only_layers", "moe_layers"),
+    *("mtp_layers_block_type", "mtp_layer_types", "time_step_limit"),
+}
+_BY_LAYER_KEYS = ("per_layer_config", "pruned_heads")
+
+
+def rewrite_config(config: Mapping[str, Any], expanded: Mapping[str, Any], kept: Sequence[int]) -> Fields:
+    """The config.json of the sliced checkpoint.
+
+    `config` is the raw one, `expanded` what transformers makes of it (`AutoConfig(...).to_dict()`), `kept` the
+    layers that stay. Depth and per-layer fields are rewritten, per-layer lists that were only implied are
+    written out, all else stays as and where it was. Raises ArchitectureError naming the field that cannot
+    express the cut, or that does not fit the depth to begin with.
+    """
+    row, old_depth = lookup(config), depth(config)
+    new: Fields = _copy(config)
+    part, old = text_config(new), text_config(expanded)
+    read = _expanded_depth(row, old)
+    if read is not None and read != old_depth:
+        raise ArchitectureError(
+            f"config.json: transformers reads {read} layers where {row.depth_field} says {old_depth}; make them agree"
+        )
+    for where in (new, part) if part is not new else (part,):
+        for name in DEPTH_NAMES:
+            if where.get(name) == old_depth:
+                where[name] = len(kept)
+        for name in _MTP_NAMES:
+            if where.get(name):
+                where[name] = 0
+    if row.depth_field in DEPTH_NAMES:
+        part.setdefault(row.depth_field, len(kept))
+    if row.mtp and not any(name in part for name in _MTP_NAMES):
+        part["num_nextn_predict_layers"] = 0
+    _slice_lists(part, old, row, kept, old_depth)
+    for name in row.reindexes:
+        members = part.get(name) if part.get(name) is not None else old.get(name)
+        if members is not None:
+            part[name] = positions(members, kept)
+    for name in row.counts:
+        bound = part.get(name) if part.get(name) is not None else old.get(name)
+        if bound is not None:
+            part[name] = bisect_left(kept, bound)
+    for name in _BY_LAYER_KEYS:
+        if isinstance(part.get(name), dict):
+            by_layer = {int(i): value for i, value in part[name].items()}
+            part[name] = {str(at): by_layer[i] for at, i in enumerate(kept) if i in by_layer}
+    if row.rule:
+        row.rule(part, old, kept, old_depth)
+    return new
+
+
+def is_explicit(config: Mapping[str, Any]) -> bool:
+    """Whether a raw config.json says all that its rewriting needs: the depth, and no other field for single layers.
+
+    Then no default of transformers is asked for: `rewrite_config(config, config, kept)` is the whole story.
+    """
+    row = lookup(config)
+    rewritten = row.slices or row.reindexes or row.counts or row.rule or row.mtp or row.text_config
+    lists = [
+        k for k, v in config.items() if isinstance(v, list) and k != "architectures" and "token" not in k
+    ]
+    return not rewritten and row.depth_field in config and not lists and "per_layer_config" not in config
+
+
+def check_rewritten(expanded: Mapping[str, Any], again: Mapping[str, Any], kept: Sequence[int]) -> None:
+    """Compare what transformers makes of the rewritten config (`again`) with what it made of the old one.
+
+    Raises ArchitectureError naming the field when a layer would not be what it was, as where a config class
+    overrules its own file.
+    """
+    row, old, new = lookup(expanded), text_config(expanded), text_config(again)
+    old_depth, new_depth = _expanded_depth(row, old), _expanded_depth(row, new)
+    if new_depth != len(kept) and new_depth is not None:
+        raise ArchitectureError(
+            f"{row.depth_field}: transformers reads {new_depth} layers where {len(kept)} were kept"
+        )
+    for name in _per_layer(old, row, old_depth or 0):
+        if list(new.get(name) or ()) != [old[name][i] for i in kept]:
+            raise ArchitectureError(
+                f"{name}: transformers would read {new.get(name)} for the layers that stay; choose another cut"
+            )
+
+
+def warnings(config: Mapping[str, Any], kept: Sequence[int], rewritten: Mapping[str, Any]) -> list[str]:
+    """Where the sliced checkpoint will load but not serve as one would think, and what to choose instead.
+
+    `config` is the raw config.json of the source, `rewritten` what `rewrite_config` made of it.
+    """
+    row = lookup(config)
+    found = [_unattended(config, kept, rewritten)]
+    if row.note:
+        found.append(row.note(text_config(config), kept, depth(config)))
+    return [note for note in found if note]
+
+
+def _unattended(config: Mapping[str, Any], kept: Sequence[int], rewritten: Mapping[str, Any]) -> str | None:
+    """transformers counts a hybrid's cached tokens in an attention layer: without one it cannot generate."""
+    part = text_config(rewritten)
+    if isinstance(part.get("attn_layer_indices"), list):
+        attention = bool(part["attn_layer_indices"])
+    else:
+        fields = ("layers_block_type", "layer_types", "hybrid_override_pattern")
+        kinds = next((part[name] for name in fields if part.get(name)), None)
+        if kinds is None:
+            return None
+        attention = any(kind == "*" or ("attention" in kind and kind != "linear_attention") for kind in kinds)
+    if attention:
+        return None
+    return (
+        "no attention layer stays, and transformers cannot generate from such a hybrid with a cache: "
+        "keep at least one attention layer"
+    )
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _expanded_depth(row: Architecture, old: Mapping[str, Any]) -> int | None:
+    value = old.get(row.depth_field)
+    return len(value) if isinstance(value, list) else value
+
+
+def _slice_lists(
+    part: Fields, old: Mapping[str, Any], row: Architecture, kept: Sequence[int], depth: int
+) -> None:
+    for name in row.slices:
+        names = [n for n in (name, _ALIASES.get(name, name)) if part.get(n)]
+        for given in names:
+            check_length(given, part[given], depth)
+        implied = old.get(name) or old.get(_ALIASES.get(name, name))
+        if not names and implied and not isinstance(part.get("hybrid_override_pattern"), str):
+            check_length(name, implied, depth)
+            part[name] = list(implied)
+    for name in _per_layer(part, row, depth):
+        part[name] = [part[name][i] for i in kept]
+
+
+def _per_layer(config: Mapping[str, Any], row: Architecture, depth: int) -> list[str]:
+    """Fields that hold one entry a layer: those known to, and any other list of that length."""
+    other = {*_NOT_PER_LAYER, *row.reindexes}
+    return [
+        name
+        for name, value in config.items()
+        if isinstance(value, list | tuple)
+        and len(value) == depth
+        and name not in other
+        and "token" not in name
+    ]
