@@ -5,7 +5,8 @@
 The rival: the same NF4 (or plain) weights, the same LoRA on the same modules, AdamW, and nothing else: forward,
 backward, step. slicer's has the Trainer, the schedule, clipping, determinism, the loss of each step written down. Each
 round is a fresh process, rounds are interleaved, and of each the fastest counts; the first steps, the measurements on
-held-out text and the checkpoints are not timed. Peak memory is that of the whole process (or of the GPU).
+held-out text and the checkpoints are not timed. Peak memory is that of the whole process (or of the GPU); beside it
+what the formula of docs/scaling.md says, and what was taken beyond the libraries alone, which the formula leaves out.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--compute", default="auto")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -56,7 +59,8 @@ def main() -> None:
                     sys.exit(done.stderr[-2000:])
                 found = json.loads(done.stdout.splitlines()[-1])
                 print(
-                    f"{way:<8}{found['tokens_per_second']:>10.1f} tokens/s{found['peak_gb']:>8.2f} GB",
+                    f"{way:<8}{found['tokens_per_second']:>10.1f} tokens/s{found['peak_gb']:>8.2f} GB"
+                    f"{found['taken_gb']:>8.2f} GB beyond the libraries{found['formula_gb']:>8.2f} GB by the formula",
                     flush=True,
                 )
                 if way not in best or found["tokens_per_second"] > best[way]["tokens_per_second"]:
@@ -74,6 +78,7 @@ def _run(given: argparse.Namespace, way: str) -> dict[str, float]:
     from slicer.checkpoint.reader import Checkpoint
     from slicer.heal import adapters
     from slicer.heal.corpus import prepare
+    from slicer.heal.memory import Shape, needed
     from slicer.heal.settings import Training, resolve
     from slicer.measure.calibration import CalibrationSpec
 
@@ -81,18 +86,25 @@ def _run(given: argparse.Namespace, way: str) -> dict[str, float]:
     asked = Training(
         method=given.method, steps=given.steps, batch_size=given.batch_size, micro_batch=given.batch_size,
         seq_len=given.seq_len, rank=given.rank, lr=1e-4, compute=given.compute, validation_samples=1,
-        eval_every=given.steps, dropout=0.05,
+        eval_every=given.steps, dropout=0.05, gradient_checkpointing=given.gradient_checkpointing,
     )  # fmt: skip
     on_gpu = torch.cuda.is_available()
     parameters = Checkpoint.open(given.model).parameters
     settings, _ = resolve(asked, str(given.model), parameters, most_tokens=None, on_gpu=on_gpu)
     corpus = prepare(CalibrationSpec(given.calibration), settings, None, given.model, given.work / "corpus")
-    model = adapters.load(given.model, settings)
-    times = (
-        _slicer(model, corpus, settings, given.work / f"run-{os.getpid()}")
-        if way == "slicer"
-        else _bare(model, corpus, settings)
-    )
+    formula = needed(
+        Shape.of(Checkpoint.open(given.model).config), method=given.method, rank=given.rank,
+        micro_batch=settings.micro_batch, seq_len=given.seq_len,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        bytes_a_value=getattr(torch, settings.compute).itemsize,
+    )  # fmt: skip
+    with _Memory() as memory:
+        model = adapters.load(given.model, settings)
+        times = (
+            _slicer(model, corpus, settings, given.work / f"run-{os.getpid()}")
+            if way == "slicer"
+            else _bare(model, corpus, settings)
+        )
     steps = len(times) - 1 - _WARM
     seconds = times[-1] - times[_WARM]
     peak = (
@@ -100,7 +112,37 @@ def _run(given: argparse.Namespace, way: str) -> dict[str, float]:
         if on_gpu
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
-    return {"tokens_per_second": steps * given.batch_size * given.seq_len / seconds, "peak_gb": peak / 1e9}
+    return {
+        "tokens_per_second": steps * given.batch_size * given.seq_len / seconds,
+        "peak_gb": peak / 1e9,
+        "taken_gb": (peak if on_gpu else memory.taken) / 1e9,
+        "formula_gb": formula["all"] / 1e9,
+    }
+
+
+class _Memory:
+    """While open, how much anonymous memory this process takes at most beyond what it had; bytes in `taken`."""
+
+    taken = 0
+
+    def __enter__(self) -> _Memory:
+        self._before, self._over = self._now(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.02):
+            self.taken = max(self.taken, self._now() - self._before)
+
+    @staticmethod
+    def _now() -> int:
+        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon"))
+        return int(line.split()[1]) * 1024
 
 
 def _slicer(model: Any, corpus: Any, settings: Any, work: Path) -> list[float]:

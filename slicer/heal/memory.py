@@ -21,13 +21,14 @@ _LOGIT_BYTES = 10  # a logit in bfloat16, in float32, and its gradient
 @dataclass(frozen=True)
 class Shape:
     """A Llama-like model: `layers` that stay, hidden size `d`, feed-forward size `f`, vocabulary `v`; the key and value
-    projections are `kv` wide."""
+    projections are `kv` wide; `tied`: the head is the embedding."""
 
     layers: int
     d: int
     f: int
     v: int
     kv: int
+    tied: bool = False
 
     @property
     def in_layers(self) -> int:
@@ -37,7 +38,7 @@ class Shape:
     @property
     def outside(self) -> int:
         """Weights of the embedding and the head."""
-        return 2 * self.v * self.d
+        return (1 if self.tied else 2) * self.v * self.d
 
     @classmethod
     def of(cls, config: Mapping[str, Any], layers: int | None = None) -> Shape:
@@ -45,7 +46,8 @@ class Shape:
         text = text_config(config)
         d, heads = text["hidden_size"], text["num_attention_heads"]
         kv = (text.get("num_key_value_heads") or heads) * (text.get("head_dim") or d // heads)
-        return cls(layers or depth(config), d, text["intermediate_size"], text["vocab_size"], kv)
+        tied = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
+        return cls(layers or depth(config), d, text["intermediate_size"], text["vocab_size"], kv, tied)
 
 
 def needed(
@@ -61,7 +63,7 @@ def needed(
 ) -> dict[str, float]:
     """Bytes of each GPU, with everything but the activations sharded over `gpus` (FSDP).
 
-    weights      NF4_BYTES (qlora) or 2 (lora) a weight of the layers' matrices, 2 of the embedding and the head
+    weights      NF4_BYTES (qlora) or 2 (lora) a weight of the layers' matrices, 2 of the embedding and of the head
     trained      16 a trained weight: of all (full), or of rank x (d + f) in three matrices a layer
     unpacked     two layers that FSDP has whole at a time, as stored; one matrix, d x f, that NF4 has in full precision
     activations  2 x (12 d + 5 f) a token and layer; with gradient checkpointing 2 d, and that of one layer

@@ -23,6 +23,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from slicer.errors import HealError
+from slicer.heal import sharding
 from slicer.heal.adapters import sharded
 from slicer.heal.corpus import IGNORED, Corpus
 from slicer.heal.settings import Settings
@@ -153,6 +154,19 @@ class _Trainer(Trainer):  # type: ignore[misc]
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.args.dataloader_drop_last = True
+
+    def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
+        if state_dict is not None and sharding.wraps_adapter(self.model):
+            sharding.save_adapter(self.model, state_dict, Path(output_dir or self.args.output_dir))
+        else:
+            super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        model = self.model if model is None else model
+        if sharding.wraps_adapter(model):
+            sharding.load_adapter(model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

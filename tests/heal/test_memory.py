@@ -29,6 +29,8 @@ def test_the_weights_are_those_of_the_model() -> None:
     }  # fmt: skip
     model = LlamaForCausalLM(LlamaConfig(**fields))
     assert Shape.of({"model_type": "llama", **fields}) == SHAPE
+    tied = Shape.of({"model_type": "llama", **fields, "tie_word_embeddings": True})
+    assert 2 * tied.outside == SHAPE.outside and tied.in_layers == SHAPE.in_layers
     matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     assert SHAPE.in_layers + SHAPE.outside == matrices
 
