@@ -187,7 +187,7 @@ def _draw(measured: Measured, plan: Plan, directory: Path) -> None:
         (directory / "half-layers.json").write_text(measured.halves.to_json(), "utf-8")
     n = len(plan.dropped)
     chosen = (plan.dropped[0], n) if n and not plan.joined else None
-    plots.heat_map(distances, directory / "distances.png", chosen=chosen)
+    plots.heat_map(distances, directory / "distances.png", chosen=chosen, offset=plan.half_offset)
     plots.curves(distances, directory / "curves.png", chosen=chosen, offset=plan.half_offset)
 
 

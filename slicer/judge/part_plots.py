@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slicer.errors import PlanError
-from slicer.judge.plots import BLUE, ORANGE, _canvas, analysis_title, save
+from slicer.judge.plots import BLUE, ORANGE, _canvas, analysis_title, note_flat, save
 
 if TYPE_CHECKING:
     from slicer.measure.analysis import Analysis, Distances
@@ -27,6 +27,7 @@ def parts(analysis: Analysis, path: Path) -> None:
                 capsize=2, label=name,
             )  # fmt: skip
         _spread(row, axes.set_yscale)
+        note_flat(axes, row)
         axes.set_title(analysis_title(table.metric), fontsize=10, loc="left")
         axes.locator_params(axis="x", integer=True)
         if not at:

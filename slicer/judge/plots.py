@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,18 +20,26 @@ def heat_map(
     path: Path,
     *,
     chosen: tuple[int, int] | None = None,
+    offset: tuple[int, int, float] | None = None,
     title: str = "Angular distance d(l, l+n)",
 ) -> None:
     """The paper's figure 4: d(l, l+n) by start l and size n, each row scaled to its own least and greatest.
 
-    `chosen` is the (start, n) of the dropped block, marked where given. Writes a PNG or SVG, as the suffix says.
+    The dropped block is marked where given: `chosen`, the (start, n) of whole layers, or `offset`, the (i, j, distance)
+    of a half-offset one, half a layer further in. Writes a PNG or SVG, as the suffix says.
     """
     figure, axes = new_figure()
     image = _heat(axes, distances)
+    where = None
     if chosen is not None:
+        where = *chosen, _block(*chosen)
+    elif offset is not None:
+        where = offset[0] + 0.5, offset[1] - offset[0], _half(offset)
+    if where is not None:
+        x, y, name = where
         axes.plot(
-            *chosen, marker="s", markersize=9, markerfacecolor="none", markeredgecolor="red", linestyle="none",
-            label=f"dropped: {_block(*chosen)}",
+            x, y, marker="s", markersize=9, markerfacecolor="none", markeredgecolor="red", linestyle="none",
+            label=f"dropped: {name}",
         )  # fmt: skip
         axes.legend(loc="upper right", frameon=False)
     axes.set(
@@ -105,7 +113,7 @@ def curves(
     if chosen is not None:
         where = chosen[0], distances.block(chosen[1])[chosen[0]], _block(*chosen)
     elif offset is not None:  # half a layer further in than the block that begins with layer i
-        where = offset[0] + 0.5, offset[2], f"half-offset, {offset[0]} to {offset[1]}"
+        where = offset[0] + 0.5, offset[2], _half(offset)
     if where is not None:
         x, y, name = where
         axes.plot(
@@ -189,6 +197,7 @@ def importance(analysis: Analysis, path: Path) -> None:
         least = min(v for v in row if v == v)
         colours = [BLUE if value != least else ORANGE for value in row]
         axes.bar(range(len(row)), row, yerr=error, color=colours, ecolor="black", error_kw={"linewidth": 0.8})
+        note_flat(axes, row)
         axes.set_title(analysis_title(distances.metric), fontsize=10, loc="left")
         known = sorted(v for v in row if v == v)
         if known[0] > 0 and known[-1] > 20 * known[len(known) // 2]:
@@ -199,6 +208,14 @@ def importance(analysis: Analysis, path: Path) -> None:
         axes.set_xlim(-0.7, len(row) - 0.3)
     axes.set_xlabel("layer (orange: the least; bars: one standard error)")
     save(figure, path)
+
+
+def note_flat(axes: Any, values: Sequence[float]) -> None:
+    """Say so in a panel that would look empty: every value known is the same."""
+    known = {v for v in values if v == v}
+    if len(known) == 1:
+        axes.text(0.5, 0.5, f"{known.pop():g} everywhere: no difference seen", transform=axes.transAxes,
+                  ha="center", va="bottom", fontsize=9, color="0.35")  # fmt: skip
 
 
 def agreement(analysis: Analysis, path: Path) -> None:
@@ -264,6 +281,10 @@ def chosen_blocks(analysis: Analysis, path: Path) -> None:
 
 def _block(start: int, n: int) -> str:
     return f"layer {start}" if n == 1 else f"layers {start}-{start + n - 1}"
+
+
+def _half(offset: tuple[int, int, float]) -> str:
+    return f"half-offset, {offset[0]} to {offset[1]}"
 
 
 def new_figure() -> tuple[Any, Any]:

@@ -190,7 +190,7 @@ def _distance_figures(
 ) -> list[Figure]:
     with tempfile.TemporaryDirectory(prefix="slicer-report-") as scratch:
         heat, lines = Path(scratch) / "distances.png", Path(scratch) / "curves.png"
-        plots.heat_map(distances, heat, chosen=chosen)
+        plots.heat_map(distances, heat, chosen=chosen, offset=offset)
         plots.curves(distances, lines, chosen=chosen, offset=offset)
         return [
             Figure("distances.png", "Angular distance across every block of layers.", heat.read_bytes()),

@@ -71,3 +71,7 @@ def test_a_half_offset_cut_is_marked_between_the_blocks_of_whole_layers(tmp_path
     plots.curves(distances(12), tmp_path / "whole", chosen=(4, 2))
     plots.curves(distances(12), tmp_path / "half", offset=(4, 6, 0.05))
     assert len({(tmp_path / name).read_bytes() for name in ("none", "whole", "half")}) == 3
+    plots.heat_map(distances(12), tmp_path / "none")
+    plots.heat_map(distances(12), tmp_path / "whole", chosen=(4, 2))
+    plots.heat_map(distances(12), tmp_path / "half", offset=(4, 6, 0.05))
+    assert len({(tmp_path / name).read_bytes() for name in ("none", "whole", "half")}) == 3
