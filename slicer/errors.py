@@ -9,6 +9,7 @@
         ├── PlanError           a plan that does not fit the model
         ├── CalibrationError    no, unreadable or too little calibration data
         ├── HealError           a cut that cannot be healed this way, or not with this data
+        │   └── OutOfMemory     the memory was too small for it
         ├── OutputError         the output cannot be written there
         ├── VerificationError   the written checkpoint is not what it should be
         ├── EvaluationError     a task, its data or a result of it is not there or not as needed
@@ -55,6 +56,10 @@ class CalibrationError(SlicerError):
 
 class HealError(SlicerError):
     """The cut cannot be healed this way, or not with this data."""
+
+
+class OutOfMemory(HealError):
+    """Memory ran out on the way: another device, or the options that the message names, may do."""
 
 
 class OutputError(SlicerError):

@@ -50,8 +50,9 @@ def print_evaluations(results: Sequence[Evaluation], compared: Sequence[Sequence
         console.print(f"{result.model} against {results[0].model}, item by item", markup=False)
         for d in rows:
             verdict = "within noise" if d.within_noise else "a real difference"
+            unit = " (nats)" if "perplexity" in d.measure or d.measure.startswith("c4") else ""
             console.print(
-                f"  {d.measure:24} {d.delta:+.4f} ± {d.standard_error:.4f}  p = {d.p_value:.2g} "
+                f"  {d.measure + unit:24} {d.delta:+.4f} ± {d.standard_error:.4f}  p = {d.p_value:.2g} "
                 f"over {d.items}: {verdict}",
                 markup=False,
             )
@@ -109,6 +110,9 @@ def print_kept(found: Found, share: float, metric: str, plan: Path, source: str)
         verdict = "kept" if kept.kept else "broken"
         doubt = "" if kept.sure else " (within the error: more items would tell)"
         console.print(f"drop {kept.n:<4} {kept.share:.1%} of {metric}: {verdict}{doubt}", markup=False)
+    if not found.tried:
+        console.print("there is no cut of this model to try")
+        return
     if found.best is None:
         console.print(f"no cut keeps {share:.1%} of {metric}")
         return

@@ -59,9 +59,13 @@ def wrap(model: Any, path: Path, options: EvalOptions, *, last_logits_only: bool
         raise EvaluationError(f"{path}: no usable tokenizer ({reason}); evaluation needs one") from None
     batch: int | str = options.batch_size if model.device.type == "cuda" else 1
     batch = int(options.batch_size) if options.batch_size != "auto" else batch
+    starts_texts = tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
+    if tokenizer.eos_token_id is None:  # lm-eval ends texts with it, and pads with it where there is no other
+        tokenizer.eos_token = tokenizer.pad_token or tokenizer.convert_ids_to_tokens(0)
     lm = _quiet(
         lm_eval_module("models.huggingface").HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
     )
+    lm.starts_texts = starts_texts
     if last_logits_only and batch == 1 and "logits_to_keep" in inspect.signature(model.forward).parameters:
         _keep_last_logits(lm, model)
     return lm
@@ -165,10 +169,14 @@ def text_losses(lm: Any, texts: Sequence[str]) -> tuple[list[float], list[int]]:
 
     requests: list[tuple[tuple[str, str], list[int], list[int]]] = []
     owner: list[int] = []
-    start = [lm.prefix_token_id]
+    first = lm.prefix_token_id if getattr(lm, "starts_texts", True) else None
     counts = []
     for at, text in enumerate(texts):
         tokens = list(lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        start = (
+            tokens[:1] if first is None else [first]
+        )  # without such a token, the text's own first begins it
+        tokens = tokens[1:] if first is None else tokens
         counts.append(len(tokens))
         room = lm.max_length - 1
         for piece in (tokens[i : i + room] for i in range(0, len(tokens), room)):

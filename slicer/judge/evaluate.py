@@ -69,6 +69,7 @@ class Suite:
         self.options, self.progress = options, progress or Progress()
         self._scratch = tempfile.TemporaryDirectory(prefix="slicer-eval-")
         self.excerpts: loss.Excerpts | None = None
+        self.files: list[Path] = []  # of --data, that the tasks read
         self._rounds: list[Round] = []
         try:
             self._prepare()
@@ -103,9 +104,15 @@ class Suite:
             return
         self.progress.stage("Loading tasks")
         directory = options.keep_tasks or Path(self._scratch.name) / "tasks"
-        manager = tasks.manager([task.name for task in asked], options.data, directory)
+        manager, self.files = tasks.manager([task.name for task in asked], options.data, directory)
         # One by one: lm-eval refuses a task beside a group that holds it (mmlu_astronomy, mmlu).
         self._rounds = [Round(manager, task, options) for task in asked]
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """What will have a score of its own: tasks and groups by their labels, and the loss."""
+        found = [part.label for part in self._rounds if part.adds_up]
+        return (*found, LOSS) if self.excerpts is not None else tuple(found)
 
     def run(self, lm: Any, name: str, vocabulary: int) -> Evaluation:
         """Ask `lm` (an lm-eval model) everything. `vocabulary` is V of the normalised loss."""
@@ -147,6 +154,8 @@ class Round:
             raise EvaluationError(f"{name}: its data cannot be loaded ({reason}); {remedy}") from None
         group = self.loaded.get("groups", {}).get(name)
         self.leaves = [t.task_name for t in group.get_all_tasks()] if group else list(self.loaded["tasks"])
+        # A tag, and a group that says nothing of it, has the scores of its tasks alone.
+        self.adds_up = bool(group.aggregate_metric_list) if group else self.leaves == [name]
         for task in self.loaded["tasks"].values():
             fixed = task.get_config("num_fewshot")
             if shots is not None and fixed != 0:
@@ -186,12 +195,13 @@ class Round:
         limit = None if self.samples else self.options.limit
         try:
             found = evaluator.evaluate(lm, self.loaded, limit=limit, samples=self.samples, log_samples=True)
-        except (AssertionError, ValueError, KeyError, IndexError) as error:
+        except (AssertionError, ValueError, TypeError, KeyError, IndexError) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise EvaluationError(f"{self.label}: lm-eval cannot ask it ({reason})") from error
         for score in scoring.scores(self.name, self.label, self.leaves, self.loaded["tasks"], found):
             scores.append(score)
-            inside = self.leaves if score.task == self.label else [score.task]
+            leaf = score.task.removesuffix(self.label.removeprefix(self.name))
+            inside = self.leaves if leaf == self.name else [leaf]
             if pairs := scoring.items(score.metric, inside, found["samples"]):
                 items[f"{score.task}/{score.metric}"] = pairs
 

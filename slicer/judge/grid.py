@@ -47,7 +47,7 @@ class Grid:
     def __post_init__(self) -> None:
         for kind, given, known in (("strategies", self.strategies, STRATEGIES), ("heal", self.heals, HEALS)):
             for name in given:
-                if name.split("@")[0] not in known:
+                if (name.split("@")[0] if kind == "heal" else name) not in known:
                     raise UsageError(f"--{kind} {name}: choose among {', '.join(known)}")
             if not given:
                 raise UsageError(f"--{kind}: name at least one of {', '.join(known)}")
@@ -93,10 +93,14 @@ def cells(grid: Grid, depth: int) -> list[Cell]:
     for heal in sorted(grid.heals, key=lambda h: (HEALS.index(h.split("@")[0]), h)):
         for n in sorted(counts, reverse=True):
             for strategy in grid.strategies:
-                random = strategy == "random" or heal.startswith("qlora")
-                for seed in grid.seeds if random else (0,):
+                for seed in grid.seeds if is_random(strategy, heal) else (0,):
                     found[Cell(n, strategy, heal, seed)] = None
     return list(found)
+
+
+def is_random(strategy: str, heal: str) -> bool:
+    """Whether such a cell is another one with another seed."""
+    return strategy == "random" or heal.startswith("qlora")
 
 
 def amounts(text: str, depth: int) -> list[int]:

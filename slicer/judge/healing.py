@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from slicer.checkpoint.export import export
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import EvaluationError, HealError, OutputError
+from slicer.judge.journal import write_atomically
 from slicer.plan import Plan
 from slicer.progress import Progress
 
@@ -73,8 +76,12 @@ def trained(
     """
     from slicer.heal.trained import TrainOptions, train_cut
 
-    bare, out = directory / "cut", directory / "healed"
+    bare, out, mark = directory / "cut", directory / "healed", directory / "asked.json"
+    asked = json.dumps([asdict(training), asdict(calibration), plan.dropped])
+    if directory.is_dir() and not (mark.is_file() and mark.read_text("utf-8") == asked):
+        shutil.rmtree(directory)  # what an earlier sweep with other options left unfinished
     directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(mark, asked)
     if not bare.is_dir():
         export(checkpoint, replace(plan, source=source), bare, trust_remote_code=trust_remote_code)
     if not out.is_dir():

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,34 @@ def write_atomically(file: Path, text: str) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def began_with(directory: Path) -> Mapping[str, Any]:
+    """The settings of the sweep in `directory`; none where there is no such sweep."""
+    try:
+        found = json.loads((directory / "sweep.json").read_text("utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def digest_of(files: Iterable[Path]) -> str | None:
+    """A hash of the contents of `files` and of their names; None where there are none. Raises OutputError."""
+    total = hashlib.sha256()
+    names = sorted(set(files))
+    for file in names:
+        try:
+            with open(file, "rb") as stream:
+                content = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise OutputError(f"{file}: cannot be read ({error.strerror})") from None
+        total.update(f"{file.name} {content}\n".encode())
+    return total.hexdigest()[:16] if names else None
+
+
 class Journal:
     """The directory of a sweep: `sweep.json` (what it is), `cells/` (what is done), locks.
 
-    `settings` is what all cells share: a directory that holds a sweep with other ones is refused with OutputError.
+    `settings` is what all cells share: a directory that holds a sweep with other ones, of which anything is done or
+    being done, is refused with OutputError.
     """
 
     def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
@@ -54,10 +79,20 @@ class Journal:
             self._cells.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{directory}: cannot be made ({error.strerror})") from None
-        if marker.is_file():
+        if marker.is_file() and not self._untouched():
             self._check(marker, settings)
         else:
             write_atomically(marker, json.dumps({"format": FORMAT, "settings": settings}, indent=1) + "\n")
+
+    def _untouched(self) -> bool:
+        """Whether nothing is done yet and nobody at work: what was begun there in vain may be begun anew."""
+        if any(self._cells.glob("*.json")):
+            return False
+        for file in self._cells.glob(".*.lock"):
+            with self.claim(file.name[1:].removesuffix(".lock")) as free:
+                if not free:
+                    return False
+        return True
 
     def _check(self, marker: Path, settings: Mapping[str, Any]) -> None:
         try:

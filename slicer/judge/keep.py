@@ -2,39 +2,65 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
+from slicer.errors import ArchitectureError, EvaluationError
 from slicer.judge import promise
-from slicer.judge.grid import UNPRUNED, Cell, Grid
+from slicer.judge.grid import UNPRUNED, Cell, Grid, is_random
 from slicer.judge.journal import write_atomically
 from slicer.judge.sweep import Sweep, record_cells
+
+PROMISE = "promise.json"
 
 
 def keep(sweep: Sweep, share: float, metric: str, grid: Grid, command: str | None) -> promise.Found:
     """The deepest cut by the grid's first strategy and healing that keeps `share` of `metric`.
 
-    Writes its plan to plan.json in the sweep's directory, for `slicer convert --plan`.
+    Writes its plan to plan.json in the sweep's directory, for `slicer convert --plan`, which heals as the cell was; and
+    what was promised and tried to promise.json, for the report. Cuts that the architecture cannot express are passed
+    over. Raises EvaluationError for a metric without a score of its own, before anything is measured.
     """
     strategy, heal, seed = grid.strategies[0], grid.heals[0], grid.seeds[0]
+    if metric not in sweep.suite.scored:
+        raise EvaluationError(
+            f"--metric {metric}: lm-eval adds up no score for it; name one of {', '.join(sweep.suite.scored)}"
+        )
     cells: list[Cell] = [UNPRUNED]
 
+    def cell_of(n: int) -> Cell:
+        return Cell(n, strategy, heal, seed if is_random(strategy, heal) else 0)
+
     def measure(n: int) -> promise.Kept:
-        cell = Cell(n, strategy, heal, seed if strategy == "random" else 0)
+        cell = cell_of(n)
         cells.append(cell)
         record_cells(sweep.journal, cells, command)
         sweep.run([UNPRUNED, cell])
         cut, whole = sweep.result(cell), sweep.result(UNPRUNED)
-        if cut is None or whole is None:  # the architecture cannot express this cut
-            return promise.Kept(n, 0.0, -math.inf, 0.0)
+        if cut is None or whole is None:
+            reason = (sweep.journal.get(cell.name) or {}).get("error")
+            raise EvaluationError(f"{cell.name}: it cannot be healed ({reason}); choose another --heal")
         return promise.kept(n, whole, cut, share, metric)
 
-    found = promise.bisect(sweep.depth, measure)
+    record_cells(sweep.journal, cells, command)
+    sweep.run([UNPRUNED])
+    found = promise.bisect([n for n in range(1, sweep.depth) if _expressible(sweep, cell_of(n))], measure)
+    told = {"share": share, "metric": metric, **asdict(found)}
+    write_atomically(sweep.journal.directory / PROMISE, json.dumps(told, indent=1) + "\n")
     if found.best is not None:
-        plan = sweep.plan(next(cell for cell in cells if cell.n == found.best.n))
+        cell = cell_of(found.best.n)
         plan = replace(
-            plan, source=sweep.source, revision=sweep.found.revision, command=command,
+            sweep.plan(cell), source=sweep.source, revision=sweep.found.revision, command=command,
             model_type=sweep.checkpoint.config.get("model_type"),
+            healing=(sweep.journal.get(cell.name) or {}).get("healing"),
         )  # fmt: skip
         write_atomically(sweep.journal.directory / "plan.json", plan.to_json())
     return found
+
+
+def _expressible(sweep: Sweep, cell: Cell) -> bool:
+    try:
+        sweep.plan(cell)
+    except ArchitectureError:
+        return False
+    return True

@@ -31,21 +31,22 @@ _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parq
 
 def write_task(
     data: Path, name: str, config: Mapping[str, Any], yaml_path: Path | None, directory: Path
-) -> None:
-    """Write `directory`/`name`.yaml, a task that lm-eval reads the files of `data` with.
+) -> list[Path]:
+    """Write `directory`/`name`.yaml, a task that lm-eval reads the files of `data` with; returns these files.
 
     `config` and `yaml_path` are the real task's. Raises EvaluationError: files missing, empty or malformed.
     """
     if yaml_path is None or "class" in config:
         raise EvaluationError(f"{name}: this task is a program of lm-eval's, and cannot read --data {data}")
     if config.get("dataset_path") == "cais/mmlu":
-        files = _converted(_mmlu_files(data, str(config["dataset_name"])), _mmlu_rows, directory / name)
-        builder = "json"
+        given = _mmlu_files(data, str(config["dataset_name"]))
+        files, builder = _converted(given, _mmlu_rows, directory / name), "json"
     elif name == "boolq":
-        files = _converted(_boolq_files(data), _boolq_rows, directory / name)
-        builder = "json"
+        given = _boolq_files(data)
+        files, builder = _converted(given, _boolq_rows, directory / name), "json"
     else:
         files, builder = _plain_files(data, name, config)
+        given = files
     record: dict[str, Any] = {
         "include": str(yaml_path),
         "task": name,
@@ -68,6 +69,7 @@ def write_task(
 
     directory.mkdir(parents=True, exist_ok=True)
     (directory / f"{name}.yaml").write_text(yaml.safe_dump(record, sort_keys=False), "utf-8")
+    return list(given.values())
 
 
 def _converted(
@@ -126,7 +128,7 @@ def _mmlu_row(fields: list[str], where: str) -> dict[str, Any]:
             f"{where}: {count} where question, four choices and a letter belong; mend or remove the row"
         )
     question, *choices, letter = fields
-    if letter.strip() not in _LETTERS or not letter.strip():
+    if letter.strip() not in tuple(_LETTERS):
         raise EvaluationError(f"{where}: the answer {letter[:20]!r} is not one of A, B, C, D; mend the row")
     return {"question": question, "choices": choices, "answer": _LETTERS.index(letter.strip())}
 
@@ -178,10 +180,32 @@ def _plain_files(data: Path, name: str, config: Mapping[str, Any]) -> tuple[dict
     for file in files.values():
         if file.stat().st_size == 0:
             raise EvaluationError(f"{file}: empty, there is nothing to ask in it")
-        if file.suffix == ".jsonl":
-            for _ in _json_lines(file):
-                pass
+        try:
+            if file.suffix == ".jsonl":
+                for _ in _json_lines(file):
+                    pass
+            elif file.suffix == ".csv":
+                _check_csv(file)
+        except UnicodeDecodeError:
+            raise EvaluationError(f"{file}: not UTF-8 text; save it as UTF-8") from None
     return files, suffixes.pop()
+
+
+def _check_csv(file: Path) -> None:
+    """Raise EvaluationError, naming the line, for a row that has not the fields of the header."""
+    with open(file, encoding="utf-8-sig", newline="") as stream:
+        reader = csv.reader(stream, strict=True)
+        line, header = 1, None
+        try:
+            for fields in reader:
+                header = header or fields
+                if fields and len(fields) != len(header):
+                    raise EvaluationError(
+                        f"{file}, line {line}: {len(fields)} fields where the header has {len(header)}; mend the row"
+                    )
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise EvaluationError(f"{file}, line {line}: not a CSV row ({error}); mend the row") from None
 
 
 def _split_file(root: Path, split: str, suffixes: tuple[str, ...]) -> Path | None:
@@ -190,7 +214,7 @@ def _split_file(root: Path, split: str, suffixes: tuple[str, ...]) -> Path | Non
 
 
 def _json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with open(file, encoding="utf-8") as stream:
+    with open(file, encoding="utf-8-sig") as stream:
         for number, line in enumerate(stream, 1):
             if line.strip():
                 try:

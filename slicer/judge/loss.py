@@ -59,25 +59,36 @@ class Loss:
 
 
 def find_text(data: Path) -> Path:
-    """The file of `data` that the loss is measured on: c4*.SUFFIX in it, in c4/ or in text/. Raises EvaluationError."""
+    """The file of `data` that the loss is measured on: c4*.SUFFIX in it, in c4/ or in text/; of several the one named
+    for validation or test, and one named for training last. Raises EvaluationError."""
     for folder in (data / "c4", data / "text", data):
-        files = sorted(folder.glob("*" if folder.name == "c4" else "c4*"))
-        for file in files:
-            if file.is_file() and file.name.endswith(_SUFFIXES):
-                return file
+        files = [f for f in folder.glob("*" if folder.name == "c4" else "c4*") if _holds_text(f)]
+        for file in sorted(files, key=lambda f: (not _held_out(f), "train" in f.name, f.name)):
+            return file
     raise EvaluationError(
         f"{data}: no text for the loss: no c4*.jsonl (or .txt, .parquet) in it, in c4/ or in text/; name a file: --text"
     )
 
 
 def other_text(data: Path, measured: Path | None) -> Path | None:
-    """A text file of `data` to calibrate on: not the one measured, nor one named for validation or test; or None."""
+    """A text file of `data` to calibrate on: any of c4/ or text/, or c4* or *train* beside them; not the one measured,
+    nor one named for validation or test; or None."""
     for folder in (data / "c4", data / "text", data):
-        files = [f for f in sorted(folder.glob("*")) if f.is_file() and f.name.endswith(_SUFFIXES)]
-        free = [f for f in files if f != measured and not any(w in f.name for w in ("test", "val", "dev"))]
+        files = [f for f in sorted(folder.glob("*")) if _holds_text(f) and not _held_out(f)]
+        if folder == data:  # where the questions of tasks may lie too
+            files = [f for f in files if f.name.startswith("c4") or "train" in f.name]
+        free = [f for f in files if measured is None or f.resolve() != measured.resolve()]
         for file in sorted(free, key=lambda f: (not f.name.startswith("c4"), "train" not in f.name)):
             return file
     return None
+
+
+def _holds_text(file: Path) -> bool:
+    return file.is_file() and file.name.endswith(_SUFFIXES)
+
+
+def _held_out(file: Path) -> bool:
+    return any(word in file.name for word in ("test", "val", "dev"))
 
 
 def draw(

@@ -30,9 +30,9 @@ def heat_map(
     """
     figure, axes = new_figure()
     image = _heat(axes, distances)
-    where = None
+    where: tuple[float, float, str] | None = None
     if chosen is not None:
-        where = *chosen, _block(*chosen)
+        where = chosen[0], chosen[1], _block(*chosen)
     elif offset is not None:
         where = offset[0] + 0.5, offset[1] - offset[0], _half(offset)
     if where is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from slicer.errors import EvaluationError, UsageError
@@ -18,7 +18,7 @@ class Kept:
     """What a cut of n layers keeps of the unpruned model.
 
     Attributes:
-        share: cut / unpruned, of a score; unpruned / cut, of the loss.
+        share: cut / unpruned, of a score; unpruned / cut, of the loss, or of the nats of a perplexity.
         margin: mean over items of how far it lies above the promise; standard_error: of the margin, paired.
     """
 
@@ -75,23 +75,26 @@ def kept(n: int, whole: Evaluation, cut: Evaluation, keep: float, metric: str) -
     return Kept(n, share, mean, math.sqrt(spread / len(gains)))
 
 
-def bisect(depth: int, measure: Callable[[int], Kept]) -> Found:
-    """The deepest n of 1..depth-1 that keeps the promise, in about log2(depth) measurements.
+def bisect(depths: Sequence[int], measure: Callable[[int], Kept]) -> Found:
+    """The deepest n of `depths` (ascending) that keeps the promise, in about log2(len(depths)) measurements.
 
     Bisection takes the score to fall with n; noise can break that, so two cuts deeper than the answer are looked at
     too, and taken when they keep the promise after all.
     """
     seen: dict[int, Kept] = {}
 
-    def ask(n: int) -> Kept:
+    def keeps(at: int) -> bool:
+        n = depths[at]
         if n not in seen:
             seen[n] = measure(n)
-        return seen[n]
+        return seen[n].kept
 
-    low, high = 0, depth  # low keeps the promise, high does not
+    low, high = -1, len(depths)  # low keeps the promise, high does not
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if ask(middle).kept else (low, middle)
-    while deeper := next((n for n in (low + 2, low + 1) if low and n < depth and ask(n).kept), None):
+        low, high = (middle, high) if keeps(middle) else (low, middle)
+    while low >= 0 and (
+        deeper := next((at for at in (low + 2, low + 1) if at < len(depths) and keeps(at)), None)
+    ):
         low = deeper
-    return Found(seen.get(low), tuple(seen[n] for n in sorted(seen)))
+    return Found(seen[depths[low]] if low >= 0 else None, tuple(seen[n] for n in sorted(seen)))

@@ -43,7 +43,8 @@ def draw(
     if asked.name == tasks.LOSS:
         raise EvaluationError(f"{task} is text, not questions; use --against loss")
     with tempfile.TemporaryDirectory(prefix="slicer-questions-") as scratch:
-        found = Round(tasks.manager([asked.name], data, Path(scratch)), asked, options)
+        manager, _ = tasks.manager([asked.name], data, Path(scratch))
+        found = Round(manager, asked, options)
         lm = backends.wrap(model, path, options)
         found.reseed()
         loaded = {leaf: found.loaded["tasks"][leaf] for leaf in found.leaves}

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import shlex
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from slicer.measure.analysis import Distances
 from slicer.plan import Plan, spell_layers
 
 _SAMPLES = 4
+_RECOMMENDED = "report/plan.json"
 _BENCH = {
     "time_per_output_token_ms": "time per output token (ms)",
     "prefill_ms": "prefill (ms)",
@@ -66,6 +68,8 @@ def write_report(directory: Path) -> tuple[Path, Path]:
         figures.mkdir(exist_ok=True)
         for figure in found["figures"]:
             (figures / figure.name).write_bytes(figure.data)
+        if found["recommended"] is not None:
+            (directory / _RECOMMENDED).write_text(found["recommended"].to_json(), "utf-8")
     except OSError as error:
         raise EvaluationError(f"{figures}: cannot be written ({error.strerror})") from None
     write_atomically(markdown, plain.get_template("report.md.j2").render(found))
@@ -97,6 +101,7 @@ def collect(directory: Path) -> dict[str, Any]:
         "healing": _healing_figures(histories),
         "bench": _bench_figures(bench) if bench else [],
     }
+    recommended = _recommended(table, row) if table and row else None
     source = (
         (table.settings["source"] if table else None) or (plan.source if plan else None) or directory.name
     )
@@ -105,13 +110,15 @@ def collect(directory: Path) -> dict[str, Any]:
         "source": source,
         "depth": table.depth if table else plan.depth if plan else distances.depth if distances else None,
         "table": table,
-        "rows": _rows(table) if table else [],
+        "rows": _rows(table, row) if table else [],
         "verdict": said,
         "plan": plan,
-        "healings": _healings(table, plan),
+        "promise": _promise(directory),
+        "recommended": recommended,
+        "healings": [(name, *_healed(record)) for name, record in _healings(table, plan)],
         "samples": _samples(table, said.row if said else None) if table else [],
         "bench": bench,
-        "commands": _commands(table, plan, said.row if said else None, directory),
+        "commands": _commands(table, plan, recommended, directory),
         "facts": _facts(table, plan),
         "groups": groups,
         "figures": [figure for group in groups.values() for figure in group],
@@ -156,14 +163,45 @@ def _distances(directory: Path) -> Distances | None:
     return None
 
 
+def _promise(directory: Path) -> str | None:
+    """What `slicer sweep --keep` promised and found, in words."""
+    told = _json(directory / "promise.json")
+    if told is None:
+        return None
+    try:
+        share, metric, best, tried = told["share"], told["metric"], told["best"], told["tried"]
+        words = f"Promised: at least {share:.1%} of {metric}. "
+        if best is None:
+            return words + f"None of the {len(tried)} cuts that were tried keeps it."
+        doubt = abs(best["margin"]) < 1.645 * best["standard_error"]
+        return (
+            f"{words}Of the {len(tried)} cuts that were tried, the deepest that keeps it drops {best['n']} layers and "
+            f"keeps {best['share']:.1%}{', within the error: more items would tell' if doubt else ''}."
+        )
+    except (KeyError, TypeError, ValueError):
+        raise EvaluationError(f"{directory / 'promise.json'}: not what slicer wrote; remove it") from None
+
+
 def _histories(table: Table | None, plan: Plan | None) -> dict[str, list[dict[str, float]]]:
-    """The losses of healing by steps, where healing took steps."""
+    """The losses on held-out text by steps, where healing took steps."""
     found = {}
     for name, record in _healings(table, plan):
-        history = record.get("history")
-        if isinstance(history, list) and len(history) > 1 and all("step" in entry for entry in history):
-            found[name] = history
+        losses = record.get("held_out")
+        if isinstance(losses, Mapping) and len(losses) > 1:
+            found[name] = [
+                {"step": int(step), "held-out loss": loss}
+                for step, loss in sorted(losses.items(), key=lambda entry: int(entry[0]))
+                if isinstance(loss, int | float) and math.isfinite(loss)
+            ]
     return found
+
+
+def _healed(record: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """(method, [loss of the original, of the cut, of the healed cut]), as they are printed."""
+    loss = record.get("loss") or {}
+    values = (loss.get("source"), loss.get("sliced", loss.get("before")), loss.get("healed"))
+    shown = [f"{value:.4f}" if isinstance(value, int | float) else "–" for value in values]
+    return str(record.get("method")), shown
 
 
 def _healings(table: Table | None, plan: Plan | None) -> list[tuple[str, Mapping[str, Any]]]:
@@ -201,12 +239,19 @@ def _distance_figures(
 def _curve_figures(table: Table) -> list[Figure]:
     figures = []
     whole = table.unpruned
+    asked: dict[str, list[str]] = {}  # the same task, asked in one way or several
     for task in table.tasks:
-        score = whole.primary(task) if whole else None
-        label = f"{task} ({score.metric})" if score else task
-        svg = sweep_plots.against_fraction(table, task, score.chance if score else None, label)
-        name = f"{''.join(c if c.isalnum() else '-' for c in task)}.svg"
-        figures.append(Figure(name, f"{label} against the fraction of layers dropped.", svg.encode()))
+        asked.setdefault(task.split("@")[0], []).append(task)
+    for name, ways in asked.items():
+        score = whole.primary(ways[0]) if whole else None
+        label = f"{name if len(ways) > 1 else ways[0]} ({score.metric})" if score else ways[0]
+        chance = score.chance if score else None
+        if len(ways) > 1:
+            svg, file = sweep_plots.overlaid(table, ways, chance, label), name
+        else:
+            svg, file = sweep_plots.against_fraction(table, ways[0], chance, label), ways[0]
+        file = f"{''.join(c if c.isalnum() else '-' for c in file)}.svg"
+        figures.append(Figure(file, f"{label} against the fraction of layers dropped.", svg.encode()))
     if any(row.evaluation and row.evaluation.loss for row in table.rows):
         svg = sweep_plots.against_fraction(table, "c4", 1.0, "loss / log V")
         figures.append(Figure("loss.svg", "Loss on text as a share of log V; 1 is guessing.", svg.encode()))
@@ -234,7 +279,7 @@ def _bench_figures(bench: Mapping[str, Any]) -> list[Figure]:
 # --- words and tables -------------------------------------------------------------------------------------------------
 
 
-def _rows(table: Table) -> list[dict[str, Any]]:
+def _rows(table: Table, best: Row | None) -> list[dict[str, Any]]:
     """Each cell as the templates print it."""
     shown = []
     for row in sorted(table.rows, key=lambda r: (r.n, r.strategy, r.heal, r.seed)):
@@ -251,6 +296,7 @@ def _rows(table: Table) -> list[dict[str, Any]]:
         name = row.strategy + (f" (seed {row.seed})" if row.strategy == "random" or row.seed else "")
         shown.append(
             {
+                "best": row == best,
                 "n": row.n,
                 "fraction": f"{row.fraction:.0%}",
                 "strategy": name if row.n else "unpruned",
@@ -276,7 +322,8 @@ def _samples(table: Table, best: Row | None) -> list[dict[str, Any]]:
     if whole is None or not cuts:
         return []
     focus = best or min(cuts, key=lambda r: r.n)
-    beside = [r for r in cuts if (r.n, r.strategy, r.seed) == (focus.n, focus.strategy, focus.seed)]
+    beside = [r for r in cuts if (r.n, r.strategy, r.dropped) == (focus.n, focus.strategy, focus.dropped)]
+    beside = [r for r in beside if r.heal == "none" or r.seed == focus.seed or focus.heal == "none"]
     columns = [("original", whole)] + [
         (f"{r.n} layers cut" + ("" if r.heal == "none" else f", healed ({r.heal})"), r)
         for r in sorted(beside, key=lambda r: r.heal != "none")
@@ -291,25 +338,20 @@ def _samples(table: Table, best: Row | None) -> list[dict[str, Any]]:
     return shown
 
 
-def _commands(table: Table | None, plan: Plan | None, best: Row | None, directory: Path) -> list[str]:
-    found = []
-    if table is not None and table.command:
-        found.append(table.command)
+def _recommended(table: Table, row: Row) -> Plan:
+    """The plan of a cell, with its healing: `slicer convert --plan` makes what was measured."""
+    plan = Plan.dropping(
+        table.depth, row.dropped, strategy=row.strategy, distance=row.distance, seed=row.seed
+    )
+    return replace(plan, source=table.settings["source"], healing=dict(row.healing) if row.healing else None)
+
+
+def _commands(table: Table | None, plan: Plan | None, recommended: Plan | None, directory: Path) -> list[str]:
+    found = list(table.commands) if table is not None else []
     if plan is not None and plan.command and plan.command not in found:
         found.append(plan.command)
-    if table is not None and best is not None:
-        layers = spell_layers(best.dropped).replace(" ", "")
-        words = ["slicer", "convert", str(table.settings["source"]), "--drop", layers, "--heal", best.heal]
-        text = table.settings.get("calibration") or {}
-        if best.heal != "none" and text.get("source"):
-            words += [
-                "--calibration",
-                text["source"],
-                "--samples",
-                text["samples"],
-                "--seq-len",
-                text["seq_len"],
-            ]
+    if table is not None and recommended is not None:
+        words = ["slicer", "convert", table.settings["source"], "--plan", directory / _RECOMMENDED]
         found.append(shlex.join(map(str, words)))
     return [*found, shlex.join(["slicer", "report", str(directory)])]
 

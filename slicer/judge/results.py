@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,11 @@ class Evaluation:
         try:
             record = json.loads(file.read_text("utf-8"))
             if isinstance(record, dict) and "results" in record:
+                if len(record["results"]) != 1:
+                    named = ", ".join(str(result["model"]) for result in record["results"])
+                    raise EvaluationError(
+                        f"{file}: holds the results of {named}; write those of each model with an -o of its own"
+                    )
                 record = record["results"][0]
             return cls.from_dict(record)
         except OSError as error:
@@ -93,7 +98,28 @@ class Evaluation:
 
 
 def differences(a: Evaluation, b: Evaluation) -> list[Difference]:
-    """B minus A for each task's first metric and for the loss, over the items both were asked."""
-    wanted: Sequence[str] = [f"{s.task}/{s.metric}" for s in a.scores if a.primary(s.task) is s] + ["c4"]
-    found = (paired(key, a.items[key], b.items[key]) for key in wanted if key in a.items and key in b.items)
+    """B minus A for each task's first metric and for the loss, over the items both were asked.
+
+    Tasks asked with another number of examples are not compared. Losses of different vocabularies are compared in nats
+    a byte ("c4/nats_per_byte").
+    """
+    found = []
+    for score in a.scores:
+        other = b.primary(score.task)
+        if a.primary(score.task) is not score or other is None or other.shots != score.shots:
+            continue
+        key = f"{score.task}/{score.metric}"
+        if key in a.items and key in b.items:
+            found.append(paired(key, a.items[key], b.items[key]))
+    if a.loss and b.loss and "c4" in a.items and "c4" in b.items:
+        one, two = a.items["c4"], b.items["c4"]
+        if a.loss.tokens == b.loss.tokens:
+            found.append(paired("c4", one, two))
+        else:  # other tokens of the same text
+            found.append(paired("c4/nats_per_byte", _by_byte(one, a.loss), _by_byte(two, b.loss)))
     return [difference for difference in found if difference is not None]
+
+
+def _by_byte(items: Mapping[str, float], loss: Loss) -> dict[str, float]:
+    scale = loss.nats_per_byte / loss.nats_per_token
+    return {key: value * scale for key, value in items.items()}

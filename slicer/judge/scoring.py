@@ -7,13 +7,19 @@ from typing import Any
 
 from slicer.judge.results import Score
 
+_LOG_LIKELIHOODS = {"perplexity"}  # metrics whose items lm-eval gives as log-likelihoods
+
 
 def scores(
     task: str, label: str, leaves: Sequence[str], tasks: Mapping[str, Any], found: Mapping[str, Any]
 ) -> list[Score]:
-    """The metrics of one task, or of a group or tag: a tag's, which lm-eval does not add up, by its leaves."""
+    """The metrics of one task, or of a group or tag: those that lm-eval does not add up, by their leaves.
+
+    A leaf keeps the number of examples that `label` asks for: `arc_easy@5` of `ai2_arc@5`.
+    """
     table = found["results"]
-    names = [task] if task in table else list(leaves)
+    added_up = any("," in key for key in table.get(task, ()))  # else a row of names alone, or none
+    names = [task] if added_up else list(leaves)
     found_scores = []
     for name in names:
         inside = leaves if name == task else [name]
@@ -26,7 +32,7 @@ def scores(
             chance = _chance(inside, tasks, found["samples"]) if metric.startswith("acc") else None
             found_scores.append(
                 Score(
-                    task=label if name == task else name,
+                    task=name + label.removeprefix(task),
                     metric=metric if kind == "none" else key,
                     value=float(value),
                     standard_error=float(error) if isinstance(error, int | float) else None,
@@ -51,12 +57,26 @@ def _chance(leaves: Sequence[str], tasks: Mapping[str, Any], samples: Mapping[st
 
 
 def items(metric: str, leaves: Sequence[str], samples: Mapping[str, Any]) -> dict[str, float]:
-    """The metric of each item by its id; empty where items have no value of their own (corpus metrics)."""
+    """The metric of each item by its id; empty where items have no value of their own (corpus metrics).
+
+    A perplexity's items are their nats, the lower the better as the perplexity itself; where it is one of words or
+    bytes, each item's share of them, so that their mean is the mean over all.
+    """
     name, _, kind = metric.partition(",")
-    pairs = {}
+    pairs: dict[str, float] = {}
+    weights: list[float] = []
     for leaf in leaves:
         for sample in samples.get(leaf, ()):
             value = sample.get(name)
-            if sample["filter"] == (kind or "none") and isinstance(value, bool | int | float):
-                pairs[f"{leaf}:{sample['doc_id']}:{sample['doc_hash'][:8]}"] = float(value)
+            if sample["filter"] != (kind or "none"):
+                continue
+            key = f"{leaf}:{sample['doc_id']}:{sample['doc_hash'][:8]}"
+            if isinstance(value, list | tuple) and len(value) == 2:  # (log-likelihood, words or bytes)
+                pairs[key] = -float(value[0])
+                weights.append(float(value[1]))
+            elif isinstance(value, bool | int | float):
+                pairs[key] = -float(value) if name in _LOG_LIKELIHOODS else float(value)
+    if weights and sum(weights) > 0:
+        mean = sum(weights) / len(weights)
+        pairs = {key: value / mean for key, value in pairs.items()}
     return pairs

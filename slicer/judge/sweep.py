@@ -22,16 +22,16 @@ from typing import TYPE_CHECKING, Any
 from slicer.checkpoint import hub, verify
 from slicer.checkpoint.export import refuse_quantized, sliced_config
 from slicer.checkpoint.reader import Checkpoint
-from slicer.errors import ArchitectureError, EvaluationError, HealError
+from slicer.errors import ArchitectureError, EvaluationError, HealError, OutOfMemory
 from slicer.heal.settings import Training
 from slicer.judge import backends, healing
 from slicer.judge.clock import Clock
 from slicer.judge.evaluate import EvalOptions, Suite, describe
 from slicer.judge.grid import UNPRUNED, Cell
-from slicer.judge.journal import Journal, write_atomically
+from slicer.judge.journal import Journal, began_with, digest_of, write_atomically
 from slicer.judge.prefix import Prefix
 from slicer.judge.results import Evaluation
-from slicer.measure.calibration import CalibrationSpec
+from slicer.measure.calibration import CalibrationSpec, check_sources, local_files
 from slicer.plan import Plan
 from slicer.progress import Progress
 from slicer.select import deepest, rank, tail
@@ -73,12 +73,15 @@ class Sweep:
         self.depth = self.checkpoint.depth
         if options.evaluation.backend != "hf":
             raise EvaluationError("sweep cuts the model in memory and so runs on --backend hf only")
+        self._precision = self._pick_precision(directory)
         self.suite = Suite(options.evaluation, self.progress)
         try:
             settings = {
                 "source": source, "revision": self.found.revision, "depth": self.depth,
-                **describe(options.evaluation), "text": self.suite.excerpts and self.suite.excerpts.digest,
-                "calibration": asdict(options.calibration),
+                **describe(options.evaluation), "precision": self._precision,
+                "text": self.suite.excerpts and self.suite.excerpts.digest,
+                "task_files": digest_of(self.suite.files), "calibration": asdict(options.calibration),
+                "calibration_files": digest_of(local_files(options.calibration)),
             }  # fmt: skip
             self.journal = Journal(directory, settings)
         except BaseException:
@@ -100,9 +103,15 @@ class Sweep:
     # --- cells -----------------------------------------------------------------------------------------------------
 
     def run(self, cells: Sequence[Cell]) -> None:
-        """Finish all of `cells`, beside other processes that do the same; returns when every one is done."""
+        """Finish all of `cells`, beside other processes that do the same; returns when every one is done.
+
+        A cut that the architecture cannot express, or that cannot be healed, is a finished cell that says so. Raises
+        CalibrationError before any cell is begun, HealError where a training stopped for what another try may not meet.
+        """
         healing.require({cell.heal for cell in cells})
         healing.check_alike(self.journal, cells, self.options.training)
+        if any(_reads_text(cell) and self.journal.get(cell.name) is None for cell in cells):
+            check_sources(self.options.calibration)
         clock = Clock(self.journal, cells, self.depth)
         while todo := [cell for cell in cells if self.journal.get(cell.name) is None]:
             worked = False
@@ -147,6 +156,8 @@ class Sweep:
                 record |= {"dropped": list(plan.dropped), "distance": plan.distance}
                 config = sliced_config(self.checkpoint, plan, trust_remote_code=self._trusted)
                 evaluation = self._cut(cell, plan, config, name, record)
+        except OutOfMemory:  # says nothing of the cut: the same command goes on
+            raise
         except (ArchitectureError, HealError) as error:  # this cut cannot be, or be healed: the others may
             record |= {"error": str(error), "evaluation": None}
         else:
@@ -201,7 +212,7 @@ class Sweep:
             self.checkpoint, self.source, plan, training, self.options.calibration, place,
             device=device, trust_remote_code=self._trusted, progress=self.progress,
         )  # fmt: skip
-        model = load_model(path, dtype=self._dtype(), device=device, trust_remote_code=self._trusted)
+        model = load_model(path, dtype=self._precision, device=device, trust_remote_code=self._trusted)
         lm = backends.wrap(model, path, self.options.evaluation, last_logits_only=True)
         evaluation = self.suite.run(lm, name, backends.vocabulary_of(model))
         shutil.rmtree(place, ignore_errors=True)
@@ -223,7 +234,7 @@ class Sweep:
 
             self.progress.stage("Loading the model")
             self._model = load_model(
-                self.found.path, dtype=self._dtype(), device=self._device(), trust_remote_code=self._trusted
+                self.found.path, dtype=self._precision, device=self._device(), trust_remote_code=self._trusted
             )
         return self._model
 
@@ -232,10 +243,15 @@ class Sweep:
             self._first_layers = Prefix(self.model())
         return self._first_layers
 
-    def _dtype(self) -> str:
-        """As asked for; where that is left open, what is faster here."""
+    def _pick_precision(self, directory: Path) -> str:
+        """As asked for; where that is left open, what is faster here, or what the sweep in `directory` began with: what
+        fits in memory may change from run to run, and the cells of a table must not."""
         asked = self.options.evaluation.dtype
-        return "float32" if asked == "auto" and _float32_is_faster(self._device(), self.checkpoint) else asked
+        if asked != "auto":
+            return asked
+        if (begun := began_with(directory).get("precision")) is not None:
+            return str(begun)
+        return "float32" if _float32_is_faster(self._device(), self.checkpoint) else asked
 
     def _device(self) -> str:
         device, local = self.options.evaluation.device, os.environ.get("LOCAL_RANK")
@@ -313,6 +329,10 @@ class Sweep:
         raise failure
 
 
+def _reads_text(cell: Cell) -> bool:
+    return cell.strategy == "similarity" or cell.heal != "none"
+
+
 def _float32_is_faster(device: str, checkpoint: Checkpoint) -> bool:
     """On a CPU without matrix instructions for 16-bit numbers (AMX), where the model fits so."""
     import torch
@@ -335,7 +355,7 @@ def record_cells(journal: Journal, cells: Sequence[Cell], command: str | None) -
     before: list[dict[str, Any]] = []
     with contextlib.suppress(OSError, ValueError, KeyError):
         before = json.loads(file.read_text("utf-8"))["cells"]
-    asked = [cell.to_dict() | {"name": cell.name} for cell in cells]
+    asked = [cell.to_dict() | {"name": cell.name, "command": command} for cell in cells]
     known = {cell["name"] for cell in before}
     merged = before + [cell for cell in asked if cell["name"] not in known]
     write_atomically(file, json.dumps({"cells": merged, "command": command}, indent=1) + "\n")

@@ -42,7 +42,11 @@ _FILE = click.Path(path_type=Path)
 @click.option("--tasks", metavar="NAMES", help="As in eval  [default: mmlu,boolq,c4; c4 for the demo model]")
 @click.option("--data", type=_FILE, metavar="DIR", help="Local files, as in eval.")
 @click.option("--text", type=_FILE, metavar="FILE", help="Measure the loss on this file.")
-@click.option("--text-column", metavar="NAME", help="Column of it that holds the text  [default: text]")
+@click.option(
+    "--text-column",
+    metavar="NAME",
+    help="Column that holds the text, there and in the calibration data  [default: text]",
+)
 @click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples before each question.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N",
               help="N items of each task; a group such as mmlu shares them among its subtasks.")  # fmt: skip
@@ -117,7 +121,7 @@ def sweep(source: str, **given: Any) -> None:
         promise.check(given["keep"], given["metric"], options.tasks) if given["keep"] is not None else None
     )
     calibration = given["calibration"] or _calibration(source, given["data"], text)
-    spec = {k: given[k] for k in ("samples", "seq_len", "seed") if given[k] is not None}
+    spec = {k: given[k] for k in ("samples", "seq_len", "seed", "text_column") if given[k] is not None}
     command = shlex.join(["slicer", *_typed(context, typed)])
     trains = any(heal.startswith("qlora") for heal in axes.heals)
     training = training_of(given, "qlora" if trains else None, "--heal") or Training()

@@ -12,15 +12,22 @@ from slicer.judge.table import Row, Table
 _COLOURS = {"similarity": "#1f4e9c", "deepest": "#b3262a", "tail": "#b8741a", "random": "#6b6b6b"}
 _MARKERS = {"none": "o", "fold": "s", "qlora": "D"}
 _DASHES = {"none": (0, (1, 1.5)), "fold": (0, ()), "qlora": (0, (6, 1.5))}
+# Of ranks, and of ways to ask: told apart with any colour vision (Okabe and Ito).
+_OTHERS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One line: (fraction dropped, value, standard error) of a strategy and a healing, seeds averaged."""
+    """One line: (fraction dropped, value, standard error) of a strategy and a healing.
+
+    Of several seeds it is the mean: the error is that of one of them, since all are asked the same items, with the
+    spread over seeds added; `each` holds (fraction, value) of every one.
+    """
 
     strategy: str
     heal: str
     points: tuple[tuple[float, float, float], ...]
+    each: tuple[tuple[float, float], ...] = ()
 
     @property
     def label(self) -> str:
@@ -52,11 +59,14 @@ def curves_of(table: Table, measure: str) -> list[Curve]:
     curves = []
     for (strategy, heal), by_n in sorted(found.items()):
         points = [(0.0, *whole)] if whole else []
+        each: list[tuple[float, float]] = []
         for n, values in sorted(by_n.items()):
-            k = len(values)
-            error = sum(e * e for _, e in values) ** 0.5 / k
-            points.append((n / table.depth, sum(v for v, _ in values) / k, error))
-        curves.append(Curve(strategy, heal, tuple(points)))
+            k, x = len(values), n / table.depth
+            mean = sum(v for v, _ in values) / k
+            spread = sum((v - mean) ** 2 for v, _ in values) / (k - 1) if k > 1 else 0.0
+            points.append((x, mean, (sum(e * e for _, e in values) / k + spread) ** 0.5))
+            each += [(x, v) for v, _ in values] if k > 1 else []
+        curves.append(Curve(strategy, heal, tuple(points), tuple(each)))
     return curves
 
 
@@ -64,19 +74,58 @@ def against_fraction(table: Table, measure: str, chance: float | None, label: st
     """A measure against the fraction dropped; the unpruned model dashed in red, guessing in grey, as in the paper."""
     figure, axes = _figure()
     curves = curves_of(table, measure)
+    ranks = sorted({c.heal for c in curves if "@" in c.heal}, key=lambda heal: int(heal.split("@")[1]))
     for curve in curves:
-        xs, ys, errors = zip(*curve.points, strict=True)
-        base = curve.heal.split("@")[0]
-        axes.errorbar(
-            xs, ys, yerr=errors, label=curve.label, color=_COLOURS[curve.strategy], marker=_MARKERS[base],
-            markersize=4, linestyle=_DASHES[base], linewidth=1.6, elinewidth=0.8, capsize=2,
-            alpha=0.65 if curve.heal == "none" and any(c.heal != "none" for c in curves) else 1.0,
-        )  # fmt: skip
+        colour = _COLOURS[curve.strategy]
+        if len(ranks) > 1 and curve.heal in ranks:
+            colour = _OTHERS[ranks.index(curve.heal) % len(_OTHERS)]
+        faint = curve.heal == "none" and any(c.heal != "none" for c in curves)
+        _draw(axes, curve, curve.label, colour, alpha=0.65 if faint else 1.0)
     whole = next((value_of(row, measure) for row in table.rows if row.n == 0), None)
     if whole is not None:
         axes.axhline(whole[0], color="#d62728", linestyle="--", linewidth=1, label="unpruned")
     if chance is not None:
         axes.axhline(chance, color="#8a8a8a", linestyle="--", linewidth=1, label="guessing")
+    return _against_fraction(figure, axes, label)
+
+
+def overlaid(table: Table, tasks: Sequence[str], chance: float | None, label: str) -> str:
+    """One task asked in several ways (figure 7: examples, and their order), a colour each, against the fraction
+    dropped; the unpruned model's score dashed in the same colour."""
+    figure, axes = _figure()
+    for at, task in enumerate(tasks):
+        colour = _OTHERS[at % len(_OTHERS)]
+        curves = curves_of(table, task)
+        for curve in curves:
+            name = task if len(curves) == 1 else f"{task}, {curve.label}"
+            _draw(axes, curve, name, colour)
+        whole = next((value_of(row, task) for row in table.rows if row.n == 0), None)
+        if whole is not None:
+            axes.axhline(whole[0], color=colour, linestyle="--", linewidth=0.8)
+    if chance is not None:
+        axes.axhline(chance, color="#8a8a8a", linestyle="--", linewidth=1, label="guessing")
+    return _against_fraction(figure, axes, label)
+
+
+def _draw(axes: Any, curve: Curve, label: str, colour: str, alpha: float = 1.0) -> None:
+    xs, ys, errors = zip(*curve.points, strict=True)
+    base = curve.heal.split("@")[0]
+    axes.errorbar(
+        xs, ys, yerr=errors, label=label, color=colour, marker=_MARKERS[base], markersize=4,
+        linestyle=_DASHES[base], linewidth=1.6, elinewidth=0.8, capsize=2, alpha=alpha,
+    )  # fmt: skip
+    if curve.each:
+        axes.plot(
+            *zip(*curve.each, strict=True),
+            color=colour,
+            marker=".",
+            markersize=3,
+            linestyle="none",
+            alpha=0.5,
+        )
+
+
+def _against_fraction(figure: Any, axes: Any, label: str) -> str:
     axes.set(xlabel="fraction of layers dropped", ylabel=label)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25, linewidth=0.6)

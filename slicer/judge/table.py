@@ -45,13 +45,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """All finished cells of a sweep directory, in the order of the grid; `missing` counts those not finished."""
+    """All finished cells of a sweep directory, in the order of the grid; `missing` counts those not finished.
+
+    `commands`: what asked for its cells, each once; `unfinished`: those whose cells are missing.
+    """
 
     settings: Mapping[str, Any]
-    command: str | None
+    commands: tuple[str, ...]
     depth: int
     rows: tuple[Row, ...]
-    missing: int
+    missing: int = 0
+    unfinished: tuple[str, ...] = ()
 
     @property
     def unpruned(self) -> Evaluation | None:
@@ -70,7 +74,8 @@ def read_table(directory: Path) -> Table:
         settings = json.loads((directory / "sweep.json").read_text("utf-8"))["settings"]
         grid = json.loads((directory / "grid.json").read_text("utf-8"))
         depth = int(settings["depth"])
-        names = [cell["name"] for cell in grid["cells"]]
+        asked = {cell["name"]: cell.get("command") or grid.get("command") for cell in grid["cells"]}
+        names = list(asked)
         records = {}
         for name in names:
             file = directory / "cells" / f"{name}.json"
@@ -83,7 +88,10 @@ def read_table(directory: Path) -> Table:
         raise EvaluationError(f"{directory}: no sweep in it ({error.strerror}: {error.filename})") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EvaluationError(f"{directory}: the sweep in it is damaged ({error})") from None
-    return Table(settings, grid.get("command"), depth, tuple(rows), len(names) - len(rows))
+    commands = tuple(dict.fromkeys(c for c in (*asked.values(), grid.get("command")) if c))
+    left = [name for name in names if name not in records]
+    unfinished = tuple(dict.fromkeys(asked[name] for name in left if asked[name]))
+    return Table(settings, commands, depth, tuple(rows), len(left), unfinished)
 
 
 def _row(name: str, record: Mapping[str, Any], depth: int, unpruned: Evaluation | None) -> Row:
@@ -119,7 +127,7 @@ def to_dict(table: Table) -> dict[str, Any]:
         rows.append(record)
     return {
         "settings": dict(table.settings),
-        "command": table.command,
+        "commands": list(table.commands),
         "rows": rows,
         "missing": table.missing,
     }

@@ -18,8 +18,9 @@ LOSS = "c4"
 _QUICK = {"mmlu": "mmlu/default", "boolq": "super_glue/boolq"}
 
 
-def manager(tasks: Sequence[str], data: Path | None, directory: Path) -> Any:
-    """lm-eval's task manager for `tasks`; with `data`, they read its files through YAMLs written to `directory`.
+def manager(tasks: Sequence[str], data: Path | None, directory: Path) -> tuple[Any, list[Path]]:
+    """lm-eval's task manager for `tasks`; with `data`, they read its files through YAMLs written to `directory`, and
+    these files are returned too.
 
     Raises EvaluationError: an unknown task (with the names near it), files missing, empty or malformed.
     """
@@ -38,11 +39,12 @@ def manager(tasks: Sequence[str], data: Path | None, directory: Path) -> Any:
         if task not in found.task_index:
             raise EvaluationError(_unknown(task, found.all_tasks))
     if data is None:
-        return found
+        return found, []
     index = found.task_index
+    files: list[Path] = []
     for leaf in sorted({leaf for task in tasks for leaf in leaves(task, index)}):
-        local_tasks.write_task(data, leaf, index[leaf].cfg or {}, index[leaf].yaml_path, directory)
-    return lm_tasks.TaskManager(**{**where, "include_path": [*where["include_path"], directory]})
+        files += local_tasks.write_task(data, leaf, index[leaf].cfg or {}, index[leaf].yaml_path, directory)
+    return lm_tasks.TaskManager(**{**where, "include_path": [*where["include_path"], directory]}), files
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,19 @@ def token_batches(
     return TokenBatches(list(torch.split(tokens, spec.batch_size)), provenance)
 
 
+def check_sources(spec: CalibrationSpec) -> None:
+    """Raise CalibrationError where a source that `spec` names cannot be read, or is empty: before anything else."""
+    for part in _parts(spec):
+        if part.source != "self" and next(iter(documents(part)), None) is None:
+            raise CalibrationError(f"{part.source}: there is no text in it; name another --calibration")
+
+
+def local_files(spec: CalibrationSpec) -> list[Path]:
+    """The files on this machine among the sources of `spec`."""
+    paths = [Path(part.source) for part in _parts(spec) if part.source is not None]
+    return [path for path in paths if path.is_file()]
+
+
 def _parts(spec: CalibrationSpec) -> list[CalibrationSpec]:
     """One for each source that `spec` names, which share its samples; the first ones take what is left over."""
     if spec.source is None or "," not in spec.source or Path(spec.source).exists():
@@ -249,8 +262,8 @@ def read_documents(file: Path, column: str) -> list[Document]:
 
 def _open(file: Path) -> TextIO:
     if file.suffix == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8")
-    return open(file, encoding="utf-8")
+        return gzip.open(file, "rt", encoding="utf-8-sig")
+    return open(file, encoding="utf-8-sig")
 
 
 def _read_text(file: Path, column: str) -> list[Document]:

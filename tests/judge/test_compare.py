@@ -6,7 +6,10 @@ import random
 
 import pytest
 
+from slicer.judge import scoring
 from slicer.judge.compare import mcnemar, paired, sign_flip
+from slicer.judge.loss import Loss
+from slicer.judge.results import Evaluation, Score, differences
 
 
 def test_mcnemar_is_the_binomial_test() -> None:
@@ -38,3 +41,28 @@ def test_only_shared_items_are_compared() -> None:
     found = paired("t", {"a": 1.0, "b": 0.0, "c": 1.0}, {"b": 1.0, "c": 1.0, "d": 0.0})
     assert found is not None and found.items == 2 and found.delta == 0.5
     assert paired("t", {"a": 1.0}, {"b": 1.0}) is None
+
+
+def test_items_of_a_perplexity_are_nats() -> None:
+    """lm-eval gives log-likelihoods, of which more is better, beside a perplexity, of which less is."""
+
+    def sample(at: int, **metrics: object) -> dict[str, object]:
+        return {"doc_id": at, "doc_hash": "0123456789", "filter": "none", **metrics}
+
+    single = {"t": [sample(0, perplexity=-2.0), sample(1, perplexity=-4.0)]}
+    assert list(scoring.items("perplexity", ["t"], single).values()) == [2.0, 4.0]
+    rolling = {"t": [sample(0, word_perplexity=(-20.0, 10)), sample(1, word_perplexity=(-90.0, 30))]}
+    values = list(scoring.items("word_perplexity", ["t"], rolling).values())
+    assert sum(values) / 2 == pytest.approx(110 / 40)  # nats a word, over all
+
+
+def test_only_what_was_asked_alike_is_compared() -> None:
+    def found(shots: int, tokens: int, nats: float) -> Evaluation:
+        loss = Loss(nats, 0.1, nats / 10, nats * tokens / 1000, 100, tokens, 2, "t", "d")
+        items = {"mmlu/acc": {"a": 1.0, "b": 0.0}, "c4": {"d-0": nats, "d-1": nats}}
+        return Evaluation("m", (Score("mmlu", "acc", 0.5, 0.1, 0.25, 2, shots),), loss, None, items)
+
+    assert [d.measure for d in differences(found(0, 200, 3.0), found(0, 200, 3.1))] == ["mmlu/acc", "c4"]
+    # Half the tokens at twice the nats: the same text is worth the same.
+    (only,) = differences(found(5, 200, 3.0), found(0, 100, 6.0))
+    assert only.measure == "c4/nats_per_byte" and only.delta == pytest.approx(0)

@@ -74,15 +74,28 @@ def test_bisection_finds_the_deepest_cut(deepest: int) -> None:
         asked.append(n)
         return Kept(n, 1.0 if n <= deepest else 0.5, 0.1 if n <= deepest else -0.1, 0.01)
 
-    found = bisect(24, measure)
+    found = bisect(range(1, 24), measure)
     assert (found.best.n if found.best else 0) == deepest
     assert len(asked) == len(set(asked)) <= 8
 
 
 def test_a_dip_does_not_end_the_search() -> None:
     """n = 12 fails by noise, 13 keeps the promise: the answer lies beyond the dip."""
-    found = bisect(24, lambda n: Kept(n, 1.0, 0.1 if n in range(12) or n == 13 else -0.1, 0.01))
+    found = bisect(range(1, 24), lambda n: Kept(n, 1.0, 0.1 if n in range(12) or n == 13 else -0.1, 0.01))
     assert found.best is not None and found.best.n == 13
+
+
+def test_cuts_that_cannot_be_are_passed_over() -> None:
+    """Where only whole periods of four can go, the deepest multiple of four that keeps the promise is found."""
+    asked = []
+
+    def measure(n: int) -> Kept:
+        asked.append(n)
+        return Kept(n, 1.0, 0.1 if n <= 17 else -0.1, 0.01)
+
+    found = bisect([4, 8, 12, 16, 20], measure)
+    assert found.best is not None and found.best.n == 16 and all(n % 4 == 0 for n in asked)
+    assert bisect([], measure).best is None
 
 
 def evaluation(values: list[float]) -> Evaluation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ def mmlu(root: Path, test: str, dev: str = "Q,a,b,c,d,A\n") -> Path:
     [
         ("Q,a,b,c,d,A\nQ,a,b,c,B\n", r"anatomy_test.csv, line 2: 5 fields"),
         ("Q,a,b,c,d,E\n", r"line 1: the answer 'E'"),
+        ("Q,a,b,c,d,BC\n", r"line 1: the answer 'BC'"),
         ('"Q\nmore",a,b,c,d,A\nQ,a,b,c,d,\n', r"line 3: the answer ''"),
         ('Q,a,b,c,d,A\n"Q,a,b\n', r"line 2: not a CSV row"),
         ("", r"empty"),
@@ -90,6 +92,43 @@ def test_the_same_text_for_the_same_seed(data: Path) -> None:
     a, b, c = (loss.draw(file, sequences=6, seed=seed) for seed in (0, 0, 1))
     assert a == b and a.digest != c.digest
     assert len(a.texts) == 6 and all(len(text) == loss.CHARACTERS for text in a.texts)
+
+
+def test_a_bad_file_of_any_task_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "piqa"
+    folder.mkdir()
+    file = folder / "validation.csv"
+    for content, message in (
+        (b"goal,sol1,sol2,label\na,b,c,0\na,b,0\n", "line 3: 3 fields where the header has 4"),
+        (b'goal,sol1,sol2,label\n"a,b,c,0\n', "line 2: not a CSV row"),
+        (b"goal,sol1,sol2,label\n\xe9,b,c,0\n", "not UTF-8"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(EvaluationError, match=f"validation.csv.*{message}"):
+            Suite(EvalOptions(tasks=("piqa",), data=tmp_path))
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
+    good = '{"question": "q", "passage": "p", "answer": true}\n'
+    (tmp_path / "boolq.jsonl").write_bytes(b"\xef\xbb\xbf" + good.encode())
+    Suite(EvalOptions(tasks=("boolq",), data=tmp_path)).close()
+    text = tmp_path / "c4.jsonl"
+    text.write_bytes(b"\xef\xbb\xbf" + b'{"text": "' + b"word " * 400 + b'"}\n')
+    assert loss.draw(text).texts
+
+
+def test_which_text_is_measured_and_which_calibrates(tmp_path: Path) -> None:
+    for name in ("c4-train.jsonl", "c4-validation.jsonl", "boolq.jsonl", "README.txt"):
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    measured = loss.find_text(tmp_path)
+    assert measured.name == "c4-validation.jsonl"
+    other = loss.other_text(tmp_path, measured)
+    assert other is not None and other.name == "c4-train.jsonl"
+    other.unlink()
+    assert loss.other_text(tmp_path, measured) is None  # questions and notes are no text to calibrate on
+    measured.rename(tmp_path / "c4.jsonl")
+    relative = Path(os.path.relpath(tmp_path / "c4.jsonl"))
+    assert loss.other_text(tmp_path, relative) is None  # the same file by another name
 
 
 def test_a_shared_limit_is_in_proportion() -> None:

@@ -20,6 +20,9 @@ from slicer.judge.loss import Loss
 from slicer.judge.report import _chosen, write_report
 from slicer.judge.results import Evaluation, Score
 from slicer.judge.sweep import record_cells
+from slicer.judge.sweep_plots import curves_of
+from slicer.judge.table import read_table
+from slicer.judge.verdict import judge as judge_table
 from slicer.measure.analysis import Distances
 from slicer.plan import Plan
 
@@ -53,7 +56,7 @@ def swept(tmp_path: Path) -> Path:
             else None
         )
         if healing:
-            healing["history"] = [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 3.6}]
+            healing["held_out"] = {"0": 4.0, "10": 3.6}  # as training records it
         journal.put(cell.name, {
             "cell": cell.to_dict(), "dropped": dropped, "distance": 0.1, "error": None, "seconds": 1.0,
             "evaluation": evaluation(right, nats).to_dict(), "healing": healing if cell.heal == "fold" else None,
@@ -98,10 +101,12 @@ def test_the_page(swept: Path) -> None:
     words = " ".join(" ".join(seen.words).split())
     for text in (
         "Recommended: drop 2 of 8 layers (25%), layers 5-6 (similarity)", "Knee of mmlu", "wins back 60%",
-        "1 cells of the sweep are not finished", "slicer sweep org/model --drop 0,2,4", "--drop 5-6 --heal none",
+        "1 cells of the sweep are not finished", "slicer sweep org/model --drop 0,2,4", "--plan",
         "Once <upon> a time", "there & 236", "linear", "Loss while healing.", "torch", "seed", "0.275 ± 0.022*",
     ):  # fmt: skip
         assert text in words, text
+    plan = Plan.load(swept / "report" / "plan.json")
+    assert plan.dropped == (5, 6) and plan.healing is None and f"--plan {swept}/report/plan.json" in words
     plain = markdown.read_text("utf-8")
     pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", plain)
     assert len(pictures) == len([f for f in seen.fetched if "image" in f])
@@ -109,6 +114,50 @@ def test_the_page(swept: Path) -> None:
     assert (
         "Recommended: drop 2 of 8 layers" in plain and "there & 236" in plain and "0.275 ± 0.022\\*" in plain
     )
+
+
+def put(directory: Path, cell: Cell, found: Evaluation, healing: object = None) -> None:
+    """One more finished cell."""
+    journal = Journal(directory, {})
+    journal.put(cell.name, {
+        "cell": cell.to_dict(), "dropped": list(range(7 - cell.n, 7)), "distance": 0.1, "error": None, "seconds": 1.0,
+        "evaluation": found.to_dict(), "healing": healing,
+    })  # fmt: skip
+    record_cells(journal, [cell], "slicer sweep org/model --more")
+
+
+def test_what_is_recommended_is_made_again_with_its_healing(swept: Path) -> None:
+    healing = {"method": "qlora", "held_out": {"0": 3.0, "5": 2.7}, "calibration": {"source": "a.txt"}}
+    loss = {"before": 3.0, "healed": 2.7, "source": None}
+    put(swept, Cell(5, "similarity", "qlora@8", 3), evaluation(239, 2.7), {**healing, "loss": loss})
+    html, _ = write_report(swept)
+    assert "Recommended: drop 5 of 8 layers" in html.read_text("utf-8")
+    plan = Plan.load(swept / "report" / "plan.json")
+    assert plan.healing is not None and plan.healing["method"] == "qlora" and len(plan.dropped) == 5
+    assert "3.0000" in html.read_text("utf-8")  # of the cut, where no loss of the original was measured
+
+
+def test_good_scores_do_not_excuse_a_terrible_loss(swept: Path) -> None:
+    put(swept, Cell(6, "similarity", "none"), evaluation(240, 9.0))
+    best = judge_table(read_table(swept)).row
+    assert best is not None and best.n == 2
+
+
+def test_a_task_at_guessing_recommends_nothing(swept: Path) -> None:
+    """The unpruned model guesses: its score cannot fall, and the loss has to tell."""
+    for cell, nats in ((UNPRUNED, 2.5), (Cell(6, "similarity", "none"), 2.58)):
+        put(swept, cell, evaluation(103, nats))
+    found = judge_table(read_table(swept))
+    assert found.row is not None and found.row.n == 6
+    assert any("mmlu tells nothing" in sentence for sentence in found.sentences)
+
+
+def test_the_promise_is_told(swept: Path) -> None:
+    best = {"n": 2, "share": 0.985, "margin": 0.01, "standard_error": 0.02}
+    told = {"share": 0.98, "metric": "mmlu", "best": best, "tried": [best] * 4}
+    (swept / "promise.json").write_text(json.dumps(told))
+    html, _ = write_report(swept)
+    assert "drops 2 layers and keeps 98.5%, within the error" in html.read_text("utf-8")
 
 
 def test_the_same_bytes_twice(swept: Path) -> None:
@@ -165,3 +214,12 @@ def test_a_half_offset_cut_is_no_block_of_whole_layers() -> None:
     assert _chosen(None, half) is None and half.half_offset == (4, 6, 0.09)
     whole = Plan.dropping(12, (5, 6), distance=0.1)
     assert _chosen(None, whole) == (5, 2) and whole.half_offset is None
+
+
+def test_seeds_are_one_line_that_shows_their_spread(swept: Path) -> None:
+    for seed, right in ((0, 100), (1, 200)):
+        put(swept, Cell(3, "random", "none", seed), evaluation(right, 3.0))
+    curve = next(c for c in curves_of(read_table(swept), "mmlu") if c.strategy == "random")
+    (_, whole, _), (x, mean, error) = curve.points
+    assert (whole, x, mean) == (0.6, 3 / 8, 0.375) and len(curve.each) == 2
+    assert error > 0.17  # the two are 0.25 apart; each alone is known to 0.02

@@ -118,10 +118,13 @@ def test_a_cell_has_one_worker(tmp_path: Path) -> None:
     one, two = Journal(tmp_path / "j", {"a": 1}), Journal(tmp_path / "j", {"a": 1})
     with one.claim("x") as mine, two.claim("x") as yours, two.claim("y") as other:
         assert mine and not yours and other
+        with pytest.raises(OutputError, match="a 1, not 2"):
+            Journal(tmp_path / "j", {"a": 2})
     with two.claim("x") as mine:
         assert mine
-    with pytest.raises(OutputError, match="a 1, not 2"):
-        Journal(tmp_path / "j", {"a": 2})
+    Journal(tmp_path / "j", {"a": 2}).put("x", {})  # begun in vain before, and nobody was at work
+    with pytest.raises(OutputError, match="a 2, not 1"):
+        Journal(tmp_path / "j", {"a": 1})
     (tmp_path / "k").mkdir()
     (tmp_path / "k" / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match="no sweep"):
@@ -141,12 +144,64 @@ def test_keep_writes_a_plan_that_convert_takes(tmp_path: Path) -> None:
     assert json.loads(shown.stdout)["dropped"] == list(plan.dropped)
 
 
+def test_what_keep_found_is_healed_again_as_it_was_measured(tmp_path: Path) -> None:
+    text = ["--calibration", str(demo.path().parent / "heldout.txt")]
+    result = sweep(tmp_path / "s", *text, "--keep", "0.9", "--metric", "c4", "--heal", "fold")
+    assert result.exit_code == 0, result.output
+    given = ["convert", "demo", "--plan", str(tmp_path / "s" / "plan.json"), "-o", str(tmp_path / "out")]
+    made = CliRunner().invoke(main, given)
+    assert made.exit_code == 0, made.output
+    plan, told = Plan.load(tmp_path / "out"), json.loads((tmp_path / "s" / "promise.json").read_text())
+    assert plan.healing is not None and plan.healing["method"] == "fold"
+    assert len(plan.dropped) == told["best"]["n"] and told["share"] == 0.9
+
+
+def test_a_passing_failure_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from slicer.errors import HealError, OutOfMemory
+    from slicer.heal import healing
+
+    whole = healing.fold_checkpoint
+
+    def short(*_: object, **__: object) -> None:
+        raise OutOfMemory("out of memory; give --samples 8")
+
+    def unfit(*_: object, **__: object) -> None:
+        raise HealError("no matrix to solve")
+
+    given = ["--heal", "fold", "--drop", "2", "--strategies", "deepest"]
+    given += ["--calibration", str(demo.path().parent / "heldout.txt")]
+    cell = tmp_path / "s" / "cells" / "002-deepest-fold.json"
+    monkeypatch.setattr(healing, "fold_checkpoint", short)
+    result = sweep(tmp_path / "s", *given)
+    assert result.exit_code == 1 and "out of memory" in result.output and not cell.exists()
+    monkeypatch.setattr(healing, "fold_checkpoint", whole)
+    assert sweep(tmp_path / "s", *given).exit_code == 0
+    assert json.loads(cell.read_text())["evaluation"] is not None
+    monkeypatch.setattr(healing, "fold_checkpoint", unfit)
+    assert sweep(tmp_path / "t", *given).exit_code == 0
+    assert (
+        "no matrix" in json.loads((tmp_path / "t" / "cells" / "002-deepest-fold.json").read_text())["error"]
+    )
+
+
+def test_other_data_is_another_sweep(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    given = ["--data", str(tmp_path / "data"), "--tasks", "boolq", "--drop", "0"]
+    assert sweep(tmp_path / "s", *given).exit_code == 0
+    file = tmp_path / "data" / "boolq" / "dev.jsonl"
+    file.write_text(file.read_text().replace("glad", "sad"))
+    result = sweep(tmp_path / "s", *given)
+    assert result.exit_code == 1 and "task_files" in result.output
+
+
 def test_one_line_for_what_cannot_be(swept: Path, tmp_path: Path) -> None:
     for arguments, code, words in (
         (["--keep", "0.9", "--metric", "mmlu"], 1, "not measured"),
         (["--metric", "c4"], 2, "--keep"),
         (["--drop", "0,40"], 1, "at most 11"),
         (["--heal", "prayer"], 2, "choose among"),
+        (["--strategies", "similarity@3"], 2, "choose among"),
+        (["--calibration", "none.txt"], 1, "no such file"),
         (["--steps", "5"], 2, "--heal"),
         (["--seeds", "a"], 2, "whole numbers"),
         (["--ablate", "seed"], 2, "--suite paper"),
@@ -154,6 +209,7 @@ def test_one_line_for_what_cannot_be(swept: Path, tmp_path: Path) -> None:
         result = sweep(tmp_path / "none", *arguments)
         assert result.exit_code == code and words in result.output, (arguments, result.output)
         assert result.stderr.strip().count("\n") == 0
+    assert not list((tmp_path / "none" / "cells").glob("*.json")), "nothing was measured before the refusals"
     clash = sweep(swept, "--limit", "3")
     assert clash.exit_code == 1 and "limit 4, not 3" in clash.output
 
