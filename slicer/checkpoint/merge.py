@@ -6,12 +6,13 @@ copied. The adapter goes into the full-precision checkpoint, whatever it was tra
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import logging
 import math
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -161,6 +162,23 @@ def quiet() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
+@contextlib.contextmanager
+def named_as_loaded() -> Iterator[None]:
+    """Inside the block peft takes the names of targets for those of the loaded model.
+
+    Of some mixtures of experts it would take a `gate_proj` of a dense layer, or of shared experts, for one that older
+    transformers had in each expert, and put adapters on all the experts instead.
+    """
+    from peft.utils import transformers_weight_conversion as conversion
+
+    honest = conversion.convert_peft_config_for_transformers
+    conversion.convert_peft_config_for_transformers = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        conversion.convert_peft_config_for_transformers = honest
+
+
 def reference_logits(
     checkpoint: Checkpoint,
     adapter: Adapter,
@@ -205,7 +223,8 @@ def reference_logits(
         }
         (Path(scratch) / CONFIG).write_text(json.dumps(config), "utf-8")
         try:
-            adapted = PeftModel.from_pretrained(model, scratch)
+            with named_as_loaded():
+                adapted = PeftModel.from_pretrained(model, scratch)
             missing = sorted(module for module in pairs if not hasattr(model.get_submodule(module), "lora_A"))
             if missing:
                 raise ValueError(f"it leaves out {missing[0]}")

@@ -18,7 +18,7 @@ from torch import nn
 
 from slicer.checkpoint import architectures
 from slicer.checkpoint.adapter import is_conv1d
-from slicer.checkpoint.merge import quiet
+from slicer.checkpoint.merge import named_as_loaded, quiet
 from slicer.checkpoint.model import decoder_layers, load_model, mlp_of
 from slicer.checkpoint.names import Names
 from slicer.checkpoint.reader import Checkpoint
@@ -100,7 +100,8 @@ def load(path: Path, settings: Settings, *, device: str = "auto", trust_remote_c
     )
     torch.manual_seed(settings.seed)  # A is drawn at random, B is zero
     unpack(model)
-    return peft.get_peft_model(model, config, autocast_adapter_dtype=not sharded())
+    with named_as_loaded():
+        return peft.get_peft_model(model, config, autocast_adapter_dtype=not sharded())
 
 
 def targets(model: Any, checkpoint: Checkpoint) -> list[str]:
@@ -117,7 +118,7 @@ def targets(model: Any, checkpoint: Checkpoint) -> list[str]:
     for i, layer in enumerate(layers):
         every = [name for name, module in layer.named_modules() if _linear(module)]
         for name in list(_feed_forward(layer)) or every:
-            if _CHOOSING & set(name.split(".")):
+            if _CHOOSING & set(name.split(".")) or _read_past(layer, name):
                 continue
             full = f"{prefix}.{i}.{name}"
             key = known.key(f"{full}.weight")
@@ -142,6 +143,12 @@ def _feed_forward(layer: nn.Module) -> Iterator[str]:
     for name, module in part.named_modules():
         if _linear(module) and not _CHOOSING & set(name.split(".")):
             yield f"{own}.{name}"
+
+
+def _read_past(layer: nn.Module, name: str) -> bool:
+    """Whether the module is one of Mamba's whose matrix its kernels read without calling it."""
+    parent, _, own = name.rpartition(".")
+    return own in ("out_proj", "dt_proj") and "Mamba" in type(layer.get_submodule(parent)).__name__
 
 
 def _linear(module: nn.Module) -> bool:
