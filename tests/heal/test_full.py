@@ -39,11 +39,11 @@ def bare(state: State) -> None:
         state[key.removeprefix("transformer.")] = state.pop(key)
 
 
-def old_wrapper(state: State) -> None:
-    """As multimodal checkpoints were saved until the decoder moved."""
+def other_wrapper(state: State) -> None:
+    """As some versions of transformers saved multimodal checkpoints: all of it within the model."""
     for key in list(state):
-        new = key.replace("model.language_model.", "language_model.model.", 1)
-        state[new.replace("model.vision_tower", "vision_tower")] = state.pop(key)
+        new = key.replace("language_model.model.", "language_model.")
+        state[new if new.startswith("lm_head") else f"model.{new}"] = state.pop(key)
 
 
 def mixed(state: State) -> None:
@@ -67,7 +67,7 @@ def two_of_one(state: State) -> None:
         ("llama", old_rotary, False),
         ("gpt2", old_masks, True),
         ("gpt2", bare, True),
-        ("gemma3", old_wrapper, True),
+        ("gemma3", other_wrapper, True),
         ("llama", mixed, False),
         ("mixtral", mixed, False),
         ("llama", twice, True),

@@ -137,6 +137,7 @@ def test_merging_the_kept_adapter_by_hand_gives_the_same_bytes(
         done["healing"]["loss"]["healed"]
     )
     assert len(Plan.load(tmp_path / "further").merged) == 1
+    assert "LoRA adapters merged into it: 1" in (tmp_path / "further" / "README.md").read_text()
 
 
 def test_gradient_checkpointing_changes_no_loss(sliced: Path, text: list[object], tmp_path: Path) -> None:
