@@ -74,7 +74,7 @@ class Adapter:
         copies: dict[str, TensorSpan] = {}
         for key, span in read_header(path / WEIGHTS)[0].items():
             match = re.fullmatch(r"(.+)\.(?:lora_(A|B)|base_layer)\.weight", key)
-            if match is None:
+            if match is None or len(span.shape) != 2:  # convolutions have four
                 raise HealError(f"{path}: tensor {key} is no part of a linear layer's LoRA; merge with peft")
             module = match[1].removeprefix(PREFIX)
             if match[2] is None:

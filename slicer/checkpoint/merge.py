@@ -197,7 +197,13 @@ def reference_logits(
                 "put the adapter on; --verify load merges without comparing logits"
             )
     quiet()
-    from peft import PeftModel
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise HealError(
+            "comparing logits with those of the adapter needs peft: pip install 'slicer-llm[heal]', or give "
+            "--verify load"
+        ) from None
     from safetensors.torch import save_file
 
     model = load_model(checkpoint.path, dtype="float32", device=device, trust_remote_code=trust_remote_code)

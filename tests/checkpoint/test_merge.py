@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,17 @@ def test_experts_that_are_loaded_as_one_tensor_are_merged_one_by_one(tmp_path: P
         broken = save_pairs(tmp_path / half, {name: pair, f"{name}x": {half: pair[half].clone()}}, r=2)
         result = slicer("merge", base, broken, "-o", tmp_path / "again")
         assert result.exit_code == 1 and f"{name}x has its {half} without its {other}" in result.output
+
+
+def test_without_peft_logits_are_not_compared(
+    sliced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = save_adapter(sliced, tmp_path / "adapter")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    done = json.loads(succeeds("merge", sliced, adapter, "-o", tmp_path / "out", "--json").stdout)
+    assert done["verified"] == "load"
+    result = slicer("merge", sliced, adapter, "--verify", "logits", "-o", tmp_path / "again")
+    assert result.exit_code == 1 and "needs peft" in result.output and "--verify load" in result.output
 
 
 def test_every_merge_is_recorded_and_only_where_it_was_done(
