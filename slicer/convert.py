@@ -62,6 +62,10 @@ def convert(
     if plan is not None:
         if plan.depth != depth:
             _mismatch(plan, checkpoint)
+        if plan.merged:
+            progress.note(
+                "an adapter was merged into that plan's checkpoint; slicer merge does it again to this one"
+            )
         if options.format is not None:
             plan = replace(plan, form=blockwise.form_for(checkpoint, plan, options.format))
         config_of(plan)
@@ -81,6 +85,7 @@ def convert(
         command=options.command,
         parent=_parent(found.path),
         healing=None,
+        merged=(),
         emulated=None,
     )
     out = out or Path(output_name(source, plan.size_name))

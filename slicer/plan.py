@@ -37,7 +37,7 @@ class Plan:
         calibration: what the distances were measured on.
         parent: the plan of the source, when the source was itself sliced.
         healing: how the cut was healed: method, data, what was solved, losses before and after.
-        merged: the adapter that was merged in, and into which tensors.
+        merged: the adapters that were merged in, one after another, and into which tensors.
         no_attention: kept layers without their attention; no_ffn: layers whose feed-forward part is gone. Both number
             the sublayers by the layer of the source they come from.
         joined: (i, j) for each half-offset cut: the kept layer i runs its own attention and the feed-forward part of
@@ -62,7 +62,7 @@ class Plan:
     command: str | None = None
     parent: Mapping[str, Any] | None = None
     healing: Mapping[str, Any] | None = None
-    merged: Mapping[str, Any] | None = None
+    merged: tuple[Mapping[str, Any], ...] = ()
     no_attention: tuple[int, ...] = ()
     no_ffn: tuple[int, ...] = ()
     joined: tuple[tuple[int, int], ...] = ()
@@ -73,6 +73,8 @@ class Plan:
         for name in ("kept", "runners_up", "no_attention", "no_ffn"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "joined", tuple((i, j) for i, j in self.joined))
+        merged = self.merged or ()  # once a single record, or null
+        object.__setattr__(self, "merged", (merged,) if isinstance(merged, Mapping) else tuple(merged))
         if list(self.kept) != sorted(set(self.kept)) or any(not 0 <= i < self.depth for i in self.kept):
             raise PlanError(
                 f"the plan keeps {list(self.kept)}, which is no ascending choice of {self.depth} layers"
@@ -200,6 +202,7 @@ class Plan:
         version = SUBLAYER_FORMAT if self.below_layers else FORMAT
         record = {"format": version, **asdict(self), "kept": list(self.kept), "dropped": list(self.dropped)}
         record["runners_up"] = list(self.runners_up)
+        record["merged"] = list(self.merged) or None
         if not self.below_layers:  # the same bytes as ever
             for name in _BELOW:
                 del record[name]

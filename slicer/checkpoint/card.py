@@ -58,6 +58,12 @@ def for_slice(checkpoint: Checkpoint, plan: Plan, before: Sizes, after: Sizes, *
     ]
     if plan.healing is not None:
         lines += ["## How the cut was healed", "", *_healing(plan.healing), ""]
+    if plan.merged:
+        matrices = {key for record in plan.merged for key in record.get("tensors") or ()}
+        lines += [
+            f"LoRA adapters merged into it: {len(plan.merged)}, into {len(matrices)} of its matrices.",
+            "",
+        ]
     if plan.emulated is not None:
         lines += ["## What stands for the removed parts", "", *_emulated(plan.emulated), ""]
     if figures:

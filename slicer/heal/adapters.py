@@ -17,10 +17,13 @@ import torch
 from torch import nn
 
 from slicer.checkpoint import architectures
-from slicer.checkpoint.merge import key_of, quiet
+from slicer.checkpoint.adapter import is_conv1d
+from slicer.checkpoint.merge import named_as_loaded, quiet
 from slicer.checkpoint.model import decoder_layers, load_model, mlp_of
+from slicer.checkpoint.names import Names
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import HealError
+from slicer.heal.full import homes_of
 from slicer.heal.settings import Settings
 
 # Parts of a feed-forward block that choose rather than compute: the paper trains none of them.
@@ -64,8 +67,10 @@ def load(path: Path, settings: Settings, *, device: str = "auto", trust_remote_c
     """The checkpoint at `path` as a model to train: with adapters that start at nothing, or all weights (`full`).
 
     All weights are trained in float32; adapters are in float32 on weights in the precision of the arithmetic. Raises
-    HealError where no feed-forward matrix can take an adapter.
+    HealError where no feed-forward matrix can take an adapter, or not all weights could be written afterwards.
     """
+    if settings.method == "full":
+        homes_of(Checkpoint.open(path), trust_remote_code=trust_remote_code)
     compute = getattr(torch, settings.compute)
     model = load_model(
         path,
@@ -89,13 +94,14 @@ def load(path: Path, settings: Settings, *, device: str = "auto", trust_remote_c
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=names,
-        fan_in_fan_out=any(_transposed(model.get_submodule(name)) for name in names),
+        fan_in_fan_out=any(is_conv1d(model.get_submodule(name)) for name in names),
         bias="none",
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(settings.seed)  # A is drawn at random, B is zero
     unpack(model)
-    return peft.get_peft_model(model, config, autocast_adapter_dtype=not sharded())
+    with named_as_loaded():
+        return peft.get_peft_model(model, config, autocast_adapter_dtype=not sharded())
 
 
 def targets(model: Any, checkpoint: Checkpoint) -> list[str]:
@@ -108,18 +114,15 @@ def targets(model: Any, checkpoint: Checkpoint) -> list[str]:
     """
     layers = decoder_layers(model)
     prefix = next(name for name, module in model.named_modules() if module is layers)
-    found = []
+    known, found = Names(checkpoint), []
     for i, layer in enumerate(layers):
         every = [name for name, module in layer.named_modules() if _linear(module)]
         for name in list(_feed_forward(layer)) or every:
-            if _CHOOSING & set(name.split(".")):
+            if _CHOOSING & set(name.split(".")) or _read_past(layer, name):
                 continue
             full = f"{prefix}.{i}.{name}"
-            key = key_of(checkpoint, full)
-            matrix = layer.get_submodule(name)
-            parts = ("nx", "nf") if _transposed(matrix) else ("out_features", "in_features")
-            shape = tuple(int(getattr(matrix, part)) for part in parts)
-            if key is not None and checkpoint.tensors[key].shape == shape:
+            key = known.key(f"{full}.weight")
+            if key is not None and checkpoint.tensors[key].shape == _shape(layer.get_submodule(name)):
                 found.append(full)
     if not found:
         raise HealError(
@@ -142,12 +145,23 @@ def _feed_forward(layer: nn.Module) -> Iterator[str]:
             yield f"{own}.{name}"
 
 
+def _read_past(layer: nn.Module, name: str) -> bool:
+    """Whether the module is one of Mamba's whose matrix its kernels read without calling it."""
+    parent, _, own = name.rpartition(".")
+    return own in ("out_proj", "dt_proj") and "Mamba" in type(layer.get_submodule(parent)).__name__
+
+
 def _linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _transposed(module)
+    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def _transposed(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+def _shape(module: Any) -> tuple[int, int]:
+    """Of its matrix on disk."""
+    if is_conv1d(module):
+        return int(module.nx), int(module.nf)
+    shape = int(module.out_features), int(module.in_features)
+    before = getattr(module, "source_cls", None)  # of a 4-bit layer: what it took the place of
+    return shape[::-1] if before is not None and before.__name__ == "Conv1D" else shape
 
 
 def unpack(model: nn.Module) -> None:

@@ -291,6 +291,7 @@ def merge(sliced: str, adapter: Path, **given: Any) -> None:
             max_shard_bytes=parse_size(given["max_shard_size"], "--max-shard-size"),
             force=given["force"],
             trust_remote_code=given["trust_remote_code"],
+            command=recorded_command(_UNRECORDED),
             progress=progress,
         )
     if given["as_json"]:

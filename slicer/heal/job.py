@@ -100,6 +100,11 @@ def heal(
         )
     if plan.joined and options.fold != "resolve":
         raise HealError(f"{sliced}: --fold {options.fold} takes cuts of whole layers; use --fold resolve")
+    if plan.merged:
+        raise HealError(
+            f"{sliced}: an adapter was merged into it, and the fold is solved on the source, without it; fold before "
+            "merging, or train on: --method lora"
+        )
     whole = source_of(cut, plan, sliced, source, out, force=options.force)
     fits = verify.fits_in_memory(whole.total_bytes, options.device)
     dtype = plan.dtype or "auto"
@@ -194,14 +199,14 @@ def source_of(
 
 
 def check_source(cut: Checkpoint, whole: Checkpoint, plan: Plan) -> None:
-    """Raise HealError unless every tensor of `cut` is that of `whole` under its plan (or was healed before)."""
+    """Raise HealError unless every tensor of `cut` is that of `whole` under its plan (or was healed, or merged)."""
     if plan.depth != whole.depth or len(plan.kept) != cut.depth:
         raise HealError(
             f"{cut.path}: sliced from {plan.depth} layers to {len(plan.kept)}, but {whole.path} has {whole.depth}; "
             "give the source it was sliced from with --from"
         )
     expected = tensors_of(whole, plan)
-    before = _healed_before(cut, whole)
+    before = _healed_before(cut, whole) | _merged(plan)
     other = sorted(expected.keys() ^ cut.tensors.keys())
     if other:
         raise HealError(f"{whole.path}: is not the source of {cut.path}: tensor {other[0]} is in one only")
@@ -226,7 +231,20 @@ def _healed_before(cut: Checkpoint, whole: Checkpoint) -> set[str]:
     return set(new_keys(whole, plan, (plan.healing or {}).get("tensors") or ()).values())
 
 
+def _merged(plan: Plan) -> set[str]:
+    """Keys of the sliced checkpoint that adapters were merged into."""
+    return {key for record in plan.merged for key in record.get("tensors") or ()}
+
+
 def as_before(cut: Checkpoint, whole: Checkpoint) -> dict[str, TensorSpan]:
-    """What an earlier healing changed, as it was in the source: the new one starts from there."""
+    """What an earlier healing changed, as it was in the source: the new one starts from there.
+
+    Raises HealError where an adapter was merged into such a tensor, which would be lost.
+    """
+    if both := sorted(_healed_before(cut, whole) & _merged(Plan.load(cut.path))):
+        raise HealError(
+            f"{cut.path}: {both[0]} was healed and then an adapter was merged into it; the cut as it was cannot be had "
+            "without losing the adapter: train with --start fold"
+        )
     fresh = tensors_of(whole, Plan.load(cut.path))
     return {key: fresh[key] for key in _healed_before(cut, whole) if key in fresh}

@@ -271,13 +271,13 @@ def _sizes(text: str | None, option: str) -> tuple[int, ...]:
 def recorded_command(unrecorded: Collection[str]) -> str:
     """The command that does the same work again: what was given, in the order of the help, but for `unrecorded`."""
     context = click.get_current_context()
-    argument = next(p for p in context.command.params if isinstance(p, click.Argument))
-    words = ["slicer", context.info_name or "", str(context.params[argument.name or ""])]
+    arguments = [p for p in context.command.params if isinstance(p, click.Argument)]
+    words = ["slicer", context.info_name or "", *(str(context.params[p.name or ""]) for p in arguments)]
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")
         default = parameter.get_default(context)
         if (
-            parameter is argument
+            parameter in arguments
             or parameter.name in unrecorded
             or value in (None, False)
             or value == default

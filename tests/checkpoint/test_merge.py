@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,10 @@ import pytest
 import sources
 import tiny
 import torch
-from commands import slicer
+from commands import slicer, succeeds
 
+from slicer.checkpoint.reader import Checkpoint
+from slicer.heal.job import check_source
 from slicer.plan import Plan
 
 peft = pytest.importorskip("peft")
@@ -39,6 +44,22 @@ def sliced(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("models") / "sliced"
     assert slicer("convert", whole, "--drop", "2-3", "--heal", "none", "-o", out).exit_code == 0
     return out
+
+
+def change_config(adapter: Path, **changes: Any) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def save_pairs(path: Path, pairs: dict[str, dict[str, torch.Tensor]], **fields: Any) -> Path:
+    """An adapter made by hand: module -> its A and B."""
+    from safetensors.torch import save_file
+
+    path.mkdir()
+    named = {f"base_model.model.{m}.lora_{k}.weight": t for m, pair in pairs.items() for k, t in pair.items()}
+    save_file(named, path / "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **fields}))
+    return path
 
 
 def by_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
@@ -75,7 +96,7 @@ def test_it_is_what_peft_makes_of_it(sliced: Path, tmp_path: Path, changes: dict
     assert {key for key in old if old[key] != new[key]} == set(done["tensors"])
     assert (tmp_path / "out" / "config.json").read_bytes() == (sliced / "config.json").read_bytes()
     plan = json.loads((tmp_path / "out" / "slicer" / "plan.json").read_text())
-    assert plan["dropped"] == [2, 3] and plan["merged"]["tensors"] == done["tensors"]
+    assert plan["dropped"] == [2, 3] and plan["merged"][0]["tensors"] == done["tensors"]
     assert slicer("inspect", tmp_path / "out").exit_code == 0
 
 
@@ -117,6 +138,159 @@ def test_gpt2_stores_its_matrices_transposed(tmp_path: Path) -> None:
     assert json.loads(result.stdout)["logits_error"] < 1e-5
 
 
+def test_a_matrix_is_turned_as_its_own_class_has_it(tmp_path: Path) -> None:
+    """An adapter trained on 4-bit GPT-2, whose layers are ordinary linear ones, says that nothing is to be turned."""
+    base = tiny.save_tiny("gpt2", tmp_path / "gpt2")
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["c_proj"], fan_in_fan_out=True)
+    expected = by_peft(base, adapter)
+    change_config(adapter, fan_in_fan_out=False)
+    done = succeeds("merge", base, adapter, "-o", tmp_path / "out", "--json")
+    assert json.loads(done.stdout)["logits_error"] < 1e-5
+    found = tensors(tmp_path / "out")
+    for part in ("attn", "mlp"):  # one of them square
+        key = f"transformer.h.0.{part}.c_proj.weight"
+        assert torch.allclose(found[key], expected[key], atol=1e-6)
+
+
+def test_a_head_comes_with_the_matrix_that_it_was_trained_beside(sliced: Path, tmp_path: Path) -> None:
+    """Which has to be the checkpoint's."""
+    adapter = save_adapter(sliced, tmp_path / "adapter", target_modules=["lm_head"])
+    succeeds("merge", sliced, adapter, "-o", tmp_path / "out")
+    found, expected = tensors(tmp_path / "out"), by_peft(sliced, adapter)
+    assert torch.allclose(found["lm_head.weight"], expected["lm_head.weight"], atol=1e-6)
+    result = slicer("merge", tmp_path / "out", adapter, "-o", tmp_path / "again")
+    assert result.exit_code == 1 and "trained beside another lm_head" in result.output
+
+
+def test_other_towers_keep_their_numbers(tmp_path: Path) -> None:
+    """q_proj is a name of vision layers too, which are neither counted anew nor too many for a shallow decoder."""
+    from transformers import AutoModelForImageTextToText
+
+    whole, cut = tiny.save_tiny("gemma3", tmp_path / "whole"), tmp_path / "cut"
+    succeeds("convert", whole, "--drop", "0,2-5", "--heal", "none", "--verify", "none", "-o", cut)
+    adapter = save_adapter(whole, tmp_path / "adapter", target_modules=["q_proj"])
+    done = json.loads(succeeds("merge", cut, adapter, "--renumber", "-o", tmp_path / "a", "--json").stdout)
+    assert done["verified"] == "logits" and done["left_out"] == 5 and len(done["tensors"]) == 2 + 3
+    expected = by_peft(whole, adapter)
+    found = AutoModelForImageTextToText.from_pretrained(tmp_path / "a").state_dict()
+    kept = {str(old): str(new) for new, old in enumerate((1, 6))}
+    compared = 0
+    for name, tensor in expected.items():
+        place = re.match(r"(.*language_model\.layers\.)(\d+)(\..*)", name)
+        if place is None or place[2] in kept:
+            name = name if place is None else place[1] + kept[place[2]] + place[3]
+            assert torch.allclose(found[name], tensor, atol=1e-6), name
+            compared += name.endswith("q_proj.weight")
+    assert compared == 5
+    own = save_adapter(cut, tmp_path / "own", target_modules=["q_proj"])
+    done = json.loads(succeeds("merge", cut, own, "-o", tmp_path / "b", "--json").stdout)
+    assert done["verified"] == "logits" and len(done["tensors"]) == 5
+
+
+def test_how_it_was_made_does_not_matter_where_it_is_plain(whole: Path, sliced: Path, tmp_path: Path) -> None:
+    """Layers excluded from training are others after renumbering; a start that leaves the weights alone is past."""
+    adapter = save_adapter(
+        whole, tmp_path / "a", exclude_modules=r".*layers\.2\..*", init_lora_weights="orthogonal"
+    )
+    done = json.loads(
+        succeeds("merge", sliced, adapter, "--renumber", "-o", tmp_path / "out", "--json").stdout
+    )
+    assert done["verified"] == "logits" and len(done["tensors"]) == 8 and done["left_out"] == 2
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga", "loftq"])
+def test_a_start_that_changes_the_weights_is_refused(sliced: Path, tmp_path: Path, start: str) -> None:
+    adapter = save_adapter(sliced, tmp_path / "adapter")
+    change_config(adapter, init_lora_weights=start)
+    result = slicer("merge", sliced, adapter, "-o", tmp_path / "out")
+    assert result.exit_code == 1 and f"init_lora_weights: {start}" in result.output
+    assert ("path_initial_model_for_weight_conversion" in result.output) == (start != "loftq")
+
+
+def test_one_that_peft_made_plain_is_merged(sliced: Path, tmp_path: Path) -> None:
+    """PiSSA, converted as peft documents it."""
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(sliced)
+    model = peft.get_peft_model(
+        base, peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
+    )
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = "pissa"
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.1)
+    model.save_pretrained(
+        tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
+    succeeds("merge", sliced, tmp_path / "plain", "-o", tmp_path / "out")
+    trained = model.merge_and_unload(safe_merge=True).state_dict()
+    found = tensors(tmp_path / "out")
+    key = "model.layers.2.self_attn.q_proj.weight"
+    assert torch.allclose(found[key], trained[key], atol=1e-5)
+
+
+def test_experts_that_are_loaded_as_one_tensor_are_merged_one_by_one(tmp_path: Path) -> None:
+    """Adapters of single experts, as older transformers have them: peft cannot put them on, so the check is of keys."""
+    base = tiny.save_tiny("mixtral", tmp_path / "base")
+    name = "model.layers.1.block_sparse_moe.experts.2.w1"
+    old = tensors(base)[f"{name}.weight"]
+    rows, columns = old.shape
+    pair = {"A": torch.randn(2, columns), "B": torch.randn(rows, 2)}
+    adapter = save_pairs(tmp_path / "adapter", {name: pair}, r=2, lora_alpha=4)
+    done = json.loads(succeeds("merge", base, adapter, "-o", tmp_path / "out", "--json").stdout)
+    assert done["verified"] == "load" and done["tensors"] == [f"{name}.weight"]
+    found = tensors(tmp_path / "out")[f"{name}.weight"]
+    assert torch.allclose(found, old + 2 * pair["B"] @ pair["A"], atol=1e-5)
+    result = slicer("merge", base, adapter, "--verify", "logits", "-o", tmp_path / "again")
+    assert result.exit_code == 1 and "--verify load" in result.output and not (tmp_path / "again").exists()
+    for half, other in ("AB", "BA"):
+        broken = save_pairs(tmp_path / half, {name: pair, f"{name}x": {half: pair[half].clone()}}, r=2)
+        result = slicer("merge", base, broken, "-o", tmp_path / "again")
+        assert result.exit_code == 1 and f"{name}x has its {half} without its {other}" in result.output
+
+
+def test_without_peft_logits_are_not_compared(
+    sliced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = save_adapter(sliced, tmp_path / "adapter")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    done = json.loads(succeeds("merge", sliced, adapter, "-o", tmp_path / "out", "--json").stdout)
+    assert done["verified"] == "load"
+    result = slicer("merge", sliced, adapter, "--verify", "logits", "-o", tmp_path / "again")
+    assert result.exit_code == 1 and "needs peft" in result.output and "--verify load" in result.output
+
+
+def test_every_merge_is_recorded_and_only_where_it_was_done(
+    whole: Path, sliced: Path, tmp_path: Path
+) -> None:
+    of_whole, own = save_adapter(whole, tmp_path / "of_whole"), save_adapter(sliced, tmp_path / "own")
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    succeeds("merge", sliced, of_whole, "--renumber", "-o", once)
+    done = json.loads(succeeds("merge", once, own, "-o", twice, "--json").stdout)
+    first, second = Plan.load(twice).merged
+    assert first["renumber"] and not second["renumber"]
+    assert [first["adapter"], second["adapter"]] == [str(of_whole), str(own)]
+    digest = hashlib.sha256((own / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert second["sha256"] == digest != first["sha256"] and second["command"] == f"slicer merge {once} {own}"
+    assert first["command"] == f"slicer merge {sliced} {of_whole} --renumber"
+    assert second["tensors"] == done["tensors"] and second["logits_error"] == done["logits_error"]
+    # As written when there was one record.
+    file = twice / "slicer" / "plan.json"
+    plan = json.loads(file.read_text())
+    assert Plan.from_json(json.dumps({**plan, "merged": plan["merged"][0]})).merged == (first,)
+    # The plan cuts the source again, without the adapters.
+    again = succeeds("convert", whole, "--plan", file, "-o", tmp_path / "again")
+    assert Plan.load(tmp_path / "again").merged == () and "slicer merge" in again.output
+    assert files.read_tensors(tmp_path / "again") == files.read_tensors(sliced)
+    # The source is known by what was not merged; a fold, which is solved on the source, would not see the adapter.
+    check_source(Checkpoint.open(twice), Checkpoint.open(whole), Plan.load(twice))
+    result = slicer("heal", twice, "-o", tmp_path / "healed")
+    assert result.exit_code == 1 and "an adapter was merged into it" in result.output
+
+
 def test_bfloat16_is_rounded_once(whole: Path, tmp_path: Path) -> None:
     assert (
         slicer(
@@ -141,7 +315,10 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(whole: Path, sliced: P
         target_modules=["c_proj"],
         fan_in_fan_out=True,
     )
+    tied = sources.save_llama(tmp_path / "tied", tie_word_embeddings=True)
+    head = save_adapter(tied, tmp_path / "head", target_modules=["q_proj", "lm_head"])
     cases: list[tuple[list[object], str]] = [
+        ([tied, head], "lm_head shares its matrix with the embeddings"),
         ([sliced, dora], "DoRA"),
         ([sliced, other], "another model"),
         ([sliced, norms], "modules_to_save"),

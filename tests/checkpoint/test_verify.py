@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import sources
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -53,6 +54,15 @@ def test_the_tensor_is_named(checkpoint: Path, edit: Callable[[Tensors], None], 
     change(checkpoint, edit)
     with pytest.raises(VerificationError, match=words):
         verify.check_load(checkpoint)
+
+
+@pytest.mark.parametrize(("model_type", "place"), [("gptj", "attn"), ("gpt_neo", "attn.attention")])
+def test_old_buffers_are_nobodys_fault(model_type: str, place: str, tmp_path: Path) -> None:
+    """As published checkpoints have them."""
+    path = tiny.save_tiny(model_type, tmp_path / "model")
+    change(path, lambda t: t.update({f"transformer.h.0.{place}.bias": torch.ones(1, 1, 8, 8)}))
+    change(path, lambda t: t.update({f"transformer.h.0.{place}.masked_bias": torch.tensor(-1e9)}))
+    verify.check_load(path)
 
 
 def test_a_config_that_does_not_reload(checkpoint: Path) -> None:

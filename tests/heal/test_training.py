@@ -130,6 +130,14 @@ def test_merging_the_kept_adapter_by_hand_gives_the_same_bytes(
     succeeds("merge", sliced, tmp_path / "adapter", "-o", tmp_path / "b")
     assert files.read_tensors(tmp_path / "a") == files.read_tensors(tmp_path / "b")
     assert record_of(tmp_path / "a")["start"] == "cut"
+    # What was merged can be trained on, from the weights as they are.
+    more = ["--method", "lora", *text, *FEW, "--steps", 2, "--verify", "none"]
+    succeeds("heal", tmp_path / "b", *more, "-o", tmp_path / "further")
+    assert record_of(tmp_path / "further")["loss"]["before"] == pytest.approx(
+        done["healing"]["loss"]["healed"]
+    )
+    assert len(Plan.load(tmp_path / "further").merged) == 1
+    assert "LoRA adapters merged into it: 1" in (tmp_path / "further" / "README.md").read_text()
 
 
 def test_gradient_checkpointing_changes_no_loss(sliced: Path, text: list[object], tmp_path: Path) -> None:

@@ -1,0 +1,58 @@
+"""The names of a loaded model's tensors -> their raw keys on disk, which may stand under other prefixes there.
+
+A checkpoint of the bare model lacks the outermost name, and one of a wrapper may have one more; old ones of multimodal
+models keep the decoder elsewhere. Their other towers have numbered layers too, which are not the decoder's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from slicer.checkpoint.reader import Checkpoint
+
+_NUMBERED = re.compile(r"((?:[^.]+\.)*?)(\d+)\.(.+)")
+_TOWERS = ("vision", "visual", "image", "audio", "mtp")  # beside the decoder
+
+
+class Names:
+    """What the tensors and modules of a loaded model are called in `checkpoint`."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._keys = checkpoint.tensors.keys()
+        self._layers = checkpoint.layer_prefix
+        self._lists = {match[1] for key in self._keys if (match := _NUMBERED.match(key))}
+        self._outermost = sorted({key.partition(".")[0] for key in self._keys if "." in key})
+
+    def layer(self, name: str) -> tuple[int, str] | None:
+        """(i, the name within it) of what lies in the decoder's layer i; None for all else, other towers' layers too.
+
+        Layer i need not be there: an adapter may be another cut's.
+        """
+        match = _NUMBERED.match(name)
+        if match is None:
+            return None
+        inside = int(match[2]), match[3]
+        for home in self._homes(match[1]):
+            if home == self._layers:
+                return inside
+            if home in self._lists:
+                return None
+        return None if any(word in match[1] for word in _TOWERS) else inside
+
+    def key(self, name: str) -> str | None:
+        """The raw key of the tensor that the loaded model calls `name`."""
+        found = self.layer(name)
+        places = self._homes(name) if found is None else iter([self.in_layer(*found)])
+        return next((place for place in places if place in self._keys), None)
+
+    def in_layer(self, index: int, name: str) -> str:
+        """The raw key of a tensor of the decoder's layer, there or not."""
+        return f"{self._layers}{index}.{name}"
+
+    def _homes(self, name: str) -> Iterator[str]:
+        yield name
+        if inner := name.partition(".")[2]:
+            yield inner
+        for outer in self._outermost:
+            yield f"{outer}.{name}"
