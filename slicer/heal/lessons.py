@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,13 +51,10 @@ def lessons_of(
     at = cuts(plan.dropped)
     if training.teacher_cache is not None:
         directory = Path(training.teacher_cache)
-        mark = hashlib.sha256(
-            b"".join(corpus.train.digests()) + str(teacher.path.resolve()).encode()
-        ).hexdigest()
 
         def asked() -> Cached:
             return ask_beforehand(
-                teacher, corpus.train, at, directory, mark, streams=streams, logits=logits,
+                teacher, corpus.train, at, directory, streams=streams, logits=logits,
                 dtype=plan.dtype, device=options.device, trust_remote_code=remote, progress=progress,
             )  # fmt: skip
 
