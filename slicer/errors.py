@@ -9,6 +9,8 @@
         ├── PlanError           a plan that does not fit the model
         ├── CalibrationError    no, unreadable or too little calibration data
         ├── HealError           a cut that cannot be healed this way, or not with this data
+        │   ├── Diverged        a training whose loss was not finite before anything was gained
+        │   └── OutOfMemory     a healing that does not fit here and now: no result of it
         ├── OutputError         the output cannot be written there
         ├── VerificationError   the written checkpoint is not what it should be
         ├── EvaluationError     a task, its data or a result of it is not there or not as needed
@@ -55,6 +57,14 @@ class CalibrationError(SlicerError):
 
 class HealError(SlicerError):
     """The cut cannot be healed this way, or not with this data."""
+
+
+class Diverged(HealError):
+    """The loss of a training was not finite before anything was gained."""
+
+
+class OutOfMemory(HealError):
+    """Memory ran out while healing: a failure of the moment and the machine, which says nothing of the cut."""
 
 
 class OutputError(SlicerError):

@@ -122,6 +122,10 @@ class Training:
         if self.teacher_cache is not None and not taught:
             raise UsageError("--teacher-cache: give it with --mismatch-weight or --kl-weight")
 
+    def lasting(self) -> dict[str, Any]:
+        """What has to stay for a training to go on where it was stopped: all but what only takes memory or time."""
+        return {k: v for k, v in asdict(self).items() if k not in ("micro_batch", "gradient_checkpointing")}
+
     @property
     def taught(self) -> bool:
         """Whether a teacher takes part."""

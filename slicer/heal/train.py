@@ -22,7 +22,7 @@ from torch.nn import functional
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from slicer.errors import HealError
+from slicer.errors import Diverged, HealError
 from slicer.heal import sharding
 from slicer.heal.adapters import sharded
 from slicer.heal.corpus import IGNORED, Corpus
@@ -46,8 +46,8 @@ def train(
 ) -> Course:
     """Train `model` (of `slicer.heal.adapters.load`) on the corpus, from the last whole checkpoint in `work` if any.
 
-    Raises HealError where the gradients do not reach what is to be trained, where the loss is not finite before
-    anything was gained, and where memory runs out, with the options that help.
+    Raises HealError where the gradients do not reach what is to be trained; Diverged where the loss is not finite
+    before anything was gained; OutOfMemory, with the options that help.
     """
     progress = progress or Progress()
     over = work / "course.json"
@@ -127,7 +127,7 @@ def train(
     if course.ended == "diverged" and course.weights is None:
         if trainer.is_world_process_zero():
             shutil.rmtree(work / "run", ignore_errors=True)  # nothing to go on from
-        raise HealError(
+        raise Diverged(
             f"the loss is not finite at step {max(course.train, default=0)} and nothing was gained before: lower --lr "
             f"(it is {settings.lr:g}), or give --compute float32"
         )

@@ -102,7 +102,7 @@ def train_cut(
         progress.note(word)
     work = workplace_of(out)
     mark = fingerprint(
-        cut, asdict(options.calibration), asked=asdict(training), fold=options.fold, source=origin
+        cut, asdict(options.calibration), asked=training.lasting(), fold=options.fold, source=origin
     )
     with first_alone(share, work, mark, force=options.force):
         return _train_cut(cut, whole, plan, out, work, settings, options, share, progress)
