@@ -201,7 +201,7 @@ def resolve(
     if batch % processes:
         raise UsageError(f"--train-batch-size {batch}: does not divide among {processes} processes")
     share = batch // processes
-    micro = asked.micro_batch or _divisor(share, max(1, _MICRO_TOKENS // seq_len))
+    micro = asked.micro_batch or divisor(share, max(1, _MICRO_TOKENS // seq_len))
     if share % micro:
         of = f" of each of {processes} processes" if processes > 1 else ""
         raise UsageError(f"--micro-batch {micro}: does not divide the {share} sequences of a step{of}")
@@ -250,6 +250,6 @@ def of_record(record: Mapping[str, Any]) -> Training:
     return replace(Training(), **{k: v for k, v in (record.get("asked") or {}).items() if k in known})
 
 
-def _divisor(n: int, most: int) -> int:
+def divisor(n: int, most: int) -> int:
     """The greatest divisor of n that is at most `most`."""
     return next(d for d in range(min(n, most), 0, -1) if n % d == 0)

@@ -75,6 +75,11 @@ class Lessons:
         self._mismatch, self._kl = mismatch_weight, kl_weight
         self._seen: dict[int, torch.Tensor] = {}
 
+    @property
+    def beside(self) -> bool:
+        """Whether the teacher takes memory beside the student."""
+        return isinstance(self._teacher, Live)
+
     @contextlib.contextmanager
     def listening(self, student: Any) -> Iterator[None]:
         """Inside the block the student's stream at the cuts is kept of each forward pass."""
@@ -96,12 +101,11 @@ class Lessons:
         if self._mismatch:
             for cut, stream in zip(self._cuts, answer.streams, strict=True):
                 if cut.student in self._seen:  # no gradient reaches a cut before the first trained weight
-                    total = total + self._mismatch / len(self._cuts) * mismatch(
-                        self._seen[cut.student], stream
-                    )
+                    apart = mismatch(self._seen[cut.student], stream)
+                    total = total + self._mismatch / len(self._cuts) * apart.to(total.device)
             self._seen.clear()
         if self._kl:
-            total = total + self._kl * divergence(logits, answer, learned)
+            total = total + self._kl * divergence(logits, answer, learned).to(total.device)
         return total
 
 

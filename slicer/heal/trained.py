@@ -26,12 +26,13 @@ from slicer.checkpoint.export import copy_unchanged
 from slicer.checkpoint.model import load_model, pick_device
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES
-from slicer.errors import ArchitectureError, CalibrationError, HealError, UsageError
+from slicer.errors import ArchitectureError, CalibrationError, HealError, OutOfMemory, UsageError
 from slicer.heal import adapters
 from slicer.heal.corpus import Corpus, prepare
 from slicer.heal.job import Healed, HealOptions, as_before, heal, source_of
 from slicer.heal.place import first_alone, workplace_of
 from slicer.heal.settings import Settings, Training, resolve
+from slicer.heal.shortage import to_finish, to_load, within_memory
 from slicer.heal.write import Result, write
 from slicer.measure.calibration import CalibrationSpec
 from slicer.measure.share import Share
@@ -137,10 +138,11 @@ def _train_cut(
         def sampler() -> Any:
             return load_model(whole.path, device=options.device, trust_remote_code=remote)
 
-        return prepare(
-            spec, settings, training.validation, cut.path, work / "corpus",
-            sampler=sampler, trust_remote_code=remote, progress=progress,
-        )  # fmt: skip
+        with within_memory("sampling text from the source", ["--calibration DATA", "--device cpu"]):
+            return prepare(
+                spec, settings, training.validation, cut.path, work / "corpus",
+                sampler=sampler, trust_remote_code=remote, progress=progress,
+            )  # fmt: skip
 
     share.first(lambda: corpus_of() and None)
     corpus = corpus_of()
@@ -154,7 +156,9 @@ def _train_cut(
 
         lessons = lessons_of(whole, plan, corpus, settings, options, share, device, progress)
     progress.stage("Loading the model to train")
-    model = adapters.load(base.path, settings, device=device, trust_remote_code=remote)
+    beside = lessons is not None and lessons.beside
+    with within_memory("loading the model to train", to_load(settings, taught=beside)):
+        model = adapters.load(base.path, settings, device=device, trust_remote_code=remote)
     course = train(
         model, corpus, settings, work, lessons=lessons, report_to=training.report_to, progress=progress
     )
@@ -193,7 +197,8 @@ def _train_cut(
             },
             started=started,
         )
-        done = write(result, before, out, options, progress)
+        with within_memory("measuring or verifying the result", to_finish(settings, options.verify)):
+            done = write(result, before, out, options, progress)
         if options.save_adapter is not None and course.weights is not None:
             shutil.copytree(course.weights, options.save_adapter, dirs_exist_ok=True)
         return done
@@ -249,23 +254,21 @@ def _base(
         path = base
     elif options.training.start == "fold" and plan.healing is None:
         try:
-            folded = heal(
-                str(cut.path),
-                str(whole.path),
-                base,
-                HealOptions(
-                    fold=options.fold,
-                    verify="load",
-                    device=options.device,
-                    force=True,
-                    trust_remote_code=options.trust_remote_code,
-                ),
-                data=corpus.to_fold_on(options.calibration),
-                progress=progress,
+            asked = HealOptions(
+                fold=options.fold,
+                verify="load",
+                device=options.device,
+                force=True,
+                trust_remote_code=options.trust_remote_code,
             )
+            with within_memory("in the fold", ["--train-from cut", "--device cpu"]):
+                data = corpus.to_fold_on(options.calibration)
+                folded = heal(str(cut.path), str(whole.path), base, asked, data=data, progress=progress)
             path = base if folded.helps else cut.path
             if not folded.helps:
                 progress.note("training starts from the bare cut: the fold does not lower the loss")
+        except OutOfMemory:
+            raise
         except (HealError, ArchitectureError) as error:
             progress.note(f"training starts from the bare cut, which cannot be folded: {error}")
     chosen.write_text(json.dumps(str(path)), "utf-8")
