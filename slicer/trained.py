@@ -36,7 +36,7 @@ def convert_and_train(
     """As `slicer.convert.convert`, which is given as `convert`, where `options.heal` is a way to train.
 
     The bare cut is kept beside `out` until the training that starts from it is done, so that the same command goes on
-    where it was stopped. Raises HealError for a cut below the layer, which training does not take.
+    where it was stopped. Raises HealError for a cut that leaves layers without a part, which training does not take.
     """
     from slicer.heal.adapters import require
     from slicer.heal.place import cut_for, discarding, workplace_of
@@ -52,7 +52,7 @@ def convert_and_train(
         source,
         below_layers=bool(goal and goal.parts)
         or options.offset == "half"
-        or bool(plan and plan.below_layers),
+        or bool(plan and not plan.ordinary),
     )
     checkpoint = Checkpoint.open(hub.resolve(source).path)
     # Only blocks of whole layers: a bare conversion would take a half-offset one where it is closer.

@@ -267,6 +267,23 @@ def test_a_plan_that_was_trained_is_trained_again(trained: Path, tmp_path: Path)
     assert files.read_tensors(tmp_path / "again") == files.read_tensors(trained)
 
 
+def test_a_half_offset_cut_that_was_trained_is_trained_again_on_the_same_text_or_another(
+    text: list[object], tmp_path: Path
+) -> None:
+    few = ["--steps", 2, "--train-batch-size", 4, "--train-seq-len", 32, "--rank", 4, "--seed", 3, *QUICK]
+    succeeds("convert", "demo", "--drop", 3, *text, "--heal", "none", "-o", tmp_path / "cut")
+    succeeds("heal", tmp_path / "cut", "--method", "lora", *text, *few, "-o", tmp_path / "trained")
+    assert Plan.load(tmp_path / "trained").joined
+    plan = ["convert", "demo", "--plan", tmp_path / "trained", "--verify", "load"]
+    succeeds(*plan, "-o", tmp_path / "again")
+    assert files.read_tensors(tmp_path / "again") == files.read_tensors(tmp_path / "trained")
+    other = sources.save_text(tmp_path / "other.jsonl", 60)
+    succeeds(*plan, "--calibration", other, "-o", tmp_path / "other")
+    first, then = record_of(tmp_path / "trained"), record_of(tmp_path / "other")
+    assert then["method"] == "lora" and then["settings"] == first["settings"]
+    assert then["data"]["source"] == str(other) != first["data"]["source"]
+
+
 def test_early_stop_and_a_loss_that_is_not_finite_keep_the_best(
     sliced: Path, text: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
