@@ -39,6 +39,7 @@ def convert_and_train(
     where it was stopped. Raises HealError for a cut that leaves layers without a part, which training does not take.
     """
     from slicer.heal.adapters import require
+    from slicer.heal.keep import check_keeping
     from slicer.heal.place import cut_for, discarding, workplace_of
     from slicer.heal.trained import TrainOptions, check_trainable, train_cut
     from slicer.measure.share import Share
@@ -65,6 +66,7 @@ def convert_and_train(
         left = len(plan.kept) if plan is not None else checkpoint.depth - counts[0]
         out = Path(output_name(source, f"{left}L"))
     check_output(out, checkpoint.path, force=options.force)
+    check_keeping(options.save_adapter, training.method, out, [checkpoint.path], force=options.force)
     asked = {"goal": str(goal), "plan": plan and plan.to_json(), **{k: getattr(options, k) for k in _OF_CUT}}
 
     def cut() -> tuple[str, Summary]:

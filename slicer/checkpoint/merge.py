@@ -22,6 +22,7 @@ import torch
 from slicer.checkpoint import architectures, hub, verify
 from slicer.checkpoint import tensors as stored
 from slicer.checkpoint.export import check_output, copy_unchanged, refuse_quantized
+from slicer.checkpoint.foundation import check_base
 from slicer.checkpoint.model import load_model
 from slicer.checkpoint.reader import Checkpoint, TensorSpan, read_header
 from slicer.checkpoint.sublayers import FEED_FORWARD, part_of
@@ -169,6 +170,8 @@ def merge(
     progress.stage("Opening the checkpoint and the adapter")
     checkpoint = Checkpoint.open(hub.resolve(source).path)
     refuse_quantized(checkpoint)
+    if not renumber:
+        check_base(adapter_path, checkpoint)
     adapter = Adapter.open(adapter_path)
     check_output(out, checkpoint.path, force=force)
     modules = placed(checkpoint, adapter, renumber)

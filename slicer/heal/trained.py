@@ -30,6 +30,7 @@ from slicer.errors import ArchitectureError, CalibrationError, HealError, OutOfM
 from slicer.heal import adapters
 from slicer.heal.corpus import Corpus, prepare
 from slicer.heal.job import Healed, HealOptions, as_before, heal, source_of
+from slicer.heal.keep import check_keeping, keeping
 from slicer.heal.place import first_alone, workplace_of
 from slicer.heal.settings import Settings, Training, resolve
 from slicer.heal.shortage import to_finish, to_load, within_memory
@@ -48,7 +49,7 @@ class TrainOptions:
     Attributes:
         calibration: the text: to train on, and to fold on where training starts from a fold.
         fold: the solver of that fold.
-        save_adapter: where the adapter goes as well, as peft saves it.
+        save_adapter: where the adapter goes as well (`slicer.heal.keep`).
     """
 
     training: Training = field(default_factory=Training)
@@ -90,6 +91,7 @@ def train_cut(
     plan = Plan.load(cut.path)
     check_trainable(sliced, below_layers=not plan.ordinary)
     whole = source_of(cut, plan, sliced, source, out, force=options.force)
+    check_keeping(options.save_adapter, training.method, out, (cut.path, whole.path), force=options.force)
     origin = str(source or plan.source)
     settings, words = resolve(
         training,
@@ -197,11 +199,11 @@ def _train_cut(
             },
             started=started,
         )
-        with within_memory("measuring or verifying the result", to_finish(settings, options.verify)):
-            done = write(result, before, out, options, progress)
-        if options.save_adapter is not None and course.weights is not None:
-            shutil.copytree(course.weights, options.save_adapter, dirs_exist_ok=True)
-        return done
+        with (
+            within_memory("measuring or verifying the result", to_finish(settings, options.verify)),
+            keeping(options.save_adapter, course.weights, base, work, force=options.force, progress=progress),
+        ):
+            return write(result, before, out, options, progress)
 
     done = share.first(finish)
     return done if share.is_first else None
