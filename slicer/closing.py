@@ -158,12 +158,14 @@ def heal(
 
 
 def trained_again(plan: Plan, options: Options) -> Options:
-    """A plan that was healed by training is trained again on the same text, unless other options are given."""
+    """A plan that was healed by training is trained again: on the same text, unless other text is given, and unless
+    another way to heal is."""
     record = plan.healing or {}
-    if record.get("method") not in METHODS or options.heal or options.calibration.source is not None:
+    if record.get("method") not in METHODS or options.heal or options.emulate:
         return options
     training = options.training or of_record(record)
-    spec = _text_of(record)
+    spec = options.calibration
+    spec = _text_of(record) if spec.source is None else replace(spec, seed=spec.seed or training.seed)
     return replace(options, heal=record["method"], training=training, calibration=spec, fold=record["solver"])
 
 

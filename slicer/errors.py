@@ -9,7 +9,8 @@
         ├── PlanError           a plan that does not fit the model
         ├── CalibrationError    no, unreadable or too little calibration data
         ├── HealError           a cut that cannot be healed this way, or not with this data
-        │   └── OutOfMemory     the memory was too small for it
+        │   ├── Diverged        a training whose loss was not finite before anything was gained
+        │   └── OutOfMemory     a healing that does not fit here and now: no result of it
         ├── OutputError         the output cannot be written there
         ├── VerificationError   the written checkpoint is not what it should be
         ├── EvaluationError     a task, its data or a result of it is not there or not as needed
@@ -58,8 +59,12 @@ class HealError(SlicerError):
     """The cut cannot be healed this way, or not with this data."""
 
 
+class Diverged(HealError):
+    """The loss of a training was not finite before anything was gained."""
+
+
 class OutOfMemory(HealError):
-    """Memory ran out on the way: another device, or the options that the message names, may do."""
+    """Memory ran out while healing: a failure of the moment and the machine, which says nothing of the cut."""
 
 
 class OutputError(SlicerError):

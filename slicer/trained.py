@@ -36,9 +36,10 @@ def convert_and_train(
     """As `slicer.convert.convert`, which is given as `convert`, where `options.heal` is a way to train.
 
     The bare cut is kept beside `out` until the training that starts from it is done, so that the same command goes on
-    where it was stopped. Raises HealError for a cut below the layer, which training does not take.
+    where it was stopped. Raises HealError for a cut that leaves layers without a part, which training does not take.
     """
     from slicer.heal.adapters import require
+    from slicer.heal.keep import check_keeping
     from slicer.heal.place import cut_for, discarding, workplace_of
     from slicer.heal.trained import TrainOptions, check_trainable, train_cut
     from slicer.measure.share import Share
@@ -52,7 +53,7 @@ def convert_and_train(
         source,
         below_layers=bool(goal and goal.parts)
         or options.offset == "half"
-        or bool(plan and plan.below_layers),
+        or bool(plan and not plan.ordinary),
     )
     checkpoint = Checkpoint.open(hub.resolve(source).path)
     # Only blocks of whole layers: a bare conversion would take a half-offset one where it is closer.
@@ -65,6 +66,7 @@ def convert_and_train(
         left = len(plan.kept) if plan is not None else checkpoint.depth - counts[0]
         out = Path(output_name(source, f"{left}L"))
     check_output(out, checkpoint.path, force=options.force)
+    check_keeping(options.save_adapter, training.method, out, [checkpoint.path], force=options.force)
     asked = {"goal": str(goal), "plan": plan and plan.to_json(), **{k: getattr(options, k) for k in _OF_CUT}}
 
     def cut() -> tuple[str, Summary]:

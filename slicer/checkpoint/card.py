@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,28 @@ def for_slice(checkpoint: Checkpoint, plan: Plan, before: Sizes, after: Sizes, *
         f"With [slicer](https://pypi.org/project/slicer-llm/){_version(plan)}; `slicer/plan.json` has every setting.",
         "",
     ]
-    if plan.command and not local:
-        lines += ["```sh", plan.command, "```", ""]
+    if not local and (commands := _commands(plan)):
+        lines += ["```sh", *commands, "```", ""]
     return "\n".join(lines)
+
+
+def _commands(plan: Plan) -> list[str]:
+    """What was run, in order: the cut, then each healing that was a command of its own; files by their names alone."""
+    found = []
+    record = plan.healing
+    while record is not None:
+        found.append(record.get("command"))
+        record = record.get("earlier")
+    commands = dict.fromkeys(command for command in (plan.command, *reversed(found)) if command)
+    return [
+        shlex.join(",".join(map(_name, word.split(","))) for word in shlex.split(command))
+        for command in commands
+    ]
+
+
+def _name(word: str) -> str:
+    path = Path(word)
+    return path.name if path.is_absolute() or ("/" in word and path.exists()) else word
 
 
 def _but(plan: Plan) -> str:

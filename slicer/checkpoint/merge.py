@@ -24,6 +24,7 @@ from slicer.checkpoint import architectures, hub, verify
 from slicer.checkpoint import tensors as stored
 from slicer.checkpoint.adapter import CONFIG, PREFIX, WEIGHTS, Adapter, Place, placed
 from slicer.checkpoint.export import check_output, copy_unchanged, refuse_quantized
+from slicer.checkpoint.foundation import check_base
 from slicer.checkpoint.model import load_model
 from slicer.checkpoint.reader import Checkpoint, TensorSpan
 from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES, atomic_directory, check_space
@@ -100,6 +101,8 @@ def merge(
     progress.stage("Opening the checkpoint and the adapter")
     checkpoint = Checkpoint.open(hub.resolve(source).path)
     refuse_quantized(checkpoint)
+    if not renumber:
+        check_base(adapter_path, checkpoint)
     adapter = Adapter.open(adapter_path)
     check_output(out, checkpoint.path, force=force)
     places = placed(checkpoint, adapter, renumber=renumber, trust_remote_code=trust_remote_code)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from slicer.checkpoint import architectures
+from slicer.checkpoint.memory import loaded_bytes, short_of_memory
 from slicer.checkpoint.reader import Checkpoint, TensorSpan, read_config
 from slicer.errors import ArchitectureError, SlicerError, SourceError, UsageError
 
@@ -49,7 +50,9 @@ def load_model(
         "trust_remote_code": trust_remote_code,
         "local_files_only": True,
     }
-    spread = device == "auto" and target.type == "cuda" and not sharded and _needs_several(path, target)
+    spread = (
+        device == "auto" and target.type == "cuda" and not sharded and _needs_several(path, dtype, target)
+    )
     if spread:
         arguments["device_map"] = "auto"
     elif quantization is not None and not sharded:
@@ -61,9 +64,9 @@ def load_model(
         try:
             model = auto.from_pretrained(str(path), **arguments)
             break
-        except (torch.cuda.OutOfMemoryError, MemoryError):
-            raise
         except Exception as error:  # transformers raises many kinds; the next class may fit
+            if short_of_memory(error):
+                raise
             failure = failure or error
     else:
         reason = " ".join(str(failure).split())[:300]
@@ -196,10 +199,10 @@ def pick_device(device: str) -> torch.device:
     return target
 
 
-def _needs_several(path: Path, target: torch.device) -> bool:
+def _needs_several(path: Path, dtype: str, target: torch.device) -> bool:
     from importlib.util import find_spec
 
-    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    size = loaded_bytes(path, dtype)
     return size * 1.1 > torch.cuda.mem_get_info(target)[0] and find_spec("accelerate") is not None
 
 

@@ -99,7 +99,8 @@ def rank_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--save-adapter",
             type=click.Path(path_type=Path),
             metavar="DIR",
-            help="Keep the adapter here as well.",
+            help="Keep the adapter here as well, and in DIR/base the weights it belongs to, where it was trained on a "
+            "fold.",
         ),
     ]
     for option in reversed(options):

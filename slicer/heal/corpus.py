@@ -25,6 +25,7 @@ from slicer.measure.calibration import (
     Document,
     TokenBatches,
     documents,
+    is_streamed,
     open_tokenizer,
     sample_tokens,
 )
@@ -169,9 +170,12 @@ def _tokenize(
         Packer(directory / "train.bin", tokenizer, settings.seq_len) as train,
     ):
         if validation is not None:
+            endless = any(is_streamed(name) for name in sources_of(validation))
             for batch in batched(mixed(replace(spec, source=validation)), settings.seq_len):
                 known.update(mark_of(text) for text, _ in batch)
                 held.add(batch, validation, most=settings.validation_samples)
+                if endless and len(held) >= settings.validation_samples:
+                    break  # of a file all documents are left out of the training text, so it is read to its end
         for batch in batched(mixed(spec), settings.seq_len):
             count += len(batch)
             marks = [mark_of(text) for text, _ in batch]
@@ -201,12 +205,7 @@ def _tokenize(
 def mixed(spec: CalibrationSpec) -> Iterator[Document]:
     """The documents of `spec`; of several sources, with commas between, as much text of one as of the others while
     they last."""
-    names = [spec.source]
-    if spec.source is not None and "," in spec.source and not Path(spec.source).exists():
-        names = [name.strip() for name in spec.source.split(",")]
-        if "" in names or "self" in names:
-            raise CalibrationError(f"{spec.source}: name each source between commas; self only by itself")
-    streams = [documents(replace(spec, source=name)) for name in names]
+    streams = [documents(replace(spec, source=name)) for name in sources_of(spec.source)]
     taken = [0] * len(streams)
     while streams:
         at = taken.index(min(taken))
@@ -216,6 +215,16 @@ def mixed(spec: CalibrationSpec) -> Iterator[Document]:
             continue
         taken[at] += len(document) if isinstance(document, str) else sum(len(m["content"]) for m in document)
         yield document
+
+
+def sources_of(source: str | None) -> list[str | None]:
+    """The sources that `source` names, with commas between. Raises CalibrationError for an empty name."""
+    if source is None or "," not in source or Path(source).exists():
+        return [source]
+    names: list[str | None] = [name.strip() for name in source.split(",")]
+    if "" in names or "self" in names:
+        raise CalibrationError(f"{source}: name each source between commas; self only by itself")
+    return names
 
 
 def _sample(

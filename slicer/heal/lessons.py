@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from slicer.errors import HealError
 from slicer.heal.adapters import nf4, require, unpack
 from slicer.heal.corpus import Corpus
 from slicer.heal.settings import Settings
+from slicer.heal.shortage import within_memory
 from slicer.heal.teacher import Cached, Lessons, Live, ask_beforehand, cuts
 from slicer.measure.share import Share
 from slicer.plan import Plan
@@ -52,15 +52,13 @@ def lessons_of(
     at = cuts(plan.dropped)
     if training.teacher_cache is not None:
         directory = Path(training.teacher_cache)
-        mark = hashlib.sha256(
-            b"".join(corpus.train.digests()) + str(teacher.path.resolve()).encode()
-        ).hexdigest()
 
         def asked() -> Cached:
-            return ask_beforehand(
-                teacher, corpus.train, at, directory, mark, streams=streams, logits=logits,
-                dtype=plan.dtype, device=options.device, trust_remote_code=remote, progress=progress,
-            )  # fmt: skip
+            with within_memory("asking the teacher", ["--device cpu"]):
+                return ask_beforehand(
+                    teacher, corpus.train, at, directory, streams=streams, logits=logits,
+                    dtype=plan.dtype, device=options.device, trust_remote_code=remote, progress=progress,
+                )  # fmt: skip
 
         share.first(lambda: asked() and None)
         answers: Cached | Live = asked()
@@ -68,13 +66,15 @@ def lessons_of(
         if training.teacher_4bit:
             require("qlora")
         progress.stage("Loading the teacher")
-        model = load_model(
-            teacher.path,
-            dtype=settings.compute,
-            device=device,
-            trust_remote_code=remote,
-            quantization=nf4(getattr(torch, settings.compute)) if training.teacher_4bit else None,
-        )
+        ways = [*([] if training.teacher_4bit else ["--teacher-4bit"]), "--teacher-cache DIR"]
+        with within_memory("loading the teacher", ways):
+            model = load_model(
+                teacher.path,
+                dtype=settings.compute,
+                device=device,
+                trust_remote_code=remote,
+                quantization=nf4(getattr(torch, settings.compute)) if training.teacher_4bit else None,
+            )
         unpack(model)
         answers = Live(model, at, streams=streams, logits=logits)
     return Lessons(answers, at, settings.mismatch_weight, settings.kl_weight)

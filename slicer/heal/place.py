@@ -1,4 +1,8 @@
-"""The directory of an unfinished training, beside where its result is to be: whose it is, what may be taken up."""
+"""The directory of an unfinished training, beside where its result is to be: whose it is, what may be taken up.
+
+Such a directory holds one of `_SIGNS`. One that holds none of them, and is not empty, is somebody else's: it is never
+written to, and never removed.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +20,31 @@ from slicer.measure.calibration import CalibrationSpec
 from slicer.measure.share import Share
 from slicer.measure.workplace import fingerprint
 
+_SIGNS = ("made-by-slicer", "mark", "cut.json")  # the first is made with the directory
+
 
 def workplace_of(out: Path) -> Path:
     """The directory of an unfinished training whose result is to be `out`."""
     return out.with_name(out.name + ".training")
+
+
+def ranks_of(out: Path) -> Path:
+    """The directory of what is trained with one rank after another, until the best becomes `out`."""
+    return out.with_name(out.name + ".ranks")
+
+
+def _own(work: Path) -> None:
+    """Make the directory `work`, or take it where slicer made it. Raises OutputError where it is another's."""
+    try:
+        if not any((work / sign).is_file() for sign in _SIGNS):
+            if work.exists() and (not work.is_dir() or any(work.iterdir())):
+                raise OutputError(
+                    f"{work}: is in the way, and not slicer's to use or remove; move it, or choose another -o"
+                )
+            work.mkdir(parents=True, exist_ok=True)
+            (work / _SIGNS[0]).touch()
+    except OSError as error:
+        raise OutputError(f"{work}: cannot be written ({error.strerror}); choose another -o") from None
 
 
 def cut_for(
@@ -36,13 +61,15 @@ def cut_for(
     work = workplace_of(out)
     cut, file = work / "cut", work / "cut.json"
     mark = fingerprint(checkpoint, asdict(spec), **asked)
-    if work.exists() and not (file.is_file() and file.read_text("utf-8") == mark):
+    _own(work)
+    known = file.is_file() and file.read_text("utf-8") == mark
+    if not known and any((work / sign).is_file() for sign in _SIGNS[1:]):
         if not force:
             raise _another(work)
         shutil.rmtree(work)
+        _own(work)
     if not file.is_file():
         try:
-            work.mkdir(parents=True, exist_ok=True)
             make(cut)
             file.write_text(mark, "utf-8")
         except BaseException:
@@ -58,7 +85,7 @@ def discarding(out: Path) -> Iterator[None]:
     try:
         yield
     except Exception:  # anything but being stopped by hand, after which the same command goes on
-        if not _worth_keeping(work) and not out.with_name(out.name + ".ranks").exists():
+        if not _worth_keeping(work) and not (ranks_of(out) / "mark").is_file():
             shutil.rmtree(work, ignore_errors=True)
         raise
 
@@ -71,8 +98,8 @@ def first_alone(share: Share, work: Path, mark: str, *, force: bool) -> Iterator
 
     def claim() -> None:
         nonlocal lock
+        _own(work)
         try:
-            work.mkdir(parents=True, exist_ok=True)
             lock = open(work / "lock", "w")  # noqa: SIM115
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -86,7 +113,7 @@ def first_alone(share: Share, work: Path, mark: str, *, force: bool) -> Iterator
             if not force:
                 raise _another(work)
             for old in work.iterdir():
-                if old.name not in ("lock", "cut", "cut.json"):
+                if old.name not in (_SIGNS[0], "lock", "cut", "cut.json"):
                     shutil.rmtree(old) if old.is_dir() else old.unlink()
         file.write_text(mark, "utf-8")
 
@@ -105,6 +132,13 @@ def first_alone(share: Share, work: Path, mark: str, *, force: bool) -> Iterator
             lock.close()
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write `file` so that it is there whole or not at all."""
+    new = file.with_name(file.name + ".new")
+    new.write_text(text, "utf-8")
+    new.rename(file)
+
+
 def _another(work: Path) -> OutputError:
     return OutputError(
         f"{work}: holds an unfinished training of another model or with other options; give those again, choose "
@@ -113,5 +147,8 @@ def _another(work: Path) -> OutputError:
 
 
 def _worth_keeping(work: Path) -> bool:
-    """Whether a checkpoint of the training is there."""
-    return any(work.glob("run/checkpoint-*/whole"))
+    """Whether a training can go on from what is there: a checkpoint, its end, or a rank that was trained."""
+    found = ("run/checkpoint-*/whole", "course.json", "rank-*/config.json")
+    return any(any(work.glob(name)) for name in found) or any(
+        _worth_keeping(part) for part in work.glob("rank-*.training")
+    )

@@ -8,18 +8,22 @@ the loss is not what to pick by, but it can be asked for.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from slicer.checkpoint import hub
+from slicer.checkpoint import hub, verify
 from slicer.checkpoint.export import check_output
-from slicer.errors import EvaluationError, UsageError
+from slicer.checkpoint.reader import Checkpoint
+from slicer.errors import Diverged, EvaluationError, HealError, UsageError
 from slicer.heal.job import Healed
+from slicer.heal.place import first_alone, ranks_of, write_whole
 from slicer.heal.trained import TrainOptions, train_cut
 from slicer.measure.share import Share
+from slicer.measure.workplace import fingerprint
 from slicer.plan import Plan
 from slicer.progress import Progress
 
@@ -57,60 +61,97 @@ def pick_rank(
 ) -> Healed | None:
     """`train_cut` with one rank after another, until the paper's rule is met; the best becomes `out`.
 
-    Each is trained and scored once, in `OUT.ranks`, so a run that was stopped goes on. Raises SlicerError children.
+    Each is trained and scored once, in `OUT.ranks`, so a run that was stopped goes on. A rank whose training diverges
+    scores below all others. Raises SlicerError children: OutputError where `OUT.ranks` holds another sweep, HealError
+    where every rank diverges.
     """
     progress = progress or Progress()
     if options.training.method == "full":
         raise UsageError("--rank-sweep: a full training has no rank; use --method qlora or lora")
-    check_output(out, hub.resolve(sliced).path, force=options.force)
+    if options.save_adapter is not None:
+        raise UsageError("--save-adapter: not with --rank-sweep; heal again with the rank that it picks")
+    options.training.check()
+    cut = Checkpoint.open(hub.resolve(sliced).path)
+    check_output(out, cut.path, force=options.force)
     ask = _judge(sweep, options, progress)
-    share = Share.of_environment()
-    work = out.with_name(out.name + ".ranks")
-    largest = sweep.ranks[0]
-    for rank in sweep.ranks:
+    share, work = Share.of_environment(), ranks_of(out)
+    mark = fingerprint(
+        cut, asdict(options.calibration), asked=replace(options.training, rank=None).lasting(),
+        sweep=asdict(sweep), fold=options.fold, verify=options.verify, shard=options.max_shard_bytes, source=source,
+    )  # fmt: skip
+
+    def trained(rank: int) -> bool:
+        """Whether there is a result with this rank, now."""
         place = work / f"rank-{rank}"
-        if not (place / "config.json").is_file():
-            progress.note(f"rank {rank}")
-            given = replace(
-                options, training=replace(options.training, rank=rank), save_adapter=None, force=True
-            )
+        there, scored = share.first(lambda: ((place / "config.json").is_file(), str(rank) in _scores(work)))
+        if there or scored:
+            return there
+        progress.note(f"rank {rank}")
+        given = replace(options, training=replace(options.training, rank=rank), save_adapter=None, force=True)
+        try:
             done = train_cut(sliced, source, place, given, progress=progress)
-            if done is not None:
-                (work / f"rank-{rank}.json").write_text(
-                    json.dumps([done.verified, done.logits_error, done.rounding_error]), "utf-8"
-                )
-        share.first(partial(_score, work, str(rank), place, ask))
-        if rank == largest:
-            share.first(partial(_score, work, "none", hub.resolve(sliced).path, ask, start_of=place))
+        except Diverged as error:
+            progress.note(f"rank {rank}: {error}")
+            share.first(partial(_enter, work, str(rank), (-math.inf, 0.0)))
+            return False
+        if done is not None:
+            told = json.dumps([done.verified, done.logits_error, done.rounding_error])
+            write_whole(work / f"rank-{rank}.json", told)
+        return True
+
+    with first_alone(share, work, mark, force=options.force):
+        for rank in sweep.ranks:
+            if not trained(rank):
+                continue
+            place = work / f"rank-{rank}"
+            share.first(partial(_score, work, str(rank), place, ask))
+            share.first(partial(_score, work, "none", cut.path, ask, start_of=place))
             scores = share.first(partial(_scores, work))
-            if sum(scores[str(rank)]) >= scores["none"][0]:  # within a standard error, or better
-                break
-
-    def keep() -> Healed:
-        scores = _scores(work)
-        ranks = {int(name): value for name, (value, _) in scores.items() if name != "none"}
-        best = max(ranks, key=lambda rank: (ranks[rank], -rank))
-        place = work / f"rank-{best}"
-        verified, error, rounding = json.loads((work / f"rank-{best}.json").read_text("utf-8"))
-        plan = Plan.load(place)
-        told = {
-            "metric": sweep.metric,
-            "scores": {name: value for name, (value, _) in scores.items()},
-            "picked": best,
-        }
-        plan = replace(plan, healing={**(plan.healing or {}), "rank_sweep": told})
-        (place / "slicer" / "plan.json").write_text(plan.to_json(), "utf-8")
-        check_output(out, hub.resolve(sliced).path, force=options.force)
-        if out.is_dir():
-            shutil.rmtree(out)
-        place.rename(out)
-        shutil.rmtree(work, ignore_errors=True)
-        loss = (plan.healing or {})["loss"]
-        helps = loss["healed"] is None or loss["healed"] < loss["before"]
-        return Healed(out, plan, verified, error, helps, rounding)
-
-    result = share.first(keep)
+            if rank == sweep.ranks[0] and sum(scores[str(rank)]) >= scores["none"][0]:
+                break  # the largest is within a standard error of none, or better
+        result = share.first(lambda: _keep(cut, out, work, options, sweep))
     return result if share.is_first else None
+
+
+def _keep(cut: Checkpoint, out: Path, work: Path, options: TrainOptions, sweep: RankSweep) -> Healed:
+    """Make the best rank the result. Raises HealError where there is none."""
+    scores = {name: value for name, (value, _) in _scores(work).items()}
+    ranks = {int(name): value for name, value in scores.items() if name != "none"}
+    best = max(ranks, key=lambda rank: (ranks[rank], -rank))
+    if ranks[best] == -math.inf:
+        raise HealError(
+            f"the loss is not finite with any rank ({', '.join(map(str, sweep.ranks))}): lower --lr, or give --compute "
+            "float32"
+        )
+    place = work / f"rank-{best}"
+    verified, error, rounding = _checked(place, options)
+    plan = Plan.load(place)
+    told = {
+        "metric": sweep.metric,
+        "scores": {name: value if math.isfinite(value) else None for name, value in scores.items()},
+        "picked": best,
+    }
+    plan = replace(plan, healing={**(plan.healing or {}), "rank_sweep": told})
+    write_whole(place / "slicer" / "plan.json", plan.to_json())
+    check_output(out, cut.path, force=options.force)
+    if out.is_dir():
+        shutil.rmtree(out)
+    place.rename(out)
+    loss = (plan.healing or {})["loss"]
+    helps = loss["healed"] is None or loss["healed"] < loss["before"]
+    return Healed(out, plan, verified, error, helps, rounding)
+
+
+def _checked(place: Path, options: TrainOptions) -> tuple[str, float | None, float | None]:
+    """How the result at `place` was verified. Where a run was stopped before that was noted, its keys are checked."""
+    file = place.with_name(place.name + ".json")
+    if file.is_file():
+        verified, error, rounding = json.loads(file.read_text("utf-8"))
+        return verified, error, rounding
+    if options.verify == "none":
+        return "none", None, None
+    verify.check_load(place, trust_remote_code=options.trust_remote_code)
+    return "load", None, None
 
 
 def _judge(sweep: RankSweep, options: TrainOptions, progress: Progress) -> Ask | None:
@@ -142,21 +183,23 @@ def _judge(sweep: RankSweep, options: TrainOptions, progress: Progress) -> Ask |
 
 def _score(work: Path, name: str, path: Path, ask: Ask | None, *, start_of: Path | None = None) -> None:
     """Enter the score of `path` under `name`; with `start_of` it is what that training started from."""
-    scores = _scores(work)
-    if name in scores:
+    if name in _scores(work):
         return
     if ask is not None:
-        scores[name] = ask(path)
-    else:
-        record = Plan.load(start_of or path).healing or {}
-        loss, best = record["loss"], str(record["best_step"])
-        value = loss["before" if start_of else "healed"]
-        scores[name] = -(record["held_out"]["0" if start_of else best] if value is None else value), 0.0
-    (work / "scores.json").write_text(json.dumps(scores), "utf-8")
+        _enter(work, name, ask(path))
+        return
+    record = Plan.load(start_of or path).healing or {}
+    loss, best = record["loss"], str(record["best_step"])
+    value = loss["before" if start_of else "healed"]
+    _enter(work, name, (-(record["held_out"]["0" if start_of else best] if value is None else value), 0.0))
+
+
+def _enter(work: Path, name: str, score: tuple[float, float]) -> None:
+    write_whole(work / "scores.json", json.dumps({**_scores(work), name: score}))
 
 
 def _scores(work: Path) -> dict[str, tuple[float, float]]:
-    """Name -> (score, standard error) of what was scored so far."""
+    """Name -> (score, standard error) of what was scored so far; the score of what diverged is -inf."""
     file = work / "scores.json"
     if not file.is_file():
         return {}

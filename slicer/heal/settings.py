@@ -20,6 +20,7 @@ COMPUTE = ("auto", "float32", "bfloat16")
 _MICRO_TOKENS = (
     4096  # sequences of a forward and backward pass, where not given: as many as have these tokens
 )
+_ABOVE_ZERO, _AT_LEAST_ZERO = ("lr", "alpha"), ("weight_decay", "dropout", "mismatch_weight", "kl_weight")
 _EVALUATIONS = 10  # of a run, where not given
 _FULL_SHARE = 0.1  # the paper trains adapters; all weights take a smaller learning rate
 
@@ -110,17 +111,34 @@ class Training:
                 raise UsageError(f"{name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
         if self.scheduler is not None and self.scheduler not in SCHEDULERS:
             raise UsageError(f"--scheduler {self.scheduler}: choose one of {', '.join(SCHEDULERS)}")
-        if self.lr is not None and not 0 < self.lr < math.inf:
-            raise UsageError(f"--lr {self.lr:g}: must be above 0")
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise UsageError(f"--dropout {self.dropout:g}: must lie between 0 and 1, 1 excluded")
-        if self.mismatch_weight < 0 or self.kl_weight < 0:
-            raise UsageError("--mismatch-weight, --kl-weight: must not be negative")
-        taught = self.mismatch_weight > 0 or self.kl_weight > 0
-        if self.teacher is not None and not taught:
-            raise UsageError("--teacher: say what it teaches with --mismatch-weight, --kl-weight or both")
-        if self.teacher_cache is not None and not taught:
-            raise UsageError("--teacher-cache: give it with --mismatch-weight or --kl-weight")
+        for name in (*_ABOVE_ZERO, *_AT_LEAST_ZERO):
+            value, above = getattr(self, name), name in _ABOVE_ZERO
+            if value is None or (math.isfinite(value) and (value > 0 or (value == 0 and not above))):
+                continue
+            words = "above 0" if above else "not below 0"
+            raise UsageError(f"--{name.replace('_', '-')} {value:g}: must be a number {words}")
+        if self.dropout is not None and self.dropout >= 1:
+            raise UsageError(f"--dropout {self.dropout:g}: must be below 1")
+        if self.method == "full":
+            for name in ("rank", "alpha", "dropout"):
+                if getattr(self, name):  # no dropout is what it has
+                    raise UsageError(
+                        f"--{name}: of adapters, and --method full trains all weights; leave it out"
+                    )
+        for name in ("teacher", "teacher_cache", "teacher_4bit"):
+            if getattr(self, name) and not self.taught:
+                option = name.replace("_", "-")
+                raise UsageError(
+                    f"--{option}: say what is taught with --mismatch-weight, --kl-weight or both"
+                )
+        if self.teacher_4bit and self.teacher_cache is not None:
+            raise UsageError(
+                "--teacher-4bit: with --teacher-cache the teacher answers in full precision; give one of them"
+            )
+
+    def lasting(self) -> dict[str, Any]:
+        """What has to stay for a training to go on where it was stopped: all but what only takes memory or time."""
+        return {k: v for k, v in asdict(self).items() if k not in ("micro_batch", "gradient_checkpointing")}
 
     @property
     def taught(self) -> bool:
@@ -197,7 +215,7 @@ def resolve(
     if batch % processes:
         raise UsageError(f"--train-batch-size {batch}: does not divide among {processes} processes")
     share = batch // processes
-    micro = asked.micro_batch or _divisor(share, max(1, _MICRO_TOKENS // seq_len))
+    micro = asked.micro_batch or divisor(share, max(1, _MICRO_TOKENS // seq_len))
     if share % micro:
         of = f" of each of {processes} processes" if processes > 1 else ""
         raise UsageError(f"--micro-batch {micro}: does not divide the {share} sequences of a step{of}")
@@ -246,6 +264,6 @@ def of_record(record: Mapping[str, Any]) -> Training:
     return replace(Training(), **{k: v for k, v in (record.get("asked") or {}).items() if k in known})
 
 
-def _divisor(n: int, most: int) -> int:
+def divisor(n: int, most: int) -> int:
     """The greatest divisor of n that is at most `most`."""
     return next(d for d in range(min(n, most), 0, -1) if n % d == 0)

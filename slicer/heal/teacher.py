@@ -12,7 +12,9 @@ tokens with the rest as one more.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ from slicer.errors import HealError
 from slicer.heal.corpus import Sequences
 from slicer.heal.fold import blocks
 from slicer.measure.stream import Walk
+from slicer.measure.workplace import fingerprint
 from slicer.progress import Progress
 
 TOP = 64
@@ -72,6 +75,11 @@ class Lessons:
         self._mismatch, self._kl = mismatch_weight, kl_weight
         self._seen: dict[int, torch.Tensor] = {}
 
+    @property
+    def beside(self) -> bool:
+        """Whether the teacher takes memory beside the student."""
+        return isinstance(self._teacher, Live)
+
     @contextlib.contextmanager
     def listening(self, student: Any) -> Iterator[None]:
         """Inside the block the student's stream at the cuts is kept of each forward pass."""
@@ -93,12 +101,11 @@ class Lessons:
         if self._mismatch:
             for cut, stream in zip(self._cuts, answer.streams, strict=True):
                 if cut.student in self._seen:  # no gradient reaches a cut before the first trained weight
-                    total = total + self._mismatch / len(self._cuts) * mismatch(
-                        self._seen[cut.student], stream
-                    )
+                    apart = mismatch(self._seen[cut.student], stream)
+                    total = total + self._mismatch / len(self._cuts) * apart.to(total.device)
             self._seen.clear()
         if self._kl:
-            total = total + self._kl * divergence(logits, answer, learned)
+            total = total + self._kl * divergence(logits, answer, learned).to(total.device)
         return total
 
 
@@ -149,24 +156,36 @@ class Live:
 
 
 class Cached:
-    """A teacher whose answers lie in `directory`, a row for each sequence trained on."""
+    """A teacher whose answers lie in `directory`, a row for each sequence trained on.
+
+    `blank`: whether a file of them was not there, or not of the right size, and was made anew, all zeros.
+    """
 
     def __init__(
         self, directory: Path, at: list[Cut], shape: tuple[int, int, int], *, streams: bool, logits: bool
     ) -> None:
         count, length, width = shape
+        self.blank = False
         self._streams = [
-            _rows(directory / f"stream-{cut.teacher}", (count, length, width), torch.bfloat16)
+            self._rows(directory / f"stream-{cut.teacher}", (count, length, width), torch.bfloat16)
             for cut in (at if streams else ())
         ]
         self._top = (
             (
-                _rows(directory / "top-chances", (count, length, TOP), torch.float16),
-                _rows(directory / "top-tokens", (count, length, TOP), torch.int32),
+                self._rows(directory / "top-chances", (count, length, TOP), torch.float16),
+                self._rows(directory / "top-tokens", (count, length, TOP), torch.int32),
             )
             if logits
             else None
         )
+
+    def _rows(self, file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        count = math.prod(shape)
+        if not file.is_file() or file.stat().st_size != count * dtype.itemsize:
+            self.blank = True
+            with open(file, "wb") as stream:
+                stream.truncate(count * dtype.itemsize)
+        return torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(shape)
 
     @property
     def files(self) -> list[torch.Tensor]:
@@ -208,7 +227,6 @@ def ask_beforehand(
     sequences: Sequences,
     at: list[Cut],
     directory: Path,
-    mark: str,
     *,
     streams: bool,
     logits: bool,
@@ -220,26 +238,32 @@ def ask_beforehand(
 ) -> Cached:
     """The teacher's answers to all `sequences`, computed once into `directory`, and taken up where a run was stopped.
 
-    `mark` says whose answers they are. Raises HealError where the directory holds others, OutputError where the disk is
-    too small.
+    Raises HealError where the directory holds those of another teacher, to other text, at other cuts or of another
+    kind; OutputError where the disk is too small.
     """
     from slicer.checkpoint.architectures import text_config
 
     progress = progress or Progress()
     shape = (len(sequences), len(sequences[0]["input_ids"]), int(text_config(teacher.config)["hidden_size"]))
+    asked = {"at": [vars(cut) for cut in at], "streams": streams, "logits": logits, "dtype": dtype}
+    text = hashlib.sha256(b"".join(sequences.digests())).hexdigest()
+    mark = fingerprint(teacher, {}, text=text, **asked)
     file = directory / "teacher.json"
     state: dict[str, Any] = (
         json.loads(file.read_text("utf-8")) if file.is_file() else {"mark": mark, "done": 0}
     )
     if state["mark"] != mark:
         raise HealError(
-            f"{directory}: holds the answers of another teacher or to other text; give another --teacher-cache"
+            f"{directory}: holds the answers of another teacher, to other text, or at other cuts; give another "
+            "--teacher-cache"
         )
     count, length, width = shape
     if not file.is_file():
         check_space(directory, count * length * (2 * width * len(at) * streams + 6 * TOP * logits))
         directory.mkdir(parents=True, exist_ok=True)
     cached = Cached(directory, at, shape, streams=streams, logits=logits)
+    if cached.blank:  # nothing of it, or not all, is there: rows that were never asked for are zeros
+        state["done"] = 0
     if state["done"] >= count:
         return cached
     walk = Walk.fitting(
@@ -254,13 +278,3 @@ def ask_beforehand(
         new.rename(file)
         progress.advance(len(rows))
     return cached
-
-
-def _rows(file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    count = 1
-    for size in shape:
-        count *= size
-    if not file.is_file() or file.stat().st_size != count * dtype.itemsize:
-        with open(file, "wb") as stream:
-            stream.truncate(count * dtype.itemsize)
-    return torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(shape)

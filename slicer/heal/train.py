@@ -22,11 +22,12 @@ from torch.nn import functional
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from slicer.errors import HealError
+from slicer.errors import Diverged, HealError
 from slicer.heal import sharding
 from slicer.heal.adapters import sharded
 from slicer.heal.corpus import IGNORED, Corpus
 from slicer.heal.settings import Settings
+from slicer.heal.shortage import to_train, within_memory
 from slicer.heal.teacher import Lessons
 from slicer.heal.watch import UNMOVED, WHOLE, Course, Watch
 from slicer.progress import Progress
@@ -46,8 +47,8 @@ def train(
 ) -> Course:
     """Train `model` (of `slicer.heal.adapters.load`) on the corpus, from the last whole checkpoint in `work` if any.
 
-    Raises HealError where the gradients do not reach what is to be trained, where the loss is not finite before
-    anything was gained, and where memory runs out, with the options that help.
+    Raises HealError where the gradients do not reach what is to be trained; Diverged where the loss is not finite
+    before anything was gained; OutOfMemory, with the options that help.
     """
     progress = progress or Progress()
     over = work / "course.json"
@@ -93,12 +94,18 @@ def train(
     arguments._n_gpu = min(1, arguments.n_gpu)  # a GPU a process: no threads over all that it sees
     course = Course()
     watch = Watch(course, settings, work, progress)
-    with _deterministic(settings.seed), _out_of_memory(settings, lessons is not None):
+    beside = lessons is not None and lessons.beside
+    # Whole steps only: what is left out is then the same however a step is parted.
+    whole = range(len(corpus.train) // settings.batch_size * settings.batch_size)
+    with (
+        _deterministic(settings.seed),
+        within_memory("in training", to_train(settings, taught=beside)),
+    ):
         try:
             trainer = _Trainer(
                 model=model,
                 args=arguments,
-                train_dataset=corpus.train,
+                train_dataset=torch.utils.data.Subset(corpus.train, whole),
                 eval_dataset=corpus.held_out,
                 data_collator=_collate,
                 callbacks=[watch],
@@ -127,7 +134,7 @@ def train(
     if course.ended == "diverged" and course.weights is None:
         if trainer.is_world_process_zero():
             shutil.rmtree(work / "run", ignore_errors=True)  # nothing to go on from
-        raise HealError(
+        raise Diverged(
             f"the loss is not finite at step {max(course.train, default=0)} and nothing was gained before: lower --lr "
             f"(it is {settings.lr:g}), or give --compute float32"
         )
@@ -245,33 +252,3 @@ def _deterministic(seed: int) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
         deterministic.fill_uninitialized_memory = fill
-
-
-@contextlib.contextmanager
-def _out_of_memory(settings: Settings, taught: bool) -> Iterator[None]:
-    """Turn an allocation that fails into a HealError that names what helps and was not tried yet."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        words = str(error).lower()
-        short = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or any(
-            sign in words for sign in ("out of memory", "can't allocate memory", "not enough memory")
-        )
-        if not short:
-            raise
-        raise HealError(f"out of memory in training; {advice(settings, taught)}") from None
-
-
-def advice(settings: Settings, taught: bool) -> str:
-    """The options that would take less memory, most helpful first."""
-    ways = []
-    if settings.micro_batch > 1:
-        ways.append(f"--micro-batch {max(1, settings.micro_batch // 4)}")
-    if not settings.gradient_checkpointing:
-        ways.append("--gradient-checkpointing")
-    if settings.method != "qlora":
-        ways.append(f"--method {'lora' if settings.method == 'full' else 'qlora'}")
-    if taught:
-        ways.append("--teacher-cache DIR")
-    ways.append(f"--train-seq-len {max(2, settings.seq_len // 2)}")
-    return "give " + ", ".join(ways[:-1]) + (" or " if len(ways) > 1 else "") + ways[-1]

@@ -26,12 +26,14 @@ from slicer.checkpoint.export import copy_unchanged
 from slicer.checkpoint.model import load_model, pick_device
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES
-from slicer.errors import ArchitectureError, CalibrationError, HealError, UsageError
+from slicer.errors import ArchitectureError, CalibrationError, HealError, OutOfMemory, UsageError
 from slicer.heal import adapters
 from slicer.heal.corpus import Corpus, prepare
 from slicer.heal.job import Healed, HealOptions, as_before, heal, source_of
+from slicer.heal.keep import check_keeping, keeping
 from slicer.heal.place import first_alone, workplace_of
 from slicer.heal.settings import Settings, Training, resolve
+from slicer.heal.shortage import to_finish, to_load, within_memory
 from slicer.heal.write import Result, write
 from slicer.measure.calibration import CalibrationSpec
 from slicer.measure.share import Share
@@ -47,7 +49,7 @@ class TrainOptions:
     Attributes:
         calibration: the text: to train on, and to fold on where training starts from a fold.
         fold: the solver of that fold.
-        save_adapter: where the adapter goes as well, as peft saves it.
+        save_adapter: where the adapter goes as well (`slicer.heal.keep`).
     """
 
     training: Training = field(default_factory=Training)
@@ -89,6 +91,7 @@ def train_cut(
     plan = Plan.load(cut.path)
     check_trainable(sliced, below_layers=not plan.ordinary)
     whole = source_of(cut, plan, sliced, source, out, force=options.force)
+    check_keeping(options.save_adapter, training.method, out, (cut.path, whole.path), force=options.force)
     origin = str(source or plan.source)
     settings, words = resolve(
         training,
@@ -102,7 +105,7 @@ def train_cut(
         progress.note(word)
     work = workplace_of(out)
     mark = fingerprint(
-        cut, asdict(options.calibration), asked=asdict(training), fold=options.fold, source=origin
+        cut, asdict(options.calibration), asked=training.lasting(), fold=options.fold, source=origin
     )
     with first_alone(share, work, mark, force=options.force):
         return _train_cut(cut, whole, plan, out, work, settings, options, share, progress)
@@ -137,10 +140,11 @@ def _train_cut(
         def sampler() -> Any:
             return load_model(whole.path, device=options.device, trust_remote_code=remote)
 
-        return prepare(
-            spec, settings, training.validation, cut.path, work / "corpus",
-            sampler=sampler, trust_remote_code=remote, progress=progress,
-        )  # fmt: skip
+        with within_memory("sampling text from the source", ["--calibration DATA", "--device cpu"]):
+            return prepare(
+                spec, settings, training.validation, cut.path, work / "corpus",
+                sampler=sampler, trust_remote_code=remote, progress=progress,
+            )  # fmt: skip
 
     share.first(lambda: corpus_of() and None)
     corpus = corpus_of()
@@ -154,7 +158,9 @@ def _train_cut(
 
         lessons = lessons_of(whole, plan, corpus, settings, options, share, device, progress)
     progress.stage("Loading the model to train")
-    model = adapters.load(base.path, settings, device=device, trust_remote_code=remote)
+    beside = lessons is not None and lessons.beside
+    with within_memory("loading the model to train", to_load(settings, taught=beside)):
+        model = adapters.load(base.path, settings, device=device, trust_remote_code=remote)
     course = train(
         model, corpus, settings, work, lessons=lessons, report_to=training.report_to, progress=progress
     )
@@ -193,10 +199,11 @@ def _train_cut(
             },
             started=started,
         )
-        done = write(result, before, out, options, progress)
-        if options.save_adapter is not None and course.weights is not None:
-            shutil.copytree(course.weights, options.save_adapter, dirs_exist_ok=True)
-        return done
+        with (
+            within_memory("measuring or verifying the result", to_finish(settings, options.verify)),
+            keeping(options.save_adapter, course.weights, base, work, force=options.force, progress=progress),
+        ):
+            return write(result, before, out, options, progress)
 
     done = share.first(finish)
     return done if share.is_first else None
@@ -249,23 +256,21 @@ def _base(
         path = base
     elif options.training.start == "fold" and plan.healing is None:
         try:
-            folded = heal(
-                str(cut.path),
-                str(whole.path),
-                base,
-                HealOptions(
-                    fold=options.fold,
-                    verify="load",
-                    device=options.device,
-                    force=True,
-                    trust_remote_code=options.trust_remote_code,
-                ),
-                data=corpus.to_fold_on(options.calibration),
-                progress=progress,
+            asked = HealOptions(
+                fold=options.fold,
+                verify="load",
+                device=options.device,
+                force=True,
+                trust_remote_code=options.trust_remote_code,
             )
+            with within_memory("in the fold", ["--train-from cut", "--device cpu"]):
+                data = corpus.to_fold_on(options.calibration)
+                folded = heal(str(cut.path), str(whole.path), base, asked, data=data, progress=progress)
             path = base if folded.helps else cut.path
             if not folded.helps:
                 progress.note("training starts from the bare cut: the fold does not lower the loss")
+        except OutOfMemory:
+            raise
         except (HealError, ArchitectureError) as error:
             progress.note(f"training starts from the bare cut, which cannot be folded: {error}")
     chosen.write_text(json.dumps(str(path)), "utf-8")

@@ -234,11 +234,19 @@ def documents(spec: CalibrationSpec) -> Iterator[Document]:
         texts: list[Document] = list(prompts(spec.source.removeprefix("task:")))
         random.Random(spec.seed).shuffle(texts)
         return iter(texts)
-    if spec.source is not None and (Path(spec.source).exists() or spec.source.endswith(_SUFFIXES)):
+    if not is_streamed(spec.source):
+        assert spec.source is not None
         texts = read_documents(Path(spec.source), spec.text_column)
         random.Random(spec.seed).shuffle(texts)
         return iter(texts)
     return _stream_hub(spec)
+
+
+def is_streamed(source: str | None) -> bool:
+    """Whether the documents of `source` come from the Hub one by one, as many as are wanted."""
+    return source is None or not (
+        source.startswith("task:") or Path(source).exists() or source.endswith(_SUFFIXES)
+    )
 
 
 def read_documents(file: Path, column: str) -> list[Document]:

@@ -41,6 +41,25 @@ def test_front_matter(tmp_path: Path) -> None:
     assert "slicer/distances.png" in body and "vllm serve" in body
 
 
+def test_every_command_is_told_in_order(tmp_path: Path) -> None:
+    """Of a checkpoint that was folded and then trained by hand; where its files lay stays private."""
+    loss = {"source": 3.0, "before": 3.5, "healed": 3.2}
+    record = {
+        "method": "full", "start": "fold", "loss": loss, "steps": 2, "best_step": 2,
+        "settings": {"batch_size": 4, "seq_len": 16, "lr": 1e-4, "scheduler": "cosine", "warmup": 0, "seed": 0},
+        "data": {"source": "text", "learned": "all tokens", "held_out_sequences": 4},
+        "command": f"slicer heal {tmp_path}/folded --method full --calibration '{tmp_path}/a b.jsonl,org/text'",
+        "earlier": {"method": "fold", "command": f"slicer heal {tmp_path}/cut"},
+    }  # fmt: skip
+    _, body = make(tmp_path, source="org/name", command="slicer convert org/name --drop 2", healing=record)
+    expected = [
+        "slicer convert org/name --drop 2",
+        "slicer heal cut",
+        "slicer heal folded --method full --calibration 'a b.jsonl,org/text'",
+    ]
+    assert "\n".join(expected) in body and str(tmp_path) not in body
+
+
 def test_a_local_source_stays_private(tmp_path: Path) -> None:
     front, body = make(
         tmp_path / "mine", source=str(tmp_path / "mine"), command=f"slicer convert {tmp_path}/mine --drop 2"

@@ -70,6 +70,20 @@ def test_named_validation_text_is_left_out_of_what_is_trained_on(tmp_path: Path)
     assert len(found.train) + found.record["train_sequences_left_out_as_held_out"] <= 40
 
 
+def test_validation_text_that_is_streamed_is_read_as_far_as_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import itertools
+
+    import slicer.measure.calibration as calibration
+
+    words = (demo.path().parent / "heldout.txt").read_text("utf-8").split()
+    endless = (f"{i} " + " ".join(words[i % 900 : i % 900 + 60]) for i in itertools.count())
+    monkeypatch.setattr(calibration, "_stream_hub", lambda spec: endless)
+    found = corpus(documents(tmp_path / "a.jsonl", 60), tmp_path / "work", validation="org/data")
+    assert len(found.held_out) == 4 and next(endless).startswith("256 ")  # one batch of documents
+
+
 def test_several_sources_share_the_text(tmp_path: Path) -> None:
     """As much of one as of the other, while both last."""
     a, b = documents(tmp_path / "a.jsonl", 40), tmp_path / "b.txt"

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sources
-from commands import slicer
+from commands import slicer, succeeds
 
 from slicer import demo
+from slicer.errors import Diverged, HealError, OutputError
+from slicer.heal import rank_sweep
+from slicer.heal.job import Healed
+from slicer.heal.rank_sweep import RankSweep, pick_rank
+from slicer.heal.settings import Training
+from slicer.heal.trained import TrainOptions
+from slicer.plan import Plan
 
 pytest.importorskip("peft")
 
@@ -26,8 +35,6 @@ pytest.importorskip("peft")
 def test_it_begins_with_the_largest_and_tries_the_others_where_that_hurts(
     scores: dict[str, float], trained: set[str], picked: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import slicer.heal.rank_sweep as rank_sweep
-
     def ask(path: Path) -> tuple[float, float]:
         return scores[path.name.removeprefix("rank-") if path.name != "cut" else "none"], 0.02
 
@@ -48,3 +55,79 @@ def test_it_begins_with_the_largest_and_tries_the_others_where_that_hurts(
     assert again.exit_code == 1 and "not empty" in again.output
     for more in (["--rank-sweep", "2,x"], ["--rank-sweep", "2", "--rank", 4], ["--rank-metric", "loss"]):
         assert slicer(*given, *more, "-o", tmp_path / "again").exit_code == 2
+
+
+class Trainer:
+    """Stands for `train_cut`: makes a result at once, diverges with the ranks `diverging`, is killed once if told."""
+
+    def __init__(self, diverging: tuple[int, ...] = (), *, killed: bool = False) -> None:
+        self.asked: list[int | None] = []
+        self._diverging, self._killed = diverging, killed
+
+    def __call__(
+        self, sliced: str, source: str | None, place: Path, options: TrainOptions, **_: Any
+    ) -> Healed:
+        rank = options.training.rank
+        self.asked.append(rank)
+        if rank in self._diverging:
+            raise Diverged("the loss is not finite at step 1")
+        shutil.copytree(sliced, place)
+        healing = {"loss": {"before": 2.0, "healed": 1.0 + (rank or 0)}, "best_step": 1, "held_out": {}}
+        plan = replace(Plan.load(place), healing=healing)
+        (place / "slicer" / "plan.json").write_text(plan.to_json())
+        if self._killed:
+            raise KeyboardInterrupt
+        return Healed(place, plan, "logits", 0.0, True)
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("models")
+    whole = sources.save_llama(place / "whole")
+    succeeds("convert", whole, "--drop", "2-3", "--heal", "none", "-o", place / "cut")
+    return place / "cut"
+
+
+OPTIONS = TrainOptions(Training(method="lora"))
+BY_LOSS = RankSweep((8, 4), rank_sweep.LOSS)
+
+
+def test_a_rank_that_diverges_is_the_worst(
+    cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank_sweep, "train_cut", Trainer((8,)))
+    done = pick_rank(str(cut), None, tmp_path / "out", OPTIONS, BY_LOSS)
+    assert done is not None and done.plan.healing is not None
+    told = json.loads((tmp_path / "out" / "slicer" / "plan.json").read_text())["healing"]["rank_sweep"]
+    assert told == {"metric": "loss", "scores": {"8": None, "4": -5.0, "none": -2.0}, "picked": 4}
+    monkeypatch.setattr(rank_sweep, "train_cut", Trainer((8, 4)))
+    with pytest.raises(HealError, match="any rank"):
+        pick_rank(str(cut), None, tmp_path / "none", OPTIONS, BY_LOSS)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_what_was_trained_is_taken_up_by_the_same_sweep_only(
+    cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the run was killed when the first result was there and nothing had been noted of it."""
+    out = tmp_path / "out"
+
+    def killed() -> None:
+        monkeypatch.setattr(rank_sweep, "train_cut", Trainer(killed=True))
+        with pytest.raises(KeyboardInterrupt):
+            pick_rank(str(cut), None, out, OPTIONS, RankSweep((8,), rank_sweep.LOSS))
+
+    killed()
+    again = Trainer()
+    monkeypatch.setattr(rank_sweep, "train_cut", again)
+    other = replace(OPTIONS, training=replace(OPTIONS.training, lr=1e-4))
+    for options, sweep in ((other, RankSweep((8,), rank_sweep.LOSS)), (OPTIONS, BY_LOSS)):
+        with pytest.raises(OutputError, match="unfinished"):
+            pick_rank(str(cut), None, out, options, sweep)
+    done = pick_rank(str(cut), None, out, OPTIONS, RankSweep((8,), rank_sweep.LOSS))
+    assert not again.asked and done is not None and done.verified == "load"
+    shutil.rmtree(out)
+    killed()
+    monkeypatch.setattr(rank_sweep, "train_cut", again)
+    pick_rank(str(cut), None, out, replace(other, force=True), RankSweep((8,), rank_sweep.LOSS))
+    assert again.asked == [8] and os.listdir(tmp_path) == ["out"]

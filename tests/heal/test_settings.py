@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -51,6 +52,17 @@ def test_values_that_contradict_each_other_are_refused() -> None:
         ({"seq_len": 5000}, "at most 4096"),
         ({"dropout": 1.0}, "--dropout"),
         ({"teacher": "x"}, "--kl-weight"),
+        ({"teacher_4bit": True}, "--kl-weight"),
+        ({"teacher_4bit": True, "teacher_cache": "x", "kl_weight": 1.0}, "give one"),
+        ({"kl_weight": math.nan}, "--kl-weight nan"),
+        ({"mismatch_weight": math.inf}, "--mismatch-weight inf"),
+        ({"lr": math.nan}, "--lr nan"),
+        ({"alpha": 0.0}, "--alpha 0"),
+        ({"dropout": math.nan}, "--dropout nan"),
+        ({"weight_decay": -0.1}, "--weight-decay -0.1"),
+        ({"method": "full", "rank": 4}, "--rank"),
+        ({"method": "full", "alpha": 4.0}, "--alpha"),
+        ({"method": "full", "dropout": 0.1}, "--dropout"),
     ):
         with pytest.raises(UsageError, match=word):
             settings("phi-2", 2.8e9, **asked)

@@ -13,6 +13,7 @@ from commands import slicer
 
 from slicer.checkpoint.model import bypass, load_model, residual_stream
 from slicer.checkpoint.reader import Checkpoint
+from slicer.errors import HealError
 from slicer.heal.corpus import prepare
 from slicer.heal.settings import Training, resolve
 from slicer.heal.teacher import Answer, Cut, Lessons, Live, ask_beforehand, cuts, divergence
@@ -73,7 +74,7 @@ def test_asked_beforehand_it_says_the_same(whole: Path, tmp_path: Path, memory: 
     at = [Cut(2, 4), Cut(3, 6)]
     asked: dict[str, Any] = {"streams": True, "logits": True}
     cached = ask_beforehand(
-        Checkpoint.open(whole), train, at, tmp_path / "cache", "mark", memory_bytes=memory, **asked
+        Checkpoint.open(whole), train, at, tmp_path / "cache", memory_bytes=memory, **asked
     )
     batch = [train[i] for i in (1, 3)]
     tokens = torch.stack([row["input_ids"] for row in batch])
@@ -86,8 +87,20 @@ def test_asked_beforehand_it_says_the_same(whole: Path, tmp_path: Path, memory: 
     student = torch.randn(2, 16, 258, generator=torch.Generator().manual_seed(0))
     full, part = divergence(student, live, learned), divergence(student, found, learned)
     assert 0 < part <= full * 1.01 and part > 0.7 * full
-    again = ask_beforehand(Checkpoint.open(whole), train, at, tmp_path / "cache", "mark", **asked)
-    assert all(torch.equal(a, b) for a, b in zip(cached.files, again.files, strict=True))
+    kept = [file.clone() for file in cached.files]
+    again = ask_beforehand(Checkpoint.open(whole), train, at, tmp_path / "cache", **asked)
+    assert all(torch.equal(a, b) for a, b in zip(kept, again.files, strict=True))
+    # What is not there is asked for again; answers at other cuts, or of another kind, are not taken for these.
+    (tmp_path / "cache" / "stream-6").unlink()
+    again = ask_beforehand(Checkpoint.open(whole), train, at, tmp_path / "cache", **asked)
+    assert all(torch.equal(a, b) for a, b in zip(kept, again.files, strict=True))
+    for cut, other in (
+        (at[:1], asked),
+        (at, {**asked, "logits": False}),
+        (at, {**asked, "dtype": "bfloat16"}),
+    ):
+        with pytest.raises(HealError, match="at other cuts"):
+            ask_beforehand(Checkpoint.open(whole), train, cut, tmp_path / "cache", **other)
 
 
 def test_it_takes_part_in_training(whole: Path, tmp_path: Path) -> None:

@@ -83,32 +83,28 @@ def test_it_is_recorded_and_the_loss_falls(sliced: Path, trained: Path) -> None:
     )
 
 
-def test_merged_is_the_base_with_the_adapter(
-    sliced: Path, trained: Path, text: list[object], tmp_path: Path
-) -> None:
-    """The merged weights give the logits of the unquantized folded weights with the adapter put on by peft."""
+def test_merged_is_the_base_with_the_adapter(sliced: Path, trained: Path, tmp_path: Path) -> None:
+    """The merged weights give the logits of the unquantized folded weights with the adapter put on by peft. The adapter
+    is merged by hand into those, and not into the bare cut, which has the same names and shapes."""
     from transformers import AutoModelForCausalLM
 
-    succeeds("heal", sliced, *text, "-o", tmp_path / "folded")
-    old, new = files.read_tensors(sliced), files.read_tensors(trained)
+    kept = trained.parent / "adapter"
+    old, new = files.read_tensors(kept / "base"), files.read_tensors(trained)
     tokens = torch.randint(4096, (2, 32), generator=torch.Generator().manual_seed(1))
     merged = AutoModelForCausalLM.from_pretrained(trained)(tokens).logits
-    # The fold is on the text trained on, so its weights are the merged ones less the adapter's product.
-    adapter = peft.PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(sliced), trained.parent / "adapter"
-    )
-    changed = {key for key in old if old[key] != new[key]}
+    place = json.loads((kept / "adapter_config.json").read_text())["base_model_name_or_path"]
+    adapter = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place), kept).eval()
+    apart = (adapter(tokens).logits - merged).abs().max() / merged.abs().max()
+    assert apart < 1e-5
     named = {
         name.removeprefix("base_model.model.") for name, m in adapter.named_modules() if hasattr(m, "lora_A")
     }
-    assert {f"{name}.weight" for name in named} <= changed and len(named) == 27
-    base = AutoModelForCausalLM.from_pretrained(trained)
-    for name in named:
-        layer = adapter.base_model.model.get_submodule(name)
-        base.get_submodule(name).weight.data -= layer.get_delta_weight("default")
-    again = peft.PeftModel.from_pretrained(base, trained.parent / "adapter").eval()
-    apart = (again(tokens).logits - merged).abs().max() / merged.abs().max()
-    assert apart < 1e-5
+    assert {f"{name}.weight" for name in named} == {key for key in old if old[key] != new[key]}
+    assert len(named) == 27
+    result = slicer("merge", sliced, kept, "-o", tmp_path / "wrong")
+    assert result.exit_code == 1 and str(kept / "base") in result.output
+    succeeds("merge", place, kept, "-o", tmp_path / "right")
+    assert files.read_tensors(tmp_path / "right") == new and os.listdir(tmp_path) == ["right"]
 
 
 def test_merging_the_kept_adapter_by_hand_gives_the_same_bytes(
@@ -200,7 +196,9 @@ def test_bfloat16_weights_are_rounded_once(
 
 
 def test_all_weights_can_be_trained(sliced: Path, text: list[object], tmp_path: Path) -> None:
-    given = ["--method", "full", "--start", "cut", *text, *FEW, "--lr", 1e-3]
+    few = [*FEW]
+    del few[few.index("--rank") : few.index("--rank") + 2]
+    given = ["--method", "full", "--start", "cut", *text, *few, "--lr", 1e-3]
     done = json.loads(succeeds("heal", sliced, *given, "-o", tmp_path / "out", "--json").stdout)
     assert (
         done["logits_error"] < 1e-5 and done["healing"]["loss"]["healed"] < done["healing"]["loss"]["before"]
@@ -275,6 +273,23 @@ def test_a_plan_that_was_trained_is_trained_again(trained: Path, tmp_path: Path)
     assert files.read_tensors(tmp_path / "again") == files.read_tensors(trained)
 
 
+def test_a_half_offset_cut_that_was_trained_is_trained_again_on_the_same_text_or_another(
+    text: list[object], tmp_path: Path
+) -> None:
+    few = ["--steps", 2, "--train-batch-size", 4, "--train-seq-len", 32, "--rank", 4, "--seed", 3, *QUICK]
+    succeeds("convert", "demo", "--drop", 3, *text, "--heal", "none", "-o", tmp_path / "cut")
+    succeeds("heal", tmp_path / "cut", "--method", "lora", *text, *few, "-o", tmp_path / "trained")
+    assert Plan.load(tmp_path / "trained").joined
+    plan = ["convert", "demo", "--plan", tmp_path / "trained", "--verify", "load"]
+    succeeds(*plan, "-o", tmp_path / "again")
+    assert files.read_tensors(tmp_path / "again") == files.read_tensors(tmp_path / "trained")
+    other = sources.save_text(tmp_path / "other.jsonl", 60)
+    succeeds(*plan, "--calibration", other, "-o", tmp_path / "other")
+    first, then = record_of(tmp_path / "trained"), record_of(tmp_path / "other")
+    assert then["method"] == "lora" and then["settings"] == first["settings"]
+    assert then["data"]["source"] == str(other) != first["data"]["source"]
+
+
 def test_early_stop_and_a_loss_that_is_not_finite_keep_the_best(
     sliced: Path, text: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,9 +327,10 @@ def test_early_stop_and_a_loss_that_is_not_finite_keep_the_best(
     result = slicer(*given, "-o", tmp_path / "out")
     assert result.exit_code == 1 and "not finite" in result.output and "--lr" in result.output
     monkeypatch.setattr(train, "cross_entropy", honest)
-    done = json.loads(
-        succeeds(*given, "--lr", 3, "--warmup", 0, "--patience", 2, "-o", tmp_path / "early", "--json").stdout
-    )["healing"]
+    given += ["--lr", 3, "--warmup", 0, "--patience", 2, "--save-adapter", tmp_path / "adapter"]
+    result = succeeds(*given, "-o", tmp_path / "early", "--json")
+    done = json.loads(result.stdout)["healing"]
+    assert "no adapter was kept" in result.stderr
     assert done["ended"] == "early" and done["best_step"] == 0 and done["steps"] == 4
     assert files.read_tensors(tmp_path / "early") == files.read_tensors(sliced)  # nothing was better
     assert sorted(os.listdir(tmp_path)) == ["early", "nan"]

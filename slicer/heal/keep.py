@@ -1,0 +1,90 @@
+"""`--save-adapter DIR`: the adapter as peft saves it, with what it was trained on where that would be gone otherwise.
+
+DIR/adapter_config.json, adapter_model.safetensors
+DIR/slicer.json     of which weights it is the adapter (`slicer.checkpoint.foundation`)
+DIR/base            those weights, where training started from a fold, or from a cut that convert made on the way
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from slicer.checkpoint.foundation import BASE, note_base
+from slicer.checkpoint.reader import Checkpoint
+from slicer.checkpoint.writer import atomic_directory
+from slicer.errors import OutputError, UsageError
+from slicer.heal.place import ranks_of, workplace_of
+from slicer.progress import Progress
+
+_CONFIG = "adapter_config.json"
+
+
+def check_keeping(place: Path | None, method: str, out: Path, others: Iterable[Path], *, force: bool) -> None:
+    """Raise UsageError or OutputError where the adapter of a training for `out` cannot be kept at `place`.
+
+    `others` are the checkpoints it is made of. An adapter that is there already is replaced with `force`.
+    """
+    if place is None:
+        return
+    if method == "full":
+        raise UsageError("--save-adapter: --method full trains all weights and has no adapter; leave it out")
+    real = place.resolve()
+    for other in (out, workplace_of(out), ranks_of(out), *others):
+        if real.is_relative_to(other.resolve()) or other.resolve().is_relative_to(real):
+            raise OutputError(f"--save-adapter {place}: overlaps {other}; choose another place")
+    if place.is_symlink() or (place.exists() and not place.is_dir()):
+        raise OutputError(f"--save-adapter {place}: exists and is not a directory; choose another place")
+    if place.is_dir() and any(place.iterdir()):
+        if not force:
+            raise OutputError(f"--save-adapter {place}: not empty; choose another place, or give --force")
+        if not (place / _CONFIG).is_file():
+            raise OutputError(
+                f"--save-adapter {place}: --force replaces adapters only, and this has no {_CONFIG}; remove it first"
+            )
+    parent = next(path for path in real.parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"--save-adapter {place}: cannot be written in {parent}; choose another place")
+
+
+@contextlib.contextmanager
+def keeping(
+    place: Path | None, weights: Path | None, base: Checkpoint, work: Path, *, force: bool, progress: Progress
+) -> Iterator[None]:
+    """The adapter `weights`, trained on `base`, appears at `place` when the block ends without an exception.
+
+    `work` is the training's own directory, which goes: a `base` in it is kept beside the adapter.
+    """
+    if place is None or weights is None:
+        if place is not None:
+            progress.note(f"no adapter was kept in {place}: nothing was better than the start")
+        yield
+        return
+    with atomic_directory(place, replace=force) as directory:
+        shutil.copytree(
+            weights, directory, ignore=shutil.ignore_patterns("training_args.bin"), dirs_exist_ok=True
+        )
+        found = base.path.resolve()
+        if found.is_relative_to(work.resolve()):
+            shutil.copytree(found, directory / BASE, copy_function=_linked)
+            found = place.resolve() / BASE
+        note_base(directory, base, str(found))
+        config = json.loads((directory / _CONFIG).read_text("utf-8"))
+        before, config["base_model_name_or_path"] = config.get("base_model_name_or_path"), str(found)
+        (directory / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        card = directory / "README.md"
+        if before and card.is_file():
+            card.write_text(card.read_text("utf-8").replace(before, str(found)), "utf-8")
+        yield
+
+
+def _linked(old: str, new: str) -> None:
+    """One file under two names, where the file system has that: the old name is about to go."""
+    try:
+        os.link(old, new)
+    except OSError:
+        shutil.copy2(old, new)

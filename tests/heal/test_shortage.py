@@ -1,0 +1,137 @@
+"""Memory that runs out: what is said, and that the run goes on with the options it names."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sources
+import torch
+from commands import slicer, succeeds
+
+from slicer.checkpoint.memory import loaded_bytes
+from slicer.checkpoint.reader import Checkpoint
+from slicer.errors import HealError, OutOfMemory
+from slicer.heal.settings import Training, resolve
+from slicer.heal.shortage import to_load, to_train, within_memory
+
+pytest.importorskip("peft")
+
+
+def fails(*_: object, **__: object) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """A training on a text that is seen several times, and is no whole number of steps."""
+    place = tmp_path_factory.mktemp("models")
+    whole, text = sources.save_llama(place / "whole"), sources.save_text(place / "t.jsonl", 40)
+    succeeds("convert", whole, "--drop", "2-3", "--heal", "none", "-o", place / "cut")
+    options: list[object] = [
+        "heal",
+        place / "cut",
+        "--method",
+        "lora",
+        "--calibration",
+        text,
+        "--start",
+        "cut",
+    ]
+    options += ["--steps", 60, "--train-batch-size", 4, "--train-seq-len", 16, "--eval-every", 20]
+    return [*options, "--dropout", 0, "--patience", 0, "--rank", 4, "--lr", 3e-3, "--verify", "load"]
+
+
+@pytest.mark.parametrize(
+    ("where", "more", "words"),
+    [
+        ("slicer.heal.trained.heal", ["--start", "fold"], ["in the fold", "--train-from cut"]),
+        ("slicer.heal.trained.adapters.load", [], ["loading the model", "--method qlora"]),
+        ("slicer.heal.lessons.load_model", ["--kl-weight", 1], ["loading the teacher", "--teacher-4bit"]),
+        ("slicer.heal.lessons.ask_beforehand", ["--kl-weight", 1, "--teacher-cache", "C"], ["asking"]),
+        ("slicer.heal.corpus.sample_tokens", ["--calibration", "self"], ["sampling text", "--device cpu"]),
+    ],
+)
+def test_wherever_it_runs_out_one_line_says_what_helps(
+    given: list[object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    more: list[object],
+    words: list[str],
+) -> None:
+    monkeypatch.setattr(where, fails)
+    result = slicer(*given, *more, "-o", tmp_path / "out")
+    said = [line for line in result.stderr.splitlines() if line.startswith("slicer:")]
+    assert result.exit_code == 1 and len(said) == 1 and not os.listdir(tmp_path)
+    assert "out of memory" in said[0] and all(word in said[0] for word in words)
+
+
+def test_it_goes_on_with_what_was_advised_and_has_the_same_losses(
+    given: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory in the middle, then at the end."""
+    from slicer.heal import train, trained
+
+    succeeds(*given, "-o", tmp_path / "undisturbed")
+    honest, steps = train.cross_entropy, []
+
+    def fails_late(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        steps.append(logits.requires_grad)
+        return honest(logits, labels) if sum(steps) <= 25 else fails()
+
+    monkeypatch.setattr(train, "cross_entropy", fails_late)
+    result = slicer(*given, "-o", tmp_path / "out")
+    assert result.exit_code == 1 and "--micro-batch 1, --gradient-checkpointing" in result.stderr
+    monkeypatch.setattr(train, "cross_entropy", honest)
+    write = trained.write
+    monkeypatch.setattr(trained, "write", fails)
+    less = ["--micro-batch", 1, "--gradient-checkpointing"]
+    result = slicer(*given, *less, "-o", tmp_path / "out")
+    assert result.exit_code == 1 and "verifying" in result.stderr
+    monkeypatch.setattr(trained, "write", write)
+    monkeypatch.setattr(train._Trainer, "train", fails)  # it was trained to its end
+    succeeds(*given, *less, "-o", tmp_path / "out")
+    a, b = (
+        json.loads((tmp_path / n / "slicer" / "training.json").read_text()) for n in ("undisturbed", "out")
+    )
+    for kind in ("train", "held_out"):
+        assert a[kind].keys() == b[kind].keys()
+        assert all(abs(a[kind][step] - b[kind][step]) < 1e-4 for step in a[kind])
+
+
+def test_fewer_sequences_of_a_pass_still_divide_those_of_a_step() -> None:
+    for micro, advised in ((9, 1), (12, 3), (8, 2), (2, 1)):
+        asked = Training(method="full", micro_batch=micro, batch_size=2 * micro)
+        settings, _ = resolve(asked, "phi-2", 10**9, most_tokens=None, on_gpu=True)
+        assert to_train(settings, taught=False)[0] == f"--micro-batch {advised}"
+        assert to_load(settings, taught=False) == ["--method lora", "--device cpu"]
+
+
+def test_it_is_told_from_other_errors() -> None:
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        with pytest.raises(OutOfMemory, match="give A or B"), within_memory("here", ["A", "B"]):
+            raise error
+    for other in (HealError("out of memory of it"), RuntimeError("shapes differ")):
+        with pytest.raises(type(other), match=str(other)), within_memory("here", ["A"]):
+            raise other
+
+
+@pytest.mark.parametrize("is_bin", [False, True])
+def test_what_a_model_takes_depends_on_the_dtype_it_is_loaded_in(tmp_path: Path, is_bin: bool) -> None:
+    path = sources.save_llama(tmp_path / "model")
+    stored = Checkpoint.open(path).total_bytes
+    if is_bin:
+        from safetensors.torch import load_file
+
+        shards = sorted(path.glob("*.safetensors"))
+        torch.save(
+            {k: v for shard in shards for k, v in load_file(shard).items()}, path / "pytorch_model.bin"
+        )
+        for file in (*shards, *path.glob("*.index.json")):
+            file.unlink()
+    assert loaded_bytes(path) == loaded_bytes(path, "float32") == stored
+    assert loaded_bytes(path, "bfloat16") == stored / 2
