@@ -199,10 +199,11 @@ class Round:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise EvaluationError(f"{self.label}: lm-eval cannot ask it ({reason})") from error
         for score in scoring.scores(self.name, self.label, self.leaves, self.loaded["tasks"], found):
-            scores.append(score)
             leaf = score.task.removesuffix(self.label.removeprefix(self.name))
             inside = self.leaves if leaf == self.name else [leaf]
-            if pairs := scoring.items(score.metric, inside, found["samples"]):
+            pairs = scoring.items(score.metric, inside, found["samples"])
+            scores.append(scoring.with_error(score, pairs.values()))
+            if pairs:
                 items[f"{score.task}/{score.metric}"] = pairs
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from slicer.judge.results import Score
@@ -54,6 +56,19 @@ def _chance(leaves: Sequence[str], tasks: Mapping[str, Any], samples: Mapping[st
             return None
         chances += [1.0 / len(task.doc_to_choice(sample["doc"])) for sample in samples[leaf]]
     return sum(chances) / len(chances) if chances else None
+
+
+def with_error(score: Score, values: Collection[float]) -> Score:
+    """`score` with the standard error of the mean of its items' `values`, where lm-eval gives none: for a group where
+    a limit leaves some task one item."""
+    n = len(values)
+    if (score.standard_error is not None and math.isfinite(score.standard_error)) or n < 2:
+        return score
+    mean = math.fsum(values) / n
+    if abs(mean - score.value) > 1e-9:  # not the mean of its items
+        return replace(score, standard_error=None)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
+    return replace(score, standard_error=math.sqrt(variance / n))
 
 
 def items(metric: str, leaves: Sequence[str], samples: Mapping[str, Any]) -> dict[str, float]:

@@ -52,7 +52,7 @@ def judge(table: Table) -> Verdict:
             f"{', '.join(mute)} {'tells' if len(mute) == 1 else 'tell'} nothing here: the unpruned model itself "
             f"cannot be told from guessing, or fewer than {_FEWEST} items were asked."
         )
-    sentences += [words for measure in (*table.tasks, "c4") if (words := _knee(table, measure))]
+    sentences += [words for measure in (*telling, "c4") if (words := _knee(table, measure))]
     if words := _healing(table):
         sentences.append(words)
     if telling and best is not None:

@@ -66,3 +66,10 @@ def test_only_what_was_asked_alike_is_compared() -> None:
     # Half the tokens at twice the nats: the same text is worth the same.
     (only,) = differences(found(5, 200, 3.0), found(0, 100, 6.0))
     assert only.measure == "c4/nats_per_byte" and only.delta == pytest.approx(0)
+
+
+def test_an_error_that_lm_eval_leaves_out_is_that_of_the_items() -> None:
+    score = Score("mmlu", "acc", 0.25, None, 0.25, 8, 0)
+    found = scoring.with_error(score, [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]).standard_error
+    assert found == pytest.approx((0.25 * 0.75 / 7) ** 0.5)
+    assert scoring.with_error(score, [1.0, 1.0]).standard_error is None  # the score is not their mean
