@@ -105,11 +105,11 @@ def weights_apart(one: Path, two: Path) -> float:
     return max(float((a[k] - b[k]).abs().max() / a[k].abs().max()) for k in a)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 def test_sharded_processes_train_as_one(
     method: str, given: list[object], sliced: Path, tmp_path: Path
 ) -> None:
-    given = [*given, "--method", method, *(["--rank", 4] if method == "lora" else [])]
+    given = [*given, "--method", method, *(["--rank", 4] if method != "full" else [])]
     succeeds(*given, "-o", tmp_path / "one")
     finishes(sharded(given, tmp_path / "two"))
     one, two = tmp_path / "one", tmp_path / "two"
