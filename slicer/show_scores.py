@@ -107,6 +107,9 @@ def print_kept(found: Found, share: float, metric: str, plan: Path, source: str)
     """What bisection found, and the command that makes it."""
     console = stdout()
     for kept in found.tried:
+        if kept.error is not None:
+            console.print(f"drop {kept.n:<4} cannot be: {kept.error}", markup=False)
+            continue
         verdict = "kept" if kept.kept else "broken"
         doubt = "" if kept.sure else " (within the error: more items would tell)"
         console.print(f"drop {kept.n:<4} {kept.share:.1%} of {metric}: {verdict}{doubt}", markup=False)

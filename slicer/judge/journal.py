@@ -60,7 +60,7 @@ class Journal:
     """The directory of a sweep: `sweep.json` (what it is), `cells/` (what is done), locks.
 
     `settings` is what all cells share: a directory that holds a sweep with other ones, of which anything is done or
-    being done, is refused with OutputError.
+    which another process has open, is refused with OutputError.
     """
 
     def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
@@ -79,20 +79,29 @@ class Journal:
             self._cells.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{directory}: cannot be made ({error.strerror})") from None
-        if marker.is_file() and not self._untouched():
-            self._check(marker, settings)
-        else:
-            write_atomically(marker, json.dumps({"format": FORMAT, "settings": settings}, indent=1) + "\n")
+        # Held as long as this process has the sweep, beside others; alone, what was begun in vain may be begun anew.
+        self._held = open(self._cells / ".sweep.lock", "w")  # noqa: SIM115
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            anew = not any(self._cells.glob("*.json"))
+        except OSError:
+            fcntl.flock(self._held, fcntl.LOCK_SH)
+            anew = False
+        try:
+            if marker.is_file() and not anew:
+                self._check(marker, settings)
+            else:
+                write_atomically(
+                    marker, json.dumps({"format": FORMAT, "settings": settings}, indent=1) + "\n"
+                )
+        except OutputError:
+            self.close()
+            raise
+        fcntl.flock(self._held, fcntl.LOCK_SH)
 
-    def _untouched(self) -> bool:
-        """Whether nothing is done yet and nobody at work: what was begun there in vain may be begun anew."""
-        if any(self._cells.glob("*.json")):
-            return False
-        for file in self._cells.glob(".*.lock"):
-            with self.claim(file.name[1:].removesuffix(".lock")) as free:
-                if not free:
-                    return False
-        return True
+    def close(self) -> None:
+        """Let go of the directory, for sweeps with other settings too."""
+        self._held.close()
 
     def _check(self, marker: Path, settings: Mapping[str, Any]) -> None:
         try:
@@ -105,6 +114,11 @@ class Journal:
         different = [key for key in now if before.get(key) != now[key]]
         if different:
             key = different[0]
+            if key not in before:
+                raise OutputError(
+                    f"{self.directory}: was begun by an earlier slicer, which did not write down its {key}; "
+                    "choose another place with -o"
+                )
             raise OutputError(
                 f"{self.directory}: holds a sweep with {key} {_short(before.get(key))}, not {_short(now[key])}; "
                 "choose another place with -o"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 
-from slicer.errors import ArchitectureError, EvaluationError
+from slicer.errors import ArchitectureError, EvaluationError, PlanError
 from slicer.judge import promise
 from slicer.judge.grid import UNPRUNED, Cell, Grid, is_random
 from slicer.judge.journal import write_atomically
@@ -39,12 +39,15 @@ def keep(sweep: Sweep, share: float, metric: str, grid: Grid, command: str | Non
         cut, whole = sweep.result(cell), sweep.result(UNPRUNED)
         if cut is None or whole is None:
             reason = (sweep.journal.get(cell.name) or {}).get("error")
-            raise EvaluationError(f"{cell.name}: it cannot be healed ({reason}); choose another --heal")
+            return promise.Kept(n, 0.0, -1.0, 0.0, error=str(reason))
         return promise.kept(n, whole, cut, share, metric)
 
     record_cells(sweep.journal, cells, command)
+    sweep.check_text([cell_of(1)])
     sweep.run([UNPRUNED])
     found = promise.bisect([n for n in range(1, sweep.depth) if _expressible(sweep, cell_of(n))], measure)
+    if found.tried and all(kept.error for kept in found.tried):
+        raise EvaluationError(f"--heal {heal}: no cut could be made so: {found.tried[0].error}")
     told = {"share": share, "metric": metric, **asdict(found)}
     write_atomically(sweep.journal.directory / PROMISE, json.dumps(told, indent=1) + "\n")
     if found.best is not None:
@@ -61,6 +64,6 @@ def keep(sweep: Sweep, share: float, metric: str, grid: Grid, command: str | Non
 def _expressible(sweep: Sweep, cell: Cell) -> bool:
     try:
         sweep.plan(cell)
-    except ArchitectureError:
+    except (ArchitectureError, PlanError):
         return False
     return True

@@ -20,17 +20,19 @@ class Kept:
     Attributes:
         share: cut / unpruned, of a score; unpruned / cut, of the loss, or of the nats of a perplexity.
         margin: mean over items of how far it lies above the promise; standard_error: of the margin, paired.
+        error: why the cut could not be made or healed, and so keeps nothing.
     """
 
     n: int
     share: float
     margin: float
     standard_error: float
+    error: str | None = None
 
     @property
     def kept(self) -> bool:
         """Whether the promise is kept, going by the best estimate."""
-        return self.margin >= 0
+        return self.error is None and self.margin >= 0
 
     @property
     def sure(self) -> bool:

@@ -240,8 +240,9 @@ def _curve_figures(table: Table) -> list[Figure]:
     figures = []
     whole = table.unpruned
     asked: dict[str, list[str]] = {}  # the same task, asked in one way or several
+    alone = len({(row.strategy, row.heal) for row in table.rows if row.n}) == 1
     for task in table.tasks:
-        asked.setdefault(task.split("@")[0], []).append(task)
+        asked.setdefault(task.split("@")[0] if alone else task, []).append(task)
     for name, ways in asked.items():
         score = whole.primary(ways[0]) if whole else None
         label = f"{name if len(ways) > 1 else ways[0]} ({score.metric})" if score else ways[0]

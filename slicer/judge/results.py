@@ -13,7 +13,7 @@ from slicer.judge.compare import Difference, paired
 from slicer.judge.health import Health
 from slicer.judge.loss import Loss
 
-FORMAT = 1
+FORMAT = 2  # in 1, the items of a perplexity were log-likelihoods
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,11 @@ class Evaluation:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Evaluation:
         """Read what `to_dict` gave. Raises KeyError or TypeError for anything else."""
-        given = record["health"]
+        given, items = record["health"], dict(record["items"])
+        if record.get("format") == 1:
+            for key in items:
+                if key.endswith("/perplexity"):
+                    items[key] = {name: -value for name, value in items[key].items()}
         return cls(
             model=str(record["model"]),
             scores=tuple(Score(**score) for score in record["scores"]),
@@ -72,7 +76,7 @@ class Evaluation:
             )
             if given
             else None,
-            items=record["items"],
+            items=items,
             options=record["options"],
             versions=record["versions"],
             seconds=float(record["seconds"]),

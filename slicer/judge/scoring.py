@@ -10,6 +10,7 @@ from typing import Any
 from slicer.judge.results import Score
 
 _LOG_LIKELIHOODS = {"perplexity"}  # metrics whose items lm-eval gives as log-likelihoods
+_WEIGHTED = {"word_perplexity", "byte_perplexity", "bits_per_byte"}  # and those with a weight beside each
 
 
 def scores(
@@ -86,7 +87,7 @@ def items(metric: str, leaves: Sequence[str], samples: Mapping[str, Any]) -> dic
             if sample["filter"] != (kind or "none"):
                 continue
             key = f"{leaf}:{sample['doc_id']}:{sample['doc_hash'][:8]}"
-            if isinstance(value, list | tuple) and len(value) == 2:  # (log-likelihood, words or bytes)
+            if name in _WEIGHTED:  # (log-likelihood, words or bytes)
                 pairs[key] = -float(value[0])
                 weights.append(float(value[1]))
             elif isinstance(value, bool | int | float):

@@ -87,6 +87,7 @@ class Sweep:
         except BaseException:
             self.suite.close()
             raise
+        self._text_is_there = False
         self._model: Any = None
         self._first_layers: Prefix | None = None
         self._course: Course | None = None  # of the calibration text through the source, for all folds
@@ -99,6 +100,7 @@ class Sweep:
 
     def __exit__(self, *_: object) -> None:
         self.suite.close()
+        self.journal.close()
 
     # --- cells -----------------------------------------------------------------------------------------------------
 
@@ -110,8 +112,7 @@ class Sweep:
         """
         healing.require({cell.heal for cell in cells})
         healing.check_alike(self.journal, cells, self.options.training)
-        if any(_reads_text(cell) and self.journal.get(cell.name) is None for cell in cells):
-            check_sources(self.options.calibration)
+        self.check_text(cells)
         clock = Clock(self.journal, cells, self.depth)
         while todo := [cell for cell in cells if self.journal.get(cell.name) is None]:
             worked = False
@@ -124,6 +125,16 @@ class Sweep:
                     worked = True
             if not worked:
                 time.sleep(_WAIT_SECONDS)  # another process holds what is left
+
+    def check_text(self, cells: Sequence[Cell]) -> None:
+        """Raise CalibrationError where one of `cells` needs calibration text that cannot be read."""
+        if self._text_is_there:
+            return
+        left = [cell for cell in cells if self.journal.get(cell.name) is None]
+        measures = self.journal.get("distances") is None and any(c.strategy == "similarity" for c in left)
+        if measures or any(cell.heal != "none" for cell in left):
+            check_sources(self.options.calibration)
+            self._text_is_there = True
 
     def result(self, cell: Cell) -> Evaluation | None:
         """What a finished cell measured; None where the architecture cannot express the cut."""
@@ -249,8 +260,10 @@ class Sweep:
         asked = self.options.evaluation.dtype
         if asked != "auto":
             return asked
-        if (begun := began_with(directory).get("precision")) is not None:
-            return str(begun)
+        begun = began_with(directory)
+        same = ("source", self.source), ("revision", self.found.revision), ("dtype", asked)
+        if begun.get("precision") and all(begun.get(key) == value for key, value in same):
+            return str(begun["precision"])
         return "float32" if _float32_is_faster(self._device(), self.checkpoint) else asked
 
     def _device(self) -> str:
@@ -327,10 +340,6 @@ class Sweep:
                 failure = error
         assert failure is not None
         raise failure
-
-
-def _reads_text(cell: Cell) -> bool:
-    return cell.strategy == "similarity" or cell.heal != "none"
 
 
 def _float32_is_faster(device: str, checkpoint: Checkpoint) -> bool:

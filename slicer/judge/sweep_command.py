@@ -45,7 +45,7 @@ _FILE = click.Path(path_type=Path)
 @click.option(
     "--text-column",
     metavar="NAME",
-    help="Column that holds the text, there and in the calibration data  [default: text]",
+    help="Column that holds the text, there and in --calibration  [default: text]",
 )
 @click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples before each question.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N",
@@ -121,7 +121,8 @@ def sweep(source: str, **given: Any) -> None:
         promise.check(given["keep"], given["metric"], options.tasks) if given["keep"] is not None else None
     )
     calibration = given["calibration"] or _calibration(source, given["data"], text)
-    spec = {k: given[k] for k in ("samples", "seq_len", "seed", "text_column") if given[k] is not None}
+    named = ("samples", "seq_len", "seed", *(["text_column"] if given["calibration"] is not None else []))
+    spec = {k: given[k] for k in named if given[k] is not None}
     command = shlex.join(["slicer", *_typed(context, typed)])
     trains = any(heal.startswith("qlora") for heal in axes.heals)
     training = training_of(given, "qlora" if trains else None, "--heal") or Training()

@@ -75,6 +75,8 @@ def against_fraction(table: Table, measure: str, chance: float | None, label: st
     figure, axes = _figure()
     curves = curves_of(table, measure)
     ranks = sorted({c.heal for c in curves if "@" in c.heal}, key=lambda heal: int(heal.split("@")[1]))
+    if len({curve.strategy for curve in curves}) > 1:
+        ranks = []  # the colours tell the strategies apart
     for curve in curves:
         colour = _COLOURS[curve.strategy]
         if len(ranks) > 1 and curve.heal in ranks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -73,20 +74,24 @@ def _tells(task: str, unpruned: Evaluation) -> bool:
     score = unpruned.primary(task)
     if score is None or score.items < _FEWEST or f"{task}/{score.metric}" not in unpruned.items:
         return False
-    return score.chance is None or score.value > score.chance + 2 * (score.standard_error or 0.0)
+    if not score.higher_is_better:
+        return True
+    return score.value > (score.chance or 0.0) + 2 * (score.standard_error or 0.0)
 
 
 def _harmless(row: Row, unpruned: Evaluation, telling: Sequence[str]) -> bool:
     whole, here = unpruned.loss, row.evaluation.loss if row.evaluation else None
     share = _LOSS_CAP if telling else _LOSS_SHARE
-    if whole is not None and (here is None or here.nats_per_token > whole.nats_per_token / share):
+    if whole is not None and not (
+        here and here.nats_per_token <= whole.nats_per_token / share
+    ):  # nor where it is NaN
         return False
     return all(_holds(row, task, unpruned) for task in telling)
 
 
 def _holds(row: Row, task: str, unpruned: Evaluation) -> bool:
     change, score = row.change(task), unpruned.primary(task)
-    if change is None or score is None:
+    if change is None or score is None or not math.isfinite(change.delta):
         return False
     return change.within_noise or (change.delta > 0) == score.higher_is_better
 

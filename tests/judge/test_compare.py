@@ -55,6 +55,9 @@ def test_items_of_a_perplexity_are_nats() -> None:
     values = list(scoring.items("word_perplexity", ["t"], rolling).values())
     assert sum(values) / 2 == pytest.approx(110 / 40)  # nats a word, over all
 
+    # A pair of another metric (here of MCC: gold, predicted) is no value of an item.
+    assert scoring.items("mcc", ["t"], {"t": [sample(0, mcc=(1, 0)), sample(1, mcc=(0, 1))]}) == {}
+
 
 def test_only_what_was_asked_alike_is_compared() -> None:
     def found(shots: int, tokens: int, nats: float) -> Evaluation:

@@ -139,6 +139,7 @@ def test_what_is_recommended_is_made_again_with_its_healing(swept: Path) -> None
 
 def test_good_scores_do_not_excuse_a_terrible_loss(swept: Path) -> None:
     put(swept, Cell(6, "similarity", "none"), evaluation(240, 9.0))
+    put(swept, Cell(5, "similarity", "none"), evaluation(240, float("nan")))
     best = judge_table(read_table(swept)).row
     assert best is not None and best.n == 2
 
