@@ -46,6 +46,8 @@ def main() -> None:
     parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.steps < _WARM + 2:
+        parser.error(f"--steps {given.steps}: the first {_WARM} are not timed; give at least {_WARM + 2}")
     if given.one:
         print(json.dumps(_run(given, given.one)))
         return
