@@ -6,48 +6,25 @@ plan of a sliced checkpoint with its healing (slicer/plan.json): each part is th
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import shlex
-import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from slicer import __version__
 from slicer.errors import EvaluationError, SlicerError
-from slicer.judge import plots, sweep_plots, verdict
+from slicer.judge import report_figures, verdict
 from slicer.judge.journal import write_atomically
+from slicer.judge.report_figures import Figure
 from slicer.judge.table import Row, Table, read_table
 from slicer.measure.analysis import Distances
 from slicer.plan import Plan, spell_layers
 
 _SAMPLES = 4
 _RECOMMENDED = "report/plan.json"
-_BENCH = {
-    "time_per_output_token_ms": "time per output token (ms)",
-    "prefill_ms": "prefill (ms)",
-    "weight_bytes": "weights (bytes)",
-    "kv_bytes_per_token": "KV cache a token (bytes)",
-    "peak_memory_bytes": "peak memory (bytes)",
-}
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A picture: `name` is its file beside the markdown; `data` its bytes, SVG or PNG."""
-
-    name: str
-    caption: str
-    data: bytes
-
-    @property
-    def uri(self) -> str:
-        """For the page, which loads nothing."""
-        kind = "svg+xml" if self.name.endswith(".svg") else "png"
-        return f"data:image/{kind};base64,{base64.b64encode(self.data).decode()}"
 
 
 def write_report(directory: Path) -> tuple[Path, Path]:
@@ -70,6 +47,8 @@ def write_report(directory: Path) -> tuple[Path, Path]:
             (figures / figure.name).write_bytes(figure.data)
         if found["recommended"] is not None:
             (directory / _RECOMMENDED).write_text(found["recommended"].to_json(), "utf-8")
+        else:  # an earlier report may have recommended one
+            (directory / _RECOMMENDED).unlink(missing_ok=True)
     except OSError as error:
         raise EvaluationError(f"{figures}: cannot be written ({error.strerror})") from None
     write_atomically(markdown, plain.get_template("report.md.j2").render(found))
@@ -96,10 +75,10 @@ def collect(directory: Path) -> dict[str, Any]:
     chosen, offset = _chosen(row, plan), plan.half_offset if plan and row is None else None
     histories = _histories(table, plan)
     groups: dict[str, list[Figure]] = {
-        "distances": _distance_figures(distances, chosen, offset) if distances else [],
-        "curves": _curve_figures(table) if table else [],
-        "healing": _healing_figures(histories),
-        "bench": _bench_figures(bench) if bench else [],
+        "distances": report_figures.distance_figures(distances, chosen, offset) if distances else [],
+        "curves": report_figures.curve_figures(table) if table else [],
+        "healing": report_figures.healing_figures(histories),
+        "bench": report_figures.bench_figures(bench) if bench else [],
     }
     recommended = _recommended(table, row) if table and row else None
     source = (
@@ -218,63 +197,6 @@ def _chosen(row: Row | None, plan: Plan | None) -> tuple[int, int] | None:
     if dropped and list(dropped) == list(range(dropped[0], dropped[0] + len(dropped))):
         return dropped[0], len(dropped)
     return None
-
-
-# --- figures ----------------------------------------------------------------------------------------------------------
-
-
-def _distance_figures(
-    distances: Distances, chosen: tuple[int, int] | None, offset: tuple[int, int, float] | None
-) -> list[Figure]:
-    with tempfile.TemporaryDirectory(prefix="slicer-report-") as scratch:
-        heat, lines = Path(scratch) / "distances.png", Path(scratch) / "curves.png"
-        plots.heat_map(distances, heat, chosen=chosen, offset=offset)
-        plots.curves(distances, lines, chosen=chosen, offset=offset)
-        return [
-            Figure("distances.png", "Angular distance across every block of layers.", heat.read_bytes()),
-            Figure("distance-curves.png", "The same, a curve for each of some sizes.", lines.read_bytes()),
-        ]
-
-
-def _curve_figures(table: Table) -> list[Figure]:
-    figures = []
-    whole = table.unpruned
-    asked: dict[str, list[str]] = {}  # the same task, asked in one way or several
-    alone = len({(row.strategy, row.heal) for row in table.rows if row.n}) == 1
-    for task in table.tasks:
-        asked.setdefault(task.split("@")[0] if alone else task, []).append(task)
-    for name, ways in asked.items():
-        score = whole.primary(ways[0]) if whole else None
-        label = f"{name if len(ways) > 1 else ways[0]} ({score.metric})" if score else ways[0]
-        chance = score.chance if score else None
-        if len(ways) > 1:
-            svg, file = sweep_plots.overlaid(table, ways, chance, label), name
-        else:
-            svg, file = sweep_plots.against_fraction(table, ways[0], chance, label), ways[0]
-        file = f"{''.join(c if c.isalnum() else '-' for c in file)}.svg"
-        figures.append(Figure(file, f"{label} against the fraction of layers dropped.", svg.encode()))
-    if any(row.evaluation and row.evaluation.loss for row in table.rows):
-        svg = sweep_plots.against_fraction(table, "c4", 1.0, "loss / log V")
-        figures.append(Figure("loss.svg", "Loss on text as a share of log V; 1 is guessing.", svg.encode()))
-    return figures
-
-
-def _healing_figures(histories: Mapping[str, list[dict[str, float]]]) -> list[Figure]:
-    if not histories:
-        return []
-    svg = sweep_plots.healing_curve(histories)
-    return [Figure("healing.svg", "Loss while healing.", svg.encode())]
-
-
-def _bench_figures(bench: Mapping[str, Any]) -> list[Figure]:
-    models = [m for m in bench.get("models", ()) if isinstance(m, dict) and "layers" in m]
-    figures = []
-    for key, label in _BENCH.items():
-        points = [(int(m["layers"]), float(m[key])) for m in models if isinstance(m.get(key), int | float)]
-        if len({x for x, _ in points}) > 1:
-            svg = sweep_plots.bench_line(points, (bench.get("lines") or {}).get(key), label)
-            figures.append(Figure(f"bench-{key}.svg", f"{label} against the layers.", svg.encode()))
-    return figures
 
 
 # --- words and tables -------------------------------------------------------------------------------------------------

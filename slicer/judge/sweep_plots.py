@@ -117,14 +117,8 @@ def _draw(axes: Any, curve: Curve, label: str, colour: str, alpha: float = 1.0) 
         linestyle=_DASHES[base], linewidth=1.6, elinewidth=0.8, capsize=2, alpha=alpha,
     )  # fmt: skip
     if curve.each:
-        axes.plot(
-            *zip(*curve.each, strict=True),
-            color=colour,
-            marker=".",
-            markersize=3,
-            linestyle="none",
-            alpha=0.5,
-        )
+        xs, ys = zip(*curve.each, strict=True)
+        axes.plot(xs, ys, color=colour, marker=".", markersize=3, linestyle="none", alpha=0.5)
 
 
 def _against_fraction(figure: Any, axes: Any, label: str) -> str:

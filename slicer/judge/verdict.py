@@ -82,9 +82,8 @@ def _tells(task: str, unpruned: Evaluation) -> bool:
 def _harmless(row: Row, unpruned: Evaluation, telling: Sequence[str]) -> bool:
     whole, here = unpruned.loss, row.evaluation.loss if row.evaluation else None
     share = _LOSS_CAP if telling else _LOSS_SHARE
-    if whole is not None and not (
-        here and here.nats_per_token <= whole.nats_per_token / share
-    ):  # nor where it is NaN
+    # Written so that a loss that is not a number is no better than none.
+    if whole is not None and not (here and here.nats_per_token <= whole.nats_per_token / share):
         return False
     return all(_holds(row, task, unpruned) for task in telling)
 

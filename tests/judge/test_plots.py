@@ -75,3 +75,10 @@ def test_a_half_offset_cut_is_marked_between_the_blocks_of_whole_layers(tmp_path
     plots.heat_map(distances(12), tmp_path / "whole", chosen=(4, 2))
     plots.heat_map(distances(12), tmp_path / "half", offset=(4, 6, 0.05))
     assert len({(tmp_path / name).read_bytes() for name in ("none", "whole", "half")}) == 3
+
+
+def test_a_panel_that_would_look_empty_says_so() -> None:
+    _, axes = plots.new_figure()
+    plots.note_flat(axes, [0.0, float("nan"), 0.0])
+    plots.note_flat(axes, [0.0, 0.1])
+    assert [text.get_text() for text in axes.texts] == ["0 everywhere: no difference seen"]

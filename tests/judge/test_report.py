@@ -153,6 +153,14 @@ def test_a_task_at_guessing_recommends_nothing(swept: Path) -> None:
     assert any("mmlu tells nothing" in sentence for sentence in found.sentences)
 
 
+def test_what_is_no_longer_recommended_leaves_no_plan(swept: Path) -> None:
+    write_report(swept)
+    assert (swept / "report" / "plan.json").is_file()
+    put(swept, UNPRUNED, evaluation(400, 1.0))  # nothing comes near this one
+    write_report(swept)
+    assert not (swept / "report" / "plan.json").exists()
+
+
 def test_the_promise_is_told(swept: Path) -> None:
     best = {"n": 2, "share": 0.985, "margin": 0.01, "standard_error": 0.02}
     told = {"share": 0.98, "metric": "mmlu", "best": best, "tried": [best] * 4}

@@ -1,0 +1,95 @@
+"""The pictures of a report: what a sweep, an analysis, a healing and a bench have to show."""
+
+from __future__ import annotations
+
+import base64
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slicer.judge import plots, sweep_plots
+from slicer.judge.table import Table
+from slicer.measure.analysis import Distances
+
+_BENCH = {
+    "time_per_output_token_ms": "time per output token (ms)",
+    "prefill_ms": "prefill (ms)",
+    "weight_bytes": "weights (bytes)",
+    "kv_bytes_per_token": "KV cache a token (bytes)",
+    "peak_memory_bytes": "peak memory (bytes)",
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture: `name` is its file beside the markdown; `data` its bytes, SVG or PNG."""
+
+    name: str
+    caption: str
+    data: bytes
+
+    @property
+    def uri(self) -> str:
+        """For the page, which loads nothing."""
+        kind = "svg+xml" if self.name.endswith(".svg") else "png"
+        return f"data:image/{kind};base64,{base64.b64encode(self.data).decode()}"
+
+
+def distance_figures(
+    distances: Distances, chosen: tuple[int, int] | None, offset: tuple[int, int, float] | None
+) -> list[Figure]:
+    """The distances that a cut was chosen by, the chosen one marked."""
+    with tempfile.TemporaryDirectory(prefix="slicer-report-") as scratch:
+        heat, lines = Path(scratch) / "distances.png", Path(scratch) / "curves.png"
+        plots.heat_map(distances, heat, chosen=chosen, offset=offset)
+        plots.curves(distances, lines, chosen=chosen, offset=offset)
+        return [
+            Figure("distances.png", "Angular distance across every block of layers.", heat.read_bytes()),
+            Figure("distance-curves.png", "The same, a curve for each of some sizes.", lines.read_bytes()),
+        ]
+
+
+def curve_figures(table: Table) -> list[Figure]:
+    """A picture for each measure against the fraction dropped; one for a task that was asked in several ways."""
+    figures = []
+    whole = table.unpruned
+    asked: dict[str, list[str]] = {}  # the same task, asked in one way or several
+    alone = len({(row.strategy, row.heal) for row in table.rows if row.n}) == 1
+    for task in table.tasks:
+        asked.setdefault(task.split("@")[0] if alone else task, []).append(task)
+    for name, ways in asked.items():
+        score = whole.primary(ways[0]) if whole else None
+        label = f"{name if len(ways) > 1 else ways[0]} ({score.metric})" if score else ways[0]
+        chance = score.chance if score else None
+        if len(ways) > 1:
+            svg, file = sweep_plots.overlaid(table, ways, chance, label), name
+        else:
+            svg, file = sweep_plots.against_fraction(table, ways[0], chance, label), ways[0]
+        file = f"{''.join(c if c.isalnum() else '-' for c in file)}.svg"
+        figures.append(Figure(file, f"{label} against the fraction of layers dropped.", svg.encode()))
+    if any(row.evaluation and row.evaluation.loss for row in table.rows):
+        svg = sweep_plots.against_fraction(table, "c4", 1.0, "loss / log V")
+        figures.append(Figure("loss.svg", "Loss on text as a share of log V; 1 is guessing.", svg.encode()))
+    return figures
+
+
+def healing_figures(histories: Mapping[str, list[dict[str, float]]]) -> list[Figure]:
+    """The losses while healing, by their names."""
+    if not histories:
+        return []
+    svg = sweep_plots.healing_curve(histories)
+    return [Figure("healing.svg", "Loss while healing.", svg.encode())]
+
+
+def bench_figures(bench: Mapping[str, Any]) -> list[Figure]:
+    """What `slicer bench` measured, against the layers."""
+    models = [m for m in bench.get("models", ()) if isinstance(m, dict) and "layers" in m]
+    figures = []
+    for key, label in _BENCH.items():
+        points = [(int(m["layers"]), float(m[key])) for m in models if isinstance(m.get(key), int | float)]
+        if len({x for x, _ in points}) > 1:
+            svg = sweep_plots.bench_line(points, (bench.get("lines") or {}).get(key), label)
+            figures.append(Figure(f"bench-{key}.svg", f"{label} against the layers.", svg.encode()))
+    return figures
