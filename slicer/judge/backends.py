@@ -173,9 +173,10 @@ def text_losses(lm: Any, texts: Sequence[str]) -> tuple[list[float], list[int]]:
     counts = []
     for at, text in enumerate(texts):
         tokens = list(lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        start = [first]
         if first is None:  # the text's own first token begins it
             start, tokens = tokens[:1], tokens[1:]
+        else:
+            start = [first]
         counts.append(len(tokens))
         room = lm.max_length - 1
         for piece in (tokens[i : i + room] for i in range(0, len(tokens), room)):

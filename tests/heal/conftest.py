@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import succeeds
 
 from slicer import demo
 from slicer.checkpoint.model import load_model
@@ -27,6 +28,14 @@ def held_out_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_bytes((demo.path().parent / "heldout.txt").read_bytes())
     return file
+
+
+@pytest.fixture(scope="module")
+def sliced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model without three layers, in float32."""
+    out = tmp_path_factory.mktemp("models") / "sliced"
+    succeeds("convert", "demo", "--drop", "4-6", "--heal", "none", "--dtype", "float32", "-o", out)
+    return out
 
 
 @pytest.fixture(scope="module")

@@ -38,14 +38,6 @@ def history_of(path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def sliced(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model without three layers, in float32."""
-    out = tmp_path_factory.mktemp("models") / "sliced"
-    succeeds("convert", "demo", "--drop", "4-6", "--heal", "none", "--dtype", "float32", "-o", out)
-    return out
-
-
-@pytest.fixture(scope="module")
 def text(held_out_file: Path) -> list[object]:
     """The data options: text that the embedded model was not trained on."""
     return ["--calibration", held_out_file, "--samples", 64, "--seq-len", 32]
