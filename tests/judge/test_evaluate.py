@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -212,3 +213,19 @@ def test_the_command(tmp_path: Path) -> None:
     assert len(record["results"][0]["health"]["samples"]) == len(health.PROMPTS)
     for arguments in (["eval", "demo", "--batch-size", "many"], ["eval", "demo", "--write-tasks", "x"]):
         assert CliRunner().invoke(main, arguments).exit_code == 2
+
+
+def test_a_tokenizer_without_special_tokens(tmp_path: Path) -> None:
+    """Each text then begins with its own first token, which is not scored; samples are written all the same."""
+    text = demo.path().parent / "heldout.txt"
+    shutil.copytree(demo.path(), tmp_path / "bare")
+    file = tmp_path / "bare" / "tokenizer_config.json"
+    config = {k: v for k, v in json.loads(file.read_text()).items() if not k.endswith("_token")}
+    file.write_text(json.dumps(config))
+    (tmp_path / "bare" / "special_tokens_map.json").unlink(missing_ok=True)
+    options = EvalOptions(tasks=("c4",), text=text, limit=4, device="cpu", dtype="float32")
+    with Suite(options) as suite:
+        whole, bare = evaluate("demo", suite), evaluate(str(tmp_path / "bare"), suite)
+    assert whole.loss and bare.loss and bare.health and len(bare.health.samples) == len(whole.health.samples)
+    assert bare.loss.tokens == whole.loss.tokens - 4
+    assert abs(bare.loss.nats_per_token - whole.loss.nats_per_token) < 0.1
