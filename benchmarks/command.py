@@ -70,7 +70,7 @@ def bench(context: click.Context, base: str | None, sliced: tuple[str, ...], **g
     from slicer import console
     from slicer.benchmarks.bench import Request
     from slicer.benchmarks.bench import bench as run
-    from slicer.plan import parse_size
+    from slicer.plan.plan import parse_size
 
     request = Request(
         base=base,

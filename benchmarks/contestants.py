@@ -21,7 +21,7 @@ from slicer.checkpoint.reader import Checkpoint, has_weights, read_config
 from slicer.checkpoint.registration import MODEL_TYPE
 from slicer.checkpoint.sizes import measure_sizes
 from slicer.errors import ArchitectureError, BenchError, SourceError, UsageError
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 
 _STORED = {"float32": "F32", "float": "F32", "float16": "F16", "half": "F16", "bfloat16": "BF16"}
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")

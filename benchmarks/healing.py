@@ -35,7 +35,7 @@ from slicer.measure.calibration import CalibrationSpec, token_batches
 from slicer.measure.metrics import AngularDistance
 from slicer.measure.states import Course
 from slicer.measure.stream import Walk
-from slicer.plan import spell_layers
+from slicer.plan.plan import spell_layers
 from slicer.select import select
 
 
@@ -91,7 +91,7 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace, scratch: P
     if options.layers is None:
         cuts = [select(distances, int(n)).dropped for n in options.drop.split(",")]
     else:
-        from slicer.plan import parse_amount
+        from slicer.plan.plan import parse_amount
 
         cuts = [parse_amount(options.layers).layers or ()]
 

@@ -33,7 +33,7 @@ from slicer.measure.calibration import CalibrationSpec, token_batches
 from slicer.measure.halves import measure_halves
 from slicer.measure.shapley import Coalitions, leave_one_out, shapley
 from slicer.measure.stream import Walk
-from slicer.plan import Plan, spell_dropped
+from slicer.plan.plan import Plan, spell_dropped
 from slicer.select import rank, rank_offset, rank_sublayers
 
 FRACTIONS = {"1/6": 1 / 6, "1/4": 1 / 4, "1/3": 1 / 3}

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from slicer.measure.summary import measure as measure
     from slicer.options import Goal as Goal
     from slicer.options import Options as Options
-    from slicer.plan import Plan as Plan
-    from slicer.plan import parse_amount as parse_amount
+    from slicer.plan.plan import Plan as Plan
+    from slicer.plan.plan import parse_amount as parse_amount
     from slicer.select import select as select
 
 __version__ = "0.1.0"
@@ -41,8 +41,8 @@ _HOMES = {
     "Analysis": "slicer.measure.analysis",
     "Walk": "slicer.measure.stream",
     "CalibrationSpec": "slicer.measure.calibration",
-    "Plan": "slicer.plan",
-    "parse_amount": "slicer.plan",
+    "Plan": "slicer.plan.plan",
+    "parse_amount": "slicer.plan.plan",
     "select": "slicer.select",
 }
 __all__ = ["__version__", *sorted(_HOMES)]

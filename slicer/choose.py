@@ -18,7 +18,7 @@ from slicer.checkpoint.sizes import measure_sizes
 from slicer.errors import ArchitectureError, PlanError
 from slicer.materials import CalibrationData, Configs, SourceModel
 from slicer.options import Goal, Options
-from slicer.plan import Amount, Plan
+from slicer.plan.plan import Amount, Plan
 from slicer.progress import Progress
 from slicer.select import (
     Choice,

@@ -202,7 +202,7 @@ def convert(source: str, **given: Any) -> None:
     from slicer.convert import convert as run
     from slicer.measure.calibration import CalibrationSpec
     from slicer.options import Goal, Options
-    from slicer.plan import Plan, parse_amount, parse_size
+    from slicer.plan.plan import Plan, parse_amount, parse_size
 
     parts = ("drop_attention", "drop_ffn", "drop_sublayers")
     amounts = ("drop", "keep", "max_params", "max_bytes", *parts)

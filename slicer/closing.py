@@ -19,7 +19,7 @@ from slicer.heal.settings import METHODS, of_record
 from slicer.materials import CalibrationData, SourceModel
 from slicer.measure.calibration import CalibrationSpec
 from slicer.options import Options, Summary
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 from slicer.progress import Progress
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from slicer.plan import Plan, spell_dropped, spell_layers
+from slicer.plan.plan import Plan, spell_dropped, spell_layers
 from slicer.progress import Progress
 
 if TYPE_CHECKING:

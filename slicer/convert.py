@@ -21,7 +21,7 @@ from slicer.errors import PlanError
 from slicer.heal.settings import METHODS
 from slicer.materials import CalibrationData, Configs, SourceModel
 from slicer.options import Goal, Options, Summary, check_options, output_name
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 from slicer.produce import write
 from slicer.progress import Progress
 from slicer.trained import convert_and_train

@@ -9,7 +9,7 @@ from typing import Any
 from slicer.checkpoint import architectures, hub
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import Sizes, measure_sizes
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 
 
 @dataclass(frozen=True)

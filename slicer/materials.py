@@ -9,7 +9,7 @@ from slicer.checkpoint.export import sliced_config
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import ArchitectureError
 from slicer.options import Options
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 from slicer.progress import Progress
 
 if TYPE_CHECKING:

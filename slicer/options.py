@@ -13,7 +13,7 @@ from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES
 from slicer.errors import PlanError, UsageError
 from slicer.heal.settings import METHODS, Training
 from slicer.measure.calibration import CalibrationSpec
-from slicer.plan import Amount, Plan
+from slicer.plan.plan import Amount, Plan
 
 if TYPE_CHECKING:
     from slicer.heal.rank_sweep import RankSweep

@@ -9,7 +9,7 @@ from typing import Any
 
 from slicer.errors import OutputError, PlanError, UsageError
 from slicer.measure.analysis import METRIC, Analysis
-from slicer.plan import Amount, Plan
+from slicer.plan.plan import Amount, Plan
 from slicer.select import (
     Cut,
     Doubt,

@@ -15,7 +15,7 @@ from slicer.checkpoint.writer import atomic_directory
 from slicer.errors import SourceError, VerificationError
 from slicer.materials import SourceModel
 from slicer.options import Options, Summary
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 from slicer.progress import Progress
 
 if TYPE_CHECKING:

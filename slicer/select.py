@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from slicer.errors import PlanError
-from slicer.plan import Amount, Plan
+from slicer.plan.plan import Amount, Plan
 
 SURE = 2.0  # standard errors that a difference must exceed to count
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from slicer.console import stdout
-from slicer.plan import spell_dropped, spell_layers
+from slicer.plan.plan import spell_dropped, spell_layers
 
 if TYPE_CHECKING:
     from slicer.measure.analysis import Analysis, Distances

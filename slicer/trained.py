@@ -12,7 +12,7 @@ from slicer.checkpoint.export import check_output
 from slicer.checkpoint.reader import Checkpoint
 from slicer.heal.settings import Training
 from slicer.options import Goal, Options, Summary, output_name
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 from slicer.progress import Progress
 
 _OF_CUT = ("strategy", "dtype")

@@ -25,7 +25,7 @@ from slicer.errors import CalibrationError, OutputError, UsageError
 from slicer.measure.analysis import Analysis
 from slicer.measure.calibration import CalibrationSpec, token_batches
 from slicer.options import Goal, Options
-from slicer.plan import Plan, parse_amount
+from slicer.plan.plan import Plan, parse_amount
 
 LAYERS = 6
 

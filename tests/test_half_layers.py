@@ -16,7 +16,7 @@ from slicer import demo
 from slicer.errors import PlanError
 from slicer.judge import part_plots
 from slicer.measure.analysis import Analysis
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 
 
 @pytest.fixture(scope="module")

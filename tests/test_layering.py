@@ -24,6 +24,8 @@ STDLIB_ONLY = {
     "slicer.errors",
     "slicer.progress",
     "slicer.plan",
+    "slicer.plan.plan",
+    "slicer.plan.records",
     "slicer.select",
     "slicer.checkpoint.layer_fields",
     "slicer.checkpoint.vllm_notes",
@@ -80,7 +82,7 @@ TRANSITIVE = {
 FLOORS = (
     ("slicer.errors", "slicer.progress"),
     (
-        "slicer.plan",
+        "slicer.plan.plan",
         "slicer.checkpoint.layer_fields",
         "slicer.checkpoint.vllm_notes",
         "slicer.checkpoint.architectures",

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from slicer.errors import PlanError, UsageError
-from slicer.plan import Plan, parse_amount, parse_size, spell_layers
+from slicer.plan.plan import Plan, parse_amount, parse_size, spell_layers
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from slicer.errors import PlanError, UsageError
 from slicer.measure.analysis import Analysis, Distances
-from slicer.plan import Plan, parse_amount
+from slicer.plan.plan import Plan, parse_amount
 from slicer.planning import plan, write_plan
 from slicer.select import Choice, Cut, best_cuts, doubt, protected
 

@@ -16,7 +16,7 @@ from slicer.checkpoint.model import load_model
 from slicer.convert import convert
 from slicer.measure.calibration import CalibrationSpec
 from slicer.options import Goal, Options
-from slicer.plan import parse_amount
+from slicer.plan.plan import parse_amount
 
 PROMPTS = ["And the LORD said unto", "The captain of the"]
 TOKENS = 12

@@ -19,7 +19,7 @@ from slicer.checkpoint.names import Names
 from slicer.checkpoint.reader import Checkpoint, TensorSpan, read_header
 from slicer.checkpoint.sublayers import FEED_FORWARD, part_of
 from slicer.errors import HealError
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every name in the file

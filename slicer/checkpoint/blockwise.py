@@ -13,7 +13,7 @@ from slicer.checkpoint import architectures
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.registration import MODEL_TYPE
 from slicer.errors import ArchitectureError
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 
 FAMILIES = ("llama", "mistral", "qwen2")
 STOCK_CLASS, OWN_CLASS = "DeciLMForCausalLM", "SlicerBlockwiseForCausalLM"

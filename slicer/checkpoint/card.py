@@ -10,7 +10,7 @@ from typing import Any
 
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import Sizes
-from slicer.plan import Plan, spell_dropped, spell_layers
+from slicer.plan.plan import Plan, spell_dropped, spell_layers
 
 _KEPT_FIELDS = ("license", "license_name", "license_link", "language")
 

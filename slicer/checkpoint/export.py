@@ -24,7 +24,7 @@ from slicer.checkpoint.writer import (
     write_tensors,
 )
 from slicer.errors import ArchitectureError, OutputError, PlanError, SourceError
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 

@@ -29,7 +29,7 @@ from slicer.checkpoint.model import load_model
 from slicer.checkpoint.reader import Checkpoint, TensorSpan
 from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES, atomic_directory, check_space
 from slicer.errors import HealError, SlicerError, UsageError, VerificationError
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 from slicer.progress import Progress
 
 # How far logits may be apart, of their largest, all computed in float32: from those of the same weights (a sum rounded

@@ -9,7 +9,7 @@ from typing import Any
 
 from slicer.checkpoint import architectures, sublayers
 from slicer.checkpoint.reader import Checkpoint, TensorSpan
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from slicer.checkpoint import architectures
 from slicer.checkpoint.architectures import ATTENTION_OUTPUTS, EXPERT_OUTPUTS, FEED_FORWARD_OUTPUTS
 from slicer.checkpoint.reader import Checkpoint, TensorSpan
 from slicer.errors import ArchitectureError, PlanError
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 
 ATTENTION, FEED_FORWARD = "attention", "feed-forward"
 _ATTENTION = {

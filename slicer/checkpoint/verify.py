@@ -15,7 +15,7 @@ from slicer.checkpoint.model import build_on_meta, bypass, load_model, meta_tens
 from slicer.checkpoint.parts import bypass_parts
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import SlicerError, SourceError, VerificationError
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 
 # What rounding may do: both runs do the same operations on the same weights, so a whole layer gone wrong shows at
 # once, and only a different order of summation may differ by some units of the last place.

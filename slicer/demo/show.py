@@ -10,7 +10,7 @@ from slicer import demo
 from slicer.convert import convert
 from slicer.measure.calibration import CalibrationSpec
 from slicer.options import Goal, Options, Summary
-from slicer.plan import parse_amount
+from slicer.plan.plan import parse_amount
 from slicer.progress import Progress
 
 PROMPT = "The captain of the ship"

@@ -16,7 +16,7 @@ from slicer.checkpoint.architectures import ATTENTION_OUTPUTS, FEED_FORWARD_OUTP
 from slicer.checkpoint.reader import DTYPE_BITS, Checkpoint, TensorSpan
 from slicer.errors import ArchitectureError
 from slicer.heal.emulation import Emulated, Emulation, record_of
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 
 _BIASES = {
     "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),

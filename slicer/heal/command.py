@@ -207,7 +207,7 @@ def heal(sliced: str, **given: Any) -> None:
     from slicer.heal.job import Healed, HealOptions
     from slicer.heal.job import heal as run
     from slicer.measure.calibration import CalibrationSpec
-    from slicer.plan import parse_size
+    from slicer.plan.plan import parse_size
 
     names = ("samples", "seq_len", "batch_size", "seed", "text_column")
     chosen = {name: given[name] for name in names if given[name] is not None}
@@ -279,7 +279,7 @@ def merge(sliced: str, adapter: Path, **given: Any) -> None:
     """
     from slicer import console
     from slicer.checkpoint.merge import merge as run
-    from slicer.plan import parse_size
+    from slicer.plan.plan import parse_size
 
     with console.progress() as progress:
         done = run(

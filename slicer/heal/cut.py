@@ -12,7 +12,7 @@ from slicer.checkpoint.parts import without_parts
 from slicer.heal.emulation import Emulated, attached, norm_eps
 from slicer.heal.held import Split, loss
 from slicer.measure.stream import Walk
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 
 if TYPE_CHECKING:
     from slicer.measure.states import States

@@ -33,7 +33,7 @@ from slicer.heal.least_squares import NormalEquations, Solution, solve
 from slicer.heal.rows import SINKS
 from slicer.measure.halves import Midway
 from slicer.measure.stream import Walk
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 from slicer.progress import Progress
 
 METHODS = ("bias", "linear", "fold")

@@ -22,7 +22,7 @@ from slicer.heal.held import Split, split
 from slicer.heal.objective import Objective
 from slicer.heal.precision import in_float32
 from slicer.measure.stream import Walk
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 from slicer.progress import Progress
 
 RATE = 0.02

@@ -14,7 +14,7 @@ from torch import nn
 from slicer.checkpoint.model import decoder_layers
 from slicer.checkpoint.parts import attention_outputs, bypass_parts, ffn_outputs
 from slicer.errors import HealError
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from slicer.heal.held import split
 from slicer.heal.newton import STEPS, Newton
 from slicer.heal.precision import in_float32
 from slicer.measure.stream import Walk
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 from slicer.progress import Progress
 
 

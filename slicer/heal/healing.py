@@ -24,7 +24,7 @@ from slicer.heal.precision import in_float32
 from slicer.measure.calibration import TokenBatches
 from slicer.measure.states import Course
 from slicer.measure.stream import Walk
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 from slicer.progress import Progress
 
 

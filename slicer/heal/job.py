@@ -24,7 +24,7 @@ from slicer.heal.fold_parts import fold_parts
 from slicer.heal.healing import Healing, as_written, fold_checkpoint, healed, new_keys, replacements
 from slicer.measure.calibration import CalibrationSpec, TokenBatches, token_batches
 from slicer.measure.stream import Walk
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 from slicer.progress import Progress
 
 

@@ -18,7 +18,7 @@ from slicer.heal.settings import Settings
 from slicer.heal.shortage import within_memory
 from slicer.heal.teacher import Cached, Lessons, Live, ask_beforehand, cuts
 from slicer.measure.share import Share
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 from slicer.progress import Progress
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from slicer.heal.place import first_alone, ranks_of, write_whole
 from slicer.heal.trained import TrainOptions, train_cut
 from slicer.measure.share import Share
 from slicer.measure.workplace import fingerprint
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 from slicer.progress import Progress
 
 LOSS = "loss"

@@ -38,7 +38,7 @@ from slicer.heal.write import Result, write
 from slicer.measure.calibration import CalibrationSpec
 from slicer.measure.share import Share
 from slicer.measure.workplace import fingerprint
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 from slicer.progress import Progress
 
 

@@ -21,7 +21,7 @@ from slicer.heal.full import homes_of, probe_of, spans_of
 from slicer.heal.healing import new_keys
 from slicer.heal.job import Healed
 from slicer.heal.settings import Settings
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 from slicer.progress import Progress
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from slicer.checkpoint.export import export
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import EvaluationError, HealError, OutputError
 from slicer.judge.journal import write_atomically
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 from slicer.progress import Progress
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from slicer.judge.journal import write_atomically
 from slicer.judge.report_figures import Figure
 from slicer.judge.table import Row, Table, read_table
 from slicer.measure.analysis import Distances
-from slicer.plan import Plan, spell_layers
+from slicer.plan.plan import Plan, spell_layers
 
 _SAMPLES = 4
 _RECOMMENDED = "report/plan.json"

@@ -32,7 +32,7 @@ from slicer.judge.journal import Journal, began_with, digest_of, write_atomicall
 from slicer.judge.prefix import Prefix
 from slicer.judge.results import Evaluation
 from slicer.measure.calibration import CalibrationSpec, check_sources, local_files
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 from slicer.progress import Progress
 from slicer.select import deepest, rank, tail
 

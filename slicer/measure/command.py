@@ -142,7 +142,7 @@ def analyze(source: str, out: Path, **given: Any) -> None:
     from slicer.analyze import AnalyzeOptions
     from slicer.analyze import analyze as run
     from slicer.measure.calibration import CalibrationSpec
-    from slicer.plan import parse_size
+    from slicer.plan.plan import parse_size
 
     calibration = given["calibration"] or ("self" if source == "demo" else None)
     spec = {
@@ -228,7 +228,7 @@ def plan(
     from slicer import show_layers
     from slicer.errors import UsageError
     from slicer.measure.analysis import Analysis
-    from slicer.plan import parse_amount
+    from slicer.plan.plan import parse_amount
     from slicer.planning import Planned, plan_parts, write_plan
     from slicer.planning import plan as choose
     from slicer.select import protected

@@ -23,7 +23,7 @@ from slicer.checkpoint.export import export
 from slicer.checkpoint.reader import Checkpoint
 from slicer.cli import main
 from slicer.errors import BenchError, SlicerError, UsageError
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 from slicer.progress import Progress
 
 needs_vllm = pytest.mark.skipif(

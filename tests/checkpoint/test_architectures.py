@@ -21,7 +21,7 @@ from slicer.checkpoint import architectures, rewrite
 from slicer.checkpoint.export import export
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import ArchitectureError
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 
 TOLERANCE = 1e-5
 REQUIRED = [

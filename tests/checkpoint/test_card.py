@@ -12,7 +12,7 @@ import yaml
 from slicer.checkpoint import card
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import measure_sizes
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 
 
 def make(path: Path, **fields: Any) -> tuple[dict[str, Any], str]:

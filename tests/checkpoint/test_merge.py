@@ -18,7 +18,7 @@ from commands import slicer, succeeds
 
 from slicer.checkpoint.reader import Checkpoint
 from slicer.heal.job import check_source
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 
 peft = pytest.importorskip("peft")
 

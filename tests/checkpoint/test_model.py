@@ -12,7 +12,7 @@ from slicer.checkpoint.export import export, sliced_config
 from slicer.checkpoint.model import bypass, decoder_layers, load_model, pick_device, residual_stream, sliced
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import UsageError
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 
 TYPES = ("llama", "gemma3", "gpt2", "bloom", "falcon", "opt", "gpt_neox", "mixtral", "mamba2", "lfm2")
 

@@ -18,7 +18,7 @@ from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sublayers import part_of
 from slicer.checkpoint.verify import check_load, logits_of, probe_tokens
 from slicer.errors import ArchitectureError, PlanError
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 
 BLOCKWISE = {
     "llama": {},

@@ -17,7 +17,7 @@ from slicer.heal.carry import carry, form_for
 from slicer.heal.emulate import emulate
 from slicer.heal.emulation import Emulated, emulated
 from slicer.measure.stream import Walk
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 
 
 def batches(samples: int = 32, length: int = 40) -> list[torch.Tensor]:

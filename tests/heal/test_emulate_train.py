@@ -17,7 +17,7 @@ from slicer.heal.emulate_train import _schedule, _Training, train
 from slicer.heal.emulation import Emulated, emulated
 from slicer.heal.held import split
 from slicer.measure.stream import Walk
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 
 PLAN = Plan.cutting(tiny.DEPTH, layers=[5], attention=[2], ffn=[4])
 STEPS = 24

@@ -23,7 +23,7 @@ from slicer.heal.outputs import LayerChange
 from slicer.heal.rows import SINKS
 from slicer.measure.calibration import TokenBatches
 from slicer.measure.stream import Walk
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 
 
 def anything(i: int, name: str, module: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from slicer.heal.emulation import Emulated, emulated
 from slicer.heal.fold_parts import fold_parts
 from slicer.heal.held import split
 from slicer.measure.stream import Walk
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 
 DEPTH = 12
 PLANS = {

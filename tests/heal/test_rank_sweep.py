@@ -20,7 +20,7 @@ from slicer.heal.job import Healed
 from slicer.heal.rank_sweep import RankSweep, pick_rank
 from slicer.heal.settings import Training
 from slicer.heal.trained import TrainOptions
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 
 pytest.importorskip("peft")
 

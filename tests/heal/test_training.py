@@ -17,7 +17,7 @@ import sources
 import torch
 from commands import slicer, succeeds
 
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")

@@ -11,7 +11,7 @@ from slicer.checkpoint.export import sliced_config
 from slicer.checkpoint.model import sliced
 from slicer.checkpoint.reader import Checkpoint
 from slicer.judge.prefix import Prefix
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 from tests.tiny import save_tiny, tiny_model
 
 CUTS = ((3,), (2, 3), (1, 2), (3,))

@@ -24,7 +24,7 @@ from slicer.judge.sweep_plots import curves_of
 from slicer.judge.table import read_table
 from slicer.judge.verdict import judge as judge_table
 from slicer.measure.analysis import Distances
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 
 
 def evaluation(right: int, nats: float) -> Evaluation:

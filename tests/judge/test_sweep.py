@@ -22,7 +22,7 @@ from slicer.errors import OutputError
 from slicer.judge.evaluate import EvalOptions, Suite, evaluate
 from slicer.judge.journal import Journal
 from slicer.judge.table import read_table
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 
 GRID = [
     "--drop",

@@ -20,7 +20,7 @@ from slicer import demo
 from slicer.checkpoint.export import export
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import ServeError
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 from slicer.serve import Server
 
 pytestmark = pytest.mark.skipif(

@@ -16,7 +16,7 @@ from slicer.checkpoint.export import export
 from slicer.checkpoint.reader import Checkpoint
 from slicer.cli import main
 from slicer.errors import ServeError
-from slicer.plan import Plan
+from slicer.plan.plan import Plan
 from slicer.serve import server, settings
 
 
