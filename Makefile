@@ -3,7 +3,7 @@
 #   make demo    core install, then slice the embedded model, check it, let both write a line of text
 #   make test    full CPU install, then the test suite (ARGS="-k plan" goes to pytest)
 #   make lint    ruff check, ruff format --check, mypy --strict, generated docs up to date
-#   make docs    write docs/cli.md from `slicer --help`
+#   make docs    write docs/reference/ from the code
 #   make bench   the benchmarks (ARGS goes to each)
 #   make clean   remove .venv, caches and outputs
 #

@@ -101,7 +101,7 @@ def run(scratch: Path, layers: int, options: argparse.Namespace) -> None:
     )
     rate = bytes_read / report["walk_seconds"] / 1e6
     fastest = max(plain, plain_again)
-    planned = {  # the formula of docs/analysis.md
+    planned = {  # the formula of docs/guide/analyze.md
         tokens: layers * max(2e-6 * LAYER_PARAMETERS / fastest, 2.0 * LAYER_PARAMETERS * tokens / flops)
         for tokens in (options.tokens, options.compute_tokens)
     }

@@ -6,7 +6,7 @@ The rival: the same NF4 (or plain) weights, the same LoRA on the same modules, A
 backward, step. slicer's has the Trainer, the schedule, clipping, determinism, the loss of each step written down. Each
 round is a fresh process, rounds are interleaved, and of each the fastest counts; the first steps, the measurements on
 held-out text and the checkpoints are not timed. Peak memory is that of the whole process (or of the GPU); beside it
-what the formula of docs/scaling.md says, and what was taken beyond the libraries alone, which the formula leaves out.
+the value of the formula of docs/guide/scaling.md, and what was taken beyond the libraries alone, which it leaves out.
 """
 
 from __future__ import annotations

@@ -241,7 +241,7 @@ def _measure(
     needed = bool(goal.parts) or options.offset == "half"
     bare = options.heal == "none" or options.emulate is not None
     as_well = bare or (options.fold == "resolve" and sublayers.adds_directly(checkpoint))
-    wanted = needed or (options.offset == "auto" and as_well)  # the closer of the two: docs/half_layers.md
+    wanted = needed or (options.offset == "auto" and as_well)  # the closer of the two: docs/guide/convert.md
     if wanted and not needed:
         try:
             sublayers.check_joinable(checkpoint)

@@ -7,7 +7,7 @@ emulated so far, and x the source's stream where it ends, over calibration token
     linear  B z_t + c, z_t = g h_t / |h_t| (the norm of the first part removed), of rank r: the ridge solution projected
             on the r directions in which its own fit varies most (reduced-rank regression, Izenman 1975)
     fold    the output matrix of the part before the gap, solved again by ridge regression toward x_t - h_t
-            (docs/healing.md)
+            (docs/guide/heal.md)
 
 Ridge strengths are chosen on sequences held out, and an emulation is kept only if it lowers the squared error there.
 Gaps are filled in order. A constant is folded into the output bias of the part before the gap, which is exact: no part

@@ -1,4 +1,4 @@
-"""What a training takes of each GPU's memory, by a stated formula; `docs/scaling.md` is its table. Pure.
+"""What a training takes of each GPU's memory, by a stated formula; `docs/reference/training.md` is its table. Pure.
 
 python -m slicer.heal.memory                                     the table
 """
@@ -93,7 +93,7 @@ def needed(
 
 
 def main() -> None:
-    """Print the table of `docs/scaling.md`: the paper's settings, one sequence at a time, gradient checkpointing."""
+    """Print the table of `docs/reference/training.md`: the paper's settings, one sequence at a time, checkpointing."""
     models = (
         ("Llama-2-7B, 22 of 32 layers", Shape(22, 4096, 11008, 32000, 4096), 2, 2048),
         ("Llama-2-70B, 48 of 80 layers", Shape(48, 8192, 28672, 32000, 1024), 8, 4096),

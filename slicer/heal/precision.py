@@ -1,6 +1,6 @@
 """The precision that a fold computes in.
 
-A 16-bit model's gradients and losses are too coarse for the small steps of a fold; docs/healing.md has the figures.
+A 16-bit model's gradients and losses are too coarse for the small steps of a fold; see docs/experiments/healing.md.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 
 LAUNCHER = Path(__file__).resolve().parent.parent / "sharded_on_cpu.py"
-# What `accelerate launch` makes of docs/scaling.md's fsdp.yaml.
+# What `accelerate launch` makes of docs/guide/scaling.md's fsdp.yaml.
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "1",
