@@ -261,7 +261,7 @@ def training() -> list[str]:
         *described(settings.Training),
         "## Defaults by model",
         "The values of the paper (Gromov et al., appendix A.1). A model that is not listed gets the row of the model "
-        "closest in size, and a note says so. `full` uses a tenth of the learning rate.",
+        "closest in size, and a note is printed. `full` uses a tenth of the learning rate.",
         table(list(shown.values()), rows),
         f"For every model: {settings.STEPS} steps of {settings.BATCH_SIZE} sequences, scheduler "
         f"`{settings.SCHEDULER}`, {settings.WARMUP} warm-up steps (at most a tenth of the steps), alpha equal to the "
