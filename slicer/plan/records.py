@@ -32,9 +32,9 @@ class Record:
     renamed: ClassVar[Mapping[str, str]] = {}
 
     def to_dict(self) -> dict[str, object]:
-        """JSON values; fields that are None or empty are left out."""
+        """JSON values; fields that are None or empty are left out where that is their default."""
         found = {f.name: plain(getattr(self, f.name)) for f in fields(self)}
-        return {name: value for name, value in found.items() if value not in (None, [], {})}
+        return {k: v for k, v in found.items() if v not in (None, [], {}) or k in self._required()}
 
     @classmethod
     def of(cls, value: object, where: str = "record") -> Self:
@@ -48,14 +48,17 @@ class Record:
         except (TypeError, KeyError, ValueError, AttributeError):
             raise _wrong(where, value, "what slicer wrote") from None
         kinds = typing.get_type_hints(cls)
-        needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
         return cls(
             **{
                 f.name: _read(kinds[f.name], given.get(f.name), f"{where}.{f.name}")
                 for f in fields(cls)
-                if f.name in given or f.name in needed
+                if f.name in given or f.name in cls._required()
             }
         )
+
+    @classmethod
+    def _required(cls) -> set[str]:
+        return {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
 
     @classmethod
     def upgraded(cls, record: dict[str, object]) -> dict[str, object]:
@@ -288,10 +291,8 @@ class HealingRecord(Record):
     @classmethod
     def upgraded(cls, record: dict[str, object]) -> dict[str, object]:
         """0.1 wrote the text as "calibration", maps as "behind", and what training did beside the rest."""
-        if "calibration" not in record:
-            return record
         corpus = record.get("data") or {}
-        text = dict(cast(Mapping[str, object], record["calibration"] or {}))
+        text = dict(cast(Mapping[str, object], record.get("calibration") or {}))
         if text:
             text["source"] = text.get("source") or cast(Mapping[str, object], corpus).get("source")
             record["text"] = {**text, "held_out": record.get("held_out_sequences", ())}
