@@ -1,6 +1,6 @@
 """`slicer bench` from Python: what it measures, in which order, and what it makes of it.
 
-result = bench(Request(base="qwen2.5-0.5b", drops=("0", "4", "8", "12")), Path("bench-qwen"))
+result = bench(Request(base="qwen2.5-0.5b", drops="0,4,8,12"), Path("bench-qwen"))
 print(result["verdict"], result["lines"]["time_per_output_token_ms"]["r2"])
 """
 
@@ -29,7 +29,7 @@ class Request:
 
     base: str | None = None
     sliced: tuple[str, ...] = ()
-    drops: tuple[str, ...] | None = None
+    drops: str | None = None
     config: Path | None = None
     engine: str = "vllm"
     dtype: str | None = None

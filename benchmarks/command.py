@@ -70,18 +70,20 @@ def bench(context: click.Context, base: str | None, sliced: tuple[str, ...], **g
     from slicer import console
     from slicer.benchmarks.bench import Request
     from slicer.benchmarks.bench import bench as run
-    from slicer.plan.plan import parse_size
+    from slicer.plan.amounts import parse_counts, parse_size
 
     request = Request(
         base=base,
         sliced=sliced,
-        drops=None if given["drop"] is None else tuple(given["drop"].split(",")),
+        drops=given["drop"],
         config=given["config"],
         engine=given["engine"],
         dtype=given["dtype"],
         input_len=given["input_len"],
         output_len=given["output_len"],
-        concurrency=_whole_numbers(given["concurrency"]),
+        concurrency=None
+        if given["concurrency"] is None
+        else parse_counts(given["concurrency"], "--concurrency"),
         seconds=given["seconds"],
         rounds=given["rounds"],
         kv_cache_bytes=None if given["kv_cache"] is None else parse_size(given["kv_cache"], "--kv-cache"),
@@ -111,14 +113,3 @@ def bench(context: click.Context, base: str | None, sliced: tuple[str, ...], **g
     click.echo(result["verdict"])
     if out is not None:
         click.echo(f"written   {out}")
-
-
-def _whole_numbers(text: str | None) -> tuple[int, ...] | None:
-    from slicer.errors import UsageError
-
-    if text is None:
-        return None
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise UsageError(f"--concurrency {text}: write numbers of requests, such as 1,4,16")
-    return tuple(map(int, words))

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from slicer.checkpoint.model import blueprint
 from slicer.checkpoint.reader import Checkpoint, has_weights, read_config
 from slicer.checkpoint.registration import MODEL_TYPE
 from slicer.checkpoint.sizes import measure_sizes
-from slicer.errors import ArchitectureError, BenchError, SourceError, UsageError
+from slicer.errors import ArchitectureError, BenchError, SourceError
+from slicer.plan.amounts import Amount, Goal, parse_depths
+from slicer.plan.choose import choose
 from slicer.plan.plan import Plan
 
 _STORED = {"float32": "F32", "float": "F32", "float16": "F16", "half": "F16", "bfloat16": "BF16"}
@@ -86,7 +88,7 @@ def checkpoints(base: str, sliced: Sequence[str], dtype: str) -> list[Contestant
 def shapes(
     source: str | None,
     config: Path | None,
-    drops: Sequence[str] | None,
+    drops: str | None,
     dtype: str,
     scratch: Path,
     *,
@@ -95,7 +97,7 @@ def shapes(
     """A directory in `scratch` for every number of layers to drop (0 is the whole model).
 
     `source` names a checkpoint of which only config.json and the tokenizer are needed; else `config` is a
-    config.json. `drops` are counts or fractions; None takes 0, 1/6, 1/3 and 1/2 of the layers.
+    config.json. `drops` are counts or fractions (`parse_depths`); None takes 0, 1/6, 1/3 and 1/2 of the layers.
     """
     original = _original(source, config, scratch)
     whole = blueprint(original, trust_remote_code=trust_remote_code)
@@ -105,7 +107,9 @@ def shapes(
         whole.check_layers()
     name = _short(source) if source is not None else _config_name(config or original)
     made = []
-    for n in counts(drops, whole.depth):
+    depth = whole.depth
+    usual = sorted({0, round(depth / 6), round(depth / 3), depth // 2})
+    for n in usual if drops is None else parse_depths(drops, depth):
         plan, rewritten = _cut(whole, n, trust_remote_code)
         directory = scratch / f"{name}-{whole.depth - n}L"
         directory.mkdir()
@@ -118,23 +122,6 @@ def shapes(
             _contestant(f"{name}-{whole.depth - n}L", shape, directory, dtype, dummy=True, dropped=dropped)
         )
     return made
-
-
-def counts(drops: Sequence[str] | None, depth: int) -> list[int]:
-    """How many layers to drop, for each contestant, ascending. Raises UsageError for what is no count."""
-    if drops is None:
-        return sorted({0, round(depth / 6), round(depth / 3), depth // 2})
-    found = set()
-    for text in drops:
-        if not re.fullmatch(r"\d+|0?\.\d+", text.strip()):
-            raise UsageError(
-                f"--drop {','.join(drops)}: {text.strip()!r} is no number of layers; write 0,4,8,12 or 0,0.25,0.5"
-            )
-        n = int(text) if text.strip().isdecimal() else round(float(text) * depth)
-        if n >= depth:
-            raise BenchError(f"--drop {n}: the model has {depth} layers, and one must stay")
-        found.add(n)
-    return sorted(found)
 
 
 def write_tokenizer(directory: Path, vocabulary: int) -> None:
@@ -183,23 +170,21 @@ def _cut(whole: Checkpoint, n: int, trust_remote_code: bool) -> tuple[Plan | Non
     if n == 0:
         architectures.lookup(whole.config)
         return None, dict(whole.config)
-    failure: ArchitectureError | None = None
-    second: tuple[Plan, dict[str, Any]] | None = None
-    deepest_start = whole.depth - 1 - n if n < whole.depth - 1 or n == 1 else whole.depth - n
-    for start in (*range(max(deepest_start, 0), -1, -1), whole.depth - n):
-        plan = Plan.dropping(whole.depth, range(start, start + n))
+
+    def why_not(plan: Plan, *, strict: bool = True) -> str | None:
         try:
             rewritten = sliced_config(whole, plan, trust_remote_code=trust_remote_code)
         except ArchitectureError as error:
-            failure = failure or error
-            continue
-        if not rewrite.warnings(whole.config, plan.kept, rewritten):
-            return plan, rewritten
-        second = second or (plan, rewritten)
-    if second is None:
-        assert failure is not None
-        raise failure
-    return second
+            return str(error)
+        found = rewrite.warnings(whole.config, plan.kept, rewritten) if strict else ()
+        return found[0] if found else None
+
+    goal, strategy = Goal(drop=Amount(count=n)), "deepest_expressible"
+    try:
+        plan = choose(goal, whole.depth, None, why_not, strategy=strategy).plan
+    except ArchitectureError:
+        plan = choose(goal, whole.depth, None, partial(why_not, strict=False), strategy=strategy).plan
+    return plan, sliced_config(whole, plan, trust_remote_code=trust_remote_code)
 
 
 def _sliced(whole: Checkpoint, plan: Plan, directory: Path, config: Mapping[str, Any]) -> Checkpoint:

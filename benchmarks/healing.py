@@ -35,8 +35,8 @@ from slicer.measure.calibration import CalibrationSpec, token_batches
 from slicer.measure.metrics import AngularDistance
 from slicer.measure.states import Course
 from slicer.measure.stream import Walk
-from slicer.plan.plan import spell_layers
-from slicer.select import select
+from slicer.plan.amounts import parse_amount, spell_layers
+from slicer.plan.blocks import select
 
 
 def main() -> None:
@@ -91,8 +91,6 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace, scratch: P
     if options.layers is None:
         cuts = [select(distances, int(n)).dropped for n in options.drop.split(",")]
     else:
-        from slicer.plan.plan import parse_amount
-
         cuts = [parse_amount(options.layers).layers or ()]
 
     def loss(dropped: Sequence[int], changes: dict[int, LayerChange]) -> list[float]:

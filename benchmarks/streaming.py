@@ -141,7 +141,7 @@ def work(model: Path, out: Path, tokens: int, layers: int, memory: str) -> dict[
     from slicer.measure.stream import Walk
     from slicer.measure.summary import summarise
     from slicer.measure.trace import record
-    from slicer.plan.plan import parse_size
+    from slicer.plan.amounts import parse_size
     from slicer.progress import Progress
 
     class Watch(Progress):

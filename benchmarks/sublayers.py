@@ -29,12 +29,15 @@ from slicer.heal.emulate import emulate
 from slicer.heal.emulate_train import train
 from slicer.heal.emulation import emulated
 from slicer.heal.fold_parts import fold_parts
+from slicer.measure.analysis import Analysis
 from slicer.measure.calibration import CalibrationSpec, token_batches
 from slicer.measure.halves import measure_halves
 from slicer.measure.shapley import Coalitions, leave_one_out, shapley
 from slicer.measure.stream import Walk
-from slicer.plan.plan import Plan, spell_dropped
-from slicer.select import rank, rank_offset, rank_sublayers
+from slicer.plan.amounts import Amount, Goal
+from slicer.plan.blocks import rank_sublayers
+from slicer.plan.choose import choose
+from slicer.plan.plan import METRIC, Plan, spell_dropped
 
 FRACTIONS = {"1/6": 1 / 6, "1/4": 1 / 4, "1/3": 1 / 3}
 KINDS = ("attention", "feed-forward", "whole layers", "half-offset")
@@ -86,11 +89,14 @@ def run(given: argparse.Namespace) -> None:
     walk = Walk.in_memory(model)
     book.take("whole model", lambda: {"loss": loss_of(model, judged)})
     layers, halves = measure_halves(walk, fitted)
+    measured = Analysis(
+        layers.depth, layers.samples, layers.seq_len, {METRIC: layers}, sublayers={METRIC: halves}
+    )
     depth = walk.depth
     for name, fraction in FRACTIONS.items():
         n = round(fraction * depth)
         for kind in KINDS:
-            plan = chosen(kind, n, depth, layers, halves)
+            plan = chosen(kind, n, measured)
             for way in (*WAYS, *([TRAINED] if given.train_steps else [])):
                 key = f"{kind} {name} {way}"
                 book.take(key, lambda p=plan, w=way: _cell(walk, model, fitted, judged, p, w, given))
@@ -102,22 +108,14 @@ def run(given: argparse.Namespace) -> None:
     print(tables(book.cells))
 
 
-def chosen(kind: str, n: int, depth: int, layers: Any, halves: Any) -> Plan:
+def chosen(kind: str, n: int, measured: Analysis) -> Plan:
     """The plan that drops n of a kind, by angular distance."""
-    if kind == "whole layers":
-        return Plan.dropping(depth, rank(layers, n)[0].dropped)
-    if kind == "half-offset":
-        i = rank_offset(halves, n)[0].start
-        kept = tuple(k for k in range(depth) if not i < k <= i + n)
-        return Plan(depth, kept, joined=((i, i + n),))
-    which = "attention" if kind == "attention" else "ffn"
-    every = (
-        {"attention": range(1, depth), "ffn": ()}
-        if which == "attention"
-        else {"attention": (), "ffn": range(depth)}
-    )
-    gone = [i for _, i, _ in rank_sublayers(halves, **every)[:n]]
-    return Plan.cutting(depth, **{which: gone})
+    amount = Amount(count=n)
+    goal = {"attention": Goal(drop_attention=amount), "feed-forward": Goal(drop_ffn=amount)}
+    offset = "half" if kind == "half-offset" else "whole"
+    return choose(
+        goal.get(kind, Goal(drop=amount)), measured.depth, measured, lambda plan: None, offset=offset
+    ).plan
 
 
 def _cell(

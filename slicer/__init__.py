@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from slicer.measure.calibration import CalibrationSpec as CalibrationSpec
     from slicer.measure.stream import Walk as Walk
     from slicer.measure.summary import measure as measure
-    from slicer.options import Goal as Goal
     from slicer.options import Options as Options
+    from slicer.plan.amounts import Goal as Goal
+    from slicer.plan.amounts import parse_amount as parse_amount
+    from slicer.plan.blocks import select as select
     from slicer.plan.plan import Plan as Plan
-    from slicer.plan.plan import parse_amount as parse_amount
-    from slicer.select import select as select
 
 __version__ = "0.1.0"
 _HOMES = {
     "Checkpoint": "slicer.checkpoint.reader",
     "export": "slicer.checkpoint.export",
     "convert": "slicer.convert",
-    "Goal": "slicer.options",
+    "Goal": "slicer.plan.amounts",
     "Options": "slicer.options",
     "Training": "slicer.heal.settings",
     "SlicerError": "slicer.errors",
@@ -42,8 +42,8 @@ _HOMES = {
     "Walk": "slicer.measure.stream",
     "CalibrationSpec": "slicer.measure.calibration",
     "Plan": "slicer.plan.plan",
-    "parse_amount": "slicer.plan.plan",
-    "select": "slicer.select",
+    "parse_amount": "slicer.plan.amounts",
+    "select": "slicer.plan.blocks",
 }
 __all__ = ["__version__", *sorted(_HOMES)]
 

@@ -17,9 +17,10 @@ from slicer.checkpoint.export import DTYPES, refuse_quantized
 from slicer.checkpoint.reader import Checkpoint
 from slicer.convert import library_versions
 from slicer.errors import SlicerError, UsageError
-from slicer.measure.analysis import METRIC, Analysis
+from slicer.measure.analysis import Analysis
 from slicer.measure.calibration import CalibrationSpec
 from slicer.measure.workplace import PARTIAL, fingerprint, workplace
+from slicer.plan.plan import METRIC
 from slicer.progress import Progress
 
 POSITIONS = 16

@@ -201,24 +201,14 @@ def convert(source: str, **given: Any) -> None:
     from slicer import console
     from slicer.convert import convert as run
     from slicer.measure.calibration import CalibrationSpec
-    from slicer.options import Goal, Options
-    from slicer.plan.plan import Plan, parse_amount, parse_size
+    from slicer.options import Options
+    from slicer.plan.amounts import parse_goal, parse_size
+    from slicer.plan.plan import Plan
 
-    parts = ("drop_attention", "drop_ffn", "drop_sublayers")
-    amounts = ("drop", "keep", "max_params", "max_bytes", *parts)
-    goal = None
-    if any(given[name] is not None for name in amounts):
-        goal = Goal(
-            **{p: parse_amount(given[p], f"--{p.replace('_', '-')}") for p in parts if given[p] is not None},
-            drop=parse_amount(given["drop"]) if given["drop"] is not None else None,
-            keep=given["keep"],
-            max_params=parse_size(given["max_params"], "--max-params")
-            if given["max_params"] is not None
-            else None,
-            max_bytes=parse_size(given["max_bytes"], "--max-bytes")
-            if given["max_bytes"] is not None
-            else None,
-        )
+    whole = ("drop", "keep", "max_params", "max_bytes")
+    goal = parse_goal(
+        **{name: given[name] for name in (*whole, "drop_attention", "drop_ffn", "drop_sublayers")}
+    )
     saved = Plan.load(given["plan_file"]) if given["plan_file"] is not None else None
     calibration = given["calibration"] or ("self" if source == "demo" and saved is None else None)
     chosen = {

@@ -6,8 +6,7 @@ Asked for, by default, or as a plan that is replayed had it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +14,12 @@ from slicer.checkpoint import architectures
 from slicer.checkpoint.export import DTYPES
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import ArchitectureError, HealError
-from slicer.heal.settings import METHODS, of_record
+from slicer.heal.settings import of_record
 from slicer.materials import CalibrationData, SourceModel
 from slicer.measure.calibration import CalibrationSpec
 from slicer.options import Options, Summary
 from slicer.plan.plan import Plan
+from slicer.plan.records import HealingRecord
 from slicer.progress import Progress
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def emulate(
     method = options.emulate
     # A half-offset block that was not asked for is closed as whole layers are: where that can be done and helps.
     unasked = options.heal == "auto" or (
-        options.heal is None and options.offset == "auto" and bool(plan.joined) and plan.ordinary
+        options.heal is None and options.offset == "auto" and bool(plan.joined) and plan.complete
     )
     if method is None and plan.below_layers and (unasked or options.heal == "fold"):
         if unasked and not data.at_hand:
@@ -113,7 +113,7 @@ def emulate(
     if method == "fold":
         return carry.fold(checkpoint, plan, config, found, batches.provenance, cast)
     standing = carry.carry(checkpoint, plan, copy.deepcopy(config), found, cast)
-    return replace(standing, record=emulation.record_of(found, batches.provenance))
+    return replace(standing, record=HealingRecord.of(emulation.record_of(found, batches.provenance)))
 
 
 def heal(
@@ -147,10 +147,10 @@ def heal(
         progress.note(f"not healed: {error}")
         return None
     if not healing.helps:
-        loss = healing.record["loss"]
+        loss = healing.record.loss
         words = (
-            f"it does not lower the loss on calibration text held out ({loss['healed']:.4f} nats a token, "
-            f"{loss['sliced']:.4f} without)"
+            f"it does not lower the loss on calibration text held out ({loss.after:.4f} nats a token, "
+            f"{loss.before:.4f} without)"
         )
         progress.note(f"healed as asked, but {words}" if asked else f"not healed: {words}")
         return healing if asked else None
@@ -160,36 +160,37 @@ def heal(
 def trained_again(plan: Plan, options: Options) -> Options:
     """A plan that was healed by training is trained again: on the same text, unless other text is given, and unless
     another way to heal is."""
-    record = plan.healing or {}
-    if record.get("method") not in METHODS or options.heal or options.emulate:
+    record = plan.healing
+    if record is None or record.training is None or options.heal or options.emulate:
         return options
-    training = options.training or of_record(record)
+    training = options.training or of_record(record.training.asked)
     spec = options.calibration
     spec = _text_of(record) if spec.source is None else replace(spec, seed=spec.seed or training.seed)
-    return replace(options, heal=record["method"], training=training, calibration=spec, fold=record["solver"])
+    return replace(
+        options, heal=record.method, training=training, calibration=spec, fold=record.solver or options.fold
+    )
 
 
 def closed_again(plan: Plan, options: Options, data: CalibrationData) -> Options:
-    """A plan is replayed as it was: folded or emulated on the same text, or left as it is, unless other options are
-    given."""
+    """A plan is replayed as it was: folded or with the same maps, solved on the same text, or left as it is, unless
+    other options are given."""
     if options.heal is not None or options.emulate is not None:
         return options
-    record = plan.emulated or plan.healing
+    record = plan.healing
     if record is None:
         return options if options.calibration.source is not None else replace(options, heal="none")
     if options.calibration.source is None:
         data.spec = _text_of(record)
-    elif plan.emulated is None:
+    elif not record.adds_maps:
         return options
-    if plan.emulated is not None:
-        steps = int(record.get("steps", 0))
-        return replace(
-            options, emulate=str(record.get("method")), rank=record.get("rank"), emulate_steps=steps
-        )
-    return replace(options, heal="fold", fold=str(record.get("solver", options.fold)))
+    if record.adds_maps:
+        return replace(options, emulate=record.method, rank=record.rank, emulate_steps=record.steps)
+    return replace(options, heal="fold", fold=record.solver or options.fold)
 
 
-def _text_of(record: Mapping[str, Any]) -> CalibrationSpec:
-    """The calibration text that a record of healing names."""
-    names = {f.name for f in fields(CalibrationSpec)}
-    return CalibrationSpec(**{k: v for k, v in (record.get("calibration") or {}).items() if k in names})
+def _text_of(record: HealingRecord) -> CalibrationSpec:
+    """The calibration text that a repair was solved on."""
+    text = record.text
+    if text is None:
+        return CalibrationSpec()
+    return CalibrationSpec(text.source, text.samples, text.seq_len, text.batch_size, text.seed, text.column)

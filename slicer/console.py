@@ -6,9 +6,9 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -26,7 +26,9 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from slicer.plan.plan import Plan, spell_dropped, spell_layers
+from slicer.plan.amounts import spell_layers
+from slicer.plan.plan import METRIC, Plan, spell_dropped
+from slicer.plan.records import HealingRecord
 from slicer.progress import Progress
 
 if TYPE_CHECKING:
@@ -143,27 +145,15 @@ def print_summary(summary: Summary) -> None:
     dropped = f"layers {spell_layers(plan.dropped)}" if not plan.below_layers else spell_dropped(plan)
     console.print(f"dropped   {dropped} ({_why(plan)})", markup=False)
     for other in plan.runners_up[:2]:
-        console.print(f"          next best {other['block']} at {other['distance']:.4f}")
+        console.print(f"          next best {other.block} at {other.distance:.4f}")
     if plan.healing is not None:
         console.print(f"healed    {_healed(plan.healing)}")
-    if plan.emulated is not None:
-        console.print(f"emulated  {_emulated(plan.emulated)}")
     if plan.form != "native":
         console.print(f"form      {_FORMS[plan.form]}", markup=False)
     console.print(f"verified  {summary.verified}{_errors(summary)}")
     for warning in summary.warnings:
         console.print(f"warning   {warning}")
     console.print(f"written   {summary.out}" if summary.out else "written   nothing (dry run)")
-
-
-def _emulated(record: Mapping[str, Any]) -> str:
-    loss = record["loss"]
-    rank = f" of rank {record['rank']}" if record.get("rank") else ""
-    trained = f", {loss['trained']:.3f} trained" if "trained" in loss else ""
-    return (
-        f"{record['method']}{rank}: held-out loss {loss['cut']:.3f} to {loss['emulated']:.3f}{trained} nats a token "
-        f"(whole model: {loss['source']:.3f})"
-    )
 
 
 _FORMS = {
@@ -186,17 +176,14 @@ def _change(plan: Plan) -> str:
 def print_healed(done: Healed) -> None:
     """What was solved, the losses, the check."""
     console = stdout()
-    record = done.plan.healing or {}
-    for layer, module in dict.fromkeys(
-        (entry["layer"], entry["module"]) for entry in record.get("solved") or ()
-    ):
+    record = done.plan.healing
+    assert record is not None
+    for layer, module in dict.fromkeys((entry.layer, entry.module) for entry in record.solved):
         console.print(f"solved    {module} of layer {layer} (counted in the source)")
-    if "settings" in record:
-        kept = (
-            f"step {record['best_step']} kept" if record["best_step"] else "nothing was better than the start"
-        )
+    if record.training is not None:
+        kept = f"step {record.best_step} kept" if record.best_step else "nothing was better than the start"
         ends = {"early": ", stopped: no new best", "diverged": ", stopped: the loss was not finite"}
-        console.print(f"trained   {record['steps']} steps{ends.get(record['ended'], '')}; {kept}")
+        console.print(f"trained   {record.steps} steps{ends.get(record.training.ended, '')}; {kept}")
     console.print(f"healed    {_healed(record)}")
     if not done.helps:
         console.print("warning   the loss did not fall; the checkpoint without healing is the better one")
@@ -213,24 +200,13 @@ def print_merged(done: Merged) -> None:
     console.print(f"written   {done.out}")
 
 
-def _healed(record: Mapping[str, Any]) -> str:
-    loss = record["loss"]
-    if "settings" in record:  # trained
-        before, after = trained_losses(record)
-        source = "" if loss["source"] is None else f" (all layers: {loss['source']:.3f})"
-        return f"{record['method']}: held-out loss {before:.3f} to {after:.3f} nats a token{source}"
-    return (
-        f"{record['method']}: held-out loss {loss['sliced']:.3f} to {loss['healed']:.3f} nats a token "
-        f"(all layers: {loss['source']:.3f})"
-    )
-
-
-def trained_losses(record: Mapping[str, Any]) -> tuple[float, float]:
-    """Before and after, of the checkpoints; where those did not fit in memory, as measured in training."""
-    loss, held_out = record["loss"], record["held_out"]
-    if loss["before"] is None or loss["healed"] is None:
-        return float(held_out["0"]), float(held_out[str(record["best_step"])])
-    return float(loss["before"]), float(loss["healed"])
+def _healed(record: HealingRecord) -> str:
+    loss = record.measured
+    rank = f" of rank {record.rank}" if record.rank else ""
+    steps = [("", loss.before), (" to ", loss.solved), (" to ", loss.after)]
+    words = "".join(f"{word}{value:.3f}" for word, value in steps if value is not None)
+    source = "" if loss.source is None else f" (all layers: {loss.source:.3f})"
+    return f"{record.method}{rank}: held-out loss {words} nats a token{source}"
 
 
 def _errors(done: Summary | Healed | Merged) -> str:
@@ -245,7 +221,7 @@ def _errors(done: Summary | Healed | Merged) -> str:
 
 
 def _why(plan: Plan) -> str:
-    if plan.distance is not None and plan.metric not in (None, "angular_last_token"):
+    if plan.distance is not None and plan.metric not in (None, METRIC):
         return f"{plan.strategy}: {plan.metric} {plan.distance:.4g}"
     if plan.distance is not None and (plan.no_attention or plan.no_ffn):
         return f"{plan.strategy}: angular distances {plan.distance:.4f} in all"
@@ -280,7 +256,6 @@ def print_inspection(found: Inspection) -> None:
             ("kept", spell_layers(plan.kept)),
             ("dropped", f"{_dropped(plan)} ({_why(plan)})"),
             ("healed", _healed(plan.healing) if plan.healing else "no"),
-            *([("emulated", _emulated(plan.emulated))] if plan.emulated else []),
         ]
     for label, text in facts:
         console.print(f"{label:<18}{text}")

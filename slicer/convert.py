@@ -7,24 +7,28 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from slicer import __version__
-from slicer.checkpoint import blockwise, hub, rewrite
+from slicer.checkpoint import hub, rewrite, sublayers
 from slicer.checkpoint.export import DTYPES, check_output, refuse_quantized
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import measure_sizes, sizes_after
 from slicer.checkpoint.writer import check_space
-from slicer.choose import Measured, choose
 from slicer.closing import closed_again, emulate, form_for, heal, trained_again
-from slicer.errors import PlanError
+from slicer.errors import ArchitectureError, PlanError
 from slicer.heal.settings import METHODS
 from slicer.materials import CalibrationData, Configs, SourceModel
-from slicer.options import Goal, Options, Summary, check_options, output_name
+from slicer.options import Options, Summary, check_options, output_name
+from slicer.plan.amounts import Amount, Goal
+from slicer.plan.choose import choose
 from slicer.plan.plan import Plan
 from slicer.produce import write
 from slicer.progress import Progress
 from slicer.trained import convert_and_train
+
+if TYPE_CHECKING:
+    from slicer.measure.analysis import Analysis
 
 
 def convert(
@@ -50,7 +54,6 @@ def convert(
     progress.stage("Opening the checkpoint")
     found = hub.resolve(source)
     checkpoint = Checkpoint.open(found.path)
-    depth = checkpoint.depth
     refuse_quantized(checkpoint)
     checkpoint.check_layers()
     if out is not None and not options.dry_run:
@@ -58,21 +61,21 @@ def convert(
     model = SourceModel(checkpoint, options, progress)
     data = CalibrationData(checkpoint, options, model, progress)
     config_of = Configs(checkpoint, options)
-    measured: Measured | None = None
+    analysis: Analysis | None = None
     if plan is not None:
-        if plan.depth != depth:
+        if plan.depth != checkpoint.depth:
             _mismatch(plan, checkpoint)
         if plan.merged:
             progress.note(
                 "an adapter was merged into that plan's checkpoint; slicer merge does it again to this one"
             )
         if options.format is not None:
-            plan = replace(plan, form=blockwise.form_for(checkpoint, plan, options.format))
+            plan = plan.in_form(options.format)
         config_of(plan)
         options = closed_again(plan, options, data)
     else:
         assert goal is not None
-        plan, measured = choose(checkpoint, goal, options, model, data, config_of, progress)
+        plan, analysis = chosen_plan(checkpoint, goal, options, model, data, config_of, progress)
     plan = form_for(checkpoint, plan, options)
     config = config_of(plan)
     plan = replace(
@@ -83,16 +86,15 @@ def convert(
         dtype=options.dtype,
         versions=library_versions(),
         command=options.command,
-        parent=_parent(found.path),
+        parent=Plan.load(found.path) if (found.path / "slicer" / "plan.json").is_file() else None,
         healing=None,
         merged=(),
-        emulated=None,
     )
     out = out or Path(output_name(source, plan.size_name))
     cast = DTYPES[options.dtype] if options.dtype else None
     before, after = measure_sizes(checkpoint), sizes_after(checkpoint, plan, config, cast)
     # The notes are on how vLLM reads the source's own architecture.
-    native = plan.form != "blockwise" and len(plan.kept) < depth
+    native = plan.form != "blockwise" and len(plan.kept) < plan.depth
     warnings = tuple(rewrite.warnings(checkpoint.config, plan.kept, config_of(plan.kept))) if native else ()
     if options.dry_run:
         return Summary(None, plan, before, after, "nothing written", warnings=warnings)
@@ -102,14 +104,87 @@ def convert(
     summary = Summary(out, plan, before, after, verify, warnings=warnings)
     standing = emulate(checkpoint, summary, config, model, data, options, progress)
     if standing is not None:
-        folded = standing.found.method == "fold"
-        plan = replace(plan, healing=standing.record) if folded else replace(plan, emulated=standing.record)
+        plan = replace(plan, healing=standing.record)
         after = sizes_after(checkpoint, plan, standing.config, cast, standing.added)
         summary = replace(summary, plan=plan, after=after)
     healing = heal(checkpoint, summary, model, data, options, progress)
     if healing is not None:
         summary = replace(summary, plan=replace(plan, healing=healing.record))
-    return write(checkpoint, summary, config, measured, model, healing, standing, options, progress)
+    return write(checkpoint, summary, config, analysis, model, healing, standing, options, progress)
+
+
+def chosen_plan(
+    checkpoint: Checkpoint,
+    goal: Goal,
+    options: Options,
+    model: SourceModel,
+    data: CalibrationData,
+    config_of: Configs,
+    progress: Progress,
+) -> tuple[Plan, Analysis | None]:
+    """The plan that reaches the goal, and what it was chosen by where that was measured.
+
+    A budget takes the fewest layers that meet it. Raises PlanError where no cut does, ArchitectureError where the
+    config can express none.
+    """
+    first, cast = goal.count(checkpoint.depth), DTYPES[options.dtype] if options.dtype else None
+    if goal.budget:
+        _check_reach(checkpoint, goal, cast)
+    if options.offset == "half":
+        sublayers.check_joinable(checkpoint)
+    analysis = None
+    if goal.measured(options.strategy):
+        from slicer.measure.halves import measure_text
+
+        analysis = measure_text(model.walk(), data.get(), _halves(checkpoint, goal, options), progress)
+    for n in range(first, checkpoint.depth) if goal.budget else [first]:
+        chosen = choose(
+            Goal(drop=Amount(count=n)) if goal.budget else goal,
+            checkpoint.depth,
+            analysis,
+            config_of.why_not,
+            strategy=options.strategy,
+            offset=options.offset,
+            form=options.format,
+        )
+        sizes = measure_sizes(checkpoint, chosen.plan.kept, cast)
+        if goal.met(sizes.parameters, sizes.total_bytes):
+            if chosen.passed_over:
+                progress.note(
+                    f"layers {chosen.passed_over} lie closest, but this architecture's config cannot express that cut; "
+                    "the closest block that it can express was taken"
+                )
+            return chosen.plan, analysis
+    raise PlanError(f"{goal}: out of reach of the strategy {options.strategy}; name the layers to drop")
+
+
+def _halves(checkpoint: Checkpoint, goal: Goal, options: Options) -> bool | None:
+    """Whether to measure within the layers too: needed, not wanted, or (None) where it can be done, as it may win."""
+    if goal.sublayers or options.offset == "half":
+        return True
+    bare = options.heal == "none" or options.emulate is not None
+    if options.offset == "whole" or not (
+        bare or (options.fold == "resolve" and sublayers.adds_directly(checkpoint))
+    ):
+        return False
+    try:
+        sublayers.check_joinable(checkpoint)
+    except ArchitectureError:
+        return False
+    return None
+
+
+def _check_reach(checkpoint: Checkpoint, goal: Goal, cast: str | None) -> None:
+    """Raise PlanError, before anything is measured, where no layer has to go or a single one is too much."""
+    whole = measure_sizes(checkpoint, cast=cast)
+    if goal.met(whole.parameters, whole.total_bytes):
+        raise PlanError(f"{goal}: the model already meets it with all {whole.depth} layers; nothing to drop")
+    lightest = min(range(whole.depth), key=whole.layer_bytes.__getitem__)
+    one = measure_sizes(checkpoint, (lightest,), cast)
+    if not goal.met(one.parameters, one.total_bytes):
+        raise PlanError(
+            f"{goal}: out of reach; one layer alone still has {one.parameters} parameters and {one.total_bytes} bytes"
+        )
 
 
 def _verification(options: Options, model: SourceModel, progress: Progress) -> str:
@@ -135,13 +210,3 @@ def library_versions() -> dict[str, str]:
     return {"slicer-llm": __version__} | {
         name: version(name) for name in ("torch", "transformers", "safetensors")
     }
-
-
-def _parent(path: Path) -> dict[str, Any] | None:
-    """The plan of a source that was itself sliced."""
-    import json
-
-    if not (path / "slicer" / "plan.json").is_file():
-        return None
-    plan = Plan.load(path)
-    return dict(json.loads(plan.to_json()))

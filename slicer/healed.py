@@ -15,8 +15,8 @@ from slicer.heal.healing import fold_checkpoint
 from slicer.measure.analysis import Distances
 from slicer.measure.calibration import TokenBatches
 from slicer.measure.stream import Walk
+from slicer.plan.blocks import rank
 from slicer.progress import Progress
-from slicer.select import rank
 
 CANDIDATES = 4
 
@@ -44,15 +44,15 @@ def rank_after_healing(
     rows: dict[int, list[float]] = {}
     for n in sizes:
         rows[n] = [math.nan] * (distances.depth - n + 1)
-        for choice in rank(distances, n)[:candidates]:
-            name = f"{choice.start}+{n}"
+        for block in rank(distances, n)[:candidates]:
+            name = f"{block.start}+{n}"
             if name not in known:
                 try:
                     healing = fold_checkpoint(
-                        checkpoint, walk, TokenBatches(list(batches), {}), choice.dropped, progress=progress
+                        checkpoint, walk, TokenBatches(list(batches), {}), block.dropped, progress=progress
                     )
-                    loss = healing.record["loss"]
-                    known[name] = float(loss["healed"]) - float(loss["source"])
+                    loss = healing.record.loss
+                    known[name] = (loss.after or 0.0) - (loss.source or 0.0)
                 except HealError:
                     known[name] = None
                 if notebook is not None:
@@ -60,7 +60,7 @@ def rank_after_healing(
                     part.write_text(json.dumps(known), "utf-8")
                     part.replace(notebook)
             value = known[name]
-            rows[n][choice.start] = math.nan if value is None else value
+            rows[n][block.start] = math.nan if value is None else value
     rows = {n: row for n, row in rows.items() if not all(map(math.isnan, row))}
     if not rows:
         raise HealError("none of the closest blocks can be healed; leave --healed out")

@@ -111,9 +111,10 @@ class Configs:
             )
         return self._made[key]
 
-    def expresses(self, cut: Plan | tuple[int, ...]) -> bool:
+    def why_not(self, plan: Plan) -> str | None:
+        """The reason why `plan` cannot be expressed; None where it can."""
         try:
-            self(cut)
-        except ArchitectureError:
-            return False
-        return True
+            self(plan)
+        except ArchitectureError as error:
+            return str(error)
+        return None

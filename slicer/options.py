@@ -2,93 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slicer.checkpoint.export import DTYPES
 from slicer.checkpoint.sizes import Sizes
 from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES
-from slicer.errors import PlanError, UsageError
+from slicer.errors import UsageError
 from slicer.heal.settings import METHODS, Training
 from slicer.measure.calibration import CalibrationSpec
-from slicer.plan.plan import Amount, Plan
+from slicer.plan.amounts import Goal
+from slicer.plan.plan import FORMS, Plan
+from slicer.plan.records import MAPS
 
 if TYPE_CHECKING:
     from slicer.heal.rank_sweep import RankSweep
 
 STRATEGIES = ("similarity", "deepest", "tail")
 HEALINGS = ("none", "auto", "fold", *METHODS)
-FORMATS = ("native", "blockwise", "zeroed")
 OFFSETS = ("auto", "whole", "half")
-EMULATIONS = ("bias", "linear")
-
-
-@dataclass(frozen=True)
-class Goal:
-    """How deep to cut. Budgets ask for the smallest n that meets them.
-
-    At most one of `drop`, `keep`, `max_params` and `max_bytes` says how many layers go; beside the first two, or alone,
-    `drop_attention`, `drop_ffn` and `drop_sublayers` (either part) say how many parts of the layers that stay.
-    """
-
-    drop: Amount | None = None
-    keep: int | None = None
-    max_params: int | None = None
-    max_bytes: int | None = None
-    drop_attention: Amount | None = None
-    drop_ffn: Amount | None = None
-    drop_sublayers: Amount | None = None
-
-    def __post_init__(self) -> None:
-        whole = [self.drop, self.keep, self.max_params, self.max_bytes]
-        given = sum(value is not None for value in whole)
-        if given > 1 or (not given and not self.parts):
-            raise UsageError(
-                "say how much to drop with exactly one of --drop, --keep, --max-params and --max-bytes"
-                + ("" if given > 1 else ", or with --drop-attention, --drop-ffn or --drop-sublayers")
-            )
-        if self.parts and (self.max_params is not None or self.max_bytes is not None):
-            raise UsageError(
-                "a budget (--max-params, --max-bytes) counts whole layers; give --drop-attention and the like alone, "
-                "or beside --drop or --keep"
-            )
-        if self.drop_sublayers is not None and self.drop_sublayers.layers is not None:
-            raise UsageError(
-                "--drop-sublayers: give a fraction or a count; name layers with --drop-attention and --drop-ffn"
-            )
-
-    @property
-    def parts(self) -> dict[str, Amount]:
-        """What is to go below the layer: "attention", "ffn", "sublayers" -> how much of it."""
-        named = {"attention": self.drop_attention, "ffn": self.drop_ffn, "sublayers": self.drop_sublayers}
-        return {name: amount for name, amount in named.items() if amount is not None}
-
-    @property
-    def layers(self) -> bool:
-        """Whether whole layers are to go."""
-        return any(v is not None for v in (self.drop, self.keep, self.max_params, self.max_bytes))
-
-    def counts(self, depth: int) -> Iterable[int]:
-        """The numbers of layers to drop to try, in order; `met` says when to stop."""
-        if self.drop is not None:
-            return (self.drop.resolve(depth),)
-        if self.keep is not None:
-            if not 0 < self.keep < depth:
-                raise PlanError(
-                    f"--keep {self.keep}: the model has {depth} layers; keep between 1 and {depth - 1}"
-                )
-            return (depth - self.keep,)
-        return range(1, depth)
-
-    def met(self, sizes: Sizes) -> bool:
-        """Whether `sizes` is within the budget."""
-        within_parameters = self.max_params is None or sizes.parameters <= self.max_params
-        return within_parameters and (self.max_bytes is None or sizes.total_bytes <= self.max_bytes)
-
-    def __str__(self) -> str:
-        return next(f"--{k.replace('_', '-')} {v}" for k, v in asdict(self).items() if v is not None)
 
 
 def output_name(source: str, size: str) -> str:
@@ -173,10 +106,10 @@ class Summary:
             "dropped": list(plan.dropped),
             **(_below(plan) if plan.below_layers else {}),
             "distance": plan.distance,
-            "runners_up": list(plan.runners_up),
+            "runners_up": [other.to_dict() for other in plan.runners_up],
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
-            "healing": None if plan.healing is None else dict(plan.healing),
+            "healing": plan.healing and plan.healing.to_dict(),
             "verified": self.verified,
             "logits_error": self.logits_error,
             "rounding_error": self.rounding_error,
@@ -190,7 +123,6 @@ def _below(plan: Plan) -> dict[str, Any]:
         "no_ffn": list(plan.no_ffn),
         "joined": [list(pair) for pair in plan.joined],
         "form": plan.form,
-        "emulated": None if plan.emulated is None else dict(plan.emulated),
     }
 
 
@@ -204,12 +136,12 @@ def check_options(options: Options, goal: Goal | None, plan: Plan | None) -> Non
         raise UsageError(f"strategy {options.strategy!r}: choose one of {', '.join(STRATEGIES)}")
     if options.heal is not None and options.heal not in HEALINGS:
         raise UsageError(f"heal {options.heal!r}: choose one of {', '.join(HEALINGS)}")
-    if options.format is not None and options.format not in FORMATS:
-        raise UsageError(f"format {options.format!r}: choose one of {', '.join(FORMATS)}")
+    if options.format is not None and options.format not in FORMS:
+        raise UsageError(f"format {options.format!r}: choose one of {', '.join(FORMS)}")
     if options.offset not in OFFSETS:
         raise UsageError(f"offset {options.offset!r}: choose one of {', '.join(OFFSETS)}")
-    if options.emulate is not None and options.emulate not in EMULATIONS:
-        raise UsageError(f"emulate {options.emulate!r}: choose one of {', '.join(EMULATIONS)}")
+    if options.emulate is not None and options.emulate not in MAPS:
+        raise UsageError(f"emulate {options.emulate!r}: choose one of {', '.join(MAPS)}")
     if options.emulate is not None and options.heal not in (None, "none"):
         raise UsageError("--emulate and --heal both fill the gap: give one of them")
     if (options.emulate == "linear") != (options.rank is not None):

@@ -21,9 +21,9 @@ from slicer.progress import Progress
 if TYPE_CHECKING:
     import torch
 
-    from slicer.choose import Measured
     from slicer.heal.carry import Standing
     from slicer.heal.healing import Healing
+    from slicer.measure.analysis import Analysis
     from slicer.measure.stream import Walk
 
 
@@ -31,7 +31,7 @@ def write(
     checkpoint: Checkpoint,
     summary: Summary,
     config: Mapping[str, Any],
-    measured: Measured | None,
+    measured: Analysis | None,
     model: SourceModel,
     healing: Healing | None,
     standing: Standing | None,
@@ -178,13 +178,13 @@ def _check_walked(out: Path, reference: torch.Tensor, tokens: torch.Tensor, opti
     return verify.compare_logits(logits, reference)
 
 
-def _draw(measured: Measured, plan: Plan, directory: Path) -> None:
+def _draw(measured: Analysis, plan: Plan, directory: Path) -> None:
     from slicer.judge import plots
 
-    distances = measured.layers
+    distances = measured.distances()
     (directory / "distances.json").write_text(distances.to_json(), "utf-8")
-    if measured.halves is not None and plan.below_layers:
-        (directory / "half-layers.json").write_text(measured.halves.to_json(), "utf-8")
+    if measured.sublayers and plan.below_layers:
+        (directory / "half-layers.json").write_text(measured.halves().to_json(), "utf-8")
     n = len(plan.dropped)
     chosen = (plan.dropped[0], n) if n and not plan.joined else None
     plots.heat_map(distances, directory / "distances.png", chosen=chosen, offset=plan.half_offset)

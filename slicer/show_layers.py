@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from slicer.console import stdout
-from slicer.plan.plan import spell_dropped, spell_layers
+from slicer.plan.amounts import runs, spell_layers
+from slicer.plan.plan import spell_dropped
 
 if TYPE_CHECKING:
     from slicer.measure.analysis import Analysis, Distances
-    from slicer.planning import Planned
+    from slicer.plan.choose import Chosen
 
 _SHADES = "@%#*+=-:. "  # closest to farthest
 
@@ -96,37 +97,39 @@ def heat_lines(distances: Distances, width: int) -> list[str]:
     return lines
 
 
-def print_planned(planned: Planned, file: Path) -> None:
-    """The chosen layers and why: the runners-up, their distance, and whether the best two can be told apart."""
+def print_chosen(chosen: Chosen, samples: int, file: Path) -> None:
+    """The chosen layers and why: the runners-up, their distance, and whether the best two can be told apart.
+
+    `samples`: the sequences measured.
+    """
     console = stdout()
-    plan = planned.plan
-    left = plan.depth - len(plan.dropped)
-    what = (
-        spell_dropped(plan) if plan.below_layers else f"{spell_layers(plan.dropped)} of {plan.depth} layers"
+    plan = chosen.plan
+    left = len(plan.kept)
+    if plan.below_layers:
+        console.print(f"plan      drop {spell_dropped(plan)}, {left} layers stay", markup=False)
+    else:
+        console.print(
+            f"plan      drop {spell_layers(plan.dropped)} of {plan.depth} layers, {left} stay", markup=False
+        )
+    sublayers = bool(plan.no_attention or plan.no_ffn)
+    total = (
+        " (sum over blocks)"
+        if not sublayers and plan.metric != "greedy" and len(runs(plan.dropped)) > 1
+        else ""
     )
-    console.print(
-        f"plan      drop {what}, {left} layers stay"
-        if plan.below_layers
-        else f"plan      drop {what}, {left} stay",
-        markup=False,
-    )
-    total = " (sum over blocks)" if planned.cuts and len(planned.cuts[0].blocks) > 1 else ""
-    console.print(f"by        {planned.metric} {plan.distance:.4f}{total}")
+    console.print(f"by        {plan.metric} {plan.distance:.4f}{total}")
     for other in plan.runners_up:
-        if plan.no_attention or plan.no_ffn:
-            console.print(f"          next {other['block']} at {other['distance']:.4f}")
-            continue
-        more = other["distance"] - (plan.distance or 0.0)
-        console.print(f"          next {other['block']} at {other['distance']:.4f} (+{more:.4f})")
-    if planned.doubt is not None:
-        doubt = planned.doubt
+        more = "" if sublayers else f" (+{other.distance - (plan.distance or 0.0):.4f})"
+        console.print(f"          next {other.block} at {other.distance:.4f}{more}")
+    if chosen.doubt is not None:
+        doubt = chosen.doubt
         settle = (
             f"about {doubt.samples:,} samples would tell"
             if doubt.samples is not None
             else "no number of samples would tell"
         )
         console.print(
-            f"warning   the best two cannot be told apart on {planned.samples} samples: they differ by "
+            f"warning   the best two cannot be told apart on {samples} samples: they differ by "
             f"{doubt.difference:.4f} with a standard error of {doubt.error:.4f}; {settle}"
         )
     console.print(f"written   {file}", markup=False)

@@ -11,7 +11,8 @@ from slicer.checkpoint import hub
 from slicer.checkpoint.export import check_output
 from slicer.checkpoint.reader import Checkpoint
 from slicer.heal.settings import Training
-from slicer.options import Goal, Options, Summary, output_name
+from slicer.options import Options, Summary, output_name
+from slicer.plan.amounts import Goal
 from slicer.plan.plan import Plan
 from slicer.progress import Progress
 
@@ -51,19 +52,21 @@ def convert_and_train(
     require(training.method)
     check_trainable(
         source,
-        below_layers=bool(goal and goal.parts)
+        below_layers=bool(goal and goal.sublayers)
         or options.offset == "half"
-        or bool(plan and not plan.ordinary),
+        or bool(plan and not plan.complete),
     )
     checkpoint = Checkpoint.open(hub.resolve(source).path)
     # Only blocks of whole layers: a bare conversion would take a half-offset one where it is closer.
     bare = replace(options, heal="none", offset="whole", command=None)
     if out is None:
-        counts = list(goal.counts(checkpoint.depth)) if goal is not None else []
-        if len(counts) > 1:  # a budget: the plan tells how many layers are left
+        if goal is not None and goal.budget:  # the plan tells how many layers are left
             plan = convert(source, goal, None, replace(bare, dry_run=True), progress=progress).plan
             goal = None
-        left = len(plan.kept) if plan is not None else checkpoint.depth - counts[0]
+        gone = (
+            len(plan.dropped) if plan is not None else goal.count(checkpoint.depth) if goal is not None else 0
+        )
+        left = checkpoint.depth - gone
         out = Path(output_name(source, f"{left}L"))
     check_output(out, checkpoint.path, force=options.force)
     check_keeping(options.save_adapter, training.method, out, [checkpoint.path], force=options.force)

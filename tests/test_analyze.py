@@ -24,8 +24,9 @@ from slicer.convert import convert
 from slicer.errors import CalibrationError, OutputError, UsageError
 from slicer.measure.analysis import Analysis
 from slicer.measure.calibration import CalibrationSpec, token_batches
-from slicer.options import Goal, Options
-from slicer.plan.plan import Plan, parse_amount
+from slicer.options import Options
+from slicer.plan.amounts import Goal, parse_amount
+from slicer.plan.plan import Plan
 
 LAYERS = 6
 

@@ -19,7 +19,7 @@ from slicer.cli import main
 from slicer.measure.analysis import Distances
 from slicer.measure.calibration import CalibrationSpec, token_batches
 from slicer.measure.summary import measure
-from slicer.select import select
+from slicer.plan.blocks import select
 
 
 @pytest.fixture(scope="module")

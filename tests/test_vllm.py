@@ -15,8 +15,8 @@ import pytest
 from slicer.checkpoint.model import load_model
 from slicer.convert import convert
 from slicer.measure.calibration import CalibrationSpec
-from slicer.options import Goal, Options
-from slicer.plan.plan import parse_amount
+from slicer.options import Options
+from slicer.plan.amounts import Goal, parse_amount
 
 PROMPTS = ["And the LORD said unto", "The captain of the"]
 TOKENS = 12

@@ -224,7 +224,7 @@ def _index(checkpoint: Checkpoint, adapter: Adapter, plan: Plan | None, index: i
             f"{adapter.path}: has a layer {index}, but the source had {plan.depth}; it is another model's"
         )
     behind = part_of(name.partition(".")[0], ()) == FEED_FORWARD
-    homes = [pair[behind] for pair in plan.parts]  # of a half-offset cut: two layers make one
+    homes = [pair[behind] for pair in plan.sublayers]  # of a half-offset cut: two layers make one
     return homes.index(index) if index in homes else None
 
 

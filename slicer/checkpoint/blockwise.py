@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from slicer.checkpoint import architectures
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.registration import MODEL_TYPE
 from slicer.errors import ArchitectureError
@@ -56,9 +55,9 @@ def check(checkpoint: Checkpoint, config: Mapping[str, Any], plan: Plan) -> None
         raise ArchitectureError(
             f"{name}: activation {config['hidden_act']!r}, and the blockwise form knows silu only; {_ZEROED}"
         )
-    if plan.parts[0][0] in plan.no_attention:
+    if plan.sublayers[0][0] in plan.no_attention:
         raise ArchitectureError(
-            f"the attention of layer {plan.parts[0][0]} cannot go: in the blockwise form the first layer needs its "
+            f"the attention of layer {plan.sublayers[0][0]} cannot go: in the blockwise form the first layer needs its "
             f"attention; choose others ({_ZEROED})"
         )
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
@@ -93,26 +92,9 @@ def config_of(rewritten: Mapping[str, Any], expanded: Mapping[str, Any], plan: P
     if "sliding_attention" not in config["layer_types"]:
         config["sliding_window"] = None
     blocks = []
-    for i, j in plan.parts:
+    for i, j in plan.sublayers:
         attention = {"no_op": i in plan.no_attention, "n_heads_in_group": group}
         ffn = {"no_op": j in plan.no_ffn, "intermediate_size": merged["intermediate_size"]}
         blocks.append({"attention": attention, "ffn": ffn})
     config["block_configs"] = blocks
     return config
-
-
-def form_for(checkpoint: Checkpoint, plan: Plan, asked: str | None) -> str:
-    """The form in which `plan` is written: as `asked`, else native where nothing below the layer is missing.
-
-    Raises ArchitectureError where a form was asked for that cannot say it.
-    """
-    missing = bool(plan.no_attention or plan.no_ffn)
-    if asked == "native" and missing:
-        name = architectures.text_config(checkpoint.config).get("model_type")
-        raise ArchitectureError(
-            f"--format native: a {name} layer has attention and feed-forward part, and this cut leaves one without; "
-            "use --format blockwise or zeroed"
-        )
-    if asked == "zeroed" and not missing:
-        return "native"
-    return asked or ("blockwise" if missing else "native")

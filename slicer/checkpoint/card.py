@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import Sizes
-from slicer.plan.plan import Plan, spell_dropped, spell_layers
+from slicer.plan.amounts import spell_layers
+from slicer.plan.plan import METRIC, Plan, spell_dropped
+from slicer.plan.records import HealingRecord, TrainingRecord
 
 _KEPT_FIELDS = ("license", "license_name", "license_link", "language")
 
@@ -31,6 +31,7 @@ def for_slice(checkpoint: Checkpoint, plan: Plan, before: Sizes, after: Sizes, *
         "- depth-pruning",
     ]
     lines += _inherited(checkpoint.path) + ["---", ""]
+    repair = plan.healing
     kept = f", cast to {plan.dtype}" if plan.dtype else " bit for bit"
     if plan.below_layers:
         what = f"{name} without {_without(plan)} (counted from 0). All that is left keeps its weights{kept}"
@@ -42,7 +43,7 @@ def for_slice(checkpoint: Checkpoint, plan: Plan, before: Sizes, after: Sizes, *
     lines += [
         f"# {name}, {_left(plan)}",
         "",
-        what + _but(plan),
+        what + ("; nothing was trained or healed." if repair is None else ", but for the repair (below)."),
         "",
         "| | before | after |",
         "|---|---|---|",
@@ -57,16 +58,15 @@ def for_slice(checkpoint: Checkpoint, plan: Plan, before: Sizes, after: Sizes, *
         _reason(plan),
         "",
     ]
-    if plan.healing is not None:
-        lines += ["## How the cut was healed", "", *_healing(plan.healing), ""]
+    if repair is not None:
+        title = "## What was added for the removed parts" if repair.adds_maps else "## How the cut was healed"
+        lines += [title, "", *_repair(repair), ""]
     if plan.merged:
-        matrices = {key for record in plan.merged for key in record.get("tensors") or ()}
+        matrices = {key for record in plan.merged for key in record.tensors}
         lines += [
             f"LoRA adapters merged into it: {len(plan.merged)}, into {len(matrices)} of its matrices.",
             "",
         ]
-    if plan.emulated is not None:
-        lines += ["## What stands for the removed parts", "", *_emulated(plan.emulated), ""]
     if figures:
         lines += [
             "![Angular distance across every block](slicer/distances.png)",
@@ -113,8 +113,8 @@ def _commands(plan: Plan) -> list[str]:
     found = []
     record = plan.healing
     while record is not None:
-        found.append(record.get("command"))
-        record = record.get("earlier")
+        found.append(record.command)
+        record = record.earlier
     commands = dict.fromkeys(command for command in (plan.command, *reversed(found)) if command)
     return [
         shlex.join(",".join(map(_name, word.split(","))) for word in shlex.split(command))
@@ -125,44 +125,6 @@ def _commands(plan: Plan) -> list[str]:
 def _name(word: str) -> str:
     path = Path(word)
     return path.name if path.is_absolute() or ("/" in word and path.exists()) else word
-
-
-def _but(plan: Plan) -> str:
-    if plan.healing is not None:
-        return ", but for those healed (below)."
-    return (
-        "; nothing was trained or healed."
-        if plan.emulated is None
-        else "; what was removed is emulated (below)."
-    )
-
-
-def _emulated(record: Mapping[str, Any]) -> list[str]:
-    data, loss = record["calibration"], record["loss"]
-    source = str(data.get("source", "calibration text"))
-    source = Path(source).name if Path(source).exists() else source
-    behind = ", ".join(f"the {e['part']} of layer {e['layer']}" for e in record["behind"]) or "nothing"
-    what = (
-        "a constant"
-        if record["method"] == "bias"
-        else f"a linear map of rank {record['rank']} and a constant"
-    )
-    trained = ""
-    if "trained" in loss:
-        trained = (
-            f", then trained alone for {record['steps']} steps, of which step {record['best_step']} was kept"
-        )
-    columns = {"original": "source", "cut": "cut", "emulated": "emulated", "trained": "trained"}
-    shown = {name: loss[key] for name, key in columns.items() if key in loss}
-    return [
-        f"{what.capitalize()} is added to the residual stream behind {behind} (numbered as in the original), solved in "
-        f"closed form on {data.get('samples', '?')} sequences of {data.get('seq_len', '?')} tokens (source: {source})"
-        f"{trained}. Loss in nats a token on {len(record['held_out_sequences'])} of these that took no part in that:",
-        "",
-        f"| {' | '.join(shown)} |",
-        "|---" * len(shown) + "|",
-        f"| {' | '.join(f'{value:.4f}' for value in shown.values())} |",
-    ]
 
 
 def _left(plan: Plan) -> str:
@@ -200,91 +162,110 @@ def _loading(plan: Plan) -> list[str]:
 
 
 def _reason(plan: Plan) -> str:
-    if plan.strategy == "similarity" and plan.distance is not None and plan.below_layers:
-        data = plan.calibration or {}
-        source = str(data.get("source", "calibration text"))
-        source = Path(source).name if Path(source).exists() else source
-        others = ", ".join(f"{r['block']} ({r['distance']:.4f})" for r in plan.runners_up)
-        return (
-            "They change the residual stream least: the angular distance between what enters and what leaves "
-            f"{'them' if not plan.joined else 'what was cut'}, at the last token, is {plan.distance:.4f}"
-            f"{' in all' if plan.no_attention or plan.no_ffn else ''} (in units of pi, mean of "
-            f"{data.get('samples', '?')} sequences of {data.get('seq_len', '?')} tokens, source: {source}). The stream "
-            "was tapped after every attention and every feed-forward part."
-            + (f" Next best: {others}." if others else "")
-        )
     if plan.strategy == "similarity" and plan.distance is not None:
-        data = plan.calibration or {}
-        source = str(data.get("source", "calibration text"))
-        source = Path(source).name if Path(source).exists() else source
-        sentence = (
-            f"Among all blocks of {len(plan.dropped)} layers this one changes the residual stream least: the angular "
-            f"distance between what enters it and what leaves it, at the last token, is {plan.distance:.4f} (in units "
-            f"of pi, mean of {data.get('samples', '?')} sequences of {data.get('seq_len', '?')} tokens, source: "
-            f"{source}). The measure is equation 7 of Gromov et al., *The Unreasonable Ineffectiveness of the Deeper "
-            "Layers*."
+        angular = plan.metric in (None, METRIC)
+        parts = bool(plan.no_attention or plan.no_ffn)
+        text = plan.calibration
+        where = (
+            f"{text.samples} sequences of {text.seq_len} tokens, source: {_file(text.source)}"
+            if text
+            else "text"
         )
-        others = ", ".join(f"{r['block']} ({r['distance']:.4f})" for r in plan.runners_up)
-        return sentence + (f" Next best: {others}." if others else "")
+        by = (
+            "They change the residual stream least: the angular distance between what enters and what leaves "
+            f"{'what was cut' if plan.joined else 'them'}, at the last token, is"
+            if angular
+            else f"They change the model least by `{plan.metric}`, which is"
+        )
+        unit = "in units of pi, " if angular else ""
+        words = f"{by} {plan.distance:.4f}{' in all' if parts else ''} ({unit}mean of {where})."
+        if plan.below_layers:
+            words += " The stream was read after every attention and every feed-forward part."
+        elif angular:
+            words += (
+                " It is equation 7 of Gromov et al., *The Unreasonable Ineffectiveness of the Deeper Layers*."
+            )
+        others = ", ".join(f"{other.block} ({other.distance:.4f})" for other in plan.runners_up)
+        return words + (f" Next best: {others}." if others else "")
     return {
         "deepest": "They are the deepest ones, without the final layer, which stays; nothing was measured.",
         "tail": "They are the last ones; nothing was measured.",
     }.get(plan.strategy, "They were named by hand.")
 
 
-def _healing(record: Mapping[str, Any]) -> list[str]:
-    """What was solved again or trained, on what, and the loss before and after."""
-    if "settings" in record:
-        return _trained(record)
-    data, loss = record["calibration"], record["loss"]
-    source = str(data.get("source", "calibration text"))
-    source = Path(source).name if Path(source).exists() else source
-    solved = sorted({(entry["layer"], entry["module"]) for entry in record["solved"]})
-    names = ", ".join(f"`{module}` of layer {layer}" for layer, module in solved)
-    return [
-        f"In closed form, without training (`{record['method']}`, `{record['solver']}`): {names} (numbered as in "
-        "the original) were solved again by ridge regression, so that the residual stream arrives behind the cut as it "
-        f"did in the original. Data: {data.get('samples', '?')} sequences of {data.get('seq_len', '?')} tokens, seed "
-        f"{data.get('seed', '?')}, source: {source}. Loss in nats a token on {len(record['held_out_sequences'])} of "
-        "these sequences that took no part in the solving:",
-        "",
-        "| original | cut, not healed | healed |",
-        "|---|---|---|",
-        f"| {loss['source']:.4f} | {loss['sliced']:.4f} | {loss['healed']:.4f} |",
-    ]
+def _file(source: str) -> str:
+    """A source of text, a file by its name alone."""
+    return Path(source).name if Path(source).exists() else source
 
 
-def _trained(record: Mapping[str, Any]) -> list[str]:
-    values, data, loss = record["settings"], record["data"], record["loss"]
-    source = Path(data["source"]).name if Path(data["source"]).exists() else data["source"]
+def _repair(record: HealingRecord) -> list[str]:
+    """What was solved, added or trained, on what text, and the losses."""
+    if record.training is not None:
+        lines = [_trained(record, record.training)]
+    else:
+        text = record.text
+        layers = dict.fromkeys((entry.layer, entry.module) for entry in record.solved)
+        if record.adds_maps:
+            what = f"A linear map of rank {record.rank} and a constant" if record.rank else "A constant"
+            behind = ", ".join(f"the {module} of layer {layer}" for layer, module in layers) or "nothing"
+            done = f"{what} is added to the residual stream behind {behind} (numbered as in the original), solved"
+        else:
+            names = ", ".join(f"`{module}` of layer {layer}" for layer, module in sorted(layers))
+            done = (
+                f"{names} (numbered as in the original) were solved again by ridge regression (`{record.method}`, "
+                f"`{record.solver}`), so that the residual stream behind the cut is as it was in the original,"
+            )
+        steps = (
+            f", then trained alone for {record.steps} steps, of which step {record.best_step} was kept"
+            if record.steps
+            else ""
+        )
+        on = (
+            f" on {text.samples} sequences of {text.seq_len} tokens, seed {text.seed}, source: {_file(text.source)}"
+            if text
+            else ""
+        )
+        held_out = len(text.held_out) if text else 0
+        lines = [
+            f"{done} in closed form{on}{steps}. Loss in nats a token on {held_out} of these sequences that took no "
+            "part in that:"
+        ]
+    loss = record.loss
+    shown = {"original": loss.source, "cut": loss.before, "as solved": loss.solved, "repaired": loss.after}
+    known = {name: value for name, value in shown.items() if value is not None}
+    if known:
+        lines += ["", f"| {' | '.join(known)} |", "|---" * len(known) + "|"]
+        lines += [f"| {' | '.join(f'{value:.4f}' for value in known.values())} |"]
+    return (
+        lines
+        if record.training is None
+        else [*lines, "", "![Loss while it was trained](slicer/training.png)"]
+    )
+
+
+def _trained(record: HealingRecord, training: TrainingRecord) -> str:
+    values, corpus = training.settings, training.corpus
     kind = {
         "qlora": "LoRA adapters on its feed-forward matrices, trained while the weights were in 4 bits (NF4, double "
         "quantization) and merged into the unquantized weights",
         "lora": "LoRA adapters on its feed-forward matrices, trained and merged into the weights",
         "full": "all weights, trained",
-    }[record["method"]]
+    }[record.method]
     adapters = (
-        f"rank {values['rank']}, alpha {values['alpha']:g}, dropout {values['dropout']:g}, "
+        f"Rank {values['rank']}, alpha {values['alpha']:g}, dropout {values['dropout']:g}, "
         if "rank" in values
         else ""
     )
     start = {"fold": "the weights solved again in closed form", "cut": "the bare cut"}.get(
-        record["start"], f"weights that were healed before (`{record['start']}`)"
+        training.start, f"weights that were healed before (`{training.start}`)"
     )
-    tables = [("original", loss["source"]), ("before", loss["before"]), ("healed", loss["healed"])]
-    known = [(name, value) for name, value in tables if value is not None]
-    lines = [
-        f"By training (`{record['method']}`), from {start}: {kind}. {adapters[:1].upper()}{adapters[1:]}"
-        f"{record['steps']} steps of {values['batch_size']} sequences of {values['seq_len']} tokens, learning rate "
+    return (
+        f"By training (`{record.method}`), from {start}: {kind}. {adapters}"
+        f"{record.steps} steps of {values['batch_size']} sequences of {values['seq_len']} tokens, learning rate "
         f"{values['lr']:g} ({values['scheduler']}, {values['warmup']} steps of warm-up), seed {values['seed']}; the "
-        f"weights are those of step {record['best_step']}. Data: {source}; learned: {data['learned']}. Loss in nats a "
-        f"token on {data['held_out_sequences']} sequences that were not trained on:",
-        "",
-    ]
-    if known:
-        lines += [f"| {' | '.join(n for n, _ in known)} |", "|" + "---|" * len(known)]
-        lines += [f"| {' | '.join(f'{v:.4f}' for _, v in known)} |", ""]
-    return [*lines, "![Loss while it was trained](slicer/training.png)"]
+        f"weights are those of step {record.best_step}. Data: {_file(corpus.source)}; learned: {corpus.learned}. Loss "
+        f"in nats a token on {corpus.held_out_sequences} sequences that were not trained on:"
+    )
 
 
 def _inherited(source: Path) -> list[str]:

@@ -30,6 +30,7 @@ from slicer.checkpoint.reader import Checkpoint, TensorSpan
 from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES, atomic_directory, check_space
 from slicer.errors import HealError, SlicerError, UsageError, VerificationError
 from slicer.plan.plan import Plan
+from slicer.plan.records import MergeRecord
 from slicer.progress import Progress
 
 # How far logits may be apart, of their largest, all computed in float32: from those of the same weights (a sum rounded
@@ -287,18 +288,17 @@ def _record(
     command: str | None,
 ) -> None:
     """What was merged, in the plan where there is one, after what was merged before; and in the card."""
-    record = {
-        "method": "merge",
-        "adapter": str(adapter.path),
-        "sha256": adapter.sha256,
-        "base_model": adapter.config.get("base_model_name_or_path"),
-        "renumber": renumber,
-        "tensors": list(done.tensors),
-        "verified": done.verified,
-        "logits_error": done.logits_error,
-        "rounding_error": done.rounding_error,
-        "command": command,
-    }
+    record = MergeRecord(
+        adapter=str(adapter.path),
+        sha256=adapter.sha256,
+        base_model=adapter.config.get("base_model_name_or_path"),
+        renumber=renumber,
+        tensors=done.tensors,
+        verified=done.verified,
+        logits_error=done.logits_error,
+        rounding_error=done.rounding_error,
+        command=command,
+    )
     if (directory / "slicer" / "plan.json").is_file():
         plan = Plan.load(directory)
         merged = replace(plan, merged=(*plan.merged, record))

@@ -147,8 +147,8 @@ def tensors_of(checkpoint: Checkpoint, plan: Plan) -> dict[str, TensorSpan]:
 
 def names_of(checkpoint: Checkpoint, plan: Plan) -> dict[str, str]:
     """Raw key of the source -> its key in what `plan` leaves, of those that stay."""
-    attention = {i: at for at, (i, _) in enumerate(plan.parts)}
-    ffn = {j: at for at, (_, j) in enumerate(plan.parts)}
+    attention = {i: at for at, (i, _) in enumerate(plan.sublayers)}
+    ffn = {j: at for at, (_, j) in enumerate(plan.sublayers)}
     if plan.form != "zeroed":
         for i in plan.no_attention:
             del attention[i]

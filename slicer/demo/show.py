@@ -9,8 +9,8 @@ from pathlib import Path
 from slicer import demo
 from slicer.convert import convert
 from slicer.measure.calibration import CalibrationSpec
-from slicer.options import Goal, Options, Summary
-from slicer.plan.plan import parse_amount
+from slicer.options import Options, Summary
+from slicer.plan.amounts import Goal, parse_amount
 from slicer.progress import Progress
 
 PROMPT = "The captain of the ship"

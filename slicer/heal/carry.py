@@ -17,6 +17,7 @@ from slicer.checkpoint.reader import DTYPE_BITS, Checkpoint, TensorSpan
 from slicer.errors import ArchitectureError
 from slicer.heal.emulation import Emulated, Emulation, record_of
 from slicer.plan.plan import Plan
+from slicer.plan.records import HealingRecord
 
 _BIASES = {
     "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
@@ -40,7 +41,7 @@ class Standing:
     config: dict[str, Any]
     replaced: Mapping[str, TensorSpan] = field(default_factory=dict)
     added: Mapping[str, TensorSpan] = field(default_factory=dict)
-    record: Mapping[str, Any] = field(default_factory=dict)
+    record: HealingRecord | None = None
 
 
 def form_for(checkpoint: Checkpoint, plan: Plan, method: str) -> Plan:
@@ -74,22 +75,24 @@ def carry(
     return Standing(found, placing.config, placing.replaced, placing.added)
 
 
-def as_healing(record: Mapping[str, Any], standing: Standing) -> dict[str, Any]:
+def as_healing(record: Mapping[str, Any], standing: Standing) -> HealingRecord:
     """The record of a fold below the layer, in the words of those of whole layers."""
     loss = record["loss"]
-    return {
-        "method": "fold",
-        "solver": "resolve",
-        "calibration": record["calibration"],
-        "held_out_sequences": record["held_out_sequences"],
-        "loss": {"source": loss["source"], "sliced": loss["cut"], "healed": loss["emulated"]},
-        "solved": [
-            {"layer": e["layer"], "module": f"output of the {e['part']}", **figures}
-            for e in record["behind"]
-            for figures in _figures(e)
-        ],
-        "tensors": sorted(standing.replaced),
-    }
+    return HealingRecord.of(
+        {
+            "method": "fold",
+            "solver": "resolve",
+            "calibration": record["calibration"],
+            "held_out_sequences": record["held_out_sequences"],
+            "loss": {"source": loss["source"], "sliced": loss["cut"], "healed": loss["emulated"]},
+            "solved": [
+                {"layer": e["layer"], "module": f"output of the {e['part']}", **figures}
+                for e in record["behind"]
+                for figures in _figures(e)
+            ],
+            "tensors": sorted(standing.replaced),
+        }
+    )
 
 
 def _figures(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -126,8 +129,8 @@ class _Placing:
             "ffn": {},
         }  # by layer of the result
         self._position = {
-            "attention": {i: at for at, (i, _) in enumerate(plan.parts)},
-            "ffn": {j: at for at, (_, j) in enumerate(plan.parts)},
+            "attention": {i: at for at, (i, _) in enumerate(plan.sublayers)},
+            "ffn": {j: at for at, (_, j) in enumerate(plan.sublayers)},
         }
 
     def put(self, e: Emulation) -> None:

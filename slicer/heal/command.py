@@ -138,14 +138,16 @@ def training_of(given: dict[str, Any], method: str | None, option: str) -> Train
 
 def rank_sweep_of(given: dict[str, Any]) -> RankSweep:
     """What the options of `training_options` say of picking a rank."""
-    from slicer.heal.rank_sweep import RankSweep, parse_ranks
+    from slicer.heal.rank_sweep import RankSweep
+    from slicer.plan.amounts import parse_counts
 
     chosen = {
         name: given[f"rank_{name}"]
         for name in ("metric", "data", "limit")
         if given[f"rank_{name}"] is not None
     }
-    return RankSweep(parse_ranks(given["rank_sweep"]), **chosen)
+    ranks = sorted(parse_counts(given["rank_sweep"], "--rank-sweep"), reverse=True)  # the largest first
+    return RankSweep(tuple(ranks), **chosen)
 
 
 @click.command()
@@ -207,7 +209,7 @@ def heal(sliced: str, **given: Any) -> None:
     from slicer.heal.job import Healed, HealOptions
     from slicer.heal.job import heal as run
     from slicer.measure.calibration import CalibrationSpec
-    from slicer.plan.plan import parse_size
+    from slicer.plan.amounts import parse_size
 
     names = ("samples", "seq_len", "batch_size", "seed", "text_column")
     chosen = {name: given[name] for name in names if given[name] is not None}
@@ -279,7 +281,7 @@ def merge(sliced: str, adapter: Path, **given: Any) -> None:
     """
     from slicer import console
     from slicer.checkpoint.merge import merge as run
-    from slicer.plan.plan import parse_size
+    from slicer.plan.amounts import parse_size
 
     with console.progress() as progress:
         done = run(

@@ -29,6 +29,7 @@ from slicer.measure.calibration import (
     open_tokenizer,
     sample_tokens,
 )
+from slicer.plan.records import CorpusRecord
 from slicer.progress import Progress
 
 APART = (16, 4, 2)  # one document in so many is held out; more, where that were not even a sequence
@@ -76,7 +77,7 @@ class Corpus:
 
     train: Sequences
     held_out: Sequences
-    record: dict[str, Any]
+    record: CorpusRecord
 
     def to_fold_on(self, spec: CalibrationSpec) -> TokenBatches:
         """As much of the text trained on as `spec` asks for, so that nothing held out takes part in a fold either."""
@@ -90,7 +91,7 @@ class Corpus:
         tokens = torch.stack(pieces[: spec.samples])
         provenance = {
             **asdict(spec),
-            "source": self.record["source"],
+            "source": self.record.source,
             "samples": len(tokens),
             "seq_len": length,
             "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
@@ -148,7 +149,7 @@ def prepare(
         raise HealError(
             f"{record['source']}: held-out sequences are among those trained on; name other --validation"
         )
-    return Corpus(train, held_out, record)
+    return Corpus(train, held_out, CorpusRecord.of(record))
 
 
 def _tokenize(

@@ -26,6 +26,7 @@ from slicer.heal.newton import STEPS, Newton
 from slicer.heal.outputs import LayerChange, applied
 from slicer.measure.states import Course, States
 from slicer.measure.stream import Walk
+from slicer.plan.amounts import runs
 from slicer.progress import Progress
 
 _NOTHING = "no weights next to the cut can take the fold, or none gains by it; use --heal none"
@@ -40,17 +41,6 @@ class Fold:
 
     changes: dict[int, LayerChange]
     losses: dict[str, float]
-
-
-def blocks(dropped: Sequence[int]) -> list[tuple[int, int]]:
-    """[start, end) of each run of neighbouring dropped layers."""
-    runs: list[tuple[int, int]] = []
-    for i in sorted(dropped):
-        if runs and runs[-1][1] == i:
-            runs[-1] = (runs[-1][0], i + 1)
-        else:
-            runs.append((i, i + 1))
-    return runs
 
 
 def fold(
@@ -76,13 +66,13 @@ def fold(
     if solver not in SOLVERS:
         raise UsageError(f"fold {solver!r}: choose one of {', '.join(SOLVERS)}")
     progress, course = progress or Progress(), course or Course(0)
-    runs = blocks(dropped)
+    gaps = runs(dropped)
     data = split(batches)
     judges = walk.loaded and solver == "resolve"
     healer = Healer(walk, data, dropped, storable, solver, judges, written)
-    progress.stage("Healing the cut", walk.depth if healer.judges else runs[-1][1], "layers")
+    progress.stage("Healing the cut", walk.depth if healer.judges else gaps[-1][1], "layers")
     source = walk.start(data.batches)
-    first = max(0, runs[0][0] - 1 - BEFORE)
+    first = max(0, gaps[0][0] - 1 - BEFORE)
     while source.layer < first:
         course.advance(walk, source.layer, source)
         progress.advance()
@@ -90,7 +80,7 @@ def fold(
     if origin is not None:
         healer.losses.append(healer.loss(first, origin))
     student: States | None = None
-    for start, end in runs:
+    for start, end in gaps:
         before = start - 1  # the layer to change; -1 where the model's first layers are dropped
         for i in range(source.layer, max(before, 0)):
             course.advance(walk, i, source)

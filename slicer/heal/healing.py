@@ -25,6 +25,7 @@ from slicer.measure.calibration import TokenBatches
 from slicer.measure.states import Course
 from slicer.measure.stream import Walk
 from slicer.plan.plan import Plan
+from slicer.plan.records import HealingRecord
 from slicer.progress import Progress
 
 
@@ -40,13 +41,12 @@ class Healing:
 
     changes: Mapping[int, LayerChange]
     tensors: Mapping[str, torch.Tensor]
-    record: Mapping[str, Any]
+    record: HealingRecord
 
     @property
     def helps(self) -> bool:
         """Whether the loss on held-out text is lower than that of the bare cut."""
-        loss = self.record["loss"]
-        return bool(loss["healed"] < loss["sliced"])
+        return self.record.loss.falls
 
 
 def fold_checkpoint(
@@ -91,7 +91,7 @@ def fold_checkpoint(
         "solved": [entry for _, change in sorted(changes.items()) for entry in change.report],
         "tensors": sorted(tensors),
     }
-    return Healing(changes, tensors, record)
+    return Healing(changes, tensors, HealingRecord.of(record))
 
 
 @contextlib.contextmanager

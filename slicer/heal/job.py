@@ -64,7 +64,7 @@ class Healed:
             "out": str(self.out),
             "source": self.plan.source,
             "dropped": list(self.plan.dropped),
-            "healing": dict(self.plan.healing or {}),
+            "healing": self.plan.healing and self.plan.healing.to_dict(),
             "verified": self.verified,
             "logits_error": self.logits_error,
             "rounding_error": self.rounding_error,
@@ -93,7 +93,7 @@ def heal(
     progress.stage("Opening the checkpoints")
     cut = Checkpoint.open(hub.resolve(sliced).path)
     plan = Plan.load(cut.path)
-    if not plan.ordinary:
+    if not plan.complete:
         raise HealError(
             f"{sliced}: lacks parts of layers, which are healed as they are dropped: slicer convert --heal fold or "
             "--emulate"
@@ -133,7 +133,8 @@ def heal(
             whole, walk, data, plan.dropped, solver=options.fold, cast=cast, progress=progress
         )
         record, helps, spans = healing.record, healing.helps, replacements(whole, healing)
-    plan = replace(plan, healing={**record, "command": options.command})
+    assert record is not None
+    plan = replace(plan, healing=replace(record, command=options.command))
     checked = options.verify if options.verify != "auto" else "logits" if fits else "load"
     probe = None
     if checked == "logits":
@@ -228,12 +229,12 @@ def _alike(a: TensorSpan, b: TensorSpan) -> bool:
 def _healed_before(cut: Checkpoint, whole: Checkpoint) -> set[str]:
     """Keys of the sliced checkpoint whose tensors an earlier healing wrote."""
     plan = Plan.load(cut.path)
-    return set(new_keys(whole, plan, (plan.healing or {}).get("tensors") or ()).values())
+    return set(new_keys(whole, plan, plan.healing.tensors if plan.healing else ()).values())
 
 
 def _merged(plan: Plan) -> set[str]:
     """Keys of the sliced checkpoint that adapters were merged into."""
-    return {key for record in plan.merged for key in record.get("tensors") or ()}
+    return {key for record in plan.merged for key in record.tensors}
 
 
 def as_before(cut: Checkpoint, whole: Checkpoint) -> dict[str, TensorSpan]:

@@ -25,6 +25,7 @@ from slicer.heal.trained import TrainOptions, train_cut
 from slicer.measure.share import Share
 from slicer.measure.workplace import fingerprint
 from slicer.plan.plan import Plan
+from slicer.plan.records import RankRecord
 from slicer.progress import Progress
 
 LOSS = "loss"
@@ -40,14 +41,6 @@ class RankSweep:
     metric: str = "mmlu"
     data: Path | None = None
     limit: int | None = None
-
-
-def parse_ranks(text: str) -> tuple[int, ...]:
-    """`2,8,64`, the largest first. Raises UsageError."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) for part in parts):
-        raise UsageError(f"--rank-sweep {text}: write ranks, comma-separated, such as 2,8,64")
-    return tuple(sorted({int(part) for part in parts}, reverse=True))
 
 
 def pick_rank(
@@ -126,20 +119,19 @@ def _keep(cut: Checkpoint, out: Path, work: Path, options: TrainOptions, sweep: 
     place = work / f"rank-{best}"
     verified, error, rounding = _checked(place, options)
     plan = Plan.load(place)
-    told = {
-        "metric": sweep.metric,
-        "scores": {name: value if math.isfinite(value) else None for name, value in scores.items()},
-        "picked": best,
-    }
-    plan = replace(plan, healing={**(plan.healing or {}), "rank_sweep": told})
+    healing = plan.healing
+    assert healing is not None and healing.training is not None
+    picked = RankRecord(
+        sweep.metric, best, {name: value if math.isfinite(value) else None for name, value in scores.items()}
+    )
+    healing = replace(healing, training=replace(healing.training, rank_sweep=picked))
+    plan = replace(plan, healing=healing)
     write_whole(place / "slicer" / "plan.json", plan.to_json())
     check_output(out, cut.path, force=options.force)
     if out.is_dir():
         shutil.rmtree(out)
     place.rename(out)
-    loss = (plan.healing or {})["loss"]
-    helps = loss["healed"] is None or loss["healed"] < loss["before"]
-    return Healed(out, plan, verified, error, helps, rounding)
+    return Healed(out, plan, verified, error, healing.measured.falls, rounding)
 
 
 def _checked(place: Path, options: TrainOptions) -> tuple[str, float | None, float | None]:
@@ -188,10 +180,10 @@ def _score(work: Path, name: str, path: Path, ask: Ask | None, *, start_of: Path
     if ask is not None:
         _enter(work, name, ask(path))
         return
-    record = Plan.load(start_of or path).healing or {}
-    loss, best = record["loss"], str(record["best_step"])
-    value = loss["before" if start_of else "healed"]
-    _enter(work, name, (-(record["held_out"]["0" if start_of else best] if value is None else value), 0.0))
+    record = Plan.load(start_of or path).healing
+    assert record is not None
+    loss = record.measured.before if start_of else record.measured.after
+    _enter(work, name, (-math.inf if loss is None else -loss, 0.0))
 
 
 def _enter(work: Path, name: str, score: tuple[float, float]) -> None:

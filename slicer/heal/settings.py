@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from slicer.errors import UsageError
@@ -258,10 +258,11 @@ def paper_row(source: str, parameters: int) -> tuple[Row, bool]:
     return min(PAPER, key=lambda row: abs(math.log(row.parameters / max(parameters, 1)))), False
 
 
-def of_record(record: Mapping[str, Any]) -> Training:
-    """What was asked of a training, from its record in a plan."""
+def of_record(asked: Mapping[str, object]) -> Training:
+    """What was asked of a training, as its record in a plan has it."""
     known = {f.name for f in fields(Training)}
-    return replace(Training(), **{k: v for k, v in (record.get("asked") or {}).items() if k in known})
+    chosen: dict[str, Any] = {name: value for name, value in asked.items() if name in known}
+    return Training(**chosen)
 
 
 def divisor(n: int, most: int) -> int:

@@ -27,9 +27,9 @@ from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.writer import check_space
 from slicer.errors import HealError
 from slicer.heal.corpus import Sequences
-from slicer.heal.fold import blocks
 from slicer.measure.stream import Walk
 from slicer.measure.workplace import fingerprint
+from slicer.plan.amounts import runs
 from slicer.progress import Progress
 
 TOP = 64
@@ -47,7 +47,7 @@ class Cut:
 def cuts(dropped: Sequence[int]) -> list[Cut]:
     """Where the student meets the teacher again, for each dropped block (source indices)."""
     gone = sorted(dropped)
-    return [Cut(end - sum(i < end for i in gone), end) for _, end in blocks(gone)]
+    return [Cut(end - sum(i < end for i in gone), end) for _, end in runs(gone)]
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from slicer.measure.calibration import CalibrationSpec
 from slicer.measure.share import Share
 from slicer.measure.workplace import fingerprint
 from slicer.plan.plan import Plan
+from slicer.plan.records import HealingRecord, Losses, TextRecord, TrainingRecord
 from slicer.progress import Progress
 
 
@@ -89,7 +90,7 @@ def train_cut(
     progress.stage("Opening the checkpoints")
     cut = Checkpoint.open(hub.resolve(sliced).path)
     plan = Plan.load(cut.path)
-    check_trainable(sliced, below_layers=not plan.ordinary)
+    check_trainable(sliced, below_layers=not plan.complete)
     whole = source_of(cut, plan, sliced, source, out, force=options.force)
     check_keeping(options.save_adapter, training.method, out, (cut.path, whole.path), force=options.force)
     origin = str(source or plan.source)
@@ -185,18 +186,28 @@ def _train_cut(
             course=course,
             settings=settings,
             loss_of=loss_of,
-            record={
-                "method": settings.method,
-                "start": (before.healing or {}).get("method", "cut"),
-                "earlier": before.healing and dict(before.healing),
-                "solver": options.fold,
-                "calibration": asdict(spec),
-                "data": corpus.record,
-                "asked": _asked(training),
-                "settings": settings.to_dict(),
-                "processes": share.world,
-                "command": options.command,
-            },
+            record=HealingRecord(
+                settings.method,
+                text=TextRecord(
+                    corpus.record.source,
+                    spec.samples,
+                    spec.seq_len,
+                    spec.batch_size,
+                    spec.seed,
+                    spec.text_column,
+                ),
+                loss=Losses(),
+                solver=options.fold,
+                training=TrainingRecord(
+                    start=before.healing.method if before.healing else "cut",
+                    asked=_asked(training),
+                    settings=settings.to_dict(),
+                    corpus=corpus.record,
+                    processes=share.world,
+                ),
+                earlier=before.healing,
+                command=options.command,
+            ),
             started=started,
         )
         with (

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slicer.checkpoint import card, verify
 from slicer.checkpoint.adapter import Adapter, placed
@@ -22,6 +22,7 @@ from slicer.heal.healing import new_keys
 from slicer.heal.job import Healed
 from slicer.heal.settings import Settings
 from slicer.plan.plan import Plan
+from slicer.plan.records import HealingRecord, Losses
 from slicer.progress import Progress
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Result:
     Attributes:
         base: what it started from; whole: the source.
         loss_of: loss on the held-out text of a checkpoint directory, nats a token; None where that cannot be measured.
-        record: for plan.json, without the figures.
+        record: for plan.json, with its training, without the figures.
         started: `time.monotonic` of the start.
     """
 
@@ -45,17 +46,17 @@ class Result:
     course: Course
     settings: Settings
     loss_of: Callable[[Path], float | None]
-    record: Mapping[str, Any]
+    record: HealingRecord
     started: float
 
 
 def write(result: Result, plan: Plan, out: Path, options: TrainOptions, progress: Progress) -> Healed:
     """Merge what was trained into the base and write it to `out`, whole or not at all. Raises VerificationError."""
-    base, whole, course, remote = result.base, result.whole, result.course, options.trust_remote_code
+    base, whole, remote = result.base, result.whole, options.trust_remote_code
     checked = options.verify
     if checked == "auto":
         checked = "logits" if verify.fits_in_memory(4 * base.parameters, options.device) else "load"
-    losses = {"source": result.loss_of(whole.path), "before": result.loss_of(base.path)}
+    losses = Losses(result.loss_of(whole.path), result.loss_of(base.path))
     spans, probe = _changes(result, checked == "logits", options, progress)
     if probe is None and checked == "logits":  # the base as it was, or where peft cannot put the adapter on
         checked = "load"
@@ -76,15 +77,11 @@ def write(result: Result, plan: Plan, out: Path, options: TrainOptions, progress
             progress.stage("Comparing logits")
             errors = check_merged(base, directory, probe, device=options.device, trust_remote_code=remote)
         progress.stage("Measuring the loss after")
-        losses["healed"] = result.loss_of(directory)
-        plan = replace(
-            plan, healing=_record(result, plan, losses, spans), command=plan.command or options.command
-        )
+        losses = replace(losses, after=result.loss_of(directory))
+        healing = _record(result, plan, losses, spans)
+        plan = replace(plan, healing=healing, command=plan.command or options.command)
         _tell(result, plan, directory)
-    before, after = losses["before"], losses["healed"]
-    if before is None or after is None:
-        before, after = course.held_out[0], course.held_out[course.best]
-    return Healed(out, plan, checked, errors[0], after < before, errors[1])
+    return Healed(out, plan, checked, errors[0], healing.measured.falls, errors[1])
 
 
 def _changes(
@@ -115,23 +112,25 @@ def _changes(
     return merged_spans(base, adapter, places), probe
 
 
-def _record(
-    result: Result, plan: Plan, losses: Mapping[str, float | None], spans: Mapping[str, TensorSpan]
-) -> dict[str, Any]:
+def _record(result: Result, plan: Plan, losses: Losses, spans: Mapping[str, TensorSpan]) -> HealingRecord:
     """For plan.json: what was done, on what, and the figures."""
-    course = result.course
+    course, training = result.course, result.record.training
+    assert training is not None
     sources = {new: old for old, new in new_keys(result.whole, plan, result.whole.tensors).items()}
-    earlier = (plan.healing or {}).get("tensors") or ()
-    return {
-        **result.record,
-        "loss": {name: None if value is None else round(value, 6) for name, value in losses.items()},
-        "held_out": {str(step): round(value, 6) for step, value in course.held_out.items()},
-        "best_step": course.best,
-        "steps": max(course.train, default=0),
-        "ended": course.ended,
-        "seconds": round(time.monotonic() - result.started, 1),
-        "tensors": sorted({*earlier, *(sources[key] for key in spans)}),
-    }
+    earlier = plan.healing.tensors if plan.healing else ()
+    return replace(
+        result.record,
+        loss=losses,
+        best_step=course.best,
+        steps=max(course.train, default=0),
+        tensors=tuple(sorted({*earlier, *(sources[key] for key in spans)})),
+        training=replace(
+            training,
+            held_out={step: round(value, 6) for step, value in course.held_out.items()},
+            ended=course.ended,
+            seconds=round(time.monotonic() - result.started, 1),
+        ),
+    )
 
 
 def _tell(result: Result, plan: Plan, directory: Path) -> None:

@@ -6,11 +6,12 @@ The paper's figures and ablations are presets of the same axes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from slicer.errors import PlanError, UsageError
+from slicer.errors import UsageError
+from slicer.plan.amounts import parse_depths
 
 STRATEGIES = ("similarity", "deepest", "tail", "random")
 HEALS = ("none", "fold", "qlora")  # cheapest first
@@ -89,7 +90,7 @@ def cells(grid: Grid, depth: int) -> list[Cell]:
     Raises UsageError or PlanError for amounts the model cannot have.
     """
     found = {UNPRUNED: None}
-    counts = [n for n in amounts(grid.drop, depth) if n]
+    counts = [n for n in parse_depths(grid.drop, depth) if n]
     for heal in sorted(grid.heals, key=lambda h: (HEALS.index(h.split("@")[0]), h)):
         for n in sorted(counts, reverse=True):
             for strategy in grid.strategies:
@@ -101,38 +102,6 @@ def cells(grid: Grid, depth: int) -> list[Cell]:
 def is_random(strategy: str, heal: str) -> bool:
     """Whether such a cell is another one with another seed."""
     return strategy == "random" or heal.startswith("qlora")
-
-
-def amounts(text: str, depth: int) -> list[int]:
-    """Numbers of layers: `0,2,4`, `0:8:2` (the end included), `0:0.5:0.05` or `0.1,0.25`. Ascending, each once."""
-    found: set[int] = set()
-    for part in text.split(","):
-        numbers = part.strip().split(":")
-        if len(numbers) not in (1, 3) or not all(re.fullmatch(r"\d+(\.\d*)?|\.\d+", x) for x in numbers):
-            raise UsageError(
-                f"--drop {text}: {part.strip()!r} is not understood; write counts (0,2,4 or 0:8:2) or fractions "
-                "(0.1,0.25 or 0:0.5:0.05)"
-            )
-        found.update(_range(numbers, text, depth))
-    if max(found) >= depth:
-        raise PlanError(f"--drop {text}: the model has {depth} layers; drop at most {depth - 1}")
-    return sorted(found)
-
-
-def _range(numbers: Sequence[str], text: str, depth: int) -> Iterable[int]:
-    fractions = any("." in x for x in numbers)
-    values = [float(x) for x in numbers]
-    if len(values) == 3:
-        start, stop, step = values
-        if step <= 0 or stop < start:
-            raise UsageError(f"--drop {text}: START:STOP:STEP must go up")
-        count = int((stop - start) / step + 1e-9)
-        values = [start + step * i for i in range(count + 1)]
-    if not fractions:
-        return [round(v) for v in values]
-    if max(values) >= 1:
-        raise UsageError(f"--drop {text}: fractions lie below 1; write counts without a point")
-    return [round(v * depth) for v in values]
 
 
 def paper(ablate: str | None, grid: Grid, given: Iterable[str]) -> tuple[Grid, tuple[str, ...]]:

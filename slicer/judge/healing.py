@@ -94,8 +94,9 @@ def trained(
         )
         with _alone():
             train_cut(str(bare), source, out, options, progress=progress)
-    record = dict(Plan.load(out).healing or {})
-    return out, {name: value for name, value in record.items() if name != "tensors"}
+    record = Plan.load(out).healing
+    assert record is not None
+    return out, replace(record, tensors=()).to_dict()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,9 @@ from slicer.judge.journal import write_atomically
 from slicer.judge.report_figures import Figure
 from slicer.judge.table import Row, Table, read_table
 from slicer.measure.analysis import Distances
-from slicer.plan.plan import Plan, spell_layers
+from slicer.plan.amounts import spell_layers
+from slicer.plan.plan import Plan
+from slicer.plan.records import HealingRecord
 
 _SAMPLES = 4
 _RECOMMENDED = "report/plan.json"
@@ -94,7 +95,7 @@ def collect(directory: Path) -> dict[str, Any]:
         "plan": plan,
         "promise": _promise(directory),
         "recommended": recommended,
-        "healings": [(name, *_healed(record)) for name, record in _healings(table, plan)],
+        "healings": [(name, record.method, _losses(record)) for name, record in _healings(table, plan)],
         "samples": _samples(table, said.row if said else None) if table else [],
         "bench": bench,
         "commands": _commands(table, plan, recommended, directory),
@@ -165,28 +166,25 @@ def _histories(table: Table | None, plan: Plan | None) -> dict[str, list[dict[st
     """The losses on held-out text by steps, where healing took steps."""
     found = {}
     for name, record in _healings(table, plan):
-        losses = record.get("held_out")
-        if isinstance(losses, Mapping) and len(losses) > 1:
+        losses = record.training.held_out if record.training is not None else {}
+        if len(losses) > 1:
             found[name] = [
-                {"step": int(step), "held-out loss": loss}
-                for step, loss in sorted(losses.items(), key=lambda entry: int(entry[0]))
-                if isinstance(loss, int | float) and math.isfinite(loss)
+                {"step": step, "held-out loss": loss}
+                for step, loss in sorted(losses.items())
+                if math.isfinite(loss)
             ]
     return found
 
 
-def _healed(record: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """(method, [loss of the original, of the cut, of the healed cut]), as they are printed."""
-    loss = record.get("loss") or {}
-    values = (loss.get("source"), loss.get("sliced", loss.get("before")), loss.get("healed"))
-    shown = [f"{value:.4f}" if isinstance(value, int | float) else "–" for value in values]
-    return str(record.get("method")), shown
+def _losses(record: HealingRecord) -> list[str]:
+    """The loss of the original, of the cut and of the healed cut, as they are printed."""
+    loss = record.loss
+    return ["–" if value is None else f"{value:.4f}" for value in (loss.source, loss.before, loss.after)]
 
 
-def _healings(table: Table | None, plan: Plan | None) -> list[tuple[str, Mapping[str, Any]]]:
+def _healings(table: Table | None, plan: Plan | None) -> list[tuple[str, HealingRecord]]:
     found = [(row.name, row.healing) for row in (table.rows if table else ()) if row.healing]
-    of_plan = getattr(plan, "healing", None)
-    return found + ([("this checkpoint", of_plan)] if of_plan else [])
+    return found + ([("this checkpoint", plan.healing)] if plan is not None and plan.healing else [])
 
 
 def _chosen(row: Row | None, plan: Plan | None) -> tuple[int, int] | None:
@@ -263,10 +261,14 @@ def _samples(table: Table, best: Row | None) -> list[dict[str, Any]]:
 
 def _recommended(table: Table, row: Row) -> Plan:
     """The plan of a cell, with its healing: `slicer convert --plan` makes what was measured."""
-    plan = Plan.dropping(
-        table.depth, row.dropped, strategy=row.strategy, distance=row.distance, seed=row.seed
+    return replace(
+        Plan.dropping(table.depth, row.dropped),
+        strategy=row.strategy,
+        distance=row.distance,
+        seed=row.seed,
+        source=table.settings["source"],
+        healing=row.healing,
     )
-    return replace(plan, source=table.settings["source"], healing=dict(row.healing) if row.healing else None)
 
 
 def _commands(table: Table | None, plan: Plan | None, recommended: Plan | None, directory: Path) -> list[str]:

@@ -11,11 +11,10 @@ import contextlib
 import gc
 import json
 import os
-import random
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,18 +30,18 @@ from slicer.judge.grid import UNPRUNED, Cell
 from slicer.judge.journal import Journal, began_with, digest_of, write_atomically
 from slicer.judge.prefix import Prefix
 from slicer.judge.results import Evaluation
+from slicer.measure.analysis import Analysis, Distances
 from slicer.measure.calibration import CalibrationSpec, check_sources, local_files
-from slicer.plan.plan import Plan
+from slicer.plan.amounts import Amount, Goal
+from slicer.plan.choose import choose
+from slicer.plan.plan import METRIC, Plan
 from slicer.progress import Progress
-from slicer.select import deepest, rank, tail
 
 if TYPE_CHECKING:
-    from slicer.measure.analysis import Distances
     from slicer.measure.calibration import TokenBatches
     from slicer.measure.states import Course
 
 _WAIT_SECONDS = 1.0
-_RANDOM_TRIES = 200
 _COURSE_SHARE = 0.15  # of the free memory, for the way of the calibration text through the source
 
 
@@ -144,16 +143,25 @@ class Sweep:
 
     def plan(self, cell: Cell) -> Plan:
         """Which layers a cell drops."""
-        n, strategy = cell.n, cell.strategy
-        if strategy == "similarity":
-            return self._closest(n)
-        if strategy == "random":
-            return self._random(n, cell.seed)
-        plan = Plan.dropping(
-            self.depth, {"deepest": deepest, "tail": tail}[strategy](self.depth, n), strategy=strategy
-        )
-        sliced_config(self.checkpoint, plan, trust_remote_code=self._trusted)
-        return plan
+
+        def why_not(plan: Plan) -> str | None:
+            try:
+                sliced_config(self.checkpoint, plan, trust_remote_code=self._trusted)
+            except ArchitectureError as error:
+                return str(error)
+            return None
+
+        goal, measured = Goal(drop=Amount(count=cell.n)), None
+        if cell.strategy == "similarity":
+            distances = self.distances()
+            measured = Analysis(
+                self.depth,
+                distances.samples,
+                distances.seq_len,
+                {METRIC: distances},
+                calibration=self._provenance,
+            )
+        return choose(goal, self.depth, measured, why_not, strategy=cell.strategy, seed=cell.seed).plan
 
     def _work(self, cell: Cell) -> dict[str, Any]:
         started = time.monotonic()
@@ -199,7 +207,7 @@ class Sweep:
                 course=self._course,
                 progress=self.progress,
             )
-            record["healing"] = {k: v for k, v in changed.record.items() if k != "tensors"}
+            record["healing"] = replace(changed.record, tensors=()).to_dict()
             first = min(*plan.dropped, *changed.changes)
             with (
                 self._prefix().shared(first),
@@ -281,7 +289,6 @@ class Sweep:
 
     def distances(self) -> Distances:
         """Measured once a sweep, and kept."""
-        from slicer.measure.analysis import Distances
         from slicer.measure.summary import measure
 
         if self._distances is None:
@@ -311,35 +318,6 @@ class Sweep:
                 self.options.calibration, self.found.path, model, trust_remote_code=self._trusted
             )
         return self._batches
-
-    def _closest(self, n: int) -> Plan:
-        """Equation 6, among the blocks that the architecture's config can express."""
-        failure: ArchitectureError | None = None
-        for choice in rank(self.distances(), n):
-            plan = Plan.dropping(
-                self.depth, choice.dropped, strategy="similarity", distance=choice.distance,
-                calibration=self._provenance, seed=self.options.calibration.seed,
-            )  # fmt: skip
-            try:
-                sliced_config(self.checkpoint, plan, trust_remote_code=self._trusted)
-                return plan
-            except ArchitectureError as error:
-                failure = failure or error
-        assert failure is not None
-        raise failure
-
-    def _random(self, n: int, seed: int) -> Plan:
-        draw = random.Random(f"{seed} {n}")
-        failure: ArchitectureError | None = None
-        for _ in range(_RANDOM_TRIES):
-            plan = Plan.dropping(self.depth, draw.sample(range(self.depth), n), strategy="random", seed=seed)
-            try:
-                sliced_config(self.checkpoint, plan, trust_remote_code=self._trusted)
-                return plan
-            except ArchitectureError as error:
-                failure = error
-        assert failure is not None
-        raise failure
 
 
 def _float32_is_faster(device: str, checkpoint: Checkpoint) -> bool:

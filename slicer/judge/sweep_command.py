@@ -14,6 +14,7 @@ import click
 from slicer.errors import EvaluationError, UsageError
 from slicer.heal.command import training_of, training_options
 from slicer.judge.command import check_batch, names
+from slicer.plan.amounts import parse_counts
 
 _FILE = click.Path(path_type=Path)
 
@@ -97,7 +98,10 @@ def sweep(source: str, **given: Any) -> None:
         raise UsageError("--metric: give it with --keep")
     check_batch(given["batch_size"])
     axes = grid.Grid(
-        given["drop"], names(given["strategies"]), names(given["heals"]), _numbers(given["seeds"])
+        given["drop"],
+        names(given["strategies"]),
+        names(given["heals"]),
+        parse_counts(given["seeds"], "--seeds", least=0),
     )
     tasks = names(given["tasks"]) if given["tasks"] is not None else None
     if given["suite"]:
@@ -170,9 +174,3 @@ def _typed(context: click.Context, typed: set[str]) -> list[str]:
             value = context.params[name]
             words += [parameter.opts[-1]] if value is True else [parameter.opts[-1], str(value)]
     return words
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    if not all(part.isdigit() for part in names(text)):
-        raise UsageError(f"--seeds {text}: write whole numbers, comma-separated")
-    return tuple(int(part) for part in names(text))

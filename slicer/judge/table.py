@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from slicer.errors import EvaluationError
+from slicer.errors import EvaluationError, PlanError
 from slicer.judge.compare import Difference
 from slicer.judge.results import Evaluation, differences
+from slicer.plan.records import HealingRecord
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Row:
     evaluation: Evaluation | None
     against_unpruned: tuple[Difference, ...]
     error: str | None = None
-    healing: Mapping[str, Any] | None = None
+    healing: HealingRecord | None = None
 
     def change(self, measure: str) -> Difference | None:
         """The difference from the unpruned model in "task/metric", a task's first metric, or "c4"."""
@@ -86,7 +87,7 @@ def read_table(directory: Path) -> Table:
         rows = [_row(name, records[name], depth, unpruned) for name in names if name in records]
     except OSError as error:
         raise EvaluationError(f"{directory}: no sweep in it ({error.strerror}: {error.filename})") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, PlanError) as error:
         raise EvaluationError(f"{directory}: the sweep in it is damaged ({error})") from None
     commands = tuple(dict.fromkeys(c for c in (*asked.values(), grid.get("command")) if c))
     left = [name for name in names if name not in records]
@@ -110,7 +111,7 @@ def _row(name: str, record: Mapping[str, Any], depth: int, unpruned: Evaluation 
         evaluation=evaluation,
         against_unpruned=tuple(compared),
         error=record.get("error"),
-        healing=record.get("healing"),
+        healing=HealingRecord.of(record["healing"], name) if record.get("healing") else None,
     )
 
 
@@ -123,6 +124,7 @@ def to_dict(table: Table) -> dict[str, Any]:
             record["evaluation"] = {
                 k: v for k, v in row.evaluation.to_dict().items() if k not in ("items", "seconds")
             }
+        record["healing"] = row.healing and row.healing.to_dict()
         record["against_unpruned"] = [d.to_dict() for d in row.against_unpruned]
         rows.append(record)
     return {

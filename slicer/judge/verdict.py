@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from slicer.judge.results import Evaluation
 from slicer.judge.sweep_plots import curves_of
 from slicer.judge.table import Row, Table
-from slicer.plan.plan import spell_layers
+from slicer.plan.amounts import spell_layers
 
 _LOSS_SHARE = 0.95  # without tasks that can tell: the loss may grow by a twentieth
 _LOSS_CAP = 0.9  # with them: by a ninth; scores of multiple choice stay where the text has long gone

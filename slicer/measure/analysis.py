@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from slicer.errors import PlanError
+from slicer.plan.plan import METRIC
 
-METRIC = "angular_last_token"
 FORMAT = 1
 # metric -> what its figures are, for titles and tables; in the order they are shown
 TITLES = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def analyze(source: str, out: Path, **given: Any) -> None:
     from slicer.analyze import AnalyzeOptions
     from slicer.analyze import analyze as run
     from slicer.measure.calibration import CalibrationSpec
-    from slicer.plan.plan import parse_size
+    from slicer.plan.amounts import parse_counts, parse_size
 
     calibration = given["calibration"] or ("self" if source == "demo" else None)
     spec = {
@@ -156,8 +157,8 @@ def analyze(source: str, out: Path, **given: Any) -> None:
         dtype=given["dtype"],
         device=given["device"],
         memory=parse_size(given["memory"], "--memory") if given["memory"] is not None else None,
-        losses=_sizes(given["losses"], "--losses"),
-        healed=_sizes(given["healed"], "--healed"),
+        losses=parse_counts(given["losses"], "--losses") if given["losses"] is not None else (),
+        healed=parse_counts(given["healed"], "--healed") if given["healed"] is not None else (),
         taylor=given["taylor"],
         sublayers=given["sublayers"],
         against=given["against"],
@@ -227,45 +228,35 @@ def plan(
     """
     from slicer import show_layers
     from slicer.errors import UsageError
+    from slicer.judge.journal import write_atomically
     from slicer.measure.analysis import Analysis
-    from slicer.plan.plan import parse_amount
-    from slicer.planning import Planned, plan_parts, write_plan
-    from slicer.planning import plan as choose
-    from slicer.select import protected
+    from slicer.plan.amounts import parse_goal, parse_protected
+    from slicer.plan.choose import choose
 
     analysis = Analysis.load(directory)
-    stay = protected(protect, analysis.depth) if protect is not None else frozenset()
-    words = recorded_command(_UNRECORDED)
-    named = {"attention": drop_attention, "ffn": drop_ffn, "sublayers": drop_sublayers}
-    parts = {k: parse_amount(v, f"--drop-{k}") for k, v in named.items() if v is not None}
-    planned: Planned | None = None
-    if drop is not None:
-        amount = parse_amount(drop)
-        planned = choose(analysis, amount, metric=metric, blocks=blocks, protect=stay, command=words)
-    if parts:
-        planned = plan_parts(analysis, parts, layers=planned, metric=metric, protect=stay, command=words)
-    if planned is None:
+    goal = parse_goal(drop, drop_attention=drop_attention, drop_ffn=drop_ffn, drop_sublayers=drop_sublayers)
+    if goal is None:
         raise UsageError("say how much to drop: --drop, --drop-attention, --drop-ffn or --drop-sublayers")
+    if goal.named or any(amount.layers for amount in goal.sublayers.values()):
+        raise UsageError("give fractions or counts; slicer convert takes named layers without a plan")
+    stay = parse_protected(protect, analysis.depth) if protect is not None else frozenset()
+    chosen = choose(
+        goal, analysis.depth, analysis, lambda plan: None, metric=metric, blocks=blocks, protect=stay
+    )
+    made = replace(
+        chosen.plan,
+        source=analysis.source,
+        revision=analysis.revision,
+        model_type=analysis.model_type,
+        versions=analysis.versions,
+        command=recorded_command(_UNRECORDED),
+    )
     file = out or (directory if directory.is_dir() else directory.parent) / "plan.json"
-    write_plan(planned.plan, file)
+    write_atomically(file, made.to_json())
     if as_json:
-        click.echo(planned.plan.to_json(), nl=False)
+        click.echo(made.to_json(), nl=False)
     else:
-        show_layers.print_planned(planned, file)
-
-
-def _sizes(text: str | None, option: str) -> tuple[int, ...]:
-    from slicer.errors import UsageError
-
-    if text is None:
-        return ()
-    try:
-        sizes = tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        raise UsageError(f"{option} {text}: give block sizes such as 1,4") from None
-    if min(sizes) < 1:
-        raise UsageError(f"{option} {text}: a block has at least one layer")
-    return sizes
+        show_layers.print_chosen(replace(chosen, plan=made), analysis.samples, file)
 
 
 def recorded_command(unrecorded: Collection[str]) -> str:

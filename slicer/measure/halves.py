@@ -6,8 +6,10 @@ of an even number of half-layers that starts at an odd one is a half-offset cut.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +17,12 @@ from torch import nn
 
 from slicer.checkpoint.parts import attention_outputs, ffn_outputs, silenced
 from slicer.errors import ArchitectureError
-from slicer.measure.analysis import METRIC, Distances
+from slicer.measure.analysis import Analysis, Distances
+from slicer.measure.calibration import TokenBatches
 from slicer.measure.metrics import angles, check_finite, per_sequence
 from slicer.measure.stream import Walk
-from slicer.measure.summary import table
+from slicer.measure.summary import measure, measure_walk, table
+from slicer.plan.plan import METRIC
 from slicer.progress import Progress
 
 Run = Callable[[], torch.Tensor]
@@ -106,6 +110,34 @@ def _handed(layer: nn.Module, run: Run, wanted: torch.Tensor) -> str | None:
         for handle in handles:
             handle.remove()
     return found[0] if found else None
+
+
+def measure_text(walk: Walk, text: TokenBatches, halves: bool | None, progress: Progress) -> Analysis:
+    """The angular distances of last tokens over `text`, in one pass.
+
+    `halves`: between half-layers too; None: where the layers can be run within. Raises as `measure_halves`.
+    """
+    batches, sublayers = text.batches, {}
+    if halves is not False:
+        try:
+            layers, sublayers[METRIC] = measure_halves(walk, batches, progress=progress)
+        except ArchitectureError:
+            if halves:
+                raise
+    if not sublayers and walk.streamed:
+        with tempfile.TemporaryDirectory(prefix="slicer-") as work:
+            layers = measure_walk(walk, batches, Path(work), progress=progress)
+    elif not sublayers:
+        progress.stage("Measuring layers", len(batches), "batches")
+        layers = measure(walk.model, batches, progress=lambda done, total: progress.advance())
+    return Analysis(
+        layers.depth,
+        layers.samples,
+        layers.seq_len,
+        {METRIC: layers},
+        sublayers=sublayers,
+        calibration=text.provenance,
+    )
 
 
 def measure_halves(

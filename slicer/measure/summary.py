@@ -10,11 +10,12 @@ import torch
 
 from slicer.checkpoint.model import watch
 from slicer.measure import metrics
-from slicer.measure.analysis import METRIC, Distances
+from slicer.measure.analysis import Distances
 from slicer.measure.metrics import angles, check_finite, standard_error
 from slicer.measure.share import Share
 from slicer.measure.stream import Walk
 from slicer.measure.trace import Trace, record
+from slicer.plan.plan import METRIC
 
 
 def measure(

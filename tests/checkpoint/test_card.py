@@ -13,6 +13,7 @@ from slicer.checkpoint import card
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import measure_sizes
 from slicer.plan.plan import Plan
+from slicer.plan.records import CorpusRecord, HealingRecord, Losses, TextRecord, TrainingRecord
 
 
 def make(path: Path, **fields: Any) -> tuple[dict[str, Any], str]:
@@ -21,8 +22,7 @@ def make(path: Path, **fields: Any) -> tuple[dict[str, Any], str]:
         "---\nlicense: other\nlicense_name: own\nlanguage:\n- en\n- de\ntags:\n- x\n---\n# Old\n"
     )
     checkpoint = Checkpoint.open(path)
-    plan = Plan.dropping(4, (1, 2))
-    plan = Plan(plan.depth, plan.kept, **fields)
+    plan = Plan(4, (0, 3), **fields)
     text = card.for_slice(
         checkpoint, plan, measure_sizes(checkpoint), measure_sizes(checkpoint, plan.kept), figures=True
     )
@@ -43,14 +43,20 @@ def test_front_matter(tmp_path: Path) -> None:
 
 def test_every_command_is_told_in_order(tmp_path: Path) -> None:
     """Of a checkpoint that was folded and then trained by hand; where its files lay stays private."""
-    loss = {"source": 3.0, "before": 3.5, "healed": 3.2}
-    record = {
-        "method": "full", "start": "fold", "loss": loss, "steps": 2, "best_step": 2,
-        "settings": {"batch_size": 4, "seq_len": 16, "lr": 1e-4, "scheduler": "cosine", "warmup": 0, "seed": 0},
-        "data": {"source": "text", "learned": "all tokens", "held_out_sequences": 4},
-        "command": f"slicer heal {tmp_path}/folded --method full --calibration '{tmp_path}/a b.jsonl,org/text'",
-        "earlier": {"method": "fold", "command": f"slicer heal {tmp_path}/cut"},
-    }  # fmt: skip
+    settings = {"batch_size": 4, "seq_len": 16, "lr": 1e-4, "scheduler": "cosine", "warmup": 0, "seed": 0}
+    training = TrainingRecord("fold", {}, settings, CorpusRecord("text", 9, 4))
+    command = f"slicer heal {tmp_path}/folded --method full --calibration '{tmp_path}/a b.jsonl,org/text'"
+    fold = HealingRecord("fold", None, Losses(), command=f"slicer heal {tmp_path}/cut")
+    record = HealingRecord(
+        "full",
+        None,
+        Losses(3.0, 3.5, 3.2),
+        steps=2,
+        best_step=2,
+        training=training,
+        earlier=fold,
+        command=command,
+    )
     _, body = make(tmp_path, source="org/name", command="slicer convert org/name --drop 2", healing=record)
     expected = [
         "slicer convert org/name --drop 2",
@@ -70,9 +76,21 @@ def test_a_local_source_stays_private(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("strategy", ["similarity", "deepest", "tail", "explicit"])
 def test_the_reason_is_given(tmp_path: Path, strategy: str) -> None:
-    measured = {"distance": 0.1234, "calibration": {"source": "self", "samples": 8, "seq_len": 32}}
+    measured = {"distance": 0.1234, "calibration": TextRecord("self", 8, 32)}
     _, body = make(
         tmp_path, source="org/name", strategy=strategy, **(measured if strategy == "similarity" else {})
     )
     words = {"similarity": "0.1234", "deepest": "final layer", "tail": "last ones", "explicit": "by hand"}
     assert words[strategy] in body
+
+
+def test_another_metric_is_named(tmp_path: Path) -> None:
+    _, body = make(
+        tmp_path,
+        source="org/name",
+        strategy="similarity",
+        metric="cka",
+        distance=0.1234,
+        calibration=TextRecord("a", 8, 32),
+    )
+    assert "`cka`" in body and "0.1234" in body and "angular distance between" not in body

@@ -64,10 +64,8 @@ def test_named_validation_text_is_left_out_of_what_is_trained_on(tmp_path: Path)
     file = documents(tmp_path / "a.jsonl", 60)
     validation = documents(tmp_path / "b.jsonl", 20, start=10)
     found = corpus(file, tmp_path / "work", validation=str(validation))
-    assert found.record["documents_left_out_as_validation"] > 0 and found.record["validation"] == str(
-        validation
-    )
-    assert len(found.train) + found.record["train_sequences_left_out_as_held_out"] <= 40
+    assert found.record.documents_left_out > 0 and found.record.validation == str(validation)
+    assert len(found.train) + found.record.left_out <= 40
 
 
 def test_validation_text_that_is_streamed_is_read_as_far_as_needed(
@@ -96,7 +94,7 @@ def test_several_sources_share_the_text(tmp_path: Path) -> None:
         if at == 30:
             assert 0.8 < sizes[True] / sizes[False] < 1.25
     record = corpus(f"{a},{b}", tmp_path / "work").record
-    assert record["train_sequences"] + record["train_sequences_left_out_as_held_out"] == 40
+    assert record.train_sequences + record.left_out == 40
     with pytest.raises(CalibrationError, match="only by itself"):
         list(mixed(CalibrationSpec(source=f"{a},self")))
 
@@ -138,7 +136,7 @@ def test_of_conversations_the_answers_are_learned(tmp_path: Path) -> None:
     file = tmp_path / "chat.jsonl"
     file.write_text("".join(json.dumps({"messages": talk(i)}) + "\n" for i in range(200)))
     found = corpus(file, tmp_path / "work", path, seq_len=64)
-    assert found.record["learned"] == "answers"
+    assert found.record.learned == "answers"
     ids, learned = [], []
     for i in range(len(found.train)):
         row = found.train[i]

@@ -16,7 +16,7 @@ from slicer.checkpoint.export import sliced_config, write_checkpoint
 from slicer.checkpoint.model import bypass, load_model
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import HealError
-from slicer.heal.fold import blocks, fold, losses
+from slicer.heal.fold import fold, losses
 from slicer.heal.healing import as_written, fold_checkpoint, healed, replacements
 from slicer.heal.least_squares import NormalEquations
 from slicer.heal.outputs import LayerChange
@@ -44,10 +44,6 @@ def text(held_out_ids: list[int]) -> list[torch.Tensor]:
 def mean_loss(model: Any, batches: list[torch.Tensor]) -> float:
     with torch.inference_mode():
         return sum(float(model(input_ids=b, labels=b).loss) for b in batches) / len(batches)
-
-
-def test_neighbours_make_a_block() -> None:
-    assert blocks([7, 3, 4, 9, 8]) == [(3, 5), (7, 10)]
 
 
 def test_it_wins_back_loss_on_text_it_never_saw_and_beats_transform(

@@ -56,11 +56,11 @@ def test_only_the_healed_tensors_differ(bare: Path, folded: Path) -> None:
 def test_it_is_recorded_with_figures(bare: Path, folded: Path) -> None:
     record = json.loads((folded / "slicer" / "plan.json").read_text())["healing"]
     assert record["method"] == "fold" and record["solver"] == "resolve"
-    assert record["calibration"]["samples"] == 32 and record["calibration"]["tokens_sha256"]
-    assert record["loss"]["healed"] < record["loss"]["sliced"]
+    assert record["text"]["samples"] == 32 and record["text"]["sha256"]
+    assert record["loss"]["after"] < record["loss"]["before"]
     assert LAYER_3 & set(record["tensors"])
     card = (folded / "README.md").read_text()
-    assert f"{record['loss']['healed']:.4f}" in card and "`mlp.down_proj` of layer 3" in card
+    assert f"{record['loss']['after']:.4f}" in card and "`mlp.down_proj` of layer 3" in card
     assert "nothing was trained or healed" in (bare / "README.md").read_text()
     assert json.loads((bare / "slicer" / "plan.json").read_text())["healing"] is None
     assert "fold" in succeeds("inspect", folded).output

@@ -23,7 +23,7 @@ def test_a_16_bit_model_is_folded_as_in_float32(held_out_ids: list[int]) -> None
     found, expected = (
         fold_checkpoint(checkpoint, Walk.in_memory(m), data, [4, 5], cast="BF16") for m in (half, full)
     )
-    assert found.record["loss"] == expected.record["loss"]
+    assert found.record.loss == expected.record.loss
     assert found.tensors.keys() == expected.tensors.keys()
     assert all(torch.equal(t, expected.tensors[key]) for key, t in found.tensors.items())
     assert {t.dtype for c in found.changes.values() for t in c.parameters.values()} == {torch.bfloat16}
@@ -48,6 +48,6 @@ def test_new_weights_are_judged_as_they_will_be_written(held_out_ids: list[int])
         for name, tensor in change.parameters.items():
             written = found.tensors[f"{checkpoint.layer_prefix}{change.layer}.{name}"]
             assert written.dtype == torch.bfloat16 and torch.equal(tensor, written.float())
-    assert found.record["loss"]["healed"] == pytest.approx(
+    assert found.record.loss.after == pytest.approx(
         losses(walk, text, [4, 5], found.changes)["healed"], abs=1e-4
     )

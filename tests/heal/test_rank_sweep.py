@@ -21,6 +21,7 @@ from slicer.heal.rank_sweep import RankSweep, pick_rank
 from slicer.heal.settings import Training
 from slicer.heal.trained import TrainOptions
 from slicer.plan.plan import Plan
+from slicer.plan.records import CorpusRecord, HealingRecord, Losses, TrainingRecord
 
 pytest.importorskip("peft")
 
@@ -47,8 +48,9 @@ def test_it_begins_with_the_largest_and_tries_the_others_where_that_hurts(
     result = slicer(*given, "--rank-sweep", "2,8,4", "-o", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)["healing"]
-    assert record["rank_sweep"]["picked"] == picked == record["settings"]["rank"]
-    assert set(record["rank_sweep"]["scores"]) == trained | {"none"}
+    ranks = record["training"]["rank_sweep"]
+    assert ranks["picked"] == picked == record["training"]["settings"]["rank"]
+    assert set(ranks["scores"]) == trained | {"none"}
     assert json.loads((tmp_path / "out" / "slicer" / "plan.json").read_text())["healing"] == record
     assert sorted(os.listdir(tmp_path)) == ["cut", "out", "whole"]
     again = slicer(*given, "--rank-sweep", "2", "-o", tmp_path / "out")
@@ -72,7 +74,9 @@ class Trainer:
         if rank in self._diverging:
             raise Diverged("the loss is not finite at step 1")
         shutil.copytree(sliced, place)
-        healing = {"loss": {"before": 2.0, "healed": 1.0 + (rank or 0)}, "best_step": 1, "held_out": {}}
+        training = TrainingRecord("cut", {}, {"rank": rank}, CorpusRecord("text", 8, 2))
+        losses = Losses(before=2.0, after=1.0 + (rank or 0))
+        healing = HealingRecord("lora", None, losses, best_step=1, training=training)
         plan = replace(Plan.load(place), healing=healing)
         (place / "slicer" / "plan.json").write_text(plan.to_json())
         if self._killed:
@@ -98,7 +102,9 @@ def test_a_rank_that_diverges_is_the_worst(
     monkeypatch.setattr(rank_sweep, "train_cut", Trainer((8,)))
     done = pick_rank(str(cut), None, tmp_path / "out", OPTIONS, BY_LOSS)
     assert done is not None and done.plan.healing is not None
-    told = json.loads((tmp_path / "out" / "slicer" / "plan.json").read_text())["healing"]["rank_sweep"]
+    told = json.loads((tmp_path / "out" / "slicer" / "plan.json").read_text())["healing"]["training"][
+        "rank_sweep"
+    ]
     assert told == {"metric": "loss", "scores": {"8": None, "4": -5.0, "none": -2.0}, "picked": 4}
     monkeypatch.setattr(rank_sweep, "train_cut", Trainer((8, 4)))
     with pytest.raises(HealError, match="any rank"):

@@ -55,18 +55,20 @@ def trained(sliced: Path, text: list[object], tmp_path_factory: pytest.TempPathF
 def test_it_is_recorded_and_the_loss_falls(sliced: Path, trained: Path) -> None:
     record, history = record_of(trained), history_of(trained)
     assert (
-        record["method"] == "qlora" and record["start"] == "fold" and record["earlier"]["solver"] == "resolve"
+        record["method"] == "qlora"
+        and record["training"]["start"] == "fold"
+        and record["earlier"]["solver"] == "resolve"
     )
     assert (
-        record["settings"]["rank"] == 4
-        and record["settings"]["alpha"] == 4
-        and record["settings"]["seed"] == 0
+        record["training"]["settings"]["rank"] == 4
+        and record["training"]["settings"]["alpha"] == 4
+        and record["training"]["settings"]["seed"] == 0
     )
-    assert record["loss"]["healed"] < record["loss"]["before"] and record["best_step"] > 0
+    assert record["loss"]["after"] < record["loss"]["before"] and record["best_step"] > 0
     assert list(history["train"]) == [str(step) for step in range(1, 13)]
     assert "0" in history["held_out"] and "12" in history["held_out"]
     card = (trained / "README.md").read_text()
-    assert f"{record['loss']['healed']:.4f}" in card and "Rank 4" in card
+    assert f"{record['loss']['after']:.4f}" in card and "Rank 4" in card
     assert (trained / "slicer" / "training.png").read_bytes()[:4] == b"\x89PNG"
     assert os.listdir(trained.parent).count("out") == 1 and "out.training" not in os.listdir(trained.parent)
     assert "qlora" in succeeds("inspect", trained).output
@@ -122,7 +124,7 @@ def test_merging_the_kept_adapter_by_hand_gives_the_same_bytes(
     more = ["--method", "lora", *text, *FEW, "--steps", 2, "--verify", "none"]
     succeeds("heal", tmp_path / "b", *more, "-o", tmp_path / "further")
     assert record_of(tmp_path / "further")["loss"]["before"] == pytest.approx(
-        done["healing"]["loss"]["healed"]
+        done["healing"]["loss"]["after"]
     )
     assert len(Plan.load(tmp_path / "further").merged) == 1
     assert "LoRA adapters merged into it: 1" in (tmp_path / "further" / "README.md").read_text()
@@ -182,8 +184,8 @@ def test_bfloat16_weights_are_rounded_once(
     monkeypatch.setattr(train._Trainer, "train", None)
     done = json.loads(succeeds(*given, "--json").stdout)
     assert done["verified"] == "logits" and done["logits_error"] < 1e-5 and 0 < done["rounding_error"] < 1e-2
-    assert done["healing"]["loss"]["healed"] < done["healing"]["loss"]["before"]
-    assert done["dropped"] == [4, 5, 6] and done["healing"]["start"] == "fold"
+    assert done["healing"]["loss"]["after"] < done["healing"]["loss"]["before"]
+    assert done["dropped"] == [4, 5, 6] and done["healing"]["training"]["start"] == "fold"
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -193,17 +195,20 @@ def test_all_weights_can_be_trained(sliced: Path, text: list[object], tmp_path: 
     given = ["--method", "full", "--start", "cut", *text, *few, "--lr", 1e-3]
     done = json.loads(succeeds("heal", sliced, *given, "-o", tmp_path / "out", "--json").stdout)
     assert (
-        done["logits_error"] < 1e-5 and done["healing"]["loss"]["healed"] < done["healing"]["loss"]["before"]
+        done["logits_error"] < 1e-5 and done["healing"]["loss"]["after"] < done["healing"]["loss"]["before"]
     )
     old, new = files.read_tensors(sliced), files.read_tensors(tmp_path / "out")
     assert old.keys() == new.keys() and old["model.norm.weight"] != new["model.norm.weight"]
-    assert "rank" not in done["healing"]["settings"]
+    assert "rank" not in done["healing"]["training"]["settings"]
     # It can be trained further, and healed again from the source's own bytes.
     more = ["--method", "lora", *text, *FEW, "--steps", 2, "--verify", "none", "--json"]
     further = json.loads(succeeds("heal", tmp_path / "out", *more, "-o", tmp_path / "further").stdout)[
         "healing"
     ]
-    assert further["start"] == "full" and further["loss"]["before"] == done["healing"]["loss"]["healed"]
+    assert (
+        further["training"]["start"] == "full"
+        and further["loss"]["before"] == done["healing"]["loss"]["after"]
+    )
     succeeds("heal", tmp_path / "out", "--method", "fold", *text, "-o", tmp_path / "folded")
     succeeds("heal", sliced, "--method", "fold", *text, "-o", tmp_path / "expected")
     assert files.read_tensors(tmp_path / "folded") == files.read_tensors(tmp_path / "expected")
@@ -314,7 +319,11 @@ def test_early_stop_and_a_loss_that_is_not_finite_keep_the_best(
 
     monkeypatch.setattr(train, "cross_entropy", spoilt(5))
     done = json.loads(succeeds(*given, "-o", tmp_path / "nan", "--json").stdout)["healing"]
-    assert done["ended"] == "diverged" and done["best_step"] == 4 and done["loss"]["before"] is not None
+    assert (
+        done["training"]["ended"] == "diverged"
+        and done["best_step"] == 4
+        and done["loss"]["before"] is not None
+    )
     monkeypatch.setattr(train, "cross_entropy", spoilt(0))
     result = slicer(*given, "-o", tmp_path / "out")
     assert result.exit_code == 1 and "not finite" in result.output and "--lr" in result.output
@@ -323,7 +332,7 @@ def test_early_stop_and_a_loss_that_is_not_finite_keep_the_best(
     result = succeeds(*given, "-o", tmp_path / "early", "--json")
     done = json.loads(result.stdout)["healing"]
     assert "no adapter was kept" in result.stderr
-    assert done["ended"] == "early" and done["best_step"] == 0 and done["steps"] == 4
+    assert done["training"]["ended"] == "early" and done["best_step"] == 0 and done["steps"] == 4
     assert files.read_tensors(tmp_path / "early") == files.read_tensors(sliced)  # nothing was better
     assert sorted(os.listdir(tmp_path)) == ["early", "nan"]
 

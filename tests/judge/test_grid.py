@@ -7,35 +7,10 @@ from typing import Any
 
 import pytest
 
-from slicer.errors import EvaluationError, PlanError, UsageError
-from slicer.judge.grid import UNPRUNED, Grid, amounts, cells, paper
+from slicer.errors import EvaluationError, UsageError
+from slicer.judge.grid import UNPRUNED, Grid, cells, paper
 from slicer.judge.promise import Kept, bisect, check, kept
 from slicer.judge.results import Evaluation, Score
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("0,2,4", [0, 2, 4]),
-        ("0:8:2", [0, 2, 4, 6, 8]),
-        ("0:0.5:0.05", [0, 1, 2, 4, 5, 6, 7, 8, 10, 11, 12]),
-        ("0.25", [6]),
-        ("6,0.25,3", [3, 6]),
-    ],
-)
-def test_amounts(text: str, expected: list[int]) -> None:
-    assert amounts(text, 24) == expected
-
-
-@pytest.mark.parametrize("text", ["", "x", "-2", "1:2", "5:1:1", "0:4:0", "0.5:1.5:0.5", "1.0"])
-def test_amounts_that_make_no_sense(text: str) -> None:
-    with pytest.raises(UsageError):
-        amounts(text, 24)
-
-
-def test_more_than_the_model_has() -> None:
-    with pytest.raises(PlanError, match="at most 23"):
-        amounts("24", 24)
 
 
 def test_cheap_cells_come_first_and_nothing_twice() -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -40,6 +41,12 @@ def evaluation(right: int, nats: float) -> Evaluation:
     return Evaluation("m", (score,), loss, health, items, {}, {"torch": "2.13"})
 
 
+def training(held_out: dict[str, float]) -> dict[str, object]:
+    """As a training records itself."""
+    corpus = {"source": "a.txt", "train_sequences": 9, "held_out_sequences": 2}
+    return {"start": "cut", "asked": {}, "settings": {}, "corpus": corpus, "held_out": held_out}
+
+
 @pytest.fixture
 def swept(tmp_path: Path) -> Path:
     directory = tmp_path / "s"
@@ -50,13 +57,8 @@ def swept(tmp_path: Path) -> Path:
     }  # fmt: skip
     for cell, (right, nats) in scored.items():
         dropped = list(range(7 - cell.n, 7))
-        healing = (
-            {"method": "fold", "loss": {"source": 2.5, "sliced": 5.0, "healed": 3.5}}
-            if cell.heal == "fold"
-            else None
-        )
-        if healing:
-            healing["held_out"] = {"0": 4.0, "10": 3.6}  # as training records it
+        loss = {"source": 2.5, "before": 5.0, "after": 3.5}
+        healing = {"method": "fold", "loss": loss, "training": training({"0": 4.0, "10": 3.6})}
         journal.put(cell.name, {
             "cell": cell.to_dict(), "dropped": dropped, "distance": 0.1, "error": None, "seconds": 1.0,
             "evaluation": evaluation(right, nats).to_dict(), "healing": healing if cell.heal == "fold" else None,
@@ -127,13 +129,21 @@ def put(directory: Path, cell: Cell, found: Evaluation, healing: object = None) 
 
 
 def test_what_is_recommended_is_made_again_with_its_healing(swept: Path) -> None:
-    healing = {"method": "qlora", "held_out": {"0": 3.0, "5": 2.7}, "calibration": {"source": "a.txt"}}
+    """Also of a sweep that slicer 0.1 measured."""
+    of_training = training({"0": 3.0, "5": 2.7})
+    text = {"source": "a.txt", "samples": 4, "seq_len": 8}
+    healing = {"method": "qlora", "calibration": text, "data": of_training.pop("corpus"), **of_training}
     loss = {"before": 3.0, "healed": 2.7, "source": None}
     put(swept, Cell(5, "similarity", "qlora@8", 3), evaluation(239, 2.7), {**healing, "loss": loss})
     html, _ = write_report(swept)
     assert "Recommended: drop 5 of 8 layers" in html.read_text("utf-8")
     plan = Plan.load(swept / "report" / "plan.json")
-    assert plan.healing is not None and plan.healing["method"] == "qlora" and len(plan.dropped) == 5
+    assert (
+        plan.healing is not None
+        and plan.healing.method == "qlora"
+        and plan.healing.training is not None
+        and len(plan.dropped) == 5
+    )
     assert "3.0000" in html.read_text("utf-8")  # of the cut, where no loss of the original was measured
 
 
@@ -219,9 +229,9 @@ def test_a_browser_shows_it_without_complaint(swept: Path, tmp_path: Path, width
 
 
 def test_a_half_offset_cut_is_no_block_of_whole_layers() -> None:
-    half = Plan(12, tuple(i for i in range(12) if i not in (5, 6)), joined=((4, 6),), distance=0.09)
+    half = Plan(12, tuple(i for i in range(12) if i not in (5, 6)), distance=0.09, joined=((4, 6),))
     assert _chosen(None, half) is None and half.half_offset == (4, 6, 0.09)
-    whole = Plan.dropping(12, (5, 6), distance=0.1)
+    whole = replace(Plan.dropping(12, (5, 6)), distance=0.1)
     assert _chosen(None, whole) == (5, 2) and whole.half_offset is None
 
 

@@ -158,7 +158,7 @@ def test_what_keep_found_is_healed_again_as_it_was_measured(tmp_path: Path) -> N
     made = CliRunner().invoke(main, given)
     assert made.exit_code == 0, made.output
     plan, told = Plan.load(tmp_path / "out"), json.loads((tmp_path / "s" / "promise.json").read_text())
-    assert plan.healing is not None and plan.healing["method"] == "fold"
+    assert plan.healing is not None and plan.healing.method == "fold"
     assert len(plan.dropped) == told["best"]["n"] and told["share"] == 0.9
 
 
@@ -248,7 +248,7 @@ def test_a_cell_is_trained_with_its_own_seed_and_rank(tmp_path: Path) -> None:
     cells = {row.seed: row for row in read_table(tmp_path / "s").rows if row.heal == "qlora@2"}
     assert cells.keys() == {1}
     record = json.loads((tmp_path / "s" / "cells" / "003-deepest-qlora2-s1.json").read_text())
-    assert record["healing"]["settings"]["rank"] == 2 and record["healing"]["settings"]["seed"] == 1
+    assert (settings := record["healing"]["training"]["settings"])["rank"] == 2 and settings["seed"] == 1
     assert record["evaluation"]["loss"]["nats_per_token"] > 0
     assert not (tmp_path / "s" / "training").exists()
     other = sweep(tmp_path / "s", *given, "--lr", "1e-4")

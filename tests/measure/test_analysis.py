@@ -12,7 +12,7 @@ import torch
 
 from slicer.checkpoint.model import load_model
 from slicer.errors import PlanError
-from slicer.measure.analysis import Distances
+from slicer.measure.analysis import Analysis, Distances
 from slicer.measure.summary import measure
 
 LAYERS = 5
@@ -82,3 +82,18 @@ def test_json_there_and_back(model: Any) -> None:
 def test_other_json_is_refused(text: str) -> None:
     with pytest.raises(PlanError, match="measure them again"):
         Distances.from_json(text)
+
+
+def test_an_analysis_comes_back_from_json(model: Any) -> None:
+    table = measure(model, batches())
+    holes = Distances(LAYERS, 6, 10, {1: [math.nan] + [0.1] * 4}, {1: [0.0] * 5}, "healed_loss")
+    whole = Analysis(
+        LAYERS, 6, 10, {table.metric: table, "healed_loss": holes}, source="org/name",
+        greedy=({"layer": 3, "loss": 2.0},), calibration={"source": "text"}, positions=(4, 9),
+    )  # fmt: skip
+    again = Analysis.from_json(whole.to_json())
+    assert again.to_json() == whole.to_json() and again.distances() == whole.distances()
+    assert math.isnan(again.distances("healed_loss").block(1)[0])
+    for bad in ("", "[]", "{}", '{"format": 1}', whole.to_json().replace('"depth": 5', '"depth": 9')):
+        with pytest.raises(PlanError):
+            Analysis.from_json(bad)

@@ -11,7 +11,7 @@ from slicer.errors import ArchitectureError
 from slicer.measure.halves import Midway, measure_halves, record_halves, tables_of_halves
 from slicer.measure.stream import Walk
 from slicer.measure.summary import measure
-from slicer.select import rank_offset, rank_sublayers
+from slicer.plan.blocks import rank_offset, rank_sublayers
 
 
 def batches() -> list[torch.Tensor]:

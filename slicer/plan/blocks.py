@@ -1,14 +1,14 @@
-"""Distances + amount -> the layers to drop. Pure arithmetic: no torch, no files."""
+"""Distances -> the blocks of layers and the sublayers that can go, closest first. Pure arithmetic."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 from slicer.errors import PlanError
-from slicer.plan.plan import Amount, Plan
+from slicer.plan.amounts import spell_layers
 
 SURE = 2.0  # standard errors that a difference must exceed to count
 
@@ -25,7 +25,7 @@ class BlockDistances(Protocol):
 
 
 class MeasuredDistances(BlockDistances, Protocol):
-    """What is needed to say whether two choices can be told apart."""
+    """What is needed to tell whether two cuts differ by more than their errors."""
 
     @property
     def samples(self) -> int:
@@ -45,7 +45,7 @@ class MeasuredDistances(BlockDistances, Protocol):
 
 
 @dataclass(frozen=True)
-class Choice:
+class Block:
     """A block of n layers starting at `start`, and the angular distance across it (units of pi)."""
 
     start: int
@@ -62,7 +62,7 @@ class Choice:
 class Cut:
     """One or more blocks, with at least one layer kept between neighbours; `distance` is the sum over the blocks."""
 
-    blocks: tuple[Choice, ...]
+    blocks: tuple[Block, ...]
 
     @property
     def distance(self) -> float:
@@ -73,6 +73,9 @@ class Cut:
     def dropped(self) -> tuple[int, ...]:
         """The layers of all blocks, ascending."""
         return tuple(i for block in self.blocks for i in block.dropped)
+
+    def __str__(self) -> str:
+        return spell_layers(self.dropped)
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class Doubt:
     samples: int | None
 
 
-def rank(distances: BlockDistances, n: int, protect: Collection[int] = ()) -> list[Choice]:
+def rank(distances: BlockDistances, n: int, protect: Collection[int] = ()) -> list[Block]:
     """All blocks of n layers without a protected one, closest first; of equals the deeper one first.
 
     The deeper of two equal blocks disturbs fewer of the layers after it (section 3.1 of the paper). Blocks that were
@@ -99,17 +102,21 @@ def rank(distances: BlockDistances, n: int, protect: Collection[int] = ()) -> li
         raise PlanError(
             f"cannot drop {n} of {distances.depth} layers; drop between 1 and {distances.depth - 1}"
         )
-    choices = [
-        Choice(start, n, float(d))
-        for start, d in enumerate(distances.block(n))
-        if not math.isnan(d) and not any(start <= i < start + n for i in protect)
-    ]
-    if not choices:
+    found = _closest_first(
+        distances.block(n), n, lambda start: not any(start <= i < start + n for i in protect)
+    )
+    if not found:
         raise PlanError(f"no block of {n} layers is without a protected one; protect fewer or drop less")
-    return sorted(choices, key=lambda choice: (choice.distance, -choice.start))
+    return found
 
 
-def select(distances: BlockDistances, n: int) -> Choice:
+def _closest_first(row: Sequence[float], n: int, allowed: Callable[[int], bool]) -> list[Block]:
+    """The blocks of a row of distances by start, without those not measured; of equals the deeper one first."""
+    found = [Block(start, n, float(d)) for start, d in enumerate(row) if not math.isnan(d) and allowed(start)]
+    return sorted(found, key=lambda block: (block.distance, -block.start))
+
+
+def select(distances: BlockDistances, n: int) -> Block:
     """Equation 6 of "The Unreasonable Ineffectiveness of the Deeper Layers": argmin over l of d(l, l+n)."""
     return rank(distances, n)[0]
 
@@ -124,13 +131,13 @@ def best_cuts(
     """
     depth = distances.depth
     if blocks == 1:
-        return [Cut((choice,)) for choice in rank(distances, n, protect)[:count]]
+        return [Cut((block,)) for block in rank(distances, n, protect)[:count]]
     if not 0 < n < depth:
         raise PlanError(f"cannot drop {n} of {depth} layers; drop between 1 and {depth - 1}")
     rows = {size: distances.block(size) for size in distances.sizes if size <= n}
     free = _free_runs(depth, protect)
     # Of layer i on: (left to drop, blocks left) -> the best [(sum, (first block, continuation) or None)].
-    after: list[dict[tuple[int, int], list[tuple[float, Any]]]] = [{} for _ in range(depth + 2)]
+    after: list[dict[tuple[int, int], list[tuple[float, _Chain]]]] = [{} for _ in range(depth + 2)]
     for k in range(blocks + 1):
         after[depth][0, k] = after[depth + 1][0, k] = [(0.0, None)]
     for i in range(depth - 1, -1, -1):
@@ -143,7 +150,7 @@ def best_cuts(
                         continue
                     rest = after[i + size + 1].get((left - size, k - 1), ())
                     found += [
-                        (row[i] + total, (Choice(i, size, float(row[i])), chain)) for total, chain in rest
+                        (row[i] + total, (Block(i, size, float(row[i])), chain)) for total, chain in rest
                     ]
                 if found:
                     found.sort(key=lambda entry: entry[0])
@@ -157,8 +164,11 @@ def best_cuts(
     return [Cut(_unchain(chain)) for _, chain in ends]
 
 
-def _unchain(chain: Any) -> tuple[Choice, ...]:
-    blocks: list[Choice] = []
+_Chain: TypeAlias = "tuple[Block, _Chain] | None"  # the first block, and those after it
+
+
+def _unchain(chain: _Chain) -> tuple[Block, ...]:
+    blocks: list[Block] = []
     while chain is not None:
         blocks.append(chain[0])
         chain = chain[1]
@@ -214,59 +224,16 @@ def rank_sublayers(
     )
 
 
-def pick_sublayers(
-    ranked: Sequence[tuple[str, int, float]], amounts: Mapping[str, Amount], depth: int
-) -> tuple[list[tuple[str, int, float]], list[tuple[str, int, float]]]:
-    """(chosen, runners-up) of the parts `ranked`, closest first: so many of "attention", of "ffn", then of either
-    ("sublayers"). Raises PlanError where there are not so many."""
-    chosen: list[tuple[str, int, float]] = []
-    left = list(ranked)
-    for what, amount in amounts.items():
-        n = amount.resolve_parts(2 * depth if what == "sublayers" else depth, _PARTS[what])
-        taken = [part for part in left if what in (part[0], "sublayers")][:n]
-        if len(taken) < n:
-            raise PlanError(
-                f"--drop-{what} {n}: only {len(taken)} {_PARTS[what]} can go (those of dropped layers are gone, and in "
-                "the blockwise form the first layer keeps its attention); drop fewer"
-            )
-        chosen += taken
-        left = [part for part in left if part not in taken]
-    return chosen, [part for part in left if part[0] in amounts or "sublayers" in amounts]
+def rank_offset(halves: BlockDistances, n: int, protect: Collection[int] = ()) -> list[Block]:
+    """All half-offset cuts that make the model n layers shallower and leave protected ones whole, closest first.
 
-
-_PARTS = {"attention": "attention sublayers", "ffn": "feed-forward sublayers", "sublayers": "sublayers"}
-
-
-def spell_sublayer(what: str, layer: int) -> str:
-    """`attention of layer 3`."""
-    return f"{'attention' if what == 'attention' else 'feed-forward part'} of layer {layer}"
-
-
-def without_sublayers(
-    depth: int, plan: Plan | None, attention: Collection[int], ffn: Collection[int]
-) -> Plan:
-    """`plan` (None: nothing dropped yet) without these parts too; a layer that would lose both goes."""
-    if plan is None:
-        return Plan.cutting(depth, (), attention, ffn)
-    empty = [(i, j) for i, j in plan.parts if i in attention and j in ffn]
-    gone = {i for i, _ in empty}
-    return replace(
-        plan,
-        kept=tuple(i for i in plan.kept if i not in gone),
-        joined=tuple(pair for pair in plan.joined if pair not in empty),
-        no_attention=tuple(sorted(set(attention) - gone)),
-        no_ffn=tuple(sorted(set(ffn) - {j for _, j in empty})),
-    )
-
-
-def rank_offset(halves: BlockDistances, n: int) -> list[Choice]:
-    """All half-offset cuts that make the model n layers shallower, closest first: from after attention `start` to after
-    attention `start` + n. `halves` as in `rank_sublayers`."""
+    A block goes from after attention `start` to after attention `start` + n. `halves` as in `rank_sublayers`.
+    """
     if 2 * n >= halves.depth:
         return []
-    row = halves.block(2 * n)[1::2]
-    choices = [Choice(i, n, float(d)) for i, d in enumerate(row) if not math.isnan(d)]
-    return sorted(choices, key=lambda choice: (choice.distance, -choice.start))
+    return _closest_first(
+        halves.block(2 * n)[1::2], n, lambda start: not any(start <= i <= start + n for i in protect)
+    )
 
 
 def deepest(depth: int, n: int) -> tuple[int, ...]:
@@ -277,25 +244,3 @@ def deepest(depth: int, n: int) -> tuple[int, ...]:
 def tail(depth: int, n: int) -> tuple[int, ...]:
     """The last n layers."""
     return tuple(range(depth - n, depth))
-
-
-def protected(text: str, depth: int) -> frozenset[int]:
-    """Read `0,1,-1` or `0-3,-2`: layers that must stay, negative ones counted from the end. Raises PlanError."""
-    import re
-
-    layers: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(-?\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if match is None or (match[2] is not None and match[1].startswith("-")):
-            raise PlanError(
-                f"--protect {text}: {part.strip()!r} is not understood; write for example 0,1,-1 or 0-3"
-            )
-        first = int(match[1])
-        first += depth if first < 0 else 0
-        last = int(match[2]) if match[2] is not None else first
-        if not 0 <= first <= last < depth:
-            raise PlanError(
-                f"--protect {text}: layer {part.strip()} is not in the model, whose layers are 0-{depth - 1}"
-            )
-        layers.update(range(first, last + 1))
-    return frozenset(layers)
