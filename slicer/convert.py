@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slicer import __version__
 from slicer.checkpoint import blockwise, hub, rewrite
@@ -16,7 +16,7 @@ from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import measure_sizes, sizes_after
 from slicer.checkpoint.writer import check_space
 from slicer.choose import Measured, choose
-from slicer.closing import closed_again, emulate, form_for, heal, trained_again
+from slicer.closing import closed_again, compensation_of, recorded, repair, trained_again
 from slicer.errors import PlanError
 from slicer.heal.settings import METHODS
 from slicer.materials import CalibrationData, Configs, SourceModel
@@ -25,6 +25,9 @@ from slicer.plan.plan import Plan
 from slicer.produce import write
 from slicer.progress import Progress
 from slicer.trained import convert_and_train
+
+if TYPE_CHECKING:
+    from slicer.heal.patch import Patch
 
 
 def convert(
@@ -73,7 +76,10 @@ def convert(
     else:
         assert goal is not None
         plan, measured = choose(checkpoint, goal, options, model, data, config_of, progress)
-    plan = form_for(checkpoint, plan, options)
+    if options.emulate is not None:
+        from slicer.heal.patch import form_for
+
+        plan = form_for(checkpoint, plan, options.emulate, options.rank)
     config = config_of(plan)
     plan = replace(
         plan,
@@ -100,16 +106,14 @@ def convert(
     check_space(out, after.total_bytes)
     verify = _verification(options, model, progress)
     summary = Summary(out, plan, before, after, verify, warnings=warnings)
-    standing = emulate(checkpoint, summary, config, model, data, options, progress)
-    if standing is not None:
-        folded = standing.found.method == "fold"
-        plan = replace(plan, healing=standing.record) if folded else replace(plan, emulated=standing.record)
-        after = sizes_after(checkpoint, plan, standing.config, cast, standing.added)
+    patch: Patch | None = None
+    compensation = compensation_of(plan, options, data, progress)
+    if compensation is not None:
+        patch = repair(checkpoint, model.walk(), plan, data.get(), compensation, cast=cast, progress=progress)
+        plan, config = recorded(plan, patch.record), patch.configured(config)
+        after = sizes_after(checkpoint, plan, config, cast, patch.added)
         summary = replace(summary, plan=plan, after=after)
-    healing = heal(checkpoint, summary, model, data, options, progress)
-    if healing is not None:
-        summary = replace(summary, plan=replace(plan, healing=healing.record))
-    return write(checkpoint, summary, config, measured, model, healing, standing, options, progress)
+    return write(checkpoint, summary, config, measured, model, patch, options, progress)
 
 
 def _verification(options: Options, model: SourceModel, progress: Progress) -> str:

@@ -26,8 +26,8 @@ from slicer.checkpoint.model import watch
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.writer import check_space
 from slicer.errors import HealError
+from slicer.heal.compensate.gaps import blocks
 from slicer.heal.corpus import Sequences
-from slicer.heal.fold import blocks
 from slicer.measure.stream import Walk
 from slicer.measure.workplace import fingerprint
 from slicer.progress import Progress

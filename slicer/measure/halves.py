@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from slicer.checkpoint.parts import attention_outputs, ffn_outputs, silenced
 from slicer.errors import ArchitectureError
 from slicer.measure.analysis import METRIC, Distances
 from slicer.measure.metrics import angles, check_finite, per_sequence
 from slicer.measure.stream import Walk
 from slicer.measure.summary import table
+from slicer.model.sublayers import attention_outputs, ffn_outputs, silenced
 from slicer.progress import Progress
 
 Run = Callable[[], torch.Tensor]

@@ -39,12 +39,13 @@ class TextRecord:
 class Losses:
     """Cross entropy in nats a token on text held out: of the source, of the cut before and after its repair.
 
-    None: not measured.
+    `solved`: of maps as they were solved, where steps of training followed. None: not measured.
     """
 
     source: float | None = None
     before: float | None = None
     after: float | None = None
+    solved: float | None = None
 
     @property
     def falls(self) -> bool:

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from slicer.checkpoint.parts import bypass_parts
+from slicer.model.sublayers import bypass_sublayers
 from slicer.errors import UsageError
 from slicer.measure.importance import leave_out
 from slicer.measure.questions import Choice, Questions
@@ -111,7 +111,7 @@ def _answer(model: Any, batches: list[torch.Tensor], choices: tuple[Choice, ...]
 
 def test_values_of_a_score_are_those_of_brute_force(model: Any, questions: Questions) -> None:
     def errors(gone: frozenset[int]) -> float:
-        with bypass_parts(model, gone, gone):
+        with bypass_sublayers(model, gone, gone):
             wrong = [
                 _answer(model, list(questions.batches), tuple(choices)) not in right
                 for choices, right in zip(questions.choices, questions.right, strict=True)
