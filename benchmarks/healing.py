@@ -17,7 +17,6 @@ import resource
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,18 +24,18 @@ import torch
 from slicer import demo
 from slicer.checkpoint.model import load_model
 from slicer.checkpoint.reader import Checkpoint
-from slicer.checkpoint.tensors import torch_dtype
-from slicer.heal.fold import fold
-from slicer.heal.healing import _storable
-from slicer.heal.held import split
-from slicer.heal.outputs import LayerChange, applied
+from slicer.heal.compensate.fold import fold
+from slicer.heal.compensate.regression import split
+from slicer.heal.patch import holds, written_dtype
 from slicer.measure.analysis import Distances
 from slicer.measure.calibration import CalibrationSpec, token_batches
 from slicer.measure.metrics import AngularDistance
 from slicer.measure.states import Course
 from slicer.measure.stream import Walk
+from slicer.model.pruned import Edits, edited
 from slicer.plan.amounts import parse_amount, spell_layers
 from slicer.plan.blocks import select
+from slicer.plan.plan import Plan
 
 
 def main() -> None:
@@ -93,16 +92,15 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace, scratch: P
     else:
         cuts = [parse_amount(options.layers).layers or ()]
 
-    def loss(dropped: Sequence[int], changes: dict[int, LayerChange]) -> list[float]:
-        """Nats a token on each held-out text, of the source without `dropped` and with `changes`."""
-        first = min([*dropped, *changes], default=walk.depth)
-        changes = {i: stored_as(checkpoint, change) for i, change in changes.items()}
+    def loss(dropped: Sequence[int], edits: Edits) -> list[float]:
+        """Nats a token on each held-out text, of the source without `dropped` and with `edits`."""
+        first = min([*dropped, *edits], default=walk.depth)
         states = held_walk.start(held_batches)
         while states.layer < first:
             held_course.advance(held_walk, states.layer, states)
         for i in range(first, walk.depth):
             if i not in dropped:
-                with applied(held_walk.layers[i], changes.get(i, LayerChange(i))):
+                with edited(held_walk.layers[i], edits.get(i)):
                     held_walk.advance(i, states)
             states.layer = i + 1
         sums = [0.0] * len(held)
@@ -126,27 +124,23 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace, scratch: P
         show(dropped, "bare", bare, None, None)
         for way in options.ways.split(","):
             started = time.perf_counter()
-            found = fold(walk, batches, dropped, storable=_storable(checkpoint), solver=way, course=course)
+            found = fold(
+                walk,
+                batches,
+                Plan.dropping(walk.depth, dropped),
+                holds=holds(checkpoint),
+                solver=way,
+                written=written_dtype(checkpoint, None),
+                activations=course,
+            )
             seconds = time.perf_counter() - started
-            now = loss(dropped, found.changes)
+            now = loss(dropped, found.edits)
             show(dropped, way, now, (sum(bare) - sum(now)) / gap, seconds)
-            for change in found.changes.values():
-                for entry in change.report:
-                    print("   ", entry, flush=True)
+            for entry in found.report:
+                print("   ", entry, flush=True)
             print("   ", found.losses, flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"\nhighest resident memory {peak:.1f} GB, {torch.get_num_threads()} threads")
-
-
-def stored_as(checkpoint: Checkpoint, change: LayerChange) -> LayerChange:
-    """The change as a checkpoint of the source's dtypes would hold it."""
-    rounded = {
-        name: tensor.to(
-            torch_dtype(checkpoint.tensors[f"{checkpoint.layer_prefix}{change.layer}.{name}"].dtype)
-        ).to(tensor.dtype)
-        for name, tensor in change.parameters.items()
-    }
-    return replace(change, parameters=rounded)
 
 
 def show(

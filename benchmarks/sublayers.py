@@ -6,8 +6,8 @@
 
 Of each kind 1/6, 1/4 and 1/3 go, by angular distance at the last token on the calibration text, in one pass.
 Each cut is then judged by its loss on the held-out text: bare, with a constant, with a low-rank linear map
-(`slicer.heal.emulate`) and folded (`slicer.heal.fold_parts`), all fitted on the same calibration tokens; with
---train-steps the linear map is also trained on them for so many steps. With
+(`slicer.heal.compensate.linear`) and folded (`slicer.heal.compensate.fold`), all fitted on the same calibration tokens;
+with --train-steps the linear map is also trained on them for so many steps. With
 --shapley the attention parts are also chosen by leave-one-out loss and by Shapley values on the calibration text.
 Finished cells are kept in OUT/sublayers.json and not run again; the tables go to OUT/sublayers.md.
 """
@@ -25,15 +25,16 @@ import torch
 
 from slicer.checkpoint import hub
 from slicer.checkpoint.model import load_model
-from slicer.heal.emulate import emulate
-from slicer.heal.emulate_train import train
-from slicer.heal.emulation import emulated
-from slicer.heal.fold_parts import fold_parts
+from slicer.checkpoint.reader import Checkpoint
+from slicer.heal.compensate.fold import fold
+from slicer.heal.compensate.linear import linear, train
+from slicer.heal.patch import holds, written_dtype
 from slicer.measure.analysis import Analysis
 from slicer.measure.calibration import CalibrationSpec, token_batches
 from slicer.measure.halves import measure_halves
 from slicer.measure.shapley import Coalitions, leave_one_out, shapley
 from slicer.measure.stream import Walk
+from slicer.model.pruned import pruned
 from slicer.plan.amounts import Amount, Goal
 from slicer.plan.blocks import rank_sublayers
 from slicer.plan.choose import choose
@@ -123,16 +124,15 @@ def _cell(
 ) -> dict[str, Any]:
     started = time.perf_counter()
     found = None
-    if way != "bare":
-        found = (
-            fold_parts(walk, fitted, plan)
-            if way == "fold"
-            else emulate(walk, fitted, plan, way.split(",")[0], given.rank if "linear" in way else None)
-        )
+    if way == "fold":
+        source = Checkpoint.open(hub.resolve(given.model).path)
+        found = fold(walk, fitted, plan, holds=holds(source), written=written_dtype(source, None))
+    elif way != "bare":
+        found = linear(walk, fitted, plan, way.split(",")[0], given.rank if "linear" in way else None)
     if way == TRAINED and found is not None:
         found = train(walk, fitted, plan, found, given.train_steps)
     seconds = time.perf_counter() - started
-    with emulated(model, plan, found):
+    with pruned(model, plan, found.edits if found is not None else {}):
         loss = loss_of(model, judged)
     return {"loss": loss, "seconds": round(seconds, 1), "dropped": spell_dropped(plan)}
 

@@ -1,160 +1,128 @@
-"""What closes the cut of a conversion in memory: a fold, or an emulation of what is gone.
+"""Weight compensation of a cut: `repair` computes it by the method asked for.
 
-Asked for, by default, or as a plan that is replayed had it.
+What is asked for comes from the options, the defaults, or the record of a plan that is replayed.
 """
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from slicer.checkpoint import architectures
-from slicer.checkpoint.export import DTYPES
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import ArchitectureError, HealError
 from slicer.heal.settings import of_record
-from slicer.materials import CalibrationData, SourceModel
-from slicer.measure.calibration import CalibrationSpec
-from slicer.options import Options, Summary
+from slicer.measure.calibration import CalibrationSpec, TokenBatches
 from slicer.plan.plan import Plan
-from slicer.plan.records import HealingRecord
+from slicer.plan.records import HealingRecord, TextRecord
 from slicer.progress import Progress
 
 if TYPE_CHECKING:
-    from slicer.heal.carry import Standing
-    from slicer.heal.healing import Healing
+    from slicer.heal.patch import Patch
+    from slicer.materials import CalibrationData
+    from slicer.measure.states import Course
+    from slicer.measure.stream import Walk
+    from slicer.options import Options
 
 
-def form_for(checkpoint: Checkpoint, plan: Plan, options: Options) -> Plan:
-    """`plan` in the form that can carry what is to stand for the removed parts."""
-    if options.emulate is None:
-        return plan
-    from slicer.heal import carry
-    from slicer.heal.emulate import check_rank
+@dataclass(frozen=True)
+class Compensation:
+    """How a cut is repaired in closed form.
 
-    width = architectures.text_config(checkpoint.config).get("hidden_size")
-    if isinstance(width, int):
-        check_rank(options.emulate, options.rank, width)
-    return carry.form_for(checkpoint, plan, options.emulate)
+    Attributes:
+        method: "fold", or a replacement behind sublayers: "bias" or "linear".
+        solver: of a fold. rank: of linear maps. steps: of training for replacements.
+        asked: False for a fold that nobody asked for: it may fail, and is left out where it does not help.
+    """
+
+    method: str = "fold"
+    solver: str = "resolve"
+    rank: int | None = None
+    steps: int = 0
+    asked: bool = True
 
 
-def emulate(
-    checkpoint: Checkpoint,
-    summary: Summary,
-    config: dict[str, Any],
-    model: SourceModel,
-    data: CalibrationData,
-    options: Options,
-    progress: Progress,
-) -> Standing | None:
-    """What stands for the removed parts, as --emulate asks; also the fold of a cut below the layer."""
-    plan = summary.plan
-    method = options.emulate
-    # A half-offset block that was not asked for is closed as whole layers are: where that can be done and helps.
-    unasked = options.heal == "auto" or (
-        options.heal is None and options.offset == "auto" and bool(plan.joined) and plan.complete
-    )
-    if method is None and plan.below_layers and (unasked or options.heal == "fold"):
-        if unasked and not data.at_hand:
-            progress.note(
-                "not healed: there is no calibration data at hand; --calibration DATA heals the cut"
-            )
-            return None
-        method = "fold"
-    if method is None:
-        if plan.below_layers and options.heal is None and data.at_hand:
+def compensation_of(
+    plan: Plan, options: Options, data: CalibrationData, progress: Progress
+) -> Compensation | None:
+    """The compensation that the options ask for, or by default a fold where text is at hand; None: none."""
+    if options.emulate is not None:
+        return Compensation(options.emulate, rank=options.rank, steps=options.emulate_steps)
+    if options.heal == "fold":
+        return Compensation(solver=options.fold)
+    whole = not plan.below_layers
+    # A half-offset block that was not asked for is folded as whole layers are.
+    if options.heal == "none":
+        return None
+    if (
+        not whole
+        and options.heal is None
+        and not (options.offset == "auto" and plan.joined and plan.complete)
+    ):
+        if data.at_hand:
             progress.note("not healed: below the layer that is done when asked for; --heal fold or --emulate")
         return None
-    from slicer.heal import carry, emulation
-    from slicer.heal.emulate import emulate as fill
-    from slicer.heal.emulate_train import train
-    from slicer.heal.fold_parts import fold_parts
+    if not data.at_hand:
+        progress.note("not healed: there is no calibration data at hand; --calibration DATA heals the cut")
+        return None
+    return Compensation(solver=options.fold, asked=False)
 
-    walk, batches = model.walk(), data.get()
-    cast = DTYPES[options.dtype] if options.dtype else None
+
+def repair(
+    checkpoint: Checkpoint,
+    walk: Walk,
+    plan: Plan,
+    data: TokenBatches,
+    compensation: Compensation,
+    *,
+    cast: str | None = None,
+    activations: Course | None = None,
+    progress: Progress | None = None,
+) -> Patch:
+    """The repair of the cut of `plan` from the source `checkpoint`, over which `walk` is, fitted on `data`.
+
+    `cast`: safetensors dtype of the output; None: as stored. `activations`, of the same model and text, spares the next
+    fold the pass through the source. Raises HealError and ArchitectureError where the cut cannot be repaired; one that
+    was not asked for is then left out with a note, as it is where it does not lower the held-out loss.
+    """
+    from slicer.heal.compensate.fold import fold
+    from slicer.heal.compensate.linear import linear, train
+    from slicer.heal.patch import NONE, holds, place, written_dtype
+
+    progress, method = progress or Progress(), compensation.method
     try:
         if method == "fold":
-            found = fold_parts(
+            solved = fold(
                 walk,
-                batches.batches,
+                data.batches,
                 plan,
-                storable=partial(carry.storable, checkpoint),
+                holds=holds(checkpoint),
+                solver=compensation.solver,
+                written=written_dtype(checkpoint, cast),
+                activations=activations,
                 progress=progress,
             )
         else:
-            found = fill(walk, batches.batches, plan, method, options.rank, progress=progress)
-        if options.emulate_steps:
-            found = train(
-                walk,
-                batches.batches,
-                plan,
-                found,
-                options.emulate_steps,
-                seed=data.spec.seed,
-                progress=progress,
-            )
+            solved = linear(walk, data.batches, plan, method, compensation.rank, progress=progress)
+            if compensation.steps:
+                seed = int(data.provenance.get("seed") or 0)
+                solved = train(
+                    walk, data.batches, plan, solved, compensation.steps, seed=seed, progress=progress
+                )
     except (HealError, ArchitectureError) as error:
-        if method != "fold" or not unasked:
+        if compensation.asked:
             raise
         progress.note(f"not healed: {error}")
-        return None
-    losses = found.losses
-    if not found.helps:
-        words = (
-            f"the loss on calibration text held out does not fall ({found.loss:.4f} nats a token, "
-            f"{losses['cut']:.4f} without)"
-        )
-        left = method == "fold" and unasked
-        progress.note(f"not healed: {words}" if left else f"done as asked, but {words}")
-        if left:
-            return None
-    if method == "fold":
-        return carry.fold(checkpoint, plan, config, found, batches.provenance, cast)
-    standing = carry.carry(checkpoint, plan, copy.deepcopy(config), found, cast)
-    return replace(standing, record=HealingRecord.of(emulation.record_of(found, batches.provenance)))
-
-
-def heal(
-    checkpoint: Checkpoint,
-    summary: Summary,
-    model: SourceModel,
-    data: CalibrationData,
-    options: Options,
-    progress: Progress,
-) -> Healing | None:
-    """The new weights around the cut, or None; unasked, only where that can be done and helps."""
-    asked = options.heal == "fold"
-    if (
-        options.heal == "none" or options.emulate is not None or summary.plan.below_layers
-    ):  # `emulate` does the last
-        return None
-    if not asked and not data.at_hand:
-        progress.note("not healed: there is no calibration data at hand; --calibration DATA heals the cut")
-        return None
-    from slicer.heal.healing import fold_checkpoint
-
-    walk, batches = model.walk(), data.get()
-    cast = DTYPES[options.dtype] if options.dtype else None
-    try:
-        healing = fold_checkpoint(
-            checkpoint, walk, batches, summary.plan.dropped, solver=options.fold, cast=cast, progress=progress
-        )
-    except (HealError, ArchitectureError) as error:
-        if asked:
-            raise
-        progress.note(f"not healed: {error}")
-        return None
-    if not healing.helps:
-        loss = healing.record.loss
+        return NONE
+    loss = solved.losses
+    if not loss.falls:
         words = (
             f"it does not lower the loss on calibration text held out ({loss.after:.4f} nats a token, "
             f"{loss.before:.4f} without)"
         )
-        progress.note(f"healed as asked, but {words}" if asked else f"not healed: {words}")
-        return healing if asked else None
-    return healing
+        progress.note(f"healed as asked, but {words}" if compensation.asked else f"not healed: {words}")
+        if not compensation.asked:
+            return NONE
+    return place(checkpoint, plan, solved, TextRecord.of(data.provenance), cast)
 
 
 def trained_again(plan: Plan, options: Options) -> Options:

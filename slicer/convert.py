@@ -15,7 +15,7 @@ from slicer.checkpoint.export import DTYPES, check_output, refuse_quantized
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import measure_sizes, sizes_after
 from slicer.checkpoint.writer import check_space
-from slicer.closing import closed_again, emulate, form_for, heal, trained_again
+from slicer.closing import closed_again, compensation_of, repair, trained_again
 from slicer.errors import ArchitectureError, PlanError
 from slicer.heal.settings import METHODS
 from slicer.materials import CalibrationData, Configs, SourceModel
@@ -28,6 +28,7 @@ from slicer.progress import Progress
 from slicer.trained import convert_and_train
 
 if TYPE_CHECKING:
+    from slicer.heal.patch import Patch
     from slicer.measure.analysis import Analysis
 
 
@@ -76,7 +77,10 @@ def convert(
     else:
         assert goal is not None
         plan, analysis = chosen_plan(checkpoint, goal, options, model, data, config_of, progress)
-    plan = form_for(checkpoint, plan, options)
+    if options.emulate is not None:
+        from slicer.heal.patch import form_for
+
+        plan = form_for(checkpoint, plan, options.emulate, options.rank)
     config = config_of(plan)
     plan = replace(
         plan,
@@ -102,15 +106,14 @@ def convert(
     check_space(out, after.total_bytes)
     verify = _verification(options, model, progress)
     summary = Summary(out, plan, before, after, verify, warnings=warnings)
-    standing = emulate(checkpoint, summary, config, model, data, options, progress)
-    if standing is not None:
-        plan = replace(plan, healing=standing.record)
-        after = sizes_after(checkpoint, plan, standing.config, cast, standing.added)
+    patch: Patch | None = None
+    compensation = compensation_of(plan, options, data, progress)
+    if compensation is not None:
+        patch = repair(checkpoint, model.walk(), plan, data.get(), compensation, cast=cast, progress=progress)
+        plan, config = replace(plan, healing=patch.record), patch.configured(config)
+        after = sizes_after(checkpoint, plan, config, cast, patch.added)
         summary = replace(summary, plan=plan, after=after)
-    healing = heal(checkpoint, summary, model, data, options, progress)
-    if healing is not None:
-        summary = replace(summary, plan=replace(plan, healing=healing.record))
-    return write(checkpoint, summary, config, analysis, model, healing, standing, options, progress)
+    return write(checkpoint, summary, config, analysis, model, patch, options, progress)
 
 
 def chosen_plan(

@@ -11,11 +11,12 @@ import torch
 
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import HealError
-from slicer.heal.healing import fold_checkpoint
+from slicer.heal.compensate.fold import fold
+from slicer.heal.patch import holds, written_dtype
 from slicer.measure.analysis import Distances
-from slicer.measure.calibration import TokenBatches
 from slicer.measure.stream import Walk
 from slicer.plan.blocks import rank
+from slicer.plan.plan import Plan
 from slicer.progress import Progress
 
 CANDIDATES = 4
@@ -48,11 +49,16 @@ def rank_after_healing(
             name = f"{block.start}+{n}"
             if name not in known:
                 try:
-                    healing = fold_checkpoint(
-                        checkpoint, walk, TokenBatches(list(batches), {}), block.dropped, progress=progress
-                    )
-                    loss = healing.record.loss
-                    known[name] = (loss.after or 0.0) - (loss.source or 0.0)
+                    loss = fold(
+                        walk,
+                        batches,
+                        Plan.dropping(walk.depth, block.dropped),
+                        holds=holds(checkpoint),
+                        written=written_dtype(checkpoint, None),
+                        progress=progress,
+                    ).losses
+                    assert loss.after is not None and loss.source is not None
+                    known[name] = loss.after - loss.source
                 except HealError:
                     known[name] = None
                 if notebook is not None:

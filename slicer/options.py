@@ -43,7 +43,7 @@ class Options:
         heal: "none"; "fold"; or "auto", which folds where there is calibration data, the architecture allows it and
             it lowers the loss on held-out text; or a way to train. None is "auto", but a plan is replayed as
             it was, healed or not.
-        fold: the solver, one of `slicer.heal.fold.SOLVERS`.
+        fold: the solver, one of `slicer.heal.compensate.fold.SOLVERS`.
         training: how to train, where `heal` says so; None: as the method's preset has it.
         save_adapter: where the trained adapter goes as well.
         rank_sweep: ranks to choose among.

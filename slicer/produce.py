@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +20,7 @@ from slicer.progress import Progress
 if TYPE_CHECKING:
     import torch
 
-    from slicer.heal.carry import Standing
-    from slicer.heal.healing import Healing
+    from slicer.heal.patch import Patch
     from slicer.measure.analysis import Analysis
     from slicer.measure.stream import Walk
 
@@ -33,8 +31,7 @@ def write(
     config: Mapping[str, Any],
     measured: Analysis | None,
     model: SourceModel,
-    healing: Healing | None,
-    standing: Standing | None,
+    patch: Patch | None,
     options: Options,
     progress: Progress,
 ) -> Summary:
@@ -43,16 +40,8 @@ def write(
     probe: tuple[torch.Tensor, torch.Tensor] | None = None
     if summary.verified == "logits":
         progress.stage("Reference logits of the source with those layers bypassed")
-        probe = _reference(checkpoint, summary.plan, model.walk(), healing, standing)
+        probe = _reference(checkpoint, summary.plan, model.walk(), patch)
     model.release()
-    replaced = None
-    if healing is not None:
-        from slicer.heal.healing import replacements
-
-        replaced = replacements(checkpoint, healing)
-    added = None
-    if standing is not None:
-        config, replaced, added = standing.config, dict(standing.replaced), standing.added
     with atomic_directory(summary.out, replace=options.force) as directory:
         progress.stage("Writing", summary.after.total_bytes, "bytes")
         write_checkpoint(
@@ -63,34 +52,26 @@ def write(
             dtype=options.dtype,
             max_shard_bytes=options.max_shard_bytes,
             progress=progress.advance,
-            replaced=replaced,
-            added=added,
+            replaced=patch.replaced if patch is not None else None,
+            added=patch.added if patch is not None else None,
         )
         if measured is not None:
             _draw(measured, summary.plan, directory / "slicer")
         (directory / "README.md").write_text(_card(checkpoint, summary, measured is not None), "utf-8")
-        error = _check(checkpoint, directory, summary, model, healing, probe, options, progress)
+        error = _check(checkpoint, directory, summary, model, patch, probe, options, progress)
     return replace(summary, logits_error=error)
 
 
 def _reference(
-    checkpoint: Checkpoint, plan: Plan, walk: Walk, healing: Healing | None, standing: Standing | None
+    checkpoint: Checkpoint, plan: Plan, walk: Walk, patch: Patch | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A few tokens, and the logits that the result must have: the source's, healed, with those layers bypassed."""
+    """A few tokens, and the logits that the result must have: those of the pruned source, repaired by `patch`."""
     from slicer.checkpoint import verify
-    from slicer.heal.emulation import emulated
-    from slicer.heal.healing import healed
+    from slicer.model.pruned import pruned_logits
 
     config = architectures.text_config(checkpoint.config)
     tokens = verify.probe_tokens(config.get("vocab_size") or walk.model.config.vocab_size, seed=0)
-    changes = healing.changes if healing is not None else {}
-    if walk.streamed:
-        return tokens, _walked_logits(walk, tokens, plan, changes, standing)
-    if standing is not None:
-        with emulated(walk.model, plan, standing.found):
-            return tokens, verify.logits_of(walk.model, tokens)
-    with healed(walk.model, changes):
-        return tokens, verify.reference_logits_of(walk.model, tokens, plan)
+    return tokens, pruned_logits(walk, tokens, plan, patch.edits if patch is not None else None)
 
 
 def _check(
@@ -98,23 +79,21 @@ def _check(
     directory: Path,
     summary: Summary,
     model: SourceModel,
-    healing: Healing | None,
+    patch: Patch | None,
     probe: tuple[torch.Tensor, torch.Tensor] | None,
     options: Options,
     progress: Progress,
 ) -> float | None:
     """Check what was written as far as `summary.verified` says; returns how far its logits are off, where compared."""
-    if summary.verified == "none" and healing is None:
+    if summary.verified == "none" and patch is None:
         return None  # without torch, whose import takes longer than a small copy
     from slicer.checkpoint import verify
 
     if summary.verified != "none":
         progress.stage("Checking every key and shape")
         verify.check_load(directory, trust_remote_code=options.trust_remote_code)
-    if healing is not None:
-        from slicer.heal.healing import as_written
-
-        verify.check_tensors(directory, as_written(checkpoint, summary.plan, healing))
+    if patch is not None:
+        verify.check_tensors(directory, patch.tensors(checkpoint, summary.plan))
     if probe is None:
         return None
     progress.stage("Comparing logits")
@@ -131,38 +110,11 @@ def _check(
     )
 
 
-def _walked_logits(
-    walk: Walk,
-    tokens: torch.Tensor,
-    plan: Plan | None,
-    changes: Mapping[int, Any],
-    standing: Standing | None = None,
-) -> torch.Tensor:
-    """The logits of `tokens` with what `plan` drops left out (None: nothing), healed by `changes` and with `standing`
-    in its place: [batch, seq, vocabulary], on the CPU."""
-    from slicer.checkpoint.parts import without_parts
-    from slicer.heal.emulation import attached, norm_eps
-    from slicer.heal.outputs import applied
-
-    no_attention, no_ffn = (frozenset(), frozenset()) if plan is None else plan.gone
-    states = walk.start([tokens])
-    order = [i for i in range(walk.depth) if i not in no_attention or i not in no_ffn]
-    with walk.along(order):
-        for i in order:
-            with walk.layer(i) as layer, contextlib.ExitStack() as stack:
-                if i in changes:
-                    stack.enter_context(applied(layer, changes[i]))
-                stack.enter_context(without_parts(layer, i in no_attention, i in no_ffn))
-                if standing is not None:
-                    stack.enter_context(attached(layer, i, standing.found, norm_eps(walk.model)))
-                walk.advance(i, states)
-    return walk.logits(states, 0).cpu()
-
-
 def _check_walked(out: Path, reference: torch.Tensor, tokens: torch.Tensor, options: Options) -> float:
     """`verify.check_logits` with the result's layers read one at a time."""
     from slicer.checkpoint import verify
     from slicer.measure.stream import Walk
+    from slicer.model.pruned import pruned_logits
 
     try:
         walk = Walk.out_of_core(
@@ -172,7 +124,7 @@ def _check_walked(out: Path, reference: torch.Tensor, tokens: torch.Tensor, opti
             memory_bytes=options.memory,
             trust_remote_code=options.trust_remote_code,
         )
-        logits = _walked_logits(walk, tokens, None, {})
+        logits = pruned_logits(walk, tokens)
     except SourceError as error:
         raise VerificationError(f"the written checkpoint does not load: {error}") from None
     return verify.compare_logits(logits, reference)

@@ -7,9 +7,7 @@ as the first argument or by keyword, and returns them bare or first in a tuple.
 from __future__ import annotations
 
 import contextlib
-import json
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -297,53 +295,3 @@ def bypass(model: Model, dropped: Iterable[int]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextlib.contextmanager
-def sliced(model: Model, kept: Sequence[int], config: Mapping[str, Any]) -> Iterator[None]:
-    """Inside the block `model` is its own cut: only the layers `kept`, renumbered, under the rewritten `config`.
-
-    `config` is the sliced config.json (`slicer.checkpoint.export.sliced_config`). Nothing is copied: what shares the
-    model's config object sees the new fields, and afterwards everything is as it was.
-    """
-    layers = decoder_layers(model)
-    parent, name = _place_of(model, layers)
-    old = model.config.get_text_config()
-    fields = dict(old.__dict__)
-    with tempfile.TemporaryDirectory(
-        prefix="slicer-config-"
-    ) as scratch:  # transformers' own reading of the file
-        (Path(scratch) / "config.json").write_text(json.dumps(config), "utf-8")
-        new = type(model.config).from_pretrained(scratch).get_text_config()
-    changed = {key: value for key, value in new.__dict__.items() if not key.startswith("_")}
-    # Set by loading, not by config.json: how attention runs, and in which precision.
-    changed = {key: value for key, value in changed.items() if key not in ("dtype", "torch_dtype")}
-    numbers = [
-        (module, attribute, getattr(module, attribute))
-        for layer in layers
-        for module in layer.modules()
-        for attribute in ("layer_idx", "layer_id", "layer_number")
-        if isinstance(getattr(module, attribute, None), int)
-    ]
-    shifts = {id(module): at - i for at, i in enumerate(kept) for module in layers[i].modules()}
-    try:
-        old.__dict__.update(changed)
-        setattr(parent, name, nn.ModuleList(layers[i] for i in kept))
-        for module, attribute, number in numbers:
-            setattr(module, attribute, number + shifts.get(id(module), 0))
-        yield
-    finally:
-        for module, attribute, number in numbers:
-            setattr(module, attribute, number)
-        setattr(parent, name, layers)
-        old.__dict__.clear()
-        old.__dict__.update(fields)
-
-
-def _place_of(model: Model, child: nn.Module) -> tuple[nn.Module, str]:
-    """(parent, attribute) of a module inside the model."""
-    for parent in model.modules():
-        for name, module in parent.named_children():
-            if module is child:
-                return parent, name
-    raise ArchitectureError(f"{type(model).__name__}: the decoder layers are not part of it")

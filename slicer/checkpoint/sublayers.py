@@ -171,6 +171,12 @@ def names_of(checkpoint: Checkpoint, plan: Plan) -> dict[str, str]:
     return found
 
 
+def new_keys(checkpoint: Checkpoint, plan: Plan, keys: Iterable[str]) -> dict[str, str]:
+    """Raw key of the source -> its key in what `plan` leaves, of those among `keys` that stay."""
+    names = names_of(checkpoint, plan)
+    return {key: names[key] for key in keys if key in names}
+
+
 def _zeros(span: TensorSpan) -> Callable[[], Any]:
     def make() -> Any:
         import torch

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from slicer.checkpoint import tensors as torch_tensors
-from slicer.checkpoint.model import build_on_meta, bypass, load_model, meta_tensors, pick_device
-from slicer.checkpoint.parts import bypass_parts
+from slicer.checkpoint.model import build_on_meta, load_model, meta_tensors, pick_device
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import SlicerError, SourceError, VerificationError
-from slicer.plan.plan import Plan
 
 # What rounding may do: both runs do the same operations on the same weights, so a whole layer gone wrong shows at
 # once, and only a different order of summation may differ by some units of the last place.
@@ -100,20 +98,6 @@ def logits_of(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     device = model.get_input_embeddings().weight.device
     logits: torch.Tensor = model(input_ids=tokens.to(device), use_cache=False).logits
     return logits.cpu()
-
-
-def reference_logits(model: Any, tokens: torch.Tensor, dropped: Iterable[int]) -> torch.Tensor:
-    """The source's logits with the layers `dropped` bypassed."""
-    with bypass(model, dropped):
-        return logits_of(model, tokens)
-
-
-def reference_logits_of(model: Any, tokens: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """The source's logits with all that `plan` leaves out bypassed, sublayers too."""
-    if not plan.below_layers:
-        return reference_logits(model, tokens, plan.dropped)
-    with bypass_parts(model, *plan.gone):
-        return logits_of(model, tokens)
 
 
 def check_logits(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,13 @@ from slicer.checkpoint.export import DTYPES, check_output, copy_unchanged, refus
 from slicer.checkpoint.model import load_model
 from slicer.checkpoint.reader import Checkpoint, TensorSpan
 from slicer.checkpoint.sizes import measure_sizes
-from slicer.checkpoint.sublayers import tensors_of
+from slicer.checkpoint.sublayers import new_keys, tensors_of
 from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES, atomic_directory, check_space
+from slicer.closing import Compensation, repair
 from slicer.errors import HealError, PlanError, UsageError
-from slicer.heal import carry
-from slicer.heal.carry import Standing
-from slicer.heal.emulation import emulated
-from slicer.heal.fold_parts import fold_parts
-from slicer.heal.healing import Healing, as_written, fold_checkpoint, healed, new_keys, replacements
 from slicer.measure.calibration import CalibrationSpec, TokenBatches, token_batches
 from slicer.measure.stream import Walk
+from slicer.model.pruned import pruned_logits
 from slicer.plan.plan import Plan
 from slicer.progress import Progress
 
@@ -33,7 +29,7 @@ class HealOptions:
     """How to heal; every default of the command line lives here.
 
     Attributes:
-        fold: the solver, one of `slicer.heal.fold.SOLVERS`.
+        fold: the solver, one of `slicer.heal.compensate.fold.SOLVERS`.
         verify: "none", "load", "logits", or "auto": logits while the source fits in memory, load otherwise.
     """
 
@@ -98,8 +94,6 @@ def heal(
             f"{sliced}: lacks parts of layers, which are healed as they are dropped: slicer convert --heal fold or "
             "--emulate"
         )
-    if plan.joined and options.fold != "resolve":
-        raise HealError(f"{sliced}: --fold {options.fold} takes cuts of whole layers; use --fold resolve")
     if plan.merged:
         raise HealError(
             f"{sliced}: an adapter was merged into it, and the fold is solved on the source, without it; fold before "
@@ -120,40 +114,24 @@ def heal(
         progress.stage("Calibration data")
         data = token_batches(options.calibration, whole.path, model, trust_remote_code=remote)
     cast = DTYPES[plan.dtype] if plan.dtype else None
-    healing: Healing | None = None
-    standing: Standing | None = None
-    if plan.joined:
-        found = fold_parts(
-            walk, data.batches, plan, storable=partial(carry.storable, whole), progress=progress
-        )
-        standing = carry.fold(whole, plan, cut.config, found, data.provenance, cast)
-        record, helps, spans = standing.record, found.helps, dict(standing.replaced)
-    else:
-        healing = fold_checkpoint(
-            whole, walk, data, plan.dropped, solver=options.fold, cast=cast, progress=progress
-        )
-        record, helps, spans = healing.record, healing.helps, replacements(whole, healing)
-    assert record is not None
-    plan = replace(plan, healing=replace(record, command=options.command))
+    patch = repair(whole, walk, plan, data, Compensation(solver=options.fold), cast=cast, progress=progress)
+    assert patch.record is not None
+    helps = patch.record.loss.falls
+    plan = replace(plan, healing=replace(patch.record, command=options.command))
     checked = options.verify if options.verify != "auto" else "logits" if fits else "load"
     probe = None
     if checked == "logits":
         progress.stage("Reference logits of the source, healed, with those layers bypassed")
         vocabulary = architectures.text_config(whole.config).get("vocab_size") or model.config.vocab_size
         tokens = verify.probe_tokens(vocabulary)
-        if standing is not None:
-            with emulated(model, plan, standing.found):
-                probe = tokens, verify.logits_of(model, tokens)
-        elif healing is not None:
-            with healed(model, healing.changes):
-                probe = tokens, verify.reference_logits(model, tokens, plan.dropped)
+        probe = tokens, pruned_logits(walk, tokens, plan, patch.edits)
     del model, walk
     gc.collect()
     error: float | None = None
     with atomic_directory(out, replace=options.force) as directory:
         progress.stage("Writing", cut.total_bytes, "bytes")
-        names = new_keys(whole, plan, spans)
-        healed_spans = {names[key]: span for key, span in spans.items()}
+        names = new_keys(whole, plan, patch.replaced)
+        healed_spans = {names[key]: span for key, span in patch.replaced.items()}
         copy_unchanged(
             cut,
             directory,
@@ -169,8 +147,7 @@ def heal(
         if checked != "none":
             progress.stage("Checking every key and shape")
             verify.check_load(directory, trust_remote_code=remote)
-        if healing is not None:
-            verify.check_tensors(directory, as_written(whole, plan, healing))
+        verify.check_tensors(directory, patch.tensors(whole, plan))
         if probe is not None:
             progress.stage("Comparing logits")
             error = verify.check_logits(

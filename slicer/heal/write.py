@@ -15,10 +15,10 @@ from slicer.checkpoint.export import copy_unchanged
 from slicer.checkpoint.merge import Probe, check_merged, merged_spans, reference_logits
 from slicer.checkpoint.reader import Checkpoint, TensorSpan
 from slicer.checkpoint.sizes import measure_sizes
+from slicer.checkpoint.sublayers import new_keys
 from slicer.checkpoint.writer import atomic_directory
 from slicer.errors import HealError
 from slicer.heal.full import homes_of, probe_of, spans_of
-from slicer.heal.healing import new_keys
 from slicer.heal.job import Healed
 from slicer.heal.settings import Settings
 from slicer.plan.plan import Plan

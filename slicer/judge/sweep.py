@@ -187,33 +187,31 @@ class Sweep:
     def _cut(
         self, cell: Cell, plan: Plan, config: Mapping[str, Any], name: str, record: dict[str, Any]
     ) -> Evaluation:
-        from slicer.checkpoint.model import sliced
+        from slicer.model.pruned import shortened
 
         if cell.heal == "none":
-            with self._prefix().shared(min(plan.dropped)), sliced(self.model(), plan.kept, config):
+            with self._prefix().shared(min(plan.dropped)), shortened(self.model(), plan, config):
                 return self._measure(name)
         if cell.heal == "fold":
-            from slicer.heal.healing import fold_checkpoint, healed
+            from slicer.closing import Compensation, repair
             from slicer.measure.states import Course
             from slicer.measure.stream import Walk
 
             walk = Walk.in_memory(self.model())
             self._course = self._course or Course(int(_COURSE_SHARE * verify.available_memory()))
-            changed = fold_checkpoint(
+            patch = repair(
                 self.checkpoint,
                 walk,
+                plan,
                 self._calibration(),
-                plan.dropped,
-                course=self._course,
+                Compensation(),
+                activations=self._course,
                 progress=self.progress,
             )
-            record["healing"] = replace(changed.record, tensors=()).to_dict()
-            first = min(*plan.dropped, *changed.changes)
-            with (
-                self._prefix().shared(first),
-                healed(self.model(), changed.changes),
-                sliced(self.model(), plan.kept, config),
-            ):
+            assert patch.record is not None
+            record["healing"] = replace(patch.record, tensors=()).to_dict()
+            first = min(*plan.dropped, *patch.edits)
+            with self._prefix().shared(first), shortened(self.model(), plan, config, patch.edits):
                 return self._measure(name)
         return self._trained(cell, plan, name, record)
 

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from slicer.checkpoint.parts import attention_outputs, ffn_outputs, silenced
 from slicer.errors import ArchitectureError
 from slicer.measure.analysis import Analysis, Distances
 from slicer.measure.calibration import TokenBatches
 from slicer.measure.metrics import angles, check_finite, per_sequence
 from slicer.measure.stream import Walk
 from slicer.measure.summary import measure, measure_walk, table
+from slicer.model.sublayers import attention_outputs, ffn_outputs, silenced
 from slicer.plan.plan import METRIC
 from slicer.progress import Progress
 

@@ -22,13 +22,13 @@ from dataclasses import dataclass
 
 import torch
 
-from slicer.checkpoint.parts import attention_outputs, ffn_outputs, without_parts
 from slicer.errors import ArchitectureError, UsageError
 from slicer.measure.analysis import Distances
 from slicer.measure.questions import Questions
 from slicer.measure.states import States
 from slicer.measure.stream import Walk
 from slicer.measure.summary import table_of_rows
+from slicer.model.sublayers import attention_outputs, ffn_outputs, without_sublayers
 from slicer.progress import Progress
 
 AGAINST = ("loss", "kl")
@@ -145,7 +145,7 @@ class Coalitions:
                 states = self._trail[-1].copy()
                 states.layer = min(states.layer, i)
                 with walk.layer(i) as layer, contextlib.ExitStack() as stack:
-                    stack.enter_context(without_parts(layer, no_attention, no_ffn))
+                    stack.enter_context(without_sublayers(layer, no_attention, no_ffn))
                     walk.advance(i, states)
                 self.layer_runs += 1
                 self._trail.append(states)

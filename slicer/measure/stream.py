@@ -389,6 +389,26 @@ class Walk:
         return self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
 
 
+def walk_loss(
+    walk: Walk, tokens: Sequence[torch.Tensor], last: Callable[[int], torch.Tensor], batches: Iterable[int]
+) -> float:
+    """Mean next-token cross entropy of these `batches` of `tokens`, nats, from `last(b)`, [batch, seq, d], taken as
+    x(L) of batch b."""
+    sums = [cross_entropy(walk, tokens[b], last(b)) for b in batches]
+    return sum(total for total, _ in sums) / sum(count for _, count in sums)
+
+
+def cross_entropy(walk: Walk, tokens: torch.Tensor, last: torch.Tensor) -> tuple[float, int]:
+    """(sum over the next tokens, nats; their number) of `tokens` [batch, seq], from `last` [batch, seq, d] taken as
+    x(L). One sequence at a time: the logits are large."""
+    total = 0.0
+    for row in range(len(tokens)):
+        one = tokens[row : row + 1]
+        logits = walk.head(one, last[row : row + 1])[0, :-1].float()
+        total += float(nn.functional.cross_entropy(logits, one[0, 1:].to(logits.device), reduction="sum"))
+    return total, len(tokens) * (tokens.shape[1] - 1)
+
+
 _SAFE = 0.7  # of the free memory, where nothing else is said
 
 

@@ -9,9 +9,10 @@ import tiny
 import torch
 
 from slicer.checkpoint.export import export, sliced_config
-from slicer.checkpoint.model import bypass, decoder_layers, load_model, pick_device, residual_stream, sliced
+from slicer.checkpoint.model import bypass, decoder_layers, load_model, pick_device, residual_stream
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import UsageError
+from slicer.model.pruned import shortened
 from slicer.plan.plan import Plan
 
 TYPES = ("llama", "gemma3", "gpt2", "bloom", "falcon", "opt", "gpt_neox", "mixtral", "mamba2", "lfm2")
@@ -47,7 +48,7 @@ def test_sliced_in_memory_is_what_export_writes(model_type: str, tmp_path: Path)
     wanted = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     with torch.inference_mode():
         whole = model(input_ids=tokens, use_cache=False).logits
-        with sliced(model, plan.kept, sliced_config(checkpoint, plan)):
+        with shortened(model, plan, sliced_config(checkpoint, plan)):
             assert len(decoder_layers(model)) == len(plan.kept)
             logits = model(input_ids=tokens, use_cache=False).logits
             text = model.generate(input_ids=tokens, **wanted)

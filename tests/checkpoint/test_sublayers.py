@@ -13,11 +13,11 @@ import torch
 
 from slicer.checkpoint.export import export
 from slicer.checkpoint.model import load_model
-from slicer.checkpoint.parts import bypass_parts
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sublayers import part_of
 from slicer.checkpoint.verify import check_load, logits_of, probe_tokens
 from slicer.errors import ArchitectureError, PlanError
+from slicer.model.sublayers import bypass_sublayers
 from slicer.plan.plan import Plan
 
 BLOCKWISE = {
@@ -46,7 +46,7 @@ def difference(out: Path, source: Path, plan: Plan) -> float:
     """Largest difference of the logits, relative to the largest, of `out` and `source` less what `plan` drops."""
     model = load_model(source, dtype="float32", device="cpu")
     tokens = probe_tokens(tiny.VOCAB)
-    with bypass_parts(model, *plan.gone):
+    with bypass_sublayers(model, *plan.gone):
         wanted = logits_of(model, tokens)
     found = logits_of(load_model(out, dtype="float32", device="cpu"), tokens)
     return float((found - wanted).abs().max() / wanted.abs().max())

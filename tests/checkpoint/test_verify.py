@@ -75,7 +75,7 @@ def test_a_config_that_does_not_reload(checkpoint: Path) -> None:
 def test_logits_of_another_model_are_caught(checkpoint: Path) -> None:
     tokens = verify.probe_tokens(258)
     model = load_model(checkpoint, dtype="float32", device="cpu")
-    reference = verify.reference_logits(model, tokens, ())
+    reference = verify.logits_of(model, tokens)
     assert verify.check_logits(checkpoint, reference, tokens) <= 1e-6
     change(checkpoint, lambda t: t[NORM].mul_(1.01))
     with pytest.raises(VerificationError, match="logits differ"):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from slicer.checkpoint.export import sliced_config
-from slicer.checkpoint.model import sliced
 from slicer.checkpoint.reader import Checkpoint
 from slicer.judge.prefix import Prefix
+from slicer.model.pruned import shortened
 from slicer.plan.plan import Plan
 from tests.tiny import save_tiny, tiny_model
 
@@ -26,12 +26,12 @@ def test_logits_are_the_same_bits(model_type: str, tmp_path: Path) -> None:
     for dropped in (d for d in CUTS if max(d) < checkpoint.depth - 1):
         plan = Plan.dropping(checkpoint.depth, dropped)
         config = sliced_config(checkpoint, plan)
-        with sliced(model, plan.kept, config), torch.no_grad():
+        with shortened(model, plan, config), torch.no_grad():
             expected = [model(batch, use_cache=False).logits for batch in batches]
-        with prefix.shared(min(dropped)), sliced(model, plan.kept, config), torch.no_grad():
+        with prefix.shared(min(dropped)), shortened(model, plan, config), torch.no_grad():
             got = [model(batch).logits for batch in batches]
             written = model.generate(batches[0], max_new_tokens=4, do_sample=False)
-        with sliced(model, plan.kept, config):
+        with shortened(model, plan, config):
             assert torch.equal(written, model.generate(batches[0], max_new_tokens=4, do_sample=False))
         assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
     assert prefix.taken >= 2

@@ -10,12 +10,12 @@ import pytest
 import tiny
 import torch
 
-from slicer.checkpoint.parts import bypass_parts
 from slicer.errors import UsageError
 from slicer.measure.importance import leave_out
 from slicer.measure.questions import Choice, Questions
 from slicer.measure.shapley import Coalitions, _marginals, leave_one_out, shapley
 from slicer.measure.stream import Walk
+from slicer.model.sublayers import bypass_sublayers
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def _answer(model: Any, batches: list[torch.Tensor], choices: tuple[Choice, ...]
 
 def test_values_of_a_score_are_those_of_brute_force(model: Any, questions: Questions) -> None:
     def errors(gone: frozenset[int]) -> float:
-        with bypass_parts(model, gone, gone):
+        with bypass_sublayers(model, gone, gone):
             wrong = [
                 _answer(model, list(questions.batches), tuple(choices)) not in right
                 for choices, right in zip(questions.choices, questions.right, strict=True)

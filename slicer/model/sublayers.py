@@ -1,4 +1,4 @@
-"""Attention and feed-forward parts of a loaded layer: what they add to the residual stream, and how to silence them."""
+"""Attention and feed-forward sublayers of a loaded layer: what each adds to the residual stream, and how to omit it."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _FEED_FORWARDS = ("mlp", "feed_forward", "ffn", "mlp_block", "block_sparse_moe",
 
 
 def attention_outputs(layer: nn.Module) -> list[nn.Module]:
-    """The modules whose output is what the attention of `layer` (or what it has instead) adds to the stream."""
+    """The modules whose output the attention of `layer` (or what it has instead) adds to the residual stream."""
     return [m for name, m in layer.named_modules() if name in architectures.ATTENTION_OUTPUTS]
 
 
 def ffn_outputs(layer: nn.Module) -> list[nn.Module]:
-    """The same for its feed-forward part."""
+    """The same for its feed-forward sublayer."""
     return [module for name, module in layer.named_children() if name in _FEED_FORWARDS]
 
 
 @contextlib.contextmanager
 def silenced(modules: Iterable[nn.Module], update: torch.Tensor | None = None) -> Iterator[None]:
-    """Inside the block the `modules` put out zeros, or `update` [d] for every token."""
+    """Inside the block the `modules` return zeros, or `update` [d] for every token."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         states = output[0] if isinstance(output, tuple) else output
@@ -46,24 +46,26 @@ def silenced(modules: Iterable[nn.Module], update: torch.Tensor | None = None) -
 
 
 @contextlib.contextmanager
-def bypass_parts(model: Model, attention: Iterable[int], ffn: Iterable[int]) -> Iterator[None]:
-    """Inside the block the attention of some layers, and the feed-forward part of some, add nothing to the stream.
+def bypass_sublayers(model: Model, attention: Iterable[int], ffn: Iterable[int]) -> Iterator[None]:
+    """Inside the block the attention of some layers, and the feed-forward sublayer of some, add nothing to the stream.
 
-    A layer in both passes its input on. Raises ArchitectureError where a layer has no such part that is known.
+    A layer in both returns its input. Raises ArchitectureError where a layer has no such sublayer that is known.
     """
     attention, ffn, layers = set(attention), set(ffn), decoder_layers(model)
     with contextlib.ExitStack() as stack:
         stack.enter_context(bypass(model, attention & ffn))
         for i in sorted(attention ^ ffn):
-            stack.enter_context(without_parts(layers[i], i in attention, i in ffn, i))
+            stack.enter_context(without_sublayers(layers[i], i in attention, i in ffn, i))
         yield
 
 
 @contextlib.contextmanager
-def without_parts(layer: nn.Module, attention: bool, ffn: bool, number: int | None = None) -> Iterator[None]:
-    """Inside the block the attention, or the feed-forward part, of `layer` adds nothing to the stream.
+def without_sublayers(
+    layer: nn.Module, attention: bool, ffn: bool, number: int | None = None
+) -> Iterator[None]:
+    """Inside the block the attention, or the feed-forward sublayer, of `layer` adds nothing to the stream.
 
-    Raises ArchitectureError where it has no such part that is known; `number` is for the message.
+    Raises ArchitectureError where it has no such sublayer that is known; `number` is for the message.
     """
     with contextlib.ExitStack() as stack:
         for gone, outputs, what in (

@@ -1,17 +1,17 @@
-"""Where a layer writes into the residual stream, and how a change there reaches the layer's output.
+"""The linear maps that write to the residual stream, and how a change of their output reaches the layer's output.
 
-Three cases, told apart by running the layer, not by its name:
+Three kinds, found by running the layer, not by its name:
 
-    direct   the map's output is added to the stream, times a factor (one, a constant, or a gate of each token)
-    normed   a norm stands between the map and the stream (Gemma 2 and 3, OLMo 2, GLM-4, EXAONE 4)
-    experts  a mixture of experts: a map of their sum goes into every expert's last matrix
+    direct   the map's output is added to the stream, times a factor (one, a constant, or a gate for each token)
+    normed   a norm follows the map (Gemma 2 and 3, OLMo 2, GLM-4, EXAONE 4)
+    experts  a mixture of experts: a linear map of their sum is multiplied into the last matrix of every expert
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,66 +19,17 @@ from torch import nn
 
 from slicer.checkpoint.architectures import ATTENTION_OUTPUTS, EXPERT_MODULES, FEED_FORWARD_OUTPUTS
 
-_PROPORTIONAL = (
-    0.05  # how far from a multiple of itself a change may arrive and still count as passed on directly
-)
-
-
-@dataclass(frozen=True)
-class LayerChange:
-    """New weights of one layer.
-
-    Attributes:
-        layer: its index in the source.
-        parameters: name within the layer -> the new tensor, in the shape and dtype of the old one.
-        transforms: module within the layer -> T [d, d] float32, which its output is multiplied by: for experts.
-        report: what was solved, with errors before and after, for the record.
-    """
-
-    layer: int
-    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
-    transforms: dict[str, torch.Tensor] = field(default_factory=dict)
-    report: list[dict[str, Any]] = field(default_factory=list)
-
-
-@contextlib.contextmanager
-def applied(layer: nn.Module, change: LayerChange) -> Iterator[None]:
-    """Inside the block `layer` has the new weights of `change`; afterwards its own again."""
-    old: dict[str, torch.Tensor] = {}
-    handles = []
-    parameters = dict(layer.named_parameters())
-    try:
-        for name, value in change.parameters.items():
-            old[name] = parameters[name].data
-            parameters[name].data = value.to(parameters[name].device)
-        for name, matrix in change.transforms.items():
-            handles.append(layer.get_submodule(name).register_forward_hook(_multiplying(matrix)))
-        yield
-    finally:
-        for name, value in old.items():
-            parameters[name].data = value
-        for handle in handles:
-            handle.remove()
-
-
-def _multiplying(matrix: torch.Tensor) -> Callable[[nn.Module, Any, Any], Any]:
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        states = output[0] if isinstance(output, tuple) else output
-        new = (states.float() @ matrix.to(states.device).T).to(states.dtype)
-        return (new, *output[1:]) if isinstance(output, tuple) else new
-
-    return hook
+_PROPORTIONAL = 0.05  # a change that arrives no further from a multiple of itself is passed on directly
 
 
 @dataclass
 class Output:
-    """One map into the stream.
+    """One map into the residual stream.
 
     Attributes:
         name: the module within the layer.
         kind: "direct", "normed" or "experts".
-        factor: what a direct change is multiplied by on its way, where that is the same for every token; None where
-            each token has its own.
+        factor: what a direct change is multiplied by on its way; None where each token has its own factor.
         norm: the module of the norm that follows.
     """
 
@@ -106,8 +57,8 @@ class Output:
         return bias if isinstance(bias, torch.Tensor) else None
 
 
-class Seen:
-    """What one run of a layer showed of an output: z [.., f] in, u [.., d] out, o [.., d] out of the norm."""
+class Observed:
+    """The tensors of one run of a layer: z [.., f] into the map, u [.., d] out of it, o [.., d] out of the norm."""
 
     def __init__(self) -> None:
         self.features: torch.Tensor | None = None
@@ -116,9 +67,9 @@ class Seen:
 
 
 @contextlib.contextmanager
-def watching(layer: nn.Module, output: Output) -> Iterator[Seen]:
-    """Keep what passes through `output` in each run of the layer inside the block."""
-    seen = Seen()
+def watching(layer: nn.Module, output: Output) -> Iterator[Observed]:
+    """Keep the tensors of `output` in each run of the layer inside the block."""
+    seen = Observed()
 
     def into(module: nn.Module, args: Any) -> None:
         seen.features = args[0]
@@ -144,35 +95,34 @@ def watching(layer: nn.Module, output: Output) -> Iterator[Seen]:
 def find(
     layer: nn.Module,
     run: Callable[[], torch.Tensor],
-    *,
-    attention: bool,
-    storable: Callable[[str, nn.Module], bool],
+    sublayer: str,
+    holds: Callable[[str, nn.Module], bool],
 ) -> list[Output]:
-    """The outputs of the layer's feed-forward part (or of its attention) that can be changed, classified.
+    """The outputs of a sublayer ("attention" or "ffn") of `layer` that can be changed, with their kinds.
 
-    `run()` runs the layer on some tokens and returns its output [batch, seq, d]; `storable(name, module)` says
-    whether the checkpoint has a tensor of that name.
+    `run()` runs the layer on some tokens and returns its output [batch, seq, d]; `holds(name, module)`: whether the
+    checkpoint holds the tensors of a module under its name.
     """
     found = []
     modules = dict(layer.named_modules())
-    for name in ATTENTION_OUTPUTS if attention else FEED_FORWARD_OUTPUTS:
+    for name in ATTENTION_OUTPUTS if sublayer == "attention" else FEED_FORWARD_OUTPUTS:
         module = modules.get(name)
         weight = getattr(module, "weight", None)
         if module is None or not isinstance(weight, torch.Tensor) or weight.ndim != 2:
             continue
-        if storable(name, module):
+        if holds(name, module):
             found.append(_classified(layer, Output(name, module), run))
-    if not attention:
+    if sublayer == "ffn":
         for name in EXPERT_MODULES:
             module = modules.get(name)
-            if module is not None and hasattr(module, "experts") and storable(name, module):
-                # A map of the sum goes into shared experts too, so they are not changed on their own.
+            if module is not None and hasattr(module, "experts") and holds(name, module):
+                # The map of the sum is multiplied into shared experts too: they are not changed on their own.
                 found = [_classified(layer, Output(name, module, kind="experts"), run)]
     return [output for output in found if output is not None]
 
 
 def _classified(layer: nn.Module, output: Output, run: Callable[[], torch.Tensor]) -> Output | None:
-    """`output` with its kind: push its output a little, and see what arrives at the end of the layer."""
+    """`output` with its kind: change its output a little, and compare the layer's output. None: it has no effect."""
     output.norm = _norm_after(layer, output, run)
     if output.norm is not None:
         if output.kind == "experts":
@@ -180,14 +130,14 @@ def _classified(layer: nn.Module, output: Output, run: Callable[[], torch.Tensor
         output.kind = "normed"
         return output
     factors, apart = arriving(output, run)
-    if apart > _PROPORTIONAL:  # it also passes through what follows in the layer: the direct way counts
+    if apart > _PROPORTIONAL:  # it also passes through the rest of the layer: only the direct way is counted
         output.factor = float(factors.mean())
     elif float(factors.std()) < _PROPORTIONAL * abs(float(factors.mean())):
         output.factor = _rounded(float(factors.mean()))
     else:
         output.factor = None
     if output.factor is not None and abs(output.factor) < 1e-3:
-        return None  # it does not reach the stream at all
+        return None
     return output
 
 
@@ -196,7 +146,7 @@ def _rounded(factor: float) -> float:
 
 
 def _norm_after(layer: nn.Module, output: Output, run: Callable[[], torch.Tensor]) -> str | None:
-    """The norm within the layer that is given just what `output` puts out."""
+    """The norm within the layer whose input is the very output of `output`."""
     last: list[torch.Tensor] = []
     followers: list[str] = []
 
@@ -228,8 +178,8 @@ def _norm_after(layer: nn.Module, output: Output, run: Callable[[], torch.Tensor
 
 
 def arriving(output: Output, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
-    """Push `output` by a random p and compare what arrives, q, with p: the factor (p.q / p.p) of each token [batch,
-    seq], and how far q is from that multiple of p (the root of the mean square, relative)."""
+    """Add a random p to `output` and compare the change q of the layer's output with p: the factor (p.q / p.p) of each
+    token [batch, seq], and the relative root mean square distance of q from that multiple of p."""
     pushed: list[torch.Tensor] = []
     base = run().float()
     generator = torch.Generator().manual_seed(0)
@@ -254,7 +204,7 @@ def arriving(output: Output, run: Callable[[], torch.Tensor]) -> tuple[torch.Ten
 
 
 def parameters_after(output: Output, delta: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Names and new tensors of `output` once D [d, f] is added to W; a column beyond f is added to the bias."""
+    """Name -> new tensor of `output` when D [d, f] is added to W; a column beyond f is added to the bias."""
     weight, bias = output.weight, output.bias
     features = weight.shape[1]
     new = (weight.double() + delta[:, :features].to(weight.device)).to(weight.dtype)

@@ -1,25 +1,34 @@
-"""The loss that the second-order steps lower, from what stands behind a model's last layer, and its slopes there.
+"""The loss that the second-order steps lower, from the states behind a model's last layer, and its gradients there.
 
-With p the source's distribution over the next token, q the sliced model's, and y the token that follows, in nats:
+With p the source's distribution over the next token, q the pruned model's, and y the token that follows, in nats:
 
     L = (1 - MIX) KL(p || q) - MIX log q(y)
 
-It is judged over the whole vocabulary. Its slopes are taken over a part that stands for all of it (`vocabulary`).
+It is judged over the whole vocabulary. Its gradients are computed over a part of it, for most rows of a large head add
+little and take most of the time: likely tokens as they are, and a sample of the others. The probability of a sampled
+token counts as many times as there are tokens to each of the sample, so that the sum over the others is right on
+average, and the loss still keeps the model from giving probability to tokens that no text has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
 from slicer.heal.precision import free_memory
-from slicer.heal.vocabulary import choose, narrowed
 from slicer.measure.states import States
 from slicer.measure.stream import Walk
 
 MIX = 0.25  # share of the text itself in the loss
 STRIDE = 2  # of the sequences held out, one position in so many is judged
+LIKELY = 12288  # tokens taken as they are, at most, but for those that must be among them
+SAMPLE = 4096  # tokens that are sampled from the others
 _CHUNK = 128  # positions whose logits are held at a time
 
 
@@ -27,11 +36,11 @@ class Objective:
     """L of the model that `walk` goes over.
 
     Args:
-        target: what the source has behind its last layer, and the tokens.
+        target: the states of the source behind its last layer, and the tokens.
         held: the batches that L is judged on.
     """
 
-    def __init__(self, walk: Walk, target: States, held: range) -> None:
+    def __init__(self, walk: Walk, target: States, held: Sequence[int]) -> None:
         self._walk, self._target, self._held = walk, target, held
         room = free_memory(walk.device) // 4
         # p at the positions judged, as far as there is room; over all of them sum p log p, and each token's likelihood
@@ -70,7 +79,7 @@ class Objective:
     def slopes(
         self, b: int, last: torch.Tensor, generator: torch.Generator | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The slopes of L, and of the log likelihood of tokens drawn from q, along `last`, [batch, seq, d].
+        """The gradients of L, and of the log likelihood of tokens drawn from q, along `last`, [batch, seq, d].
 
         The latter are zero without a generator. A sum over positions, not a mean.
         """
@@ -120,5 +129,60 @@ class Objective:
 
 
 def _chances(logits: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
-    """q, float32; each token counted as many times as it stands for others."""
+    """q, float32; each token counted as many times as its offset says."""
     return (logits.float() if offset is None else logits.float() + offset.to(logits.device)).softmax(-1)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """`tokens`: int64 [v], ascending. `offset`: float32 [v], to be added to their logits: the log of the number of
+    tokens that each counts for."""
+
+    tokens: torch.Tensor
+    offset: torch.Tensor
+
+    def index(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Where `tokens`, which must be among them, stand: int64 of the same shape."""
+        return torch.searchsorted(self.tokens, tokens)
+
+
+def choose(likelihood: torch.Tensor, wanted: torch.Tensor, seed: int = 0) -> Vocabulary:
+    """The `wanted` tokens and the most likely others, by `likelihood` [V], and a sample of the rest.
+
+    All of the vocabulary where that saves little.
+    """
+    size = len(likelihood)
+    likelihood = likelihood.detach().float().cpu().clone()
+    likelihood[wanted.flatten().cpu()] = float("inf")
+    if size <= 2 * (LIKELY + SAMPLE) or int(likelihood.isinf().sum()) + SAMPLE > size // 2:
+        return Vocabulary(torch.arange(size), torch.zeros(size))
+    count = max(LIKELY, int(likelihood.isinf().sum()))
+    order = torch.argsort(likelihood, descending=True, stable=True)
+    likely, rest = order[:count], order[count:]
+    drawn = rest[torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))[:SAMPLE]]
+    weight = torch.full((len(drawn),), math.log(len(rest) / len(drawn)))
+    tokens, places = torch.cat([likely, drawn]).sort()
+    return Vocabulary(tokens, torch.cat([torch.zeros(count), weight])[places])
+
+
+@contextlib.contextmanager
+def narrowed(model: Any, vocabulary: Vocabulary) -> Iterator[bool]:
+    """Inside the block the head of `model` gives the logits of the vocabulary's tokens alone.
+
+    False, and the head as it is, where that is no plain matrix or the vocabulary is whole.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or len(vocabulary.tokens) == head.weight.shape[0]:
+        yield False
+        return
+    weight, bias = head.weight, head.bias
+    at = vocabulary.tokens.to(weight.device)
+    try:  # other parameters than before: a tied embedding keeps its own
+        head.weight = nn.Parameter(weight.data[at], requires_grad=False)
+        if bias is not None:
+            head.bias = nn.Parameter(bias.data[at], requires_grad=False)
+        yield True
+    finally:
+        head.weight = weight
+        if bias is not None:
+            head.bias = bias

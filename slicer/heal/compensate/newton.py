@@ -6,32 +6,32 @@ matrix W [d, f] with inputs z and loss gradients g of its outputs a multiple of
 
     D = -(G + b I)^-1 (dL/dW) (A + a I)^-1,    A = E[z z^T],  G = E[g g^T]
 
-where G takes the g of tokens drawn from q, so that G (x) A is the Fisher information. With a few ten thousand tokens
-the noise of dL/dW in the flat directions outweighs what a full Newton step wins there: p parameters cost p / 2N nats on
-N tokens. Hence the large a and b. All matrices step together, and the length is searched on the sequences held out.
-A length at which KL(p || q) there is above what least squares left is refused: the text may not lead the model away
+where G takes the g of tokens drawn from q, so that G (x) A is the Fisher information. With some ten thousand tokens
+the noise of dL/dW in the flat directions outweighs what a full Newton step gains there: p parameters cost p / 2N nats
+on N tokens. Hence the large a and b. All matrices step together, and the length is searched on the sequences held out.
+A length at which KL(p || q) there is above what least squares left is refused: the text must not lead the model away
 from the source. There is no learning rate: a step is one pass forward and back, and two Cholesky solves a matrix.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from slicer.checkpoint.architectures import ATTENTION_OUTPUTS, FEED_FORWARD_OUTPUTS
-from slicer.heal.curvature import Matrix
-from slicer.heal.objective import Objective
-from slicer.heal.outputs import LayerChange, Output
+from slicer.heal.compensate.objective import Objective
+from slicer.heal.patch import Holds
 from slicer.heal.precision import free_memory
-from slicer.measure.states import States
-from slicer.measure.stream import Walk
+from slicer.model.output_maps import Output
+from slicer.model.pruned import PrunedRun
 
 STEPS = 3
-NAMES = (*ATTENTION_OUTPUTS, *FEED_FORWARD_OUTPUTS)
+DAMPING = (0.1, 1.0)  # a and b, in units of the mean of the diagonal of A and G
 PARTS = 3  # each step takes another such part of the sequences, interleaved
 DRAWN = 4  # one batch in so many gives G
 _FIRST = 0.02  # length that is tried first: the largest change of a matrix, relative
@@ -39,37 +39,24 @@ _HALVINGS = 5
 
 
 class Newton:
-    """Takes steps on matrices of `layers`, which are run one after the other.
-
-    Inside its `with` block the model has the new weights; afterwards its own.
+    """Takes steps on the output matrices of all sublayers of `run`. Inside its `with` block the model has the new
+    weights; afterwards its own.
 
     Args:
-        layers: kept layers, ascending, to the last of the model.
-        origin, target: what enters the first of `layers`; and what the source has behind its last layer.
-        held: the batches that choose the length of each step; the others are fitted.
-        storable: whether the checkpoint has the weights of a module of a layer.
+        run: prepared; its target is needed. Its held-out batches choose the length of each step.
+        holds: whether the checkpoint holds the weights of a module of a layer.
         written: what new weights are rounded to; None: their own dtype.
     """
 
-    def __init__(
-        self,
-        walk: Walk,
-        layers: Sequence[int],
-        origin: States,
-        target: States,
-        held: range,
-        storable: Callable[[int, str, nn.Module], bool],
-        written: torch.dtype | None = None,
-    ) -> None:
-        self._walk, self._layers, self._held = walk, layers, held
-        self._origin, self._objective = origin, Objective(walk, target, held)
+    def __init__(self, run: PrunedRun, holds: Holds, written: torch.dtype | None = None) -> None:
+        self._run, self._objective = run, Objective(run.walk, run.target, run.held)
         found = (
             (i, name, module)
-            for i in layers
-            for name, module in walk.layers[i].named_modules()
-            if name in NAMES and _steps(walk.layers[i], name, module) and storable(i, name, module)
+            for i in run.layers
+            for name, module in run.walk.layers[i].named_modules()
+            if _stays(run, i, name) and _steps(run.walk.layers[i], name, module) and holds(i, name, module)
         )
-        self._matrices = list(_affordable(found, walk.device, written))
+        self._matrices = list(_affordable(found, run.walk.device, written))
         self._size = _FIRST
         self._loss, self._limit = self.judge()
 
@@ -95,42 +82,26 @@ class Newton:
             matrix.put(matrix.delta)
         return length > 0
 
-    def changes(self, before: Mapping[int, LayerChange]) -> dict[int, LayerChange]:
-        """`before` with what the steps made of it."""
-        after = {
-            i: LayerChange(i, dict(c.parameters), dict(c.transforms), list(c.report))
-            for i, c in before.items()
-        }
-        for matrix in self._matrices:
-            if not bool(matrix.delta.any()):
-                continue
-            change = after.setdefault(matrix.layer, LayerChange(matrix.layer))
-            change.parameters[f"{matrix.name}.weight"] = matrix.weight.clone()
-            relative = float(matrix.delta.norm() / matrix.weight.float().norm())
-            change.report.append(
-                {"layer": matrix.layer, "module": matrix.name, "way": "newton", "change": round(relative, 6)}
-            )
-        return after
+    def stepped(self) -> list[Matrix]:
+        """The matrices that have changed."""
+        return [matrix for matrix in self._matrices if bool(matrix.delta.any())]
 
     def judge(self) -> tuple[float, float]:
         """L and KL(p || q) on the sequences held out."""
         with torch.no_grad():
-            return self._objective.judge((b, self._run(b, self._origin[b])) for b in self._held)
-
-    # --- one pass ---------------------------------------------------------------------------------------------------
+            return self._objective.judge((b, self._run.run(b)) for b in self._run.held)
 
     def _gather(self, part: int, *, curvature: bool) -> None:
         """dL/dW of every matrix on a part of the sequences fitted; with `curvature` also A and G."""
         for matrix in self._matrices:
             matrix.gradient.zero_()
         generator = torch.Generator().manual_seed(0)
-        fitted = [b for b in range(len(self._origin)) if b not in self._held]
+        fitted = [b for b in range(len(self._run.origin)) if b not in self._run.held]
         fitted = fitted[part::PARTS] or fitted
         with self._watching():
             for at, b in enumerate(fitted):
                 draws = curvature and at % DRAWN == 0
-                first = self._origin[b].to(self._walk.device).clone().requires_grad_()
-                last = self._run(b, first.clone(), gradient=True)  # a layer may write into what it is given
+                last = self._run.run(b, gradient=True)
                 asked, drawn = self._objective.slopes(b, last.detach(), generator if draws else None)
                 seen = [
                     matrix for matrix in self._matrices if matrix.u is not None and matrix.u.requires_grad
@@ -143,11 +114,6 @@ class Newton:
                     slopes = torch.autograd.grad(last, outputs, drawn, allow_unused=True)
                     for matrix, slope in zip(seen, slopes, strict=True):
                         matrix.draw(slope)
-
-    def _run(self, b: int, states: torch.Tensor, *, gradient: bool = False) -> torch.Tensor:
-        for i in self._layers:
-            states = self._walk.call(i, b, states, gradient=gradient)
-        return states
 
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
@@ -197,9 +163,15 @@ class Newton:
         return best, tried[best]
 
 
+def _stays(run: PrunedRun, i: int, name: str) -> bool:
+    """Whether a module of layer i is the output matrix of a sublayer that the plan keeps."""
+    attention, ffn = (i not in gone for gone in run.gone)
+    return (attention and name in ATTENTION_OUTPUTS) or (ffn and name in FEED_FORWARD_OUTPUTS)
+
+
 def _steps(layer: nn.Module, name: str, module: nn.Module) -> bool:
-    """Whether the module is a plain matrix (nn.Linear, GPT-2's Conv1D), and no shared expert: those take the map of
-    all experts' sum."""
+    """Whether the module is a plain matrix (nn.Linear, GPT-2's Conv1D), and no shared expert: these are multiplied by
+    the map of all experts' sum."""
     plain = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
     return plain and not hasattr(layer.get_submodule(name.rpartition(".")[0].partition(".")[0]), "experts")
 
@@ -215,3 +187,77 @@ def _affordable(
         if room < 0:
             return
         yield Matrix(i, name, module, written)
+
+
+class Matrix:
+    """A matrix W of a kept layer with its Kronecker-factored curvature: its change so far, and the sums of one pass.
+
+    Attributes:
+        layer, name: the layer of the source, and the module within it.
+        delta: float32 [d, f], what was added to W so far.
+        gradient: dL/dW, float32 [d, f].
+        inputs, outputs: A [f, f] and G [d, d], float32.
+        z, u: input [.., f] and output [.., d] of the last run.
+    """
+
+    def __init__(self, layer: int, name: str, module: nn.Module, written: torch.dtype | None = None) -> None:
+        self.layer, self.name, self.module = layer, name, module
+        output = Output(name, module)
+        weight = module.weight
+        assert isinstance(weight, nn.Parameter)
+        self._parameter, self._transposed, self._own = weight, output.transposed, weight.data
+        d, f = output.weight.shape
+        new = partial(torch.zeros, dtype=torch.float32, device=weight.device)
+        self.delta, self.gradient = new(d, f), new(d, f)
+        self.inputs, self.outputs = new(f, f), new(d, d)
+        self._written = written or weight.dtype
+        self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.z: torch.Tensor | None = None
+        self.u: torch.Tensor | None = None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """As it is now, in the layout and dtype of the checkpoint."""
+        return self._parameter.data
+
+    def put(self, delta: torch.Tensor) -> None:
+        """Set W to its first value plus `delta`, in its own dtype, rounded as it will be written."""
+        change = delta.T if self._transposed else delta
+        self._parameter.data = (self._own.float() + change).to(self._written).to(self._own.dtype)
+
+    def restore(self) -> None:
+        """Put back the tensor that W was at first."""
+        self._parameter.data = self._own
+
+    def take(self, slope: torch.Tensor | None, curvature: bool) -> None:
+        """Add the tokens of one batch: dL/du [.., d] of the last run."""
+        if slope is None or self.z is None:
+            return
+        z, g = self.z.flatten(0, -2).float(), slope.flatten(0, -2).float()
+        self.gradient += g.T @ z
+        if curvature:
+            step = max(256, -(-z.shape[1] // 8))
+            for start in range(0, z.shape[1], step):  # A is symmetric: its upper triangle will do
+                self.inputs[start : start + step, start:] += z[:, start : start + step].T @ z[:, start:]
+
+    def draw(self, slope: torch.Tensor | None) -> None:
+        """Add to G the gradients [.., d] of the log likelihood of drawn tokens."""
+        if slope is not None:
+            g = slope.flatten(0, -2).float()
+            self.outputs += g.T @ g
+
+    def direction(self) -> torch.Tensor:
+        """D, float32 [d, f], up to a factor that all matrices share; the first call factors A and G in place."""
+        if self._factors is None:
+            self._factors = _factor(self.outputs, DAMPING[1]), _factor(self.inputs, DAMPING[0])
+        left, right = self._factors
+        step = torch.cholesky_solve(self.gradient, left, upper=True)
+        return -torch.cholesky_solve(step.T, right, upper=True).T
+
+
+def _factor(matrix: torch.Tensor, strength: float) -> torch.Tensor:
+    """U with U^T U = M + s m I, of M's upper triangle, in its place; m is the mean of M's diagonal."""
+    mean = matrix.diagonal().mean()
+    matrix.diagonal().add_(strength * mean if bool(mean > 0) else 1.0)
+    factor: torch.Tensor = torch.linalg.cholesky(matrix, upper=True, out=matrix)
+    return factor

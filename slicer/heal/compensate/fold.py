@@ -1,0 +1,249 @@
+"""The fold: solve the maps into the residual stream before each gap again, so that the stream behind the gap is the
+source's.
+
+A gap is a run of sublayers that are removed (`slicer.heal.compensate.gaps`); the sublayer before it stays. On
+calibration tokens the source has the residual stream x behind the gap, and the cut has there the stream h behind that
+sublayer. With z the inputs of a map W of the sublayer into the stream, W is replaced by W + D, where D z approximates
+x - h by least squares (`slicer.heal.compensate.regression`): `resolve`. `transform` is the special case D = (T - 1) W
+of ReplaceMe (arXiv 2505.02819), whose T acts on the sublayer's output.
+
+In memory, each solution of `resolve` is kept only if it lowers the loss on the held-out sequences; then all maps from
+one layer before the first gap on take second-order steps (`slicer.heal.compensate.newton`). A model that is streamed
+from disk gets the solutions alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from slicer.errors import HealError, UsageError
+from slicer.heal.compensate.gaps import Gap, GapPass
+from slicer.heal.compensate.newton import STEPS, Newton
+from slicer.heal.compensate.regression import (
+    LayerFit,
+    Solution,
+    gather,
+    held_out_sequences,
+    norm_gain,
+    solve,
+    split,
+)
+from slicer.heal.patch import Holds, Solved
+from slicer.heal.precision import in_float32
+from slicer.measure.states import Course, States
+from slicer.measure.stream import Walk, walk_loss
+from slicer.model.output_maps import Output, find, parameters_after
+from slicer.model.pruned import Edits, LayerEdit, PrunedRun, edited, pruned_layer
+from slicer.plan.plan import Plan
+from slicer.plan.records import Losses, SolvedMatrix
+from slicer.progress import Progress
+
+SOLVERS = ("resolve", "transform")
+BEFORE = 1  # layers before the one of the first gap that take second-order steps too
+_NORM_STEPS = 3  # Gauss-Newton steps where a norm follows the map
+
+
+def fold(
+    walk: Walk,
+    batches: Sequence[torch.Tensor],
+    plan: Plan,
+    *,
+    holds: Holds,
+    solver: str = "resolve",
+    written: torch.dtype | None = None,
+    activations: Course | None = None,
+    progress: Progress | None = None,
+) -> Solved:
+    """Solve the maps before each gap that `plan` leaves again, in order, each on the states of the repaired model.
+
+    `walk` is over the source; `batches` are int64 [batch, seq] without padding. `holds(i, name, module)`: whether the
+    checkpoint holds the weights of a module of layer i under its name. `activations`, of the same model and batches,
+    spares the next fold the pass through the source. New weights are rounded to the dtype `written` (None: the
+    model's), so that they are judged as they will be read. A 16-bit model computes in float32 where memory allows.
+
+    Raises HealError for too little text or where no weight can be changed, ArchitectureError where the attention of a
+    layer is removed that runs beside its feed-forward sublayer.
+    """
+    if solver not in SOLVERS:
+        raise UsageError(f"fold {solver!r}: choose one of {', '.join(SOLVERS)}")
+    held = tuple(sorted(held_out_sequences(batches)))
+    with in_float32(walk.model):
+        precision = str(walk.model.dtype).removeprefix("torch.")
+        folding = _Folding(walk, batches, plan, holds, solver, written, progress or Progress())
+        edits, report, losses = folding.run(activations)
+    edits = {i: _in_own_dtype(walk.layers[i], edit) for i, edit in sorted(edits.items())}
+    return Solved(edits, losses, "fold", solver, report=report, held_out=held, precision=precision)
+
+
+@dataclass
+class _Change:
+    """New tensors of one layer while they are solved, as in `LayerEdit`, and what was solved."""
+
+    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+    transforms: dict[str, torch.Tensor] = field(default_factory=dict)
+    report: list[SolvedMatrix] = field(default_factory=list)
+
+    @property
+    def edit(self) -> LayerEdit:
+        return LayerEdit(self.parameters, self.transforms)
+
+
+class _Folding:
+    """One fold. `judges`: whether each solution is kept only if it lowers the loss on the held-out sequences."""
+
+    def __init__(
+        self,
+        walk: Walk,
+        batches: Sequence[torch.Tensor],
+        plan: Plan,
+        holds: Holds,
+        solver: str,
+        written: torch.dtype | None,
+        progress: Progress,
+    ) -> None:
+        self._walk, self._plan, self._holds, self._solver = walk, plan, holds, solver
+        self._data, self._written, self._progress = split(batches), written, progress
+        self._judges = walk.loaded and solver == "resolve"
+        self._changes: dict[int, _Change] = {}
+        self._least = 0.0  # the loss on the held-out sequences, with what was kept so far
+        self._nearest: tuple[float, int, _Change] | None = None  # of the changes that were not kept
+
+    def run(self, activations: Course | None) -> tuple[Edits, tuple[SolvedMatrix, ...], Losses]:
+        """(the edits, what was solved, the losses on the held-out sequences)."""
+        self._progress.stage("Healing the cut", self._walk.depth, "layers")
+        both = GapPass(self._walk, self._data, self._plan, activations, self._progress)
+        bare: PrunedRun | None = None
+        if self._judges:
+            both.advance(max(0, both.gaps[0].layer - BEFORE))
+            bare = PrunedRun(self._walk, self._plan, both.source.copy(), self._data.held)
+            before = self._least = self._loss(bare)
+        for gap, target in both:
+            if gap.layer >= 0:
+                self._heal(gap, both, target)
+        if bare is None:
+            losses = both.finish()
+        else:
+            while both.source.layer < self._walk.depth:
+                both.advance_source()
+            run = PrunedRun(self._walk, self._plan, bare.origin, self._data.held, both.source)
+            after = self._steps(run)
+            if not self._changes and self._nearest is not None:  # who asked for a fold gets the least bad one
+                after, layer, change = self._nearest
+                self._changes = {layer: change}
+            source = walk_loss(self._walk, both.source.tokens, both.source.__getitem__, self._data.held)
+            losses = Losses(source, before, after)
+        if not self._changes:
+            raise HealError(
+                "no weights next to the cut can take the fold, or none gains by it; use --heal none"
+            )
+        report = tuple(entry for _, change in sorted(self._changes.items()) for entry in change.report)
+        return {i: change.edit for i, change in self._changes.items()}, report, losses
+
+    def _loss(self, run: PrunedRun, edits: Edits | None = None) -> float:
+        with run.prepared(edits or {}):
+            return run.loss()
+
+    def _heal(self, gap: Gap, both: GapPass, target: States) -> None:
+        """Solve the sublayer before `gap` so that it puts out `target`, then advance the cut through its layer.
+
+        `resolve` also tries to solve the attention first where the gap is behind the feed-forward sublayer.
+        """
+        i, cut, best = gap.layer, both.cut, _Change()
+        ways: list[tuple[str, ...]] = [(gap.sublayer,)]
+        if gap.sublayer == "ffn" and self._solver == "resolve" and i not in self._plan.gone[0]:
+            ways.append(("attention", "ffn"))
+        with self._walk.layer(i) as layer:
+            for sublayers in ways:
+                with pruned_layer(layer, i, self._plan.gone, None, 0.0):
+                    fit = LayerFit(self._walk, i, layer, cut, target, self._data.held)
+                    change = self._solved(fit, sublayers)
+                if not change.report:
+                    continue
+                if self._judges:
+                    run = PrunedRun(self._walk, self._plan, cut, self._data.held)
+                    loss = self._loss(run, {i: change.edit})
+                    if not loss < self._least:
+                        if self._nearest is None or loss < self._nearest[0]:
+                            self._nearest = loss, i, change
+                        continue
+                    self._least = loss
+                best = change
+                if not self._judges:
+                    break
+            if best.report:
+                self._changes[i] = best
+            with edited(layer, best.edit):
+                both.advance_cut(i)
+
+    def _steps(self, run: PrunedRun) -> float:
+        """Second-order steps from the changes so far; the loss on the held-out sequences after them."""
+        self._progress.stage("Healing the cut: second-order steps", STEPS, "steps")
+        edits = {i: change.edit for i, change in self._changes.items()}
+        with run.prepared(edits), Newton(run, self._holds, self._written) as newton:
+            for number in range(STEPS):
+                if not newton.step(number):
+                    break
+                self._progress.advance()
+            for matrix in newton.stepped():
+                change = self._changes.setdefault(matrix.layer, _Change())
+                change.parameters[f"{matrix.name}.weight"] = matrix.weight.clone()
+                relative = round(float(matrix.delta.norm() / matrix.weight.float().norm()), 6)
+                change.report.append(SolvedMatrix(matrix.layer, matrix.name, "newton", change=relative))
+            return run.loss()
+
+    def _solved(self, fit: LayerFit, sublayers: Sequence[str]) -> _Change:
+        """The new weights of one layer, sublayer after sublayer."""
+        change = _Change()
+        for sublayer in sublayers:
+            for output in find(fit.layer, fit.run, sublayer, partial(self._holds, fit.i)):
+                self._solve(fit, output, change)
+        for name, tensor in change.parameters.items():
+            change.parameters[name] = tensor.to(self._written or tensor.dtype).to(tensor.dtype)
+        return change
+
+    def _solve(self, fit: LayerFit, output: Output, change: _Change) -> None:
+        """Enter the solution of one output into `change`."""
+        for _ in range(_NORM_STEPS if output.kind == "normed" else 1):
+            with edited(fit.layer, change.edit):
+                solution = solve(gather(fit, output, self._solver))
+                if solution is None:
+                    break
+                _put(output, solution, self._solver, change)
+            change.report.append(
+                SolvedMatrix(fit.i, output.name, output.kind, solution.strength, round(solution.left, 6))
+            )
+        if output.norm is None or not self._holds(fit.i, output.norm, fit.layer.get_submodule(output.norm)):
+            return
+        with edited(fit.layer, change.edit):
+            more, left = norm_gain(fit, output)
+            if left < 1:
+                gain = fit.layer.get_submodule(output.norm).weight
+                assert isinstance(gain, torch.Tensor)
+                change.parameters[f"{output.norm}.weight"] = (gain.double() + more).to(gain.dtype)
+                change.report.append(SolvedMatrix(fit.i, output.norm, "gain", error_left=round(left, 6)))
+
+
+def _put(output: Output, solution: Solution, solver: str, change: _Change) -> None:
+    """Enter the solution into `change`; called while the changes so far are applied."""
+    if output.kind == "experts":
+        unit = torch.eye(len(solution.delta), dtype=torch.float64, device=solution.delta.device)
+        change.transforms[output.name] = (unit + solution.delta).float()
+    elif solver == "transform":
+        delta = solution.delta @ output.weight.double()
+        bias = output.bias
+        if bias is not None:
+            delta = torch.cat([delta, (solution.delta @ bias.double())[:, None]], dim=1)
+        change.parameters.update(parameters_after(output, delta))
+    else:
+        change.parameters.update(parameters_after(output, solution.delta))
+
+
+def _in_own_dtype(layer: nn.Module, edit: LayerEdit) -> LayerEdit:
+    """Rounded, where it was solved in a higher precision than the layer's."""
+    own = dict(layer.named_parameters())
+    return replace(edit, parameters={name: t.to(own[name].dtype) for name, t in edit.parameters.items()})

@@ -1,0 +1,164 @@
+"""The gaps that a plan leaves between sublayers, and one pass over the source and the cut, layer by layer, in parallel.
+
+Sublayers are numbered 2l (attention of layer l of the source) and 2l + 1 (its feed-forward sublayer). A dropped block
+of n whole layers is a gap of 2n sublayers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from slicer.errors import ArchitectureError
+from slicer.heal.compensate.regression import Split
+from slicer.measure.halves import Midway
+from slicer.measure.states import Course, States
+from slicer.measure.stream import Walk, walk_loss
+from slicer.model.pruned import norm_eps, pruned_layer
+from slicer.plan.plan import Plan
+from slicer.plan.records import Losses
+from slicer.progress import Progress
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The sublayers [start, end) are removed; those beside them stay."""
+
+    start: int
+    end: int
+
+    @property
+    def layer(self) -> int:
+        """The layer of the last sublayer before the gap; -1 where the gap begins the model."""
+        return (self.start - 1) // 2
+
+    @property
+    def sublayer(self) -> str:
+        """Which sublayer of that layer: "attention" or "ffn"."""
+        return "attention" if self.start % 2 else "ffn"
+
+    @property
+    def behind(self) -> int:
+        """The layer of the first sublayer behind the gap; the depth of the model where the gap ends it."""
+        return self.end // 2
+
+    @property
+    def within(self) -> bool:
+        """Whether that is its feed-forward sublayer, so that the gap ends within the layer."""
+        return self.end % 2 == 1
+
+
+def gaps_of(plan: Plan) -> list[Gap]:
+    """The gaps of a plan, in order."""
+    no_attention, no_ffn = plan.gone
+    runs = blocks([*(2 * i for i in no_attention), *(2 * i + 1 for i in no_ffn)])
+    return [Gap(start, end) for start, end in runs]
+
+
+def blocks(numbers: list[int]) -> list[tuple[int, int]]:
+    """[start, end) of each run of neighbouring numbers."""
+    runs: list[tuple[int, int]] = []
+    for i in sorted(numbers):
+        if runs and runs[-1][1] == i:
+            runs[-1] = (runs[-1][0], i + 1)
+        else:
+            runs.append((i, i + 1))
+    return runs
+
+
+class GapPass:
+    """One pass: the source, beside it the cut as repaired so far and, on the held-out batches, the bare cut.
+
+    Iterating gives each gap with the source's residual stream at its end, [batch, seq, d] by batch. `cut` then stands
+    before the layer `gap.layer`, and the caller must advance it through that layer (unless that is -1).
+
+    Attributes:
+        source, cut: residual streams; `cut` is a copy made at the first gap.
+    """
+
+    def __init__(
+        self, walk: Walk, data: Split, plan: Plan, activations: Course | None, progress: Progress
+    ) -> None:
+        self._walk, self._held, self._gone = walk, data.held, plan.gone
+        self._activations, self._progress = activations or Course(0), progress
+        self._midway = Midway(walk)
+        self.gaps = gaps_of(plan)
+        self.source: States = walk.start(data.batches)
+        self.cut = self.source
+        self._bare: dict[int, torch.Tensor] = {}
+
+    def __iter__(self) -> Iterator[tuple[Gap, States]]:
+        for gap in self.gaps:
+            self.advance(max(gap.layer, 0))
+            if self.cut is self.source:
+                self.cut = self.source.copy()
+                self._bare = {b: self.source[b].clone() for b in self._held}
+            while self.source.layer < gap.behind:
+                self.advance_source()
+            target = self._within(gap.behind) if gap.within else self.source
+            if gap.layer >= 0:
+                self._advance_bare(gap.layer)
+            yield gap, target
+            self.cut.layer = gap.behind
+
+    def advance(self, layer: int) -> None:
+        """Bring the source to this layer, and the cuts where they exist already."""
+        for i in range(self.cut.layer, layer):
+            with self._walk.layer(i):
+                if self.source.layer == i:
+                    self.advance_source()
+                if self.cut is not self.source:
+                    self._advance_bare(i)
+                    self.advance_cut(i)
+
+    def advance_source(self) -> None:
+        """The source through one layer."""
+        self._activations.advance(self._walk, self.source.layer, self.source)
+        self._progress.advance()
+
+    def advance_cut(self, i: int, only: range | None = None) -> None:
+        """The cut through layer i, as the layer is now, without the sublayers removed."""
+        with self._pruned(i):
+            self._walk.advance(i, self.cut, only=only)
+
+    def finish(self) -> Losses:
+        """The losses on the held-out batches, for which all three are brought to the end of the model."""
+        for i in range(self.cut.layer, self._walk.depth):
+            with self._walk.layer(i):
+                if self.source.layer == i:
+                    self._walk.advance(i, self.source, only=self._held)
+                    self._progress.advance()
+                self._advance_bare(i)
+                self.advance_cut(i, self._held)
+        loss = partial(walk_loss, self._walk, self.source.tokens, batches=self._held)
+        return Losses(loss(self.source.__getitem__), loss(self._bare.__getitem__), loss(self.cut.__getitem__))
+
+    @contextlib.contextmanager
+    def _pruned(self, i: int) -> Iterator[None]:
+        with (
+            self._walk.layer(i) as layer,
+            pruned_layer(layer, i, self._gone, None, norm_eps(self._walk.model)),
+        ):
+            yield
+
+    def _advance_bare(self, i: int) -> None:
+        with self._pruned(i):
+            for b in self._held:
+                self._bare[b] = self._walk.call(i, b, self._bare[b]).cpu()
+
+    def _within(self, i: int) -> States:
+        """The source's stream between the sublayers of layer i, which it stands before."""
+        target = self.source.copy()
+        with self._walk.layer(i) as layer:
+            if self._midway.place(i, layer, partial(self._walk.call, i, 0, self.source[0])) is None:
+                raise ArchitectureError(
+                    f"layer {i} of {type(self._walk.model).__name__} runs attention and feed-forward part side by "
+                    "side, so the removal of its attention alone cannot be compensated; use --heal none"
+                )
+            for b in range(len(target)):
+                target[b] = self._midway.states(i, b, self.source[b])[0]
+        return target

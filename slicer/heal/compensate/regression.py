@@ -1,0 +1,305 @@
+"""Ridge regression on what a layer computes: held-out split, rows, normal equations, solution.
+
+With features z [tokens, f] that a weight W maps into the residual stream, and the change r [tokens, d] that the stream
+should have had, the new weight is W + D, where D [d, f] minimizes
+
+    sum_t w_t |r_t - D z_t|^2  +  lambda |D|^2
+
+A ridge on D is a ridge of the new weight toward the old one. w_t = 1 / |x_t|^2, because the norms behind the cut see
+the stream x relative to its length; the first positions of each sequence (attention sinks) are left out. lambda is
+chosen by the error on sequences held out of the fit. Products are computed in float32 for one sequence at a time and
+summed in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from slicer.errors import HealError
+from slicer.measure.states import States
+from slicer.measure.stream import Walk
+from slicer.model.output_maps import Observed, Output, arriving, watching
+
+HELD_OUT = 16  # one sequence in so many (at least one)
+MIN_SEQUENCES = 4
+TOGETHER = 1024  # tokens in a batch, at most: gradients need all that the layers behind the cut compute on it
+SINKS = 4  # positions at the start of a sequence that are left out
+# lambda, in units of the mean of the diagonal of sum_t w_t z_t z_t^T
+STRENGTHS = tuple(10.0 ** (k / 2) for k in range(-8, 3))
+_BLOCKS = 8  # G is symmetric: of so many block columns only the upper parts are multiplied out
+
+
+@dataclass(frozen=True)
+class Split:
+    """Calibration batches, int64 [batch, seq]; the sequences held out are in batches of their own, numbered `held`."""
+
+    batches: list[torch.Tensor]
+    held: range
+
+
+def split(batches: Sequence[torch.Tensor]) -> Split:
+    """Hold one sequence in `HELD_OUT` out: these choose the ridge strengths and give the losses.
+
+    Raises HealError for too few sequences.
+    """
+    held = held_out_sequences(batches)
+    size = max(1, min(len(batches[0]), TOGETHER // batches[0].shape[1]))
+    sequences = torch.cat(list(batches))
+    apart = torch.zeros(len(sequences), dtype=torch.bool)
+    apart[sorted(held)] = True
+    fitted = list(torch.split(sequences[~apart], size))
+    both = fitted + list(torch.split(sequences[apart], size))
+    return Split(both, range(len(fitted), len(both)))
+
+
+def held_out_sequences(batches: Sequence[torch.Tensor]) -> set[int]:
+    """Numbers, over all batches, of the sequences held out. Raises HealError when there are too few."""
+    count, length = sum(len(batch) for batch in batches), batches[0].shape[1] if batches else 0
+    if count < MIN_SEQUENCES or length <= 2 * SINKS:
+        raise HealError(
+            f"{count} calibration sequences of {length} tokens are too few to heal on; give at least "
+            f"{MIN_SEQUENCES} of {2 * SINKS + 1} (--samples, --seq-len)"
+        )
+    return set(range(HELD_OUT // 2, count, HELD_OUT)) or {count // 2}
+
+
+class NormalEquations:
+    """G = sum w z z^T [f, f] and C = sum w r z^T [d, f] of the tokens to fit; and the tokens held out, as they are.
+
+    G takes 8 f^2 bytes, and solving twice as much again: 0.6 GB for f = 4,864, 2.9 GB for 11,008.
+    """
+
+    def __init__(self, features: int, outputs: int, device: torch.device | str = "cpu") -> None:
+        self._gram = torch.zeros(features, features, dtype=torch.float64, device=device)  # its upper triangle
+        self.cross = torch.zeros(outputs, features, dtype=torch.float64, device=device)
+        self._held: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._held_weight = 0.0
+
+    def add(
+        self,
+        features: torch.Tensor,
+        change: torch.Tensor,
+        weight: torch.Tensor | None = None,
+        *,
+        held_out: bool = False,
+    ) -> None:
+        """Add tokens: `features` [tokens, f], `change` [tokens, d], `weight` [tokens] (one each where None)."""
+        weight = torch.ones(len(features), device=features.device) if weight is None else weight.float()
+        root = weight.sqrt()[:, None]
+        z, r = features.float() * root, change.float() * root
+        if held_out:
+            self._held.append((z, r))
+            self._held_weight += float(weight.double().sum())
+            return
+        step = max(256, -(-z.shape[1] // _BLOCKS))
+        for start in range(0, z.shape[1], step):
+            self._gram[start : start + step, start:] += z[:, start : start + step].T @ z[:, start:]
+        self.cross += r.T @ z
+
+    @property
+    def gram(self) -> torch.Tensor:
+        """G, both triangles."""
+        return self._gram.triu() + self._gram.triu(1).T
+
+    def error(self, delta: torch.Tensor | None) -> float:
+        """sum w |r - D z|^2 / sum w over the tokens held out; D = 0 where `delta` is None."""
+        total = 0.0
+        for z, r in self._held:
+            left = r if delta is None else r - z @ delta.T.float()
+            total += float(left.double().square().sum())
+        return total / max(self._held_weight, 1e-30)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """`delta`: D, float64 [d, f]. `strength`: lambda over the mean diagonal. `before`, `after`: the mean squared error
+    a token on the tokens held out, without D and with it."""
+
+    delta: torch.Tensor
+    strength: float
+    before: float
+    after: float
+
+    @property
+    def left(self) -> float:
+        """The share of the error that is left on tokens held out."""
+        return self.after / self.before if self.before else 1.0
+
+
+def solve(equations: NormalEquations) -> Solution | None:
+    """The ridge solution with the strength that is best on the tokens held out; None where none beats D = 0."""
+    gram = equations.gram
+    best: tuple[float, float, torch.Tensor] | None = None
+    errors: dict[int, float] = {}
+
+    def error(at: int) -> float:
+        nonlocal best
+        if at not in errors:
+            delta = ridge(gram, equations.cross, STRENGTHS[at])
+            errors[at] = float("inf") if delta is None else equations.error(delta)
+            if delta is not None and (best is None or errors[at] < best[0]):
+                best = (errors[at], STRENGTHS[at], delta)
+        return errors[at]
+
+    # The error falls and then rises with the strength: walk downhill from the middle.
+    at = len(STRENGTHS) // 2
+    while True:
+        near = min((k for k in (at - 1, at, at + 1) if 0 <= k < len(STRENGTHS)), key=error)
+        if near == at:
+            break
+        at = near
+    before = equations.error(None)
+    if best is None or not best[0] < before:
+        return None
+    return Solution(best[2], best[1], before, best[0])
+
+
+def ridge(gram: torch.Tensor, cross: torch.Tensor, strength: float) -> torch.Tensor | None:
+    """D = C (G + lambda I)^-1 by Cholesky, or None where G + lambda I is not positive to working precision.
+
+    lambda is `strength` times the mean of G's diagonal.
+    """
+    damped = gram.clone()
+    mean = damped.diagonal().mean()
+    damped.diagonal().add_(strength * mean)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if int(failed) or not bool(mean > 0):
+        return None
+    return torch.cholesky_solve(cross.T, factor).T
+
+
+def reduced_rank(
+    solution: Solution, equations: NormalEquations, rank: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(down [r, d], up [d, r], c [d]) of the best map of this rank, float64: up = U, down = U^T B, with U the leading
+    eigenvectors of B G B^T, the covariance of what the full solution puts out. The constant keeps full rank."""
+    full, c = solution.delta[:, :-1], solution.delta[:, -1]
+    gram = equations.gram[:-1, :-1]
+    _, vectors = torch.linalg.eigh(full @ gram @ full.T)
+    up = vectors[:, -rank:]
+    return up.T @ full, up, c
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """One layer, number `i` of the source: what enters it in the cut, and what should leave it, by batch.
+
+    Attributes:
+        layer: the module as it is now: with its weights in place, and without the sublayers removed.
+        entering, target: [batch, seq, d] each. held: numbers of the batches held out.
+    """
+
+    walk: Walk
+    i: int
+    layer: nn.Module
+    entering: States
+    target: States
+    held: range
+
+    def run(self, b: int = 0) -> torch.Tensor:
+        """What the layer makes of a batch now: [batch, seq, d], on the device."""
+        return self.walk.call(self.i, b, self.entering[b])
+
+
+def gather(fit: LayerFit, output: Output, solver: str) -> NormalEquations:
+    """The normal equations of `output` over all batches."""
+    equations: NormalEquations | None = None
+    with watching(fit.layer, output) as seen:
+        for b in range(len(fit.entering)):
+            h = fit.run(b)
+            wanted = fit.target[b].to(h.device)
+            if output.factor is None:  # a gate of each token's own
+                factors = arriving(output, partial(fit.run, b))[0]
+            else:
+                factors = torch.full(h.shape[:2], output.factor, device=h.device)
+            for row in range(len(h)):
+                z, r, weight = _rows(output, seen, row, h, wanted, factors, solver)
+                if equations is None:
+                    equations = NormalEquations(z.shape[1], r.shape[1], z.device)
+                equations.add(z[SINKS:], r[SINKS:], weight[SINKS:], held_out=b in fit.held)
+    assert equations is not None
+    return equations
+
+
+def _rows(
+    output: Output,
+    seen: Observed,
+    row: int,
+    h: torch.Tensor,
+    wanted: torch.Tensor,
+    factors: torch.Tensor,
+    solver: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(features [seq, f], change [seq, d], weight [seq]) of one sequence."""
+    assert seen.output is not None
+    length, d = h.shape[1:]
+    u = seen.output.view(len(h), length, d)[row].float()
+    if output.kind == "experts" or solver == "transform":
+        z = u
+    else:
+        assert seen.features is not None
+        z = seen.features.view(len(h), length, -1)[row].float()
+        if output.bias is not None:
+            z = torch.cat([z, torch.ones_like(z[:, :1])], dim=1)
+    r = wanted[row].float() - h[row].float()
+    weight = token_weights(wanted[row].float())
+    if output.kind != "normed":
+        return z * factors[row][:, None], r, weight
+    assert seen.normed is not None
+    return z, *_through_norm(u, seen.normed.view(len(h), length, d)[row].float(), r, weight)
+
+
+def _through_norm(
+    u: torch.Tensor, o: torch.Tensor, r: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(change of u, weight) equivalent to the change r behind an RMS norm o = g u / |u|: a Gauss-Newton step.
+
+    Only the part of a change of u across u passes the norm, divided by u's root mean square.
+    """
+    size = u.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+    direction = u / size
+    gain = (direction * o).sum(0) / direction.square().sum(0).clamp_min(
+        1e-12
+    )  # g [d], from what went in and came out
+    wanted = (o + r) * gain / (gain.square() + 1e-4 * gain.square().mean())
+    across = wanted - direction
+    across = across - direction * (across * direction).mean(-1, keepdim=True)
+    return across * size, weight / size[:, 0].square()
+
+
+def norm_gain(fit: LayerFit, output: Output) -> tuple[torch.Tensor, float]:
+    """How the gain g [d] of the norm behind `output` should change, and the share of the squared error left on the
+    sequences held out.
+
+    Each component apart: the g that brings g u / |u| closest to the output wanted, by least squares.
+    """
+    sums = [torch.zeros(0)] * 2
+    with watching(fit.layer, output) as seen:
+        for b in range(len(fit.entering)):
+            h = fit.run(b)
+            for row in range(len(h)):
+                assert seen.output is not None and seen.normed is not None
+                u = seen.output[row, SINKS:].float()
+                wanted = fit.target[b][row, SINKS:].to(h.device).float()
+                r = wanted - h[row, SINKS:].float()
+                direction = u / u.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+                weight = token_weights(wanted)[:, None]
+                terms = [weight * direction * r, weight * direction.square(), weight * r.square()]
+                added = torch.stack([term.sum(0) for term in terms]).double()
+                at = int(b in fit.held)
+                sums[at] = sums[at] + added if len(sums[at]) else added
+    cross, own, _ = sums[0]
+    change = cross / own.clamp_min(1e-30)
+    cross, own, power = sums[1]
+    after = power - 2 * change * cross + change.square() * own
+    return change, float(after.sum() / power.sum().clamp_min(1e-30))
+
+
+def token_weights(wanted: torch.Tensor) -> torch.Tensor:
+    """1 / |x|^2 of each token, [.., d] -> [..], with |x| the root mean square."""
+    return 1 / wanted.square().mean(-1).clamp_min(1e-12)

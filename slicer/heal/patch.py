@@ -1,0 +1,295 @@
+"""The repair of a cut, as it is found in memory (`Solved`) and as it is written to disk (`Patch`).
+
+`place` turns one into the other: new weights replace tensors of the source; a constant or a low-rank map behind a
+sublayer goes into a bias that is there, or into new tensors that fields of config.json turn on.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from slicer.checkpoint import architectures, blockwise
+from slicer.checkpoint import tensors as stored
+from slicer.checkpoint.architectures import ATTENTION_OUTPUTS, EXPERT_OUTPUTS, FEED_FORWARD_OUTPUTS
+from slicer.checkpoint.reader import Checkpoint, TensorSpan
+from slicer.checkpoint.sublayers import new_keys
+from slicer.errors import ArchitectureError, UsageError
+from slicer.model.pruned import Edits, Replacement
+from slicer.plan.plan import Plan
+from slicer.plan.records import HealingRecord, Losses, SolvedMatrix, TextRecord
+
+MAPS = ("bias", "linear")  # methods that add something behind sublayers; a fold changes weights
+_BIASES = {
+    "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    "ffn": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+}
+
+Holds = Callable[[int, str, nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What weight compensation found, in memory.
+
+    Attributes:
+        edits: layer of the source -> what changes in it, in the dtypes of the model.
+        losses: nats a token on the held-out sequences.
+        method: "fold", "bias" or "linear". solver: of a fold. rank: of linear maps.
+        report: what was solved, by layer. held_out: numbers of the sequences held out.
+        steps, best_step: of training; 0: as solved. precision: torch dtype of the arithmetic.
+    """
+
+    edits: Edits
+    losses: Losses
+    method: str
+    solver: str | None = None
+    rank: int | None = None
+    report: tuple[SolvedMatrix, ...] = ()
+    held_out: tuple[int, ...] = ()
+    steps: int = 0
+    best_step: int = 0
+    precision: str | None = None
+
+
+@dataclass(frozen=True)
+class Patch:
+    """The repair of a cut, ready to be written.
+
+    Attributes:
+        edits: the same change as it is applied to the loaded source.
+        replaced: raw key of the source -> the tensor that is written instead.
+        added: key of the result -> a tensor that the source does not have.
+        config: fields of config.json that turn the added tensors on; of "block_configs", layer of the result -> fields.
+        record: for plan.json and the card.
+    """
+
+    edits: Edits = field(default_factory=dict)
+    replaced: Mapping[str, TensorSpan] = field(default_factory=dict)
+    added: Mapping[str, TensorSpan] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    record: HealingRecord | None = None
+
+    def configured(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """config.json of the repaired cut, from that of the bare cut."""
+        new = copy.deepcopy(dict(config)) | {k: v for k, v in self.config.items() if k != "block_configs"}
+        for at, fields in self.config.get("block_configs", {}).items():
+            new["block_configs"][at].update(fields)
+        return new
+
+    def tensors(self, checkpoint: Checkpoint, plan: Plan) -> dict[str, torch.Tensor]:
+        """Key of the result -> the tensor that must be there, bit for bit. `checkpoint` is the source."""
+        names = new_keys(checkpoint, plan, self.replaced)
+        spans = {new: self.replaced[key] for key, new in names.items()} | dict(self.added)
+        return {key: span.make() for key, span in spans.items() if span.make is not None}
+
+
+NONE = Patch()
+
+
+def check_method(method: str, rank: int | None, width: int) -> None:
+    """Raise UsageError unless `rank` suits the method and the model's width."""
+    if method not in MAPS:
+        raise UsageError(f"emulate {method!r}: choose one of {', '.join(MAPS)}")
+    if method == "linear" and (rank is None or not 1 <= rank <= width):
+        raise UsageError(f"--rank {rank}: must lie between 1 and the model's width, {width}")
+
+
+def form_for(checkpoint: Checkpoint, plan: Plan, method: str | None, rank: int | None = None) -> Plan:
+    """`plan` in a form that can hold the repair by `method` (None: of no method).
+
+    Raises UsageError for a rank that does not suit the model, ArchitectureError where no form can hold the repair.
+    """
+    if method not in MAPS:
+        return plan
+    config = architectures.text_config(checkpoint.config)
+    if isinstance(width := config.get("hidden_size"), int):
+        check_method(method, rank, width)
+    name = str(config.get("model_type"))
+    if plan.form == "blockwise":
+        return plan
+    if method == "bias":
+        if all(_output_key(checkpoint, sublayer, 0, "bias") for sublayer in ("attention", "ffn")):
+            return plan
+        if name == "llama" and plan.form == "native":
+            return plan
+    if plan.form == "zeroed" or name not in blockwise.FAMILIES:
+        what = "a bias" if method == "bias" else "a linear map"
+        kind = f"{name} checkpoint in the zeroed form" if plan.form == "zeroed" else f"{name} checkpoint"
+        raise ArchitectureError(
+            f"--emulate {method}: a {kind} has no place for "
+            f"{what} behind every part; use --heal fold, or no --emulate"
+        )
+    return replace(plan, form="blockwise")
+
+
+def holds(checkpoint: Checkpoint) -> Holds:
+    """Whether a module's weights are in the checkpoint under its own name and shape, or as experts."""
+
+    def held(i: int, name: str, module: nn.Module) -> bool:
+        if hasattr(module, "experts"):
+            return bool(_expert_keys(checkpoint, i, name))
+        return all(
+            (span := checkpoint.tensors.get(f"{checkpoint.layer_prefix}{i}.{name}.{kind}")) is not None
+            and span.shape == tuple(tensor.shape)
+            for kind, tensor in module.named_parameters(recurse=False)
+        )
+
+    return held
+
+
+def written_dtype(checkpoint: Checkpoint, cast: str | None) -> torch.dtype:
+    """The dtype that most tensors of the layers are written in; `cast`: safetensors dtype, None: as stored."""
+    names = Counter(
+        span.cast(cast)[0]
+        for key, span in checkpoint.tensors.items()
+        if key.startswith(checkpoint.layer_prefix)
+    )
+    return stored.torch_dtype(names.most_common(1)[0][0])
+
+
+def place(
+    checkpoint: Checkpoint, plan: Plan, solved: Solved, text: TextRecord | None, cast: str | None = None
+) -> Patch:
+    """`solved`, which was fitted on `text`, as it is written into the cut of `plan` from the source `checkpoint`.
+
+    `cast`: safetensors dtype of the output; None: as stored. All tensors are on the CPU, in the dtype they are written
+    in.
+    """
+    placing = _Placing(checkpoint, plan, cast)
+    for i, edit in sorted(solved.edits.items()):
+        for name, tensor in edit.parameters.items():
+            placing.replace(f"{checkpoint.layer_prefix}{i}.{name}", tensor)
+        for name, matrix in edit.transforms.items():
+            placing.multiply(i, name, matrix)
+        for sublayer, replacement in edit.behind.items():
+            placing.put_behind(sublayer, i, replacement)
+    placing.turn_on_biases()
+    losses = {
+        name: value if value is None else round(value, 6) for name, value in vars(solved.losses).items()
+    }
+    record = HealingRecord(
+        solved.method,
+        None if text is None else replace(text, held_out=solved.held_out),
+        Losses(**losses),
+        tuple(sorted(placing.replaced)),
+        solved.solver,
+        solved.rank,
+        solved.steps,
+        solved.best_step,
+        solved.precision,
+        solved.report,
+    )
+    return Patch(solved.edits, placing.replaced, placing.added, placing.config, record)
+
+
+class _Placing:
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, cast: str | None) -> None:
+        self._checkpoint, self._plan, self._cast = checkpoint, plan, cast
+        self.replaced: dict[str, TensorSpan] = {}
+        self.added: dict[str, TensorSpan] = {}
+        self.config: dict[str, Any] = {}
+        self._biases: dict[str, dict[int, torch.Tensor]] = {
+            "attention": {},
+            "ffn": {},
+        }  # by layer of the result
+        self._position = {
+            "attention": {i: at for at, (i, _) in enumerate(plan.sublayers)},
+            "ffn": {j: at for at, (_, j) in enumerate(plan.sublayers)},
+        }
+
+    def replace(self, key: str, tensor: torch.Tensor) -> None:
+        """`tensor` is written in the place of this tensor of the source."""
+        dtype = self._checkpoint.tensors[key].cast(self._cast)[0]
+        self.replaced[key] = self._span(key, tensor, dtype)
+
+    def multiply(self, i: int, name: str, matrix: torch.Tensor) -> None:
+        """`matrix` [d, d] is multiplied into every expert of a module of layer i."""
+        for key, axis in _expert_keys(self._checkpoint, i, name).items():
+            old = stored.read(self._checkpoint.tensors[key]).double()
+            new = torch.tensordot(old, matrix.double().cpu(), dims=([axis], [1])).movedim(-1, axis)
+            self.replace(key, new)
+
+    def put_behind(self, sublayer: str, layer: int, replacement: Replacement) -> None:
+        """`replacement` follows a sublayer of the source."""
+        at = self._position[sublayer][layer]
+        key = _output_key(self._checkpoint, sublayer, layer, "bias")
+        if replacement.down is not None:
+            self._low_rank(at, "mid" if sublayer == "attention" else "end", replacement)
+        elif key is not None:
+            old = stored.read(self._checkpoint.tensors[key]).float()
+            self.replace(key, old + replacement.bias.cpu())
+        else:
+            self._biases[sublayer][at] = replacement.bias
+
+    def turn_on_biases(self) -> None:
+        """The new biases, where a field of config.json adds biases to all layers; zeros in the others."""
+        for sublayer, flag in (("attention", "attention_bias"), ("ffn", "mlp_bias")):
+            biases = self._biases[sublayer]
+            if not biases:
+                continue
+            self.config[flag] = True
+            gone = self._plan.no_attention if sublayer == "attention" else self._plan.no_ffn
+            names = _BIASES[sublayer]
+            if sublayer == "attention" and self._plan.form == "blockwise":
+                names = names[-1:]  # the field qkv_bias is for the others
+            for layer, at in self._position[sublayer].items():
+                if layer in gone:
+                    continue
+                for name in names:
+                    key = f"{self._checkpoint.layer_prefix}{layer}.{name}.weight"
+                    size = self._checkpoint.tensors[key].shape[0]
+                    bias = biases.get(at) if name == names[-1] else None
+                    self._add(f"{at}.{name}.bias", torch.zeros(size) if bias is None else bias)
+
+    def _low_rank(self, at: int, slot: str, new: Replacement) -> None:
+        assert new.down is not None and new.up is not None and new.gain is not None
+        block = self.config.setdefault("block_configs", {}).setdefault(at, {"emulated_ranks": {}})
+        block["emulated_ranks"][slot] = len(new.down)
+        self.config["architectures"] = [blockwise.OWN_CLASS]
+        tensors = {
+            "norm.weight": new.gain,
+            "down.weight": new.down,
+            "up.weight": new.up,
+            "up.bias": new.bias,
+        }
+        for name, tensor in tensors.items():
+            self._add(f"{at}.emulated_{slot}.{name}", tensor)
+
+    def _add(self, name: str, tensor: torch.Tensor) -> None:
+        prefix = self._checkpoint.layer_prefix
+        first = next(span for key, span in self._checkpoint.tensors.items() if key.startswith(prefix))
+        self.added[prefix + name] = self._span(prefix + name, tensor, first.cast(self._cast)[0])
+
+    def _span(self, key: str, tensor: torch.Tensor, dtype: str) -> TensorSpan:
+        """The one place where tensors of a repair come to the CPU, in the dtype they are written in."""
+        ready = tensor.detach().to("cpu", stored.torch_dtype(dtype)).contiguous()
+        return TensorSpan(
+            self._checkpoint.path, dtype, tuple(ready.shape), 0, ready.nbytes, key, lambda: ready
+        )
+
+
+def _expert_keys(checkpoint: Checkpoint, i: int, name: str) -> dict[str, int]:
+    """Raw key -> axis of the hidden size, of the tensors that a map of the experts' sum is multiplied into."""
+    prefix = f"{checkpoint.layer_prefix}{i}."
+    found = {}
+    for key in checkpoint.tensors:
+        if key.startswith(f"{prefix}{name}."):
+            for pattern, axis in EXPERT_OUTPUTS:
+                if re.search(rf"(^|\.){pattern}$", key.removeprefix(prefix)):
+                    found[key] = axis
+    return found
+
+
+def _output_key(checkpoint: Checkpoint, sublayer: str, layer: int, kind: str) -> str | None:
+    """Raw key of the weight or bias of a sublayer's output matrix, where it is known by name."""
+    names = ATTENTION_OUTPUTS if sublayer == "attention" else FEED_FORWARD_OUTPUTS
+    keys = (f"{checkpoint.layer_prefix}{layer}.{name}.{kind}" for name in names)
+    return next((key for key in keys if key in checkpoint.tensors), None)

@@ -1,0 +1,287 @@
+"""The pruned model: the source without what a plan removes, with changed weights and replacements in place.
+
+`Edits` hold what changes, layer by layer; the same edits are applied to a loaded model (`pruned`, `shortened`), to the
+layers of a streamed walk (`pruned_layer`), and to repeated runs on fixed text (`PrunedRun`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from slicer.checkpoint.model import Model, decoder_layers
+from slicer.checkpoint.verify import logits_of
+from slicer.errors import ArchitectureError
+from slicer.measure.states import States
+from slicer.measure.stream import Walk, walk_loss
+from slicer.model.sublayers import attention_outputs, bypass_sublayers, ffn_outputs, without_sublayers
+from slicer.plan.plan import Plan
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What is added to the residual stream x behind a sublayer: B z + c with z = g x / |x|, or the constant c alone.
+
+    Attributes:
+        bias: c [d].
+        gain, down, up: g [d], and B = up [d, r] down [r, d]; None for a constant. |x| is the root mean square.
+    """
+
+    bias: torch.Tensor
+    gain: torch.Tensor | None = None
+    down: torch.Tensor | None = None
+    up: torch.Tensor | None = None
+
+    def update(self, states: torch.Tensor, eps: float) -> torch.Tensor:
+        """What is added to `states` [.., d], in their dtype."""
+        if self.down is None or self.up is None or self.gain is None:
+            return self.bias.to(states).expand_as(states)
+        normed = nn.functional.rms_norm(states.float(), states.shape[-1:], None, eps).to(states.dtype)
+        normed = self.gain.to(states) * normed
+        update: torch.Tensor = normed @ self.down.to(states).T @ self.up.to(states).T + self.bias.to(states)
+        return update
+
+
+@dataclass(frozen=True)
+class LayerEdit:
+    """What changes in one layer of the source.
+
+    Attributes:
+        parameters: name within the layer -> the new tensor, in the shape of the old one.
+        transforms: module within the layer -> T [d, d] float32 that its output is multiplied by (experts).
+        behind: "attention" or "ffn" -> what is added to the residual stream behind this sublayer, which stays.
+    """
+
+    parameters: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    transforms: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    behind: Mapping[str, Replacement] = field(default_factory=dict)
+
+
+Edits = Mapping[int, LayerEdit]  # by layer of the source
+Gone = tuple[frozenset[int], frozenset[int]]  # (attention, feed-forward sublayers) that a plan removes
+
+
+def norm_eps(model: Any) -> float:
+    """The epsilon of the model's RMS norms."""
+    return float(getattr(model.config.get_text_config(), "rms_norm_eps", 1e-6) or 1e-6)
+
+
+@contextlib.contextmanager
+def edited(layer: nn.Module, edit: LayerEdit | None, eps: float = 1e-6) -> Iterator[None]:
+    """Inside the block `layer` is changed by `edit`; afterwards it has its own tensors again.
+
+    `eps`: epsilon of the norm in low-rank replacements.
+    """
+    edit = edit or LayerEdit()
+    own = dict(layer.named_parameters())
+    with contextlib.ExitStack() as stack:
+        for name, value in edit.parameters.items():
+            stack.callback(partial(setattr, own[name], "data", own[name].data))
+            own[name].data = value.to(own[name])
+        for name, matrix in edit.transforms.items():
+            hook = _on_output(partial(_multiplied, matrix))
+            stack.callback(layer.get_submodule(name).register_forward_hook(hook).remove)
+        for sublayer, replacement in edit.behind.items():
+            for handle in _hooks(layer, sublayer, replacement, eps):
+                stack.callback(handle.remove)
+        yield
+
+
+@contextlib.contextmanager
+def pruned_layer(layer: nn.Module, i: int, gone: Gone, edit: LayerEdit | None, eps: float) -> Iterator[None]:
+    """Inside the block `layer`, number i of the source, lacks its sublayers in `gone` and is changed by `edit`.
+
+    Raises ArchitectureError where it has no such sublayer that is known.
+    """
+    with without_sublayers(layer, i in gone[0], i in gone[1], i), edited(layer, edit, eps):
+        yield
+
+
+@contextlib.contextmanager
+def pruned(model: Model, plan: Plan, edits: Edits) -> Iterator[None]:
+    """Inside the block the loaded source `model` computes what the cut of `plan` with `edits` does.
+
+    Removed layers return their input: this is for checking and for measuring losses.
+    """
+    layers = decoder_layers(model)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(bypass_sublayers(model, *plan.gone))
+        for i, edit in edits.items():
+            stack.enter_context(edited(layers[i], edit, norm_eps(model)))
+        yield
+
+
+def pruned_logits(
+    walk: Walk, tokens: torch.Tensor, plan: Plan | None = None, edits: Edits | None = None
+) -> torch.Tensor:
+    """Logits [batch, seq, vocabulary], on the CPU, of `tokens` [batch, seq] by the model of `walk`, loaded or streamed,
+    without what `plan` removes (None: the whole model) and with `edits`."""
+    edits = edits or {}
+    if walk.loaded:
+        with pruned(walk.model, plan, edits) if plan is not None else contextlib.nullcontext():
+            return logits_of(walk.model, tokens)
+    gone: Gone = plan.gone if plan is not None else (frozenset(), frozenset())
+    states = walk.start([tokens])
+    order = [i for i in range(walk.depth) if i not in gone[0] & gone[1]]
+    with walk.along(order):
+        for i in order:
+            with walk.layer(i) as layer, pruned_layer(layer, i, gone, edits.get(i), norm_eps(walk.model)):
+                walk.advance(i, states)
+    return walk.logits(states, 0).cpu()
+
+
+class PrunedRun:
+    """The pruned model of a loaded walk, run from one layer on, on fixed text: fits run it many times.
+
+    Attributes:
+        walk: over the source; its batches are those of `origin`.
+        gone: the sublayers removed.
+        layers: those with a sublayer that stays, from where `origin` stands to the last.
+        origin: the residual stream that enters the first of them.
+        target: that of the source behind its last layer, where it is needed.
+        held: numbers of the batches held out of the fit.
+    """
+
+    def __init__(
+        self, walk: Walk, plan: Plan, origin: States, held: Sequence[int], target: States | None = None
+    ) -> None:
+        self.walk, self.gone, self.origin, self.held = walk, plan.gone, origin, held
+        self.target = origin if target is None else target
+        self.layers = [i for i in range(origin.layer, walk.depth) if i not in self.gone[0] & self.gone[1]]
+
+    @classmethod
+    def of_source(
+        cls, walk: Walk, plan: Plan, batches: Sequence[torch.Tensor], held: Sequence[int], first: int
+    ) -> PrunedRun:
+        """From layer `first` on, or from the first layer that lacks something; runs the source on `batches`."""
+        first = min([first, *plan.gone[0], *plan.gone[1]])
+        target = walk.run(walk.start(batches), range(first))
+        target.layer, origin = first, target.copy()
+        return cls(walk, plan, origin, held, walk.run(target, range(first, walk.depth)))
+
+    @contextlib.contextmanager
+    def prepared(self, edits: Edits) -> Iterator[None]:
+        """Inside the block the layers are those of the pruned model with `edits`."""
+        with contextlib.ExitStack() as stack:
+            for i in self.layers:
+                change = pruned_layer(
+                    self.walk.layers[i], i, self.gone, edits.get(i), norm_eps(self.walk.model)
+                )
+                stack.enter_context(change)
+            yield
+
+    def run(self, b: int, *, gradient: bool = False) -> torch.Tensor:
+        """What the layers, as they are now, make of a batch: [batch, seq, d], on the device.
+
+        With `gradient` it can be differentiated with respect to all that the layers compute.
+        """
+        states = self.origin[b].to(self.walk.device).clone()
+        if gradient:
+            states = states.requires_grad_().clone()  # a layer may write into its input, but not into a leaf
+        for i in self.layers:
+            states = self.walk.call(i, b, states, gradient=gradient)
+        return states
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """Nats a token on the batches held out, of the layers as they are now."""
+        return walk_loss(self.walk, self.origin.tokens, self.run, self.held)
+
+
+@contextlib.contextmanager
+def shortened(
+    model: Model, plan: Plan, config: Mapping[str, Any], edits: Edits | None = None
+) -> Iterator[None]:
+    """Inside the block `model` is its own cut: only the layers that `plan`, of whole layers, keeps, renumbered.
+
+    `config` is the sliced config.json (`slicer.checkpoint.export.sliced_config`). Nothing is copied: what shares the
+    model's config object sees the new fields, and afterwards everything is as it was.
+    """
+    layers = decoder_layers(model)
+    parent, name = _place_of(model, layers)
+    old = model.config.get_text_config()
+    fields = dict(old.__dict__)
+    with tempfile.TemporaryDirectory(
+        prefix="slicer-config-"
+    ) as scratch:  # read as transformers reads the file
+        (Path(scratch) / "config.json").write_text(json.dumps(config), "utf-8")
+        new = type(model.config).from_pretrained(scratch).get_text_config()
+    changed = {key: value for key, value in new.__dict__.items() if not key.startswith("_")}
+    # Set by loading, not by config.json: how attention runs, and in which precision.
+    changed = {key: value for key, value in changed.items() if key not in ("dtype", "torch_dtype")}
+    numbers = [
+        (module, attribute, getattr(module, attribute))
+        for layer in layers
+        for module in layer.modules()
+        for attribute in ("layer_idx", "layer_id", "layer_number")
+        if isinstance(getattr(module, attribute, None), int)
+    ]
+    shifts = {id(module): at - i for at, i in enumerate(plan.kept) for module in layers[i].modules()}
+    with contextlib.ExitStack() as stack:
+        for i, edit in (edits or {}).items():
+            stack.enter_context(edited(layers[i], edit, norm_eps(model)))
+        try:
+            old.__dict__.update(changed)
+            setattr(parent, name, nn.ModuleList(layers[i] for i in plan.kept))
+            for module, attribute, number in numbers:
+                setattr(module, attribute, number + shifts.get(id(module), 0))
+            yield
+        finally:
+            for module, attribute, number in numbers:
+                setattr(module, attribute, number)
+            setattr(parent, name, layers)
+            old.__dict__.clear()
+            old.__dict__.update(fields)
+
+
+def _place_of(model: Model, child: nn.Module) -> tuple[nn.Module, str]:
+    """(parent, attribute) of a module inside the model."""
+    for parent in model.modules():
+        for name, module in parent.named_children():
+            if module is child:
+                return parent, name
+    raise ArchitectureError(f"{type(model).__name__}: the decoder layers are not part of it")
+
+
+def _on_output(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[nn.Module, Any, Any], Any]:
+    """A forward hook that replaces the states a module returns, bare or first in a tuple."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (change(output[0]), *output[1:])
+        return change(output)
+
+    return hook
+
+
+def _multiplied(matrix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    return (states.float() @ matrix.to(states.device).T).to(states.dtype)
+
+
+def _hooks(layer: nn.Module, sublayer: str, replacement: Replacement, eps: float) -> list[Any]:
+    """The handles of the hooks that add `replacement` behind a sublayer of `layer`."""
+    outputs = attention_outputs(layer) if sublayer == "attention" else ffn_outputs(layer)
+    if replacement.down is None:
+        hook = _on_output(lambda states: states + replacement.bias.to(states))
+        return [outputs[0].register_forward_hook(hook)]
+    if sublayer == "ffn":
+        hook = _on_output(lambda states: states + replacement.update(states, eps))
+        return [layer.register_forward_hook(hook)]
+    entering: list[
+        torch.Tensor
+    ] = []  # the stream behind the attention is the layer's input plus what it adds
+
+    def into(module: nn.Module, args: Any, kwargs: Any) -> None:
+        entering[:] = [args[0] if args else kwargs["hidden_states"]]
+
+    hook = _on_output(lambda states: states + replacement.update(entering[0] + states, eps))
+    return [layer.register_forward_pre_hook(into, with_kwargs=True), outputs[0].register_forward_hook(hook)]
