@@ -9,12 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from slicer import __version__
 from slicer.checkpoint import blockwise, hub, rewrite
 from slicer.checkpoint.export import DTYPES, check_output, refuse_quantized
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import measure_sizes, sizes_after
-from slicer.checkpoint.writer import check_space
 from slicer.choose import Measured, choose
 from slicer.closing import closed_again, emulate, form_for, heal, trained_again
 from slicer.errors import PlanError
@@ -24,6 +22,8 @@ from slicer.options import Goal, Options, Summary, check_options, output_name
 from slicer.plan.plan import Plan
 from slicer.produce import write
 from slicer.progress import Progress
+from slicer.runtime.files import check_space
+from slicer.runtime.versions import versions
 from slicer.trained import convert_and_train
 
 
@@ -81,7 +81,7 @@ def convert(
         revision=found.revision,
         model_type=checkpoint.config.get("model_type"),
         dtype=options.dtype,
-        versions=library_versions(),
+        versions=versions(),
         command=options.command,
         parent=_parent(found.path),
         healing=None,
@@ -126,15 +126,6 @@ def _mismatch(plan: Plan, checkpoint: Checkpoint) -> None:
         f"the plan is for a model of {plan.depth} layers but {checkpoint.path} has {checkpoint.depth}; "
         "make a plan for this one with --dry-run"
     )
-
-
-def library_versions() -> dict[str, str]:
-    """What made an output: slicer and the libraries that its figures depend on."""
-    from importlib.metadata import version
-
-    return {"slicer-llm": __version__} | {
-        name: version(name) for name in ("torch", "transformers", "safetensors")
-    }
 
 
 def _parent(path: Path) -> dict[str, Any] | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from slicer.measure.analysis import Distances
 from slicer.measure.calibration import TokenBatches
 from slicer.measure.stream import Walk
 from slicer.progress import Progress
+from slicer.runtime.workdir import Notebook
 from slicer.select import rank
 
 CANDIDATES = 4
@@ -38,28 +39,23 @@ def rank_after_healing(
     held out; NaN for blocks that were not tried, or that cannot be healed. It has no standard errors. Finished
     candidates are kept in `notebook`.
     """
-    known: dict[str, float | None] = {}
-    if notebook is not None and notebook.is_file():
-        known = json.loads(notebook.read_text("utf-8"))
+    book = Notebook(notebook)
+
+    def increase(dropped: Sequence[int]) -> float | None:
+        try:
+            healing = fold_checkpoint(
+                checkpoint, walk, TokenBatches(list(batches), {}), dropped, progress=progress
+            )
+        except HealError:
+            return None
+        loss = healing.record["loss"]
+        return float(loss["healed"]) - float(loss["source"])
+
     rows: dict[int, list[float]] = {}
     for n in sizes:
         rows[n] = [math.nan] * (distances.depth - n + 1)
         for choice in rank(distances, n)[:candidates]:
-            name = f"{choice.start}+{n}"
-            if name not in known:
-                try:
-                    healing = fold_checkpoint(
-                        checkpoint, walk, TokenBatches(list(batches), {}), choice.dropped, progress=progress
-                    )
-                    loss = healing.record["loss"]
-                    known[name] = float(loss["healed"]) - float(loss["source"])
-                except HealError:
-                    known[name] = None
-                if notebook is not None:
-                    part = notebook.with_name(notebook.name + ".part")
-                    part.write_text(json.dumps(known), "utf-8")
-                    part.replace(notebook)
-            value = known[name]
+            value = book.take(f"{choice.start}+{n}", partial(increase, choice.dropped))
             rows[n][choice.start] = math.nan if value is None else value
     rows = {n: row for n, row in rows.items() if not all(map(math.isnan, row))}
     if not rows:

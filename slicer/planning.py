@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from slicer.errors import OutputError, PlanError, UsageError
+from slicer.errors import PlanError, UsageError
 from slicer.measure.analysis import METRIC, Analysis
 from slicer.plan.plan import Amount, Plan
 from slicer.select import (
@@ -138,18 +137,6 @@ def plan_parts(
         command=command,
     )
     return Planned(result, metric, (), None, analysis.samples)
-
-
-def write_plan(plan: Plan, file: Path) -> None:
-    """Write `plan`, whole or not at all. Raises OutputError."""
-    part = file.with_name(file.name + ".part")
-    try:
-        part.write_text(plan.to_json(), "utf-8")
-        part.replace(file)
-    except OSError as error:
-        raise OutputError(
-            f"{file}: cannot be written ({error.strerror}); choose another place with -o"
-        ) from None
 
 
 def spell(cut: Cut) -> str:

@@ -11,8 +11,8 @@ import pytest
 
 from slicer.errors import PlanError, UsageError
 from slicer.measure.analysis import Analysis, Distances
-from slicer.plan.plan import Plan, parse_amount
-from slicer.planning import plan, write_plan
+from slicer.plan.plan import parse_amount
+from slicer.planning import plan
 from slicer.select import Choice, Cut, best_cuts, doubt, protected
 
 DEPTH = 8
@@ -118,8 +118,6 @@ def test_a_plan_says_why(tmp_path: Path) -> None:
     assert made.source == "org/name" and made.seed == 3 and made.metric == "angular_last_token"
     assert made.distance == pytest.approx(planned.cuts[0].distance)
     assert [r["distance"] for r in made.runners_up] == sorted(r["distance"] for r in made.runners_up)
-    write_plan(made, tmp_path / "plan.json")
-    assert Plan.load(tmp_path / "plan.json") == Plan.from_json(made.to_json())
 
 
 def test_the_greedy_order() -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 from slicer.checkpoint import architectures
 from slicer.checkpoint.reader import Checkpoint
-from slicer.checkpoint.registration import MODEL_TYPE
 from slicer.errors import ArchitectureError
 from slicer.plan.plan import Plan
 
+MODEL_TYPE = "slicer_blockwise"  # of config.json; `slicer` registers it with transformers
 FAMILIES = ("llama", "mistral", "qwen2")
 STOCK_CLASS, OWN_CLASS = "DeciLMForCausalLM", "SlicerBlockwiseForCausalLM"
 _FIELDS = (

@@ -26,9 +26,9 @@ from slicer.checkpoint.architectures import ATTENTION_OUTPUTS, FEED_FORWARD_OUTP
 from slicer.heal.curvature import Matrix
 from slicer.heal.objective import Objective
 from slicer.heal.outputs import LayerChange, Output
-from slicer.heal.precision import free_memory
 from slicer.measure.states import States
 from slicer.measure.stream import Walk
+from slicer.runtime.memory import COPY_SHARE, free
 
 STEPS = 3
 NAMES = (*ATTENTION_OUTPUTS, *FEED_FORWARD_OUTPUTS)
@@ -208,7 +208,7 @@ def _affordable(
     matrices: Iterable[tuple[int, str, nn.Module]], device: torch.device, written: torch.dtype | None
 ) -> Iterator[Matrix]:
     """Those of the first layers whose sums fit into half of the free memory."""
-    room = free_memory(device) // 2
+    room = int(COPY_SHARE * free(device))
     for i, name, module in matrices:
         d, f = Output(name, module).weight.shape
         room -= 4 * (2 * d * f + d * d + f * f)

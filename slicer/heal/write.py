@@ -15,7 +15,6 @@ from slicer.checkpoint.export import copy_unchanged
 from slicer.checkpoint.merge import Probe, check_merged, merged_spans, reference_logits
 from slicer.checkpoint.reader import Checkpoint, TensorSpan
 from slicer.checkpoint.sizes import measure_sizes
-from slicer.checkpoint.writer import atomic_directory
 from slicer.errors import HealError
 from slicer.heal.full import homes_of, probe_of, spans_of
 from slicer.heal.healing import new_keys
@@ -23,6 +22,8 @@ from slicer.heal.job import Healed
 from slicer.heal.settings import Settings
 from slicer.plan.plan import Plan
 from slicer.progress import Progress
+from slicer.runtime.files import atomic_directory
+from slicer.runtime.memory import fits
 
 if TYPE_CHECKING:
     from slicer.heal.trained import TrainOptions
@@ -54,7 +55,7 @@ def write(result: Result, plan: Plan, out: Path, options: TrainOptions, progress
     base, whole, course, remote = result.base, result.whole, result.course, options.trust_remote_code
     checked = options.verify
     if checked == "auto":
-        checked = "logits" if verify.fits_in_memory(4 * base.parameters, options.device) else "load"
+        checked = "logits" if fits(4 * base.parameters, options.device) else "load"
     losses = {"source": result.loss_of(whole.path), "before": result.loss_of(base.path)}
     spans, probe = _changes(result, checked == "logits", options, progress)
     if probe is None and checked == "logits":  # the base as it was, or where peft cannot put the adapter on

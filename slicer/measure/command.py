@@ -229,8 +229,9 @@ def plan(
     from slicer.errors import UsageError
     from slicer.measure.analysis import Analysis
     from slicer.plan.plan import parse_amount
-    from slicer.planning import Planned, plan_parts, write_plan
+    from slicer.planning import Planned, plan_parts
     from slicer.planning import plan as choose
+    from slicer.runtime.files import write_atomically
     from slicer.select import protected
 
     analysis = Analysis.load(directory)
@@ -247,7 +248,7 @@ def plan(
     if planned is None:
         raise UsageError("say how much to drop: --drop, --drop-attention, --drop-ffn or --drop-sublayers")
     file = out or (directory if directory.is_dir() else directory.parent) / "plan.json"
-    write_plan(planned.plan, file)
+    write_atomically(file, planned.plan.to_json())
     if as_json:
         click.echo(planned.plan.to_json(), nl=False)
     else:
