@@ -26,6 +26,7 @@ from slicer.errors import BenchError, OutputError, SlicerError, UsageError
 from slicer.plan.plan import Plan
 from slicer.progress import Progress
 from slicer.runtime import memory
+from slicer.runtime.workdir import SIGN
 
 needs_vllm = pytest.mark.skipif(
     find_spec("vllm") is None, reason="vLLM is not installed: pip install slicer-llm[serve-cpu]"
@@ -94,8 +95,9 @@ def test_every_file_is_written_and_says_the_same(ideal: list[str], tmp_path: Pat
     out = tmp_path / "out"
     result = bench(sweep(), out)
     assert sorted(ideal) == sorted(["demo-12L", "demo-9L", "demo-6L"] * 2)
-    assert {f.name for f in out.iterdir()} == {
+    assert {f.name for f in out.iterdir() if not f.name.startswith(".")} == {
         RUNS,
+        SIGN,
         *(f"bench.{x}" for x in ("json", "csv", "md", "png", "svg")),
     }
     stored = json.loads((out / "bench.json").read_text())
@@ -156,7 +158,7 @@ def test_a_stopped_run_goes_on_where_it_was(
     assert len(ideal) == 6  # nothing is measured twice
     bench(sweep(rounds=3), tmp_path / "out")
     assert len(ideal) == 9  # a further round
-    with pytest.raises(OutputError, match="runs of a benchmark with output_len 8, not 9"):
+    with pytest.raises(OutputError, match="runs of a benchmark with output_len 32, not 9"):
         bench(sweep(output_len=9), tmp_path / "out")
     bench(sweep(output_len=9), tmp_path / "out", force=True)
     assert len(ideal) == 15

@@ -10,7 +10,7 @@ import sources
 from commands import slicer, succeeds
 
 pytest.importorskip("peft")
-FEW = ["--steps", 2, "--train-seq-len", 16, "--train-batch-size", 2]
+FEW = ["--steps", 6, "--train-seq-len", 16, "--train-batch-size", 2]
 
 
 @pytest.mark.parametrize("force", [[], ["--force"]])
@@ -45,19 +45,8 @@ def test_a_cut_whose_making_was_stopped_is_made_again(
         raise KeyboardInterrupt
 
     whole, text = sources.save_llama(tmp_path / "whole"), sources.save_text(tmp_path / "t.jsonl", 60)
-    given = [
-        "convert",
-        whole,
-        "--drop",
-        "2-3",
-        "--heal",
-        "lora",
-        "--start",
-        "cut",
-        "--calibration",
-        text,
-        *FEW,
-    ]
+    given = ["convert", whole, "--drop", "2-3", "--heal", "lora", "--start", "cut", "--calibration", text]
+    given += [*FEW, "--validation-samples", 4]
     with monkeypatch.context() as patch:
         patch.setattr(module, "write", stopped)
         assert slicer(*given, "-o", tmp_path / "out").exit_code == 130
