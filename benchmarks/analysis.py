@@ -26,10 +26,10 @@ import torch
 from slicer import demo
 from slicer.checkpoint.model import load_model
 from slicer.measure.metrics import points_affordable
-from slicer.measure.share import Share
 from slicer.measure.stream import Walk
 from slicer.measure.summary import measure, summarise
 from slicer.measure.trace import record
+from slicer.runtime.distributed import Processes
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ def main() -> None:
             inside = sum(p.numel() for p in walk.layers.parameters())
             points = points_affordable(depth + 1, width, options.samples, tokens.numel(), inside)
             trace = record(walk, batches, Path(scratch), points=points, resumable=True)
-            summarise(trace, Share(), 0, options.samples, points, options.seq_len)
+            summarise(trace, Processes(), 0, options.samples, points, options.seq_len)
 
     work = {
         "bare forward": bare,

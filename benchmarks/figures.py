@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from slicer.runtime.files import atomic_file
+
 _BLUE, _GREY, _ORANGE = "#1f5fa8", "#888888", "#c65d09"
 
 
@@ -151,7 +153,8 @@ def _save(figure: Any, directory: Path) -> None:
     from matplotlib import rc_context
 
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-        temporary = directory / f".bench.{kind}.part"
-        with rc_context({"svg.hashsalt": "slicer", "svg.fonttype": "none"}):
+        with (
+            atomic_file(directory / f"bench.{kind}") as temporary,
+            rc_context({"svg.hashsalt": "slicer", "svg.fonttype": "none"}),
+        ):
             figure.savefig(temporary, format=kind, dpi=130, metadata=metadata)
-        temporary.replace(directory / f"bench.{kind}")

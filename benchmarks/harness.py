@@ -14,8 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from slicer.errors import BenchError
 from slicer.progress import Progress
+from slicer.runtime.files import write_atomically
+from slicer.runtime.workdir import Workdir
 
 RUNS = "runs.jsonl"
 Run = dict[str, Any]
@@ -26,56 +27,44 @@ Measure = Callable[[str, int, Callable[[str], None]], Run]
 class Store:
     """The finished runs of one benchmark: in `directory/runs.jsonl`, or in memory without a directory.
 
-    The first line says which benchmark they belong to. A line that a killed process left half-written is dropped.
+    A context manager, which holds the directory. A line that a killed process left half-written is dropped.
     """
 
     def __init__(self, directory: Path | None, identity: Mapping[str, Any], *, force: bool = False) -> None:
-        """Raises BenchError where `directory` holds something else, or the runs of another benchmark."""
+        """`force` discards the runs that are there. Raises OutputError where `directory` holds something else, or the
+        runs of another benchmark."""
         self.runs: list[Run] = []
-        self.resumed = 0
         self._file: Path | None = None
-        if directory is None:
-            return
-        file = directory / RUNS
-        if directory.exists() and not directory.is_dir():
-            raise BenchError(f"{directory}: exists and is not a directory; choose another place with -o")
-        if directory.is_dir() and any(directory.iterdir()) and not file.exists():
-            raise BenchError(f"{directory}: not empty, and no benchmark's; choose another place with -o")
-        identity = json.loads(json.dumps(identity))
-        if file.exists() and not force:
-            self._read(file, identity)
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            lines = [{"benchmark": identity}, *self.runs]
-            temporary = file.with_suffix(".part")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
-            temporary.replace(file)
-        except OSError as error:
-            raise BenchError(
-                f"{directory}: cannot be written ({error.strerror}); choose another place with -o"
-            ) from None
-        self._file = file
+        self._work: Workdir | None = None
+        if directory is not None:
+            file = self._file = directory / RUNS
+            self._work = Workdir(
+                directory,
+                identity,
+                "the runs of a benchmark",
+                overwrite=force,
+                resumable=lambda: file.exists() and file.stat().st_size > 0,
+                removed=(RUNS,),
+            )
+            self._work.claim()
+            if file.exists() and not force:
+                self._read(file)
+            write_atomically(file, "".join(json.dumps(run) + "\n" for run in self.runs))
+        self.resumed = len(self.runs)
 
-    def _read(self, file: Path, identity: Mapping[str, Any]) -> None:
-        lines = []
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._work is not None:
+            self._work.close()
+
+    def _read(self, file: Path) -> None:
         for text in file.read_text("utf-8", "replace").splitlines():
             try:
-                lines.append(json.loads(text))
+                self.runs.append(json.loads(text))
             except ValueError:
                 break
-        theirs = lines[0].get("benchmark") if lines and isinstance(lines[0], dict) else None
-        if not isinstance(theirs, dict):
-            raise BenchError(
-                f"{file}: not written by slicer bench; choose another place with -o, or say --force"
-            )
-        if theirs != identity:
-            names = [k for k in {**identity, **theirs} if identity.get(k) != theirs.get(k)]
-            raise BenchError(
-                f"{file.parent}: holds the runs of another benchmark (other {', '.join(names)}); choose another place "
-                "with -o, or discard them with --force"
-            )
-        self.runs = lines[1:]
-        self.resumed = len(self.runs)
 
     def has(self, label: str, number: int) -> bool:
         """Whether this run is finished."""

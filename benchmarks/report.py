@@ -16,6 +16,7 @@ from slicer.benchmarks.contestants import Contestant
 from slicer.benchmarks.lines import Line, fit, roofline, speed_ups, verdict
 from slicer.benchmarks.workload import Workload
 from slicer.errors import BenchError
+from slicer.runtime.files import write_atomically
 
 TIMES = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")
 PERCENTILES = (50, 90, 99)
@@ -165,9 +166,7 @@ def write(directory: Path, result: Mapping[str, Any]) -> None:
         "bench.md": page.markdown(result),
     }
     for name, text in files.items():
-        temporary = directory / f".{name}.part"
-        temporary.write_text(text, "utf-8")
-        temporary.replace(directory / name)
+        write_atomically(directory / name, text)
     if result.get("lines"):
         figures.lines(result, directory)
     elif result.get("speculative"):

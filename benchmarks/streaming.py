@@ -137,12 +137,12 @@ def work(model: Path, out: Path, tokens: int, layers: int, memory: str) -> dict[
     """The walk itself, in a process of its own; the result as one line of JSON."""
     import torch
 
-    from slicer.measure.share import Share
     from slicer.measure.stream import Walk
     from slicer.measure.summary import summarise
     from slicer.measure.trace import record
     from slicer.plan.amounts import parse_size
     from slicer.progress import Progress
+    from slicer.runtime.distributed import Processes
 
     class Watch(Progress):
         """Where the run began, and when the walk ended."""
@@ -181,7 +181,7 @@ def work(model: Path, out: Path, tokens: int, layers: int, memory: str) -> dict[
     began = time.perf_counter()
     trace = record(walk, [batch], out, points=16, resumable=True, progress=watch)
     walked = time.perf_counter() - began
-    summarise(trace, Share(), 0, 1, 16, tokens)
+    summarise(trace, Processes(), 0, 1, 16, tokens)
     done.set()
     sampler.join()
     return {

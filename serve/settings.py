@@ -16,6 +16,7 @@ from slicer.checkpoint.export import expand_config
 from slicer.checkpoint.reader import Checkpoint, has_weights
 from slicer.checkpoint.sizes import Sizes, measure_sizes
 from slicer.errors import ServeError
+from slicer.runtime import memory
 
 _GIB = 1 << 30
 # Head sizes that vLLM's CPU attention has kernels for.
@@ -192,11 +193,9 @@ def _small_machine(
     notes: list[str],
 ) -> None:
     """KV cache, context and dtype so that weights and cache fit in the memory that is free."""
-    from slicer.checkpoint.verify import available_memory
-
     if flag(arguments, "--dtype") is None:
         extra += ["--dtype", "bfloat16"]
-    free = available_memory()
+    free = memory.available()
     # vLLM holds the weights once, packs a copy of the matrices for the CPU's kernels, and needs room to work.
     spare = free - 2 * weights - _GIB
     told = flag(arguments, "--kv-cache-memory-bytes") or os.environ.get("VLLM_CPU_KVCACHE_SPACE")

@@ -10,7 +10,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from slicer.checkpoint.registration import register as _register
+from slicer.checkpoint.blockwise import MODEL_TYPE as _MODEL_TYPE
+from slicer.runtime.compat import register as _register
 
 if TYPE_CHECKING:
     from slicer.checkpoint.export import export as export
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
     from slicer.plan.amounts import parse_amount as parse_amount
     from slicer.plan.blocks import select as select
     from slicer.plan.plan import Plan as Plan
+    from slicer.runtime.versions import __version__ as __version__
 
-__version__ = "0.1.0"
 _HOMES = {
+    "__version__": "slicer.runtime.versions",
     "Checkpoint": "slicer.checkpoint.reader",
     "export": "slicer.checkpoint.export",
     "convert": "slicer.convert",
@@ -45,7 +47,7 @@ _HOMES = {
     "parse_amount": "slicer.plan.amounts",
     "select": "slicer.plan.blocks",
 }
-__all__ = ["__version__", *sorted(_HOMES)]
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
@@ -54,4 +56,5 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'slicer' has no attribute {name!r}")
 
 
-_register()  # the blockwise form, with transformers whenever that is imported
+# With transformers, whenever that is imported: before slicer or after.
+_register(_MODEL_TYPE, "BlockwiseConfig", "slicer.checkpoint.blockwise_model")

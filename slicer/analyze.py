@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from slicer.checkpoint import hub
 from slicer.checkpoint.export import DTYPES, refuse_quantized
 from slicer.checkpoint.reader import Checkpoint
-from slicer.convert import library_versions
-from slicer.errors import SlicerError, UsageError
+from slicer.errors import OutputError, UsageError
 from slicer.measure.analysis import Analysis
 from slicer.measure.calibration import CalibrationSpec
-from slicer.measure.workplace import PARTIAL, fingerprint, workplace
 from slicer.plan.plan import METRIC
 from slicer.progress import Progress
+from slicer.runtime import memory
+from slicer.runtime.distributed import Processes
+from slicer.runtime.files import atomic_file, write_atomically
+from slicer.runtime.versions import versions
+from slicer.runtime.workdir import claimed
 
 POSITIONS = 16
 QUESTIONS = 64
+_PARTIAL = ".partial"  # work directories of an analysis, one a process; gone when it is done
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,6 @@ def analyze(
     Killed at any moment, the same call goes on after the last finished layer. Under torchrun each process measures its
     share of the samples, and all but the first return None. Raises SlicerError children.
     """
-    from slicer.measure.share import Share
-
     options, progress = options or AnalyzeOptions(), progress or Progress()
     if options.dtype is not None and options.dtype not in DTYPES:
         raise UsageError(f"dtype {options.dtype!r}: choose one of {', '.join(DTYPES)}")
@@ -89,70 +91,82 @@ def analyze(
     checkpoint.check_layers()
     _check_sizes(options, checkpoint.depth)
     other = None if options.beside is None else Analysis.load(options.beside)
-    share = Share.of_environment()
-    if options.healed and share.world > 1:
+    processes = Processes.of_environment()
+    if options.healed and processes.world > 1:
         raise UsageError("--healed: solved by one process; run it without torchrun")
-    if (options.sublayers or options.shapley) and share.world > 1:
+    if (options.sublayers or options.shapley) and processes.world > 1:
         raise UsageError("--sublayers and --shapley: measured by one process; run them without torchrun")
     try:
-        mark = fingerprint(
-            checkpoint,
-            asdict(options.calibration),
-            source=source,
-            dtype=options.dtype,
-            positions=options.positions,
-            world=share.world,
-            versions=library_versions(),
-        )
-        with workplace(out, mark, share.rank, force=options.force) as work:
-            analysis = _measure(checkpoint, options, work, share, progress)
+        _check_place(out, force=options.force)
+        # Each process has a directory of its own, which need not be on the same disk.
+        with claimed(
+            out / _PARTIAL / str(processes.rank), what="an unfinished analysis", overwrite=options.force,
+            checkpoint=checkpoint.identity, text=options.calibration.identity, source=source, dtype=options.dtype,
+            positions=options.positions, processes=processes.world, versions=versions(),
+        ) as work:  # fmt: skip
+            analysis = _measure(checkpoint, options, work.path, processes, progress)
             analysis = Analysis(
                 **{
                     **{k: getattr(analysis, k) for k in analysis.__dataclass_fields__},
                     "source": source,
                     "revision": found.revision,
                     "model_type": checkpoint.config.get("model_type"),
-                    "versions": library_versions(),
+                    "versions": versions(),
                     "command": options.command,
                 }
             )
-            if not share.is_first:
+            if not processes.is_first:
                 return None
             progress.stage("Drawing")
             _publish(analysis, other, out, progress)
-        shutil.rmtree(out / PARTIAL, ignore_errors=True)
+        shutil.rmtree(out / _PARTIAL, ignore_errors=True)
         return analysis
     finally:
-        share.leave()
+        processes.leave()
+
+
+def _check_place(out: Path, *, force: bool) -> None:
+    """Raise OutputError where `out` holds a finished analysis (which gives way to `force`), or something else."""
+    if (out / _PARTIAL).is_dir() or not out.is_dir():  # what else is in the way is found when it is made
+        return
+    if (out / "analysis.json").exists():
+        if not force:
+            raise OutputError(
+                f"{out}: holds an analysis already; choose another place with -o, or --force to replace it"
+            )
+    elif strange := sorted(p.name for p in out.iterdir()):
+        raise OutputError(f"{out}: holds {strange[0]}, which is no analysis; choose another place with -o")
 
 
 def _measure(
-    checkpoint: Checkpoint, options: AnalyzeOptions, work: Path, share: Any, progress: Progress
+    checkpoint: Checkpoint, options: AnalyzeOptions, work: Path, processes: Processes, progress: Progress
 ) -> Analysis:
     from slicer.analyze_parts import measure_parts, questions_of
     from slicer.measure import importance
     from slicer.measure.metrics import points_affordable
-    from slicer.measure.stream import Walk, fits
+    from slicer.measure.stream import Walk
     from slicer.measure.summary import summarise
     from slicer.measure.trace import record
 
-    where: dict[str, Any] = {
-        "dtype": options.dtype,
-        "device": _device(options.device),
-        "memory_bytes": options.memory,
-    }
-    loaded = fits(checkpoint, **where)
+    loaded = memory.fits(checkpoint.bytes_as(options.dtype), options.device, options.memory)
     progress.stage("Loading the model" if loaded else "Reading what lies outside the layers")
     if not loaded:
         progress.note(
             "the model does not fit in memory: its layers are read from disk one at a time"
             + (", out of pickled .bin files" if checkpoint.is_bin else "")
         )
-    walk = Walk.fitting(checkpoint, directory=work, trust_remote_code=options.trust_remote_code, **where)
+    walk = Walk.fitting(
+        checkpoint,
+        dtype=options.dtype,
+        device=options.device,
+        memory_bytes=options.memory,
+        directory=work,
+        trust_remote_code=options.trust_remote_code,
+    )
     progress.stage("Calibration data")
-    batches, provenance = _batches(checkpoint, options, walk, work.parent, share)
+    batches, provenance = _batches(checkpoint, options, walk, work, processes)
     samples, seq_len = sum(len(b) for b in batches), batches[0].shape[1]
-    own, first = share.of(batches)
+    own, first = processes.of(batches)
     questions = questions_of(checkpoint, options, walk, progress)
     prefix = checkpoint.layer_prefix
     points = points_affordable(
@@ -173,11 +187,11 @@ def _measure(
         progress=progress,
     )
     progress.stage("Comparing layers", trace.samples, "sequences")
-    tables = summarise(trace, share, first, samples, points, seq_len, progress)
+    tables = summarise(trace, processes, first, samples, points, seq_len, progress)
     losses = importance.measure(
         walk,
         own,
-        share,
+        processes,
         first,
         samples,
         sizes=options.losses,
@@ -218,7 +232,7 @@ def _measure(
 
 
 def _batches(
-    checkpoint: Checkpoint, options: AnalyzeOptions, walk: Any, work: Path, share: Any
+    checkpoint: Checkpoint, options: AnalyzeOptions, walk: Any, work: Path, processes: Processes
 ) -> tuple[list[Any], dict[str, Any]]:
     """The same batches in every process, and after a restart: the first one makes and keeps them."""
     from safetensors.torch import load_file, save_file
@@ -226,47 +240,27 @@ def _batches(
     from slicer.measure.calibration import token_batches
 
     saved, about = work / "tokens.safetensors", work / "tokens.json"
-    outcome: Any = None
-    if share.is_first:
-        try:
-            if saved.is_file() and about.is_file():
-                tokens = load_file(saved)["tokens"]
-                outcome = tokens, json.loads(about.read_text("utf-8"))
-            else:
-                import torch
 
-                data = token_batches(
-                    options.calibration,
-                    checkpoint.path,
-                    walk.model,
-                    streamed=walk.streamed,
-                    trust_remote_code=options.trust_remote_code,
-                )
-                tokens = torch.cat(data.batches)
-                part = saved.with_name(saved.name + ".part")
-                save_file({"tokens": tokens}, part)
-                part.replace(saved)
-                about.write_text(json.dumps(data.provenance), "utf-8")
-                outcome = tokens, data.provenance
-        except SlicerError as error:
-            outcome = error
-    outcome = share.agree(outcome)
-    if isinstance(outcome, SlicerError):
-        raise outcome
-    tokens, provenance = outcome
+    def drawn() -> tuple[Any, dict[str, Any]]:
+        if saved.is_file() and about.is_file():
+            return load_file(saved)["tokens"], json.loads(about.read_text("utf-8"))
+        import torch
+
+        data = token_batches(
+            options.calibration,
+            checkpoint.path,
+            walk.model,
+            streamed=walk.streamed,
+            trust_remote_code=options.trust_remote_code,
+        )
+        tokens = torch.cat(data.batches)
+        with atomic_file(saved) as part:
+            save_file({"tokens": tokens}, part)
+        write_atomically(about, json.dumps(data.provenance))
+        return tokens, data.provenance
+
+    tokens, provenance = processes.first(drawn)
     return list(tokens.split(options.calibration.batch_size)), provenance
-
-
-def _device(device: str) -> str:
-    """Each process of one machine its own GPU."""
-    import os
-
-    rank = os.environ.get("LOCAL_RANK")
-    if device != "auto" or rank is None or int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < 2:
-        return device
-    import torch
-
-    return f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
 
 
 def _check_sizes(options: AnalyzeOptions, depth: int) -> None:
@@ -306,6 +300,4 @@ def _publish(analysis: Analysis, other: Analysis | None, out: Path, progress: Pr
         progress.note(
             f"trade-off.png sets the two texts against each other: rank correlation {agreement:.2f}"
         )
-    part = out / "analysis.json.part"
-    part.write_text(analysis.to_json(), "utf-8")
-    part.replace(out / "analysis.json")
+    write_atomically(out / "analysis.json", analysis.to_json())

@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 
 import click
 
-from slicer import __version__
 from slicer.benchmarks.command import bench
 from slicer.errors import SlicerError
 from slicer.heal.command import heal, merge, rank_options, rank_sweep_of, training_of, training_options
@@ -74,7 +73,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, prog_name="slicer")
+@click.version_option(package_name="slicer-llm", prog_name="slicer")
 def main() -> None:
     """Make a large language model shallower and leave it a standard checkpoint.
 

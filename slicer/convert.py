@@ -9,12 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slicer import __version__
 from slicer.checkpoint import hub, rewrite, sublayers
 from slicer.checkpoint.export import DTYPES, check_output, refuse_quantized
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import measure_sizes, sizes_after
-from slicer.checkpoint.writer import check_space
 from slicer.closing import closed_again, compensation_of, repair, trained_again
 from slicer.errors import ArchitectureError, PlanError
 from slicer.heal.settings import METHODS
@@ -25,6 +23,8 @@ from slicer.plan.choose import choose
 from slicer.plan.plan import Plan
 from slicer.produce import write
 from slicer.progress import Progress
+from slicer.runtime.files import check_space
+from slicer.runtime.versions import versions
 from slicer.trained import convert_and_train
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def convert(
         revision=found.revision,
         model_type=checkpoint.config.get("model_type"),
         dtype=options.dtype,
-        versions=library_versions(),
+        versions=versions(),
         command=options.command,
         parent=Plan.load(found.path) if (found.path / "slicer" / "plan.json").is_file() else None,
         healing=None,
@@ -206,10 +206,3 @@ def _mismatch(plan: Plan, checkpoint: Checkpoint) -> None:
     )
 
 
-def library_versions() -> dict[str, str]:
-    """What made an output: slicer and the libraries that its figures depend on."""
-    from importlib.metadata import version
-
-    return {"slicer-llm": __version__} | {
-        name: version(name) for name in ("torch", "transformers", "safetensors")
-    }

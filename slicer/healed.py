@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import HealError
-from slicer.heal.compensate.fold import fold
-from slicer.heal.patch import holds, written_dtype
 from slicer.measure.analysis import Distances
 from slicer.measure.stream import Walk
 from slicer.plan.blocks import rank
-from slicer.plan.plan import Plan
 from slicer.progress import Progress
+from slicer.runtime.workdir import Notebook
 
 CANDIDATES = 4
 
@@ -39,33 +37,28 @@ def rank_after_healing(
     held out; NaN for blocks that were not tried, or that cannot be healed. It has no standard errors. Finished
     candidates are kept in `notebook`.
     """
-    known: dict[str, float | None] = {}
-    if notebook is not None and notebook.is_file():
-        known = json.loads(notebook.read_text("utf-8"))
+    book = Notebook(notebook)
+
+    def increase(dropped: Sequence[int]) -> float | None:
+        try:
+            loss = fold(
+                walk,
+                batches,
+                Plan.dropping(walk.depth, dropped),
+                holds=holds(checkpoint),
+                written=written_dtype(checkpoint, None),
+                progress=progress,
+            ).losses
+        except HealError:
+            return None
+        assert loss.after is not None and loss.source is not None
+        return loss.after - loss.source
+
     rows: dict[int, list[float]] = {}
     for n in sizes:
         rows[n] = [math.nan] * (distances.depth - n + 1)
         for block in rank(distances, n)[:candidates]:
-            name = f"{block.start}+{n}"
-            if name not in known:
-                try:
-                    loss = fold(
-                        walk,
-                        batches,
-                        Plan.dropping(walk.depth, block.dropped),
-                        holds=holds(checkpoint),
-                        written=written_dtype(checkpoint, None),
-                        progress=progress,
-                    ).losses
-                    assert loss.after is not None and loss.source is not None
-                    known[name] = loss.after - loss.source
-                except HealError:
-                    known[name] = None
-                if notebook is not None:
-                    part = notebook.with_name(notebook.name + ".part")
-                    part.write_text(json.dumps(known), "utf-8")
-                    part.replace(notebook)
-            value = known[name]
+            value = book.take(f"{block.start}+{n}", partial(increase, block.dropped))
             rows[n][block.start] = math.nan if value is None else value
     rows = {n: row for n, row in rows.items() if not all(map(math.isnan, row))}
     if not rows:

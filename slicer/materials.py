@@ -28,10 +28,10 @@ class SourceModel:
     @property
     def fits(self) -> bool:
         """Whether it can be loaded."""
-        from slicer.measure.stream import fits
+        from slicer.runtime.memory import fits
 
         options = self._options
-        return fits(self._checkpoint, dtype=options.dtype, device=options.device, memory_bytes=options.memory)
+        return fits(self._checkpoint.bytes_as(options.dtype), options.device, options.memory)
 
     def walk(self) -> Walk:
         """A walk over it."""

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from slicer.checkpoint import architectures
 from slicer.checkpoint.export import write_checkpoint
 from slicer.checkpoint.reader import Checkpoint
-from slicer.checkpoint.writer import atomic_directory
 from slicer.errors import SourceError, VerificationError
 from slicer.materials import SourceModel
 from slicer.options import Options, Summary
 from slicer.plan.plan import Plan
 from slicer.progress import Progress
+from slicer.runtime.files import atomic_directory
 
 if TYPE_CHECKING:
     import torch

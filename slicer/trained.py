@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -36,14 +35,14 @@ def convert_and_train(
 ) -> Summary:
     """As `slicer.convert.convert`, which is given as `convert`, where `options.heal` is a way to train.
 
-    The bare cut is kept beside `out` until the training that starts from it is done, so that the same command goes on
+    The bare cut is kept in OUT.cut until the training that starts from it is done, so that the same command goes on
     where it was stopped. Raises HealError for a cut that leaves layers without a part, which training does not take.
     """
     from slicer.heal.adapters import require
     from slicer.heal.keep import check_keeping
-    from slicer.heal.place import cut_for, discarding, workplace_of
     from slicer.heal.trained import TrainOptions, check_trainable, train_cut
-    from slicer.measure.share import Share
+    from slicer.runtime.distributed import Processes
+    from slicer.runtime.workdir import SIGN, beside, check_owner, claimed
 
     training = replace(
         options.training or Training(), method=str(options.heal), seed=options.calibration.seed
@@ -70,29 +69,38 @@ def convert_and_train(
         out = Path(output_name(source, f"{left}L"))
     check_output(out, checkpoint.path, force=options.force)
     check_keeping(options.save_adapter, training.method, out, [checkpoint.path], force=options.force)
-    asked = {"goal": str(goal), "plan": plan and plan.to_json(), **{k: getattr(options, k) for k in _OF_CUT}}
+    processes = Processes.of_environment()
 
-    def cut() -> tuple[str, Summary]:
-        def make(place: Path) -> None:
+    def cut(place: Path) -> Summary:
+        if not place.is_dir():
             quickly = replace(bare, force=True, verify="load")
             convert(source, goal, place, quickly, plan=plan, progress=progress)
-
-        path = cut_for(out, checkpoint, options.calibration, asked, make, force=options.force)
         again = replace(bare, dry_run=True)
-        return str(path), convert(source, None, None, again, plan=Plan.load(path), progress=progress)
+        return convert(source, None, None, again, plan=Plan.load(place), progress=progress)
 
-    path, summary = Share.of_environment().first(cut)
+    later = [beside(out, kind) for kind in ("training", "ranks")]
+
+    def resumable() -> bool:
+        return any((place / SIGN).is_file() for place in later)
+
     given = TrainOptions(training=training, **{k: getattr(options, k) for k in _OF_TRAINING})
-    with discarding(out):
+    for place in later:  # before the cut is written, which may take long
+        check_owner(place)
+    with claimed(
+        beside(out, "cut"), processes, what="the cut of an unfinished training",
+        overwrite=options.force, resumable=resumable, checkpoint=checkpoint.identity,
+        text=options.calibration.identity, goal=str(goal), plan=plan and plan.to_json(),
+        **{k: getattr(options, k) for k in _OF_CUT},
+    ) as work:  # fmt: skip
+        path = work.path / "cut"
+        summary = processes.first(lambda: cut(path))
         if options.rank_sweep is None:
-            done = train_cut(path, source, out, given, progress=progress)
+            done = train_cut(str(path), source, out, given, progress=progress)
         else:
             from slicer.heal.rank_sweep import pick_rank
 
-            done = pick_rank(path, source, out, given, options.rank_sweep, progress=progress)
-            if done is not None:
-                shutil.rmtree(workplace_of(out))
-    Share.of_environment().leave()
+            done = pick_rank(str(path), source, out, given, options.rank_sweep, progress=progress)
+    processes.leave()
     if done is None:  # not the first of several processes
         return replace(summary, out=out)
     return replace(

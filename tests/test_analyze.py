@@ -21,12 +21,13 @@ from slicer.analyze import AnalyzeOptions, analyze
 from slicer.checkpoint.model import load_model
 from slicer.cli import main
 from slicer.convert import convert
-from slicer.errors import CalibrationError, OutputError, UsageError
+from slicer.errors import CalibrationError, OutputError
 from slicer.measure.analysis import Analysis
 from slicer.measure.calibration import CalibrationSpec, token_batches
 from slicer.options import Options
 from slicer.plan.amounts import Goal, parse_amount
 from slicer.plan.plan import Plan
+from slicer.runtime.workdir import owned
 
 LAYERS = 6
 
@@ -176,10 +177,11 @@ def test_killed_it_goes_on(path: Path, text: Path, done: Path, tmp_path: Path) -
 
 def test_an_unfinished_run_of_something_else_is_kept(path: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    (out / ".partial" / "0").mkdir(parents=True)
-    (out / ".partial" / "0" / "run").write_text("another")
-    (out / ".partial" / "0" / "layer-001.safetensors").write_text("hours of work")
-    with pytest.raises(OutputError, match="--force"):
+    with owned(out / ".partial" / "0", what="an unfinished analysis", source="another") as work:
+        (work.path / "layer-001.safetensors").write_text("hours of work")
+        with pytest.raises(OutputError, match="another run"):
+            analyze(str(path), out, AnalyzeOptions(spec(text), force=True))
+    with pytest.raises(OutputError, match="unfinished analysis .*--force"):
         analyze(str(path), out, AnalyzeOptions(spec(text)))
     assert (out / ".partial" / "0" / "layer-001.safetensors").read_text() == "hours of work"
     assert analyze(str(path), out, AnalyzeOptions(spec(text), force=True)) is not None
@@ -268,13 +270,6 @@ def test_states_that_are_not_finite_name_the_layer(path: Path, text: Path, tmp_p
     with pytest.raises(CalibrationError, match="entering layer 3"):
         analyze(str(model), tmp_path / "out", AnalyzeOptions(spec(text)))
     assert not (tmp_path / "out" / "analysis.json").exists()
-
-
-def test_too_few_batches_for_the_processes() -> None:
-    from slicer.measure.share import Share
-
-    with pytest.raises(UsageError, match="--samples"):
-        Share(0, 3).of([torch.zeros(1, 2)] * 2)
 
 
 @pytest.mark.large

@@ -34,7 +34,13 @@ STDLIB_ONLY = {
     "slicer.checkpoint.architectures",
     "slicer.checkpoint.rewrite",
     "slicer.checkpoint.reader",
-    "slicer.checkpoint.registration",
+    "slicer.runtime.compat",
+    "slicer.runtime.compute",
+    "slicer.runtime.distributed",
+    "slicer.runtime.files",
+    "slicer.runtime.memory",
+    "slicer.runtime.versions",
+    "slicer.runtime.workdir",
     "slicer.checkpoint.blockwise",
     "slicer.checkpoint.sublayers",
 }
@@ -64,9 +70,9 @@ ALLOWED = {
         "slicer.benchmarks.command",
     ),
     "vllm": ("slicer.serve", "slicer.benchmarks"),
-    "peft": ("slicer.heal", "slicer.checkpoint.merge"),
+    "peft": ("slicer.heal", "slicer.checkpoint.merge", "slicer.runtime.compat"),
     "bitsandbytes": ("slicer.heal", "slicer.checkpoint.merge"),
-    "lm_eval": ("slicer.judge.backends", "slicer.measure.tasks"),
+    "lm_eval": ("slicer.runtime.compat", "slicer.measure.tasks"),
     "jinja2": ("slicer.judge.report",),
     "matplotlib": ("slicer.judge", "slicer.benchmarks"),
 }
@@ -83,6 +89,7 @@ TRANSITIVE = {
 # The rooms of the house, lowest floor first: a module imports its own floor and those below, never above.
 FLOORS = (
     ("slicer.errors", "slicer.progress"),
+    ("slicer.runtime",),
     (
         "slicer.plan",
         "slicer.checkpoint.layer_fields",

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from slicer.checkpoint.reader import Checkpoint
-from slicer.checkpoint.registration import MODEL_TYPE
 from slicer.errors import ArchitectureError
 from slicer.plan.plan import Plan
 
+MODEL_TYPE = "slicer_blockwise"  # of config.json; `slicer` registers it with transformers
 FAMILIES = ("llama", "mistral", "qwen2")
 STOCK_CLASS, OWN_CLASS = "DeciLMForCausalLM", "SlicerBlockwiseForCausalLM"
 _FIELDS = (

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from slicer.checkpoint.registration import MODEL_TYPE
+from slicer.checkpoint.blockwise import MODEL_TYPE
 
 
 class Block(dict[str, Any]):

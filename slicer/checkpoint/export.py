@@ -16,15 +16,10 @@ from typing import Any
 from slicer.checkpoint import architectures, blockwise, rewrite, sublayers
 from slicer.checkpoint.hub import COMPANIONS
 from slicer.checkpoint.reader import BIN_INDEX, INDEX, Checkpoint, TensorSpan, inside
-from slicer.checkpoint.writer import (
-    DEFAULT_SHARD_BYTES,
-    Progress,
-    atomic_directory,
-    check_space,
-    write_tensors,
-)
+from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES, Progress, write_tensors
 from slicer.errors import ArchitectureError, OutputError, PlanError, SourceError
 from slicer.plan.plan import Plan
+from slicer.runtime.files import atomic_directory, check_space
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 

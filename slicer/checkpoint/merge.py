@@ -6,13 +6,11 @@ copied. The adapter goes into the full-precision checkpoint, whatever it was tra
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
-import logging
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,11 +25,14 @@ from slicer.checkpoint.export import check_output, copy_unchanged, refuse_quanti
 from slicer.checkpoint.foundation import check_base
 from slicer.checkpoint.model import load_model
 from slicer.checkpoint.reader import Checkpoint, TensorSpan
-from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES, atomic_directory, check_space
+from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES
 from slicer.errors import HealError, SlicerError, UsageError, VerificationError
 from slicer.plan.plan import Plan
 from slicer.plan.records import MergeRecord
 from slicer.progress import Progress
+from slicer.runtime.compat import named_as_loaded, quiet_bitsandbytes
+from slicer.runtime.files import atomic_directory, check_space
+from slicer.runtime.memory import fits
 
 # How far logits may be apart, of their largest, all computed in float32: from those of the same weights (a sum rounded
 # the other way now and then); and from those of the adapter, since the merged weights are stored in this dtype.
@@ -109,8 +110,7 @@ def merge(
     places = placed(checkpoint, adapter, renumber=renumber, trust_remote_code=trust_remote_code)
     replaced = merged_spans(checkpoint, adapter, places)
     check_space(out, checkpoint.total_bytes)
-    fits = verify.fits_in_memory(4 * checkpoint.parameters, device)
-    checked = check if check != "auto" else "logits" if fits else "load"
+    checked = check if check != "auto" else "logits" if fits(4 * checkpoint.parameters, device) else "load"
     probe = None
     if checked == "logits":
         progress.stage("Reference logits of the checkpoint with the adapter on")
@@ -161,28 +161,6 @@ def _merged(span: TensorSpan, adapter: Adapter, place: Place) -> torch.Tensor:
     return (old.float() + (delta.T if place.transposed else delta)).to(old.dtype)
 
 
-def quiet() -> None:
-    """Keep bitsandbytes, which peft imports, from speaking of kernels that it can do without."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-
-@contextlib.contextmanager
-def named_as_loaded() -> Iterator[None]:
-    """Inside the block peft takes the names of targets for those of the loaded model.
-
-    Of some mixtures of experts it would take a `gate_proj` of a dense layer, or of shared experts, for one that older
-    transformers had in each expert, and put adapters on all the experts instead.
-    """
-    from peft.utils import transformers_weight_conversion as conversion
-
-    honest = conversion.convert_peft_config_for_transformers
-    conversion.convert_peft_config_for_transformers = lambda *_, **__: None
-    try:
-        yield
-    finally:
-        conversion.convert_peft_config_for_transformers = honest
-
-
 def reference_logits(
     checkpoint: Checkpoint,
     adapter: Adapter,
@@ -200,7 +178,7 @@ def reference_logits(
                 f"{adapter.path}: once loaded, the model has no module of its own for {place.key}, where peft could "
                 "put the adapter on; --verify load merges without comparing logits"
             )
-    quiet()
+    quiet_bitsandbytes()
     try:
         from peft import PeftModel
     except ImportError:

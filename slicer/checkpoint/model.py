@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from slicer.checkpoint import architectures
-from slicer.checkpoint.memory import loaded_bytes, short_of_memory
 from slicer.checkpoint.reader import Checkpoint, TensorSpan, read_config
-from slicer.errors import ArchitectureError, SlicerError, SourceError, UsageError
+from slicer.errors import ArchitectureError, SlicerError, SourceError
+from slicer.runtime import memory
+from slicer.runtime.compute import Compute
 
 Model = Any  # a transformers PreTrainedModel, whose classes carry no types
 
@@ -33,24 +34,23 @@ def load_model(
 ) -> Model:
     """Load `path` for inference: eval mode, no gradients.
 
-    `dtype` is "auto" (as stored) or a torch name; `device` is "auto" (a GPU if there is one, spread over several when
-    one is too small and accelerate is installed), "cpu", "cuda", "cuda:1". `quantization` is transformers' config of
-    one, applied while loading. A model that is to be `sharded` over processes stays where transformers puts it. Raises
-    SourceError with the reason.
+    `dtype` is "auto" (as stored) or a torch name; `device` as in `Compute`: with "auto" the model is spread over
+    several GPUs when one is too small, accelerate is installed and no other process is at work. `quantization` is
+    transformers' config of one, applied while loading. A model that is to be `sharded` over processes stays where
+    transformers puts it. Raises SourceError with the reason.
     """
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    target = pick_device(device)
+    target = Compute(device).torch_device()
     arguments: dict[str, Any] = {
         "dtype": dtype,
         "trust_remote_code": trust_remote_code,
         "local_files_only": True,
     }
-    spread = (
-        device == "auto" and target.type == "cuda" and not sharded and _needs_several(path, dtype, target)
-    )
+    alone = device == "auto" and target == torch.device("cuda")  # not one of several processes
+    spread = alone and not sharded and _needs_several(path, dtype, target)
     if spread:
         arguments["device_map"] = "auto"
     elif quantization is not None and not sharded:
@@ -63,7 +63,7 @@ def load_model(
             model = auto.from_pretrained(str(path), **arguments)
             break
         except Exception as error:  # transformers raises many kinds; the next class may fit
-            if short_of_memory(error):
+            if memory.is_out_of_memory(error):
                 raise
             failure = failure or error
     else:
@@ -183,25 +183,11 @@ def blueprint(path: Path, *, trust_remote_code: bool = False) -> Checkpoint:
     return Checkpoint(path, config, tensors, {"format": "pt"})
 
 
-def pick_device(device: str) -> torch.device:
-    """The torch device that `device` names. Raises UsageError when it is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        target = torch.device(device)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"--device {device}: not available here ({str(error).splitlines()[0][:120]})"
-        ) from None
-    return target
-
-
 def _needs_several(path: Path, dtype: str, target: torch.device) -> bool:
     from importlib.util import find_spec
 
-    size = loaded_bytes(path, dtype)
-    return size * 1.1 > torch.cuda.mem_get_info(target)[0] and find_spec("accelerate") is not None
+    size = Checkpoint.open(path).bytes_as(dtype)
+    return size * 1.1 > memory.free(target) and find_spec("accelerate") is not None
 
 
 def decoder_layers(model: Model) -> nn.ModuleList:

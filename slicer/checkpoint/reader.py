@@ -6,6 +6,7 @@ and every file against the directory it must lie in. Standard library only, but 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -138,6 +139,27 @@ class Checkpoint:
     def total_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(span.nbytes for span in self.tensors.values())
+
+    def bytes_as(self, dtype: str | None = None) -> int:
+        """Bytes of all tensors once loaded as `dtype`, a torch name; None or "auto": as stored."""
+        if dtype is None or dtype == "auto":
+            return self.total_bytes
+        import torch
+
+        from slicer.checkpoint import tensors
+
+        name = tensors.dtype_name(torch.empty(0, dtype=getattr(torch, dtype)))
+        return sum(span.cast(name)[1] for span in self.tensors.values())
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of the config and of where every tensor lies, with the files' dates: no byte of them is read."""
+        changed = {span.file: span.file.stat().st_mtime_ns for span in self.tensors.values()}
+        tensors = [
+            [key, span.file.name, span.dtype, span.shape, span.start, changed[span.file]]
+            for key, span in self.tensors.items()
+        ]
+        return hashlib.sha256(json.dumps([self.config, tensors], sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def parameters(self) -> int:

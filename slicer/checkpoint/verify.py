@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from slicer.checkpoint import tensors as torch_tensors
-from slicer.checkpoint.model import build_on_meta, load_model, meta_tensors, pick_device
+from slicer.checkpoint.model import build_on_meta, load_model, meta_tensors
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import SlicerError, SourceError, VerificationError
 
@@ -24,7 +23,6 @@ _OLD_BUFFERS = re.compile(
     r"(attn|attention)\.(bias|masked_bias|causal_mask)$|(^|\.)(rotary(_emb)?\.inv_freq|position_ids)$"
     r"|(^|\.)(embed_positions\.weights|decoder\.version)$"
 )
-MARGIN = 1.3  # activations, buffers and the loader's own copies
 
 
 def check_load(path: Path, *, trust_remote_code: bool = False) -> None:
@@ -141,28 +139,3 @@ def compare_logits(logits: torch.Tensor, reference: torch.Tensor, tolerance: flo
             f"sequence {position[0]}, position {position[1]}, token {position[2]}); nothing was written"
         )
     return relative
-
-
-def fits_in_memory(total_bytes: int, device: str = "auto") -> bool:
-    """Whether a model of `total_bytes` can be loaded on `device` beside what runs already."""
-    target = pick_device(device)
-    host = total_bytes * MARGIN < available_memory()
-    if target.type != "cuda":
-        return host
-    free = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
-    here = sum(free) if device == "auto" else free[target.index or 0]
-    return total_bytes * MARGIN < here
-
-
-def available_memory() -> int:
-    """Bytes of memory that can be taken without swapping, within the limit of the control group."""
-    import psutil
-
-    available = int(psutil.virtual_memory().available)
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):
-            available = min(available, int(Path(limit).read_text()) - int(Path(used).read_text()))
-    return available

@@ -7,7 +7,6 @@ that off; training looks for packed weights and for gradients that are not there
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,13 +17,14 @@ from torch import nn
 
 from slicer.checkpoint import architectures
 from slicer.checkpoint.adapter import is_conv1d
-from slicer.checkpoint.merge import named_as_loaded, quiet
 from slicer.checkpoint.model import decoder_layers, load_model, mlp_of
 from slicer.checkpoint.names import Names
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import HealError
 from slicer.heal.full import homes_of
 from slicer.heal.settings import Settings
+from slicer.runtime.compat import named_as_loaded, quiet_bitsandbytes
+from slicer.runtime.distributed import sharded
 
 # Parts of a feed-forward block that choose rather than compute: the paper trains none of them.
 _CHOOSING = {"gate", "router", "shared_expert_gate"}
@@ -37,15 +37,10 @@ def require(method: str) -> None:
         "lora": ("peft", "accelerate"),
         "qlora": ("peft", "bitsandbytes", "accelerate"),
     }
-    quiet()
+    quiet_bitsandbytes()
     missing = [name for name in needed[method] if find_spec(name) is None]
     if missing:
         raise HealError(f"--method {method} needs {' and '.join(missing)}: pip install 'slicer-llm[heal]'")
-
-
-def sharded() -> bool:
-    """Whether accelerate was told to shard the model over the processes (FSDP)."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1", "yes")
 
 
 def nf4(compute: torch.dtype) -> Any:

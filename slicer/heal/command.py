@@ -229,7 +229,7 @@ def heal(sliced: str, **given: Any) -> None:
         else:
             from slicer.heal.rank_sweep import pick_rank
             from slicer.heal.trained import TrainOptions, train_cut
-            from slicer.measure.share import Share
+            from slicer.runtime.distributed import Processes
 
             options = TrainOptions(training=training, save_adapter=given["save_adapter"], **common)
             if given["rank_sweep"] is not None:
@@ -238,7 +238,7 @@ def heal(sliced: str, **given: Any) -> None:
                 )
             else:
                 done = train_cut(sliced, given["source"], given["out"], options, progress=progress)
-            Share.of_environment().leave()
+            Processes.of_environment().leave()
     if done is None:  # not the first of several processes
         return
     if given["as_json"]:

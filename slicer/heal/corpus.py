@@ -31,6 +31,7 @@ from slicer.measure.calibration import (
 )
 from slicer.plan.records import CorpusRecord
 from slicer.progress import Progress
+from slicer.runtime.files import atomic_file, write_atomically
 
 APART = (16, 4, 2)  # one document in so many is held out; more, where that were not even a sequence
 _OF_SAME = "one document in {} of the same source"
@@ -133,7 +134,7 @@ def prepare(
                     break
         record["train_sequences"] -= (twice := _without_held_out(directory, settings.seq_len))
         record["train_sequences_left_out_as_held_out"] = twice
-        done.write_text(json.dumps(record), "utf-8")
+        write_atomically(done, json.dumps(record))
     record = json.loads(done.read_text("utf-8"))
     if record["train_sequences"] < settings.batch_size or record["held_out_sequences"] < 1:
         done.unlink()
@@ -258,13 +259,12 @@ def _without_held_out(directory: Path, seq_len: int) -> int:
     twice = {i for i, digest in enumerate(train.digests()) if digest in known}
     if twice:
         size = 4 * seq_len
-        new = directory / "train.new"
-        with open(directory / "train.bin", "rb") as old, open(new, "wb") as out:
+        file = directory / "train.bin"
+        with atomic_file(file) as new, open(file, "rb") as old, open(new, "wb") as out:
             for i in range(len(train)):
                 row = old.read(size)
                 if i not in twice:
                     out.write(row)
-        new.rename(directory / "train.bin")
     return len(twice)
 
 

@@ -14,7 +14,7 @@ from slicer.checkpoint.model import load_model
 from slicer.checkpoint.reader import Checkpoint, TensorSpan
 from slicer.checkpoint.sizes import measure_sizes
 from slicer.checkpoint.sublayers import new_keys, tensors_of
-from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES, atomic_directory, check_space
+from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES
 from slicer.closing import Compensation, repair
 from slicer.errors import HealError, PlanError, UsageError
 from slicer.measure.calibration import CalibrationSpec, TokenBatches, token_batches
@@ -22,6 +22,8 @@ from slicer.measure.stream import Walk
 from slicer.model.pruned import pruned_logits
 from slicer.plan.plan import Plan
 from slicer.progress import Progress
+from slicer.runtime import memory
+from slicer.runtime.files import atomic_directory, check_space
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,8 @@ def heal(
             "merging, or train on: --method lora"
         )
     whole = source_of(cut, plan, sliced, source, out, force=options.force)
-    fits = verify.fits_in_memory(whole.total_bytes, options.device)
     dtype = plan.dtype or "auto"
+    fits = memory.fits(whole.bytes_as(dtype), options.device)
     remote = options.trust_remote_code
     if fits:
         progress.stage("Loading the source")

@@ -16,12 +16,17 @@ from pathlib import Path
 
 from slicer.checkpoint.foundation import BASE, note_base
 from slicer.checkpoint.reader import Checkpoint
-from slicer.checkpoint.writer import atomic_directory
 from slicer.errors import OutputError, UsageError
-from slicer.heal.place import ranks_of, workplace_of
 from slicer.progress import Progress
+from slicer.runtime.files import atomic_directory, link_or_copy
+from slicer.runtime.workdir import beside
 
 _CONFIG = "adapter_config.json"
+
+
+def _going(out: Path) -> list[Path]:
+    """The directories that are removed once `out` is there."""
+    return [beside(out, kind) for kind in ("training", "ranks", "cut")]
 
 
 def check_keeping(place: Path | None, method: str, out: Path, others: Iterable[Path], *, force: bool) -> None:
@@ -34,7 +39,7 @@ def check_keeping(place: Path | None, method: str, out: Path, others: Iterable[P
     if method == "full":
         raise UsageError("--save-adapter: --method full trains all weights and has no adapter; leave it out")
     real = place.resolve()
-    for other in (out, workplace_of(out), ranks_of(out), *others):
+    for other in (out, *_going(out), *others):
         if real.is_relative_to(other.resolve()) or other.resolve().is_relative_to(real):
             raise OutputError(f"--save-adapter {place}: overlaps {other}; choose another place")
     if place.is_symlink() or (place.exists() and not place.is_dir()):
@@ -53,11 +58,11 @@ def check_keeping(place: Path | None, method: str, out: Path, others: Iterable[P
 
 @contextlib.contextmanager
 def keeping(
-    place: Path | None, weights: Path | None, base: Checkpoint, work: Path, *, force: bool, progress: Progress
+    place: Path | None, weights: Path | None, base: Checkpoint, out: Path, *, force: bool, progress: Progress
 ) -> Iterator[None]:
     """The adapter `weights`, trained on `base`, appears at `place` when the block ends without an exception.
 
-    `work` is the training's own directory, which goes: a `base` in it is kept beside the adapter.
+    A `base` in one of the work directories of `out`, which go, is kept beside the adapter.
     """
     if place is None or weights is None:
         if place is not None:
@@ -69,8 +74,8 @@ def keeping(
             weights, directory, ignore=shutil.ignore_patterns("training_args.bin"), dirs_exist_ok=True
         )
         found = base.path.resolve()
-        if found.is_relative_to(work.resolve()):
-            shutil.copytree(found, directory / BASE, copy_function=_linked)
+        if any(found.is_relative_to(work.resolve()) for work in _going(out)):
+            shutil.copytree(found, directory / BASE, copy_function=link_or_copy)
             found = place.resolve() / BASE
         note_base(directory, base, str(found))
         config = json.loads((directory / _CONFIG).read_text("utf-8"))
@@ -80,11 +85,3 @@ def keeping(
         if before and card.is_file():
             card.write_text(card.read_text("utf-8").replace(before, str(found)), "utf-8")
         yield
-
-
-def _linked(old: str, new: str) -> None:
-    """One file under two names, where the file system has that: the old name is about to go."""
-    try:
-        os.link(old, new)
-    except OSError:
-        shutil.copy2(old, new)

@@ -15,11 +15,11 @@ from slicer.errors import HealError
 from slicer.heal.adapters import nf4, require, unpack
 from slicer.heal.corpus import Corpus
 from slicer.heal.settings import Settings
-from slicer.heal.shortage import within_memory
 from slicer.heal.teacher import Cached, Lessons, Live, ask_beforehand, cuts
-from slicer.measure.share import Share
 from slicer.plan.plan import Plan
 from slicer.progress import Progress
+from slicer.runtime.distributed import Processes
+from slicer.runtime.memory import within_memory
 
 if TYPE_CHECKING:
     from slicer.heal.trained import TrainOptions
@@ -31,7 +31,7 @@ def lessons_of(
     corpus: Corpus,
     settings: Settings,
     options: TrainOptions,
-    share: Share,
+    processes: Processes,
     device: str,
     progress: Progress,
 ) -> Lessons:
@@ -60,8 +60,7 @@ def lessons_of(
                     dtype=plan.dtype, device=options.device, trust_remote_code=remote, progress=progress,
                 )  # fmt: skip
 
-        share.first(lambda: asked() and None)
-        answers: Cached | Live = asked()
+        answers: Cached | Live = processes.first_then_all(asked)
     else:
         if training.teacher_4bit:
             require("qlora")

@@ -12,14 +12,7 @@ from typing import Any
 
 import torch
 
-from slicer.checkpoint.verify import available_memory
-
-_SHARE = 0.5  # of a device's free memory that a copy of the model in float32 may take
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes free on a device."""
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_memory()
+from slicer.runtime import memory
 
 
 @contextlib.contextmanager
@@ -33,7 +26,8 @@ def in_float32(model: Any) -> Iterator[bool]:
     for parameter in halves:
         needed[parameter.device] += 4 * parameter.numel()
     if not halves or any(
-        device.type == "meta" or size > _SHARE * free_memory(device) for device, size in needed.items()
+        device.type == "meta" or size > memory.COPY_SHARE * memory.free(device)
+        for device, size in needed.items()
     ):
         yield False
         return

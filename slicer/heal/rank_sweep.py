@@ -20,13 +20,13 @@ from slicer.checkpoint.export import check_output
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import Diverged, EvaluationError, HealError, UsageError
 from slicer.heal.job import Healed
-from slicer.heal.place import first_alone, ranks_of, write_whole
 from slicer.heal.trained import TrainOptions, train_cut
-from slicer.measure.share import Share
-from slicer.measure.workplace import fingerprint
 from slicer.plan.plan import Plan
 from slicer.plan.records import RankRecord
 from slicer.progress import Progress
+from slicer.runtime.distributed import Processes
+from slicer.runtime.files import write_atomically
+from slicer.runtime.workdir import beside, claimed
 
 LOSS = "loss"
 Ask = Callable[[Path], tuple[float, float]]
@@ -67,16 +67,14 @@ def pick_rank(
     cut = Checkpoint.open(hub.resolve(sliced).path)
     check_output(out, cut.path, force=options.force)
     ask = _judge(sweep, options, progress)
-    share, work = Share.of_environment(), ranks_of(out)
-    mark = fingerprint(
-        cut, asdict(options.calibration), asked=replace(options.training, rank=None).lasting(),
-        sweep=asdict(sweep), fold=options.fold, verify=options.verify, shard=options.max_shard_bytes, source=source,
-    )  # fmt: skip
+    processes, work = Processes.of_environment(), beside(out, "ranks")
 
     def trained(rank: int) -> bool:
         """Whether there is a result with this rank, now."""
         place = work / f"rank-{rank}"
-        there, scored = share.first(lambda: ((place / "config.json").is_file(), str(rank) in _scores(work)))
+        there, scored = processes.first(
+            lambda: ((place / "config.json").is_file(), str(rank) in _scores(work))
+        )
         if there or scored:
             return there
         progress.note(f"rank {rank}")
@@ -85,25 +83,33 @@ def pick_rank(
             done = train_cut(sliced, source, place, given, progress=progress)
         except Diverged as error:
             progress.note(f"rank {rank}: {error}")
-            share.first(partial(_enter, work, str(rank), (-math.inf, 0.0)))
+            processes.first(partial(_enter, work, str(rank), (-math.inf, 0.0)))
             return False
         if done is not None:
             told = json.dumps([done.verified, done.logits_error, done.rounding_error])
-            write_whole(work / f"rank-{rank}.json", told)
+            write_atomically(work / f"rank-{rank}.json", told)
         return True
 
-    with first_alone(share, work, mark, force=options.force):
+    def resumable() -> bool:
+        return any(work.glob("rank-*/config.json")) or any(work.glob("rank-*.training"))
+
+    with claimed(
+        work, processes, what="an unfinished rank sweep", overwrite=options.force, resumable=resumable,
+        cut=cut.identity, text=options.calibration.identity, source=source, fold=options.fold,
+        training=replace(options.training, rank=None).lasting(), sweep=asdict(sweep),
+        verify=options.verify, shard=options.max_shard_bytes,
+    ):  # fmt: skip
         for rank in sweep.ranks:
             if not trained(rank):
                 continue
             place = work / f"rank-{rank}"
-            share.first(partial(_score, work, str(rank), place, ask))
-            share.first(partial(_score, work, "none", cut.path, ask, start_of=place))
-            scores = share.first(partial(_scores, work))
+            processes.first(partial(_score, work, str(rank), place, ask))
+            processes.first(partial(_score, work, "none", cut.path, ask, start_of=place))
+            scores = processes.first(partial(_scores, work))
             if rank == sweep.ranks[0] and sum(scores[str(rank)]) >= scores["none"][0]:
                 break  # the largest is within a standard error of none, or better
-        result = share.first(lambda: _keep(cut, out, work, options, sweep))
-    return result if share.is_first else None
+        result = processes.first(lambda: _keep(cut, out, work, options, sweep))
+    return result if processes.is_first else None
 
 
 def _keep(cut: Checkpoint, out: Path, work: Path, options: TrainOptions, sweep: RankSweep) -> Healed:
@@ -126,7 +132,7 @@ def _keep(cut: Checkpoint, out: Path, work: Path, options: TrainOptions, sweep: 
     )
     healing = replace(healing, training=replace(healing.training, rank_sweep=picked))
     plan = replace(plan, healing=healing)
-    write_whole(place / "slicer" / "plan.json", plan.to_json())
+    write_atomically(place / "slicer" / "plan.json", plan.to_json())
     check_output(out, cut.path, force=options.force)
     if out.is_dir():
         shutil.rmtree(out)
@@ -187,7 +193,7 @@ def _score(work: Path, name: str, path: Path, ask: Ask | None, *, start_of: Path
 
 
 def _enter(work: Path, name: str, score: tuple[float, float]) -> None:
-    write_whole(work / "scores.json", json.dumps({**_scores(work), name: score}))
+    write_atomically(work / "scores.json", json.dumps({**_scores(work), name: score}))
 
 
 def _scores(work: Path) -> dict[str, tuple[float, float]]:

@@ -1,27 +1,8 @@
-"""Memory that runs out while healing: one line that names what takes less and was not tried yet."""
+"""Options that take less memory, for the message where it runs out while healing: the most helpful first."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-
-from slicer.checkpoint.memory import short_of_memory
-from slicer.errors import OutOfMemory
 from slicer.heal.settings import Settings, divisor
-
-
-@contextlib.contextmanager
-def within_memory(doing: str, ways: Sequence[str]) -> Iterator[None]:
-    """An allocation that fails inside the block is raised as OutOfMemory; `ways` are the options that take less, the
-    most helpful first."""
-    try:
-        yield
-    except Exception as error:
-        if not short_of_memory(error):
-            raise
-        *others, last = ways
-        either = ", ".join(others) + (" or " if others else "") + last
-        raise OutOfMemory(f"out of memory {doing}; give {either}") from None
 
 
 def to_load(settings: Settings, *, taught: bool) -> list[str]:

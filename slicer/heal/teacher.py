@@ -24,13 +24,12 @@ import torch
 
 from slicer.checkpoint.model import watch
 from slicer.checkpoint.reader import Checkpoint
-from slicer.checkpoint.writer import check_space
 from slicer.errors import HealError
 from slicer.heal.corpus import Sequences
 from slicer.measure.stream import Walk
-from slicer.measure.workplace import fingerprint
 from slicer.plan.amounts import runs
 from slicer.progress import Progress
+from slicer.runtime.files import check_space, write_atomically
 
 TOP = 64
 _TOGETHER = 64  # sequences that go through the teacher at a time
@@ -245,9 +244,9 @@ def ask_beforehand(
 
     progress = progress or Progress()
     shape = (len(sequences), len(sequences[0]["input_ids"]), int(text_config(teacher.config)["hidden_size"]))
-    asked = {"at": [vars(cut) for cut in at], "streams": streams, "logits": logits, "dtype": dtype}
     text = hashlib.sha256(b"".join(sequences.digests())).hexdigest()
-    mark = fingerprint(teacher, {}, text=text, **asked)
+    mark = {"teacher": teacher.identity, "text": text, "at": [vars(cut) for cut in at], "streams": streams,
+            "logits": logits, "dtype": dtype}  # fmt: skip
     file = directory / "teacher.json"
     state: dict[str, Any] = (
         json.loads(file.read_text("utf-8")) if file.is_file() else {"mark": mark, "done": 0}
@@ -273,8 +272,6 @@ def ask_beforehand(
     for start in range(state["done"], count, _TOGETHER):
         rows = range(start, min(start + _TOGETHER, count))
         cached.ask(walk, sequences, at, rows, batch_size=4)
-        new = file.with_suffix(".new")
-        new.write_text(json.dumps({"mark": mark, "done": rows.stop}), "utf-8")
-        new.rename(file)
+        write_atomically(file, json.dumps({"mark": mark, "done": rows.stop}))
         progress.advance(len(rows))
     return cached

@@ -24,13 +24,15 @@ from transformers.utils import logging
 
 from slicer.errors import Diverged, HealError
 from slicer.heal import sharding
-from slicer.heal.adapters import sharded
 from slicer.heal.corpus import IGNORED, Corpus
 from slicer.heal.settings import Settings
-from slicer.heal.shortage import to_train, within_memory
+from slicer.heal.shortage import to_train
 from slicer.heal.teacher import Lessons
 from slicer.heal.watch import UNMOVED, WHOLE, Course, Watch
 from slicer.progress import Progress
+from slicer.runtime.distributed import first_process, sharded, world
+from slicer.runtime.files import write_atomically
+from slicer.runtime.memory import within_memory
 
 _KEPT = 2  # checkpoints
 
@@ -56,7 +58,7 @@ def train(
         return Course.from_json(over.read_text("utf-8"))
     logging.set_verbosity_error()
     last = _last_whole(work / "run")
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = world()
     device = next(model.parameters()).device
     if processes == 1 and device.type == "cuda":
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
@@ -139,8 +141,7 @@ def train(
             f"(it is {settings.lr:g}), or give --compute float32"
         )
     if trainer.is_world_process_zero():
-        over.with_suffix(".new").write_text(course.to_json(), "utf-8")
-        over.with_suffix(".new").rename(over)
+        write_atomically(over, course.to_json())
     return course
 
 
@@ -214,7 +215,7 @@ def _last_whole(run: Path) -> Path | None:
     for path in run.glob("checkpoint-*"):
         if (path / WHOLE).exists():
             whole.append(path)
-        elif int(os.environ.get("RANK", "0")) == 0:
+        elif first_process():
             shutil.rmtree(path, ignore_errors=True)
     return max(whole, key=lambda path: int(path.name.split("-")[-1]), default=None)
 

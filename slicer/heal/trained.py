@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import shutil
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from slicer.checkpoint import hub, verify
+from slicer.checkpoint import hub
 from slicer.checkpoint.architectures import text_config
 from slicer.checkpoint.export import copy_unchanged
-from slicer.checkpoint.model import load_model, pick_device
+from slicer.checkpoint.model import load_model
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES
 from slicer.errors import ArchitectureError, CalibrationError, HealError, OutOfMemory, UsageError
@@ -31,16 +30,18 @@ from slicer.heal import adapters
 from slicer.heal.corpus import Corpus, prepare
 from slicer.heal.job import Healed, HealOptions, as_before, heal, source_of
 from slicer.heal.keep import check_keeping, keeping
-from slicer.heal.place import first_alone, workplace_of
 from slicer.heal.settings import Settings, Training, resolve
-from slicer.heal.shortage import to_finish, to_load, within_memory
+from slicer.heal.shortage import to_finish, to_load
 from slicer.heal.write import Result, write
 from slicer.measure.calibration import CalibrationSpec
-from slicer.measure.share import Share
-from slicer.measure.workplace import fingerprint
 from slicer.plan.plan import Plan
 from slicer.plan.records import HealingRecord, Losses, TextRecord, TrainingRecord
 from slicer.progress import Progress
+from slicer.runtime.compute import Compute
+from slicer.runtime.distributed import Processes
+from slicer.runtime.files import write_atomically
+from slicer.runtime.memory import fits, within_memory
+from slicer.runtime.workdir import beside, claimed
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def train_cut(
         raise UsageError(
             "--validation: name text, and not with --calibration self, which samples text to hold out too"
         )
-    share = Share.of_environment()
+    processes = Processes.of_environment()
     progress.stage("Opening the checkpoints")
     cut = Checkpoint.open(hub.resolve(sliced).path)
     plan = Plan.load(cut.path)
@@ -99,17 +100,22 @@ def train_cut(
         plan.source or origin,
         whole.parameters,
         most_tokens=adapters.most_tokens(whole.config),
-        on_gpu=pick_device(options.device).type == "cuda",
-        processes=share.world,
+        on_gpu=Compute(options.device).torch_device().type == "cuda",
+        processes=processes.world,
     )
-    for word in words if share.is_first else ():
+    for word in words if processes.is_first else ():
         progress.note(word)
-    work = workplace_of(out)
-    mark = fingerprint(
-        cut, asdict(options.calibration), asked=training.lasting(), fold=options.fold, source=origin
-    )
-    with first_alone(share, work, mark, force=options.force):
-        return _train_cut(cut, whole, plan, out, work, settings, options, share, progress)
+    place = beside(out)
+
+    def resumable() -> bool:
+        return (place / "course.json").is_file() or any(place.glob("run/checkpoint-*/whole"))
+
+    with claimed(
+        place, processes, overwrite=options.force, resumable=resumable,
+        cut=cut.identity, text=options.calibration.identity, training=training.lasting(), fold=options.fold,
+        source=origin,
+    ) as work:  # fmt: skip
+        return _train_cut(cut, whole, plan, out, work.path, settings, options, processes, progress)
 
 
 def check_trainable(name: str, *, below_layers: bool) -> None:
@@ -128,7 +134,7 @@ def _train_cut(
     work: Path,
     settings: Settings,
     options: TrainOptions,
-    share: Share,
+    processes: Processes,
     progress: Progress,
 ) -> Healed | None:
     from slicer.heal.train import held_out_loss, train
@@ -147,17 +153,16 @@ def _train_cut(
                 sampler=sampler, trust_remote_code=remote, progress=progress,
             )  # fmt: skip
 
-    share.first(lambda: corpus_of() and None)
-    corpus = corpus_of()
-    _check_corpus(corpus, cut, settings, progress if share.is_first else Progress())
-    base = Checkpoint.open(share.first(lambda: _base(cut, whole, plan, work, corpus, options, progress)))
+    corpus = processes.first_then_all(corpus_of)
+    _check_corpus(corpus, cut, settings, progress if processes.is_first else Progress())
+    base = Checkpoint.open(processes.first(lambda: _base(cut, whole, plan, work, corpus, options, progress)))
     before = Plan.load(base.path)
-    device = share_device(options.device, share)
+    device = Compute(options.device).pinned().device
     lessons = None
     if training.taught:
         from slicer.heal.lessons import lessons_of
 
-        lessons = lessons_of(whole, plan, corpus, settings, options, share, device, progress)
+        lessons = lessons_of(whole, plan, corpus, settings, options, processes, device, progress)
     progress.stage("Loading the model to train")
     beside = lessons is not None and lessons.beside
     with within_memory("loading the model to train", to_load(settings, taught=beside)):
@@ -174,7 +179,7 @@ def _train_cut(
         size = getattr(torch, settings.compute).itemsize
 
         def loss_of(path: Path) -> float | None:
-            if not verify.fits_in_memory(size * Checkpoint.open(path).parameters, options.device):
+            if not fits(size * Checkpoint.open(path).parameters, options.device):
                 return None
             model = load_model(path, dtype=settings.compute, device=options.device, trust_remote_code=remote)
             return held_out_loss(model, corpus, settings.micro_batch)
@@ -203,7 +208,7 @@ def _train_cut(
                     asked=_asked(training),
                     settings=settings.to_dict(),
                     corpus=corpus.record,
-                    processes=share.world,
+                    processes=processes.world,
                 ),
                 earlier=before.healing,
                 command=options.command,
@@ -212,12 +217,12 @@ def _train_cut(
         )
         with (
             within_memory("measuring or verifying the result", to_finish(settings, options.verify)),
-            keeping(options.save_adapter, course.weights, base, work, force=options.force, progress=progress),
+            keeping(options.save_adapter, course.weights, base, out, force=options.force, progress=progress),
         ):
             return write(result, before, out, options, progress)
 
-    done = share.first(finish)
-    return done if share.is_first else None
+    done = processes.first(finish)
+    return done if processes.is_first else None
 
 
 def _check_corpus(corpus: Corpus, cut: Checkpoint, settings: Settings, progress: Progress) -> None:
@@ -284,12 +289,5 @@ def _base(
             raise
         except (HealError, ArchitectureError) as error:
             progress.note(f"training starts from the bare cut, which cannot be folded: {error}")
-    chosen.write_text(json.dumps(str(path)), "utf-8")
+    write_atomically(chosen, json.dumps(str(path)))
     return path
-
-
-def share_device(device: str, share: Share) -> str:
-    """The device of this process of several."""
-    if device != "auto" or share.world == 1 or not torch.cuda.is_available():
-        return device
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', share.rank)) % torch.cuda.device_count()}"

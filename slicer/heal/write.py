@@ -16,7 +16,6 @@ from slicer.checkpoint.merge import Probe, check_merged, merged_spans, reference
 from slicer.checkpoint.reader import Checkpoint, TensorSpan
 from slicer.checkpoint.sizes import measure_sizes
 from slicer.checkpoint.sublayers import new_keys
-from slicer.checkpoint.writer import atomic_directory
 from slicer.errors import HealError
 from slicer.heal.full import homes_of, probe_of, spans_of
 from slicer.heal.job import Healed
@@ -24,6 +23,8 @@ from slicer.heal.settings import Settings
 from slicer.plan.plan import Plan
 from slicer.plan.records import HealingRecord, Losses
 from slicer.progress import Progress
+from slicer.runtime.files import atomic_directory
+from slicer.runtime.memory import fits
 
 if TYPE_CHECKING:
     from slicer.heal.trained import TrainOptions
@@ -55,7 +56,7 @@ def write(result: Result, plan: Plan, out: Path, options: TrainOptions, progress
     base, whole, remote = result.base, result.whole, options.trust_remote_code
     checked = options.verify
     if checked == "auto":
-        checked = "logits" if verify.fits_in_memory(4 * base.parameters, options.device) else "load"
+        checked = "logits" if fits(4 * base.parameters, options.device) else "load"
     losses = Losses(result.loss_of(whole.path), result.loss_of(base.path))
     spans, probe = _changes(result, checked == "logits", options, progress)
     if probe is None and checked == "logits":  # the base as it was, or where peft cannot put the adapter on

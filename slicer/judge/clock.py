@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from slicer.judge.grid import Cell
 from slicer.judge.journal import Journal
+from slicer.runtime.distributed import world
 
 
 class Clock:
@@ -29,9 +29,13 @@ class Clock:
         if not known:
             return f"{done} of {len(self._cells)} cells done"
         slowest = max(known)
-        seconds = sum(
-            (sum(rates[c.heal]) / len(rates[c.heal]) if c.heal in rates else slowest) * (self._depth - c.n)
-            for c in todo
-        ) / int(os.environ.get("WORLD_SIZE", "1"))
+        seconds = (
+            sum(
+                (sum(rates[c.heal]) / len(rates[c.heal]) if c.heal in rates else slowest)
+                * (self._depth - c.n)
+                for c in todo
+            )
+            / world()
+        )
         minutes = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
         return f"{done} of {len(self._cells)} cells done, about {minutes} left"

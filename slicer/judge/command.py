@@ -81,8 +81,8 @@ def evaluate(models: tuple[str, ...], **given: Any) -> None:
     from slicer.checkpoint.reader import Checkpoint
     from slicer.judge.evaluate import EvalOptions, Suite
     from slicer.judge.evaluate import evaluate as run
-    from slicer.judge.journal import write_atomically
     from slicer.judge.results import Evaluation, differences
+    from slicer.runtime.files import write_atomically
 
     stored = [model for model in models if model.endswith(".json")]
     to_run = [model for model in models if model not in stored]

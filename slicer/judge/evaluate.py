@@ -19,6 +19,8 @@ from slicer.judge import backends, loss, scoring, tasks
 from slicer.judge.results import Evaluation, Score
 from slicer.judge.tasks import LOSS
 from slicer.progress import Progress
+from slicer.runtime.compat import lm_eval_module
+from slicer.runtime.versions import versions
 
 TASKS = ("mmlu", "boolq", LOSS)
 BACKENDS = ("hf", "vllm")
@@ -135,7 +137,7 @@ class Suite:
             health=backends.generation_health(lm),
             items=items,
             options=describe(self.options),
-            versions=_versions(),
+            versions=versions("lm-eval"),
             seconds=round(time.monotonic() - started, 1),
         )
 
@@ -190,7 +192,7 @@ class Round:
 
     def run(self, lm: Any, scores: list[Score], items: dict[str, dict[str, float]]) -> None:
         """Ask `lm`, and add to `scores` and `items`."""
-        evaluator = backends.lm_eval_module("evaluator")
+        evaluator = lm_eval_module("evaluator")
         self.reseed()
         limit = None if self.samples else self.options.limit
         try:
@@ -252,15 +254,3 @@ def describe(options: EvalOptions) -> dict[str, Any]:
         "backend": options.backend, "batch_size": options.batch_size, "seed": options.seed,
         "dtype": options.dtype,
     }  # fmt: skip
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    names = {
-        "slicer-llm": "slicer-llm",
-        "torch": "torch",
-        "transformers": "transformers",
-        "lm_eval": "lm-eval",
-    }
-    return {name: version(package) for name, package in names.items()}

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from slicer.checkpoint.export import export
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import EvaluationError, HealError, OutputError
-from slicer.judge.journal import write_atomically
 from slicer.plan.plan import Plan
 from slicer.progress import Progress
+from slicer.runtime.distributed import alone
+from slicer.runtime.workdir import owned
 
 if TYPE_CHECKING:
     from slicer.heal.settings import Training
@@ -25,9 +22,6 @@ if TYPE_CHECKING:
     from slicer.measure.calibration import CalibrationSpec
 
 TRAINED = "qlora"
-# How torchrun and accelerate tell a process that it is one of several: a cell is trained by one alone.
-_OF_SEVERAL = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-               "ACCELERATE_USE_FSDP")  # fmt: skip
 
 
 def require(heals: Iterable[str]) -> None:
@@ -76,38 +70,23 @@ def trained(
     """
     from slicer.heal.trained import TrainOptions, train_cut
 
-    bare, out, mark = directory / "cut", directory / "healed", directory / "asked.json"
-    asked = json.dumps([asdict(training), asdict(calibration), plan.dropped])
-    if directory.is_dir() and not (mark.is_file() and mark.read_text("utf-8") == asked):
-        shutil.rmtree(directory)  # what an earlier sweep with other options left unfinished
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(mark, asked)
-    if not bare.is_dir():
-        export(checkpoint, replace(plan, source=source), bare, trust_remote_code=trust_remote_code)
-    if not out.is_dir():
-        options = TrainOptions(
-            training=training,
-            calibration=calibration,
-            verify="load",
-            device=device,
-            trust_remote_code=trust_remote_code,
-        )
-        with _alone():
+    bare, out = directory / "cut", directory / "healed"
+    with (
+        owned(directory, what="an unfinished training of a sweep", overwrite=True,
+              training=asdict(training), text=calibration.identity, dropped=plan.dropped),
+        alone(),
+    ):  # fmt: skip
+        if not bare.is_dir():
+            export(checkpoint, replace(plan, source=source), bare, trust_remote_code=trust_remote_code)
+        if not out.is_dir():
+            options = TrainOptions(
+                training=training,
+                calibration=calibration,
+                verify="load",
+                device=device,
+                trust_remote_code=trust_remote_code,
+            )
             train_cut(str(bare), source, out, options, progress=progress)
     record = Plan.load(out).healing
     assert record is not None
     return out, replace(record, tensors=()).to_dict()
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Inside the block this process is not one of several, for accelerate either, which remembers what it once saw."""
-    from accelerate.state import AcceleratorState
-
-    hidden = {name: os.environ.pop(name) for name in _OF_SEVERAL if name in os.environ}
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
-        AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,59 +1,28 @@
 """Finished work kept on disk, so that a killed sweep goes on where it was, and several processes can share one.
 
-A cell's result is one JSON file, written beside its place and renamed: it is there whole or not at all. A process
-holds a lock while it works on a cell; the system lets go of it when the process ends, however it ends.
+A cell's result is one JSON file, there whole or not at all. A process holds a lock while it works on a cell; the system
+releases it when the process ends, however it ends.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from slicer.errors import OutputError
+from slicer.runtime.files import write_atomically
+from slicer.runtime.workdir import Workdir, lock, sign_of
 
 FORMAT = 1
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write `text` beside `file` and rename: a reader, or a kill, sees all of it or the old one. Raises OutputError."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, "utf-8")
-        os.replace(temporary, file)
-    except OSError as error:
-        raise OutputError(f"{file}: cannot be written ({error.strerror})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+_WHAT = "a sweep"
 
 
 def began_with(directory: Path) -> Mapping[str, Any]:
-    """The settings of the sweep in `directory`; none where there is no such sweep."""
-    try:
-        found = json.loads((directory / "sweep.json").read_text("utf-8"))["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def digest_of(files: Iterable[Path]) -> str | None:
-    """A hash of the contents of `files` and of their names; None where there are none. Raises OutputError."""
-    total = hashlib.sha256()
-    names = sorted(set(files))
-    for file in names:
-        try:
-            with open(file, "rb") as stream:
-                content = hashlib.file_digest(stream, "sha256").hexdigest()
-        except OSError as error:
-            raise OutputError(f"{file}: cannot be read ({error.strerror})") from None
-        total.update(f"{file.name} {content}\n".encode())
-    return total.hexdigest()[:16] if names else None
+    """The settings of the sweep in `directory`; none where there is no such sweep. Raises OutputError."""
+    sign = sign_of(directory)
+    return sign["identity"] if sign is not None and sign["what"] == _WHAT else {}
 
 
 class Journal:
@@ -64,65 +33,23 @@ class Journal:
     """
 
     def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
-        self.directory = directory
-        self._cells = directory / "cells"
-        if directory.exists() and not directory.is_dir():
-            raise OutputError(f"{directory}: exists and is not a directory; choose another place with -o")
-        marker = directory / "sweep.json"
-        if directory.is_dir() and any(directory.iterdir()) and not marker.is_file():
-            strangers = [
-                p.name for p in directory.iterdir() if p.name != "cells" and not p.name.startswith(".")
-            ]
-            if strangers:
-                raise OutputError(f"{directory}: not empty, and no sweep; choose another place with -o")
-        try:
-            self._cells.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{directory}: cannot be made ({error.strerror})") from None
-        # Held as long as this process has the sweep, beside others; alone, what was begun in vain may be begun anew.
-        self._held = open(self._cells / ".sweep.lock", "w")  # noqa: SIM115
-        try:
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            anew = not any(self._cells.glob("*.json"))
-        except OSError:
-            fcntl.flock(self._held, fcntl.LOCK_SH)
-            anew = False
-        try:
-            if marker.is_file() and not anew:
-                self._check(marker, settings)
-            else:
-                write_atomically(
-                    marker, json.dumps({"format": FORMAT, "settings": settings}, indent=1) + "\n"
-                )
-        except OutputError:
-            self.close()
-            raise
-        fcntl.flock(self._held, fcntl.LOCK_SH)
+        self.directory, self._cells = directory, directory / "cells"
+        self._work = Workdir(
+            directory,
+            settings,
+            _WHAT,
+            shared=True,
+            resumable=lambda: any(self._cells.glob("*.json")),
+            removed=(),
+        )
+        self._work.claim()
+        self._cells.mkdir(exist_ok=True)
+        record = {"format": FORMAT, "settings": settings}
+        write_atomically(directory / "sweep.json", json.dumps(record, indent=1) + "\n")
 
     def close(self) -> None:
         """Let go of the directory, for sweeps with other settings too."""
-        self._held.close()
-
-    def _check(self, marker: Path, settings: Mapping[str, Any]) -> None:
-        try:
-            before = json.loads(marker.read_text("utf-8"))["settings"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise OutputError(
-                f"{marker}: not a sweep that slicer began; choose another place with -o"
-            ) from None
-        now = json.loads(json.dumps(settings))
-        different = [key for key in now if before.get(key) != now[key]]
-        if different:
-            key = different[0]
-            if key not in before:
-                raise OutputError(
-                    f"{self.directory}: was begun by an earlier slicer, which did not write down its {key}; "
-                    "choose another place with -o"
-                )
-            raise OutputError(
-                f"{self.directory}: holds a sweep with {key} {_short(before.get(key))}, not {_short(now[key])}; "
-                "choose another place with -o"
-            )
+        self._work.close()
 
     def get(self, name: str) -> dict[str, Any] | None:
         """The finished record `name`, or None."""
@@ -139,15 +66,9 @@ class Journal:
     @contextlib.contextmanager
     def claim(self, name: str) -> Iterator[bool]:
         """Whether this process alone may work on `name` inside the block."""
-        with open(self._cells / f".{name}.lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                yield False
-                return
-            yield True
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+        held = lock(self._cells / f".{name}.lock")
+        try:
+            yield held is not None
+        finally:
+            if held is not None:
+                held.close()

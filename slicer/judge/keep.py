@@ -8,8 +8,8 @@ from dataclasses import asdict, replace
 from slicer.errors import ArchitectureError, EvaluationError, PlanError
 from slicer.judge import promise
 from slicer.judge.grid import UNPRUNED, Cell, Grid, is_random
-from slicer.judge.journal import write_atomically
 from slicer.judge.sweep import Sweep, record_cells
+from slicer.runtime.files import write_atomically
 
 PROMISE = "promise.json"
 

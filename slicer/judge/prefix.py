@@ -17,9 +17,7 @@ import torch
 from torch import nn
 
 from slicer.checkpoint.model import decoder_layers
-from slicer.checkpoint.verify import available_memory
-
-_SHARE = 0.25  # of the free memory that may be kept
+from slicer.runtime.memory import KEPT_SHARE, available
 
 
 class Prefix:
@@ -31,7 +29,7 @@ class Prefix:
     def __init__(self, model: Any, room: int | None = None) -> None:
         self._model = model
         self._layers = list(decoder_layers(model))
-        self._room = int(_SHARE * available_memory()) if room is None else room
+        self._room = int(KEPT_SHARE * available()) if room is None else room
         self._kept: dict[tuple[int, str], Any] = {}  # (layers run, batch) -> what the last of them returned
         self._trusted: bool | None = None
         self._takes_cache_flag = "use_cache" in inspect.signature(model.forward).parameters

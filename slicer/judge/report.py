@@ -13,16 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from slicer import __version__
 from slicer.errors import EvaluationError, SlicerError
 from slicer.judge import report_figures, verdict
-from slicer.judge.journal import write_atomically
 from slicer.judge.report_figures import Figure
 from slicer.judge.table import Row, Table, read_table
 from slicer.measure.analysis import Distances
 from slicer.plan.amounts import spell_layers
 from slicer.plan.plan import Plan
 from slicer.plan.records import HealingRecord
+from slicer.runtime.files import write_atomically
+from slicer.runtime.versions import __version__
 
 _SAMPLES = 4
 _RECOMMENDED = "report/plan.json"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slicer.checkpoint import hub, verify
+from slicer.checkpoint import hub
 from slicer.checkpoint.export import refuse_quantized, sliced_config
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import ArchitectureError, EvaluationError, HealError, OutOfMemory
@@ -27,7 +26,7 @@ from slicer.judge import backends, healing
 from slicer.judge.clock import Clock
 from slicer.judge.evaluate import EvalOptions, Suite, describe
 from slicer.judge.grid import UNPRUNED, Cell
-from slicer.judge.journal import Journal, began_with, digest_of, write_atomically
+from slicer.judge.journal import Journal, began_with
 from slicer.judge.prefix import Prefix
 from slicer.judge.results import Evaluation
 from slicer.measure.analysis import Analysis, Distances
@@ -36,13 +35,15 @@ from slicer.plan.amounts import Amount, Goal
 from slicer.plan.choose import choose
 from slicer.plan.plan import METRIC, Plan
 from slicer.progress import Progress
+from slicer.runtime import memory
+from slicer.runtime.compute import Compute
+from slicer.runtime.files import digest_of, write_atomically
 
 if TYPE_CHECKING:
     from slicer.measure.calibration import TokenBatches
     from slicer.measure.states import Course
 
 _WAIT_SECONDS = 1.0
-_COURSE_SHARE = 0.15  # of the free memory, for the way of the calibration text through the source
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ class Sweep:
             from slicer.measure.stream import Walk
 
             walk = Walk.in_memory(self.model())
-            self._course = self._course or Course(int(_COURSE_SHARE * verify.available_memory()))
+            self._course = self._course or Course(int(memory.ACTIVATIONS_SHARE * memory.available()))
             patch = repair(
                 self.checkpoint,
                 walk,
@@ -273,13 +274,7 @@ class Sweep:
         return "float32" if _float32_is_faster(self._device(), self.checkpoint) else asked
 
     def _device(self) -> str:
-        device, local = self.options.evaluation.device, os.environ.get("LOCAL_RANK")
-        if device == "auto" and local is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            import torch
-
-            count = torch.cuda.device_count()
-            device = f"cuda:{int(local) % count}" if count else "cpu"
-        return device
+        return Compute(self.options.evaluation.device).pinned().device
 
     @property
     def _trusted(self) -> bool:
@@ -322,16 +317,9 @@ def _float32_is_faster(device: str, checkpoint: Checkpoint) -> bool:
     """On a CPU without matrix instructions for 16-bit numbers (AMX), where the model fits so."""
     import torch
 
-    from slicer.checkpoint.model import pick_device
-
-    if pick_device(device).type != "cpu" or torch.cpu._is_amx_tile_supported():
+    if Compute(device).torch_device().type != "cpu" or torch.cpu._is_amx_tile_supported():
         return False
-    return verify.fits_in_memory(sum(span.cast("F32")[1] for span in checkpoint.tensors.values()), "cpu")
-
-
-def first_process() -> bool:
-    """Whether this is the one process of a launch that speaks (torchrun and accelerate number them in RANK)."""
-    return os.environ.get("RANK", "0") == "0"
+    return memory.fits(checkpoint.bytes_as("float32"), "cpu")
 
 
 def record_cells(journal: Journal, cells: Sequence[Cell], command: str | None) -> None:

@@ -81,11 +81,12 @@ def sweep(source: str, **given: Any) -> None:
     from slicer.heal.settings import Training
     from slicer.judge import grid, promise
     from slicer.judge.evaluate import EvalOptions
-    from slicer.judge.journal import write_atomically
     from slicer.judge.keep import keep
-    from slicer.judge.sweep import Sweep, SweepOptions, first_process, record_cells
+    from slicer.judge.sweep import Sweep, SweepOptions, record_cells
     from slicer.judge.table import read_table, to_csv, to_dict
     from slicer.measure.calibration import CalibrationSpec
+    from slicer.runtime.distributed import first_process
+    from slicer.runtime.files import write_atomically
 
     context = click.get_current_context()
     typed = {

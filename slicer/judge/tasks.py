@@ -11,7 +11,7 @@ from typing import Any
 
 from slicer.errors import EvaluationError
 from slicer.judge import local_tasks
-from slicer.judge.backends import lm_eval_module
+from slicer.runtime.compat import lm_eval_module
 
 LOSS = "c4"
 # Where lm-eval keeps the paper's own tasks: reading all of its 14,000 takes ten seconds.

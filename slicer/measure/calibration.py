@@ -9,7 +9,7 @@ import os
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -52,6 +52,12 @@ class CalibrationSpec:
     batch_size: int = 4
     seed: int = 0
     text_column: str = "text"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to resume another: the values, and sizes and dates of local files."""
+        files = [(path.stat().st_size, path.stat().st_mtime_ns) for path in local_files(self)]
+        return {**asdict(self), "files": files}
 
 
 @dataclass(frozen=True)

@@ -228,10 +228,10 @@ def plan(
     """
     from slicer import show_layers
     from slicer.errors import UsageError
-    from slicer.judge.journal import write_atomically
     from slicer.measure.analysis import Analysis
     from slicer.plan.amounts import parse_goal, parse_protected
     from slicer.plan.choose import choose
+    from slicer.runtime.files import write_atomically
 
     analysis = Analysis.load(directory)
     goal = parse_goal(drop, drop_attention=drop_attention, drop_ffn=drop_ffn, drop_sublayers=drop_sublayers)

@@ -6,20 +6,20 @@ the full model's at the cut, so each layer is read once a pass and run once for 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from slicer.measure.analysis import Distances
-from slicer.measure.share import Share
 from slicer.measure.states import States
 from slicer.measure.stream import Walk
 from slicer.measure.summary import table_of_rows
 from slicer.progress import Progress
+from slicer.runtime.distributed import Processes
+from slicer.runtime.workdir import Notebook
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Losses:
 def measure(
     walk: Walk,
     batches: Sequence[torch.Tensor],
-    share: Share,
+    processes: Processes,
     first: int,
     samples: int,
     *,
@@ -50,17 +50,17 @@ def measure(
     Finished passes are kept in `notebook`, which a later call takes up.
     """
     progress = progress or Progress()
-    book = _Notebook(notebook)
+    book = Notebook(notebook)
     depth, seq_len = walk.depth, batches[0].shape[1]
     rows: dict[str, dict[int, torch.Tensor]] = {"loss": {}, "kl": {}}
     base: torch.Tensor | None = None
     for n in sizes:
         starts = [frozenset(range(l, l + n)) for l in range(depth - n + 1)]  # noqa: E741
         progress.stage(f"Loss without each block of {n}", depth, "layers")
-        whole, loss, kl = book.take(
-            f"leave-{n}", lambda s=starts: leave_out(walk, batches, s, progress=progress)
+        whole, loss, kl = _taken(
+            book, f"leave-{n}", partial(leave_out, walk, batches, starts, progress=progress)
         )
-        whole, loss, kl = share.join([whole, loss, kl], first, samples)
+        whole, loss, kl = processes.join([whole, loss, kl], first, samples)
         rows["loss"][n], rows["kl"][n], base = loss - whole[:, None], kl, whole
     tables = {
         name: table_of_rows(name, found, depth, seq_len=seq_len, samples=samples)
@@ -72,14 +72,13 @@ def measure(
     for number in range(greedy):
         left = [i for i in range(depth) if i not in removed]
         progress.stage(f"Greedy removal, {number + 1} of {greedy}", depth, "layers")
-        gone = frozenset(removed)
-        whole, loss, kl = book.take(
+        candidates = [frozenset((i,)) for i in left]
+        whole, loss, kl = _taken(
+            book,
             f"greedy-{','.join(map(str, removed))}",
-            lambda c=left, g=gone: leave_out(
-                walk, batches, [frozenset((i,)) for i in c], g, progress=progress
-            ),
+            partial(leave_out, walk, batches, candidates, frozenset(removed), progress=progress),
         )
-        whole, loss = share.join([whole, loss], first, samples)
+        whole, loss = processes.join([whole, loss], first, samples)
         base = whole if base is None and not removed else base
         mean = loss.mean(0)
         best = int(mean.argmin())
@@ -87,31 +86,17 @@ def measure(
         steps.append({"layer": left[best], "loss": float(mean[best])})
     if taylor:
         progress.stage("Gradients", 2 * depth, "layers")
-        (scores,) = book.take("taylor", lambda: (taylor_scores(walk, batches, progress=progress),))
-        (scores,) = share.join([scores], first, samples)
+        (scores,) = _taken(book, "taylor", lambda: (taylor_scores(walk, batches, progress=progress),))
+        (scores,) = processes.join([scores], first, samples)
         sums = {n: scores.unfold(1, n, 1).sum(-1) for n in range(1, depth + 1)}
         tables["taylor"] = table_of_rows("taylor", sums, depth, seq_len=seq_len, samples=samples)
     return Losses(tables, None if base is None else float(base.mean()), tuple(steps))
 
 
-class _Notebook:
-    """Results of finished passes, kept in a file under a name each."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._known: dict[str, Any] = {}
-        if path is not None and path.is_file():
-            self._known = json.loads(path.read_text("utf-8"))
-
-    def take(self, name: str, make: Any) -> tuple[torch.Tensor, ...]:
-        """What `make` returned under this name, now or in an earlier run."""
-        if name not in self._known:
-            self._known[name] = [part.tolist() for part in make()]
-            if self._path is not None:
-                part = self._path.with_name(self._path.name + ".part")
-                part.write_text(json.dumps(self._known), "utf-8")
-                part.replace(self._path)
-        return tuple(torch.tensor(values, dtype=torch.float64) for values in self._known[name])
+def _taken(book: Notebook, name: str, make: Callable[[], Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    """What `make` returned under this name, now or in an earlier run."""
+    found = book.take(name, lambda: [part.tolist() for part in make()])
+    return [torch.tensor(values, dtype=torch.float64) for values in found]
 
 
 def leave_out(

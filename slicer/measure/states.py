@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from slicer.errors import OutputError
+from slicer.runtime.files import atomic_file
 
 if TYPE_CHECKING:
     from slicer.measure.stream import Walk
@@ -144,12 +145,8 @@ class States:
         """Write the states (safetensors); the file appears whole or not at all."""
         from safetensors.torch import save_file
 
-        part = path.with_name(path.name + ".part")
-        try:
+        with atomic_file(path) as part:
             save_file({f"{b}": s for b, s in enumerate(self)}, part, metadata={"layer": str(self.layer)})
-            part.replace(path)
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be written ({error.strerror}); check the disk") from None
 
     def restore(self, path: Path) -> None:
         """Take the states that `save` wrote for the same batches. Raises OSError or ValueError when they do not fit."""

@@ -8,7 +8,6 @@ each other nothing but the hidden states works unchanged.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,11 +17,12 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
-from slicer.checkpoint.model import decoder_layers, pick_device
+from slicer.checkpoint.model import decoder_layers
 from slicer.checkpoint.reader import Checkpoint
-from slicer.checkpoint.verify import MARGIN, available_memory, fits_in_memory
 from slicer.errors import ArchitectureError, PlanError
 from slicer.measure.states import Room, States
+from slicer.runtime import memory
+from slicer.runtime.compute import Compute
 
 if TYPE_CHECKING:
     from slicer.checkpoint.lazy import LazyModel
@@ -105,9 +105,8 @@ class Walk:
 
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = Checkpoint.open(checkpoint)
-        lazy = LazyModel(
-            checkpoint, dtype=dtype, device=pick_device(device), trust_remote_code=trust_remote_code
-        )
+        target = Compute(device).torch_device()
+        lazy = LazyModel(checkpoint, dtype=dtype, device=target, trust_remote_code=trust_remote_code)
         largest = max(lazy.layer_bytes(i) for i in range(len(lazy.layers)))
         ahead = memory_bytes is None or memory_bytes >= 3 * largest
         limit = None if memory_bytes is None else max(0, memory_bytes - (2 if ahead else 1) * largest)
@@ -129,8 +128,8 @@ class Walk:
         """`in_memory` where the model fits into `memory_bytes` (None: what is free), else `out_of_core`."""
         from slicer.checkpoint.model import load_model
 
-        total, room = budget(checkpoint, dtype, memory_bytes)
-        if fits(checkpoint, dtype=dtype, device=device, memory_bytes=memory_bytes):
+        total, room = checkpoint.bytes_as(dtype), memory.budget(memory_bytes)
+        if memory.fits(total, device, memory_bytes):
             model = load_model(
                 checkpoint.path, dtype=dtype or "auto", device=device, trust_remote_code=trust_remote_code
             )
@@ -407,24 +406,3 @@ def cross_entropy(walk: Walk, tokens: torch.Tensor, last: torch.Tensor) -> tuple
         logits = walk.head(one, last[row : row + 1])[0, :-1].float()
         total += float(nn.functional.cross_entropy(logits, one[0, 1:].to(logits.device), reduction="sum"))
     return total, len(tokens) * (tokens.shape[1] - 1)
-
-
-_SAFE = 0.7  # of the free memory, where nothing else is said
-
-
-def budget(checkpoint: Checkpoint, dtype: str | None, memory_bytes: int | None) -> tuple[int, int]:
-    """(bytes of the weights as `dtype`, bytes of memory to use: `memory_bytes`, or a safe part of the free)."""
-    cast = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype] if dtype else None
-    total = sum(span.cast(cast)[1] for span in checkpoint.tensors.values())
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun: they share this machine's memory
-    return total, memory_bytes or int(_SAFE * available_memory() / processes)
-
-
-def fits(
-    checkpoint: Checkpoint, *, dtype: str | None = None, device: str = "auto", memory_bytes: int | None = None
-) -> bool:
-    """Whether the model can be loaded on `device` within `memory_bytes` (None: what is free)."""
-    total, room = budget(checkpoint, dtype, memory_bytes)
-    if memory_bytes is not None and total * MARGIN > memory_bytes:
-        return False
-    return fits_in_memory(total * int(os.environ.get("LOCAL_WORLD_SIZE", "1")), device)

@@ -12,10 +12,10 @@ from slicer.checkpoint.model import watch
 from slicer.measure import metrics
 from slicer.measure.analysis import Distances
 from slicer.measure.metrics import angles, check_finite, standard_error
-from slicer.measure.share import Share
 from slicer.measure.stream import Walk
 from slicer.measure.trace import Trace, record
 from slicer.plan.plan import METRIC
+from slicer.runtime.distributed import Processes
 
 
 def measure(
@@ -58,7 +58,13 @@ def measure_walk(
 
 
 def summarise(
-    trace: Trace, share: Share, first: int, samples: int, points: int, seq_len: int, progress: Any = None
+    trace: Trace,
+    processes: Processes,
+    first: int,
+    samples: int,
+    points: int,
+    seq_len: int,
+    progress: Any = None,
 ) -> dict[str, Distances]:
     """Every one-pass metric of a recorded trace; `first` is the number of its first sample among all `samples`.
 
@@ -76,15 +82,15 @@ def summarise(
     sequences = min(samples, max(1, points // each)) if each else 0
     taken: Sequence[torch.Tensor] = _Lazy(trace.depth + 1, lambda i: trace.points(i, sequences))
     mlp: Sequence[torch.Tensor] = _Lazy(trace.depth, lambda i: trace.mlp(i, sequences))
-    if share.world > 1 and each:
+    if processes.world > 1 and each:
         own = trace.samples
         parts.append(
             torch.stack([_by_sequence(trace.points(i, own), own) for i in range(trace.depth + 1)], 1)
         )
         if trace.has_mlp:
             parts.append(torch.stack([_by_sequence(trace.mlp(i, own), own) for i in range(trace.depth)], 1))
-    joined = share.join(parts, first, samples)
-    if share.world > 1 and each:
+    joined = processes.join(parts, first, samples)
+    if processes.world > 1 and each:
         gathered = joined[len(found) :]
         taken = list(gathered[0][:sequences].transpose(0, 1).flatten(1, 2))
         if trace.has_mlp:

@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from slicer.checkpoint.model import mlp_of
-from slicer.errors import OutputError
 from slicer.measure.metrics import check_finite
 from slicer.measure.states import States
 from slicer.measure.stream import Walk
 from slicer.progress import Progress
+from slicer.runtime.files import atomic_file
 
 STATES = "states.safetensors"
 
@@ -158,13 +158,8 @@ def _file(directory: Path, layer: int) -> Path:
 def _write(trace: Trace, layer: int, tensors: dict[str, torch.Tensor]) -> None:
     from safetensors.torch import save_file
 
-    file = _file(trace.directory, layer)
-    part = file.with_name(file.name + ".part")
-    try:
+    with atomic_file(_file(trace.directory, layer)) as part:
         save_file({k: v.contiguous() for k, v in tensors.items()}, part)
-        part.replace(file)
-    except OSError as error:
-        raise OutputError(f"{file}: cannot be written ({error.strerror}); check the disk") from None
 
 
 def _resume(trace: Trace, states: States) -> bool:

@@ -22,9 +22,11 @@ from slicer.benchmarks.harness import RUNS, Store, run_rounds
 from slicer.checkpoint.export import export
 from slicer.checkpoint.reader import Checkpoint
 from slicer.cli import main
-from slicer.errors import BenchError, SlicerError, UsageError
+from slicer.errors import BenchError, OutputError, SlicerError, UsageError
 from slicer.plan.plan import Plan
 from slicer.progress import Progress
+from slicer.runtime import memory
+from slicer.runtime.workdir import SIGN
 
 needs_vllm = pytest.mark.skipif(
     find_spec("vllm") is None, reason="vLLM is not installed: pip install slicer-llm[serve-cpu]"
@@ -91,8 +93,9 @@ def test_every_file_is_written_and_says_the_same(ideal: list[str], tmp_path: Pat
     out = tmp_path / "out"
     result = bench(sweep(), out)
     assert sorted(ideal) == sorted(["demo-12L", "demo-9L", "demo-6L"] * 2)
-    assert {f.name for f in out.iterdir()} == {
+    assert {f.name for f in out.iterdir() if not f.name.startswith(".")} == {
         RUNS,
+        SIGN,
         *(f"bench.{x}" for x in ("json", "csv", "md", "png", "svg")),
     }
     stored = json.loads((out / "bench.json").read_text())
@@ -153,7 +156,7 @@ def test_a_stopped_run_goes_on_where_it_was(
     assert len(ideal) == 6  # nothing is measured twice
     bench(sweep(rounds=3), tmp_path / "out")
     assert len(ideal) == 9  # a further round
-    with pytest.raises(BenchError, match="another benchmark"):
+    with pytest.raises(OutputError, match="runs of a benchmark with output_len 32, not 9"):
         bench(sweep(output_len=9), tmp_path / "out")
     bench(sweep(output_len=9), tmp_path / "out", force=True)
     assert len(ideal) == 15
@@ -206,7 +209,7 @@ def test_the_workload_fits_the_context() -> None:
 
 def test_what_does_not_fit_in_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     models = contestants.checkpoints("demo", (), "bfloat16")
-    monkeypatch.setattr(workload, "available_memory", lambda: 1 << 30)
+    monkeypatch.setattr(memory, "available", lambda: 1 << 30)
     with pytest.raises(BenchError, match="GB of memory are needed"):
         workload.choose(models, engine="vllm", on_cpu=True, dtype="bfloat16")
 
@@ -226,7 +229,7 @@ def test_what_does_not_fit_in_memory_is_refused(monkeypatch: pytest.MonkeyPatch)
         (["--config", "{tmp}/none.json"], 1, "No such file"),
         (["{tmp}"], 1, "no config.json"),
         (["demo", "-o", "{tmp}/file"], 1, "not a directory"),
-        (["demo", "-o", "{tmp}/full"], 1, "no benchmark's"),
+        (["demo", "-o", "{tmp}/full"], 1, "not made by slicer"),
         (["demo", "{tmp}/other"], 1, "no cut of demo"),
     ],
 )

@@ -9,9 +9,8 @@ import tiny
 import torch
 
 from slicer.checkpoint.export import export, sliced_config
-from slicer.checkpoint.model import bypass, decoder_layers, load_model, pick_device, residual_stream
+from slicer.checkpoint.model import bypass, decoder_layers, load_model, residual_stream
 from slicer.checkpoint.reader import Checkpoint
-from slicer.errors import UsageError
 from slicer.model.pruned import shortened
 from slicer.plan.plan import Plan
 
@@ -57,15 +56,3 @@ def test_sliced_in_memory_is_what_export_writes(model_type: str, tmp_path: Path)
         )
         assert torch.equal(text, written.generate(input_ids=tokens, **wanted))
         assert torch.equal(model(input_ids=tokens, use_cache=False).logits, whole)
-
-
-def test_a_device_that_is_not_there() -> None:
-    with pytest.raises(UsageError, match="not available"):
-        pick_device("cuda:97")
-    with pytest.raises(UsageError):
-        pick_device("quantum")
-
-
-@pytest.mark.gpu
-def test_on_a_gpu() -> None:
-    assert pick_device("auto").type == "cuda"

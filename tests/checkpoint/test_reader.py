@@ -8,6 +8,8 @@ from pathlib import Path
 
 import files
 import pytest
+import sources
+import torch
 
 from slicer.checkpoint.reader import Checkpoint, read_header
 from slicer.errors import SourceError
@@ -162,3 +164,21 @@ def test_pickled_weights_are_mapped_and_hostile_ones_refused(tmp_path: Path) -> 
     torch_tensors.load.cache_clear()
     assert "pytorch_model.bin" in refused(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("is_bin", [False, True])
+def test_what_a_model_takes_depends_on_the_dtype_it_is_loaded_in(tmp_path: Path, is_bin: bool) -> None:
+    path = sources.save_llama(tmp_path / "model")
+    stored = Checkpoint.open(path).total_bytes
+    if is_bin:
+        from safetensors.torch import load_file
+
+        shards = sorted(path.glob("*.safetensors"))
+        torch.save(
+            {k: v for shard in shards for k, v in load_file(shard).items()}, path / "pytorch_model.bin"
+        )
+        for file in (*shards, *path.glob("*.index.json")):
+            file.unlink()
+    opened = Checkpoint.open(path)
+    assert opened.bytes_as() == opened.bytes_as("auto") == opened.bytes_as("float32") == stored
+    assert opened.bytes_as("bfloat16") == stored / 2

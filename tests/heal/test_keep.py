@@ -61,6 +61,7 @@ def test_where_it_cannot_be_kept_nothing_is_begun(whole: Path, text: Path, tmp_p
         (theirs / "diary.txt" / "adapter", [], "cannot be written", 1),
         (out / "adapter", [], "overlaps", 1),
         (tmp_path / "out.training" / "adapter", [], "overlaps", 1),
+        (tmp_path / "out.cut" / "adapter", [], "overlaps", 1),
         (whole / "adapter", [], "overlaps", 1),
         (tmp_path / "adapter", ["--heal", "full"], "--method full", 2),
     ):

@@ -13,6 +13,7 @@ from slicer.heal.fold import losses
 from slicer.heal.healing import fold_checkpoint
 from slicer.measure.calibration import TokenBatches
 from slicer.measure.stream import Walk
+from slicer.runtime import memory
 
 
 def test_a_16_bit_model_is_folded_as_in_float32(held_out_ids: list[int]) -> None:
@@ -34,7 +35,7 @@ def test_it_stays_as_it_is_without_memory_for_a_copy(monkeypatch: pytest.MonkeyP
     model = load_model(demo.path(), dtype="bfloat16", device="cpu")
     with precision.in_float32(model) as cast:
         assert cast and model.dtype == torch.float32
-    monkeypatch.setattr(precision, "available_memory", lambda: 1 << 20)
+    monkeypatch.setattr(memory, "available", lambda: 1 << 20)
     with precision.in_float32(model) as cast:
         assert not cast and model.dtype == torch.bfloat16
 

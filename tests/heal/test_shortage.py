@@ -12,11 +12,8 @@ import sources
 import torch
 from commands import slicer, succeeds
 
-from slicer.checkpoint.memory import loaded_bytes
-from slicer.checkpoint.reader import Checkpoint
-from slicer.errors import HealError, OutOfMemory
 from slicer.heal.settings import Training, resolve
-from slicer.heal.shortage import to_load, to_train, within_memory
+from slicer.heal.shortage import to_load, to_train
 
 pytest.importorskip("peft")
 
@@ -109,29 +106,3 @@ def test_fewer_sequences_of_a_pass_still_divide_those_of_a_step() -> None:
         settings, _ = resolve(asked, "phi-2", 10**9, most_tokens=None, on_gpu=True)
         assert to_train(settings, taught=False)[0] == f"--micro-batch {advised}"
         assert to_load(settings, taught=False) == ["--method lora", "--device cpu"]
-
-
-def test_it_is_told_from_other_errors() -> None:
-    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
-        with pytest.raises(OutOfMemory, match="give A or B"), within_memory("here", ["A", "B"]):
-            raise error
-    for other in (HealError("out of memory of it"), RuntimeError("shapes differ")):
-        with pytest.raises(type(other), match=str(other)), within_memory("here", ["A"]):
-            raise other
-
-
-@pytest.mark.parametrize("is_bin", [False, True])
-def test_what_a_model_takes_depends_on_the_dtype_it_is_loaded_in(tmp_path: Path, is_bin: bool) -> None:
-    path = sources.save_llama(tmp_path / "model")
-    stored = Checkpoint.open(path).total_bytes
-    if is_bin:
-        from safetensors.torch import load_file
-
-        shards = sorted(path.glob("*.safetensors"))
-        torch.save(
-            {k: v for shard in shards for k, v in load_file(shard).items()}, path / "pytorch_model.bin"
-        )
-        for file in (*shards, *path.glob("*.index.json")):
-            file.unlink()
-    assert loaded_bytes(path) == loaded_bytes(path, "float32") == stored
-    assert loaded_bytes(path, "bfloat16") == stored / 2

@@ -11,8 +11,8 @@ import torch
 
 from slicer.checkpoint.model import bypass, load_model
 from slicer.measure import importance
-from slicer.measure.share import Share
 from slicer.measure.stream import Walk
+from slicer.runtime.distributed import Processes
 
 LAYERS = 4
 
@@ -47,7 +47,7 @@ def by_hand(model: Any, gone: set[int]) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("streamed", [False, True])
 def test_blocks_left_out(path: Path, model: Any, streamed: bool) -> None:
     walk = Walk.out_of_core(path, device="cpu") if streamed else Walk.in_memory(model)
-    found = importance.measure(walk, batches(), Share(), 0, 4, sizes=[2])
+    found = importance.measure(walk, batches(), Processes(), 0, 4, sizes=[2])
     whole, full = by_hand(model, set())
     assert found.base == pytest.approx(float(whole.mean()), abs=1e-5)
     for start in range(LAYERS - 1):
@@ -61,7 +61,7 @@ def test_blocks_left_out(path: Path, model: Any, streamed: bool) -> None:
 
 def test_greedy_removal_scores_again_after_each(model: Any, tmp_path: Path) -> None:
     found = importance.measure(
-        Walk.in_memory(model), batches(), Share(), 0, 4, greedy=2, notebook=tmp_path / "book"
+        Walk.in_memory(model), batches(), Processes(), 0, 4, greedy=2, notebook=tmp_path / "book"
     )
     gone: set[int] = set()
     for step in found.greedy:
@@ -76,7 +76,7 @@ def test_greedy_removal_scores_again_after_each(model: Any, tmp_path: Path) -> N
     again = importance.measure(
         Unwilling(),  # type: ignore[arg-type]
         batches(),
-        Share(),
+        Processes(),
         0,
         4,
         greedy=2,

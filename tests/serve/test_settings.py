@@ -11,12 +11,12 @@ import tiny
 from click.testing import CliRunner
 
 from slicer import demo
-from slicer.checkpoint import verify
 from slicer.checkpoint.export import export
 from slicer.checkpoint.reader import Checkpoint
 from slicer.cli import main
 from slicer.errors import ServeError
 from slicer.plan.plan import Plan
+from slicer.runtime import memory
 from slicer.serve import server, settings
 
 
@@ -75,10 +75,10 @@ def test_a_head_size_without_a_cpu_kernel_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_cache_leaves_room_for_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "available_memory", lambda: 3 << 30)
+    monkeypatch.setattr(memory, "available", lambda: 3 << 30)
     cache = int(settings.flag(flags(), "--kv-cache-memory-bytes") or 0)
     assert 0 < cache <= 1 << 30
-    monkeypatch.setattr(verify, "available_memory", lambda: 1 << 30)
+    monkeypatch.setattr(memory, "available", lambda: 1 << 30)
     with pytest.raises(ServeError, match="too little"):
         flags()
 
@@ -90,7 +90,7 @@ def test_a_context_that_does_not_fit_the_cache_is_cut(
     shutil.copytree(demo.path(), path)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 10_000_000}))
-    monkeypatch.setattr(verify, "available_memory", lambda: 4 << 30)
+    monkeypatch.setattr(memory, "available", lambda: 4 << 30)
     found = settings.prepare(path, None, 3, ())
     context = int(settings.flag(found.arguments, "--max-model-len") or 0)
     cache = int(settings.flag(found.arguments, "--kv-cache-memory-bytes") or 0)

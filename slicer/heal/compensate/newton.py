@@ -26,9 +26,9 @@ from torch import nn
 from slicer.checkpoint.architectures import ATTENTION_OUTPUTS, FEED_FORWARD_OUTPUTS
 from slicer.heal.compensate.objective import Objective
 from slicer.heal.patch import Holds
-from slicer.heal.precision import free_memory
 from slicer.model.output_maps import Output
 from slicer.model.pruned import PrunedRun
+from slicer.runtime.memory import COPY_SHARE, free
 
 STEPS = 3
 DAMPING = (0.1, 1.0)  # a and b, in units of the mean of the diagonal of A and G
@@ -180,7 +180,7 @@ def _affordable(
     matrices: Iterable[tuple[int, str, nn.Module]], device: torch.device, written: torch.dtype | None
 ) -> Iterator[Matrix]:
     """Those of the first layers whose sums fit into half of the free memory."""
-    room = free_memory(device) // 2
+    room = int(COPY_SHARE * free(device))
     for i, name, module in matrices:
         d, f = Output(name, module).weight.shape
         room -= 4 * (2 * d * f + d * d + f * f)

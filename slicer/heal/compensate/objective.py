@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from slicer.heal.precision import free_memory
 from slicer.measure.states import States
 from slicer.measure.stream import Walk
+from slicer.runtime.memory import KEPT_SHARE, free
 
 MIX = 0.25  # share of the text itself in the loss
 STRIDE = 2  # of the sequences held out, one position in so many is judged
@@ -42,7 +42,7 @@ class Objective:
 
     def __init__(self, walk: Walk, target: States, held: Sequence[int]) -> None:
         self._walk, self._target, self._held = walk, target, held
-        room = free_memory(walk.device) // 4
+        room = int(KEPT_SHARE * free(walk.device))
         # p at the positions judged, as far as there is room; over all of them sum p log p, and each token's likelihood
         self._known: dict[tuple[int, int], torch.Tensor] = {}
         self._certainty = 0.0

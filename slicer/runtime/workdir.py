@@ -1,0 +1,242 @@
+"""Work directories: who owns one, who is at work in it, and whether what lies there may be resumed.
+
+A directory that slicer works in holds the file `SIGN`: what lies there, and its identity, the JSON values that must be
+the same for a run to resume what another left. A directory that is not empty and has no such file is somebody else's:
+it is never written to, and never removed.
+
+    with claimed(beside(out), Processes.of_environment(), cut=cut.identity, steps=100) as work:
+        ...                       # work.path is this run's alone; it is removed at the end, or resumed later
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from slicer.errors import OutputError
+from slicer.runtime.distributed import Processes
+from slicer.runtime.files import not_writable, write_atomically
+
+SIGN = "slicer-work.json"
+_OWN = ".slicer"  # what the names of the lock, and of a sign that is being written, start with
+_LOCK = f"{_OWN}.lock"
+_TRAINING = "an unfinished training"
+
+
+def beside(out: Path, kind: str = "training") -> Path:
+    """The work directory of a result that is to be `out`: a sibling, which goes when `out` is there."""
+    return out.with_name(f"{out.name}.{kind}")
+
+
+def lock(file: Path, *, shared: bool = False) -> IO[bytes] | None:
+    """`file`, open and locked until it is closed or this process ends, however it ends.
+
+    None where another process has it. A `shared` lock is held beside others of its kind, and waits for one that is not.
+    Raises OSError where the file cannot be opened or the file system has no locks.
+    """
+    while True:
+        opened = open(file, "ab")  # noqa: SIM115
+        try:
+            fcntl.flock(opened, fcntl.LOCK_SH if shared else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(opened.fileno()), file.stat()):
+                    return opened
+        except BaseException as error:
+            opened.close()
+            if isinstance(error, BlockingIOError):
+                return None
+            raise
+        opened.close()  # removed, and perhaps made again, before it was locked: lock the one that is there now
+
+
+@dataclass
+class Workdir:
+    """A directory that slicer works in. `owned` and `claimed` make one; what is held longer calls `claim` and `close`.
+
+    Attributes:
+        path: the directory.
+        identity: JSON values that a run must share with the one whose work it resumes.
+        what: the contents, for messages, with an article.
+        overwrite: whether work of another identity gives way; None: there is no option for it.
+        shared: whether processes of the same identity may be at work there together.
+        resumable: whether there is work that would be lost; where there is none, another identity needs no permission.
+        removed: glob patterns, within the directory, of what is removed when work begins anew.
+    """
+
+    path: Path
+    identity: Mapping[str, Any]
+    what: str = _TRAINING
+    overwrite: bool | None = None
+    shared: bool = False
+    resumable: Callable[[], bool] = lambda: True
+    removed: tuple[str, ...] = ("*",)
+    _lock: IO[bytes] | None = field(default=None, init=False, repr=False)
+
+    def claim(self) -> None:
+        """Make the directory, or take it where slicer made it, and lock it.
+
+        Raises OutputError where it is another's, another run is at work there, or it holds work of another identity.
+        """
+        try:
+            check_owner(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(self.path / _LOCK)
+            alone = self._lock is not None
+            if not alone:
+                if not self.shared:
+                    raise OutputError(
+                        f"{self.path}: another run is at work there; wait for it, or choose another place with -o"
+                    )
+                self._lock = lock(self.path / _LOCK, shared=True)
+            self._take(alone)
+            if self.shared and self._lock is not None:
+                fcntl.flock(self._lock, fcntl.LOCK_SH)
+                self._take(False)  # changing a lock lets go of it for a moment
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OSError):
+                raise not_writable(self.path, error) from None
+            raise
+
+    def close(self) -> None:
+        """Let other runs at the directory."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def remove(self) -> None:
+        """Remove the directory and all that is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _take(self, alone: bool) -> None:
+        """Check the identity of what lies there; `alone`, begin anew where that may be."""
+        found, identity = sign_of(self.path), json.loads(json.dumps(self.identity, default=str))
+        if found is not None and found["what"] != self.what:
+            raise _of_another(self.path, f"holds {found['what']}")
+        if found is not None and found["identity"] != identity:
+            if not alone or not (self.overwrite or not self.resumable()):
+                key, before, now = _difference(found["identity"], identity)
+                again = "" if self.overwrite is None else ", or --force to start over"
+                raise OutputError(
+                    f"{self.path}: holds {self.what} with {key} {before}, not {now}; give the same options again, "
+                    f"choose another place with -o{again}"
+                )
+            found = None
+        if found is None:
+            for pattern in self.removed:
+                for old in self.path.glob(pattern):
+                    if not old.name.startswith(_OWN):
+                        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+            sign = {"what": self.what, "identity": identity}
+            write_atomically(self.path / SIGN, json.dumps(sign, indent=1) + "\n")
+
+
+def check_owner(path: Path) -> None:
+    """Raise OutputError unless `path` is free for slicer to work in: not there, empty, or with its sign."""
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path}: exists and is not a directory; choose another place with -o")
+    if path.is_dir() and not (path / SIGN).is_file():
+        for entry in sorted(path.iterdir()):
+            if not entry.name.startswith(_OWN):
+                raise _of_another(path, f"holds {entry.name} and was not made by slicer for this")
+
+
+def _of_another(path: Path, reason: str) -> OutputError:
+    return OutputError(f"{path}: {reason}; move it, or choose another place with -o")
+
+
+def sign_of(directory: Path) -> dict[str, Any] | None:
+    """What the sign of `directory` says, "what" and "identity"; None where there is no such file.
+
+    Raises OutputError for one that slicer did not write.
+    """
+    try:
+        found = json.loads((directory / SIGN).read_text("utf-8"))
+        return {"what": str(found["what"]), "identity": dict(found["identity"])}
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise OutputError(
+            f"{directory / SIGN}: not written by slicer; choose another place with -o"
+        ) from None
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, str, str]:
+    """The first value that differs: its name, and how it is spelled on either side."""
+    key = next(key for key in {**now, **before} if before.get(key) != now.get(key))
+    a, b = before.get(key), now.get(key)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return _difference(a, b)
+    return key, _short(a), _short(b)
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@contextlib.contextmanager
+def owned(
+    path: Path,
+    processes: Processes = Processes(),  # noqa: B008 (frozen)
+    /,
+    *,
+    what: str = _TRAINING,
+    overwrite: bool | None = None,
+    resumable: Callable[[], bool] = lambda: True,
+    removed: tuple[str, ...] = ("*",),
+    **identity: Any,
+) -> Iterator[Workdir]:
+    """Inside the block the first of `processes` has `path` to itself, and all of them know what lies there.
+
+    See `Workdir` for the arguments. Raises OutputError, in every process.
+    """
+    work = Workdir(path, identity, what, overwrite, False, resumable, removed)
+    try:
+        processes.first(work.claim)
+        yield work
+    finally:
+        work.close()
+
+
+@contextlib.contextmanager
+def claimed(path: Path, processes: Processes = Processes(), /, **given: Any) -> Iterator[Workdir]:  # noqa: B008
+    """As `owned`, for work whose result goes elsewhere: the directory is removed when the block ends.
+
+    It stays where the block is stopped by hand, or fails and there is something to resume.
+    """
+    with owned(path, processes, **given) as work:
+        try:
+            yield work
+        except Exception:
+            if processes.is_first and not work.resumable():
+                work.remove()
+            raise
+        processes.meet()  # the others may still read what lies there
+        if processes.is_first:
+            work.remove()
+
+
+class Notebook:
+    """Finished values (JSON) under a name each, kept in `file`, or in memory only where that is None."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        self.values: dict[str, Any] = {}
+        if file is not None and file.is_file():
+            self.values = json.loads(file.read_text("utf-8"))
+
+    def take(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` returned under this name, now or in an earlier run."""
+        if name not in self.values:
+            self.values[name] = make()
+            if self._file is not None:
+                write_atomically(self._file, json.dumps(self.values) + "\n")
+        return self.values[name]
