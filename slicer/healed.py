@@ -11,9 +11,12 @@ import torch
 
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import HealError
+from slicer.heal.compensate.fold import fold
+from slicer.heal.patch import holds, written_dtype
 from slicer.measure.analysis import Distances
 from slicer.measure.stream import Walk
 from slicer.plan.blocks import rank
+from slicer.plan.plan import Plan
 from slicer.progress import Progress
 from slicer.runtime.workdir import Notebook
 
