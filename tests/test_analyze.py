@@ -234,7 +234,7 @@ def test_the_commands(path: Path, text: Path, done: Path, tmp_path: Path) -> Non
         (["plan", "DONE", "--drop", "2", "--protect", "0-5"], "protect"),
         (["analyze", "SOURCE", "-o", "DONE"], "holds an analysis already"),
         (["analyze", "SOURCE", "-o", "SOURCE"], "which is no analysis"),
-        (["analyze", "SOURCE", "-o", "NEW", "--losses", "x"], "block sizes"),
+        (["analyze", "SOURCE", "-o", "NEW", "--losses", "x"], "--losses x"),
         (["analyze", "SOURCE", "-o", "NEW", "--losses", "7"], "6 layers"),
         (["analyze", "SOURCE", "-o", "NEW", "--calibration", "none.txt"], "no such file"),
         (["analyze", "nowhere", "-o", "NEW"], "nowhere"),

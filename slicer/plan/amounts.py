@@ -136,11 +136,11 @@ class Goal:
         return next(f"--{k.replace('_', '-')} {v}" for k, v in asdict(self).items() if v is not None)
 
 
-def check_layers(layers: Iterable[int], depth: int) -> None:
-    """Raise PlanError for a layer that a model of `depth` layers does not have."""
+def check_layers(layers: Iterable[int], depth: int, given: str = "") -> None:
+    """Raise PlanError, with `given` before it, for a layer that a model of `depth` layers does not have."""
     for i in sorted(layers):
         if not 0 <= i < depth:
-            raise PlanError(f"layer {i} is not in the model, whose layers are 0-{depth - 1}")
+            raise PlanError(f"{given}layer {i} is not in the model, whose layers are 0-{depth - 1}")
 
 
 def parse_amount(text: str, option: str = "--drop") -> Amount:
@@ -197,7 +197,7 @@ def parse_protected(text: str, depth: int, option: str = "--protect") -> frozens
     Raises UsageError for what is no list of layers, PlanError for a layer that is not in the model.
     """
     layers = _layers(text, option, "layers like 0,1,-1 or 0-3", depth)
-    check_layers(layers, depth)
+    check_layers(layers, depth, f"{option} {text}: ")
     return frozenset(layers)
 
 

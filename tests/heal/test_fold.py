@@ -176,7 +176,7 @@ def test_what_is_written_is_the_source_with_the_new_weights(
     model = load_model(source.path, device="cpu")
     plan = Plan.dropping(source.depth, [4, 5])
     batches = random_batches(64, 40)
-    data = TokenBatches(batches, {"source": "random"})
+    data = TokenBatches(batches, {})
     try:
         healing = fold_checkpoint(source, Walk.in_memory(model), data, plan.dropped, solver=solver)
     except HealError as error:
