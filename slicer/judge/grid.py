@@ -1,6 +1,6 @@
-"""Which cells a sweep has: how many layers, chosen how, healed how. Pure: no torch, no files.
+"""The cells of a sweep: numbers of layers, strategies and healing methods. Needs neither torch nor files.
 
-The paper's figures and ablations are presets of the same axes.
+The figures and ablations of the paper are presets of the same axes.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 from slicer.errors import PlanError, UsageError
 
 STRATEGIES = ("similarity", "deepest", "tail", "random")
-HEALS = ("none", "fold", "qlora")  # cheapest first
+HEALS = ("none", "fold", "qlora")  # in order of cost
 # Figures 1d, 2, 3, 5 and 6: both strategies before and after healing, on the paper's three measures.
 _PAPER: dict[str, Any] = {
     "drop": "0:0.5:0.05", "strategies": ("similarity", "deepest"), "heals": ("none", "qlora"),
     "tasks": ("mmlu@5", "boolq@0", "c4"),
 }  # fmt: skip
-# Figures 7, 8 and 9: one axis more, on the similarity strategy.
+# Figures 7, 8 and 9: one more axis, with the similarity strategy.
 _ABLATIONS: dict[str, dict[str, Any]] = {
     "prompt": {"tasks": ("mmlu@5", "mmlu@5:1", "mmlu@5:2"), "heals": ("none",)},
     "shots": {"tasks": ("mmlu@0", "mmlu@1", "mmlu@3", "mmlu@5"), "heals": ("none",)},
@@ -34,9 +34,9 @@ class Grid:
     """The axes of a sweep.
 
     Attributes:
-        drop: amounts as given: fractions or counts, 0 being the whole model.
+        drop: amounts as given: fractions or counts; 0 is the unpruned model.
         heals: "none", "fold", "qlora", or "qlora@RANK".
-        seeds: of the random strategy and of healing that trains.
+        seeds: for the random strategy and for healing by training.
     """
 
     drop: str = "0:0.5:0.05"
@@ -48,19 +48,19 @@ class Grid:
         for kind, given, known in (("strategies", self.strategies, STRATEGIES), ("heal", self.heals, HEALS)):
             for name in given:
                 if (name.split("@")[0] if kind == "heal" else name) not in known:
-                    raise UsageError(f"--{kind} {name}: choose among {', '.join(known)}")
+                    raise UsageError(f"--{kind} {name}: choose from {', '.join(known)}")
             if not given:
-                raise UsageError(f"--{kind}: name at least one of {', '.join(known)}")
+                raise UsageError(f"--{kind}: pass at least one of {', '.join(known)}")
         if not self.seeds:
-            raise UsageError("--seeds: give at least one")
+            raise UsageError("--seeds: pass at least one seed")
         for heal in self.heals:
             if "@" in heal and not re.fullmatch(r"qlora@[1-9]\d*", heal):
-                raise UsageError(f"--heal {heal}: only qlora takes a rank, as in qlora@8")
+                raise UsageError(f"--heal {heal}: only qlora accepts a rank, as in qlora@8")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One point of the grid. `seed` is 0 where nothing is random."""
+    """One point of the grid. `seed` is 0 if nothing is random."""
 
     n: int
     strategy: str
@@ -69,7 +69,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Unique within a sweep, and fit for a file name."""
+        """Unique within a sweep, and usable as a file name."""
         if self.n == 0:
             return "unpruned"
         seed = f"-s{self.seed}" if self.seed or self.strategy == "random" else ""
@@ -84,9 +84,9 @@ UNPRUNED = Cell(0, "none", "none")
 
 
 def cells(grid: Grid, depth: int) -> list[Cell]:
-    """All cells of a model of `depth` layers, cheap first: the whole model, then by healing, shallow cuts last.
+    """All cells for a model of `depth` layers: the unpruned model first, then by cost of healing, deep cuts first.
 
-    Raises UsageError or PlanError for amounts the model cannot have.
+    Raises UsageError or PlanError for invalid amounts.
     """
     found = {UNPRUNED: None}
     counts = [n for n in amounts(grid.drop, depth) if n]
@@ -99,18 +99,21 @@ def cells(grid: Grid, depth: int) -> list[Cell]:
 
 
 def is_random(strategy: str, heal: str) -> bool:
-    """Whether such a cell is another one with another seed."""
+    """Whether the result of such a cell depends on the seed."""
     return strategy == "random" or heal.startswith("qlora")
 
 
 def amounts(text: str, depth: int) -> list[int]:
-    """Numbers of layers: `0,2,4`, `0:8:2` (the end included), `0:0.5:0.05` or `0.1,0.25`. Ascending, each once."""
+    """Numbers of layers from `0,2,4`, `0:8:2` (end included), `0:0.5:0.05` or `0.1,0.25`: ascending, without repeats.
+
+    Raises UsageError or PlanError.
+    """
     found: set[int] = set()
     for part in text.split(","):
         numbers = part.strip().split(":")
         if len(numbers) not in (1, 3) or not all(re.fullmatch(r"\d+(\.\d*)?|\.\d+", x) for x in numbers):
             raise UsageError(
-                f"--drop {text}: {part.strip()!r} is not understood; write counts (0,2,4 or 0:8:2) or fractions "
+                f"--drop {text}: {part.strip()!r} is not an amount; write counts (0,2,4 or 0:8:2) or fractions "
                 "(0.1,0.25 or 0:0.5:0.05)"
             )
         found.update(_range(numbers, text, depth))
@@ -125,18 +128,18 @@ def _range(numbers: Sequence[str], text: str, depth: int) -> Iterable[int]:
     if len(values) == 3:
         start, stop, step = values
         if step <= 0 or stop < start:
-            raise UsageError(f"--drop {text}: START:STOP:STEP must go up")
+            raise UsageError(f"--drop {text}: START:STOP:STEP must ascend")
         count = int((stop - start) / step + 1e-9)
         values = [start + step * i for i in range(count + 1)]
     if not fractions:
         return [round(v) for v in values]
     if max(values) >= 1:
-        raise UsageError(f"--drop {text}: fractions lie below 1; write counts without a point")
+        raise UsageError(f"--drop {text}: fractions must be below 1; write counts without a decimal point")
     return [round(v * depth) for v in values]
 
 
 def paper(ablate: str | None, grid: Grid, given: Iterable[str]) -> tuple[Grid, tuple[str, ...]]:
-    """(grid, tasks) of `--suite paper`; axes whose names are in `given` stay as they are in `grid`."""
+    """(grid, tasks) of `--suite paper`; the axes named in `given` keep their values in `grid`."""
     preset: dict[str, Any] = dict(_PAPER)
     if ablate is not None:
         preset |= {"strategies": ("similarity",), "tasks": ("mmlu@5",), **_ABLATIONS[ablate]}

@@ -1,4 +1,4 @@
-"""Healing that trains, for one cell of a sweep: on files, beside the sweep, and alone in its process."""
+"""Trains the healing of one sweep cell: on files in the sweep directory, in a single process."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from slicer.measure.calibration import CalibrationSpec
 
 TRAINED = "qlora"
-# How torchrun and accelerate tell a process that it is one of several: a cell is trained by one alone.
+# The variables of torchrun and accelerate for distributed runs: each cell is trained by a single process.
 _OF_SEVERAL = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
                "ACCELERATE_USE_FSDP")  # fmt: skip
 
 
 def require(heals: Iterable[str]) -> None:
-    """Raise EvaluationError for a way of healing whose libraries are not installed."""
+    """Raise EvaluationError if the libraries of a healing method are not installed."""
     if any(heal.startswith(TRAINED) for heal in heals):
         from slicer.heal import adapters
 
@@ -42,19 +42,19 @@ def require(heals: Iterable[str]) -> None:
 
 
 def training_of(cell: Cell, training: Training) -> Training:
-    """The training of a cell such as `qlora@8`: its own seed and rank, all else as asked of the sweep."""
+    """The settings for a cell such as `qlora@8`: its own seed and rank, everything else from `training`."""
     rank = cell.heal.partition("@")[2]
     return replace(training, method=TRAINED, seed=cell.seed, rank=int(rank) if rank else training.rank)
 
 
 def check_alike(journal: Journal, cells: Iterable[Cell], training: Training) -> None:
-    """Cells of one table are trained alike. Raises OutputError where some were, before, otherwise."""
+    """Raise OutputError if an earlier run trained one of `cells` with other options: a table must not mix them."""
     for cell in cells:
         before = (journal.get(cell.name) or {}).get("training")
         if before is not None and before != asdict(training_of(cell, training)):
             raise OutputError(
-                f"{journal.directory}: its cell {cell.name} was trained with other options; give those again, or "
-                "choose another place with -o"
+                f"{journal.directory}: cell {cell.name} was trained with other options; pass those again, or "
+                "choose another directory with -o"
             )
 
 
@@ -70,7 +70,7 @@ def trained(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Path, dict[str, Any]]:
-    """(the healed checkpoint in `directory`, its record) of the cut `plan`; a stopped training goes on.
+    """Cut by `plan`, then train. Returns (healed checkpoint in `directory`, its record); resumes a stopped training.
 
     Raises SlicerError children.
     """
@@ -79,7 +79,7 @@ def trained(
     bare, out, mark = directory / "cut", directory / "healed", directory / "asked.json"
     asked = json.dumps([asdict(training), asdict(calibration), plan.dropped])
     if directory.is_dir() and not (mark.is_file() and mark.read_text("utf-8") == asked):
-        shutil.rmtree(directory)  # what an earlier sweep with other options left unfinished
+        shutil.rmtree(directory)  # the unfinished work of a sweep with other options
     directory.mkdir(parents=True, exist_ok=True)
     write_atomically(mark, asked)
     if not bare.is_dir():
@@ -100,7 +100,7 @@ def trained(
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """Inside the block this process is not one of several, for accelerate either, which remembers what it once saw."""
+    """Hide inside the block that this process is one of several, also from accelerate, which caches its state."""
     from accelerate.state import AcceleratorState
 
     hidden = {name: os.environ.pop(name) for name in _OF_SEVERAL if name in os.environ}

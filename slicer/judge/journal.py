@@ -1,7 +1,7 @@
-"""Finished work kept on disk, so that a killed sweep goes on where it was, and several processes can share one.
+"""Stores the finished cells of a sweep on disk, so that a stopped sweep can resume and several processes can share it.
 
-A cell's result is one JSON file, written beside its place and renamed: it is there whole or not at all. A process
-holds a lock while it works on a cell; the system lets go of it when the process ends, however it ends.
+Each result is one JSON file, written to a temporary file and renamed, so it is never seen partly written. A process
+holds a file lock while it works on a cell; the operating system releases it when the process ends.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FORMAT = 1
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Write `text` beside `file` and rename: a reader, or a kill, sees all of it or the old one. Raises OutputError."""
+    """Write `text` to a temporary file beside `file`, then rename it. Raises OutputError."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, "utf-8")
@@ -34,7 +34,7 @@ def write_atomically(file: Path, text: str) -> None:
 
 
 def began_with(directory: Path) -> Mapping[str, Any]:
-    """The settings of the sweep in `directory`; none where there is no such sweep."""
+    """The settings of the sweep in `directory`; empty if there is none."""
     try:
         found = json.loads((directory / "sweep.json").read_text("utf-8"))["settings"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -43,7 +43,7 @@ def began_with(directory: Path) -> Mapping[str, Any]:
 
 
 def digest_of(files: Iterable[Path]) -> str | None:
-    """A hash of the contents of `files` and of their names; None where there are none. Raises OutputError."""
+    """Hash of the names and contents of `files`; None if there are none. Raises OutputError."""
     total = hashlib.sha256()
     names = sorted(set(files))
     for file in names:
@@ -57,29 +57,29 @@ def digest_of(files: Iterable[Path]) -> str | None:
 
 
 class Journal:
-    """The directory of a sweep: `sweep.json` (what it is), `cells/` (what is done), locks.
+    """A sweep directory: `sweep.json` (settings), `cells/` (results), locks.
 
-    `settings` is what all cells share: a directory that holds a sweep with other ones, of which anything is done or
-    which another process has open, is refused with OutputError.
+    All cells share `settings`. Raises OutputError if the directory holds a sweep with other settings that has finished
+    cells or is open in another process.
     """
 
     def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
         self.directory = directory
         self._cells = directory / "cells"
         if directory.exists() and not directory.is_dir():
-            raise OutputError(f"{directory}: exists and is not a directory; choose another place with -o")
+            raise OutputError(f"{directory}: not a directory; choose another one with -o")
         marker = directory / "sweep.json"
         if directory.is_dir() and any(directory.iterdir()) and not marker.is_file():
             strangers = [
                 p.name for p in directory.iterdir() if p.name != "cells" and not p.name.startswith(".")
             ]
             if strangers:
-                raise OutputError(f"{directory}: not empty, and no sweep; choose another place with -o")
+                raise OutputError(f"{directory}: not empty and not a sweep; choose another directory with -o")
         try:
             self._cells.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputError(f"{directory}: cannot be made ({error.strerror})") from None
-        # Held as long as this process has the sweep, beside others; alone, what was begun in vain may be begun anew.
+            raise OutputError(f"{directory}: cannot be created ({error.strerror})") from None
+        # Shared by all processes of this sweep. If this one is alone and no cell is finished, the settings may change.
         self._held = open(self._cells / ".sweep.lock", "w")  # noqa: SIM115
         try:
             fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -100,28 +100,26 @@ class Journal:
         fcntl.flock(self._held, fcntl.LOCK_SH)
 
     def close(self) -> None:
-        """Let go of the directory, for sweeps with other settings too."""
+        """Release the directory, also for sweeps with other settings."""
         self._held.close()
 
     def _check(self, marker: Path, settings: Mapping[str, Any]) -> None:
         try:
             before = json.loads(marker.read_text("utf-8"))["settings"]
         except (OSError, ValueError, KeyError, TypeError):
-            raise OutputError(
-                f"{marker}: not a sweep that slicer began; choose another place with -o"
-            ) from None
+            raise OutputError(f"{marker}: not a sweep of slicer; choose another directory with -o") from None
         now = json.loads(json.dumps(settings))
         different = [key for key in now if before.get(key) != now[key]]
         if different:
             key = different[0]
             if key not in before:
                 raise OutputError(
-                    f"{self.directory}: was begun by an earlier slicer, which did not write down its {key}; "
-                    "choose another place with -o"
+                    f"{self.directory}: this sweep was started by an earlier version that did not record {key}; "
+                    "choose another directory with -o"
                 )
             raise OutputError(
-                f"{self.directory}: holds a sweep with {key} {_short(before.get(key))}, not {_short(now[key])}; "
-                "choose another place with -o"
+                f"{self.directory}: contains a sweep with {key} {_short(before.get(key))}, not {_short(now[key])}; "
+                "choose another directory with -o"
             )
 
     def get(self, name: str) -> dict[str, Any] | None:
@@ -133,12 +131,12 @@ class Journal:
         return found if isinstance(found, dict) else None
 
     def put(self, name: str, record: Mapping[str, Any]) -> None:
-        """Keep a finished record."""
+        """Store a finished record."""
         write_atomically(self._cells / f"{name}.json", json.dumps(record) + "\n")
 
     @contextlib.contextmanager
     def claim(self, name: str) -> Iterator[bool]:
-        """Whether this process alone may work on `name` inside the block."""
+        """Lock `name` for this process inside the block; yields whether the lock was free."""
         with open(self._cells / f".{name}.lock", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
