@@ -1,1 +1,2 @@
-"""What the layers do: calibration data, and statistics of the residual stream over it."""
+"""Measures what the layers do: calibration text, distances in the residual stream, losses without parts of the
+model."""

@@ -1,8 +1,8 @@
-"""The part of the samples that one process of several measures, and the one all-reduce that joins the parts.
+"""The share of the samples that one process measures in a distributed run, and the all-reduce that joins the shares.
 
-Under `torchrun` or `accelerate launch` the environment says how many processes there are; otherwise there is one.
-Every process places what it measured at its own samples' rows of a zeroed table, and the tables are added as bytes:
-each row has one owner, so the sum is exact, and the result does not depend on the number of processes.
+`torchrun` and `accelerate launch` set the number of processes in the environment; otherwise there is one. Every process
+writes its results into its own rows of a zero table, and the tables are summed as bytes. Each row has one owner, so the
+sum is exact and does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from slicer.errors import SlicerError, UsageError
 
 T = TypeVar("T")
-_PATIENCE = timedelta(days=2)  # while the first process works alone, the others wait
+_PATIENCE = timedelta(days=2)  # rank 0 may work alone for long while the others wait
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Share:
 
     @classmethod
     def of_environment(cls) -> Share:
-        """The share of this process, joined to the others' group when there are any."""
+        """This process's share; joins the process group if there is one."""
         world = int(os.environ.get("WORLD_SIZE", "1"))
         if world <= 1:
             return cls()
@@ -42,21 +42,21 @@ class Share:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes the result."""
+        """Whether this is rank 0, which writes the result."""
         return self.rank == 0
 
     def of(self, batches: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
-        """This process's batches, and the index of its first sample. Raises UsageError when some get none."""
+        """This process's batches, and the index of its first sample. Raises UsageError if a process would get none."""
         if len(batches) < self.world:
             raise UsageError(
-                f"{len(batches)} batches for {self.world} processes; give more --samples or a smaller --batch-size"
+                f"{len(batches)} batches for {self.world} processes; pass more --samples or a smaller --batch-size"
             )
         cuts = [len(batches) * r // self.world for r in range(self.world + 1)]
         first = sum(len(batch) for batch in batches[: cuts[self.rank]])
         return list(batches[cuts[self.rank] : cuts[self.rank + 1]]), first
 
     def join(self, parts: Sequence[torch.Tensor], first: int, samples: int) -> list[torch.Tensor]:
-        """`parts`: tensors [own samples, ...]; returns them for all `samples`, [samples, ...], in every process."""
+        """`parts`: tensors [own samples, ...]. Returns them for all `samples`, [samples, ...], in every process."""
         if self.world == 1:
             return list(parts)
         joined = [torch.zeros(samples, *part.shape[1:], dtype=part.dtype) for part in parts]
@@ -71,7 +71,7 @@ class Share:
         return joined
 
     def agree(self, value: Any) -> Any:
-        """The first process's `value` (picklable), in every process."""
+        """Broadcast rank 0's `value` (picklable) to every process."""
         if self.world == 1:
             return value
         box = [value]
@@ -79,7 +79,7 @@ class Share:
         return box[0]
 
     def first(self, work: Callable[[], T]) -> T:
-        """What `work` returns in the first process, in every process; a SlicerError of it is raised in all of them."""
+        """Run `work` in rank 0 only and return its result in every process; a SlicerError is raised in all of them."""
         result: Any = None
         failure: SlicerError | None = None
         if self.is_first:
@@ -94,6 +94,6 @@ class Share:
         return answer
 
     def leave(self) -> None:
-        """Leave the group; every process calls this at its end."""
+        """Leave the process group; every process must call this at its end."""
         if self.world > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The directory of an analysis: what a run keeps there until it is done, and whose it is."""
+"""The work directory of an analysis: ownership, locking and resuming."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PARTIAL = ".partial"
 
 
 def fingerprint(checkpoint: Checkpoint, calibration: Mapping[str, Any], **rest: Any) -> str:
-    """What must be the same for a run to go on where another ended: the weights, the text, whatever else is given."""
+    """Hash of what must be equal for a run to resume another: the weights, the text and `rest`."""
     source = calibration.get("source")
     text = Path(source).stat() if source and Path(source).is_file() else None
     tensors = [
@@ -30,23 +30,23 @@ def fingerprint(checkpoint: Checkpoint, calibration: Mapping[str, Any], **rest: 
 
 @contextlib.contextmanager
 def workplace(out: Path, mark: str, rank: int, *, force: bool = False) -> Iterator[Path]:
-    """`out/.partial/RANK`, this process's alone, holding what an earlier run of the same `mark` left.
+    """Yield `out/.partial/RANK`, locked for this process, with the files of an earlier run of the same `mark`.
 
-    Raises OutputError when `out` is not for us: another run's, a finished analysis or an unfinished one of another
-    mark (both give way to `force`), or something else altogether.
+    Raises OutputError if `out` is in use, holds an analysis or an unfinished one with another mark (`force` replaces
+    both), or is not an analysis directory.
     """
     if out.exists() and not out.is_dir():
-        raise OutputError(f"{out}: is a file; choose another directory with -o")
+        raise OutputError(f"{out}: not a directory; choose another one with -o")
     partial = out / PARTIAL
     if out.is_dir() and not partial.exists():
         if (out / "analysis.json").exists():
             if not force:
                 raise OutputError(
-                    f"{out}: holds an analysis already; choose another place with -o, or --force to replace it"
+                    f"{out}: already contains an analysis; choose another -o, or --force to replace it"
                 )
         elif strange := sorted(p.name for p in out.iterdir()):
             raise OutputError(
-                f"{out}: holds {strange[0]}, which is no analysis; choose another place with -o"
+                f"{out}: contains {strange[0]}, which is not part of an analysis; choose another directory with -o"
             )
     work = partial / str(rank)
     with contextlib.ExitStack() as stack:
@@ -63,7 +63,7 @@ def _lock(lock: IO[str], out: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise OutputError(f"{out}: another run is at work there; wait for it or choose another -o") from None
+        raise OutputError(f"{out}: in use by another run; wait or choose another -o") from None
 
 
 def _claim(work: Path, mark: str, out: Path, rank: int, force: bool) -> None:
@@ -72,8 +72,8 @@ def _claim(work: Path, mark: str, out: Path, rank: int, force: bool) -> None:
         return
     if file.is_file() and not force:
         raise OutputError(
-            f"{out}: holds an unfinished analysis of another source or with other options; "
-            "give those again, choose another -o, or --force to start over"
+            f"{out}: contains an unfinished analysis of another source or with other options; "
+            "use the same ones, choose another -o, or use --force to start over"
         )
     for old in (*work.iterdir(), *(work.parent.glob("tokens.*") if rank == 0 else ())):
         if old.name != "lock":
