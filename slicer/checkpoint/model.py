@@ -1,7 +1,7 @@
-"""The checkpoint as a transformers model: load it, find its layers, tap its residual stream, bypass layers.
+"""A checkpoint as a transformers model: load it, find its layers, tap its residual stream, bypass layers.
 
-Everything rests on hooks, so that any class of the table works unchanged: a layer is called with its hidden states
-as the first argument or by keyword, and returns them bare or first in a tuple.
+Uses only hooks, so every class of the table works unchanged: a layer takes its hidden states as the first argument or
+by keyword, and returns them alone or first in a tuple.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from slicer.checkpoint.memory import loaded_bytes, short_of_memory
 from slicer.checkpoint.reader import Checkpoint, TensorSpan, read_config
 from slicer.errors import ArchitectureError, SlicerError, SourceError, UsageError
 
-Model = Any  # a transformers PreTrainedModel, whose classes carry no types
+Model = Any  # a transformers PreTrainedModel, which has no type hints
 
 
 def load_model(
@@ -35,10 +35,10 @@ def load_model(
 ) -> Model:
     """Load `path` for inference: eval mode, no gradients.
 
-    `dtype` is "auto" (as stored) or a torch name; `device` is "auto" (a GPU if there is one, spread over several when
-    one is too small and accelerate is installed), "cpu", "cuda", "cuda:1". `quantization` is transformers' config of
-    one, applied while loading. A model that is to be `sharded` over processes stays where transformers puts it. Raises
-    SourceError with the reason.
+    `dtype`: "auto" (as stored) or a torch name. `device`: "auto" (a GPU if there is one; several if one is too small
+    and accelerate is installed), "cpu", "cuda", "cuda:1". `quantization`: a transformers quantization config, applied
+    while loading. `sharded`: the model will be sharded over processes and is not moved to a device. Raises
+    SourceError.
     """
     import transformers
 
@@ -64,7 +64,7 @@ def load_model(
         try:
             model = auto.from_pretrained(str(path), **arguments)
             break
-        except Exception as error:  # transformers raises many kinds; the next class may fit
+        except Exception as error:  # transformers raises many kinds; another class may work
             if short_of_memory(error):
                 raise
             failure = failure or error
@@ -76,7 +76,7 @@ def load_model(
 
 
 def auto_classes(path: Path) -> list[Any]:
-    """The transformers auto classes to try for the checkpoint, in order: a multimodal wrapper's own comes first."""
+    """The transformers auto classes to try for the checkpoint, in order; multimodal wrapper classes first."""
     import transformers
 
     config = read_config(path)
@@ -89,7 +89,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 def meta_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Every tensor of the checkpoint under its raw key, of its shape and dtype, on the meta device."""
+    """Raw key -> meta tensor with the stored shape and dtype, for all tensors."""
     return {
         key: torch.empty(span.shape, dtype=_DTYPES.get(span.dtype, torch.float32), device="meta")
         for key, span in checkpoint.tensors.items()
@@ -104,10 +104,10 @@ def build_on_meta(
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> tuple[Model, dict[str, Any]]:
-    """The model of `path` on the meta device, and transformers' report of how `tensors` (raw keys) fit into it.
+    """(model of `path` on the meta device, transformers' report of how `tensors` (by raw key) match it).
 
-    The report has `missing_keys`, `unexpected_keys` and `mismatched_keys`. No weight is read. Raises SourceError when
-    no class can be built.
+    The report has `missing_keys`, `unexpected_keys` and `mismatched_keys`. Reads no weights. Raises SourceError if no
+    class can be built.
     """
     import transformers
 
@@ -136,15 +136,13 @@ def build_on_meta(
                 ignore_mismatched_sizes=True,
             )
             return model, dict(info)
-        except (
-            Exception
-        ) as error:  # a model class may raise anything for a config or a tensor it does not like
+        except Exception as error:  # model classes raise many kinds
             failure = failure or error
     raise SourceError(f"transformers cannot build the model: {' '.join(str(failure).split())[:300]}")
 
 
 def _model_class(auto: Any, path: Path, config: Any, trust_remote_code: bool) -> Any:
-    """The class that `auto` would load: the checkpoint's own code where that is trusted, else transformers'."""
+    """The class that `auto` would load: the checkpoint's own code if trusted, else transformers'."""
     remote = (getattr(config, "auto_map", None) or {}).get(auto.__name__)
     if remote and trust_remote_code:
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -154,9 +152,9 @@ def _model_class(auto: Any, path: Path, config: Any, trust_remote_code: bool) ->
 
 
 def blueprint(path: Path, *, trust_remote_code: bool = False) -> Checkpoint:
-    """The checkpoint that a config.json alone describes: every tensor's name, shape and dtype, and no bytes of them.
+    """The checkpoint that a config.json describes: every tensor's name, shape and dtype, without weights.
 
-    The model is built on the meta device, which takes no memory. Raises SourceError with transformers' reason.
+    Builds the model on the meta device. Raises SourceError with transformers' reason.
     """
     import transformers
 
@@ -170,7 +168,7 @@ def blueprint(path: Path, *, trust_remote_code: bool = False) -> Checkpoint:
             with torch.device("meta"):
                 model = auto.from_config(described, trust_remote_code=trust_remote_code)
             break
-        except Exception as error:  # a config class may raise anything for a field it does not like
+        except Exception as error:  # config classes raise many kinds
             failure = failure or error
     else:
         reason = " ".join(str(failure).split())[:300]
@@ -178,7 +176,7 @@ def blueprint(path: Path, *, trust_remote_code: bool = False) -> Checkpoint:
     stored = str(architectures.text_config(config).get("dtype") or described.dtype or "bfloat16")
     name = {"float32": "F32", "float16": "F16"}.get(stored.removeprefix("torch."), "BF16")
     size = 4 if name == "F32" else 2
-    tensors = {  # a tied head is listed once, as it is stored
+    tensors = {  # a tied head is listed once, as stored
         key: TensorSpan(path / "config.json", name, tuple(value.shape), 0, size * value.numel())
         for key, value in model.named_parameters()
     }
@@ -186,7 +184,7 @@ def blueprint(path: Path, *, trust_remote_code: bool = False) -> Checkpoint:
 
 
 def pick_device(device: str) -> torch.device:
-    """The torch device that `device` names. Raises UsageError when it is not there."""
+    """The torch device named `device`. Raises UsageError if it is not available."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -194,7 +192,7 @@ def pick_device(device: str) -> torch.device:
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
-            f"--device {device}: not available here ({str(error).splitlines()[0][:120]})"
+            f"--device {device}: not available ({str(error).splitlines()[0][:120]}); choose another device"
         ) from None
     return target
 
@@ -207,7 +205,7 @@ def _needs_several(path: Path, dtype: str, target: torch.device) -> bool:
 
 
 def decoder_layers(model: Model) -> nn.ModuleList:
-    """The list of decoder layers, in order. Raises ArchitectureError when none of the right length is found."""
+    """The decoder layers, in order. Raises ArchitectureError if there is no list of the right length."""
     config = model.config.get_text_config()
     depth = config.num_hidden_layers
     lists = [
@@ -217,7 +215,7 @@ def decoder_layers(model: Model) -> nn.ModuleList:
     ]
     text = [(n, m) for n, m in lists if not any(part in n for part in ("vision", "audio", "visual", "mtp"))]
     if not text:
-        raise ArchitectureError(f"{type(model).__name__}: no list of {depth} decoder layers in it")
+        raise ArchitectureError(f"{type(model).__name__}: no list of {depth} decoder layers found")
     return min(text, key=lambda item: item[0].count("."))[1]
 
 
@@ -225,7 +223,7 @@ _MLP_NAMES = ("mlp", "feed_forward", "ffn", "mlp_block", "block_sparse_moe", "fc
 
 
 def mlp_of(layer: nn.Module) -> nn.Module | None:
-    """The submodule whose output is the feed-forward part of `layer`; None where the layer has no such part."""
+    """The feed-forward submodule of `layer`; None if it has none."""
     children = dict(layer.named_children())
     return next((children[name] for name in _MLP_NAMES if name in children), None)
 
@@ -240,7 +238,7 @@ def _states_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
 def watch(model: Model, listener: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
     """Call `listener(l, x)` with x(l), [batch, seq, d], for l = 0..L in every forward pass.
 
-    x(l) is what enters layer l; x(L) is what leaves the last layer: the residual stream before the final norm.
+    x(l) enters layer l; x(L) leaves the last layer and enters the final norm.
     """
     layers = decoder_layers(model)
     handles = []
@@ -270,7 +268,7 @@ class Tap:
 
 @contextlib.contextmanager
 def residual_stream(model: Model) -> Iterator[Tap]:
-    """Keep the residual stream of each forward pass made inside the block."""
+    """Tap the residual stream of each forward pass inside the block."""
     tap = Tap()
 
     def listener(index: int, states: torch.Tensor) -> None:
@@ -284,7 +282,7 @@ def residual_stream(model: Model) -> Iterator[Tap]:
 
 @contextlib.contextmanager
 def bypass(model: Model, dropped: Iterable[int]) -> Iterator[None]:
-    """Inside the block the layers `dropped` pass their input on unchanged. They still run: this is for checking."""
+    """Inside the block, the layers `dropped` return their input unchanged. They still run: for checks only."""
     layers = decoder_layers(model)
 
     def skip(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -301,22 +299,20 @@ def bypass(model: Model, dropped: Iterable[int]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def sliced(model: Model, kept: Sequence[int], config: Mapping[str, Any]) -> Iterator[None]:
-    """Inside the block `model` is its own cut: only the layers `kept`, renumbered, under the rewritten `config`.
+    """Cut `model` inside the block: only the layers `kept`, renumbered, with the rewritten `config`.
 
-    `config` is the sliced config.json (`slicer.checkpoint.export.sliced_config`). Nothing is copied: what shares the
-    model's config object sees the new fields, and afterwards everything is as it was.
+    `config` is the sliced config.json (`slicer.checkpoint.export.sliced_config`). Copies nothing: everything that
+    shares the model's config object sees the new fields. All is restored at the end.
     """
     layers = decoder_layers(model)
     parent, name = _place_of(model, layers)
     old = model.config.get_text_config()
     fields = dict(old.__dict__)
-    with tempfile.TemporaryDirectory(
-        prefix="slicer-config-"
-    ) as scratch:  # transformers' own reading of the file
+    with tempfile.TemporaryDirectory(prefix="slicer-config-") as scratch:  # let transformers parse the file
         (Path(scratch) / "config.json").write_text(json.dumps(config), "utf-8")
         new = type(model.config).from_pretrained(scratch).get_text_config()
     changed = {key: value for key, value in new.__dict__.items() if not key.startswith("_")}
-    # Set by loading, not by config.json: how attention runs, and in which precision.
+    # Set by loading and not in config.json: attention implementation and precision.
     changed = {key: value for key, value in changed.items() if key not in ("dtype", "torch_dtype")}
     numbers = [
         (module, attribute, getattr(module, attribute))
@@ -346,4 +342,4 @@ def _place_of(model: Model, child: nn.Module) -> tuple[nn.Module, str]:
         for name, module in parent.named_children():
             if module is child:
                 return parent, name
-    raise ArchitectureError(f"{type(model).__name__}: the decoder layers are not part of it")
+    raise ArchitectureError(f"{type(model).__name__}: the decoder layers are not a submodule")
