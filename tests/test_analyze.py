@@ -168,7 +168,7 @@ def test_killed_it_goes_on(path: Path, text: Path, done: Path, tmp_path: Path) -
     assert not (out / "analysis.json").exists()
     again = subprocess.run(command(path, text, out), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert "going on after layer" in again.stderr
+    assert "resuming after layer" in again.stderr
     assert apart(Analysis.load(out), Analysis.load(done)) <= 1e-6
     assert not (out / ".partial").exists()
 
@@ -229,8 +229,8 @@ def test_the_commands(path: Path, text: Path, done: Path, tmp_path: Path) -> Non
         (["plan", "DONE", "--drop", "2", "--metric", "loss"], "no loss in this analysis"),
         (["plan", "DONE", "--drop", "2", "--protect", "11"], "--protect"),
         (["plan", "DONE", "--drop", "2", "--protect", "0-5"], "protect"),
-        (["analyze", "SOURCE", "-o", "DONE"], "holds an analysis already"),
-        (["analyze", "SOURCE", "-o", "SOURCE"], "which is no analysis"),
+        (["analyze", "SOURCE", "-o", "DONE"], "--force"),
+        (["analyze", "SOURCE", "-o", "SOURCE"], "not part of an analysis"),
         (["analyze", "SOURCE", "-o", "NEW", "--losses", "x"], "block sizes"),
         (["analyze", "SOURCE", "-o", "NEW", "--losses", "7"], "6 layers"),
         (["analyze", "SOURCE", "-o", "NEW", "--calibration", "none.txt"], "no such file"),
