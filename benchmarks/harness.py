@@ -1,6 +1,6 @@
-"""Rounds of runs: every model once a round, each round in another order, every finished run kept on disk at once.
+"""Runs every model once per round, in a new order each round, and stores every finished run on disk at once.
 
-A machine that drifts (heat, neighbours) then slows all models alike, instead of those measured last.
+Drift of the machine (heat, other processes) then slows all models equally, instead of the last ones.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from slicer.progress import Progress
 
 RUNS = "runs.jsonl"
 Run = dict[str, Any]
-# (label, round, salt, tell) -> the figures of one run in a fresh process
+# (label, round, salt, tell) -> results of one run in a fresh process
 Measure = Callable[[str, int, Callable[[str], None]], Run]
 
 
 class Store:
-    """The finished runs of one benchmark: in `directory/runs.jsonl`, or in memory without a directory.
+    """The finished runs of one benchmark, in `directory/runs.jsonl`, or in memory if there is no directory.
 
-    The first line says which benchmark they belong to. A line that a killed process left half-written is dropped.
+    The first line identifies the benchmark. An incomplete last line of a stopped process is dropped.
     """
 
     def __init__(self, directory: Path | None, identity: Mapping[str, Any], *, force: bool = False) -> None:
-        """Raises BenchError where `directory` holds something else, or the runs of another benchmark."""
+        """Raises BenchError if `directory` contains anything else, or the runs of another benchmark."""
         self.runs: list[Run] = []
         self.resumed = 0
         self._file: Path | None = None
@@ -38,9 +38,9 @@ class Store:
             return
         file = directory / RUNS
         if directory.exists() and not directory.is_dir():
-            raise BenchError(f"{directory}: exists and is not a directory; choose another place with -o")
+            raise BenchError(f"{directory}: not a directory; choose another one with -o")
         if directory.is_dir() and any(directory.iterdir()) and not file.exists():
-            raise BenchError(f"{directory}: not empty, and no benchmark's; choose another place with -o")
+            raise BenchError(f"{directory}: not empty and not a benchmark; choose another directory with -o")
         identity = json.loads(json.dumps(identity))
         if file.exists() and not force:
             self._read(file, identity)
@@ -52,7 +52,7 @@ class Store:
             temporary.replace(file)
         except OSError as error:
             raise BenchError(
-                f"{directory}: cannot be written ({error.strerror}); choose another place with -o"
+                f"{directory}: cannot be written ({error.strerror}); choose another directory with -o"
             ) from None
         self._file = file
 
@@ -66,13 +66,13 @@ class Store:
         theirs = lines[0].get("benchmark") if lines and isinstance(lines[0], dict) else None
         if not isinstance(theirs, dict):
             raise BenchError(
-                f"{file}: not written by slicer bench; choose another place with -o, or say --force"
+                f"{file}: not written by slicer bench; choose another directory with -o, or use --force"
             )
         if theirs != identity:
             names = [k for k in {**identity, **theirs} if identity.get(k) != theirs.get(k)]
             raise BenchError(
-                f"{file.parent}: holds the runs of another benchmark (other {', '.join(names)}); choose another place "
-                "with -o, or discard them with --force"
+                f"{file.parent}: contains runs of another benchmark (other {', '.join(names)}); choose another "
+                "directory with -o, or discard them with --force"
             )
         self.runs = lines[1:]
         self.resumed = len(self.runs)
@@ -82,7 +82,7 @@ class Store:
         return any(run["label"] == label and run["round"] == number for run in self.runs)
 
     def add(self, run: Run) -> None:
-        """Keep a finished run; on disk before this returns."""
+        """Store a finished run on disk."""
         self.runs.append(run)
         if self._file is not None:
             with open(self._file, "a", encoding="utf-8") as stream:
@@ -94,7 +94,7 @@ class Store:
 def run_rounds(
     labels: Sequence[str], rounds: int, seed: int, measure: Measure, store: Store, progress: Progress
 ) -> list[Run]:
-    """Measure what `store` lacks; returns all runs of these labels and rounds, in the order of time."""
+    """Measure the runs missing in `store`; returns all runs of these labels and rounds, in order of time."""
     wanted = [
         (label, number)
         for number in range(1, rounds + 1)
@@ -117,13 +117,11 @@ def _brief(figures: Run) -> str:
     if not online:
         return ""
     first = next(iter(online.values()))
-    return (
-        f", {statistics.median(first['tpot_ms']):.4g} ms a token, ready after {figures['load_seconds']:.0f} s"
-    )
+    return f", {statistics.median(first['tpot_ms']):.4g} ms per token, ready after {figures['load_seconds']:.0f} s"
 
 
 class _Bar:
-    """The bar of all runs, redrawn with what the present one is at."""
+    """Progress bar of all runs, with the stage of the current run."""
 
     def __init__(
         self, progress: Progress, label: str, number: int, rounds: int, total: int, done: int
@@ -132,8 +130,8 @@ class _Bar:
         self._head = f"Round {number} of {rounds}, {label}"
 
     def __enter__(self) -> Callable[[str], None]:
-        self._tell("starting")
-        return self._tell
+        self._show("starting")
+        return self._show
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
@@ -141,6 +139,6 @@ class _Bar:
         if kind is not None:
             self._progress.stage("Stopping")
 
-    def _tell(self, what: str) -> None:
+    def _show(self, what: str) -> None:
         self._progress.stage(f"{self._head}: {what[:1].lower()}{what[1:]}", self._total, "runs")
         self._progress.advance(self._done)

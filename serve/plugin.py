@@ -1,7 +1,7 @@
-"""slicer's plugin for vLLM, by the entry point `vllm.general_plugins`: vLLM loads it in each of its processes.
+"""slicer's plugin for vLLM (entry point `vllm.general_plugins`), loaded in each of vLLM's processes.
 
-It makes the configuration of the blockwise form known, which vLLM's own DeciLMForCausalLM then runs, and the class for
-checkpoints in which low-rank maps stand for removed parts.
+Registers the config of the blockwise form, which vLLM's own DeciLMForCausalLM runs, and the class for checkpoints with
+low-rank replacements of removed sublayers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from slicer.checkpoint.blockwise import OWN_CLASS
 
 
 def register() -> None:
-    """Make the blockwise form known to this process. May be called more than once."""
+    """Register the blockwise form in this process. May be called more than once."""
     from vllm import ModelRegistry
 
     from slicer.checkpoint.registration import register
