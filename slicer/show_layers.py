@@ -97,8 +97,7 @@ def heat_lines(distances: Distances, width: int) -> list[str]:
 
 
 def print_planned(planned: Planned, file: Path) -> None:
-    """Print the chosen layers and their distance, the next best choices, and whether the best two differ
-    significantly."""
+    """Print the chosen layers, the next best choices, and whether the best two differ significantly."""
     console = stdout()
     plan = planned.plan
     left = plan.depth - len(plan.dropped)

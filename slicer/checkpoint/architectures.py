@@ -6,7 +6,7 @@ tests/tiny.py; a test checks the row.
 
 With K the kept old layer indices in order, a field is rewritten (`slicer.checkpoint.rewrite`) by one of:
 
-    slice     [x[i] for i in K]                         a list with one entry a layer
+    slice     [x[i] for i in K]                         a list with one entry per layer
     reindex   the new positions of the members kept     a list of layer indices
     count     #{i in K: i < x}                          a threshold: layers below x are of another kind
     rule      a function of `checkpoint.layer_fields`   anything else

@@ -69,8 +69,7 @@ def check(checkpoint: Checkpoint, config: Mapping[str, Any], plan: Plan) -> None
 
 
 def config_of(rewritten: Mapping[str, Any], expanded: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    """config.json of the blockwise form; `rewritten`: that of the kept layers, `expanded`: the source's with all
-    defaults."""
+    """config.json of the blockwise form; `rewritten`: of the kept layers, `expanded`: of the source, with defaults."""
     merged = {**expanded, **rewritten}
     name = merged["model_type"]
     heads = merged["num_attention_heads"]

@@ -40,8 +40,7 @@ class DeciLMAttention(Qwen2Attention):  # type: ignore[misc]
 
 
 class Emulated(nn.Module):
-    """Low-rank replacement of removed sublayers after one that stays: x + up(down(norm(x))), rank r, [.., d] -> [..,
-    d]."""
+    """Low-rank replacement of removed sublayers: x + up(down(norm(x))), rank r, [.., d] -> [.., d]."""
 
     def __init__(self, width: int, rank: int, eps: float) -> None:
         super().__init__()

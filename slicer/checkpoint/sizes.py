@@ -74,8 +74,7 @@ def sizes_after(
     cast: str | None = None,
     added: Mapping[str, TensorSpan] | None = None,
 ) -> Sizes:
-    """Sizes of the result of `plan`, with sublayers taken into account, plus the tensors `added`; `config`: the
-    result's config.json."""
+    """Sizes of the result of `plan`, including the tensors `added`; `config`: the result's config.json."""
     tensors = {**sublayers.tensors_of(checkpoint, plan), **(added or {})}
     return measure_sizes(replace(checkpoint, config=config, tensors=tensors), cast=cast)
 

@@ -183,8 +183,7 @@ def _zeros(span: TensorSpan) -> Callable[[], Any]:
 
 
 def zeroed_keys(checkpoint: Checkpoint, plan: Plan) -> list[str]:
-    """Raw keys of all tensors with which removed sublayers write into the stream. Raises ArchitectureError if a
-    sublayer has none."""
+    """Raw keys of the output matrices of removed sublayers. Raises ArchitectureError if a sublayer has none."""
     found: list[str] = []
     layers = layers_of(checkpoint)
     for gone, outputs, what in (

@@ -48,8 +48,8 @@ def keep(sweep: Sweep, share: float, metric: str, grid: Grid, command: str | Non
     found = promise.bisect([n for n in range(1, sweep.depth) if _expressible(sweep, cell_of(n))], measure)
     if found.tried and all(kept.error for kept in found.tried):
         raise EvaluationError(f"--heal {heal}: no cut could be made: {found.tried[0].error}")
-    told = {"share": share, "metric": metric, **asdict(found)}
-    write_atomically(sweep.journal.directory / PROMISE, json.dumps(told, indent=1) + "\n")
+    record = {"share": share, "metric": metric, **asdict(found)}
+    write_atomically(sweep.journal.directory / PROMISE, json.dumps(record, indent=1) + "\n")
     if found.best is not None:
         cell = cell_of(found.best.n)
         plan = replace(

@@ -49,14 +49,14 @@ def draw(
         found.reseed()
         loaded = {leaf: found.loaded["tasks"][leaf] for leaf in found.leaves}
         sizes = {leaf: len(each.eval_docs) for leaf, each in loaded.items()}
-        made = _Making(lm)
+        made = _QuestionBuilder(lm)
         for leaf, n in tasks.share(sizes, count).items():
             chosen = sorted(random.Random(f"{seed} {leaf}").sample(range(sizes[leaf]), n))
             made.add(task, loaded[leaf], chosen)
     return Questions(task, tuple(made.batches), tuple(made.choices), tuple(made.right))
 
 
-class _Making:
+class _QuestionBuilder:
     """The questions so far; equal sequences are stored once."""
 
     def __init__(self, lm: Any) -> None:

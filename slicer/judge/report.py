@@ -144,11 +144,11 @@ def _distances(directory: Path) -> Distances | None:
 
 def _promise(directory: Path) -> str | None:
     """The target and the result of `slicer sweep --keep` as a sentence."""
-    told = _json(directory / "promise.json")
-    if told is None:
+    record = _json(directory / "promise.json")
+    if record is None:
         return None
     try:
-        share, metric, best, tried = told["share"], told["metric"], told["best"], told["tried"]
+        share, metric, best, tried = record["share"], record["metric"], record["best"], record["tried"]
         words = f"Target: at least {share:.1%} of {metric}. "
         if best is None:
             return words + f"None of the {len(tried)} cuts tried reaches it."

@@ -38,8 +38,8 @@ def judge(table: Table) -> Verdict:
     cuts = [row for row in table.rows if row.n and row.evaluation is not None]
     if not cuts:
         return Verdict(None, ("No cut is measured yet.",))
-    telling = tuple(task for task in table.tasks if _tells(task, table.unpruned))
-    if not telling and table.unpruned.loss is None:
+    informative = tuple(task for task in table.tasks if _is_informative(task, table.unpruned))
+    if not informative and table.unpruned.loss is None:
         return Verdict(
             None,
             (
@@ -47,18 +47,18 @@ def judge(table: Table) -> Verdict:
                 f"chance, or fewer than {_FEWEST} items were used, and no loss was measured.",
             ),
         )
-    harmless = [row for row in cuts if _harmless(row, table.unpruned, telling)]
+    harmless = [row for row in cuts if _harmless(row, table.unpruned, informative)]
     best = max(harmless, key=lambda r: (r.n, -_loss(r)), default=None)
-    sentences = [_recommend(best, table, telling)]
-    if mute := [task for task in table.tasks if task not in telling]:
+    sentences = [_recommend(best, table, informative)]
+    if weak := [task for task in table.tasks if task not in informative]:
         sentences.append(
-            f"{', '.join(mute)} {'is' if len(mute) == 1 else 'are'} not informative: the unpruned model is not "
+            f"{', '.join(weak)} {'is' if len(weak) == 1 else 'are'} not informative: the unpruned model is not "
             f"significantly above chance, or fewer than {_FEWEST} items were used."
         )
-    sentences += [words for measure in (*telling, "c4") if (words := _knee(table, measure))]
-    if words := _healing(table):
-        sentences.append(words)
-    if telling and best is not None:
+    sentences += [sentence for measure in (*informative, "c4") if (sentence := _knee(table, measure))]
+    if sentence := _healing(table):
+        sentences.append(sentence)
+    if informative and best is not None:
         few = min(s.items for s in table.unpruned.scores)
         if few < 1000:
             sentences.append(
@@ -71,7 +71,7 @@ def judge(table: Table) -> Verdict:
     return Verdict(best, tuple(sentences))
 
 
-def _tells(task: str, unpruned: Evaluation) -> bool:
+def _is_informative(task: str, unpruned: Evaluation) -> bool:
     """Whether the score is informative: enough items, and the unpruned model is significantly above chance."""
     score = unpruned.primary(task)
     if score is None or score.items < _FEWEST or f"{task}/{score.metric}" not in unpruned.items:
@@ -81,13 +81,13 @@ def _tells(task: str, unpruned: Evaluation) -> bool:
     return score.value > (score.chance or 0.0) + 2 * (score.standard_error or 0.0)
 
 
-def _harmless(row: Row, unpruned: Evaluation, telling: Sequence[str]) -> bool:
+def _harmless(row: Row, unpruned: Evaluation, informative: Sequence[str]) -> bool:
     whole, here = unpruned.loss, row.evaluation.loss if row.evaluation else None
-    share = _LOSS_CAP if telling else _LOSS_SHARE
+    share = _LOSS_CAP if informative else _LOSS_SHARE
     # Written so that a NaN loss counts as missing.
     if whole is not None and not (here and here.nats_per_token <= whole.nats_per_token / share):
         return False
-    return all(_holds(row, task, unpruned) for task in telling)
+    return all(_holds(row, task, unpruned) for task in informative)
 
 
 def _holds(row: Row, task: str, unpruned: Evaluation) -> bool:
@@ -101,15 +101,15 @@ def _loss(row: Row) -> float:
     return row.evaluation.loss.nats_per_token if row.evaluation and row.evaluation.loss else 0.0
 
 
-def _recommend(best: Row | None, table: Table, telling: Sequence[str]) -> str:
+def _recommend(best: Row | None, table: Table, informative: Sequence[str]) -> str:
     if best is None:
         least = min(row.n for row in table.rows if row.n and row.evaluation is not None)
         few = "1 layer" if least == 1 else f"{least} layers"
-        how = "beyond noise" if telling else "in the loss by more than 5%"
+        how = "beyond noise" if informative else "in the loss by more than 5%"
         return f"No cut measured is harmless: dropping {few} already changes the results {how}."
     healed = "" if best.heal == "none" else f", healed ({best.heal})"
     what = "whose loss grows by about 5% at most"
-    if telling:
+    if informative:
         what = "whose scores are within noise of the unpruned model's"
         if table.unpruned is not None and table.unpruned.loss is not None:
             what += " and whose loss is at most 11% higher"

@@ -1,2 +1,1 @@
-"""Measures what the layers do: calibration text, distances in the residual stream, losses without parts of the
-model."""
+"""Calibration text, and metrics of layers: distances in the residual stream, losses without parts of the model."""
