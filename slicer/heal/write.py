@@ -1,4 +1,4 @@
-"""What training leaves -> the directory: merged, with its record, card and curve, verified before it appears."""
+"""Writes the result of a training: merged weights, record, model card and loss curve; verified, then renamed."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """What training left.
+    """The result of a training.
 
     Attributes:
-        base: what it started from; whole: the source.
-        loss_of: loss on the held-out text of a checkpoint directory, nats a token; None where that cannot be measured.
-        record: for plan.json, without the figures.
+        base: the checkpoint that training started from; whole: the source.
+        loss_of: held-out loss of a checkpoint directory in nats per token; None if it cannot be measured.
+        record: for plan.json, without the losses.
         started: `time.monotonic` of the start.
     """
 
@@ -50,14 +50,14 @@ class Result:
 
 
 def write(result: Result, plan: Plan, out: Path, options: TrainOptions, progress: Progress) -> Healed:
-    """Merge what was trained into the base and write it to `out`, whole or not at all. Raises VerificationError."""
+    """Merge the trained weights into the base and write them to `out`, atomically. Raises VerificationError."""
     base, whole, course, remote = result.base, result.whole, result.course, options.trust_remote_code
     checked = options.verify
     if checked == "auto":
         checked = "logits" if verify.fits_in_memory(4 * base.parameters, options.device) else "load"
     losses = {"source": result.loss_of(whole.path), "before": result.loss_of(base.path)}
     spans, probe = _changes(result, checked == "logits", options, progress)
-    if probe is None and checked == "logits":  # the base as it was, or where peft cannot put the adapter on
+    if probe is None and checked == "logits":  # nothing was trained, or peft cannot apply the adapter
         checked = "load"
     errors: tuple[float | None, float | None] = None, None
     with atomic_directory(out, replace=options.force) as directory:
@@ -90,9 +90,9 @@ def write(result: Result, plan: Plan, out: Path, options: TrainOptions, progress
 def _changes(
     result: Result, check: bool, options: TrainOptions, progress: Progress
 ) -> tuple[dict[str, TensorSpan], Probe | None]:
-    """(raw key -> what is written instead, the logits that the result must give)."""
+    """(raw key -> tensor to write, logits that the result must give)."""
     base, weights, remote = result.base, result.course.weights, options.trust_remote_code
-    if weights is None:  # nothing was better than the start
+    if weights is None:  # no step was better than the start
         return {}, None
     if result.settings.method == "full":
         trained, homes = Checkpoint.open(weights), homes_of(base, trust_remote_code=remote)
@@ -105,20 +105,20 @@ def _changes(
     places = placed(base, adapter, trust_remote_code=remote)
     probe = None
     if check:
-        progress.stage("Reference logits of the base with the adapter on")
+        progress.stage("Reference logits of the base with the adapter")
         try:
             probe = reference_logits(base, adapter, places, options.device, remote)
         except HealError as error:
             if options.verify == "logits":
                 raise
-            progress.note(f"keys and shapes are checked, logits are not: {error}")
+            progress.note(f"checking keys and shapes only, not logits: {error}")
     return merged_spans(base, adapter, places), probe
 
 
 def _record(
     result: Result, plan: Plan, losses: Mapping[str, float | None], spans: Mapping[str, TensorSpan]
 ) -> dict[str, Any]:
-    """For plan.json: what was done, on what, and the figures."""
+    """The record for plan.json: method, settings, text and losses."""
     course = result.course
     sources = {new: old for old, new in new_keys(result.whole, plan, result.whole.tensors).items()}
     earlier = (plan.healing or {}).get("tensors") or ()
@@ -135,7 +135,7 @@ def _record(
 
 
 def _tell(result: Result, plan: Plan, directory: Path) -> None:
-    """plan.json, the card, every step's loss and the curve."""
+    """Write plan.json, the model card, the losses of every step and the curve."""
     from slicer.judge.loss_plot import loss_curve
 
     course, told = result.course, directory / "slicer"

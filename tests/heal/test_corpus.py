@@ -97,7 +97,7 @@ def test_several_sources_share_the_text(tmp_path: Path) -> None:
             assert 0.8 < sizes[True] / sizes[False] < 1.25
     record = corpus(f"{a},{b}", tmp_path / "work").record
     assert record["train_sequences"] + record["train_sequences_left_out_as_held_out"] == 40
-    with pytest.raises(CalibrationError, match="only by itself"):
+    with pytest.raises(CalibrationError, match="use self only alone"):
         list(mixed(CalibrationSpec(source=f"{a},self")))
 
 
