@@ -1,4 +1,4 @@
-"""Memory that training needs on each GPU, by formula; `docs/guide/scaling.md` shows its table. Standard library only.
+"""Memory that training needs on each GPU, by formula; table: `docs/reference/training.md`. Standard library only.
 
 python -m slicer.heal.memory                                     the table
 """
