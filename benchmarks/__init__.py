@@ -1,1 +1,1 @@
-"""What slicer claims about speed and memory, measured against a rival in the same run."""
+"""Benchmarks of speed and memory, each against a baseline measured in the same run."""

@@ -1,12 +1,12 @@
-"""Measuring against a bare forward pass, and against one n at a time, over the same batches, in turn, in the same run.
+"""Benchmark of analysis against a bare forward pass, and against one pass per block size, on the same batches.
 
     python -m slicer.benchmarks.analysis [--model DIR] [--samples 32] [--seq-len 256] [--rounds 3]
 
-The bare pass is the decoder without its head, as the measuring uses it: the hardest rival, since it computes no
+The bare pass is the decoder without its head, as the analysis runs it: the strictest baseline, because it computes no
 logits either. `measure` is what `slicer convert` does (angular distance, last token, every n); `all metrics` is what
-`slicer analyze` does up to the tables. The rival is PruneMe's algorithm, written down: for one block size n, a forward
+`slicer analyze` does up to the tables. The rival is PruneMe's algorithm, reimplemented: for one block size n, a forward
 pass with output_hidden_states, and for every start the angular distance of the last non-padded token's states in
-hidden_states[l] and hidden_states[l + n]; the next n takes the next run. It is timed for some n and counted for all.
+hidden_states[l] and hidden_states[l + n]; each n is a separate run. It is timed for one n, and multiplied by all.
 The default model is the embedded one.
 """
 
@@ -69,10 +69,10 @@ def main() -> None:
         "bare forward": bare,
         "measure": lambda: measure(model, batches),
         "all metrics": everything,
-        "one n at a time, a single n": lambda: one_n(model, batches, depth // 4),
+        "one pass per n, a single n": lambda: one_n(model, batches, depth // 4),
     }
     seconds: dict[str, list[float]] = {name: [] for name in work}
-    for number in range(options.rounds + 1):  # the first round warms up
+    for number in range(options.rounds + 1):  # round 0 is a warm-up
         print(f"round {number} of {options.rounds}", file=sys.stderr)
         for name, run in work.items():
             started = time.perf_counter()
@@ -82,14 +82,14 @@ def main() -> None:
             if number:
                 seconds[name].append(time.perf_counter() - started)
     print(f"{depth} layers, {options.samples} sequences of {options.seq_len} tokens on {device}\n")
-    print("| | tokens a second | times a bare forward pass |\n|---|---|---|")
+    print("| | tokens/s | relative to a bare forward pass |\n|---|---|---|")
     for name, taken in seconds.items():
         ratios = [mine / other for mine, other in zip(taken, seconds["bare forward"], strict=True)]
         rate = tokens.numel() / statistics.median(taken)
         print(
             f"| {name} | {rate:,.0f} | {statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f}) |"
         )
-    rival = statistics.median(seconds["one n at a time, a single n"]) * depth
+    rival = statistics.median(seconds["one pass per n, a single n"]) * depth
     ours = statistics.median(seconds["all metrics"])
     print(
         f"\nEvery n: the rival runs {depth} times, {rival:,.0f} s; all metrics take {ours:,.1f} s: {rival / ours:.1f} x"
@@ -98,7 +98,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def one_n(model: Any, batches: list[torch.Tensor], n: int) -> list[float]:
-    """PruneMe's algorithm: the mean angular distance of every block of n layers, by one pass for this n alone."""
+    """PruneMe's algorithm: the mean angular distance of every block of n layers, in one pass for this n only."""
     device = model.get_input_embeddings().weight.device
     sums: list[float] = []
     count = 0

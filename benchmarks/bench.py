@@ -1,4 +1,4 @@
-"""`slicer bench` from Python: what it measures, in which order, and what it makes of it.
+"""`slicer bench` from Python: measures the models in rounds and summarises the results.
 
 result = bench(Request(base="qwen2.5-0.5b", drops="0,4,8,12"), Path("bench-qwen"))
 print(result["verdict"], result["lines"]["time_per_output_token_ms"]["r2"])
@@ -26,7 +26,7 @@ ROUNDS = 3
 
 @dataclass(frozen=True)
 class Request:
-    """What to benchmark; None leaves a choice to `workload.choose`. `arguments` are vLLM's own flags."""
+    """The options; None leaves a choice to `workload.choose`. `arguments` are vLLM's own flags."""
 
     base: str | None = None
     sliced: tuple[str, ...] = ()
@@ -51,10 +51,10 @@ class Request:
 def bench(
     request: Request, out: Path | None = None, *, force: bool = False, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Measure, sum up, and write `out`, where runs finished earlier are taken up; returns what bench.json holds.
+    """Measure, summarise and write `out`, reusing finished runs in it; returns the content of bench.json.
 
-    Raises SlicerError children: UsageError for what makes no sense, BenchError, ServeError or SourceError for what
-    cannot be done here.
+    Raises SlicerError children: UsageError for invalid options, BenchError, ServeError or SourceError for what cannot
+    be run.
     """
     progress = progress or Progress()
     _check(request)
@@ -160,29 +160,29 @@ def _engine_on_cpu(request: Request) -> bool:
 
 def _check(request: Request) -> None:
     if (request.base is None) == (request.config is None):
-        raise UsageError("give BASE, a checkpoint, or --config, a config.json" + (
+        raise UsageError("pass BASE, a checkpoint, or --config, a config.json" + (
             "; not both" if request.base is not None else ""))  # fmt: skip
     if request.sliced and request.drops is not None:
-        raise UsageError("SLICED are measured as they are: give --drop, or checkpoints beside BASE, not both")
+        raise UsageError("pass either --drop or SLICED checkpoints, not both")
     if request.speculative and not request.sliced:
         raise UsageError(
             "--speculative needs the original and one or more cuts of it: slicer bench BASE SLICED..."
         )
     if request.speculative and request.engine != "vllm":
-        raise UsageError("--speculative: only vLLM drafts")
+        raise UsageError("--speculative needs --engine vllm")
     if request.prompts is not None and not request.speculative:
-        raise UsageError("--prompts: only --speculative asks for text; a sweep takes random tokens")
+        raise UsageError("--prompts needs --speculative; a depth sweep uses random tokens")
     if request.engine != "vllm" and request.arguments:
-        raise UsageError("flags after -- are vLLM's: leave them out with --engine transformers")
+        raise UsageError("flags after -- are for vLLM; remove them, or use --engine vllm")
 
 
 def _identity(
     request: Request, models: Sequence[Contestant], work: workload.Workload, asked: Sequence[str]
 ) -> dict[str, Any]:
-    """What runs must share to be summed up together. More rounds may be asked for later."""
+    """The settings that runs must share to be summarised together; the number of rounds may grow later."""
     kept = work.to_dict()
     if request.kv_cache_bytes is None:
-        del kept["kv_cache_bytes"]  # chosen by the memory that is free, which is never quite the same
+        del kept["kv_cache_bytes"]  # depends on the free memory, which varies
     identity: dict[str, Any] = {"models": [[m.label, m.fingerprint, m.dummy] for m in models], **kept}
     if request.speculative:
         identity |= {"prompts": list(asked), "num_speculative_tokens": request.speculative_tokens}

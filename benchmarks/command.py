@@ -1,4 +1,4 @@
-"""`slicer bench`: options in; tables, files, or one line of error out."""
+"""The command `slicer bench`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import click
 
 
 class _Passing(click.Command):
-    """Keeps what stands after -- apart: those are vLLM's own flags."""
+    """Separates the arguments after --, which are vLLM's own flags."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         at = args.index("--") if "--" in args else len(args)
@@ -21,51 +21,49 @@ class _Passing(click.Command):
         return super().parse_args(context, args[:at])
 
 
-@click.command(cls=_Passing, options_metavar="[OPTIONS]", epilog="Flags of vLLM's own go after --.")
+@click.command(cls=_Passing, options_metavar="[OPTIONS]", epilog="Pass vLLM's own flags after --.")
 @click.argument("base", required=False)
 @click.argument("sliced", nargs=-1)
 @click.option("--drop", metavar="LIST",
-              help="Measure BASE without so many layers: 0,4,8,12 or 0,0.25,0.5. Only shapes are needed, and no "
-              "checkpoint is written  [default, without SLICED: 0, 1/6, 1/3 and 1/2 of them]")  # fmt: skip
+              help="Measure BASE without this many layers: 0,4,8,12 or 0,0.25,0.5. Needs only the config; writes no "
+              "checkpoint  [default, without SLICED: 0, 1/6, 1/3 and 1/2 of them]")  # fmt: skip
 @click.option("--config", type=click.Path(path_type=Path), help="A config.json instead of BASE.")
 @click.option("--engine", type=click.Choice(["vllm", "transformers"]), default="vllm", show_default=True)
-@click.option(
-    "--concurrency", metavar="LIST", help="Requests at a time  [default: 1,4 on a CPU, 1,8,32 on GPUs]"
-)
+@click.option("--concurrency", metavar="LIST",
+              help="Concurrent requests  [default: 1,4 on a CPU, 1,8,32 on GPUs]")  # fmt: skip
 @click.option("--input-len", type=click.IntRange(min=1),
-              help="Tokens of a prompt  [default: 128 on a CPU, 512 on GPUs]")  # fmt: skip
+              help="Tokens per prompt  [default: 128 on a CPU, 512 on GPUs]")  # fmt: skip
 @click.option("--output-len", type=click.IntRange(min=2),
-              help="Tokens generated  [default: 32 on a CPU, 128 on GPUs]")  # fmt: skip
+              help="Tokens to generate  [default: 32 on a CPU, 128 on GPUs]")  # fmt: skip
 @click.option("--seconds", type=click.FloatRange(min=0, min_open=True),
-              help="About how long each concurrency is measured  [default: 4 on a CPU, 10 on GPUs]")  # fmt: skip
+              help="Approximate seconds per concurrency  [default: 4 on a CPU, 10 on GPUs]")  # fmt: skip
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True,
-              help="Times that every model is started and measured.")  # fmt: skip
-@click.option("--kv-cache", metavar="SIZE", help="The KV cache that each model gets, e.g. 1GiB  [default: 1 GiB on a "
-              "CPU with room for it, 4 GiB on GPUs]")  # fmt: skip
+              help="Number of times each model is started and measured.")  # fmt: skip
+@click.option("--kv-cache", metavar="SIZE", help="KV cache of each model, e.g. 1GiB  [default: 1 GiB on a "
+              "CPU with enough memory, 4 GiB on GPUs]")  # fmt: skip
 @click.option(
     "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option(
-    "--speculative", is_flag=True, help="Instead: BASE alone against BASE with each of SLICED as its draft."
-)
+@click.option("--speculative", is_flag=True,
+              help="Compare BASE alone with BASE and each SLICED as its draft model.")  # fmt: skip
 @click.option("--num-speculative-tokens", type=click.IntRange(min=1), default=3, show_default=True,
-              help="Tokens drafted at a time.")  # fmt: skip
-@click.option("--prompts", type=click.Path(path_type=Path), help="What --speculative asks: a prompt a line.")
+              help="Tokens to draft per step.")  # fmt: skip
+@click.option("--prompts", type=click.Path(path_type=Path), help="Prompts for --speculative, one per line.")
 @click.option("-o", "--out", type=click.Path(path_type=Path),
-              help="Directory for bench.json, .csv, .md, .png and .svg. Finished runs are kept in it: the same command "
-              "goes on where it was stopped.")  # fmt: skip
-@click.option("--force", is_flag=True, help="Discard the runs that --out holds.")
-@click.option("--json", "as_json", is_flag=True, help="Print what bench.json holds.")
+              help="Directory for bench.json, .csv, .md, .png and .svg. Finished runs are stored in it: the same "
+              "command resumes.")  # fmt: skip
+@click.option("--force", is_flag=True, help="Discard the runs in --out.")
+@click.option("--json", "as_json", is_flag=True, help="Print the content of bench.json.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.pass_context
 def bench(context: click.Context, base: str | None, sliced: tuple[str, ...], **given: Any) -> None:
-    """Measure what depth costs: time, memory, and the straight line through them.
+    """Measure time and memory by depth, and fit straight lines.
 
     \b
     slicer bench BASE SLICED...              these checkpoints
-    slicer bench BASE --drop 0,4,8,12        the shapes that BASE would have; no weights are needed
-    slicer bench --config config.json        the same of a config alone
+    slicer bench BASE --drop 0,4,8,12        shapes of cuts of BASE with random weights
+    slicer bench --config config.json        the same from a config alone
     """
     from slicer import console
     from slicer.benchmarks.bench import Request
@@ -95,13 +93,13 @@ def bench(context: click.Context, base: str | None, sliced: tuple[str, ...], **g
         command=shlex.join(["slicer", *sys.argv[1:]]),
     )
     out: Path | None = given["out"]
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a script runs it in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job would ignore it
     with console.progress() as progress:
         try:
             result = run(request, out, force=given["force"], progress=progress)
         except KeyboardInterrupt:
             progress.close()
-            kept = f"; the finished runs are in {out}: the same command goes on" if out is not None else ""
+            kept = f"; finished runs are in {out}: run the same command to resume" if out is not None else ""
             click.echo(f"stopped{kept}", err=True)
             sys.exit(130)
     if given["as_json"]:

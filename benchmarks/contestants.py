@@ -1,7 +1,7 @@
-"""What takes part in a depth sweep: checkpoints as they are, or the shapes that cuts of a config.json would have.
+"""The models of a depth sweep: existing checkpoints, or the shapes of cuts of a config.json.
 
-A shape is a directory with the rewritten config.json and a tokenizer: the engines fill it with random weights, since
-speed and memory do not depend on their values. No checkpoint is written for it, nor need one exist.
+A shape is a directory with the rewritten config.json and a tokenizer. The engines fill it with random weights, because
+speed and memory do not depend on the values; no checkpoint is written or needed.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Contestant:
     """One model of the sweep.
 
     Attributes:
-        label: what tables call it.
+        label: its name in tables.
         path: the directory that the engine opens.
         dummy: whether its weights are random.
-        dropped: source layers left out, where known.
-        weight_bytes, kv_bytes_per_token, flops_per_token: from its tensors' shapes, at the dtype served.
-        read_bytes: weight bytes that a token reads (a table that is looked up counts nothing).
-        fingerprint: changes with its config.json.
+        dropped: dropped source layers, if known.
+        weight_bytes, kv_bytes_per_token, flops_per_token: from its tensor shapes, in the dtype served.
+        read_bytes: bytes of weights that a token reads (without embedding lookups).
+        fingerprint: hash of its config.json.
     """
 
     label: str
@@ -59,12 +59,12 @@ class Contestant:
     fingerprint: str
 
     def to_dict(self) -> dict[str, Any]:
-        """For bench.json: without the place, which may be a temporary one."""
+        """For bench.json, without `path`, which may be temporary."""
         return {key: value for key, value in asdict(self).items() if key != "path"}
 
 
 def checkpoints(base: str, sliced: Sequence[str], dtype: str) -> list[Contestant]:
-    """`base` and the cuts of it, with their own weights. Raises SourceError, or BenchError for a stranger."""
+    """`base` and its cuts, with their own weights. Raises SourceError, or BenchError for cuts of another model."""
     opened = [(source, Checkpoint.open(hub.resolve(source).path)) for source in (base, *sliced)]
     first = architectures.text_config(opened[0][1].config)
     for source, checkpoint in opened:
@@ -72,11 +72,11 @@ def checkpoints(base: str, sliced: Sequence[str], dtype: str) -> list[Contestant
         checkpoint.check_layers()
         config = architectures.text_config(checkpoint.config)
         if config.get("model_type") == MODEL_TYPE and (checkpoint.path / "slicer" / "plan.json").is_file():
-            config = {**config, "model_type": Plan.load(checkpoint.path).model_type}  # what it was cut from
+            config = {**config, "model_type": Plan.load(checkpoint.path).model_type}  # of its source
         for name in ("model_type", "hidden_size", "vocab_size"):
             if config.get(name) != first.get(name):
                 raise BenchError(
-                    f"{source}: no cut of {base}: its {name} is {config.get(name)} and not {first.get(name)}"
+                    f"{source}: not a cut of {base}: {name} is {config.get(name)}, not {first.get(name)}"
                 )
     labels = _distinct([_short(source) for source, _ in opened])
     return [
@@ -94,7 +94,7 @@ def shapes(
     *,
     trust_remote_code: bool = False,
 ) -> list[Contestant]:
-    """A directory in `scratch` for every number of layers to drop (0 is the whole model).
+    """Make a directory in `scratch` for every number of layers to drop (0: the whole model).
 
     `source` names a checkpoint of which only config.json and the tokenizer are needed; else `config` is a
     config.json. `drops` are counts or fractions (`parse_depths`); None takes 0, 1/6, 1/3 and 1/2 of the layers.
@@ -125,7 +125,7 @@ def shapes(
 
 
 def write_tokenizer(directory: Path, vocabulary: int) -> None:
-    """A tokenizer of `vocabulary` words where the directory has none: the engines will not start without."""
+    """Write a tokenizer with `vocabulary` words if the directory has none: the engines need one."""
     if any((directory / name).exists() for name in _TOKENIZERS):
         return
     words = {f"w{i}": i for i in range(vocabulary)}
@@ -139,7 +139,7 @@ def write_tokenizer(directory: Path, vocabulary: int) -> None:
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether the directory holds a tokenizer."""
+    """Whether the directory has a tokenizer."""
     return any((directory / name).exists() for name in _TOKENIZERS)
 
 
@@ -157,16 +157,16 @@ def _original(source: str | None, config: Path | None, scratch: Path) -> Path:
         (directory / "config.json").write_text(file.read_text("utf-8"), "utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
-        raise SourceError(f"{file}: cannot be read ({reason}); give a config.json") from None
+        raise SourceError(f"{file}: cannot be read ({reason}); pass a config.json") from None
     try:
         read_config(directory)
     except SourceError:
-        raise SourceError(f"{file}: not a JSON object; give a config.json") from None
+        raise SourceError(f"{file}: not a JSON object; pass a config.json") from None
     return directory
 
 
 def _cut(whole: Checkpoint, n: int, trust_remote_code: bool) -> tuple[Plan | None, dict[str, Any]]:
-    """n layers off, as deep as config and vLLM can express; the final layer stays where it can."""
+    """The deepest cut of n layers that config and vLLM can express; keeps the final layer if possible."""
     if n == 0:
         architectures.lookup(whole.config)
         return None, dict(whole.config)
@@ -201,7 +201,7 @@ def _contestant(
     dropped: tuple[int, ...] | None = None,
 ) -> Contestant:
     cast = _STORED.get(dtype)
-    if cast is None:  # as stored; vLLM takes float32 for bfloat16 then
+    if cast is None:  # as stored; vLLM serves float32 as bfloat16
         stored = {span.dtype for span in checkpoint.tensors.values()}
         cast = "F16" if stored == {"F16"} else "BF16"
     served, stored_sizes = measure_sizes(checkpoint, cast=cast), measure_sizes(checkpoint)
@@ -229,7 +229,7 @@ def _contestant(
 
 def _vocabulary(config: Mapping[str, Any], path: Path) -> int:
     size = architectures.text_config(config).get("vocab_size") or config.get("vocab_size")
-    if size is None:  # a default of the config class
+    if size is None:  # use the default of the config class
         size = architectures.text_config(expand_config(path)).get("vocab_size")
     if not isinstance(size, int) or size < 16:
         raise SourceError(f"config.json: vocab_size must be a number of tokens of at least 16, not {size!r}")
@@ -242,12 +242,12 @@ def _short(source: str) -> str:
 
 
 def _config_name(file: Path) -> str:
-    """config.json is called after its directory, llama-2-7b.json after itself."""
+    """Name of a model: config.json takes its directory's name, llama-2-7b.json its own."""
     return file.resolve().parent.name if file.stem == "config" else file.resolve().stem
 
 
 def _distinct(labels: Sequence[str]) -> list[str]:
-    """Two checkpoints may have the same name: then numbered."""
+    """Number repeated labels."""
     return [
         name if labels.count(name) == 1 else f"{name} ({labels[: at + 1].count(name)})"
         for at, name in enumerate(labels)

@@ -1,18 +1,18 @@
-"""Export against `cp` and mergekit: the same layers off the same synthetic checkpoint, in the same run.
+"""Benchmark of export against `cp` and mergekit: the same cut of the same synthetic checkpoint, in the same run.
 
     python -m slicer.benchmarks.export [--directory DIR] [--rounds 5] [--mergekit PYTHON]
 
-A Llama of 12 layers and 5.4 GB in bfloat16 is written in shards of 1 GB; layers 4-7 are dropped from it by
+Writes a Llama of 12 layers and 5.4 GB in bfloat16 in shards of 1 GB, and drops layers 4-7 with:
 
-    export    slicer's `export`, in a process that has its imports behind it (wall time and resident growth)
+    export    slicer's `export`, in a process that has done its imports (wall time and growth of resident memory)
     convert   the whole command, `slicer convert --drop 4-7 --verify none`, from a cold start
-    cp        `cp -r` of what export wrote: the same bytes to the same disk
+    cp        `cp -r` of the output of export: the same bytes to the same disk
     mergekit  the whole command, `mergekit-yaml` with a passthrough of layers 0-3 and 8-11
 
-round after round, each round in another order drawn from a seed, after everything earlier was flushed to the disk. A
-first round warms up and is not counted: a disk that was just filled with the source is slow for a while. The source is
-in the page cache (or, with --cold, dropped from it: then all wait for the same disk). Without --mergekit, a virtual
-environment with mergekit 0.1.5 is made under --directory the first time.
+Runs in rounds, each in another seeded order, after flushing everything to disk. The first round is a warm-up and is not
+counted: a disk is slow for a while after the source was written to it. The source is in the page cache (or, with
+    --cold,
+dropped from it). Without --mergekit, the first run makes a virtual environment with mergekit 0.1.5 under --directory.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CONFIG = {
     "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "dtype": "bfloat16",
     "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
 }  # fmt: skip
-# The export alone, after its imports: seconds, and how far the resident bytes rose.
+# The export alone, after its imports: seconds, and growth of resident memory in bytes.
 INNER_EXPORT = """
 import json, sys, time
 from pathlib import Path
@@ -59,7 +59,7 @@ checkpoint = Checkpoint.open(Path(sys.argv[1]))
 export(checkpoint, Plan.dropping(checkpoint.depth, range(4, 8)), Path(sys.argv[2]))
 print(json.dumps([time.perf_counter() - started, resident("VmHWM") - before]))
 """
-# Any command, and the highest resident memory of it and its children.
+# Runs a command: seconds, and the peak resident memory of it and its children in bytes.
 WATCH = """
 import json, resource, subprocess, sys, time
 started = time.perf_counter()
@@ -70,7 +70,7 @@ print(json.dumps([time.perf_counter() - started, 1024 * resource.getrusage(resou
 
 
 def make_checkpoint(path: Path) -> None:
-    """Random bfloat16 weights in shards, a tensor at a time."""
+    """Write random bfloat16 weights in shards, one tensor at a time."""
     import torch
     from safetensors.torch import save_file
 
@@ -106,7 +106,7 @@ def make_checkpoint(path: Path) -> None:
 
 
 def prepare(path: Path, cold: bool) -> None:
-    """Flush; then bring the files of `path` into the page cache, or drop them from it."""
+    """Flush to disk; then read the files of `path` into the page cache, or drop them from it."""
     os.sync()
     for file in path.glob("*.safetensors"):
         with open(file, "rb") as stream:
@@ -118,7 +118,7 @@ def prepare(path: Path, cold: bool) -> None:
 
 
 def run(code: str, *arguments: object) -> list[float]:
-    """The figures that a Python program prints as JSON."""
+    """Run Python code that prints a JSON list of numbers, and return it."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -134,7 +134,7 @@ def mergekit_python(directory: Path, given: str | None) -> Path:
         print(f"installing {MERGEKIT} in {environment}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", environment], check=True)
         pip = [environment / "bin" / "pip", "install", "-q"]
-        # the torch that runs here: the newest one would be gigabytes of CUDA that a copy has no use for
+        # the installed torch version: the newest one would bring gigabytes of CUDA that are not needed
         subprocess.run([*pip, f"torch=={metadata.version('torch')}"], check=False)
         subprocess.run([*pip, MERGEKIT], check=True)
     return environment / "bin" / "python"
@@ -144,12 +144,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--directory", type=Path, help="where 20 GB fit; kept, so that a second run starts sooner"
-    )
+    parser.add_argument("--directory", type=Path, help="directory with 20 GB of space; kept for later runs")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--mergekit", metavar="PYTHON", help="the interpreter of an environment that has mergekit"
+        "--mergekit", metavar="PYTHON", help="Python interpreter of an environment with mergekit"
     )
     parser.add_argument("--without-mergekit", action="store_true")
     parser.add_argument("--cold", action="store_true", help="drop the source from the page cache each time")
@@ -199,7 +197,7 @@ def main() -> None:
         f"{total / 1e9:.2f} GB in ({state}), {written / 1e9:.2f} GB out, {options.rounds} rounds, "
         "medians (all rounds)\n"
     )
-    print("| | seconds | of cp | memory |\n|---|---|---|---|")
+    print("| | seconds | relative to cp | memory |\n|---|---|---|---|")
     for name, value in median.items():
         rounds = ", ".join(f"{seconds:.2f}" for seconds in figures[name])
         held = f"{statistics.median(memory[name]) / 1e6:,.0f} MB"

@@ -1,4 +1,4 @@
-"""The figures of a benchmark, as PNG and SVG: without dates, so that the same figures give the same bytes."""
+"""Figures of a benchmark as PNG and SVG, without dates, so that equal data gives equal bytes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _BLUE, _GREY, _ORANGE = "#1f5fa8", "#888888", "#c65d09"
 
 
 def lines(result: Mapping[str, Any], directory: Path) -> None:
-    """Time per output token, prefill, memory and speed-up against the layers: bench.png and bench.svg."""
+    """Plot time per output token, prefill, memory and speed-up against the layers: bench.png and bench.svg."""
     figure = _figure(10, 7.2)
     axes = figure.subplots(2, 2)
     models, fitted = result["models"], result["lines"]
     _line(
         axes[0, 0],
         fitted["time_per_output_token_ms"],
-        "ms a token",
+        "ms per token",
         "Time per output token",
         _rounds(models, 0),
     )
@@ -34,13 +34,13 @@ def lines(result: Mapping[str, Any], directory: Path) -> None:
 
 
 def speculative(result: Mapping[str, Any], directory: Path) -> None:
-    """Tokens a second of each draft, and how often each drafted position is accepted."""
+    """Plot tokens per second with each draft, and the acceptance rate by draft position."""
     figure = _figure(10, 4)
     left, right = figure.subplots(1, 2)
     rows = result["speculative"]["rows"]
     names = [row["draft"] or "no draft" for row in rows]
     left.barh(names[::-1], [row["tokens_per_second"] for row in rows][::-1], color=_BLUE)
-    left.set(xlabel="output tokens a second", title="Speed")
+    left.set(xlabel="output tokens/s", title="Speed")
     for row in rows:
         rates = row["acceptance_by_position"]
         if rates:
@@ -71,7 +71,7 @@ def _line(axes: Any, line: Mapping[str, Any], unit: str, title: str, rounds: lis
     axes.plot(x, y, "o", color=_BLUE, label="fastest round")
     axes.set(
         xlabel="layers", ylabel=unit, xlim=(0, None), ylim=(0, max(*y, *(p[1] for p in rounds)) * 1.12),
-        title=f"{title}: {line['slope']:.3g} a layer {line['intercept']:+.3g}, R2 {line['r2']:.3f}",
+        title=f"{title}: {line['slope']:.3g} per layer {line['intercept']:+.3g}, R2 {line['r2']:.3f}",
     )  # fmt: skip
     axes.title.set_fontsize(10)
     axes.locator_params(axis="x", integer=True)
@@ -79,7 +79,7 @@ def _line(axes: Any, line: Mapping[str, Any], unit: str, title: str, rounds: lis
 
 
 def _band(line: Mapping[str, Any], reach: Any) -> tuple[Any, Any] | None:
-    """The confidence band of the line's mean, from its points."""
+    """The confidence band of the line's mean."""
     from slicer.benchmarks.lines import student_t
 
     x = np.asarray([p[0] for p in line["points"]])
@@ -96,12 +96,12 @@ def _band(line: Mapping[str, Any], reach: Any) -> tuple[Any, Any] | None:
 
 
 def _memory(axes: Any, result: Mapping[str, Any]) -> None:
-    """Weights, and the KV cache of a full context's worth, each as a share of the deepest model's."""
+    """Plot weights, KV cache per token and peak memory as shares of the deepest model's."""
     models = result["models"]
     deepest = max(models, key=lambda model: model["layers"])
     for name, label, marker, colour in (
         ("weight_bytes", "weights", "o", _BLUE),
-        ("kv_bytes_per_token", "KV cache a token", "s", _ORANGE),
+        ("kv_bytes_per_token", "KV cache per token", "s", _ORANGE),
         ("peak_memory_bytes", "peak memory, KV cache included", "^", _GREY),
     ):
         line, whole = result["lines"][name], deepest[name]
@@ -133,7 +133,7 @@ def _speed(axes: Any, result: Mapping[str, Any]) -> None:
     axes.plot(layers, [row["measured"] for row in rows], "o", color=_BLUE, label="measured")
     axes.plot(layers, [row["kv_capacity_gain"] for row in rows], "s", color=_ORANGE, markersize=4,
               label="KV capacity gained")  # fmt: skip
-    axes.set(xlabel="layers", ylabel="times the whole model's", title="Speed-up")
+    axes.set(xlabel="layers", ylabel="relative to the whole model", title="Speed-up")
     axes.title.set_fontsize(10)
     axes.invert_xaxis()
     axes.locator_params(axis="x", integer=True)

@@ -1,6 +1,6 @@
-"""Rounds of runs: every model once a round, each round in another order, every finished run kept on disk at once.
+"""Runs every model once per round, in a new order each round, and stores every finished run on disk at once.
 
-A machine that drifts (heat, neighbours) then slows all models alike, instead of those measured last.
+Drift of the machine (heat, other processes) then slows all models equally, instead of the last ones.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from slicer.runtime.workdir import Workdir
 
 RUNS = "runs.jsonl"
 Run = dict[str, Any]
-# (label, round, salt, tell) -> the figures of one run in a fresh process
+# (label, round, salt, tell) -> results of one run in a fresh process
 Measure = Callable[[str, int, Callable[[str], None]], Run]
 
 
 class Store:
-    """The finished runs of one benchmark: in `directory/runs.jsonl`, or in memory without a directory.
+    """The finished runs of one benchmark, in `directory/runs.jsonl`, or in memory if there is no directory.
 
     A context manager, which holds the directory. A line that a killed process left half-written is dropped.
     """
@@ -71,7 +71,7 @@ class Store:
         return any(run["label"] == label and run["round"] == number for run in self.runs)
 
     def add(self, run: Run) -> None:
-        """Keep a finished run; on disk before this returns."""
+        """Store a finished run on disk."""
         self.runs.append(run)
         if self._file is not None:
             with open(self._file, "a", encoding="utf-8") as stream:
@@ -83,7 +83,7 @@ class Store:
 def run_rounds(
     labels: Sequence[str], rounds: int, seed: int, measure: Measure, store: Store, progress: Progress
 ) -> list[Run]:
-    """Measure what `store` lacks; returns all runs of these labels and rounds, in the order of time."""
+    """Measure the runs missing in `store`; returns all runs of these labels and rounds, in order of time."""
     wanted = [
         (label, number)
         for number in range(1, rounds + 1)
@@ -106,13 +106,11 @@ def _brief(figures: Run) -> str:
     if not online:
         return ""
     first = next(iter(online.values()))
-    return (
-        f", {statistics.median(first['tpot_ms']):.4g} ms a token, ready after {figures['load_seconds']:.0f} s"
-    )
+    return f", {statistics.median(first['tpot_ms']):.4g} ms per token, ready after {figures['load_seconds']:.0f} s"
 
 
 class _Bar:
-    """The bar of all runs, redrawn with what the present one is at."""
+    """Progress bar of all runs, with the stage of the current run."""
 
     def __init__(
         self, progress: Progress, label: str, number: int, rounds: int, total: int, done: int
@@ -121,8 +119,8 @@ class _Bar:
         self._head = f"Round {number} of {rounds}, {label}"
 
     def __enter__(self) -> Callable[[str], None]:
-        self._tell("starting")
-        return self._tell
+        self._show("starting")
+        return self._show
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
@@ -130,6 +128,6 @@ class _Bar:
         if kind is not None:
             self._progress.stage("Stopping")
 
-    def _tell(self, what: str) -> None:
+    def _show(self, what: str) -> None:
         self._progress.stage(f"{self._head}: {what[:1].lower()}{what[1:]}", self._total, "runs")
         self._progress.advance(self._done)

@@ -1,13 +1,13 @@
-"""How much of the loss that a cut opens each way of healing closes, on text that took no part in it.
+"""Benchmark of healing methods: the share of a cut's loss increase that each removes, on held-out text.
 
     python -m slicer.benchmarks.healing --model DIR --calibration A.jsonl --calibration B.txt \
         --held-out wiki=wiki.test.txt --held-out c4=docs.jsonl [--drop 2,4,6,8] [--samples 64] [--seq-len 512]
 
-Rivals in the same run, on the same tokens: the bare cut, and ReplaceMe's transform (`--fold transform`). The layers are
-chosen by angular distance on the calibration text, as `slicer convert` does. The share closed is
-(bare - healed) / (bare - all layers), in nats a token, averaged over the held-out texts; new tensors are rounded to the
-checkpoint's dtypes. The text goes through the source once for all depths and ways; those seconds are given apart, and
-a fold by itself takes them too.
+Baselines in the same run, on the same tokens: the bare cut, and ReplaceMe's transform (`--fold transform`). Layers are
+chosen by angular distance on the calibration text, as in `slicer convert`. The share removed is
+(bare - healed) / (bare - all layers) in nats per token, averaged over the held-out texts; new tensors are rounded to
+the checkpoint's dtypes. The source's activations are computed once for all depths and methods; their time is listed
+separately, and a single fold needs it too.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def run(parser: argparse.ArgumentParser, options: argparse.Namespace, scratch: Path) -> None:
-    """The table, printed as it grows."""
+    """Print the table, row by row."""
     if options.halves is not None:
         paragraphs = options.halves.read_text("utf-8").split("\n\n")
         for name, part in (("fitted", paragraphs[::2]), ("held", paragraphs[1::2])):
@@ -70,7 +70,7 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace, scratch: P
         options.calibration.append(str(scratch / "fitted.txt"))
         options.held_out.append(f"{options.halves.stem}={scratch / 'held.txt'}")
     if not options.calibration or not options.held_out:
-        parser.error("give --calibration and --held-out, or --halves")
+        parser.error("pass --calibration and --held-out, or --halves")
     model = load_model(options.model, dtype=options.dtype, device=options.device)
     checkpoint = Checkpoint.open(options.model)
     walk, held_walk = Walk.in_memory(model), Walk.in_memory(model)
@@ -86,7 +86,7 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace, scratch: P
     held_batches = [batch for part in held.values() for batch in part.split(4)]
     started = time.perf_counter()
     distances = angular(walk, split(batches).batches, course)
-    print(f"the text through the source: {time.perf_counter() - started:.0f} s")
+    print(f"activations of the source: {time.perf_counter() - started:.0f} s")
     if options.layers is None:
         cuts = [select(distances, int(n)).dropped for n in options.drop.split(",")]
     else:
@@ -116,7 +116,7 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace, scratch: P
     names = list(held)
     print(f"all {walk.depth} layers: " + ", ".join(f"{n} {x:.4f}" for n, x in zip(names, whole, strict=True)))
     print(
-        f"\n| dropped | way | {' | '.join(names)} | closed | seconds |\n|---|---|{'---|' * len(names)}---|---|"
+        f"\n| dropped | method | {' | '.join(names)} | closed | seconds |\n|---|---|{'---|' * len(names)}---|---|"
     )
     for dropped in cuts:
         bare = loss(dropped, {})
@@ -140,7 +140,7 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace, scratch: P
                 print("   ", entry, flush=True)
             print("   ", found.losses, flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"\nhighest resident memory {peak:.1f} GB, {torch.get_num_threads()} threads")
+    print(f"\npeak resident memory {peak:.1f} GB, {torch.get_num_threads()} threads")
 
 
 def show(
@@ -152,7 +152,7 @@ def show(
 
 
 def angular(walk: Walk, batches: list[torch.Tensor], course: Course) -> Distances:
-    """Angular distances of the last tokens, on the way through the source that the folds go too."""
+    """Angular distances of the last tokens; fills the activation cache that the folds use."""
     angles = AngularDistance(walk.depth)
     states = walk.start(batches)
     ends = [[state[:, -1].clone() for state in states]]

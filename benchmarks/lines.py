@@ -1,8 +1,8 @@
-"""The arithmetic of the straight line: what a layer costs, what slicing cannot remove, and what that allows.
+"""Straight-line fits: the cost per layer, the cost that slicing cannot remove, and the resulting speed-up.
 
-With L layers, a cost of b a layer and an intercept a (embeddings, head, overhead), a model costs a + b L. Dropping
-n layers then gives a speed-up of (a + b L) / (a + b (L - n)): short of the ideal L / (L - n), by the intercept.
-Needs numpy alone.
+With cost b per layer and intercept a (embeddings, head, overhead), a model of L layers costs a + b L. Dropping n layers
+gives a speed-up of (a + b L) / (a + b (L - n)), less than the ideal L / (L - n) because of the intercept. Needs only
+numpy.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from slicer.errors import BenchError
 
 CONFIDENCE = 0.95
-LINEAR, ROUGH = 0.98, 0.9  # least R2 of "linear" and of "roughly linear"
+LINEAR, ROUGH = 0.98, 0.9  # minimum R2 of "linear" and of "roughly linear"
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Line:
     """A least-squares line y = intercept + slope x layers.
 
     Attributes:
-        slope: units of y a layer; `slope_interval` its 95% confidence interval (None through two points).
-        intercept: y at no layers; `intercept_interval` likewise.
+        slope: units of y per layer; `slope_interval`: its 95% confidence interval (None for two points).
+        intercept: y at 0 layers; `intercept_interval`: as for the slope.
         r2: the share of the variance of y that the line explains; 1 for a constant y.
-        points: the (layers, y) it was fitted through.
+        points: the fitted (layers, y).
     """
 
     slope: float
@@ -39,7 +39,7 @@ class Line:
     points: tuple[tuple[float, float], ...]
 
     def __call__(self, layers: float) -> float:
-        """What the line gives for this many layers."""
+        """The line's value for this number of layers."""
         return self.intercept + self.slope * layers
 
     def to_dict(self) -> dict[str, Any]:
@@ -47,22 +47,22 @@ class Line:
 
 
 def fit(layers: Sequence[float], values: Sequence[float]) -> Line:
-    """The least-squares line through (layers, values), with Student's t intervals.
+    """Fit a least-squares line through (layers, values), with Student's t intervals.
 
     Raises BenchError for fewer than two different depths, and for values that are not finite.
     """
     x, y = np.asarray(layers, dtype=float), np.asarray(values, dtype=float)
     if x.shape != y.shape or len(set(x.tolist())) < 2:
-        raise BenchError("a line needs at least two different depths: give more of them (--drop 0,4,8)")
+        raise BenchError("a line needs at least two different depths: pass more (--drop 0,4,8)")
     if not np.isfinite(y).all():
-        raise BenchError("a measured value is not a number; measure again")
+        raise BenchError("a measured value is not finite; measure again")
     centre = x.mean()
     spread = float(((x - centre) ** 2).sum())
     slope = float(((x - centre) * (y - y.mean())).sum() / spread)
     intercept = float(y.mean() - slope * centre)
     residual = float(((y - intercept - slope * x) ** 2).sum())
     total = float(((y - y.mean()) ** 2).sum())
-    # A residual at the limit of the arithmetic is none: constants and exact lines have R2 = 1.
+    # Treat a residual at the limit of the arithmetic as 0: constants and exact lines have R2 = 1.
     if residual <= len(x) * (1e-12 * float(np.abs(y).max())) ** 2:
         residual = 0.0
     r2 = 1 - residual / total if residual and total else 1.0
@@ -80,7 +80,7 @@ def fit(layers: Sequence[float], values: Sequence[float]) -> Line:
 
 
 def student_t(freedom: int, confidence: float = CONFIDENCE) -> float:
-    """The two-sided quantile of Student's t: P(|T| < t) = confidence with so many degrees of freedom.
+    """The two-sided quantile of Student's t: P(|T| < t) = confidence, with `freedom` degrees of freedom.
 
     With T = sqrt(freedom) tan(theta), theta has the density cos(theta)^(freedom - 1) up to a factor.
     """
@@ -92,7 +92,7 @@ def student_t(freedom: int, confidence: float = CONFIDENCE) -> float:
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """How much faster a depth is than the deepest: as measured, as the line with its intercept allows, ideally."""
+    """Speed-up of a depth over the deepest: measured, allowed by the line with its intercept, and ideal."""
 
     layers: int
     measured: float
@@ -101,7 +101,7 @@ class SpeedUp:
 
 
 def speed_ups(line: Line, times: dict[int, float]) -> list[SpeedUp]:
-    """For each depth of `times` (layers -> time), against the deepest."""
+    """The speed-up of each depth in `times` (layers -> time) over the deepest."""
     deepest = max(times)
 
     def ratio(above: float, below: float) -> float:
@@ -119,14 +119,14 @@ def speed_ups(line: Line, times: dict[int, float]) -> list[SpeedUp]:
 
 
 def verdict(line: Line, times: dict[int, float], unit: str = "ms") -> str:
-    """One sentence: is it a line, what a layer costs, and what the shallowest depth measured gains."""
+    """One sentence: the quality of the fit, the cost per layer, and the speed-up of the smallest depth."""
     shallow = speed_ups(line, times)[-1]
     deepest = max(times)
     if len(times) < 3:
-        shape = "two depths always lie on a line: measure a third"
+        shape = "two depths always give a line: measure a third"
     elif line.slope <= 0 or (line.slope_interval and line.slope_interval[0] <= 0 and line.r2 < LINEAR):
         return (
-            f"no line: R2 {line.r2:.3f}; what a layer costs does not show above the noise and the fixed cost of "
+            f"no line: R2 {line.r2:.3f}; the cost per layer is below the noise and the fixed cost of "
             f"{line.intercept:.3g} {unit}; measure longer (--seconds, --rounds), or a larger model"
         )
     elif line.r2 >= LINEAR:
@@ -134,23 +134,23 @@ def verdict(line: Line, times: dict[int, float], unit: str = "ms") -> str:
     elif line.r2 >= ROUGH:
         shape = f"roughly linear: R2 {line.r2:.3f}"
     else:
-        shape = f"not a line: R2 {line.r2:.3f} (a busy machine? measure longer with --rounds)"
+        shape = f"not a line: R2 {line.r2:.3f} (if the machine was busy, measure more --rounds)"
     share = 1 - shallow.layers / deepest
     return (
-        f"{shape}; each layer costs {line.slope:.3g} {unit} and {line.intercept:.3g} {unit} stay; "
-        f"{share:.0%} fewer layers gives {shallow.measured:.2f}x here, {shallow.ideal:.2f}x at most"
+        f"{shape}; each layer costs {line.slope:.3g} {unit}, and {line.intercept:.3g} {unit} are fixed; "
+        f"{share:.0%} fewer layers give a speed-up of {shallow.measured:.2f}x here, of {shallow.ideal:.2f}x ideally"
     )
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """The least time that a step can take on a machine, and what bounds it ("memory" or "arithmetic")."""
+    """The minimum time of a step on a machine, and its bound ("memory" or "arithmetic")."""
 
     milliseconds: float
     bound: str
 
 
 def roofline(nbytes: float, flops: float, bytes_per_second: float, flops_per_second: float) -> Roofline:
-    """max(bytes / bandwidth, FLOPs / rate), Williams et al. 2009."""
+    """max(bytes / bandwidth, FLOPs / rate); Williams et al. 2009."""
     memory, arithmetic = nbytes / bytes_per_second, flops / flops_per_second
     return Roofline(1000 * max(memory, arithmetic), "memory" if memory >= arithmetic else "arithmetic")

@@ -1,8 +1,8 @@
-"""What this machine is and what it can do: the memory bandwidth and the matrix rate that bound every token.
+"""Describes this machine and measures its memory bandwidth and matrix rate, which limit the time per token.
 
     python -m slicer.benchmarks.machine [DTYPE]        prints one JSON object
 
-Measured in a process of its own, with as many threads as the engines take.
+Runs in a separate process, with as many threads as the engines use.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 from slicer.errors import BenchError
 
 _TRIES = 7
-_MOST_BYTES = 1 << 30  # well past every cache
+_MOST_BYTES = 1 << 30  # much larger than any cache
 
 
 def measure(dtype: str, on_cpu: bool) -> dict[str, Any]:
-    """Bandwidth and rate of this machine, from a fresh process."""
+    """Bandwidth (bytes/s) and rate (FLOP/s) of this machine, from a fresh process. Raises BenchError."""
     command = [sys.executable, "-m", "slicer.benchmarks.machine", dtype, "cpu" if on_cpu else "cuda"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -34,7 +34,7 @@ def measure(dtype: str, on_cpu: bool) -> dict[str, Any]:
 
 
 def describe() -> dict[str, Any]:
-    """Hardware and versions, as far as the system tells."""
+    """Hardware and versions, as far as the system reports them."""
     import psutil
     import torch
 
@@ -58,7 +58,7 @@ def _processor() -> str:
 
 
 def main() -> None:
-    """The child: print bytes read a second and floating-point operations a second."""
+    """The child: print bytes read per second and floating-point operations per second."""
     import torch
 
     dtype, device = getattr(torch, sys.argv[1]), torch.device(sys.argv[2])
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def _least(work: Callable[[], Any], device: Any) -> float:
-    """Seconds of the fastest of some tries: what the machine can do, not what it is doing."""
+    """Seconds of the fastest of several tries."""
     import torch
 
     times = []

@@ -1,4 +1,4 @@
-"""What people read of a benchmark: the tables of the terminal and the markdown page, from the same rows."""
+"""Renders the tables of a benchmark, for the terminal and the markdown page."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def _bytes(count: float) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits, or all those before the point."""
+    """Three digits, or all digits before the decimal point."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def depth_rows(result: Mapping[str, Any]) -> tuple[list[str], Rows]:
-    """One row a model: what it costs."""
-    head = ["model", "layers", "ms a token", "prefill ms", "offline tokens/s", "weights", "KV a token",
+    """One row per model with its costs."""
+    head = ["model", "layers", "ms per token", "prefill ms", "offline tokens/s", "weights", "KV per token",
             "KV tokens", "peak memory", "load s", "of the roofline"]  # fmt: skip
     rows = [
         [
@@ -46,8 +46,8 @@ def depth_rows(result: Mapping[str, Any]) -> tuple[list[str], Rows]:
 
 def online_rows(result: Mapping[str, Any]) -> tuple[list[str], Rows]:
     """One row for each model and concurrency: p50 / p99 of every time."""
-    head = ["model", "at a time", "requests/s", "tokens/s", "first token ms", "per token ms", "between tokens ms",
-            "whole answer ms"]  # fmt: skip
+    head = ["model", "concurrent", "requests/s", "tokens/s", "first token ms", "per token ms", "between tokens ms",
+            "whole response ms"]  # fmt: skip
 
     def times(online: Mapping[str, Any], key: str) -> str:
         return f"{_number(online[key]['p50'])} / {_number(online[key]['p99'])}"
@@ -64,10 +64,10 @@ def online_rows(result: Mapping[str, Any]) -> tuple[list[str], Rows]:
 
 
 def line_rows(result: Mapping[str, Any]) -> tuple[list[str], Rows]:
-    """One row a fitted line."""
+    """One row per fitted line."""
     from slicer.benchmarks.report import LINES
 
-    head = ["against the layers", "a layer", "95% interval", "stays", "R2"]
+    head = ["against the layers", "per layer", "95% interval", "fixed", "R2"]
     rows = []
     for name, line in result["lines"].items():
         title, unit = LINES[name]
@@ -79,7 +79,7 @@ def line_rows(result: Mapping[str, Any]) -> tuple[list[str], Rows]:
 
 
 def speed_rows(result: Mapping[str, Any]) -> tuple[list[str], Rows]:
-    """One row a depth: speed-up as measured, as the intercept allows, ideally."""
+    """One row per depth: speed-up measured, allowed by the intercept, and ideal."""
     head = ["layers", "dropped", "speed-up", "intercept allows", "ideal L/(L-n)", "KV capacity"]
     deepest = max((row["layers"] for row in result["speed_up"]), default=0)
     rows = [
@@ -93,7 +93,7 @@ def speed_rows(result: Mapping[str, Any]) -> tuple[list[str], Rows]:
 
 
 def speculative_rows(result: Mapping[str, Any]) -> tuple[list[str], Rows]:
-    """One row a draft."""
+    """One row per draft."""
     head = [
         "draft",
         "layers",
@@ -101,7 +101,7 @@ def speculative_rows(result: Mapping[str, Any]) -> tuple[list[str], Rows]:
         "speed-up",
         "accepted",
         "by position",
-        "tokens a step",
+        "tokens per step",
         "same text",
     ]
     rows = [
@@ -121,17 +121,17 @@ def speculative_rows(result: Mapping[str, Any]) -> tuple[list[str], Rows]:
 
 
 def tables(result: Mapping[str, Any]) -> list[tuple[str, list[str], Rows]]:
-    """(title, head, rows) of every table there is something for."""
+    """(title, head, rows) of every table that has data."""
     if result.get("speculative"):
         return [("Speculative decoding", *speculative_rows(result))]
-    found = [("What each depth costs", *depth_rows(result)), ("Online (p50 / p99)", *online_rows(result))]
+    found = [("Cost by depth", *depth_rows(result)), ("Online (p50 / p99)", *online_rows(result))]
     if result["lines"]:
-        found += [("Lines", *line_rows(result)), ("Speed-up of a token", *speed_rows(result))]
+        found += [("Lines", *line_rows(result)), ("Speed-up per token", *speed_rows(result))]
     return found
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """A page that can stand in a model card."""
+    """A markdown page, also usable in a model card."""
     hardware, work = result["hardware"], result["workload"]
     parts = [f"# {result['title']}", "", f"**{result['verdict']}**", ""]
     if result.get("lines") or result.get("speculative"):
@@ -141,13 +141,13 @@ def markdown(result: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     levels = ", ".join(map(str, work["concurrency"]))
     parts += [
-        "## How it was measured",
+        "## Method",
         "",
         f"`{result['command']}`",
         "",
         f"{hardware['name']}, {hardware['memory_bytes'] / 1e9:.0f} GB of memory; {versions}. Prompts of "
-        f"{work['input_len']} tokens, {work['output_len']} generated, {levels} at a time; {result['rounds']} rounds, "
-        f"each model in a fresh process, in a new order every round (seed {work['seed']}); times are those of "
+        f"{work['input_len']} tokens, {work['output_len']} generated, {levels} concurrent; {result['rounds']} rounds, "
+        f"each model in a fresh process, in a new order each round (seed {work['seed']}); times are those of "
         "the fastest round, percentiles those of all requests. "
         f"{'Random weights. ' if result['dummy'] else ''}"
         f"KV cache of {_bytes(work['kv_cache_bytes'])}; {work['dtype']}.",

@@ -1,4 +1,4 @@
-"""From finished runs to figures: one row a depth, the lines through them, the roofline; and the files of `-o`."""
+"""Summarises finished runs: one row per depth, fitted lines, roofline; and writes the output files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LINES = {
     "time_per_output_token_ms": ("time per output token", "ms"),
     "prefill_ms": ("prefill", "ms"),
     "weight_bytes": ("weights", "bytes"),
-    "kv_bytes_per_token": ("KV cache a token", "bytes"),
+    "kv_bytes_per_token": ("KV cache per token", "bytes"),
     "peak_memory_bytes": ("peak memory", "bytes"),
     "load_seconds": ("load", "s"),
 }
@@ -39,15 +39,15 @@ def summarize(
 ) -> dict[str, Any]:
     """The `models`, `lines`, `speed_up` and `verdict` of bench.json.
 
-    A time of a depth is that of its fastest round (the median over the round's requests): what disturbs a machine only
-    adds to it. Percentiles are over the requests of all rounds, and so is all that is said of them.
+    The time of a depth is that of its fastest round (the median over the round's requests), because disturbances only
+    add time. Percentiles are over the requests of all rounds.
     """
     models = [
         _model(c, workload, [run for run in runs if run["label"] == c.label], limits) for c in contestants
     ]
     result: dict[str, Any] = {"models": models, "lines": {}, "speed_up": [], "verdict": None}
     if len({c.layers for c in contestants}) < 2:
-        result["verdict"] = "one depth only: give more (SLICED... or --drop) for a line"
+        result["verdict"] = "only one depth: pass more (SLICED... or --drop) for a line"
         return result
     depths = [model["layers"] for model in models]
     fitted: dict[str, Line] = {}
@@ -73,7 +73,7 @@ def summarize(
 
 
 def _by_depth(models: Sequence[Mapping[str, Any]], name: str) -> dict[int, float]:
-    """layers -> figure; of two models with the same depth, their mean."""
+    """layers -> value; the mean of models with the same depth."""
     depths = {model["layers"] for model in models}
     return {d: statistics.fmean(m[name] for m in models if m["layers"] == d) for d in sorted(depths)}
 
@@ -84,7 +84,7 @@ def _model(
     if not runs:
         raise BenchError(f"{contestant.label}: no finished run")
     low = str(min(workload.concurrency))
-    # Runs taken up from an earlier day may have had another budget, where memory was scarce.
+    # Runs reused from an earlier day may have had another KV cache, if memory was scarce.
     budget = workload.kv_cache_bytes
     capacity = round(statistics.median(budget / r["kv_cache_bytes"] * r["kv_capacity_tokens"] for r in runs))
     online = {}
@@ -106,7 +106,7 @@ def _model(
     kv = contestant.kv_bytes_per_token
     held = budget / capacity
     if not kv or abs(held / kv - 1) > 0.02:
-        kv = round(held)  # windows, pages or several devices: what a token takes in effect
+        kv = round(held)  # windows, pages or several devices: the effective size per token
     middle = workload.input_len + workload.output_len / 2
     peaks = (limits["bytes_per_second"], limits["flops_per_second"])
     batch = int(low)
@@ -157,7 +157,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def write(directory: Path, result: Mapping[str, Any]) -> None:
-    """bench.json, bench.csv, bench.md, and the figure as PNG and SVG; each replaced whole."""
+    """Write bench.json, bench.csv, bench.md, and the figure as PNG and SVG, each atomically."""
     from slicer.benchmarks import figures, page
 
     files = {

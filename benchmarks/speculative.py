@@ -1,7 +1,7 @@
-"""A sliced model as the draft for its original (section 2.3 of the paper): what is accepted, and what it gains.
+"""A sliced model as the draft of its original (section 2.3 of the paper): acceptance rate and speed-up.
 
-Greedy, one request at a time, the same prompts for all. Speculative decoding gives the original's own answers; how
-many came out identical is counted, since a verified token's logits may round otherwise than a decoded one's.
+Greedy, one request at a time, the same prompts for all. Speculative decoding gives the original's outputs; the number
+of identical ones is counted, because logits of verified tokens may be rounded differently from those of decoded ones.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ PROMPTS = (
 
 
 def read_prompts(file: Path) -> list[str]:
-    """One prompt a line; of a .jsonl, the field "prompt" or "text". Raises BenchError."""
+    """One prompt per line; in a .jsonl file, the field "prompt" or "text". Raises BenchError."""
     try:
         lines = [line for line in file.read_text("utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
-        raise BenchError(f"{file}: cannot be read ({reason}); give a file with one prompt a line") from None
+        raise BenchError(f"{file}: cannot be read ({reason}); pass a file with one prompt per line") from None
     found = []
     for number, line in enumerate(lines, 1):
         text: Any = line
@@ -48,15 +48,15 @@ def read_prompts(file: Path) -> list[str]:
             except (ValueError, AttributeError):
                 text = None
         if not isinstance(text, str):
-            raise BenchError(f'{file}:{number}: no JSON object with a "prompt" or a "text"')
+            raise BenchError(f'{file}:{number}: not a JSON object with "prompt" or "text"; fix the line')
         found.append(text)
     if not found:
-        raise BenchError(f"{file}: holds no prompt")
+        raise BenchError(f"{file}: no prompts; pass a file with one prompt per line")
     return found
 
 
 def labels(contestants: Sequence[Contestant]) -> list[str]:
-    """What the runs are called: the original alone, then each draft."""
+    """Labels of the runs: the original alone, then each draft."""
     return [ALONE, *(contestant.label for contestant in contestants[1:])]
 
 
@@ -68,7 +68,7 @@ def measure(
     speculative_tokens: int,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
-    """One run of the original with this draft, in a fresh process. Raises ServeError or BenchError."""
+    """Run the original once with this draft, in a fresh process. Raises ServeError or BenchError."""
     arguments = ["--kv-cache-memory-bytes", str(workload.kv_cache_bytes), "--max-num-seqs", "4"]
     arguments += ["--max-model-len", str(workload.max_model_len), "--no-enable-prefix-caching"]
     arguments += ["--seed", str(workload.seed), "--generation-config", "vllm", "--dtype", workload.dtype]
@@ -103,7 +103,7 @@ def summarize(
     tokens: int,
     dtype: str,
 ) -> dict[str, Any]:
-    """The `speculative` part of bench.json, and its verdict."""
+    """The `speculative` section of bench.json, with its verdict."""
     rows = []
     alone = [run for run in runs if run["label"] == ALONE]
     slow = statistics.median(run["output_tokens_per_second"] for run in alone)
@@ -112,7 +112,7 @@ def summarize(
     for label in labels(contestants):
         mine = [run for run in runs if run["label"] == label]
         speed = statistics.median(run["output_tokens_per_second"] for run in mine)
-        said = [run["spec_decode"] for run in mine if run["spec_decode"]]
+        stats = [run["spec_decode"] for run in mine if run["spec_decode"]]
         texts = mine[-1]["texts"]
         same = [a == b for a, b in zip(reference, texts, strict=True)]
         rows.append(
@@ -121,11 +121,11 @@ def summarize(
                 "draft_layers": layers.get(label) if label != ALONE else None,
                 "tokens_per_second": speed,
                 "speed_up": speed / slow,
-                "acceptance_rate": _middle(said, "spec_decode_acceptance_rate", 0.01),
-                "mean_accepted_length": _middle(said, "spec_decode_acceptance_length", 1.0),
+                "acceptance_rate": _median(stats, "spec_decode_acceptance_rate", 0.01),
+                "mean_accepted_length": _median(stats, "spec_decode_acceptance_length", 1.0),
                 "acceptance_by_position": [
                     statistics.median(rates)
-                    for rates in zip(*(s["spec_decode_per_position_acceptance_rates"] for s in said), strict=True)
+                    for rates in zip(*(s["spec_decode_per_position_acceptance_rates"] for s in stats), strict=True)
                 ],
                 "identical": sum(same),
                 "prompts": len(same),
@@ -139,22 +139,20 @@ def summarize(
     drafted = [row for row in rows if row["draft"] is not None]
     best = max(drafted, key=lambda row: row["speed_up"])
     if best["speed_up"] > 1:
-        verdict = (
-            f"{best['draft']} drafts {best['speed_up']:.2f}x as many tokens a second as the original alone"
-        )
+        verdict = f"{best['draft']} gives {best['speed_up']:.2f}x the original's tokens per second"
     else:
-        verdict = f"no draft pays here: the best, {best['draft']}, gives {best['speed_up']:.2f}x the original's speed"
+        verdict = f"no draft is faster: the best, {best['draft']}, gives {best['speed_up']:.2f}x the original's speed"
     if best["acceptance_rate"] is not None:
         verdict += f"; {best['acceptance_rate']:.0%} of its tokens are accepted"
     if all(row["outputs_identical"] for row in drafted):
         verdict += "; all outputs are identical"
     else:
         verdict += (
-            f"; some outputs differ, as rounding can make them in {dtype} (compare with --dtype float32)"
+            f"; some outputs differ, which rounding in {dtype} can cause (compare with --dtype float32)"
         )
     return {"rows": rows, "num_speculative_tokens": tokens, "prompts": list(prompts), "verdict": verdict}
 
 
-def _middle(said: Sequence[Mapping[str, Any]], key: str, scale: float) -> float | None:
-    values = [scale * s[key] for s in said if key in s]
+def _median(stats: Sequence[Mapping[str, Any]], key: str, scale: float) -> float | None:
+    values = [scale * s[key] for s in stats if key in s]
     return statistics.median(values) if values else None

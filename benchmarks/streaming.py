@@ -1,12 +1,12 @@
-"""A 13B-shaped checkpoint walked from disk: rate against plain reading, peak memory, killed half-way and resumed.
+"""Benchmark of streaming a 13B-shaped checkpoint from disk: rate against plain reading, peak memory, resuming.
 
     python -m slicer.benchmarks.streaming [--directory DIR] [--layers 40] [--tokens 4] [--memory 3GB]
 
-Writes the checkpoint (40 layers, hidden size 5120, bfloat16, 26 GB) into DIR and removes it afterwards; on a disk too
-small for it, it says so and takes fewer layers. Every run is a process of its own with the files out of the page cache,
-the plain reading too (the first ten of the same files, in order, 16 MB at a time). A run of four layers with many
-tokens gives the speed of computing; a last one of all layers is held against what the planning formula makes of these
-rates. The walk does what `slicer analyze` does: it records every metric's states and is resumable.
+Writes the checkpoint (40 layers, hidden size 5120, bfloat16, 26 GB) into DIR and deletes it afterwards; uses fewer
+layers if the disk is too small. Every run is a separate process with the files out of the page cache, also the plain
+reading (the first ten of the same files, in order, 16 MB at a time). A run of four layers with many tokens measures
+the speed of computing; a last run of all layers is compared with the time that the planning formula predicts from
+these rates. The walk is that of `slicer analyze`: it records the states of every metric and is resumable.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument(
-        "--tokens", type=int, default=16, help="of one sequence: few, so that the disk is the limit"
+        "--tokens", type=int, default=16, help="tokens of one sequence: few, so that the disk is the limit"
     )
     parser.add_argument("--compute-tokens", type=int, default=512)
     parser.add_argument("--memory", default="3GB")
@@ -51,7 +51,7 @@ def main() -> None:
     layers = min(options.layers, (free - 2 * OUTSIDE_PARAMETERS) // (2 * LAYER_PARAMETERS))
     if layers < options.layers:
         print(
-            f"{options.directory} has {free / 1e9:.0f} GB to spare: {layers} layers instead of {options.layers}"
+            f"{options.directory} has {free / 1e9:.0f} GB free: {layers} layers instead of {options.layers}"
         )
     scratch = Path(tempfile.mkdtemp(prefix="slicer-13b-", dir=options.directory))
     try:
@@ -73,7 +73,7 @@ def run(scratch: Path, layers: int, options: argparse.Namespace) -> None:
     victim = start(model, out, options.tokens, layers, options.memory)
     while not (out / f"layer-{layers // 2:03d}.safetensors").exists():
         if victim.poll() is not None:
-            sys.exit("the run ended before it could be killed")
+            sys.exit("the run finished before it could be killed")
         time.sleep(0.02)
     victim.send_signal(signal.SIGKILL)
     victim.wait()
@@ -101,7 +101,7 @@ def run(scratch: Path, layers: int, options: argparse.Namespace) -> None:
     )
     rate = bytes_read / report["walk_seconds"] / 1e6
     fastest = max(plain, plain_again)
-    planned = {  # the formula of docs/guide/analyze.md
+    planned = {  # formula of docs/guide/analyze.md
         tokens: layers * max(2e-6 * LAYER_PARAMETERS / fastest, 2.0 * LAYER_PARAMETERS * tokens / flops)
         for tokens in (options.tokens, options.compute_tokens)
     }
@@ -113,14 +113,14 @@ def run(scratch: Path, layers: int, options: argparse.Namespace) -> None:
     print(f"| walk, start to end of the last layer | {report['walk_seconds']:.1f} s, {rate:,.0f} MB/s |")
     print(f"| walk / plain (the faster) | {rate / fastest:.2f} |")
     print(
-        f"| peak resident memory, of it not file-backed | {report['peak']:.2f} GiB, {report['anonymous']:.2f} GiB |"
+        f"| peak resident memory, without file-backed pages | {report['peak']:.2f} GiB, {report['anonymous']:.2f} GiB |"
     )
-    print(f"| killed after layer {layers // 2 - 1}, went on at layer | {resumed['first']} |")
-    print(f"| kept states of the resumed run the same, byte for byte | {'yes' if same else 'NO'} |")
+    print(f"| killed after layer {layers // 2 - 1}, resumed at layer | {resumed['first']} |")
+    print(f"| stored states of the resumed run equal byte for byte | {'yes' if same else 'NO'} |")
     print(f"| computing, {options.compute_tokens} tokens, {few} layers | {flops / 1e9:,.0f} GFLOP/s |")
     for tokens, measured in ((options.tokens, report), (options.compute_tokens, many)):
         print(
-            f"| {tokens} tokens, all layers: planned by these rates, measured | {planned[tokens]:.1f} s, "
+            f"| {tokens} tokens, all layers: predicted from these rates, measured | {planned[tokens]:.1f} s, "
             f"{measured['walk_seconds']:.1f} s |"
         )
 
@@ -134,7 +134,7 @@ def start(model: Path, out: Path, tokens: int, layers: int, memory: str) -> subp
 
 
 def work(model: Path, out: Path, tokens: int, layers: int, memory: str) -> dict[str, float]:
-    """The walk itself, in a process of its own; the result as one line of JSON."""
+    """The walk itself, in its own process; prints the result as one line of JSON."""
     import torch
 
     from slicer.measure.stream import Walk
@@ -145,7 +145,7 @@ def work(model: Path, out: Path, tokens: int, layers: int, memory: str) -> dict[
     from slicer.runtime.distributed import Processes
 
     class Watch(Progress):
-        """Where the run began, and when the walk ended."""
+        """Records where the run began and when the walk ended."""
 
         first, seconds, begun = 0, 0.0, 0.0
 
@@ -169,7 +169,7 @@ def work(model: Path, out: Path, tokens: int, layers: int, memory: str) -> dict[
     watch = Watch()
     walk = Walk.out_of_core(model, device="cpu", memory_bytes=parse_size(memory, "--memory"))
     batch = torch.randint(VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(0))
-    if out.name == "busy":  # only the speed of computing is asked for
+    if out.name == "busy":  # only measures the speed of computing
         states = walk.start([batch])
         spent = 0.0
         for i in range(layers):
@@ -193,13 +193,13 @@ def work(model: Path, out: Path, tokens: int, layers: int, memory: str) -> dict[
 
 
 def memory_of(field: str) -> float:
-    """GiB that /proc says this process has. (getrusage would count the parent's at the fork.)"""
+    """GiB of this process in /proc. (getrusage would include the parent's memory at the fork.)"""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 2**20
 
 
 def write(path: Path, layers: int) -> None:
-    """A Llama checkpoint of the 13B model's shapes, a file a layer, of random weights that keep the stream finite."""
+    """Write a Llama checkpoint with the 13B model's shapes, one file per layer, with random weights."""
     import torch
     from safetensors.torch import save_file
 
@@ -255,7 +255,7 @@ def write(path: Path, layers: int) -> None:
 
 
 def drop_cache(path: Path) -> None:
-    """Put the files out of the page cache, so that reading means the disk."""
+    """Drop the files from the page cache, so that they are read from disk."""
     for file in path.glob("*.safetensors"):
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
@@ -264,7 +264,7 @@ def drop_cache(path: Path) -> None:
 
 
 def read_plainly(path: Path, most: int = 10) -> float:
-    """MB/s of reading the layers' files in order, `most` of them."""
+    """MB/s of reading the first `most` layer files in order."""
     drop_cache(path)
     buffer = bytearray(16 << 20)
     total, started = 0, time.perf_counter()

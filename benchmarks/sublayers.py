@@ -1,4 +1,5 @@
-"""What it costs to drop attention, feed-forward parts, whole layers or half-offset blocks, and what can stand for them.
+"""Benchmark of dropping attention, feed-forward parts, whole layers or half-offset blocks, with each weight
+compensation.
 
     python -m slicer.benchmarks.sublayers --model DIR --calibration TEXT --held-out TEXT [--samples 32] [--seq-len 256]
         [--held-out-samples 16] [--rank 32] [--train-steps N] [--shapley PASSES [--shapley-samples N]]
@@ -52,24 +53,24 @@ def main() -> None:
     )
     parser.add_argument("--model", required=True, help="directory, Hub id or demo")
     parser.add_argument("--calibration", required=True, help="text to choose and fit on")
-    parser.add_argument("--held-out", required=True, help="text to judge on")
+    parser.add_argument("--held-out", required=True, help="text to measure the loss on")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--held-out-samples", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument(
-        "--train-steps", type=int, default=0, help="also train the linear maps for so many steps"
+        "--train-steps", type=int, default=0, help="also train the linear maps for this many steps"
     )
-    parser.add_argument("--shapley", type=float, default=0, help="forward passes to spend on Shapley values")
-    parser.add_argument("--shapley-samples", type=int, help="calibration sequences for these [default: all]")
+    parser.add_argument("--shapley", type=float, default=0, help="forward passes for Shapley values")
+    parser.add_argument("--shapley-samples", type=int, help="calibration sequences for them [default: all]")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, required=True)
     run(parser.parse_args())
 
 
 def run(given: argparse.Namespace) -> None:
-    """All cells that are not there yet, then the tables."""
+    """Run all missing cells, then write the tables."""
     given.out.mkdir(parents=True, exist_ok=True)
     book = Notebook(given.out / "sublayers.json")
     settings = {k: str(v) for k, v in vars(given).items() if k != "out" and v}
@@ -91,7 +92,7 @@ def run(given: argparse.Namespace) -> None:
         batches(given.held_out, given.held_out_samples),
     )
     walk = Walk.in_memory(model)
-    book.take("whole model", lambda: {"loss": loss_of(model, judged)})
+    store.take("whole model", lambda: {"loss": loss_of(model, judged)})
     layers, halves = measure_halves(walk, fitted)
     measured = Analysis(
         layers.depth, layers.samples, layers.seq_len, {METRIC: layers}, sublayers={METRIC: halves}
@@ -142,7 +143,7 @@ def _cell(
 
 @torch.inference_mode()
 def loss_of(model: Any, batches: Sequence[torch.Tensor]) -> float:
-    """Nats a token."""
+    """Loss in nats per token."""
     total, count = 0.0, 0
     for batch in batches:
         for row in batch.split(1):
@@ -155,7 +156,7 @@ def loss_of(model: Any, batches: Sequence[torch.Tensor]) -> float:
 def _choices(
     book: Notebook, walk: Walk, model: Any, fitted: Any, judged: Any, halves: Any, given: argparse.Namespace
 ) -> None:
-    """Attention chosen by three importances, bare."""
+    """Losses without the attention sublayers chosen by each of three importance metrics, bare."""
     depth = walk.depth
 
     def values() -> dict[str, Any]:
@@ -181,16 +182,16 @@ def _choices(
     for name, fraction in FRACTIONS.items():
         for by, order in orders.items():
             plan = Plan.cutting(depth, attention=order[: round(fraction * depth)])
-            book.take(f"by {by} {name}", lambda p=plan: _cell(walk, model, fitted, judged, p, "bare", given))
+            store.take(f"by {by} {name}", lambda p=plan: _cell(walk, model, fitted, judged, p, "bare", given))
 
 
 def tables(cells: dict[str, Any]) -> str:
-    """Markdown: losses of every kind, fraction and way; and of the choices of attention, where measured."""
+    """Markdown tables: losses of every kind, fraction and method; and of the choices of attention, if measured."""
     whole = cells["whole model"]["loss"]
     ways = [
         way for way in (*WAYS[:3], TRAINED, WAYS[3]) if f"{KINDS[0]} {next(iter(FRACTIONS))} {way}" in cells
     ]
-    lines = [f"Whole model: {whole:.3f} nats a token.", ""]
+    lines = [f"Whole model: {whole:.3f} nats per token.", ""]
     lines += ["| removed | " + " | ".join(ways) + " |", "|---|" + "---|" * len(ways)]
     for kind in KINDS:
         for name in FRACTIONS:

@@ -1,12 +1,12 @@
-"""Tokens a second of `--method qlora` and `lora` against a bare peft training loop on the same batches.
+"""Benchmark of `--method qlora` and `lora` against a bare peft training loop on the same batches, in tokens per second.
 
     python -m slicer.benchmarks.training [--model DIR] [--method qlora] [--steps 12] [--seq-len 128] [--batch-size 2]
 
-The rival: the same NF4 (or plain) weights, the same LoRA on the same modules, AdamW, and nothing else: forward,
-backward, step. slicer's has the Trainer, the schedule, clipping, determinism, the loss of each step written down. Each
-round is a fresh process, rounds are interleaved, and of each the fastest counts; the first steps, the measurements on
-held-out text and the checkpoints are not timed. Peak memory is that of the whole process (or of the GPU); beside it
-the value of the formula of docs/guide/scaling.md, and what was taken beyond the libraries alone, which it leaves out.
+The bare loop has the same NF4 (or unquantized) weights, the same LoRA on the same modules, AdamW, and nothing else:
+forward, backward, step. slicer's has the Trainer, the schedule, clipping, determinism and the recorded loss of each
+step. Each round is a fresh process, rounds are interleaved, and the fastest of each counts; the first steps,
+evaluations and checkpoints are not timed. Peak memory is that of the whole process (or of the GPU), next to the
+formula of docs/guide/scaling.md and the memory beyond that of the libraries alone, which the formula leaves out.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.steps < _WARM + 2:
-        parser.error(f"--steps {given.steps}: the first {_WARM} are not timed; give at least {_WARM + 2}")
+        parser.error(f"--steps {given.steps}: the first {_WARM} are not timed; pass at least {_WARM + 2}")
     if given.one:
         print(json.dumps(_run(given, given.one)))
         return
@@ -70,7 +70,7 @@ def main() -> None:
     ratio = best["slicer"]["tokens_per_second"] / best["bare"]["tokens_per_second"]
     memory = best["slicer"]["peak_gb"] / best["bare"]["peak_gb"]
     print(
-        f"{given.method}: {ratio:.3f} x the tokens a second of the bare loop, {memory:.2f} x its peak memory"
+        f"{given.method}: {ratio:.3f} x the tokens per second of the bare loop, {memory:.2f} x its peak memory"
     )
 
 
@@ -123,7 +123,7 @@ def _run(given: argparse.Namespace, way: str) -> dict[str, float]:
 
 
 class _Memory:
-    """While open, how much anonymous memory this process takes at most beyond what it had; bytes in `taken`."""
+    """Peak anonymous memory of this process while open, beyond that at the start; bytes in `taken`."""
 
     taken = 0
 
@@ -148,7 +148,7 @@ class _Memory:
 
 
 def _slicer(model: Any, corpus: Any, settings: Any, work: Path) -> list[float]:
-    """When each step was done, seconds."""
+    """The end time of each step, in seconds."""
     from slicer.heal.train import train
     from slicer.progress import Progress
 

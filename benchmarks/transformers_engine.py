@@ -2,7 +2,7 @@
 
     python -m slicer.benchmarks.transformers_engine        reads a contestant and a workload as JSON from stdin
 
-Prefill and decode are timed step by step with the model's own key-value cache; on a GPU every step is awaited.
+Prefill and decode are timed step by step with the model's own key-value cache; on a GPU, each step is synchronised.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from slicer.errors import BenchError
 def measure(
     contestant: Contestant, workload: Workload, salt: int, scratch: Path, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    """All figures of one run, from a child process; as `vllm_engine.measure` gives them."""
+    """All results of one run in a child process, as `vllm_engine.measure`. Raises BenchError."""
     tell("Running on transformers")
     spec = json.dumps({"contestant": asdict(contestant), "workload": workload.to_dict(), "salt": salt})
     command = [sys.executable, "-m", "slicer.benchmarks.transformers_engine"]
@@ -39,7 +39,7 @@ def measure(
             raise
     if child.returncode:
         if child.returncode == -9:
-            raise BenchError(f"{contestant.label}: its process was killed, most likely for memory")
+            raise BenchError(f"{contestant.label}: its process was killed, probably out of memory")
         reason = (errors.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
         raise BenchError(f"{contestant.label}: transformers failed: {reason[:300]}")
     return dict(json.loads(out.strip().splitlines()[-1]))
@@ -139,7 +139,7 @@ class _Runner:
         self.cache_bytes_per_token = 0.0
 
     def batch(self, asked: list[list[int]]) -> dict[str, Any]:
-        """One batch; times in milliseconds, each once for every prompt of it."""
+        """Run one batch; times in milliseconds, once for every prompt."""
         import torch
 
         with torch.inference_mode():
@@ -169,7 +169,7 @@ class _Runner:
 
 
 def _cache_bytes(cache: Any) -> int:
-    """Bytes of every tensor that the cache holds, whatever kind of cache it is."""
+    """Bytes of all tensors in any kind of cache."""
     import torch
 
     seen: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""One run of one model on vLLM: a fresh server, measured by vLLM's own benchmark client, and ended again."""
+"""One run of one model on vLLM: a fresh server, measured by vLLM's own benchmark client, then stopped."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _ALLOCATOR = "slicer.benchmarks.vllm_engine.Allocator"
 
 
 class Allocator:
-    """Mixed into vLLM's workers on GPUs (--worker-extension-cls): what their allocator held at most."""
+    """Mixin for vLLM's GPU workers (--worker-extension-cls): peak bytes of their allocator."""
 
     def peak_allocated_bytes(self) -> int:
         import torch
@@ -40,7 +40,7 @@ class Allocator:
 
 
 def server_arguments(workload: Workload, dummy: bool) -> list[str]:
-    """vLLM's flags for a fair run; what the user gave comes last and wins."""
+    """vLLM's flags for a fair run; the user's flags come last and take precedence."""
     given = workload.arguments
     chosen = [
         *(
@@ -56,7 +56,7 @@ def server_arguments(workload: Workload, dummy: bool) -> list[str]:
         chosen += ["--dtype", workload.dtype]
     if workload.on_cpu and not any(w.startswith(("--enforce-eager", "--no-enforce-eager", "-cc", "--compil", "-O"))
                                    for w in given):  # fmt: skip
-        chosen.append("--enforce-eager")  # compiling takes minutes for every depth, and gains little here
+        chosen.append("--enforce-eager")  # compiling takes minutes per depth and gains little here
     if not workload.on_cpu:
         chosen += ["--worker-extension-cls", _ALLOCATOR]
     return [*chosen, *given]
@@ -65,7 +65,7 @@ def server_arguments(workload: Workload, dummy: bool) -> list[str]:
 def measure(
     contestant: Contestant, workload: Workload, salt: int, scratch: Path, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    """All figures of one run, times in milliseconds (load in seconds). Raises ServeError or BenchError."""
+    """All results of one run, times in milliseconds (load in seconds). Raises ServeError or BenchError."""
     arguments = server_arguments(workload, contestant.dummy)
     if not has_tokenizer(Path(contestant.path)) and flag(arguments, "--tokenizer") is None:
         words = scratch / f"tokenizer-{contestant.vocabulary}"
@@ -74,7 +74,7 @@ def measure(
         arguments += ["--tokenizer", str(words)]
     variables = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "INFO"}
     if not workload.on_cpu:
-        variables["VLLM_SERVER_DEV_MODE"] = "1"  # opens /collective_rpc, on the loopback only
+        variables["VLLM_SERVER_DEV_MODE"] = "1"  # enables /collective_rpc, on the loopback only
     server = Server(
         contestant.path, name=contestant.label, arguments=arguments, variables=variables, progress=tell
     )
@@ -94,7 +94,7 @@ def measure(
             )
             online = {}
             for level in workload.concurrency:
-                tell(f"{level} at a time")
+                tell(f"{level} concurrent")
                 if level > 1:
                     once = max(once, offline["seconds"] * level / workload.batch)
                 count = requests_for(workload, level, once)
@@ -119,18 +119,18 @@ class Client:
     server: Server
 
     def __init__(self) -> None:
-        for name in ("NO_PROXY", "no_proxy"):  # the server is on the loopback
+        for name in ("NO_PROXY", "no_proxy"):  # no proxy for the loopback
             os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1,localhost")))
         answer_for_vllm()
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # of what a stopped run leaves open
-        # vLLM talks at length on being imported, and its log handlers keep the streams they find then.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # hide warnings when a run is stopped
+        # vLLM prints much on import, and its log handlers keep the streams that they find then.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             from vllm.benchmarks import serve
             from vllm.benchmarks.datasets import SampleRequest
         self._serve, self._sample = serve, SampleRequest
 
     def online(self, asked: Sequence[Any], output_len: int, concurrency: int, **extra: Any) -> dict[str, Any]:
-        """Ask all, so many at a time; every request's times in milliseconds, and the text it was answered."""
+        """Send all requests, `concurrency` at a time; returns every request's times in milliseconds, and its output."""
         requests = [
             self._sample(
                 prompt=prompt,
@@ -168,7 +168,7 @@ class Client:
                 )
             )
         if found["failed"] or not found["completed"]:
-            reason = next((error for error in found["errors"] if error), "no reason given").strip()
+            reason = next((error for error in found["errors"] if error), "no reason reported").strip()
             raise BenchError(
                 f"{self.server.model}: {found['failed']} of {len(requests)} requests failed: "
                 f"{reason.splitlines()[-1][:300]}"
@@ -188,7 +188,7 @@ class Client:
         return result | {"texts": found["generated_texts"], "spec_decode": rates}
 
     def offline(self, asked: Sequence[list[int]], output_len: int) -> dict[str, float]:
-        """All prompts in one request and nothing streamed: throughput without anyone waiting for a token."""
+        """Send all prompts in one request without streaming: throughput only."""
         body = {"model": self.server.model, "prompt": list(asked), "max_tokens": output_len, "temperature": 0,
                 "ignore_eos": True}  # fmt: skip
         started = time.perf_counter()
@@ -203,10 +203,10 @@ class Client:
 
 
 def kv_capacity(server: Server) -> int:
-    """Tokens that the KV cache holds, as vLLM counts them."""
+    """Tokens that fit in the KV cache, as vLLM reports it."""
     found = re.findall(r"KV cache size: ([\d,]+) tokens", server.log.read_text("utf-8", "replace"))
     if not found:
-        raise BenchError(f"vLLM did not say how many tokens its KV cache holds; its log is {server.log}")
+        raise BenchError(f"vLLM did not report the size of its KV cache; see {server.log}")
     return int(found[-1].replace(",", ""))
 
 
@@ -216,17 +216,17 @@ def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
         with _DIRECT.open(request, timeout=3600) as answer:
             return dict(json.loads(answer.read()))
     except OSError as error:
-        raise BenchError(f"{url}: no answer ({error}); the model may have gone down for memory") from None
+        raise BenchError(f"{url}: no response ({error}); the server may have run out of memory") from None
 
 
 def _allocated(server: Server) -> int:
-    """The most that the allocators of all GPUs held."""
+    """Peak bytes of the allocators of all GPUs together."""
     answer = _post(f"{server.root_url}/collective_rpc", {"method": "peak_allocated_bytes"})
     return sum(int(part) for part in answer.get("results", []))
 
 
 class _Resident:
-    """Samples the resident memory of the server's process tree in a thread; `peak` is its most, in bytes."""
+    """Samples the resident memory of the server's process tree in a thread; `peak` is the maximum in bytes."""
 
     def __init__(self, server: Server) -> None:
         self._server, self._done = server, threading.Event()

@@ -1,4 +1,4 @@
-"""What every model of a sweep is asked: the same prompts, lengths, concurrencies and KV cache."""
+"""The workload of a benchmark: the same prompts, lengths, concurrencies and KV cache for every model."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from slicer.errors import BenchError, UsageError
 from slicer.runtime import memory
 
 _MIB, _GIB = 1 << 20, 1 << 30
-_BLOCK = 128  # tokens of a block of vLLM's KV cache: 16 to 128
+_BLOCK = 128  # largest block of vLLM's KV cache, in tokens (16 to 128)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The questions of a benchmark.
+    """The settings of all requests.
 
     Attributes:
-        input_len, output_len: tokens of each prompt, and generated for it.
-        concurrency: requests in flight at a time (the batch, on transformers), one measurement for each.
-        seconds: about how long each concurrency is measured in each run.
+        input_len, output_len: tokens per prompt, and tokens to generate.
+        concurrency: numbers of concurrent requests (the batch size on transformers), each measured separately.
+        seconds: approximate time per concurrency in each run.
         batch: prompts of the offline measurement.
-        max_model_len: the context that vLLM is given: whole blocks of its cache, so that its count of the tokens
-            that the cache holds is exact.
-        kv_cache_bytes: the KV cache that every model is given.
+        max_model_len: vLLM's context: whole blocks of its cache, so that its reported cache size in tokens is exact.
+        kv_cache_bytes: the KV cache of every model.
         arguments: vLLM's own flags.
     """
 
@@ -61,9 +60,9 @@ def choose(
     seed: int = 0,
     arguments: Sequence[str] = (),
 ) -> Workload:
-    """Fill in what was not said, so that a small machine ends in minutes and does not swap.
+    """Choose defaults for what is not set, so that a small machine finishes in minutes and does not swap.
 
-    Raises BenchError where the lengths exceed the models' context, or the memory that is free.
+    Raises BenchError if the lengths exceed the models' context, or the free memory.
     """
     levels = tuple(dict.fromkeys(concurrency or ((1, 4) if on_cpu else (1, 8, 32))))
     longest = min(c.context for c in contestants)
@@ -80,27 +79,27 @@ def choose(
     blocks = -(-(input_len + output_len + 16) // _BLOCK) * _BLOCK
     batch = max(8 if on_cpu else 64, max(levels))
     a_token = max(c.kv_bytes_per_token for c in contestants)
-    # Half as much again, so that no request waits for another's cache.
+    # 1.5 times the need, so that no request waits for another's cache.
     needed = int(1.5 * blocks * a_token * max(levels))
     usual = _GIB if on_cpu else 4 * _GIB
     weights = max(c.weight_bytes for c in contestants)
     free = memory.available() if on_cpu else None
     if free is not None:
-        usual = min(usual, max(1 << (free // 8).bit_length() - 1, 64 * _MIB))  # a power of two: steady
+        usual = min(usual, max(1 << (free // 8).bit_length() - 1, 64 * _MIB))  # a power of two, to vary less
     budget = kv_cache_bytes or max(usual, -(-needed // _MIB) * _MIB)
     if engine == "vllm" and free is not None:
-        # The weights, the copy of them packed for the CPU's kernels, the cache, and vLLM itself.
+        # The weights, their packed copy for the CPU's kernels, the cache, and vLLM itself.
         asks = 2 * weights + budget + _GIB
         if asks > free:
             raise BenchError(
-                f"about {asks / 1e9:.1f} GB of memory are needed (weights {weights / 1e9:.1f} GB, twice; KV cache "
-                f"{budget / 1e9:.1f} GB) and {free / 1e9:.1f} GB are free; lower --concurrency or --kv-cache, or "
+                f"needs about {asks / 1e9:.1f} GB of memory (twice the weights of {weights / 1e9:.1f} GB, KV cache "
+                f"{budget / 1e9:.1f} GB), but only {free / 1e9:.1f} GB are free; lower --concurrency or --kv-cache, or "
                 "choose a smaller shape"
             )
     elif free is not None and 1.2 * weights > free:
         raise BenchError(
-            f"the weights take {weights / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free; "
-            "choose a smaller shape, or more layers to drop"
+            f"the weights need {weights / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of memory are free; "
+            "choose a smaller shape, or drop more layers"
         )
     return Workload(
         engine=engine,
@@ -119,13 +118,13 @@ def choose(
 
 
 def prompts(workload: Workload, vocabulary: int, count: int, salt: int = 0) -> list[list[int]]:
-    """`count` random prompts of token ids; special tokens, which stand at the ends of vocabularies, are left out."""
+    """`count` random prompts of token ids, without the special tokens at the ends of vocabularies."""
     source = random.Random(f"{workload.seed} {salt}")
     low, high = vocabulary // 8, vocabulary // 2
     return [[source.randrange(low, high) for _ in range(workload.input_len)] for _ in range(count)]
 
 
 def requests_for(workload: Workload, concurrency: int, seconds_each: float) -> int:
-    """Requests that take about `workload.seconds` at this concurrency: two waves at least, 64 at most."""
+    """Number of requests that take about `workload.seconds` at this concurrency: from two waves to 64."""
     waves = max(2 if concurrency > 1 else 4, round(workload.seconds / max(seconds_each, 1e-6)))
     return min(waves * concurrency, max(64, 2 * concurrency))

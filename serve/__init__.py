@@ -1,4 +1,4 @@
-"""Serving checkpoints with vLLM's own OpenAI-compatible server (installed as `slicer.serve`).
+"""Serves checkpoints with vLLM's OpenAI-compatible server (installed as `slicer.serve`).
 
     from slicer.serve import Server
 

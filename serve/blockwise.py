@@ -1,7 +1,7 @@
-"""vLLM's DeciLMForCausalLM with low-rank linear maps in the place of removed parts.
+"""vLLM's DeciLMForCausalLM with low-rank replacements of removed sublayers.
 
-Where a block has `emulated_ranks`, `up(down(norm(x)))` is added to the stream behind its attention or at its end, as in
-`slicer.checkpoint.blockwise_model`. Everything else is vLLM's own.
+If a block has `emulated_ranks`, `up(down(norm(x)))` is added to the stream after its attention or at its end, as in
+`slicer.checkpoint.blockwise_model`. Everything else is vLLM's code.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class _Emulated(nn.Module):
     def __init__(self, width: int, rank: int, eps: float, prefix: str) -> None:
         super().__init__()
         self.norm = RMSNorm(width, eps=eps)
-        # Not "up_proj": vLLM joins all of that name with a gate_proj.
+        # Not named "up_proj": vLLM fuses all modules of that name with a gate_proj.
         self.down = ReplicatedLinear(width, rank, bias=False, prefix=f"{prefix}.down")
         self.up = ReplicatedLinear(rank, width, bias=True, prefix=f"{prefix}.up")
 
     def forward(self, states: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # vLLM's layers hand on the last update and the stream before it; a norm adds the two.
+        # vLLM's layers return the last update and the stream before it; a norm adds the two.
         states, residual = self.norm(states, residual)
         return self.up(self.down(states)[0])[0], residual
 
@@ -75,7 +75,7 @@ class _Model(DeciModel):  # type: ignore[misc]
 
 
 class SlicerBlockwiseForCausalLM(DeciLMForCausalLM):  # type: ignore[misc]
-    """The class that `architectures` of such a checkpoint names."""
+    """The class that the config's `architectures` field names."""
 
     def _init_model(self, vllm_config: VllmConfig, prefix: str = "") -> nn.Module:
         return _Model(vllm_config=vllm_config, prefix=prefix)

@@ -1,4 +1,4 @@
-"""`slicer serve`: options in, a running server or one line of error out."""
+"""The command `slicer serve`."""
 
 from __future__ import annotations
 
@@ -13,19 +13,17 @@ import click
 @click.argument("source")
 @click.argument("vllm_flags", nargs=-1, type=click.UNPROCESSED)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option(
-    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one."
-)
-@click.option("--api-key", help="What clients must send  [default: the environment's VLLM_API_KEY]")
-@click.option("--no-auth", is_flag=True, help="Allow a server without a key beyond this machine.")
-@click.option("--name", help="Name under which clients ask for the model  [default: SOURCE's]")
-@click.option(
-    "--draft", metavar="SLICED", help="A cut of SOURCE that drafts tokens for it (speculative decoding)."
-)
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True,
+              help="Port to listen on; 0: a free one.")  # fmt: skip
+@click.option("--api-key", help="Key that clients must send  [default: VLLM_API_KEY of the environment]")
+@click.option("--no-auth", is_flag=True, help="Allow access from other machines without a key.")
+@click.option("--name", help="Model name for clients  [default: SOURCE's]")
+@click.option("--draft", metavar="SLICED",
+              help="A cut of SOURCE as its draft model for speculative decoding.")  # fmt: skip
 @click.option("--num-speculative-tokens", type=click.IntRange(min=1), default=3, show_default=True,
-              help="Tokens drafted at a time.")  # fmt: skip
+              help="Tokens to draft per step.")  # fmt: skip
 @click.option("--timeout", type=click.IntRange(min=1), default=1800, show_default=True,
-              help="Seconds until the server must be ready.")  # fmt: skip
+              help="Maximum startup time in seconds.")  # fmt: skip
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def serve(
     source: str,
@@ -42,7 +40,7 @@ def serve(
 ) -> None:
     """Serve SOURCE with vLLM behind an OpenAI-compatible endpoint.
 
-    SOURCE is a directory, a Hub id or "demo". Flags of vLLM's own go after --:
+    SOURCE is a directory, a Hub id or "demo". Pass vLLM's own flags after --:
 
     \b
     slicer serve qwen-20L -- --max-model-len 4096 --tensor-parallel-size 2
@@ -54,11 +52,11 @@ def serve(
     api_key = api_key or os.environ.get("VLLM_API_KEY") or None
     if not _is_loopback(host) and not api_key and not no_auth:
         raise UsageError(
-            f"--host {host}: anyone who reaches this address could use the model; give --api-key, or say --no-auth"
+            f"--host {host}: anyone who can reach this address could use the model; pass --api-key or --no-auth"
         )
     if not _is_loopback(host) and not api_key:
-        click.echo(f"note: no key is asked for on {host}", err=True)
-    # A shell script's background jobs are started deaf to SIGINT; a server must hear it all the same.
+        click.echo(f"note: {host} needs no key", err=True)
+    # A shell starts background jobs with SIGINT ignored; the server must handle it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with console.progress() as progress:
         server = Server(

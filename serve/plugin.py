@@ -1,4 +1,4 @@
-"""slicer's plugin for vLLM, by the entry point `vllm.general_plugins`: vLLM loads it in each of its processes.
+"""slicer's plugin for vLLM (entry point `vllm.general_plugins`), loaded in each of vLLM's processes.
 
 Importing it registers the configuration of the blockwise form (see `slicer`), which vLLM's own DeciLMForCausalLM then
 runs; the plugin adds the class for checkpoints in which low-rank maps stand for removed parts.
@@ -10,7 +10,7 @@ from slicer.checkpoint.blockwise import OWN_CLASS
 
 
 def register() -> None:
-    """Make the blockwise form known to this process. May be called more than once."""
+    """Register the blockwise form in this process. May be called more than once."""
     from vllm import ModelRegistry
 
     if OWN_CLASS not in ModelRegistry.get_supported_archs():

@@ -1,4 +1,4 @@
-"""One vLLM server as a child process: start it, wait until it answers, tell why it ended, leave nothing behind."""
+"""Runs a vLLM server as a child process: starts it, waits until it is ready, reports why it ended, and stops it."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _POLL_SECONDS = 0.25
 _GRACE_SECONDS = 20.0
 _DIRECT = urllib.request.build_opener(
     urllib.request.ProxyHandler({})
-)  # no proxy stands before one's own child
-# What vLLM's parent process says when a child of it failed: true, and of no help.
+)  # no proxy between slicer and its own child process
+# Messages of vLLM's parent process when a child fails, which do not contain the reason.
 _HOLLOW = re.compile(
     r"Engine core initialization failed|Engine process failed to start|EngineCore failed|See root cause above"
     r"|EngineDeadError|Executor failed|WorkerProc initialization failed|CancelledError|KeyboardInterrupt|SystemExit"
@@ -42,14 +42,14 @@ _REASON = re.compile(
 
 
 class Server:
-    """A context manager around `vllm serve`: entered when `/health` answers, and stopped with every child on exit.
+    """A context manager around `vllm serve`: enters when `/health` answers, and stops all child processes on exit.
 
     Attributes:
         base_url: the endpoint for OpenAI clients, such as "http://127.0.0.1:8000/v1".
-        model: the name under which the model is asked for.
-        api_key: what clients must send, or None.
-        notes: what was chosen without being asked for.
-        log: the file with everything vLLM said.
+        model: the model name for clients.
+        api_key: the key that clients must send, or None.
+        notes: default settings chosen for this model and machine.
+        log: the file with vLLM's output.
     """
 
     def __init__(
@@ -67,14 +67,14 @@ class Server:
         timeout: float = 1800,
         progress: Callable[[str], None] | None = None,
     ) -> None:
-        """`source` and `draft` as `slicer convert` takes its source; `arguments` are vLLM's own flags.
+        """`source` and `draft` as the source of `slicer convert`; `arguments` are vLLM's own flags.
 
-        Port 0 takes a free one. `variables` are added to the environment; `timeout` is in seconds. Raises
-        ServeError (or SourceError) for what cannot work, before anything is started.
+        Port 0 means a free one. `variables` are added to the environment; `timeout` is in seconds. Raises ServeError or
+        SourceError for invalid settings, before starting anything.
         """
         require_vllm()
         self.host, self.api_key, self._timeout = host, api_key, timeout
-        self._tell = progress or (lambda _: None)
+        self._report = progress or (lambda _: None)
         path = hub.resolve(str(source)).path
         drafted = None if draft is None else hub.resolve(str(draft)).path
         self.settings: Settings = prepare(path, drafted, speculative_tokens, tuple(arguments))
@@ -88,18 +88,18 @@ class Server:
 
     @property
     def base_url(self) -> str:
-        """The OpenAI endpoint, seen from this machine."""
+        """The OpenAI endpoint, as seen from this machine."""
         return f"{self.root_url}/v1"
 
     @property
     def root_url(self) -> str:
-        """The server, seen from this machine."""
+        """The server's root URL, as seen from this machine."""
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
         return f"http://{host}:{self.port}"
 
     @property
     def pid(self) -> int:
-        """The process id of vLLM's API server."""
+        """Process id of vLLM's API server."""
         assert self._process is not None
         return self._process.pid
 
@@ -119,7 +119,7 @@ class Server:
             self.log.unlink()
 
     def start(self) -> None:
-        """Start vLLM and return when it is ready to answer. Raises ServeError with vLLM's own reason."""
+        """Start vLLM and return when it is ready. Raises ServeError with vLLM's own reason."""
         command = [
             *(sys.executable, "-m", "slicer.serve.launch", "serve", str(self.settings.path)),
             *("--host", self.host, "--port", str(self.port), "--served-model-name", self.model),
@@ -128,7 +128,7 @@ class Server:
         variables = os.environ | environment(self.settings) | self._variables
         variables.pop("VLLM_API_KEY", None)
         if self.api_key:
-            variables["VLLM_API_KEY"] = self.api_key  # not on the command line, which others can read
+            variables["VLLM_API_KEY"] = self.api_key  # not on the command line, which other users can read
         self._output = open(self.log, "wb")  # noqa: SIM115
         os.chmod(self.log, 0o600)
         self._process = subprocess.Popen(
@@ -137,7 +137,7 @@ class Server:
             stdout=self._output,
             stderr=subprocess.STDOUT,
             env=variables,
-            start_new_session=True,  # one group, so that every child can be ended together
+            start_new_session=True,  # one process group, so that all children can be stopped together
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )
         try:
@@ -145,24 +145,24 @@ class Server:
         except ServeError:
             self.stop()
             raise
-        except BaseException:  # stopped by the user: there is nothing to read up
+        except BaseException:  # stopped by the user: the log is not needed
             self.stop()
             self._forget_log()
             raise
 
     def _await_health(self) -> None:
         deadline = time.monotonic() + self._timeout
-        said = ""
+        shown = ""
         while not self.healthy():
             if self._process is not None and self._process.poll() is not None:
                 raise ServeError(f"vLLM did not start: {self.reason()}")
             if time.monotonic() > deadline:
                 raise ServeError(
-                    f"vLLM was not ready after {self._timeout:.0f} s; its log is {self.log}, --timeout waits longer"
+                    f"vLLM was not ready after {self._timeout:.0f} s; see {self.log}, or pass a longer --timeout"
                 )
-            if (stage := self._stage()) != said:
-                said = stage
-                self._tell(stage)
+            if (stage := self._stage()) != shown:
+                shown = stage
+                self._report(stage)
             time.sleep(_POLL_SECONDS)
 
     def healthy(self, timeout: float = 2.0) -> bool:
@@ -174,27 +174,27 @@ class Server:
             return False
 
     def wait(self) -> None:
-        """Return never while the server lives. Raises ServeError with the reason when it ends by itself."""
+        """Block until the server exits; raises ServeError with the reason."""
         assert self._process is not None
         silent = 0
         while True:
             try:
                 self._process.wait(timeout=2.0)
             except subprocess.TimeoutExpired:
-                # A server whose engine died may linger; one that is only busy answers within the minute.
+                # The API server may survive its engine; one that is only busy answers within a minute.
                 silent = 0 if self._engine_lives() and self.healthy(timeout=10.0) else silent + 1
                 if silent < 6:
                     continue
-            raise ServeError(f"vLLM went down: {self.reason()}")
+            raise ServeError(f"vLLM stopped: {self.reason()}")
 
     def _engine_lives(self) -> bool:
-        """False when a process that served requests is gone from under the API server."""
+        """False if a worker process of the API server has ended."""
         return not re.search(
             rb"EngineDeadError|Engine core proc \S+ died|died unexpectedly", self._tail(8192)
         )
 
     def stop(self) -> None:
-        """End vLLM and every process it started; harmless when nothing runs."""
+        """Stop vLLM and all its child processes; does nothing if it is not running."""
         process, self._process = self._process, None
         if process is not None:
             with _undisturbed():
@@ -204,7 +204,7 @@ class Server:
             self._output = None
 
     def reason(self) -> str:
-        """Why vLLM ended, from its log, in one line."""
+        """Why vLLM ended, from its log, as one line."""
         code = None if self._process is None else self._process.poll()
         lines = self._tail(400_000).decode("utf-8", "replace").splitlines()
         stripped = [_PREFIX.sub("", line) for line in lines]
@@ -213,7 +213,7 @@ class Server:
         if found:
             last = found[-1]
             kind, text = last[1], (last[2] or last[3] or last[4]).strip()
-            if kind == "ValidationError":  # pydantic puts the reason on a line of its own
+            if kind == "ValidationError":  # pydantic writes the reason on a separate line
                 text = next((m[4] for m in reversed(found) if m[4]), text)
             plain = kind in (
                 None,
@@ -225,9 +225,9 @@ class Server:
             )
             return _shorten(text if plain else f"{kind}: {text}") + at
         if code in (-signal.SIGKILL, 128 + signal.SIGKILL) or _killed(lines):
-            return f"a process of it was killed, most likely for memory: lower --max-model-len or the KV cache{at}"
+            return f"a process was killed, probably out of memory: lower --max-model-len or the KV cache{at}"
         if any(_HOLLOW.search(line) for line in lines):
-            return f"its engine process died without a word (killed, or out of memory){at}"
+            return f"its engine process ended without a message (killed, or out of memory){at}"
         return f"exit code {code}{at}"
 
     def _tail(self, size: int) -> bytes:
@@ -237,7 +237,7 @@ class Server:
         return b""
 
     def _stage(self) -> str:
-        """What vLLM is at, from its log."""
+        """The current startup stage, from the log."""
         tail = self._tail(200_000)
         for mark, stage in (
             (b"Starting vLLM server", "Opening the endpoint"),
@@ -262,7 +262,7 @@ def _killed(lines: list[str]) -> bool:
 
 
 def _claim(host: str, port: int) -> int:
-    """The port, or a free one for 0. Raises ServeError when it is taken or the host is not this machine's."""
+    """Check and return the port, or a free one for 0. Raises ServeError if it is in use or the host is not local."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -272,13 +272,13 @@ def _claim(host: str, port: int) -> int:
     except OSError as error:
         if port:
             raise ServeError(
-                f"{host}:{port}: cannot be listened on ({error.strerror or error}); choose another --port or --host"
+                f"{host}:{port}: cannot listen ({error.strerror or error}); choose another --port or --host"
             ) from None
-        raise ServeError(f"{host}: not an address of this machine ({error.strerror or error})") from None
+        raise ServeError(f"{host}: not local ({error.strerror or error}); pass another --host") from None
 
 
 def _die_with_parent() -> None:
-    """In the child: be told to end when slicer is killed and cannot say so itself (Linux prctl)."""
+    """In the child: get a signal when slicer dies without stopping it (Linux prctl)."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
@@ -299,7 +299,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """A second Ctrl-C while stopping must not leave processes behind."""
+    """Ignore a second Ctrl-C while stopping, so that no processes are left behind."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

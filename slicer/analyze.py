@@ -1,4 +1,4 @@
-"""Which layers matter: a source measured by every metric into a directory, and plans from what was measured.
+"""`slicer analyze` and `slicer plan`: measure a source by every metric, and make plans from the results.
 
 resolve -> Checkpoint.open -> Walk -> calibrate -> record (resumable) -> summarise -> analysis.json, figures
 analysis.json + amount -> Plan, without the model
@@ -33,23 +33,22 @@ _PARTIAL = ".partial"  # work directories of an analysis, one a process; gone wh
 
 @dataclass(frozen=True)
 class AnalyzeOptions:
-    """How to analyse; every default of the command line lives here.
+    """Options of an analysis; the defaults of the command line are defined here.
 
     Attributes:
-        memory: bytes that weights and states may take; None: a safe part of what is free.
-        positions: tokens of each sequence that averages over tokens take, evenly apart.
-        losses: block sizes whose every block is also scored by the loss without it; costs further passes.
-        greedy: layers to remove one after another by re-scored loss (SLEB); 0 for none.
-        taylor: whether to also take |gradient x weight|.
-        sublayers: whether attention and feed-forward parts are measured apart, and half-offset cuts: a further pass,
-            and with `losses` the loss and the KL divergence without each part.
-        shapley: forward passes to spend on Shapley values of the layers (with `sublayers` of their parts); 0: none.
-        against: what these are of: "loss" or "kl" on the calibration text, or "task:NAME", the score of an lm-eval
-            task.
-        questions: of that task, so many.
-        data: local files of that task, see `slicer.judge.local_tasks`; None takes the Hub's.
-        beside: another analysis of the same model (a directory), on other text: a figure sets the two against each
-            other, part by part.
+        memory: bytes for weights and states; None: a safe share of the free memory.
+        positions: evenly spaced tokens of each sequence for metrics that average over tokens.
+        losses: block sizes for which every block is scored by the loss without it; needs extra passes.
+        greedy: number of layers to remove one by one by re-measured loss (SLEB); 0 for none.
+        taylor: whether to measure |gradient x weight|.
+        sublayers: whether to measure attention and feed-forward sublayers separately, and half-offset cuts: one extra
+            pass, and with `losses` the loss and the KL divergence without each sublayer.
+        shapley: forward passes for Shapley values of layers (of sublayers with `sublayers`); 0: none.
+        against: the cost of the Shapley values: "loss" or "kl" on the calibration text, or "task:NAME", the score of an
+            lm-eval task.
+        questions: number of questions of that task.
+        data: local files of that task, see `slicer.judge.local_tasks`; None uses the Hub.
+        beside: another analysis of the same model (a directory) on other text, to plot against this one.
         healed: block sizes whose closest blocks are also healed in closed form and compared by loss.
     """
 
@@ -78,12 +77,12 @@ def analyze(
 ) -> Analysis | None:
     """Measure `source` (Hub id, directory or "demo") into the directory `out`: analysis.json and figures.
 
-    Killed at any moment, the same call goes on after the last finished layer. Under torchrun each process measures its
-    share of the samples, and all but the first return None. Raises SlicerError children.
+    If stopped, the same call resumes after the last finished layer. In a distributed run each process measures its
+    share of the samples, and all but rank 0 return None. Raises SlicerError children.
     """
     options, progress = options or AnalyzeOptions(), progress or Progress()
     if options.dtype is not None and options.dtype not in DTYPES:
-        raise UsageError(f"dtype {options.dtype!r}: choose one of {', '.join(DTYPES)}")
+        raise UsageError(f"dtype {options.dtype!r}: choose from {', '.join(DTYPES)}")
     progress.stage("Opening the checkpoint")
     found = hub.resolve(source)
     checkpoint = Checkpoint.open(found.path)
@@ -152,8 +151,8 @@ def _measure(
     progress.stage("Loading the model" if loaded else "Reading what lies outside the layers")
     if not loaded:
         progress.note(
-            "the model does not fit in memory: its layers are read from disk one at a time"
-            + (", out of pickled .bin files" if checkpoint.is_bin else "")
+            "the model does not fit in memory: layers are read from disk one at a time"
+            + (", from pickled .bin files" if checkpoint.is_bin else "")
         )
     walk = Walk.fitting(
         checkpoint,
@@ -234,7 +233,7 @@ def _measure(
 def _batches(
     checkpoint: Checkpoint, options: AnalyzeOptions, walk: Any, work: Path, processes: Processes
 ) -> tuple[list[Any], dict[str, Any]]:
-    """The same batches in every process, and after a restart: the first one makes and keeps them."""
+    """The same batches in every process and after a restart: rank 0 makes and stores them."""
     from safetensors.torch import load_file, save_file
 
     from slicer.measure.calibration import token_batches
@@ -267,21 +266,21 @@ def _check_sizes(options: AnalyzeOptions, depth: int) -> None:
     for name, n in [*(("losses", n) for n in options.losses), *(("healed", n) for n in options.healed)]:
         if not 0 < n < depth:
             raise UsageError(
-                f"--{name} {n}: the model has {depth} layers; give sizes between 1 and {depth - 1}"
+                f"--{name} {n}: the model has {depth} layers; pass sizes between 1 and {depth - 1}"
             )
     task = options.against.startswith("task:")
     if options.against not in ("loss", "kl") and not (task and options.against != "task:"):
-        raise UsageError(f"--against {options.against}: choose loss, kl or task:NAME")
+        raise UsageError(f"--against {options.against}: choose from loss, kl, task:NAME")
     if task and not options.shapley:
         raise UsageError(
-            f"--against {options.against}: say how many forward passes to spend: --shapley PASSES"
+            f"--against {options.against}: also pass the number of forward passes: --shapley PASSES"
         )
     if options.data is not None and not task:
-        raise UsageError("--data: the files of a task; name it with --against task:NAME")
+        raise UsageError("--data needs a task: pass --against task:NAME")
     if options.questions < 1:
-        raise UsageError(f"--questions {options.questions}: ask at least 1")
+        raise UsageError(f"--questions {options.questions}: pass at least 1")
     if options.shapley < 0:
-        raise UsageError(f"--shapley {options.shapley:g}: give a number of forward passes of at least 1")
+        raise UsageError(f"--shapley {options.shapley:g}: pass a number of forward passes of at least 1")
     if not 0 <= options.greedy < depth:
         raise UsageError(
             f"--greedy {options.greedy}: the model has {depth} layers; remove at most {depth - 1}"
@@ -289,7 +288,7 @@ def _check_sizes(options: AnalyzeOptions, depth: int) -> None:
 
 
 def _publish(analysis: Analysis, other: Analysis | None, out: Path, progress: Progress) -> None:
-    """Figures first, analysis.json last: where it is, everything is."""
+    """Write the figures, then analysis.json: if it exists, everything does."""
     from slicer.judge import part_plots, plots
 
     plots.analysis_figures(analysis, out)

@@ -1,4 +1,4 @@
-"""The part of an analysis that looks below the layer and at company: half-layers, and Shapley values."""
+"""The parts of an analysis that measure sublayers, and Shapley values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def questions_of(checkpoint: Checkpoint, options: AnalyzeOptions, walk: Any, progress: Progress) -> Any:
-    """The questions of --against task:NAME; drawn before anything is measured, so that errors come at once."""
+    """The questions of --against task:NAME; drawn before any measurement, so that errors show early."""
     if not options.against.startswith("task:"):
         return None
     from slicer.judge import questions
@@ -37,7 +37,7 @@ def measure_parts(
     tables: dict[str, Any],
     progress: Progress,
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Tables of half-layers, and what Shapley values are of; those of whole layers are entered into `tables`."""
+    """(tables of sublayers, settings of the Shapley values); adds tables of whole layers to `tables`."""
     from slicer.measure import halves
     from slicer.measure.shapley import Coalitions, leave_one_out, shapley, table_of
 
@@ -59,9 +59,9 @@ def measure_parts(
         count, score = len(questions.right), 1 - float(coalitions.base.mean())
         about |= {"questions": count, "score": score, "guessing": 1 - questions.guessing}
         progress.note(
-            f"{options.against}: {score:.1%} of {count} questions right with all layers, guessing has "
+            f"{options.against}: {score:.1%} of {count} questions right with all layers, chance is "
             f"{1 - questions.guessing:.1%}"
-            + ("; no better than that, so its Shapley values are noise" if coalitions.ceiling > 1 else "")
+            + ("; not better than chance, so the Shapley values are noise" if coalitions.ceiling > 1 else "")
         )
     values = shapley(coalitions, options.shapley, seed=options.calibration.seed, progress=progress)
     name = "shapley" if questions is None else "shapley_score"
@@ -69,6 +69,6 @@ def measure_parts(
     target[name] = table_of(name, values, seq_len, samples)
     pairs = len(values.samples)
     progress.note(
-        f"Shapley values from {pairs} pair{'s' if pairs > 1 else ''} of orders, {values.passes:.0f} forward passes"
+        f"Shapley values: {pairs} pair{'s' if pairs > 1 else ''} of orders, {values.passes:.0f} forward passes"
     )
     return found, {**about, "pairs": pairs, "passes": round(values.passes, 2)}

@@ -1,4 +1,4 @@
-"""What the terminal shows: progress on stderr, tables on stdout."""
+"""Terminal output: progress on stderr, tables on stdout."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ if TYPE_CHECKING:
     from slicer.options import Summary
 
 _ERR = Console(stderr=True, highlight=False)
-_QUIET_SECONDS = 20  # between lines of progress where stderr is a file
+_QUIET_SECONDS = 20  # between progress lines if stderr is a file
 
 
 class _Bars(Progress):
-    """One line for each stage; counted stages get a bar with rate and time left."""
+    """One line per stage; counted stages have a bar with rate and remaining time."""
 
     def __init__(self) -> None:
         self._bars: Bars | None = None
@@ -94,8 +94,8 @@ class _Bars(Progress):
 
 @contextlib.contextmanager
 def progress() -> Iterator[Progress]:
-    """A progress display on stderr; transformers' and datasets' own chatter is turned off."""
-    if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
+    """A progress display on stderr; turns off the output of transformers and datasets."""
+    if os.environ.get("RANK", "0") != "0":  # in a distributed run, only rank 0 shows progress
         yield Progress()
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -109,7 +109,7 @@ def progress() -> Iterator[Progress]:
 
 
 def stdout() -> Console:
-    """What results are printed on."""
+    """The console that results are printed on."""
     return Console(highlight=False, soft_wrap=True)
 
 
@@ -125,13 +125,13 @@ def _rows(sizes: Sizes) -> list[tuple[str, float, str]]:
         ("layers", sizes.depth, f"{sizes.depth}"),
         ("parameters", sizes.parameters, _size(sizes.parameters).strip()),
         ("weights", sizes.total_bytes, _size(sizes.total_bytes) + "B"),
-        ("FLOPs a token", sizes.flops_per_token, _size(sizes.flops_per_token).strip()),
-        ("KV cache a token", sizes.kv_bytes_per_token, _size(sizes.kv_bytes_per_token) + "B"),
+        ("FLOPs per token", sizes.flops_per_token, _size(sizes.flops_per_token).strip()),
+        ("KV cache per token", sizes.kv_bytes_per_token, _size(sizes.kv_bytes_per_token) + "B"),
     ]
 
 
 def print_summary(summary: Summary) -> None:
-    """The table before and after, the block, the checks, the warnings."""
+    """Print the sizes before and after, the dropped layers, the checks and the warnings."""
     console = stdout()
     plan = summary.plan
     table = Table(title=f"{plan.source}: {_change(plan)}", title_justify="left")
@@ -157,13 +157,13 @@ def print_summary(summary: Summary) -> None:
 
 
 _FORMS = {
-    "blockwise": "blockwise: vLLM serves it where slicer is installed; transformers after 'import slicer'",
-    "zeroed": "zeroed: loads everywhere like the original, and costs as much",
+    "blockwise": "blockwise: loads in vLLM if slicer is installed, and in transformers after 'import slicer'",
+    "zeroed": "zeroed: loads everywhere, but costs as much as the original",
 }
 
 
 def _change(plan: Plan) -> str:
-    """ "24 to 20 layers", and what the layers left lack."""
+    """For example "24 to 20 layers, 18 with attention"."""
     layers = len(plan.kept)
     words = f"{plan.depth} to {layers} layers" if layers < plan.depth else f"{layers} layers"
     if plan.no_attention:
@@ -174,7 +174,7 @@ def _change(plan: Plan) -> str:
 
 
 def print_healed(done: Healed) -> None:
-    """What was solved, the losses, the check."""
+    """Print the solved layers, the losses and the check."""
     console = stdout()
     record = done.plan.healing
     assert record is not None
@@ -186,13 +186,13 @@ def print_healed(done: Healed) -> None:
         console.print(f"trained   {record.steps} steps{ends.get(record.training.ended, '')}; {kept}")
     console.print(f"healed    {_healed(record)}")
     if not done.helps:
-        console.print("warning   the loss did not fall; the checkpoint without healing is the better one")
+        console.print("warning   the loss did not fall; use the checkpoint without healing")
     console.print(f"verified  {done.verified}{_errors(done)}")
     console.print(f"written   {done.out}")
 
 
 def print_merged(done: Merged) -> None:
-    """How many matrices, what was left out, the check."""
+    """Print the number of merged matrices, those left out, and the check."""
     console = stdout()
     left = f", {done.left_out} of dropped layers left out" if done.left_out else ""
     console.print(f"merged    {len(done.tensors)} matrices{left}")
@@ -224,7 +224,7 @@ def _why(plan: Plan) -> str:
     if plan.distance is not None and plan.metric not in (None, METRIC):
         return f"{plan.strategy}: {plan.metric} {plan.distance:.4g}"
     if plan.distance is not None and (plan.no_attention or plan.no_ffn):
-        return f"{plan.strategy}: angular distances {plan.distance:.4f} in all"
+        return f"{plan.strategy}: total angular distance {plan.distance:.4f}"
     if plan.distance is not None:
         return f"{plan.strategy}: angular distance {plan.distance:.4f} across the block"
     return plan.strategy if plan.strategy != "explicit" else "as named"
@@ -235,7 +235,7 @@ def _dropped(plan: Plan) -> str:
 
 
 def print_inspection(found: Inspection) -> None:
-    """One fact a line."""
+    """Print one fact per line."""
     console = stdout()
     sizes = found.sizes
     low, high = min(sizes.layer_bytes), max(sizes.layer_bytes)
@@ -245,7 +245,7 @@ def print_inspection(found: Inspection) -> None:
         ("checkpoint", str(found.path)),
         ("architecture", f"{', '.join(found.classes) or 'unnamed'} ({found.model_type})"),
         *((label, text) for label, _, text in _rows(sizes)),
-        ("bytes a layer", a_layer),
+        ("bytes per layer", a_layer),
         ("stored as", f"{', '.join(found.dtypes)} in {files}"),
     ]
     if found.plan is not None:
@@ -262,7 +262,7 @@ def print_inspection(found: Inspection) -> None:
 
 
 def print_demo(shown: Shown) -> None:
-    """The summary, and a line from each model."""
+    """Print the summary and a line from each model."""
     print_summary(shown.summary)
     console = stdout()
     console.print()
@@ -272,7 +272,7 @@ def print_demo(shown: Shown) -> None:
 
 
 def print_serving(path: Path, name: str, notes: Sequence[str]) -> None:
-    """What is about to be served, and what was chosen unasked; on stderr, like all that is not an answer."""
+    """Print, on stderr, the model to be served and the default settings chosen for it."""
     if (path / "slicer" / "plan.json").is_file():
         plan = Plan.load(path)
         _ERR.print(
@@ -288,7 +288,7 @@ def print_serving(path: Path, name: str, notes: Sequence[str]) -> None:
 
 
 def print_ready(base_url: str, model: str, has_key: bool) -> None:
-    """The one line that scripts wait for, and how to ask."""
+    """Print the ready line, which scripts wait for, and an example request."""
     console = stdout()
     key = " -H 'Authorization: Bearer KEY'" if has_key else ""
     body = json.dumps({"model": model, "prompt": "Once upon a time", "max_tokens": 32})
@@ -301,7 +301,7 @@ def print_ready(base_url: str, model: str, has_key: bool) -> None:
 
 
 def print_tables(tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]]) -> None:
-    """(title, head, rows) each; the first column is text, the others figures. As wide as they need, where piped."""
+    """Print (title, head, rows) tables; the first column is text, the others numbers. Full width if piped."""
     console = stdout() if os.isatty(1) else Console(highlight=False, width=200)
     for title, head, rows in tables:
         table = Table(title=title, title_justify="left")

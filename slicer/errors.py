@@ -1,36 +1,36 @@
-"""Every error slicer raises on purpose, drawn as a tree.
+"""All exceptions of slicer.
 
     SlicerError
-    ├── UsageError              the command line or an argument makes no sense (exit code 2)
-    └── everything below        the input or the world is not as needed (exit code 1)
+    ├── UsageError              invalid command line or argument (exit code 2)
+    └── everything below        unusable input or environment (exit code 1)
         ├── SourceError         the source is not a usable checkpoint
-        │   └── HubError        the Hub could not give it
-        ├── ArchitectureError   the architecture, or this cut of it, cannot be expressed
-        ├── PlanError           a plan that does not fit the model
-        ├── CalibrationError    no, unreadable or too little calibration data
-        ├── HealError           a cut that cannot be healed this way, or not with this data
-        │   ├── Diverged        a training whose loss was not finite before anything was gained
-        │   └── OutOfMemory     a healing that does not fit here and now: no result of it
-        ├── OutputError         the output cannot be written there
-        ├── VerificationError   the written checkpoint is not what it should be
-        ├── EvaluationError     a task, its data or a result of it is not there or not as needed
-        ├── ServeError          vLLM is missing, cannot serve this, or went down
-        └── BenchError          a benchmark that cannot be run, or resumed, as asked
+        │   └── HubError        the Hub cannot provide it
+        ├── ArchitectureError   the architecture is unknown, or its config cannot express the cut
+        ├── PlanError           the plan does not fit the model
+        ├── CalibrationError    calibration text is missing, unreadable or too short
+        ├── HealError           the cut cannot be healed with this method or text
+        │   ├── Diverged        the training loss became non-finite before it improved
+        │   └── OutOfMemory     healing ran out of memory
+        ├── OutputError         the output cannot be written
+        ├── VerificationError   the written checkpoint is wrong
+        ├── EvaluationError     a task, its data or a result is missing or invalid
+        ├── ServeError          vLLM is missing, cannot serve the checkpoint, or stopped
+        └── BenchError          a benchmark cannot be run or resumed as requested
 
-A message is one line: what is wrong, where, and what to do.
+Each message is one line: what is wrong, where, and what to do.
 """
 
 from __future__ import annotations
 
 
 class SlicerError(Exception):
-    """Base of all errors the command line reports as one line."""
+    """Base class; the command line reports these as one line."""
 
     exit_code = 1
 
 
 class UsageError(SlicerError):
-    """An argument that no model could satisfy."""
+    """An argument that is invalid for every model."""
 
     exit_code = 2
 
@@ -40,31 +40,31 @@ class SourceError(SlicerError):
 
 
 class HubError(SourceError):
-    """The Hub, or its cache, could not give the source."""
+    """The Hub or its cache cannot provide the source."""
 
 
 class ArchitectureError(SlicerError):
-    """The architecture is unknown, or this cut cannot be expressed in its config."""
+    """The architecture is unknown, or its config cannot express the cut."""
 
 
 class PlanError(SlicerError):
-    """A plan or an amount that does not fit the model."""
+    """A plan or an amount does not fit the model."""
 
 
 class CalibrationError(SlicerError):
-    """Calibration data is missing, unreadable or too short."""
+    """Calibration text is missing, unreadable or too short."""
 
 
 class HealError(SlicerError):
-    """The cut cannot be healed this way, or not with this data."""
+    """The cut cannot be healed with this method or text."""
 
 
 class Diverged(HealError):
-    """The loss of a training was not finite before anything was gained."""
+    """The training loss became non-finite before it improved."""
 
 
 class OutOfMemory(HealError):
-    """Memory ran out while healing: a failure of the moment and the machine, which says nothing of the cut."""
+    """Memory ran out while healing. Not a property of the cut: it may work on another machine or at another time."""
 
 
 class OutputError(SlicerError):
@@ -80,8 +80,8 @@ class EvaluationError(SlicerError):
 
 
 class ServeError(SlicerError):
-    """vLLM is not installed, cannot serve the checkpoint as asked, or ended with an error."""
+    """vLLM is not installed, cannot serve the checkpoint as requested, or stopped with an error."""
 
 
 class BenchError(SlicerError):
-    """A benchmark cannot be run as asked, or its output directory belongs to another."""
+    """A benchmark cannot be run as requested, or its output directory belongs to another."""

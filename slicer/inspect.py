@@ -1,4 +1,4 @@
-"""What a checkpoint is, read from its config and headers alone: no tensor, no model."""
+"""Describes a checkpoint from its config and headers alone, without reading tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from slicer.plan.plan import Plan
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint's nature and costs; `plan` is there when slicer made it."""
+    """Architecture and sizes of a checkpoint; `plan` if slicer made it."""
 
     path: Path
     model_type: str

@@ -1,19 +1,19 @@
-"""How long work tells of itself; the command line draws it, Python users may ignore it."""
+"""Progress callbacks for long-running operations; the default does nothing."""
 
 from __future__ import annotations
 
 
 class Progress:
-    """A silent listener. Subclass it to show stages and their advance."""
+    """Does nothing. Subclass it to show stages and their progress."""
 
     def stage(self, text: str, total: int | None = None, unit: str = "") -> None:
-        """A new stage begins: `total` units of `unit` ("bytes", "batches"), or None when not counted."""
+        """A new stage starts: `total` units of `unit` ("bytes", "batches"), or None if not counted."""
 
     def advance(self, amount: int = 1) -> None:
-        """`amount` more units of the current stage are done."""
+        """`amount` more units of the current stage are finished."""
 
     def detail(self, text: str) -> None:
-        """How the current stage fares: its rates, in a few words."""
+        """Details of the current stage, such as its rates."""
 
     def note(self, text: str) -> None:
-        """Something the user should know and may act on."""
+        """A message that the user may want to act on."""

@@ -1,4 +1,4 @@
-"""What the terminal shows of an analysis and of a plan made from it."""
+"""Terminal output of an analysis and of a plan made from it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _SHADES = "@%#*+=-:. "  # closest to farthest
 
 
 def print_analysis(analysis: Analysis, out: Path) -> None:
-    """The heat map, the best block of each size by each metric, and where the rest lies."""
+    """Print the heat map, the best block of each size by each metric, and the output files."""
     console = stdout()
     distances = analysis.distances()
     console.print(
         f"{analysis.source}: {analysis.depth} layers, {analysis.samples} sequences of {analysis.seq_len} tokens"
     )
     console.print()
-    console.print("angular distance d(l, l+n), last token; @ closest, blank farthest within each n")
+    console.print("angular distance d(l, l+n), last token; scaled within each n from @ (closest) to blank")
     for line in heat_lines(distances, width=max(20, min(console.width, 120) - 26)):
         console.print(line, markup=False)
     console.print()
@@ -46,7 +46,7 @@ def print_analysis(analysis: Analysis, out: Path) -> None:
     if analysis.sublayers:
         console.print(_parts_table(analysis))
     if analysis.base_loss is not None:
-        console.print(f"loss      {analysis.base_loss:.4f} nats a token with all layers")
+        console.print(f"loss      {analysis.base_loss:.4f} nats per token with all layers")
     if analysis.greedy:
         order = ", ".join(f"{int(step['layer'])} ({step['loss']:.3f})" for step in analysis.greedy)
         console.print(f"greedy    {order}")
@@ -55,8 +55,8 @@ def print_analysis(analysis: Analysis, out: Path) -> None:
 
 
 def _parts_table(analysis: Analysis) -> Table:
-    """For every metric of half-layers, the attention and feed-forward parts that matter least."""
-    table = Table(title="least of the attention and feed-forward parts, by layer", title_justify="left")
+    """The least important attention and feed-forward sublayers by every metric."""
+    table = Table(title="least important attention and feed-forward sublayers", title_justify="left")
     for name in ("metric", "attention", "feed-forward part"):
         table.add_column(name)
     for name, found in analysis.sublayers.items():
@@ -70,9 +70,9 @@ def _parts_table(analysis: Analysis) -> Table:
 
 
 def heat_lines(distances: Distances, width: int) -> list[str]:
-    """The heat map in characters: a line for each n, a column for each l, thinned or doubled to fit `width` columns.
+    """The heat map as text: a line for each n, a column for each l, thinned or doubled to fit `width` columns.
 
-    Each row is scaled within itself, by the root so that what is near the least can be told apart.
+    Each row is scaled to its own range, with a square root to show differences near the minimum.
     """
     depth = distances.depth
     sizes = [n for n in distances.sizes if n < depth]
@@ -124,9 +124,9 @@ def print_chosen(chosen: Chosen, samples: int, file: Path) -> None:
     if chosen.doubt is not None:
         doubt = chosen.doubt
         settle = (
-            f"about {doubt.samples:,} samples would tell"
+            f"about {doubt.samples:,} samples are needed to decide"
             if doubt.samples is not None
-            else "no number of samples would tell"
+            else "no number of samples can decide"
         )
         console.print(
             f"warning   the best two cannot be told apart on {samples} samples: they differ by "

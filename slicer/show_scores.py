@@ -1,4 +1,4 @@
-"""What the terminal shows of evaluations, sweeps and promises."""
+"""Terminal output of evaluations, sweeps and the search for the deepest cut."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def print_evaluations(results: Sequence[Evaluation], compared: Sequence[Sequence[Difference]]) -> None:
-    """A table for each model: value, standard error, what guessing gets; then each difference from the first."""
+    """Print a table per model (value, standard error, chance), then each model's differences from the first."""
     console = stdout()
     for result in results:
         table = Table(title=result.model, title_justify="left")
@@ -35,7 +35,7 @@ def print_evaluations(results: Sequence[Evaluation], compared: Sequence[Sequence
         if result.loss is not None:
             loss = result.loss
             guess = loss.nats_per_token / loss.normalised
-            table.add_row(f"loss (nats a token, {loss.source})", f"{loss.nats_per_token:.4f}",
+            table.add_row(f"loss (nats per token, {loss.source})", f"{loss.nats_per_token:.4f}",
                           f"{loss.standard_error:.4f}", f"{guess:.4f}", f"{loss.sequences}")  # fmt: skip
             table.add_row("loss / log V", f"{loss.normalised:.4f}",
                           f"{loss.standard_error / guess:.4f}", "1", f"{loss.tokens} tokens")  # fmt: skip
@@ -49,7 +49,7 @@ def print_evaluations(results: Sequence[Evaluation], compared: Sequence[Sequence
     for result, rows in zip(results[1:], compared, strict=True):
         console.print(f"{result.model} against {results[0].model}, item by item", markup=False)
         for d in rows:
-            verdict = "within noise" if d.within_noise else "a real difference"
+            verdict = "within noise" if d.within_noise else "significant"
             unit = " (nats)" if "perplexity" in d.measure or d.measure.startswith("c4") else ""
             console.print(
                 f"  {d.measure + unit:24} {d.delta:+.4f} ± {d.standard_error:.4f}  p = {d.p_value:.2g} "
@@ -57,11 +57,11 @@ def print_evaluations(results: Sequence[Evaluation], compared: Sequence[Sequence
                 markup=False,
             )
         if not rows:
-            console.print("  no items in common: ask both the same tasks", markup=False)
+            console.print("  no items in common: run the same tasks on both", markup=False)
 
 
 def print_sweep(table: SweepTable, directory: Path) -> None:
-    """The table of a sweep: each task with its error, starred where it differs from the unpruned model."""
+    """Print the table of a sweep; a star marks a significant difference from the unpruned model."""
     console = stdout()
     shown = Table(title=f"{table.settings['source']}: {table.depth} layers", title_justify="left")
     for name in ("dropped", "strategy", "healing"):
@@ -92,7 +92,7 @@ def print_sweep(table: SweepTable, directory: Path) -> None:
         cells.append(f"{row.evaluation.health.repetition[0]:.2f}" if row.evaluation.health else "-")
         shown.add_row(*cells)
     console.print(shown)
-    console.print("* differs from the unpruned model beyond noise (paired, item by item, p < 0.05)")
+    console.print("* significant difference from the unpruned model (paired, item by item, p < 0.05)")
     if table.missing:
         console.print(f"missing   {table.missing} cells are not finished")
     console.print(f"written   {directory / 'table.csv'}", markup=False)
@@ -104,20 +104,20 @@ def _star(row: Row, measure: str) -> str:
 
 
 def print_kept(found: Found, share: float, metric: str, plan: Path, source: str) -> None:
-    """What bisection found, and the command that makes it."""
+    """Print the cuts tried by the bisection, and the command that makes the best one."""
     console = stdout()
     for kept in found.tried:
         if kept.error is not None:
-            console.print(f"drop {kept.n:<4} cannot be: {kept.error}", markup=False)
+            console.print(f"drop {kept.n:<4} not possible: {kept.error}", markup=False)
             continue
-        verdict = "kept" if kept.kept else "broken"
-        doubt = "" if kept.sure else " (within the error: more items would tell)"
+        verdict = "retained" if kept.kept else "not retained"
+        doubt = "" if kept.sure else " (within the error: use more items)"
         console.print(f"drop {kept.n:<4} {kept.share:.1%} of {metric}: {verdict}{doubt}", markup=False)
     if not found.tried:
-        console.print("there is no cut of this model to try")
+        console.print("no cut of this model is possible")
         return
     if found.best is None:
-        console.print(f"no cut keeps {share:.1%} of {metric}")
+        console.print(f"no cut retains {share:.1%} of {metric}")
         return
-    console.print(f"deepest   {found.best.n} layers keep {found.best.share:.1%} of {metric}")
+    console.print(f"deepest   dropping {found.best.n} layers retains {found.best.share:.1%} of {metric}")
     console.print(f"next      slicer convert {source} --plan {plan}", markup=False)

@@ -170,7 +170,7 @@ def test_killed_it_goes_on(path: Path, text: Path, done: Path, tmp_path: Path) -
     assert not (out / "analysis.json").exists()
     again = subprocess.run(command(path, text, out), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert "going on after layer" in again.stderr
+    assert "resuming after layer" in again.stderr
     assert apart(Analysis.load(out), Analysis.load(done)) <= 1e-6
     assert not (out / ".partial").exists()
 

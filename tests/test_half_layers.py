@@ -151,7 +151,7 @@ def test_an_analysis_chooses_parts_by_any_metric(text: Path, tmp_path: Path) -> 
 
 
 BAD = {
-    "attention of the first layer": (["--drop-attention", "0-0"], 1, "first layer needs"),
+    "attention of the first layer": (["--drop-attention", "0-0"], 1, "attention in the first layer"),
     "the same layer twice": (["--drop-attention", "3,3"], 2, "names a layer twice"),
     "a layer and its attention": (["--drop", "2-3", "--drop-attention", "3-4"], 1, "goes twice"),
     "a layer and its feed-forward part": (["--drop", "2-3", "--drop-ffn", "2-2"], 1, "goes twice"),

@@ -1,1 +1,1 @@
-"""What a checkpoint is, on disk: read it, cut it, write it, check it."""
+"""Checkpoints on disk: reading, cutting, writing and checking them."""

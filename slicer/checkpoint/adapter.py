@@ -1,4 +1,4 @@
-"""A LoRA adapter on disk, as peft saves it: opened and checked, and where in a checkpoint its products go."""
+"""A LoRA adapter on disk, as peft saves it: its checks, and the checkpoint matrices that it changes."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from slicer.errors import HealError
 from slicer.plan.plan import Plan
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."  # of every name in the file
-_REFUSED = {  # what changes the arithmetic beyond W + s B A, and how to tell
+PREFIX = "base_model.model."  # prefix of every tensor name in the file
+_REFUSED = {  # features that change more than W + s B A, and the test for each
     "use_dora": "DoRA",
     "use_qalora": "QA-LoRA",
     "use_bdlora": "block-diagonal LoRA",
     "kasa_config": "KaSA",
     "monteclora_config": "Monte Carlo LoRA",
     "arrow_config": "Arrow's routing",
-    "modules_to_save": "whole modules beside the adapter",
+    "modules_to_save": "whole modules saved with the adapter",
     "trainable_token_indices": "trained tokens",
     "target_parameters": "adapters on bare parameters",
     "alora_invocation_tokens": "activated LoRA",
     "layer_replication": "replicated layers",
     "lora_bias": "adapters with a bias",
 }
-# Values of init_lora_weights that change W itself before training, so that s B A belongs beside another W.
-_CONVERTIBLE = ("pissa", "olora", "corda", "lora_ga")  # peft can make plain adapters of these
+# Values of init_lora_weights that change W itself before training, so that s B A belongs to another W.
+_CONVERTIBLE = ("pissa", "olora", "corda", "lora_ga")  # peft can convert these to plain adapters
 _CHANGES_BASE = (*_CONVERTIBLE, "loftq")
 
 
@@ -47,8 +47,8 @@ class Adapter:
     """A LoRA adapter on disk.
 
     Attributes:
-        pairs: target module, as in the model it was trained on -> (A [r, in], B [out, r]).
-        copies: target module -> the matrix that it was trained beside, which peft saves of an output head.
+        pairs: target module, as named in the model it was trained on -> (A [r, in], B [out, r]).
+        copies: target module -> the base matrix it was trained on, which peft saves for an output head.
     """
 
     path: Path
@@ -58,12 +58,12 @@ class Adapter:
 
     @classmethod
     def open(cls, path: Path) -> Adapter:
-        """Read the config and the header. Raises HealError for what is no adapter, or does more than W + s B A."""
+        """Read the config and the header. Raises HealError if it is not an adapter, or does more than W + s B A."""
         try:
             config = json.loads((path / CONFIG).read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise HealError(
-                f"{path}: no readable {CONFIG} ({error}); give a directory that peft saved"
+                f"{path}: no readable {CONFIG} ({error}); pass a directory saved by peft"
             ) from None
         if not isinstance(config, dict) or config.get("peft_type") != "LORA":
             raise HealError(f"{path}: not a LoRA adapter; only LoRA can be merged")
@@ -74,8 +74,8 @@ class Adapter:
         copies: dict[str, TensorSpan] = {}
         for key, span in read_header(path / WEIGHTS)[0].items():
             match = re.fullmatch(r"(.+)\.(?:lora_(A|B)|base_layer)\.weight", key)
-            if match is None or len(span.shape) != 2:  # convolutions have four
-                raise HealError(f"{path}: tensor {key} is no part of a linear layer's LoRA; merge with peft")
+            if match is None or len(span.shape) != 2:  # convolutions have four dimensions
+                raise HealError(f"{path}: tensor {key} is not the LoRA of a linear layer; merge with peft")
             module = match[1].removeprefix(PREFIX)
             if match[2] is None:
                 copies[module] = span
@@ -85,27 +85,25 @@ class Adapter:
             if len(found) < 2:
                 there = next(iter(found))
                 other = "B" if there == "A" else "A"
-                raise HealError(
-                    f"{path}: {module} has its {there} without its {other}; save the adapter again"
-                )
+                raise HealError(f"{path}: {module} has {there} but not {other}; save the adapter again")
         if not halves:
-            raise HealError(f"{path}: holds no adapter weights; save the adapter again")
+            raise HealError(f"{path}: no adapter weights; save the adapter again")
         pairs = {module: (found["A"], found["B"]) for module, found in halves.items()}
         return cls(path, config, pairs, copies)
 
     @property
     def sha256(self) -> str:
-        """Of the file of its weights."""
+        """SHA-256 of the weights file."""
         with open(self.path / WEIGHTS, "rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
     def scale(self, module: str) -> float:
-        """alpha / r of a target module (alpha / sqrt(r) with rsLoRA)."""
+        """alpha / r of a target module (alpha / sqrt(r) for rsLoRA)."""
         rank = self.pairs[module][0].shape[0]
         return self.alpha(module) / (rank**0.5 if self.config.get("use_rslora") else rank)
 
     def alpha(self, module: str) -> float:
-        """alpha of a target module: of the first pattern that ends its name, as in peft, or the common one."""
+        """alpha of a target module: that of the first matching pattern, as in peft, else the common one."""
         for pattern, value in (self.config.get("alpha_pattern") or {}).items():
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return float(value)
@@ -117,28 +115,29 @@ def _check_plain(path: Path, config: Mapping[str, Any]) -> None:
         if config.get(field):
             raise HealError(f"{path}: {words} ({field}) cannot be merged tensor by tensor; merge with peft")
     if config.get("bias", "none") != "none":
-        raise HealError(f"{path}: trained biases (bias: {config['bias']}) cannot be merged; train with none")
+        raise HealError(
+            f"{path}: trained biases (bias: {config['bias']}) cannot be merged; train with bias none"
+        )
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(_CHANGES_BASE):
         remedy = (
-            "save it with peft's save_pretrained(path_initial_model_for_weight_conversion=...), which makes a plain one"
+            "convert it to a plain adapter with peft's save_pretrained(path_initial_model_for_weight_conversion=...)"
             if start.startswith(_CONVERTIBLE)
             else "merge with peft"
         )
         raise HealError(
-            f"{path}: trained beside weights that its start changed (init_lora_weights: {start}), not beside these; "
-            f"{remedy}"
+            f"{path}: the initialisation changed the base weights (init_lora_weights: {start}); {remedy}"
         )
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where one product B A of an adapter goes.
+    """The checkpoint matrix that one product B A of an adapter changes.
 
     Attributes:
-        origin: the adapter's own module.
+        origin: the adapter's own module name.
         key: raw key of the matrix in the checkpoint.
-        module: the module of the loaded model that holds it; None where it has none of its own, as an expert that is
+        module: the module of the loaded model that holds it; None if it has none of its own, such as an expert that is
             loaded as a slice of one tensor.
         transposed: whether the matrix is stored as [in, out] (GPT-2's Conv1D).
     """
@@ -152,10 +151,10 @@ class Place:
 def placed(
     checkpoint: Checkpoint, adapter: Adapter, *, renumber: bool = False, trust_remote_code: bool = False
 ) -> list[Place]:
-    """Where the adapter's products go. Raises HealError where it does not fit.
+    """The matrices that the adapter's products change. Raises HealError if the adapter does not fit.
 
-    With `renumber` its layers are those of the unsliced model: they are counted anew by the checkpoint's plan, and
-    those of dropped layers are left out. How a matrix lies on disk is asked of the model's own class.
+    `renumber`: the layer numbers are those of the unsliced model. They are mapped by the checkpoint's plan, and those
+    of dropped layers are left out. The storage layout of each matrix is taken from the model's class.
     """
     plan = Plan.load(checkpoint.path) if renumber else None
     names = Names(checkpoint)
@@ -171,8 +170,8 @@ def placed(
     for origin in adapter.pairs:
         if {f"{origin}.weight", f"{origin.partition('.')[2]}.weight"} & tied:
             raise HealError(
-                f"{adapter.path}: its target {origin} shares its matrix with the embeddings in {checkpoint.path} "
-                "(tie_word_embeddings), where a change of one alone cannot be kept; train the adapter without it"
+                f"{adapter.path}: target {origin} shares its matrix with the embeddings in {checkpoint.path} "
+                "(tie_word_embeddings), so it cannot change alone; train the adapter without it"
             )
         layer = names.layer(f"{origin}.weight")
         if layer is None:
@@ -183,20 +182,22 @@ def placed(
                 continue
             key = names.in_layer(index, layer[1])
         if key is None or key not in checkpoint.tensors:
-            raise HealError(f"{adapter.path}: its target {origin} is not in {checkpoint.path}; wrong model?")
+            raise HealError(
+                f"{adapter.path}: target {origin} is not in {checkpoint.path}; pass its base model"
+            )
         module, transposed = modules.get(key, (None, bool(adapter.config.get("fan_in_fan_out"))))
         first, second = adapter.pairs[origin]
         shape = checkpoint.tensors[key].shape
         wanted = (second.shape[0], first.shape[1])[:: -1 if transposed else 1]
         if shape != wanted or first.shape[0] != second.shape[1]:
             raise HealError(
-                f"{adapter.path}: its {origin} is for a matrix of shape {list(wanted)}, but {key} has {list(shape)}; "
-                "the adapter is for another model"
+                f"{adapter.path}: {origin} expects a matrix of shape {list(wanted)}, but {key} has {list(shape)}; "
+                "pass its base model"
             )
         copy = adapter.copies.get(origin)
         if copy is not None and not _same(copy, checkpoint.tensors[key]):
             raise HealError(
-                f"{adapter.path}: was trained beside another {origin} than {key}, and has it with it; merge with peft"
+                f"{adapter.path}: contains the {origin} it was trained on, which differs from {key}; merge with peft"
             )
         found.append(Place(origin, key, module, transposed))
     if not found:
@@ -205,23 +206,23 @@ def placed(
 
 
 def _same(copy: TensorSpan, span: TensorSpan) -> bool:
-    """Whether the matrix is the same, in the dtype of the copy."""
+    """Whether the matrices are equal in the dtype of `copy`."""
     other = stored.read(copy)
     return torch.equal(stored.read(span).to(other.dtype), other)
 
 
 def _index(checkpoint: Checkpoint, adapter: Adapter, plan: Plan | None, index: int, name: str) -> int | None:
-    """The checkpoint's number of the adapter's layer `index`, of which `name` is a part; None for a dropped one."""
+    """The checkpoint's index of the adapter's layer `index`, which contains `name`; None for a dropped layer."""
     if plan is None:
         if index >= checkpoint.depth:
             raise HealError(
-                f"{adapter.path}: has a layer {index}, but {checkpoint.path} has {checkpoint.depth} layers; if it "
-                "was trained on the unsliced model, give --renumber"
+                f"{adapter.path}: has layer {index}, but {checkpoint.path} has only {checkpoint.depth} layers; if it "
+                "was trained on the unsliced model, use --renumber"
             )
         return index
     if index >= plan.depth:
         raise HealError(
-            f"{adapter.path}: has a layer {index}, but the source had {plan.depth}; it is another model's"
+            f"{adapter.path}: has layer {index}, but the source had {plan.depth} layers; pass an adapter of this model"
         )
     behind = part_of(name.partition(".")[0], ()) == FEED_FORWARD
     homes = [pair[behind] for pair in plan.sublayers]  # of a half-offset cut: two layers make one
@@ -229,5 +230,5 @@ def _index(checkpoint: Checkpoint, adapter: Adapter, plan: Plan | None, index: i
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D, a linear layer whose matrix is [in, out]."""
+    """Whether `module` is transformers' Conv1D, a linear layer with a matrix [in, out]."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")

@@ -1,14 +1,14 @@
-"""The table of architectures: where each keeps its layers, and which config fields speak of single layers.
+"""The table of architectures: where each stores its layers, and which config fields refer to single layers.
 
-Nothing here needs more than the standard library, so a plan can be checked before anything heavy is loaded.
-To add an architecture, add a row to `ARCHITECTURES` (its model_type, and whatever differs from the defaults of
-`Architecture`) and a tiny configuration to tests/tiny.py; the test then proves the row.
+Standard library only, so a plan can be checked before anything heavy is loaded. To add an architecture, add a row to
+`ARCHITECTURES` (its model_type, and whatever differs from the defaults of `Architecture`) and a tiny configuration to
+tests/tiny.py; a test checks the row.
 
-With K the kept old layer indices in order, a field is rewritten (`slicer.checkpoint.rewrite`) by one of
+With K the kept old layer indices in order, a field is rewritten (`slicer.checkpoint.rewrite`) by one of:
 
-    slice     [x[i] for i in K]                         a list with one entry a layer
+    slice     [x[i] for i in K]                         a list with one entry per layer
     reindex   the new positions of the members kept     a list of layer indices
-    count     #{i in K: i < x}                          a threshold: the layers below x are of the other kind
+    count     #{i in K: i < x}                          a threshold: layers below x are of another kind
     rule      a function of `checkpoint.layer_fields`   anything else
 """
 
@@ -30,19 +30,19 @@ DEPTH_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 @dataclass(frozen=True)
 class Architecture:
-    """How one model type keeps its layers.
+    """How one model type stores its layers.
 
     Attributes:
-        depth_field: the config field of the depth; a list where the depth is its length.
-        default_depth: the depth meant when the field is absent (wrappers write only what differs).
-        prefixes: what the keys of the layers' tensors may start with, first come first served.
-        text_config: the nested config that describes the decoder, where it is nested.
-        slices, reindexes, counts: per-layer fields by the way they are rewritten (see the module's docstring).
-        rule: what those three cannot say.
+        depth_field: the config field of the depth; a list if the depth is its length.
+        default_depth: the depth if the field is absent (wrappers write only values that differ from the default).
+        prefixes: possible prefixes of the layers' tensor keys; the first match is used.
+        text_config: the nested config of the decoder, if it is nested.
+        slices, reindexes, counts: per-layer fields by the way they are rewritten (see the module docstring).
+        rule: rewrites what those three cannot.
         mtp: has multi-token-prediction layers after the last; they are dropped and switched off.
         refuse: why no cut of it can be written.
-        refuse_if: the config field that must be true for that reason to hold.
-        note: what vLLM reads otherwise.
+        refuse_if: the config field that must be true for `refuse` to apply.
+        note: what vLLM reads differently.
     """
 
     depth_field: str = "num_hidden_layers"
@@ -59,9 +59,8 @@ class Architecture:
     note: Note | None = None
 
 
-# Where a layer writes into the residual stream: the last linear map of its feed-forward part, or of its attention (or
-# what stands for it), by module name within the layer. Over all architectures of the table these names are few and
-# mean the same thing wherever they occur, so no row has to choose.
+# The last linear map of the feed-forward part, or of the attention (or its equivalent), by module name within the
+# layer: it writes into the residual stream. The names mean the same in all rows of the table, so rows do not list them.
 FEED_FORWARD_OUTPUTS = (
     *(
         "mlp.down_proj",
@@ -82,8 +81,8 @@ ATTENTION_OUTPUTS = (
     *("mamba.out_proj", "mixer.out_proj", "mixer.o_proj", "linear_attn.out_proj", "conv.out_proj"),
     *("temporal_block.linear_out", "temporal_block.o_proj"),
 )
-# A mixture of experts: the module that adds its experts up, and the tensors, by their names on disk, that a linear map
-# of that sum goes into (with the axis of the hidden size).
+# Mixtures of experts: the module that sums the experts, and the tensor names on disk that a linear map of that sum is
+# folded into (with the axis of the hidden size).
 EXPERT_MODULES = ("mlp", "block_sparse_moe", "feed_forward", "mixer", "ffn")
 EXPERT_OUTPUTS = (
     (r"(shared_)?experts?\.(\d+\.)?(down_proj|w2)\.weight", 0),
@@ -94,7 +93,7 @@ EXPERT_OUTPUTS = (
 _H, _BACKBONE = ("transformer.h.",), ("backbone.layers.", "model.layers.")
 _WRAPPED = ("model.language_model.layers.", "language_model.model.layers.", "model.layers.")
 _TYPES = ("layer_types",)
-_SHARED = "its layers share one attention block, which a shallower copy of the config cannot place"
+_SHARED = "its layers share one attention block, which a config with fewer layers cannot express"
 _PLAIN = Architecture()
 _LAYER_TYPES = Architecture(slices=_TYPES)
 _QWEN = Architecture(slices=_TYPES, counts=("max_window_layers",), note=vllm_notes.qwen_windows)
@@ -104,7 +103,7 @@ _GEMMA3N = Architecture(
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
-    # model_type: where its layers are, and the fields that speak of single layers
+    # model_type: where its layers are, and the fields that refer to single layers
     "apertus": _PLAIN,
     "arcee": _PLAIN,
     "bamba": Architecture(reindexes=("attn_layer_indices",), note=Unserved("bamba")),
@@ -229,26 +228,23 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-# --- the questions the rest of slicer asks ----------------------------------------------------------------------------
+# --- queries ----------------------------------------------------------------------------------------------------------
 
 
 def _row(config: Mapping[str, Any]) -> tuple[str, Architecture]:
     name = config.get("model_type")
     if not isinstance(name, str):
-        raise ArchitectureError("config.json has no model_type; give a transformers checkpoint")
+        raise ArchitectureError("config.json has no model_type; pass a transformers checkpoint")
     if name not in ARCHITECTURES:
         raise ArchitectureError(
-            f"model type {name!r} is not in slicer's table, so its per-layer fields are unknown; to add it, write a "
-            "row in slicer/checkpoint/architectures.py (docs/architecture.md, 'Adding an architecture')"
+            f"model type {name!r} is not in slicer's table, so its per-layer fields are unknown; add a row in "
+            "slicer/checkpoint/architectures.py (docs/architecture.md, 'Adding an architecture')"
         )
     return name, ARCHITECTURES[name]
 
 
 def lookup(config: Mapping[str, Any]) -> Architecture:
-    """The row for a raw config.json.
-
-    Raises ArchitectureError for a model type that is not in the table, or that no cut can be written for.
-    """
+    """The row for a raw config.json. Raises ArchitectureError if it is missing, or no cut can be written."""
     name, row = _row(config)
     if row.refuse and (row.refuse_if is None or text_config(config).get(row.refuse_if)):
         raise ArchitectureError(f"{name} cannot be sliced: {row.refuse}; choose another model")
@@ -256,7 +252,7 @@ def lookup(config: Mapping[str, Any]) -> Architecture:
 
 
 def text_config(config: Mapping[str, Any]) -> Fields:
-    """The part of the config that describes the decoder: a nested one for multimodal wrappers (never a copy)."""
+    """The part of the config that describes the decoder, nested in multimodal wrappers; not a copy."""
     row = ARCHITECTURES.get(str(config.get("model_type")))
     nested = config.get(row.text_config) if row and row.text_config else None
     part = nested if isinstance(nested, dict) else config
@@ -265,7 +261,7 @@ def text_config(config: Mapping[str, Any]) -> Fields:
 
 
 def depth(config: Mapping[str, Any]) -> int:
-    """N, the number of decoder layers. Raises ArchitectureError when the config does not say."""
+    """L, the number of decoder layers. Raises ArchitectureError if the config does not contain it."""
     name, row = _row(config)
     part = text_config(config)
     if row.depth_field == "layers_block_type":
@@ -283,10 +279,10 @@ def depth(config: Mapping[str, Any]) -> int:
 
 
 def layer_prefix(architecture: Architecture, keys: Iterable[str]) -> str:
-    """What the keys of the decoder layers start with in this checkpoint, such as "model.layers.".
+    """The key prefix of the decoder layers in this checkpoint, such as "model.layers.".
 
-    Checkpoints of the bare model lack the outermost name ("h.0." for "transformer.h.0."). Raises
-    ArchitectureError when no key fits.
+    Checkpoints of the bare model lack the outermost name ("h.0." for "transformer.h.0."). Raises ArchitectureError if
+    no key matches.
     """
     found = {match[1] for key in keys if (match := re.match(r"((?:[^.]+\.)*?)\d+\.", key))}
     for prefix in architecture.prefixes:
@@ -296,16 +292,16 @@ def layer_prefix(architecture: Architecture, keys: Iterable[str]) -> str:
         if (bare := prefix.partition(".")[2]) in found:
             return bare
     raise ArchitectureError(
-        f"no tensor is named {architecture.prefixes[0]}<number>.*, as layers of this model type are; "
-        "the weights do not belong to this config.json"
+        f"no tensor is named {architecture.prefixes[0]}<number>.*, as the layers of this model type are; "
+        "pass weights that belong to this config.json"
     )
 
 
 def slice_key(key: str, prefix: str, kept: Sequence[int], depth: int) -> str | None:
-    """The name of a tensor in the sliced checkpoint, or None if it goes.
+    """The name of a tensor in the sliced checkpoint, or None if it is dropped.
 
-    Tensors of dropped layers go, and those that predict further tokens (MTP): layers past the last one, and
-    anything named `mtp`, since what they were trained to follow is no longer there.
+    Drops the tensors of dropped layers, and of multi-token prediction (layers past the last one, and names with `mtp`),
+    because the layers that it was trained on are changed.
     """
     if key.startswith(prefix):
         number, dot, rest = key[len(prefix) :].partition(".")
@@ -317,6 +313,6 @@ def slice_key(key: str, prefix: str, kept: Sequence[int], depth: int) -> str | N
 
 
 def unserved(config: Mapping[str, Any]) -> str | None:
-    """Why vLLM cannot serve a checkpoint of this model type at all, or None."""
+    """Why vLLM cannot serve this model type, or None."""
     row = ARCHITECTURES.get(str(config.get("model_type")))
     return row.note({}, (), 0) if row is not None and isinstance(row.note, Unserved) else None

@@ -1,7 +1,7 @@
 """The blockwise form: layers without attention or without feed-forward part, served by vLLM's DeciLMForCausalLM.
 
-What that class can run (vLLM 0.32, `nemotron_nas.py`): Llama's layer, with or without biases, silu, any kind of rotary
-embedding, no norm of queries and keys, and attention in the first layer. Standard library only.
+That class (vLLM 0.32, `nemotron_nas.py`) supports Llama's layer, with or without biases, silu, any rotary embedding, no
+norm of queries and keys, and needs attention in the first layer. Standard library only.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ _FIELDS = (
     *("pad_token_id", "bos_token_id", "eos_token_id", "head_dim", "dtype", "torch_dtype", "layer_types"),
     *("sliding_window", "transformers_version"),
 )
-_ZEROED = "--format zeroed loads everywhere, but saves nothing"
+_ZEROED = "use --format zeroed, which loads everywhere but saves no memory"
 
 
 def check(checkpoint: Checkpoint, config: Mapping[str, Any], plan: Plan) -> None:
-    """Raise ArchitectureError where the blockwise form cannot say what `plan` leaves of `checkpoint`.
+    """Raise ArchitectureError if the blockwise form cannot express what `plan` keeps of `checkpoint`.
 
     `config` is config.json with transformers' defaults written out.
     """
     name = str(config.get("model_type"))
     if any(".q_norm." in key or ".q_layernorm." in key for key in checkpoint.tensors):
         raise ArchitectureError(
-            f"{name}: its attention norms queries and keys (QK-norm), which the blockwise form cannot; {_ZEROED}"
+            f"{name}: the blockwise form does not support normed queries and keys (QK-norm); {_ZEROED}"
         )
     if name == MODEL_TYPE:
         raise ArchitectureError(
-            f"{checkpoint.path}: is in the blockwise form already; drop all parts at once from the original"
+            f"{checkpoint.path}: already in the blockwise form; drop everything at once from the original"
         )
     if name not in FAMILIES:
         raise ArchitectureError(
-            f"{name}: the blockwise form is for {', '.join(FAMILIES[:-1])} and {FAMILIES[-1]}; {_ZEROED}"
+            f"{name}: the blockwise form supports only {', '.join(FAMILIES[:-1])} and {FAMILIES[-1]}; {_ZEROED}"
         )
     if config.get("hidden_act", "silu") != "silu":
         raise ArchitectureError(
-            f"{name}: activation {config['hidden_act']!r}, and the blockwise form knows silu only; {_ZEROED}"
+            f"{name}: the blockwise form supports only silu, not {config['hidden_act']!r}; {_ZEROED}"
         )
     if plan.sublayers[0][0] in plan.no_attention:
         raise ArchitectureError(
@@ -63,13 +63,12 @@ def check(checkpoint: Checkpoint, config: Mapping[str, Any], plan: Plan) -> None
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
     if heads % (kv_heads or heads):
         raise ArchitectureError(
-            f"{name}: {heads} heads do not divide by {kv_heads} key-value heads; {_ZEROED}"
+            f"{name}: {heads} heads are not a multiple of {kv_heads} key-value heads; {_ZEROED}"
         )
 
 
 def config_of(rewritten: Mapping[str, Any], expanded: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    """config.json of the blockwise form: `rewritten` is that of the layers kept, `expanded` the source's with every
-    default."""
+    """config.json of the blockwise form; `rewritten`: of the kept layers, `expanded`: of the source, with defaults."""
     merged = {**expanded, **rewritten}
     name = merged["model_type"]
     heads = merged["num_attention_heads"]

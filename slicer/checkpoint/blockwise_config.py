@@ -1,11 +1,11 @@
-"""The configuration of the blockwise form: a Llama-like model of which each layer says what it has.
+"""The configuration of the blockwise form: a Llama-like model whose layers may lack attention or feed-forward part.
 
-`block_configs` has one entry a layer, as vLLM's DeciLMForCausalLM reads it (by attribute) and as JSON:
+`block_configs` has one entry per layer, as vLLM's DeciLMForCausalLM reads it (by attribute) and as JSON:
 
     {"attention": {"no_op": false, "n_heads_in_group": 7}, "ffn": {"no_op": false, "intermediate_size": 4864}}
 
-A block may also have `"emulated_ranks": {"mid": r, "end": r}`: low-rank maps that stand for parts removed behind its
-attention and behind its feed-forward part.
+A block may also have `"emulated_ranks": {"mid": r, "end": r}`: the ranks of low-rank replacements of removed sublayers,
+after its attention and after its feed-forward part.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from slicer.checkpoint.blockwise import MODEL_TYPE
 
 
 class Block(dict[str, Any]):
-    """A JSON object whose entries are attributes too."""
+    """A JSON object with attribute access to its entries."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -28,8 +28,8 @@ class Block(dict[str, Any]):
 
 
 class BlockwiseConfig(LlamaConfig):  # type: ignore[misc]
-    """Llama's fields and, beside `block_configs`: `layer_types` and `sliding_window` as Mistral and Qwen2 have them,
-    and `qkv_bias` (None: as `attention_bias`, which then speaks of the output projection alone)."""
+    """Llama's fields and, besides `block_configs`: `layer_types` and `sliding_window` as in Mistral and Qwen2, and
+    `qkv_bias` (None: as `attention_bias`, which otherwise applies to the output projection only)."""
 
     model_type = MODEL_TYPE
 

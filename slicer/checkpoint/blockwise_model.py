@@ -1,7 +1,7 @@
-"""The blockwise form as a transformers model: Qwen2's code, without the parts that a layer does not have.
+"""The blockwise form as a transformers model: Qwen2's code, without the sublayers that a layer lacks.
 
-It is called as vLLM calls its own, DeciLMForCausalLM, and reads the same directory. A layer without attention keeps no
-keys and values; where a low-rank map stands for removed parts, it acts behind the part before them.
+It has the class name of vLLM's own model, DeciLMForCausalLM, and reads the same directory. A layer without attention
+stores no keys and values; a low-rank replacement of removed sublayers acts after the sublayer before them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from slicer.checkpoint.blockwise_config import BlockwiseConfig
 
 
 class DeciLMAttention(Qwen2Attention):  # type: ignore[misc]
-    """Attention whose biases the config turns on: `qkv_bias` for queries, keys and values, `attention_bias` for the
-    output."""
+    """Attention with biases by config: `qkv_bias` for queries, keys and values, `attention_bias` for the output."""
 
     def __init__(self, config: BlockwiseConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -41,7 +40,7 @@ class DeciLMAttention(Qwen2Attention):  # type: ignore[misc]
 
 
 class Emulated(nn.Module):
-    """What stands for removed parts behind one that stays: x + up(down(norm(x))) of rank r, [.., d] to [.., d]."""
+    """Low-rank replacement of removed sublayers: x + up(down(norm(x))), rank r, [.., d] -> [.., d]."""
 
     def __init__(self, width: int, rank: int, eps: float) -> None:
         super().__init__()
@@ -55,7 +54,7 @@ class Emulated(nn.Module):
 
 
 class DeciLMDecoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
-    """A decoder layer with what its entry of `block_configs` says."""
+    """A decoder layer with the sublayers that its entry of `block_configs` lists."""
 
     def __init__(self, config: BlockwiseConfig, layer_idx: int) -> None:
         super().__init__()
@@ -87,7 +86,7 @@ class DeciLMDecoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
 
 
 class DeciLMPreTrainedModel(Qwen2PreTrainedModel):  # type: ignore[misc]
-    """What the two classes below share."""
+    """Settings that the two classes below share."""
 
     config: BlockwiseConfig
     config_class = BlockwiseConfig
@@ -96,7 +95,7 @@ class DeciLMPreTrainedModel(Qwen2PreTrainedModel):  # type: ignore[misc]
 
 
 class DeciLMModel(DeciLMPreTrainedModel, Qwen2Model):  # type: ignore[misc]
-    """The decoder: Qwen2's, with layers of its own."""
+    """The decoder: Qwen2's, with `DeciLMDecoderLayer`."""
 
     def __init__(self, config: BlockwiseConfig) -> None:
         super().__init__(config)

@@ -1,8 +1,8 @@
-"""Tensors read past the page cache into memory that is used again.
+"""Reads tensors past the page cache into reused memory.
 
-Reading a layer into fresh memory costs more than the reading: on a virtual machine, touching new pages and copying out
-of the page cache took 1.7 s of processor time for 634 MB that the disk gave in 0.45 s. So bytes that the page cache
-does not have go from the disk straight into a buffer (O_DIRECT), which is filled again once no tensor lies in it.
+Reading a layer into new memory is slow: on a virtual machine, touching new pages and copying out of the page cache took
+1.7 s of processor time for 634 MB that the disk delivered in 0.45 s. So bytes that are not in the page cache go from
+the disk directly (O_DIRECT) into a buffer, which is reused when no tensor is left in it.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from slicer.checkpoint import tensors as torch_tensors
 from slicer.checkpoint.reader import TensorSpan
 from slicer.errors import SourceError
 
-_BLOCK = 16 << 20  # bytes asked for at once: enough for a disk's full rate
-_PAGE = 4096  # offsets, lengths and addresses of direct reading are multiples of this
-_GAP = 1 << 20  # bytes of other tensors between two wanted ones that are read along
-_KEPT = 2  # buffers: one in use, one being filled
-_UNREFERENCED = 2  # what sys.getrefcount says of a buffer in the pool's list that no tensor holds
+_BLOCK = 16 << 20  # bytes per request: enough for a disk's full rate
+_PAGE = 4096  # direct reads need offsets, lengths and addresses that are multiples of this
+_GAP = 1 << 20  # largest gap between two wanted tensors that is read along with them
+_KEPT = 2  # number of buffers: one in use, one being filled
+_UNREFERENCED = 2  # sys.getrefcount of a pooled buffer that no tensor uses
 
 
 class Buffers:
-    """Reads tensors, each group of them into one buffer. Safe to use from several threads.
+    """Reads each group of tensors into one buffer. Thread-safe.
 
-    `capacity` is what the largest group takes (see `room`), so that every buffer suits every group.
+    `capacity`: bytes of the largest group (see `room`), so that every buffer fits every group.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -40,9 +40,9 @@ class Buffers:
         self._held: list[mmap.mmap] = []
 
     def read(self, spans: Mapping[str, TensorSpan]) -> dict[str, torch.Tensor]:
-        """Key -> tensor. The memory is theirs until the last of them (and of their views) is gone.
+        """Key -> tensor. The memory is reused after the last of them (and of their views) is freed.
 
-        Raises SourceError when a file cannot be read, or ends too early.
+        Raises SourceError if a file cannot be read or is truncated.
         """
         found: dict[str, torch.Tensor] = {}
         plain = {key: span for key, span in spans.items() if span.key is None}
@@ -65,7 +65,7 @@ class Buffers:
         return {key: found[key] for key in spans}
 
     def _take(self, size: int) -> torch.Tensor:
-        """`size` bytes that nobody else uses, from the pool or fresh."""
+        """`size` unused bytes, from the pool or new."""
         with self._lock:
             free = [at for at in range(len(self._held)) if sys.getrefcount(self._held[at]) == _UNREFERENCED]
             suiting = [at for at in free if len(self._held[at]) >= size]
@@ -78,7 +78,7 @@ class Buffers:
 
 
 def room(spans: Iterable[TensorSpan]) -> int:
-    """Bytes of buffer that a group of tensors takes."""
+    """Bytes of buffer that a group of tensors needs."""
     runs = _runs({str(at): span for at, span in enumerate(spans) if span.key is None})
     return sum(
         _rounded(max(span.end for _, span in run) - run[0][1].start + run[0][1].start % _PAGE) for run in runs
@@ -90,7 +90,7 @@ def _rounded(size: int) -> int:
 
 
 def _runs(spans: Mapping[str, TensorSpan]) -> list[list[tuple[str, TensorSpan]]]:
-    """Tensors that lie close together in one file, in the order of their bytes."""
+    """Groups of tensors that are close together in one file, in byte order."""
     runs: list[list[tuple[str, TensorSpan]]] = []
     end = 0
     for key, span in sorted(spans.items(), key=lambda item: (str(item[1].file), item[1].start)):
@@ -104,7 +104,7 @@ def _runs(spans: Mapping[str, TensorSpan]) -> list[list[tuple[str, TensorSpan]]]
 
 
 def _fresh(size: int) -> mmap.mmap:
-    """New memory, in large pages where the system has them."""
+    """New memory, in huge pages if the system has them."""
     memory = mmap.mmap(-1, _rounded(size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):
@@ -113,7 +113,7 @@ def _fresh(size: int) -> mmap.mmap:
 
 
 def _fill(part: torch.Tensor, file: Path, start: int, length: int) -> None:
-    """file[start : start + length] -> the front of `part`, whose size is `length` rounded up to pages."""
+    """Read file[start : start + length] into `part`, whose size is `length` rounded up to pages."""
     view = part.numpy().data
     try:
         with contextlib.ExitStack() as stack:
@@ -136,7 +136,7 @@ def _fill(part: torch.Tensor, file: Path, start: int, length: int) -> None:
 
 
 def _open_direct(file: Path) -> int | None:
-    """A descriptor that reads past the page cache, where the system and the file system have such."""
+    """A descriptor for O_DIRECT, or None if the system or the file system does not support it."""
     try:
         return os.open(file, os.O_RDONLY | os.O_DIRECT)
     except (AttributeError, OSError):
@@ -144,7 +144,7 @@ def _open_direct(file: Path) -> int | None:
 
 
 def _cached(descriptor: int, block: memoryview, at: int) -> int:
-    """Read what the page cache has at once; returns how much that was."""
+    """Read what is in the page cache at `at` without blocking; returns the number of bytes."""
     try:
         return os.preadv(descriptor, [block], at, os.RWF_NOWAIT)
     except (AttributeError, OSError):
@@ -152,10 +152,10 @@ def _cached(descriptor: int, block: memoryview, at: int) -> int:
 
 
 def _read(usual: int, direct: int | None, block: memoryview, at: int) -> tuple[int, int | None]:
-    """(bytes read, the descriptor for direct reading if it is of use from here on)."""
+    """(bytes read, descriptor for direct reading, None if it no longer works)."""
     if direct is not None and at % _PAGE == 0:
         try:
             return os.preadv(direct, [block], at), direct
-        except OSError:  # the file system wants another alignment, or does not have it after all
+        except OSError:  # the file system needs another alignment, or does not support it
             direct = None
     return os.preadv(usual, [block], at), direct

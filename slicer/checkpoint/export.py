@@ -1,6 +1,6 @@
-"""Checkpoint + Plan -> a directory: the kept tensors under their new names, the rewritten config, the companions.
+"""Writes the sliced checkpoint: kept tensors under new names, rewritten config, companion files.
 
-Builds no model. Tensors keep their bytes; config.json keeps every field that does not speak of layers.
+Builds no model. Tensor bytes are copied unchanged; config.json keeps every field that does not refer to layers.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def expand_config(path: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """config.json as transformers understands it, every default and per-layer list written out.
+    """config.json as transformers reads it, with all defaults and per-layer lists.
 
-    Raises SourceError with transformers' reason when it refuses the config.
+    Raises SourceError with transformers' reason if it rejects the config.
     """
     from transformers import AutoConfig
 
@@ -36,13 +36,13 @@ def expand_config(path: Path, *, trust_remote_code: bool = False) -> dict[str, A
             str(path), trust_remote_code=trust_remote_code, local_files_only=True
         )
         return dict(config.to_dict())
-    except Exception as error:  # a config class may raise anything for a field it does not like
+    except Exception as error:  # config classes raise many kinds
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:
             raise ArchitectureError(
-                f"{path}: needs its own code; read it, then pass --trust-remote-code"
+                f"{path}: needs the checkpoint's own code; review it, then pass --trust-remote-code"
             ) from None
-        raise SourceError(f"{path}/config.json: transformers refuses it: {reason[:300]}") from None
+        raise SourceError(f"{path}/config.json: transformers rejects it: {reason[:300]}") from None
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -54,7 +54,7 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
                 quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
             )
             raise SourceError(
-                f"{checkpoint.path}: quantized ({method}); unquantized float32, float16 and bfloat16 checkpoints "
+                f"{checkpoint.path}: quantized ({method}), but only float32, float16 and bfloat16 checkpoints "
                 "are supported: slice the original and quantize the result"
             )
 
@@ -69,9 +69,9 @@ def export(
     force: bool = False,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Write the checkpoint that keeps `plan.kept`, whole or not at all, with its plan; returns `out`.
+    """Write the checkpoint that keeps `plan.kept`, with its plan, atomically; returns `out`.
 
-    Raises PlanError, ArchitectureError, SourceError or OutputError; then `out` is as it was.
+    Raises PlanError, ArchitectureError, SourceError or OutputError, and then leaves `out` unchanged.
     """
     check_output(out, checkpoint.path, force=force)
     config = sliced_config(checkpoint, plan, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -83,9 +83,9 @@ def export(
 def sliced_config(
     checkpoint: Checkpoint, plan: Plan, *, dtype: str | None = None, trust_remote_code: bool = False
 ) -> dict[str, Any]:
-    """The new config.json. Raises ArchitectureError when its fields cannot express the cut."""
+    """The new config.json. Raises ArchitectureError if its fields cannot express the cut."""
     if plan.depth != checkpoint.depth:
-        raise PlanError(f"the plan is for {plan.depth} layers but {checkpoint.path} has {checkpoint.depth}")
+        raise PlanError(f"the plan is for {plan.depth} layers, but {checkpoint.path} has {checkpoint.depth}")
     config = kept_config(checkpoint, plan.kept, dtype=dtype, trust_remote_code=trust_remote_code)
     if not plan.below_layers:
         return config
@@ -98,9 +98,7 @@ def sliced_config(
     if plan.form == "zeroed":
         sublayers.zeroed_keys(checkpoint, plan)
     elif plan.no_attention or plan.no_ffn:
-        raise PlanError(
-            "the plan leaves a layer without one of its parts; its form must be blockwise or zeroed"
-        )
+        raise PlanError("the plan removes single sublayers; its form must be blockwise or zeroed")
     return config
 
 
@@ -111,9 +109,9 @@ def kept_config(
     dtype: str | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """The config.json of the layers `kept`, all of which may stay. Raises ArchitectureError as `sliced_config` does."""
+    """The config.json of the layers `kept` (possibly all). Raises ArchitectureError as `sliced_config`."""
     if rewrite.is_explicit(checkpoint.config):
-        # transformers, whose import takes seconds, has nothing to add.
+        # transformers, whose import takes seconds, is not needed.
         config = rewrite.rewrite_config(checkpoint.config, checkpoint.config, kept)
     else:
         expanded = expand_config(checkpoint.path, trust_remote_code=trust_remote_code)
@@ -136,9 +134,9 @@ def _check_expressed(
     kept: Sequence[int],
     trust_remote_code: bool,
 ) -> None:
-    """Let transformers read the new config, and compare what it makes of each layer."""
+    """Let transformers read the new config and compare the kept layers' fields with the old ones."""
     with tempfile.TemporaryDirectory(prefix="slicer-config-") as scratch:
-        if trust_remote_code:  # the config class itself may be the checkpoint's own code
+        if trust_remote_code:  # the config class may be the checkpoint's own code
             for file in checkpoint.path.glob("*.py"):
                 shutil.copyfile(inside(checkpoint.path, file.name), Path(scratch) / file.name)
         (Path(scratch) / "config.json").write_text(json.dumps(config), "utf-8")
@@ -146,7 +144,7 @@ def _check_expressed(
             again = expand_config(Path(scratch), trust_remote_code=trust_remote_code)
         except SourceError as error:
             reason = str(error).rsplit("refuses it: ", 1)[-1]
-            raise ArchitectureError(f"transformers refuses the config of this cut: {reason}") from None
+            raise ArchitectureError(f"transformers rejects the config of this cut: {reason}") from None
     rewrite.check_rewritten(expanded, again, kept)
 
 
@@ -162,10 +160,9 @@ def write_checkpoint(
     replaced: Mapping[str, TensorSpan] | None = None,
     added: Mapping[str, TensorSpan] | None = None,
 ) -> None:
-    """Fill the empty `directory`: weights, config.json, companions and slicer/plan.json.
+    """Fill the empty `directory`: weights, config.json, companion files and slicer/plan.json.
 
-    `replaced` has, under raw keys of the source, the tensors whose bytes are taken from elsewhere; `added`, under keys
-    of the result, those that the source has not.
+    `replaced`: raw source key -> tensor to write in its place; `added`: result key -> tensor that the source lacks.
     """
     tensors = {**sublayers.tensors_of(checkpoint.replacing(replaced or {}), plan), **(added or {})}
     cast = DTYPES[dtype] if dtype else None
@@ -188,7 +185,7 @@ def copy_unchanged(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
-    """Fill the empty `directory` with `checkpoint` as it is, its slicer/ too, but for the tensors `replaced`."""
+    """Fill the empty `directory` with a copy of `checkpoint` and its slicer/, except for the tensors `replaced`."""
     tensors = checkpoint.replacing(replaced).tensors
     cast = DTYPES[dtype] if dtype else None
     check_space(directory, sum(span.cast(cast)[1] for span in tensors.values()) + (1 << 20))
@@ -204,7 +201,7 @@ def copy_unchanged(
 
 
 def copy_companions(source: Path, directory: Path) -> None:
-    """Copy tokenizer, chat template, generation config, code and licence; never weights or the old card."""
+    """Copy tokenizer, chat template, generation config, code and licence; not weights or the model card."""
     skipped = {"config.json", "README.md", INDEX, BIN_INDEX}
     for file in sorted(source.rglob("*")):
         relative = file.relative_to(source)
@@ -225,18 +222,20 @@ def copy_companions(source: Path, directory: Path) -> None:
 
 
 def check_output(out: Path, source: Path, *, force: bool = False) -> None:
-    """Raise OutputError unless `out` may be written: free, or replaceable, and apart from `source`."""
+    """Raise OutputError if `out` may not be written: occupied, not replaceable, or overlapping with `source`."""
     real, real_source = out.resolve(), source.resolve()
     if real == real_source or real.is_relative_to(real_source):
-        raise OutputError(f"{out}: lies inside the source; choose another place with -o")
+        raise OutputError(f"{out}: inside the source directory; choose another directory with -o")
     if real_source.is_relative_to(real):
-        raise OutputError(f"{out}: contains the source; choose another place with -o")
+        raise OutputError(f"{out}: contains the source directory; choose another directory with -o")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise OutputError(f"{out}: exists and is not a directory; choose another place with -o")
+        raise OutputError(f"{out}: not a directory; choose another one with -o")
     if out.is_dir() and any(out.iterdir()):
         if not force:
-            raise OutputError(f"{out}: not empty; choose another place with -o, or replace it with --force")
+            raise OutputError(
+                f"{out}: not empty; choose another directory with -o, or replace it with --force"
+            )
         if not (out / "config.json").is_file():
             raise OutputError(
-                f"{out}: --force replaces checkpoints only, and this has no config.json; remove it first"
+                f"{out}: --force replaces only checkpoints, and this has no config.json; remove it yourself"
             )

@@ -1,7 +1,7 @@
-"""Which weights an adapter stands on: a small file beside one that slicer trained, and a look at it before a merge.
+"""Records which base weights an adapter was trained on and checks this before merging.
 
-peft knows an adapter's base by its path alone. A cut that was folded before it was trained has the names and shapes of
-the bare cut, so an adapter put on the wrong one of the two fits, and gives another model without a word.
+peft records only the path of the base. A cut that was folded before training has the tensor names and shapes of the
+bare cut, so an adapter on the wrong one of the two would load and give wrong results without an error.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import HealError
 
 FILE = "slicer.json"
-BASE = "base"  # beside the adapter, where its base would be gone otherwise
-_BEGINNING = 1 << 20  # bytes of each tensor
+BASE = "base"  # directory with the base weights beside the adapter, if they exist nowhere else
+_BEGINNING = 1 << 20  # bytes of each tensor that are hashed
 
 
 def digest(checkpoint: Checkpoint) -> str:
-    """SHA-256 of the names, dtypes, shapes and beginnings of all tensors, in hexadecimal."""
+    """SHA-256 (hexadecimal) of the names, dtypes, shapes and first bytes of all tensors."""
     found = hashlib.sha256()
     for key, span in sorted(checkpoint.tensors.items()):
         found.update(json.dumps([key, span.dtype, span.shape]).encode())
@@ -29,13 +29,13 @@ def digest(checkpoint: Checkpoint) -> str:
 
 
 def note_base(adapter: Path, base: Checkpoint, place: str) -> None:
-    """Write beside the adapter what it was trained on: the weights of `base`, which are to be found at `place`."""
+    """Record beside the adapter that it was trained on the weights of `base`, which are stored at `place`."""
     record = {"base": place, "digest": digest(base)}
     (adapter / FILE).write_text(json.dumps(record, indent=1) + "\n", "utf-8")
 
 
 def check_base(adapter: Path, checkpoint: Checkpoint) -> None:
-    """Raise HealError where slicer trained `adapter` on other weights than those of `checkpoint`."""
+    """Raise HealError if slicer trained `adapter` on other weights than those of `checkpoint`."""
     file = adapter / FILE
     if not file.is_file():
         return
@@ -43,9 +43,9 @@ def check_base(adapter: Path, checkpoint: Checkpoint) -> None:
         record = json.loads(file.read_text("utf-8"))
         place, wanted = str(record["base"]), record["digest"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise HealError(f"{file}: cannot be read; remove it to merge the adapter unchecked") from None
+        raise HealError(f"{file}: cannot be read; remove it to merge without this check") from None
     if wanted != digest(checkpoint):
         base = adapter / BASE if (adapter / BASE / "config.json").is_file() else place
         raise HealError(
-            f"{adapter}: was trained on other weights than those of {checkpoint.path}; merge it into {base}"
+            f"{adapter}: was not trained on the weights of {checkpoint.path}; merge it into {base}"
         )

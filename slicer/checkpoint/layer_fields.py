@@ -1,6 +1,6 @@
-"""How config fields that speak of single layers are rewritten where no slice, reindex or count says it: the rules.
+"""Rules that rewrite config fields of single layers where slice, reindex and count are not enough.
 
-In this file K is the kept old layer indices in order and N the old depth.
+In this file, K is the kept old layer indices in order and N the old depth.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from typing import Any
 from slicer.errors import ArchitectureError
 
 Fields = dict[str, Any]
-# (config being rewritten, the old config with every default written out, K, N)
+# (config to rewrite, old config with all defaults, K, N)
 Rule = Callable[[Fields, Mapping[str, Any], Sequence[int], int], None]
 
 
 def sparse_step(new: Fields, old: Mapping[str, Any], kept: Sequence[int], depth: int) -> None:
-    """Qwen MoE: a layer is dense if listed, or if (i + 1) % decoder_sparse_step; afterwards all are listed."""
+    """Qwen MoE: a layer is dense if listed, or if (i + 1) % decoder_sparse_step; the result lists all dense layers."""
     step, listed = old.get("decoder_sparse_step") or 1, set(old.get("mlp_only_layers") or ())
     new["mlp_only_layers"] = [at for at, i in enumerate(kept) if i in listed or (i + 1) % step]
     new["decoder_sparse_step"] = 1
 
 
 def llama4_moe(new: Fields, old: Mapping[str, Any], kept: Sequence[int], depth: int) -> None:
-    """transformers reads `moe_layers`, vLLM the step: write the first, and the second where one says the same."""
+    """transformers reads `moe_layers`, vLLM the step: write the first, and the second if it can express the same."""
     new["moe_layers"] = moe = positions(old["moe_layers"], kept)
     step = old.get("interleave_moe_layer_step") or 1
     for s in (step, *range(1, len(kept) + 2)):
@@ -35,7 +35,7 @@ def llama4_moe(new: Fields, old: Mapping[str, Any], kept: Sequence[int], depth: 
 
 
 def gpt_neo_attention(new: Fields, old: Mapping[str, Any], kept: Sequence[int], depth: int) -> None:
-    """`attention_types` is a run-length code: [[["global", "local"], 2]] stands for four layers."""
+    """`attention_types` is a run-length code: [[["global", "local"], 2]] means four layers."""
     kinds = [kind for pattern, times in old["attention_types"] for _ in range(times) for kind in pattern]
     check_length("attention_types", kinds, depth)
     kinds = [kinds[i] for i in kept]
@@ -44,20 +44,20 @@ def gpt_neo_attention(new: Fields, old: Mapping[str, Any], kept: Sequence[int], 
 
 
 def ernie_moe(new: Fields, old: Mapping[str, Any], kept: Sequence[int], depth: int) -> None:
-    """MoE where start <= i <= end and (i + 1) % interval == 0; the new set must have that form again."""
+    """MoE layers have start <= i <= end and (i + 1) % interval == 0; the new set must have that form too."""
     start, end = old["moe_layer_start_index"], old["moe_layer_end_index"]
     step = old.get("moe_layer_interval") or 1
     end = depth - 1 if end == -1 else end
     moe = [at for at, i in enumerate(kept) if start <= i <= end and (i + 1) % step == 0]
-    # An empty range is one that starts past the last layer: an end of -1 would mean the last layer.
+    # An empty range starts past the last layer: an end of -1 would mean the last layer.
     first, last = (moe[0], moe[-1]) if moe else (len(kept), len(kept) - 1)
     for s in (step, *range(1, len(kept) + 1)):
         if moe == [i for i in range(first, last + 1) if (i + 1) % s == 0]:
             new.update(moe_layer_start_index=first, moe_layer_end_index=last, moe_layer_interval=s)
             return
     raise ArchitectureError(
-        "moe_layer_interval: the expert layers that stay are not evenly spaced, which ernie4_5_moe cannot say; "
-        f"drop whole multiples of {step} neighbouring layers"
+        "moe_layer_interval: the kept expert layers are not evenly spaced, which ernie4_5_moe cannot express; "
+        f"drop multiples of {step} neighbouring layers"
     )
 
 
@@ -68,18 +68,18 @@ def recurrent_blocks(new: Fields, old: Mapping[str, Any], kept: Sequence[int], d
 
 
 def scale_depth(new: Fields, old: Mapping[str, Any], kept: Sequence[int], depth: int) -> None:
-    """MiniCPM3 scales each branch by scale_depth / sqrt(depth); null means that quotient is 1."""
+    """MiniCPM3 scales each branch by scale_depth / sqrt(depth); null means a scale of 1."""
     scale = new.get("scale_depth", old.get("scale_depth"))
     if scale is not None:
         new["scale_depth"] = scale * math.sqrt(len(kept) / depth)
 
 
 def periods(new: Fields, old: Mapping[str, Any], kept: Sequence[int], depth: int) -> None:
-    """Jamba: attention layers, and expert layers, are those with i % period == offset."""
+    """Jamba: attention layers, and expert layers, have i % period == offset."""
     for kind, word in (("attn", "attention"), ("expert", "expert")):
         p, o = old[f"{kind}_layer_period"], old[f"{kind}_layer_offset"]
         wanted = [at for at, i in enumerate(kept) if i % p == o]
-        # Any period beyond the new depth with the offset past the last layer stands for "none".
+        # A period beyond the new depth with an offset past the last layer means "none".
         fits = [(p, o), *((q, wanted[0] if wanted else q - 1) for q in range(1, len(kept) + 2))]
         for q, r in fits:
             if r < q and wanted == [i for i in range(len(kept)) if i % q == r]:
@@ -87,8 +87,8 @@ def periods(new: Fields, old: Mapping[str, Any], kept: Sequence[int], depth: int
                 break
         else:
             raise ArchitectureError(
-                f"{kind}_layer_period: the {word} layers that stay are not evenly spaced, which jamba cannot say; "
-                f"drop whole periods, {_common_period(old)} neighbouring layers or a multiple of that"
+                f"{kind}_layer_period: the kept {word} layers are not evenly spaced, which jamba cannot express; "
+                f"drop multiples of {_common_period(old)} neighbouring layers"
             )
 
 
@@ -97,7 +97,7 @@ def _common_period(old: Mapping[str, Any]) -> int:
 
 
 def hybrid_pattern(new: Fields, old: Mapping[str, Any], kept: Sequence[int], depth: int) -> None:
-    """Nemotron-H: one letter a layer in older configs, one name a layer in newer ones; whichever are there."""
+    """Nemotron-H: one letter per layer in older configs, one name per layer in newer ones; rewrites those present."""
     pattern = new.get("hybrid_override_pattern")
     if isinstance(pattern, str):
         check_length("hybrid_override_pattern", pattern, depth)
@@ -108,21 +108,21 @@ def attention_first(new: Fields, old: Mapping[str, Any], kept: Sequence[int], de
     """The blockwise form: vLLM's class, and transformers' count of cached tokens, need attention in the first layer."""
     if new["block_configs"][0]["attention"]["no_op"]:
         raise ArchitectureError(
-            f"layer {kept[0]} has no attention and would become the first, which needs it; keep an earlier layer"
+            f"layer {kept[0]} has no attention, which the first kept layer needs; keep an earlier layer"
         )
 
 
-# --- what rules are made of -------------------------------------------------------------------------------------------
+# --- helpers of the rules ---------------------------------------------------------------------------------------------
 
 
 def positions(members: Iterable[int], kept: Sequence[int]) -> list[int]:
-    """New positions of those old indices that are kept."""
+    """New positions of the kept ones among the old indices `members`."""
     stay = set(members)
     return [at for at, i in enumerate(kept) if i in stay]
 
 
 def check_length(name: str, values: Sequence[Any], depth: int) -> None:
-    """Raise ArchitectureError where a per-layer field has not one entry a layer."""
+    """Raise ArchitectureError if a per-layer field does not have one entry per layer."""
     if len(values) != depth:
         raise ArchitectureError(
             f"config.json: {name} has {len(values)} entries for {depth} layers; correct it in the source"

@@ -1,8 +1,8 @@
-"""A transformers model whose decoder layers' weights come from disk one layer at a time, and go again.
+"""A transformers model whose decoder layers are loaded from disk one at a time and released again.
 
-The model is the real class, built on the meta device; raw keys are converted by transformers' own loading (renamings,
-fused experts, dtypes), the same that `from_pretrained` uses. Everything outside the decoder layers is mapped, so that
-an embedding costs the memory of the rows that are read.
+The model is the real class, built on the meta device. Raw keys are converted by transformers' own loading code
+(renamings, fused experts, dtypes), as in `from_pretrained`. Everything outside the decoder layers is memory-mapped, so
+an embedding takes only the memory of the rows in use.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from slicer.errors import SourceError
 
 
 class LazyModel:
-    """The model of a checkpoint with no weights but those outside its decoder layers.
+    """A model that permanently holds only the weights outside its decoder layers.
 
     Attributes:
         model: the transformers model, in eval mode; parameters of absent layers are on the meta device.
         layers: its decoder layers.
-        device: where weights are put.
+        device: device of the weights.
+
+    Raises SourceError if tensors are missing or have wrong shapes.
     """
 
     def __init__(
@@ -58,14 +60,14 @@ class LazyModel:
                 outside[key] = span
             elif int(index) < len(
                 self._spans
-            ):  # those beyond the depth predict further tokens; they never run
+            ):  # layers beyond the depth are for multi-token prediction and never run
                 self._spans[int(index)][key] = span
         self._buffers = Buffers(max(room(spans.values()) for spans in self._spans))
         self.outside_bytes = sum(span.nbytes for span in outside.values())
         self._load({key: _mapped(span) for key, span in outside.items()})
         self._tie()
         self._fill_buffers()
-        # Put back by `release`: the very meta parameters, so that nothing else of the model changes.
+        # `release` restores these same meta parameters, so that nothing else of the model changes.
         self._empty = [list(_tensors(layer)) for layer in self.layers]
 
     def layer_bytes(self, index: int) -> int:
@@ -73,27 +75,27 @@ class LazyModel:
         return sum(span.nbytes for span in self._spans[index].values())
 
     def read(self, index: int) -> dict[str, torch.Tensor]:
-        """The stored tensors of layer `index` under their raw keys, read into memory. Safe in another thread."""
+        """Read the stored tensors of layer `index`, by raw key. Thread-safe."""
         return self._buffers.read(self._spans[index])
 
     def place(self, index: int, stored: dict[str, torch.Tensor]) -> nn.Module:
-        """Give layer `index` its weights (from `read`), converted and on the device; returns the layer."""
+        """Put weights (from `read`) into layer `index`, converted and on the device; returns the layer."""
         self._load(stored)
         layer = self.layers[index]
         for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
             if tensor.device.type == "meta":
                 raise SourceError(
-                    f"{self.checkpoint.path}: nothing in the checkpoint fills {name} of layer {index}"
+                    f"{self.checkpoint.path}: no tensor for {name} of layer {index}; fetch the checkpoint again"
                 )
         return layer
 
     def release(self, index: int) -> None:
-        """Let the weights of layer `index` go."""
+        """Free the weights of layer `index`."""
         for owner, name, tensor in self._empty[index]:
             owner[name] = tensor
 
     def _load(self, stored: dict[str, torch.Tensor]) -> None:
-        """Put raw tensors where they belong, as `from_pretrained` would."""
+        """Load raw tensors as `from_pretrained` would."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
@@ -112,7 +114,7 @@ class LazyModel:
             )
 
     def _tie(self) -> None:
-        """Weights shared by name (input and output embeddings) and present once become one again."""
+        """Tie weights that share a name (input and output embeddings) and are stored once."""
         for one, other in self.model.all_tied_weights_keys.items():
             for target, source in ((one, other), (other, one)):
                 if self._get(target).device.type == "meta" and self._get(source).device.type != "meta":
@@ -124,7 +126,7 @@ class LazyModel:
         return tensor
 
     def _fill_buffers(self) -> None:
-        """Buffers that no checkpoint holds (rotary frequencies, causal masks), computed by the model's own code."""
+        """Compute non-persistent buffers (rotary frequencies, causal masks) with the model's own code."""
         held = {name for name, _ in self.model.named_non_persistent_buffers()}
         owners = {self.model.get_submodule(name.rpartition(".")[0]) for name in held}
         self.model._move_missing_keys_from_meta_to_device(set(), {"": self.device}, None, None)
@@ -139,7 +141,7 @@ class LazyModel:
 
 
 def _tensors(module: nn.Module) -> Iterable[tuple[dict[str, Any], str, torch.Tensor]]:
-    """(owning dictionary, name, tensor) of everything below `module` that a checkpoint fills."""
+    """(owning dictionary, name, tensor) of everything below `module` that a checkpoint stores."""
     for part in module.modules():
         for owner in (part._parameters, part._buffers):
             for name, tensor in owner.items():
@@ -152,12 +154,12 @@ def _dtype(span: TensorSpan) -> torch.dtype:
 
 
 def _mapped(span: TensorSpan) -> torch.Tensor:
-    """The tensor, its bytes left on disk until they are touched."""
+    """The tensor, memory-mapped."""
     if span.key is not None:
         return torch_tensors.load(span.file)[span.key]
     if not span.nbytes:
         return torch.empty(span.shape, dtype=_dtype(span))
-    # The whole file is mapped: an offset must lie on a page. Copy-on-write, as torch wants it writable.
+    # Maps the whole file, because offsets must be multiples of a page; copy-on-write, because torch needs it writable.
     with open(span.file, "rb") as stream:
         view = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
     if span.start % _dtype(span).itemsize:

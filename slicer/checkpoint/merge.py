@@ -1,7 +1,7 @@
-"""`slicer merge`: a checkpoint and a LoRA adapter -> a checkpoint, tensor by tensor, no model in memory but to verify.
+"""`slicer merge`: merges a LoRA adapter into a checkpoint, tensor by tensor; loads a model only to verify.
 
 W + (alpha / r) B A is computed in float32 from the stored W and rounded once to its dtype; all other tensors are
-copied. The adapter goes into the full-precision checkpoint, whatever it was trained on.
+copied. The adapter is merged into the full-precision checkpoint, even if it was trained on a quantized one.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from slicer.runtime.compat import named_as_loaded, quiet_bitsandbytes
 from slicer.runtime.files import atomic_directory, check_space
 from slicer.runtime.memory import fits
 
-# How far logits may be apart, of their largest, all computed in float32: from those of the same weights (a sum rounded
-# the other way now and then); and from those of the adapter, since the merged weights are stored in this dtype.
+# Maximum differences of logits relative to the largest, in float32: from the same weights (order of summation), and
+# from the unmerged adapter, because the merged weights are stored in this dtype.
 SAME = 1e-4
 ROUNDING = {"F64": 1e-5, "F32": 1e-5, "F16": 1e-2, "BF16": 5e-2}
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What `merge` did: the tensors changed, the adapter's modules left out, the check (see `check_merged`)."""
+    """Result of `merge`: changed tensors, adapter modules left out, logits errors (see `check_merged`)."""
 
     out: Path
     tensors: tuple[str, ...]
@@ -65,12 +65,12 @@ class Merged:
 
 @dataclass(frozen=True)
 class Probe:
-    """What a merged checkpoint's logits are compared with, in float32 arithmetic.
+    """Reference logits for a merged checkpoint, computed in float32.
 
     Attributes:
         tokens: int64 [batch, seq].
-        exact: logits [batch, seq, V] of the weights before anything is rounded: the base and the adapter apart.
-        rounded: logits of the merged weights, rounded to the dtype they are stored in.
+        exact: logits [batch, seq, V] of base and adapter, unmerged and unrounded.
+        rounded: logits of the merged weights, rounded to their stored dtype.
     """
 
     tokens: torch.Tensor
@@ -92,13 +92,13 @@ def merge(
     command: str | None = None,
     progress: Progress | None = None,
 ) -> Merged:
-    """Merge the adapter into the checkpoint `source` and write the result to `out`, whole or not at all.
+    """Merge the adapter into the checkpoint `source` and write the result to `out`, atomically.
 
-    With `renumber` the adapter was trained on the unsliced model: its layers are counted anew by the checkpoint's
-    plan, and those of dropped layers are left out. Raises HealError where the adapter does not fit.
+    `renumber`: the adapter was trained on the unsliced model; its layer numbers are mapped by the checkpoint's plan,
+    and those of dropped layers are left out. Raises HealError if the adapter does not fit, other SlicerErrors.
     """
     if check not in ("auto", "none", "load", "logits"):
-        raise UsageError(f"verify {check!r}: choose auto, none, load or logits")
+        raise UsageError(f"verify {check!r}: choose from auto, none, load, logits")
     progress = progress or Progress()
     progress.stage("Opening the checkpoint and the adapter")
     checkpoint = Checkpoint.open(hub.resolve(source).path)
@@ -113,13 +113,13 @@ def merge(
     checked = check if check != "auto" else "logits" if fits(4 * checkpoint.parameters, device) else "load"
     probe = None
     if checked == "logits":
-        progress.stage("Reference logits of the checkpoint with the adapter on")
+        progress.stage("Reference logits of the checkpoint with the adapter")
         try:
             probe = reference_logits(checkpoint, adapter, places, device, trust_remote_code)
         except HealError as error:
             if check != "auto":
                 raise
-            progress.note(f"keys and shapes are checked, logits are not: {error}")
+            progress.note(f"checking keys and shapes only, not logits: {error}")
             checked = "load"
         gc.collect()
     done = Merged(out, tuple(sorted(replaced)), len(adapter.pairs) - len(places), checked)
@@ -146,7 +146,7 @@ def merge(
 
 
 def merged_spans(checkpoint: Checkpoint, adapter: Adapter, places: Iterable[Place]) -> dict[str, TensorSpan]:
-    """Raw key -> the merged tensor that is written in its place."""
+    """Raw key -> merged tensor to write in its place."""
     return {
         place.key: span.made(place.key, partial(_merged, span, adapter, place))
         for place in places
@@ -168,23 +168,22 @@ def reference_logits(
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> Probe:
-    """The logits of the checkpoint with the adapter put on by peft, and merged by it; all in float32 arithmetic.
+    """Logits of the checkpoint with the adapter applied by peft, and with it merged by peft; in float32.
 
-    Raises HealError where peft cannot put it on the loaded model.
+    Raises HealError if peft cannot apply it to the loaded model.
     """
     for place in places:
         if place.module is None:
             raise HealError(
-                f"{adapter.path}: once loaded, the model has no module of its own for {place.key}, where peft could "
-                "put the adapter on; --verify load merges without comparing logits"
+                f"{adapter.path}: the loaded model has no separate module for {place.key}, so peft cannot apply the "
+                "adapter; use --verify load to merge without comparing logits"
             )
     quiet_bitsandbytes()
     try:
         from peft import PeftModel
     except ImportError:
         raise HealError(
-            "comparing logits with those of the adapter needs peft: pip install 'slicer-llm[heal]', or give "
-            "--verify load"
+            "comparing logits needs peft: pip install 'slicer-llm[heal]', or use --verify load"
         ) from None
     from safetensors.torch import save_file
 
@@ -199,7 +198,7 @@ def reference_logits(
             for name, span in zip(("A", "B"), pair, strict=True)
         }
         save_file(again, Path(scratch) / WEIGHTS)
-        config = {  # nothing else of the adapter's own: how it started and what it left out is the past
+        config = {  # omit the adapter's initialisation and exclusions, which no longer matter
             "peft_type": "LORA",
             "init_lora_weights": True,
             "target_modules": sorted(pairs),
@@ -215,12 +214,12 @@ def reference_logits(
                 adapted = PeftModel.from_pretrained(model, scratch)
             missing = sorted(module for module in pairs if not hasattr(model.get_submodule(module), "lora_A"))
             if missing:
-                raise ValueError(f"it leaves out {missing[0]}")
+                raise ValueError(f"it skips {missing[0]}")
         except Exception as error:  # peft raises many kinds
             reason = " ".join(str(error).split())[:200]
             raise HealError(
-                f"{adapter.path}: peft cannot put it on {checkpoint.path}: {reason}; --verify load merges without "
-                "comparing logits"
+                f"{adapter.path}: peft cannot apply it to {checkpoint.path}: {reason}; use --verify load to merge "
+                "without comparing logits"
             ) from None
         exact = verify.logits_of(adapted.eval(), tokens)
         adapted.merge_adapter(safe_merge=True)
@@ -238,12 +237,11 @@ def check_merged(
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> tuple[float, float]:
-    """Compare the logits of the merged checkpoint in `directory`, in float32 arithmetic, with those of `probe`.
+    """Compare the logits of the merged checkpoint in `directory` with those of `probe`, in float32.
 
-    Returns max |a - b| / max |b| twice: from the same weights merged by peft and rounded, which says whether the merge
-    is right (at most `SAME`), and from the adapter beside the base, which says what is lost by storing the merged
-    weights in their dtype (at most `ROUNDING`; told and not judged of a mixture of experts, where a router may choose
-    otherwise by a hair). Raises VerificationError.
+    Returns max |a - b| / max |b| from the weights merged and rounded by peft (at most `SAME`, else the merge is wrong),
+    and from the unmerged adapter (the error of rounding; at most `ROUNDING`, but reported only for a mixture of
+    experts, where a tiny difference may change the router's choice). Raises VerificationError.
     """
     try:
         model = load_model(directory, dtype="float32", device=device, trust_remote_code=trust_remote_code)

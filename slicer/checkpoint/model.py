@@ -1,7 +1,7 @@
-"""The checkpoint as a transformers model: load it, find its layers, tap its residual stream, bypass layers.
+"""A checkpoint as a transformers model: load it, find its layers, tap its residual stream, bypass layers.
 
-Everything rests on hooks, so that any class of the table works unchanged: a layer is called with its hidden states
-as the first argument or by keyword, and returns them bare or first in a tuple.
+Uses only hooks, so every class of the table works unchanged: a layer takes its hidden states as the first argument or
+by keyword, and returns them alone or first in a tuple.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from slicer.errors import ArchitectureError, SlicerError, SourceError
 from slicer.runtime import memory
 from slicer.runtime.compute import Compute
 
-Model = Any  # a transformers PreTrainedModel, whose classes carry no types
+Model = Any  # a transformers PreTrainedModel, which has no type hints
 
 
 def load_model(
@@ -74,7 +74,7 @@ def load_model(
 
 
 def auto_classes(path: Path) -> list[Any]:
-    """The transformers auto classes to try for the checkpoint, in order: a multimodal wrapper's own comes first."""
+    """The transformers auto classes to try for the checkpoint, in order; multimodal wrapper classes first."""
     import transformers
 
     config = read_config(path)
@@ -87,7 +87,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 def meta_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Every tensor of the checkpoint under its raw key, of its shape and dtype, on the meta device."""
+    """Raw key -> meta tensor with the stored shape and dtype, for all tensors."""
     return {
         key: torch.empty(span.shape, dtype=_DTYPES.get(span.dtype, torch.float32), device="meta")
         for key, span in checkpoint.tensors.items()
@@ -102,10 +102,10 @@ def build_on_meta(
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> tuple[Model, dict[str, Any]]:
-    """The model of `path` on the meta device, and transformers' report of how `tensors` (raw keys) fit into it.
+    """(model of `path` on the meta device, transformers' report of how `tensors` (by raw key) match it).
 
-    The report has `missing_keys`, `unexpected_keys` and `mismatched_keys`. No weight is read. Raises SourceError when
-    no class can be built.
+    The report has `missing_keys`, `unexpected_keys` and `mismatched_keys`. Reads no weights. Raises SourceError if no
+    class can be built.
     """
     import transformers
 
@@ -134,15 +134,13 @@ def build_on_meta(
                 ignore_mismatched_sizes=True,
             )
             return model, dict(info)
-        except (
-            Exception
-        ) as error:  # a model class may raise anything for a config or a tensor it does not like
+        except Exception as error:  # model classes raise many kinds
             failure = failure or error
     raise SourceError(f"transformers cannot build the model: {' '.join(str(failure).split())[:300]}")
 
 
 def _model_class(auto: Any, path: Path, config: Any, trust_remote_code: bool) -> Any:
-    """The class that `auto` would load: the checkpoint's own code where that is trusted, else transformers'."""
+    """The class that `auto` would load: the checkpoint's own code if trusted, else transformers'."""
     remote = (getattr(config, "auto_map", None) or {}).get(auto.__name__)
     if remote and trust_remote_code:
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -152,9 +150,9 @@ def _model_class(auto: Any, path: Path, config: Any, trust_remote_code: bool) ->
 
 
 def blueprint(path: Path, *, trust_remote_code: bool = False) -> Checkpoint:
-    """The checkpoint that a config.json alone describes: every tensor's name, shape and dtype, and no bytes of them.
+    """The checkpoint that a config.json describes: every tensor's name, shape and dtype, without weights.
 
-    The model is built on the meta device, which takes no memory. Raises SourceError with transformers' reason.
+    Builds the model on the meta device. Raises SourceError with transformers' reason.
     """
     import transformers
 
@@ -168,7 +166,7 @@ def blueprint(path: Path, *, trust_remote_code: bool = False) -> Checkpoint:
             with torch.device("meta"):
                 model = auto.from_config(described, trust_remote_code=trust_remote_code)
             break
-        except Exception as error:  # a config class may raise anything for a field it does not like
+        except Exception as error:  # config classes raise many kinds
             failure = failure or error
     else:
         reason = " ".join(str(failure).split())[:300]
@@ -176,7 +174,7 @@ def blueprint(path: Path, *, trust_remote_code: bool = False) -> Checkpoint:
     stored = str(architectures.text_config(config).get("dtype") or described.dtype or "bfloat16")
     name = {"float32": "F32", "float16": "F16"}.get(stored.removeprefix("torch."), "BF16")
     size = 4 if name == "F32" else 2
-    tensors = {  # a tied head is listed once, as it is stored
+    tensors = {  # a tied head is listed once, as stored
         key: TensorSpan(path / "config.json", name, tuple(value.shape), 0, size * value.numel())
         for key, value in model.named_parameters()
     }
@@ -191,7 +189,7 @@ def _needs_several(path: Path, dtype: str, target: torch.device) -> bool:
 
 
 def decoder_layers(model: Model) -> nn.ModuleList:
-    """The list of decoder layers, in order. Raises ArchitectureError when none of the right length is found."""
+    """The decoder layers, in order. Raises ArchitectureError if there is no list of the right length."""
     config = model.config.get_text_config()
     depth = config.num_hidden_layers
     lists = [
@@ -201,7 +199,7 @@ def decoder_layers(model: Model) -> nn.ModuleList:
     ]
     text = [(n, m) for n, m in lists if not any(part in n for part in ("vision", "audio", "visual", "mtp"))]
     if not text:
-        raise ArchitectureError(f"{type(model).__name__}: no list of {depth} decoder layers in it")
+        raise ArchitectureError(f"{type(model).__name__}: no list of {depth} decoder layers found")
     return min(text, key=lambda item: item[0].count("."))[1]
 
 
@@ -209,7 +207,7 @@ _MLP_NAMES = ("mlp", "feed_forward", "ffn", "mlp_block", "block_sparse_moe", "fc
 
 
 def mlp_of(layer: nn.Module) -> nn.Module | None:
-    """The submodule whose output is the feed-forward part of `layer`; None where the layer has no such part."""
+    """The feed-forward submodule of `layer`; None if it has none."""
     children = dict(layer.named_children())
     return next((children[name] for name in _MLP_NAMES if name in children), None)
 
@@ -224,7 +222,7 @@ def _states_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
 def watch(model: Model, listener: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
     """Call `listener(l, x)` with x(l), [batch, seq, d], for l = 0..L in every forward pass.
 
-    x(l) is what enters layer l; x(L) is what leaves the last layer: the residual stream before the final norm.
+    x(l) enters layer l; x(L) leaves the last layer and enters the final norm.
     """
     layers = decoder_layers(model)
     handles = []
@@ -254,7 +252,7 @@ class Tap:
 
 @contextlib.contextmanager
 def residual_stream(model: Model) -> Iterator[Tap]:
-    """Keep the residual stream of each forward pass made inside the block."""
+    """Tap the residual stream of each forward pass inside the block."""
     tap = Tap()
 
     def listener(index: int, states: torch.Tensor) -> None:
@@ -268,7 +266,7 @@ def residual_stream(model: Model) -> Iterator[Tap]:
 
 @contextlib.contextmanager
 def bypass(model: Model, dropped: Iterable[int]) -> Iterator[None]:
-    """Inside the block the layers `dropped` pass their input on unchanged. They still run: this is for checking."""
+    """Inside the block, the layers `dropped` return their input unchanged. They still run: for checks only."""
     layers = decoder_layers(model)
 
     def skip(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:

@@ -1,7 +1,7 @@
-"""The names of a loaded model's tensors -> their raw keys on disk, which may stand under other prefixes there.
+"""Maps tensor names of a loaded model to raw keys on disk, which may have other prefixes.
 
-A checkpoint of the bare model lacks the outermost name, and one of a wrapper may have one more; old ones of multimodal
-models keep the decoder elsewhere. Their other towers have numbered layers too, which are not the decoder's.
+A checkpoint of the bare model lacks the outermost name, one of a wrapper may have an extra one, and old multimodal
+checkpoints store the decoder elsewhere. Numbered layers of other towers are not decoder layers.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from slicer.checkpoint.reader import Checkpoint
 
 _NUMBERED = re.compile(r"((?:[^.]+\.)*?)(\d+)\.(.+)")
-_TOWERS = ("vision", "visual", "image", "audio", "mtp")  # beside the decoder
+_TOWERS = ("vision", "visual", "image", "audio", "mtp")  # towers other than the decoder
 
 
 class Names:
-    """What the tensors and modules of a loaded model are called in `checkpoint`."""
+    """Raw keys in `checkpoint` of the tensors and modules of a loaded model."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._keys = checkpoint.tensors.keys()
@@ -25,9 +25,9 @@ class Names:
         self._outermost = sorted({key.partition(".")[0] for key in self._keys if "." in key})
 
     def layer(self, name: str) -> tuple[int, str] | None:
-        """(i, the name within it) of what lies in the decoder's layer i; None for all else, other towers' layers too.
+        """(i, name within the layer) of a tensor or module of decoder layer i; None for everything else.
 
-        Layer i need not be there: an adapter may be another cut's.
+        Layer i need not exist: the name may come from an adapter of another cut.
         """
         match = _NUMBERED.match(name)
         if match is None:
@@ -41,13 +41,13 @@ class Names:
         return None if any(word in match[1] for word in _TOWERS) else inside
 
     def key(self, name: str) -> str | None:
-        """The raw key of the tensor that the loaded model calls `name`."""
+        """The raw key of the loaded model's tensor `name`; None if there is none."""
         found = self.layer(name)
         places = self._homes(name) if found is None else iter([self.in_layer(*found)])
         return next((place for place in places if place in self._keys), None)
 
     def in_layer(self, index: int, name: str) -> str:
-        """The raw key of a tensor of the decoder's layer, there or not."""
+        """The raw key of a decoder layer's tensor, whether it exists or not."""
         return f"{self._layers}{index}.{name}"
 
     def _homes(self, name: str) -> Iterator[str]:

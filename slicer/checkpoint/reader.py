@@ -1,7 +1,7 @@
-"""A checkpoint on disk, opened without reading a tensor: config, index, and where every tensor's bytes lie.
+"""Opens a checkpoint on disk without reading tensors: config, index, and the byte range of every tensor.
 
-Everything is checked before anything is trusted: headers against file sizes, the index against the headers,
-and every file against the directory it must lie in. Standard library only, but for `.bin` files, which need torch.
+Checks headers against file sizes, the index against the headers, and that every file is inside the directory. Standard
+library only, except for `.bin` files, which need torch.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class TensorSpan:
-    """Where one tensor's bytes lie: `file[start:end]`, both counted from the start of the file.
+    """Byte range of one tensor: `file[start:end]`, counted from the start of the file.
 
-    `dtype` is the safetensors name ("BF16"). For a tensor of a `.bin` file the bytes are reached through
-    torch instead, under `key`; `start` and `end` are then 0 and its size.
+    `dtype` is the safetensors name ("BF16"). A tensor of a `.bin` file is read through torch by its `key`; then `start`
+    is 0 and `end` its size.
     """
 
     file: Path
@@ -53,7 +53,7 @@ class TensorSpan:
     make: Callable[[], Any] | None = None
 
     def made(self, key: str, make: Callable[[], Any], dtype: str | None = None) -> TensorSpan:
-        """The span of the tensor that `make` computes in this one's place, in `dtype` (the same where None)."""
+        """A span whose tensor `make` computes when it is read, in `dtype` (None: the same as this one)."""
         dtype, nbytes = self.cast(dtype)
         return TensorSpan(self.file, dtype, self.shape, 0, nbytes, key, make)
 
@@ -62,7 +62,7 @@ class TensorSpan:
         return self.end - self.start
 
     def cast(self, dtype: str | None) -> tuple[str, int]:
-        """(dtype, bytes) of this tensor once written as `dtype`; only floating-point tensors change."""
+        """(dtype, bytes) of this tensor when written as `dtype`; only floating-point tensors change."""
         if dtype is None or self.dtype not in FLOATS:
             return self.dtype, self.nbytes
         return dtype, self.numel * DTYPE_BITS[dtype] // 8
@@ -78,7 +78,7 @@ class Checkpoint:
 
     Attributes:
         path: the directory.
-        config: config.json, as written.
+        config: config.json, unchanged.
         tensors: raw key -> span, in the order of the bytes on disk.
         metadata: `__metadata__` of the first safetensors file.
         is_bin: whether the weights are pickled `.bin` files.
@@ -92,16 +92,16 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
-        """Open and check a checkpoint directory; no tensor is read.
+        """Open and check a checkpoint directory, without reading tensors.
 
-        Raises SourceError (what, where, what to do) for anything that is not a whole, consistent checkpoint.
+        Raises SourceError for anything but a complete, consistent checkpoint.
         """
         if not path.exists():
             raise SourceError(
-                f"{path}: no such directory; give a checkpoint directory or a Hub id like org/name"
+                f"{path}: no such directory; pass a checkpoint directory or a Hub id like org/name"
             )
         if not path.is_dir():
-            raise SourceError(f"{path}: not a directory; give the directory that holds config.json")
+            raise SourceError(f"{path}: not a directory; pass the directory that contains config.json")
         config = read_config(path)
         known = (SINGLE, INDEX, BIN, BIN_INDEX)
         name = next((n for n in known if (path / n).exists() or (path / n).is_symlink()), None)
@@ -117,7 +117,7 @@ class Checkpoint:
             tensors, metadata = _safetensors(path, files)
         found = _merge(path, tensors, weight_map)
         if not found:
-            raise SourceError(f"{path}: the weight files hold no tensors; the checkpoint is incomplete")
+            raise SourceError(f"{path}: no tensors in the weight files; fetch the checkpoint again")
         return cls(path, config, found, metadata, is_bin)
 
     @cached_property
@@ -132,12 +132,12 @@ class Checkpoint:
 
     @cached_property
     def layer_prefix(self) -> str:
-        """What the raw keys of the decoder layers start with, such as "model.layers."."""
+        """Prefix of the decoder layers' raw keys, such as "model.layers."."""
         return architectures.layer_prefix(self.architecture, self.tensors)
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Size of all tensors in bytes."""
         return sum(span.nbytes for span in self.tensors.values())
 
     def bytes_as(self, dtype: str | None = None) -> int:
@@ -163,11 +163,11 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """Elements of all tensors."""
+        """Number of elements of all tensors."""
         return sum(span.numel for span in self.tensors.values())
 
     def sliced(self, kept: Iterable[int]) -> dict[str, TensorSpan]:
-        """New key -> span of the old tensor, for the checkpoint that keeps the layers `kept`."""
+        """New key -> old tensor, for the checkpoint that keeps the layers `kept`."""
         kept = tuple(kept)
         renamed = {
             architectures.slice_key(key, self.layer_prefix, kept, self.depth): span
@@ -176,28 +176,26 @@ class Checkpoint:
         return {key: span for key, span in renamed.items() if key is not None}
 
     def replacing(self, spans: Mapping[str, TensorSpan]) -> Checkpoint:
-        """The checkpoint with the bytes of some tensors taken from elsewhere, shape for shape."""
+        """This checkpoint with some tensors replaced. Raises SourceError for unknown keys or other shapes."""
         for key, span in spans.items():
             if key not in self.tensors or span.shape != self.tensors[key].shape:
-                raise SourceError(
-                    f"{self.path}: no tensor {key} of shape {list(span.shape)} is there to be replaced"
-                )
+                raise SourceError(f"{self.path}: no tensor {key} of shape {list(span.shape)} to replace")
         return replace(self, tensors={**self.tensors, **spans})
 
     def check_layers(self) -> None:
-        """Raise SourceError when the tensors are not those of `depth` layers."""
+        """Raise SourceError unless there are tensors of all `depth` layers."""
         pattern = re.compile(re.escape(self.layer_prefix) + r"(\d+)\.")
         present = {int(m[1]) for key in self.tensors if (m := pattern.match(key))}
         for i in range(self.depth):
             if i not in present:
                 raise SourceError(
-                    f"{self.path}: config.json says {self.depth} layers but no tensor named "
-                    f"{self.layer_prefix}{i}.* is there; the config and the weights do not belong together"
+                    f"{self.path}: config.json has {self.depth} layers, but there is no tensor named "
+                    f"{self.layer_prefix}{i}.*; use a config and weights that belong together"
                 )
 
 
 def has_weights(path: Path) -> bool:
-    """Whether the directory holds weight files of a kind that `Checkpoint.open` reads."""
+    """Whether the directory has weight files that `Checkpoint.open` can read."""
     return any((path / name).exists() for name in (SINGLE, INDEX, BIN, BIN_INDEX)) or any(
         path.glob("*.safetensors")
     )
@@ -209,20 +207,20 @@ def read_config(path: Path) -> dict[str, Any]:
         hint = (
             "only adapter weights; merge the adapter first" if (path / "adapter_config.json").exists() else ""
         )
-        hint = hint or "give the directory of a transformers checkpoint"
+        hint = hint or "pass a transformers checkpoint directory"
         raise SourceError(f"{path}: no config.json ({hint})")
     return _read_json(inside(path, "config.json"))
 
 
 def inside(root: Path, name: str) -> Path:
-    """`root/name`, when it stays inside `root`; a Hub cache snapshot may link into its own `blobs/`.
+    """`root/name`, if it is inside `root`; a Hub cache snapshot may link into its own `blobs/`.
 
-    Raises SourceError for absolute names, `..`, and links that lead out.
+    Raises SourceError for absolute names, `..`, and links to the outside.
     """
     pure = PurePosixPath(name)
     if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
         raise SourceError(
-            f"{root}: refers to a file {name!r} outside the directory; such a checkpoint is refused"
+            f"{root}: refers to file {name!r} outside the directory, which is not allowed; fetch it again"
         )
     file = root / name
     real_root = root.resolve()
@@ -232,7 +230,7 @@ def inside(root: Path, name: str) -> Path:
         allowed.append(real_root.parent.parent / "blobs")
     if not any(target.is_relative_to(place) for place in allowed):
         raise SourceError(
-            f"{file}: a link that leads out of the directory is not followed; put the file itself there"
+            f"{file}: links to outside the directory, which is not allowed; copy the file there"
         )
     return file
 
@@ -243,24 +241,26 @@ def _read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{file}: cannot be read as JSON ({error}); fetch the file again") from None
     if not isinstance(content, dict):
-        raise SourceError(f"{file}: must hold a JSON object; fetch the file again")
+        raise SourceError(f"{file}: not a JSON object; fetch the file again")
     return content
 
 
 def _read_index(path: Path, name: str) -> dict[str, str]:
     weight_map = _read_json(inside(path, name)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise SourceError(f"{path / name}: has no weight_map; fetch the file again")
+        raise SourceError(f"{path / name}: no weight_map; fetch the file again")
     for key, file in weight_map.items():
         if not isinstance(file, str):
-            raise SourceError(f"{path / name}: the file of tensor {key} is not a name; fetch the index again")
+            raise SourceError(
+                f"{path / name}: the file name of tensor {key} is not a string; fetch the index again"
+            )
         if not inside(path, file).is_file():
-            raise SourceError(f"{path / name}: names {file}, which is missing; fetch that shard")
+            raise SourceError(f"{path / name}: lists {file}, which is missing; fetch that shard")
     return weight_map
 
 
 def _loose_files(path: Path) -> list[str]:
-    """Safetensors files without an index: one file, or a complete numbered set."""
+    """The safetensors files if there is no index: one file, or a complete numbered set."""
     names = sorted(p.name for p in path.glob("*.safetensors"))
     numbered = [m for n in names if (m := re.fullmatch(r"(.+)-(\d+)-of-(\d+)\.safetensors", n))]
     if numbered:
@@ -274,7 +274,7 @@ def _loose_files(path: Path) -> list[str]:
     if len(names) == 1:
         return names
     if names:
-        raise SourceError(f"{path}: {len(names)} safetensors files and no {INDEX}; fetch the index")
+        raise SourceError(f"{path}: {len(names)} safetensors files but no {INDEX}; fetch the index")
     others = sorted(
         p.name for p in path.iterdir() if p.suffix in {".gguf", ".pth", ".pt", ".h5", ".msgpack", ".onnx"}
     )
@@ -292,9 +292,9 @@ def _safetensors(path: Path, names: list[str]) -> tuple[dict[str, dict[str, Tens
 
 
 def read_header(file: Path) -> tuple[dict[str, TensorSpan], dict[str, str]]:
-    """The tensors of one safetensors file, by offset, and its `__metadata__`.
+    """(tensors of one safetensors file in byte order, its `__metadata__`).
 
-    Raises SourceError unless the header is whole and the tensors tile the data exactly.
+    Raises SourceError unless the header is complete and the tensors cover the data exactly.
     """
     damaged = "the file is damaged; fetch it again"
     try:
@@ -306,7 +306,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorSpan], dict[str, str]]:
             (length,) = struct.unpack("<Q", head)
             if length > size - 8 or length > MAX_HEADER_BYTES:
                 raise SourceError(
-                    f"{file}: its header claims {length} bytes but the file has {size}; {damaged}"
+                    f"{file}: the header should have {length} bytes, but the file has {size}; {damaged}"
                 )
             header = json.loads(stream.read(length))
     except (ValueError, RecursionError):
@@ -317,7 +317,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorSpan], dict[str, str]]:
         raise SourceError(f"{file}: the safetensors header is not a JSON object; {damaged}")
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise SourceError(f"{file}: __metadata__ must map text to text; {damaged}")
+        raise SourceError(f"{file}: __metadata__ must map strings to strings; {damaged}")
     spans = [(key, _span(file, key, entry, 8 + length)) for key, entry in header.items()]
     spans.sort(key=lambda item: (item[1].start, item[1].end))
     position = 8 + length
@@ -346,12 +346,10 @@ def _span(file: Path, key: str, entry: Any, data_start: int) -> TensorSpan:
             f"{file}: the header entry of tensor {key} is malformed; fetch the file again"
         ) from None
     if dtype not in DTYPE_BITS:
-        raise SourceError(
-            f"{file}: tensor {key} has the unknown dtype {dtype!r}; slicer may be too old for it"
-        )
+        raise SourceError(f"{file}: tensor {key} has the unknown dtype {dtype!r}; update slicer")
     if math.prod(shape) * DTYPE_BITS[dtype] != (end - start) * 8:
         raise SourceError(
-            f"{file}: tensor {key} of shape {list(shape)} and dtype {dtype} does not fill its "
+            f"{file}: tensor {key} of shape {list(shape)} and dtype {dtype} does not match its "
             f"{end - start} bytes; fetch the file again"
         )
     return TensorSpan(file, dtype, shape, data_start + start, data_start + end)
@@ -374,7 +372,7 @@ def _bin_tensors(path: Path, names: list[str]) -> dict[str, dict[str, TensorSpan
 def _merge(
     path: Path, tensors: dict[str, dict[str, TensorSpan]], weight_map: dict[str, str] | None
 ) -> dict[str, TensorSpan]:
-    """One key -> span over all files; the index, where there is one, must agree with the files."""
+    """Key -> span over all files; an index must agree with the files."""
     merged: dict[str, TensorSpan] = {}
     for name, spans in tensors.items():
         for key, span in spans.items():
@@ -389,6 +387,6 @@ def _merge(
     for key, name in (weight_map or {}).items():
         if key not in merged:
             raise SourceError(
-                f"{path}: the index says {name} holds tensor {key}, but it is not there; fetch both"
+                f"{path}: the index lists tensor {key} in {name}, but it is not there; fetch both"
             )
     return merged

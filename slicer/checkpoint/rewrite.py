@@ -1,6 +1,6 @@
-"""config.json for fewer layers: depth and per-layer fields rewritten as the table of architectures says, and checked.
+"""Rewrites config.json for fewer layers: depth and per-layer fields, by the table of architectures, with checks.
 
-Standard library only: what transformers makes of a config is handed in.
+Standard library only: the caller passes in how transformers reads a config.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from slicer.errors import ArchitectureError
 
 _ALIASES = {"layer_types": "layers_block_type", "layers_block_type": "layer_types"}
 _MTP_NAMES = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
-# Lists that never have one entry a layer, though their length may happen to equal the depth.
+# Lists that never have one entry per layer, even if their length equals the depth.
 _NOT_PER_LAYER = {
     *("architectures", "attention_types", "block_types", "mlp_only_layers", "moe_layers"),
     *("mtp_layers_block_type", "mtp_layer_types", "time_step_limit"),
@@ -26,10 +26,9 @@ _BY_LAYER_KEYS = ("per_layer_config", "pruned_heads")
 def rewrite_config(config: Mapping[str, Any], expanded: Mapping[str, Any], kept: Sequence[int]) -> Fields:
     """The config.json of the sliced checkpoint.
 
-    `config` is the raw one, `expanded` what transformers makes of it (`AutoConfig(...).to_dict()`), `kept` the
-    layers that stay. Depth and per-layer fields are rewritten, per-layer lists that were only implied are
-    written out, all else stays as and where it was. Raises ArchitectureError naming the field that cannot
-    express the cut, or that does not fit the depth to begin with.
+    `config` is the raw one, `expanded` how transformers reads it (`AutoConfig(...).to_dict()`), `kept` the layers that
+    stay. Rewrites depth and per-layer fields and writes out implied per-layer lists; all other fields keep their value
+    and their order. Raises ArchitectureError for a field that cannot express the cut or does not match the depth.
     """
     row, old_depth = lookup(config), depth(config)
     new: Fields = _copy(config)
@@ -37,7 +36,7 @@ def rewrite_config(config: Mapping[str, Any], expanded: Mapping[str, Any], kept:
     read = _expanded_depth(row, old)
     if read is not None and read != old_depth:
         raise ArchitectureError(
-            f"config.json: transformers reads {read} layers where {row.depth_field} says {old_depth}; make them agree"
+            f"config.json: transformers reads {read} layers, but {row.depth_field} is {old_depth}; correct the config"
         )
     for where in (new, part) if part is not new else (part,):
         for name in DEPTH_NAMES:
@@ -69,9 +68,9 @@ def rewrite_config(config: Mapping[str, Any], expanded: Mapping[str, Any], kept:
 
 
 def is_explicit(config: Mapping[str, Any]) -> bool:
-    """Whether a raw config.json says all that its rewriting needs: the depth, and no other field for single layers.
+    """Whether the raw config has an explicit depth and no other per-layer field.
 
-    Then no default of transformers is asked for: `rewrite_config(config, config, kept)` is the whole story.
+    Then transformers' defaults are not needed, and `rewrite_config(config, config, kept)` is enough.
     """
     row = lookup(config)
     rewritten = row.slices or row.reindexes or row.counts or row.rule or row.mtp or row.text_config
@@ -82,28 +81,27 @@ def is_explicit(config: Mapping[str, Any]) -> bool:
 
 
 def check_rewritten(expanded: Mapping[str, Any], again: Mapping[str, Any], kept: Sequence[int]) -> None:
-    """Compare what transformers makes of the rewritten config (`again`) with what it made of the old one.
+    """Compare how transformers reads the rewritten config (`again`) with how it read the old one.
 
-    Raises ArchitectureError naming the field when a layer would not be what it was, as where a config class
-    overrules its own file.
+    Raises ArchitectureError for a field that changes a kept layer, for example if a config class overrides its file.
     """
     row, old, new = lookup(expanded), text_config(expanded), text_config(again)
     old_depth, new_depth = _expanded_depth(row, old), _expanded_depth(row, new)
     if new_depth != len(kept) and new_depth is not None:
         raise ArchitectureError(
-            f"{row.depth_field}: transformers reads {new_depth} layers where {len(kept)} were kept"
+            f"{row.depth_field}: transformers reads {new_depth} layers, but {len(kept)} were kept"
         )
     for name in _per_layer(old, row, old_depth or 0):
         if list(new.get(name) or ()) != [old[name][i] for i in kept]:
             raise ArchitectureError(
-                f"{name}: transformers would read {new.get(name)} for the layers that stay; choose another cut"
+                f"{name}: transformers would read {new.get(name)} for the kept layers; choose another cut"
             )
 
 
 def warnings(config: Mapping[str, Any], kept: Sequence[int], rewritten: Mapping[str, Any]) -> list[str]:
-    """Where the sliced checkpoint will load but not serve as one would think, and what to choose instead.
+    """Warnings about sliced checkpoints that load but do not work everywhere, with what to choose instead.
 
-    `config` is the raw config.json of the source, `rewritten` what `rewrite_config` made of it.
+    `config`: raw config.json of the source; `rewritten`: the result of `rewrite_config`.
     """
     row = lookup(config)
     found = [_unattended(config, kept, rewritten)]
@@ -113,7 +111,7 @@ def warnings(config: Mapping[str, Any], kept: Sequence[int], rewritten: Mapping[
 
 
 def _unattended(config: Mapping[str, Any], kept: Sequence[int], rewritten: Mapping[str, Any]) -> str | None:
-    """transformers counts a hybrid's cached tokens in an attention layer: without one it cannot generate."""
+    """transformers counts a hybrid's cached tokens in an attention layer, so without one it cannot generate."""
     part = text_config(rewritten)
     if isinstance(part.get("attn_layer_indices"), list):
         attention = bool(part["attn_layer_indices"])
@@ -126,7 +124,7 @@ def _unattended(config: Mapping[str, Any], kept: Sequence[int], rewritten: Mappi
     if attention:
         return None
     return (
-        "no attention layer stays, and transformers cannot generate from such a hybrid with a cache: "
+        "no attention layer is kept, and transformers cannot generate with a cache from such a hybrid: "
         "keep at least one attention layer"
     )
 
@@ -161,7 +159,7 @@ def _slice_lists(
 
 
 def _per_layer(config: Mapping[str, Any], row: Architecture, depth: int) -> list[str]:
-    """Fields that hold one entry a layer: those known to, and any other list of that length."""
+    """Fields with one entry per layer: those in the table, and any other list of that length."""
     other = {*_NOT_PER_LAYER, *row.reindexes}
     return [
         name

@@ -1,4 +1,4 @@
-"""What a checkpoint weighs and costs: parameters, bytes, FLOPs a token and KV bytes a token, from headers alone."""
+"""Size and cost of a checkpoint from its headers: parameters, bytes, FLOPs per token, KV-cache bytes per token."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from slicer.plan.plan import Plan
 
 @dataclass(frozen=True)
 class Sizes:
-    """Depth and cost of a checkpoint, or of what a plan would leave of it.
+    """Size and cost of a checkpoint, or of the result of a plan.
 
     Attributes:
         depth: decoder layers.
         parameters: elements of all stored tensors.
         total_bytes: bytes of all stored tensors.
         layer_bytes: bytes of each decoder layer, in order.
-        flops_per_token: 2 x the matrix parameters a token meets: embeddings looked up cost nothing, of the experts
-            only the routed share counts, attention over the context is left out (it grows with its length).
-        kv_bytes_per_token: bytes the key-value cache takes for each token of full-attention context, at the
-            checkpoint's dtype; layers with a sliding window stop growing at its width.
+        flops_per_token: 2 x the matrix parameters used per token: without embedding lookups, with only the routed share
+            of experts, and without attention over the context (which grows with its length).
+        kv_bytes_per_token: bytes of key-value cache per token of full-attention context, in the checkpoint's dtype;
+            layers with a sliding window stop growing at its width.
     """
 
     depth: int
@@ -41,7 +41,7 @@ class Sizes:
 def measure_sizes(
     checkpoint: Checkpoint, kept: Iterable[int] | None = None, cast: str | None = None
 ) -> Sizes:
-    """Sizes of `checkpoint`, or of what is left when only the layers `kept` stay, written as dtype `cast`."""
+    """Sizes of `checkpoint`, or of its layers `kept` only, written as dtype `cast`."""
     stay = tuple(range(checkpoint.depth)) if kept is None else tuple(kept)
     tensors = checkpoint.tensors if kept is None else checkpoint.sliced(stay)
     prefix = checkpoint.layer_prefix
@@ -74,14 +74,13 @@ def sizes_after(
     cast: str | None = None,
     added: Mapping[str, TensorSpan] | None = None,
 ) -> Sizes:
-    """Sizes of what `plan` leaves of `checkpoint`, sublayers counted too, and of the tensors `added`; `config` is the
-    result's config.json."""
+    """Sizes of the result of `plan`, including the tensors `added`; `config`: the result's config.json."""
     tensors = {**sublayers.tensors_of(checkpoint, plan), **(added or {})}
     return measure_sizes(replace(checkpoint, config=config, tensors=tensors), cast=cast)
 
 
 def _expert_share(config: Mapping[str, Any]) -> float:
-    """The share of the routed experts that each token passes through."""
+    """The share of the routed experts that each token uses."""
     total = next(
         (config[k] for k in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(k)), None
     )
@@ -90,7 +89,7 @@ def _expert_share(config: Mapping[str, Any]) -> float:
 
 
 def _head_parameters(tensors: Mapping[str, TensorSpan], config: Mapping[str, Any]) -> int:
-    """Matrix parameters of the output head; a tied head multiplies by the embedding."""
+    """Matrix parameters of the output head; a tied head uses the embedding."""
     for pattern in (
         r"(^|\.)(lm_head|embed_out|output)\.weight$",
         r"(embed_tokens|wte|word_embeddings|embed_in|embeddings)\.weight$",
@@ -102,7 +101,7 @@ def _head_parameters(tensors: Mapping[str, TensorSpan], config: Mapping[str, Any
 
 
 def _kv_bytes(layer: Mapping[str, TensorSpan], config: Mapping[str, Any], cast: str | None) -> int:
-    """Key-value bytes one token adds in this layer."""
+    """Bytes of key-value cache per token in this layer."""
 
     def rows(name: str) -> int:
         span = next((s for k, s in layer.items() if k.endswith(name)), None)

@@ -1,8 +1,8 @@
-"""Attention and feed-forward parts on disk: which tensor of a layer belongs to which, and a plan's tensors.
+"""Attention and feed-forward tensors on disk: which sublayer a tensor belongs to, and the tensors that a plan keeps.
 
-Told apart by the first name of a key within its layer ("self_attn", "mlp", "ln_2"), which over all architectures of the
-table mean the same thing; a layer with a name that is not known here, or whose two parts run side by side, is refused.
-Standard library only.
+A tensor's sublayer follows from the first name of its key within the layer ("self_attn", "mlp", "ln_2"); these names
+mean the same in all architectures of the table. Refuses layers with unknown names or with parallel attention and
+feed-forward. Standard library only.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ _FEED_FORWARD = {
     *("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc1", "fc2", "mlp_block", "shared_mlp"),
     *("emulated_end",),
 }
-# Config fields under which attention and feed-forward part read the same input; the first of them is GPT-NeoX's,
-# which means yes where it is absent.
+# Config fields for attention and feed-forward parts that read the same input (parallel); the first one, GPT-NeoX's,
+# is true if absent.
 _PARALLEL = ("use_parallel_residual", "parallel_attn", "new_decoder_architecture")
 
 
 def part_of(name: str, siblings: Collection[str]) -> str | None:
-    """ATTENTION or FEED_FORWARD for the first name of a key within its layer, or None where that is not known.
+    """ATTENTION or FEED_FORWARD for the first name of a key within its layer; None if unknown.
 
-    `siblings` are all such names of the layer: `post_attention_layernorm` stands before the feed-forward part
-    (Llama), unless that has a norm of its own (Gemma 2) or the attention has none before it (OLMo 2).
+    `siblings`: all such names of the layer. `post_attention_layernorm` belongs to the feed-forward part (Llama), unless
+    that has a norm of its own (Gemma 2) or the attention has no norm before it (OLMo 2).
     """
     if name == "post_attention_layernorm":
         behind = "pre_feedforward_layernorm" in siblings or (
@@ -66,24 +66,24 @@ def layers_of(checkpoint: Checkpoint) -> list[dict[str, TensorSpan]]:
 
 
 def split(layer: Mapping[str, TensorSpan]) -> dict[str, dict[str, TensorSpan]]:
-    """The tensors of a layer by part. Raises ArchitectureError for one that belongs to neither."""
+    """The tensors of a layer by sublayer. Raises ArchitectureError for a tensor that belongs to neither."""
     siblings = {name.partition(".")[0] for name in layer}
     found: dict[str, dict[str, TensorSpan]] = {ATTENTION: {}, FEED_FORWARD: {}}
     for name, span in layer.items():
         part = part_of(name.partition(".")[0], siblings)
         if part is None:
             raise ArchitectureError(
-                f"tensor {name} of a layer belongs neither to its attention nor to its feed-forward part, as far as "
-                "slicer knows; drop whole layers of this model (--drop, --offset whole)"
+                f"tensor {name} of a layer belongs to neither attention nor feed-forward part; drop whole layers of "
+                "this model (--drop, --offset whole)"
             )
         found[part][name] = span
     return found
 
 
 def adds_directly(checkpoint: Checkpoint) -> bool:
-    """Whether each part adds the output of one matrix to the stream as it is: no norm behind it, no experts.
+    """Whether each sublayer adds the output of one matrix to the stream unchanged: no norm after it, no experts.
 
-    Then a fold does for a half-offset cut what it does for one of whole layers.
+    Then a fold works for a half-offset cut as it does for whole layers.
     """
     names = {name for layer in layers_of(checkpoint) for name in layer}
     behind = {"post_feedforward_layernorm", "post_mlp_layernorm", "post_self_attn_layernorm"}
@@ -91,21 +91,21 @@ def adds_directly(checkpoint: Checkpoint) -> bool:
 
 
 def check_joinable(checkpoint: Checkpoint) -> None:
-    """Raise ArchitectureError where the feed-forward part does not follow the attention: then no two can be joined."""
+    """Raise ArchitectureError unless feed-forward follows attention: only then can halves of two layers be joined."""
     config = architectures.text_config(checkpoint.config)
     reason = None
     if any(config.get(name, name == _PARALLEL[0] and _is_neox(config)) for name in _PARALLEL):
-        reason = "its attention and feed-forward part run side by side"
+        reason = "its attention and feed-forward part run in parallel"
     for i, layer in enumerate(layers_of(checkpoint)):
         parts = split(layer)
         if not parts[ATTENTION] or not parts[FEED_FORWARD]:
-            reason = reason or f"layer {i} has not both attention and feed-forward part"
+            reason = reason or f"layer {i} does not have both attention and feed-forward part"
         names = {name.partition(".")[0] for name in parts[FEED_FORWARD]}
         if not names & (_FEED_FORWARD_NORMS | {"post_attention_layernorm"}):
-            reason = reason or "its attention and feed-forward part share a norm and run side by side"
+            reason = reason or "its attention and feed-forward part share a norm and run in parallel"
     if reason:
         raise ArchitectureError(
-            f"{config.get('model_type')}: no half-offset cut of it, {reason}; use --offset whole"
+            f"{config.get('model_type')}: no half-offset cut is possible: {reason}; use --offset whole"
         )
 
 
@@ -114,7 +114,7 @@ def _is_neox(config: Mapping[str, Any]) -> bool:
 
 
 def check_joined(checkpoint: Checkpoint, plan: Plan) -> None:
-    """Raise ArchitectureError unless the feed-forward parts that change places are of one kind."""
+    """Raise ArchitectureError unless feed-forward parts that swap places are of the same kind."""
     if not plan.joined:
         return
     check_joinable(checkpoint)
@@ -125,15 +125,15 @@ def check_joined(checkpoint: Checkpoint, plan: Plan) -> None:
         if shapes[0] != shapes[1]:
             name = sorted(shapes[0].items() ^ shapes[1].items())[0][0]
             raise ArchitectureError(
-                f"the feed-forward part of layer {j} cannot take the place of that of layer {i}: they are of different "
+                f"the feed-forward part of layer {j} cannot replace that of layer {i}: they are of different "
                 f"kinds ({name}); choose another cut, or --offset whole"
             )
 
 
 def tensors_of(checkpoint: Checkpoint, plan: Plan) -> dict[str, TensorSpan]:
-    """New key -> span of the source's tensor, in the order of the bytes on disk, for what `plan` leaves.
+    """New key -> source tensor, in byte order, for everything that `plan` keeps.
 
-    In the zeroed form nothing but whole layers is left out: what removed parts write into the stream is zero.
+    The zeroed form drops only whole layers, and sets the output matrices of other removed sublayers to zero.
     """
     if not plan.below_layers:
         return checkpoint.sliced(plan.kept)
@@ -189,8 +189,7 @@ def _zeros(span: TensorSpan) -> Callable[[], Any]:
 
 
 def zeroed_keys(checkpoint: Checkpoint, plan: Plan) -> list[str]:
-    """Raw keys of all that the removed parts write into the stream with. Raises ArchitectureError where a part has
-    no such tensor."""
+    """Raw keys of the output matrices of removed sublayers. Raises ArchitectureError if a sublayer has none."""
     found: list[str] = []
     layers = layers_of(checkpoint)
     for gone, outputs, what in (
@@ -204,14 +203,14 @@ def zeroed_keys(checkpoint: Checkpoint, plan: Plan) -> list[str]:
                 names += [n for n in layers[i] if any(re.search(rf"(^|\.){p}$", n) for p in experts)]
             if not names:
                 raise ArchitectureError(
-                    f"layer {i}: no output matrix of its {what} is known, so it cannot be set to zero; keep it"
+                    f"layer {i}: its {what} has no known output matrix to set to zero; keep it"
                 )
             found += [f"{checkpoint.layer_prefix}{i}.{name}" for name in dict.fromkeys(names)]
     return found
 
 
 def check_there(checkpoint: Checkpoint, attention: Iterable[int], ffn: Iterable[int]) -> None:
-    """Raise PlanError for a part that the source lacks already."""
+    """Raise PlanError for a sublayer that the source already lacks."""
     layers = layers_of(checkpoint)
     for what, gone, outputs in (
         ("attention", attention, ATTENTION_OUTPUTS),

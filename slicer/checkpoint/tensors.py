@@ -1,6 +1,6 @@
-"""Tensor bytes that must pass through torch: pickled `.bin` files, and casts to another dtype.
+"""Tensors that must be read through torch: pickled `.bin` files, and casts to another dtype.
 
-Pickles are read without running them (`weights_only`) and mapped, never loaded whole.
+Pickles are loaded with `weights_only` (no code runs) and memory-mapped.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _NAMES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
     "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
 }  # fmt: skip
-_CHUNK = 4 << 20  # elements at a time, so that memory stays at a few buffers
+_CHUNK = 4 << 20  # elements per step, to limit memory use
 
 
-@lru_cache(maxsize=4)  # a few files stay mapped; mapping costs address space, not memory
+@lru_cache(maxsize=4)  # a few files stay mapped, which costs address space but no memory
 def load(file: Path) -> dict[str, torch.Tensor]:
-    """Key -> tensor, memory-mapped. Raises SourceError when the file is no plain state dict."""
+    """Key -> tensor, memory-mapped. Raises SourceError if the file is not a plain state dict."""
     import torch
 
     try:
@@ -39,22 +39,22 @@ def load(file: Path) -> dict[str, torch.Tensor]:
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not all(isinstance(t, torch.Tensor) for t in content.values()):
-        raise SourceError(f"{file}: holds something other than named tensors; convert it to safetensors")
+        raise SourceError(f"{file}: not a dictionary of tensors; convert it to safetensors")
     return content
 
 
 def dtype_name(tensor: torch.Tensor) -> str:
-    """The safetensors name of the tensor's dtype. Raises SourceError for one the format lacks."""
+    """The safetensors name of the tensor's dtype. Raises SourceError if the format does not support it."""
     name = str(tensor.dtype).removeprefix("torch.")
     if name not in _NAMES:
         raise SourceError(
-            f"a tensor has the dtype {name}, which safetensors cannot hold; convert the checkpoint"
+            f"a tensor has the dtype {name}, which safetensors does not support; convert the checkpoint"
         )
     return _NAMES[name]
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a safetensors name."""
+    """The torch dtype of a safetensors dtype name."""
     import torch
 
     dtype: torch.dtype = next(getattr(torch, key) for key, value in _NAMES.items() if value == name)
@@ -62,7 +62,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def chunks(span: TensorSpan, dtype: str) -> Iterator[bytes]:
-    """The tensor's bytes, cast to `dtype` (a safetensors name), in pieces of a few MB."""
+    """The tensor's bytes, cast to `dtype` (a safetensors name), in chunks of a few MB."""
     import torch
 
     if span.key is not None:
@@ -84,7 +84,7 @@ def chunks(span: TensorSpan, dtype: str) -> Iterator[bytes]:
 
 
 def read(span: TensorSpan) -> torch.Tensor:
-    """The tensor, read into memory, in its stored dtype and shape."""
+    """Read the tensor into memory, in its stored dtype and shape."""
     import torch
 
     if span.key is not None:

@@ -1,4 +1,4 @@
-"""Is the written checkpoint what it should be? Its keys and shapes, and its logits against the bypassed source's."""
+"""Verifies a written checkpoint: its keys and shapes, and its logits against those of the bypassed source."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from slicer.checkpoint.model import build_on_meta, load_model, meta_tensors
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import SlicerError, SourceError, VerificationError
 
-# What rounding may do: both runs do the same operations on the same weights, so a whole layer gone wrong shows at
-# once, and only a different order of summation may differ by some units of the last place.
+# Maximum rounding difference: both runs do the same operations on the same weights, so only the order of summation may
+# differ by some units in the last place, while a wrong layer gives a large error.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 PROBE_SHAPE = (2, 24)
-# Buffers that older transformers stored and none loads any more (GPT-J, GPT-Neo, CodeGen, DistilGPT-2 have them).
+# Buffers stored by older transformers and no longer loaded (GPT-J, GPT-Neo, CodeGen, DistilGPT-2).
 _OLD_BUFFERS = re.compile(
     r"(attn|attention)\.(bias|masked_bias|causal_mask)$|(^|\.)(rotary(_emb)?\.inv_freq|position_ids)$"
     r"|(^|\.)(embed_positions\.weights|decoder\.version)$"
@@ -26,9 +26,9 @@ _OLD_BUFFERS = re.compile(
 
 
 def check_load(path: Path, *, trust_remote_code: bool = False) -> None:
-    """Check that every tensor the architecture expects is there, of its shape, and nothing else but old buffers.
+    """Check that exactly the tensors that the architecture expects exist with the right shapes (old buffers may stay).
 
-    The model is built on the meta device: no weight is read. Raises VerificationError naming the tensor or field.
+    Builds the model on the meta device and reads no weights. Raises VerificationError naming the tensor or field.
     """
     import transformers
 
@@ -46,13 +46,13 @@ def check_load(path: Path, *, trust_remote_code: bool = False) -> None:
         raise VerificationError(f"the written checkpoint cannot be opened: {error}") from None
     except Exception as error:
         raise VerificationError(
-            f"the written config does not reload: {' '.join(str(error).split())[:300]}"
+            f"the written config cannot be loaded: {' '.join(str(error).split())[:300]}"
         ) from None
     tensors = meta_tensors(checkpoint)
     problems = _load_on_meta(path, config, tensors, trust_remote_code)
     for kind, words in (
         ("missing_keys", "is missing"),
-        ("unexpected_keys", "is there but the architecture has no place for it"),
+        ("unexpected_keys", "is not part of the architecture"),
         ("mismatched_keys", "has the wrong shape"),
     ):
         found = sorted(problems.get(kind) or (), key=str)
@@ -64,7 +64,7 @@ def check_load(path: Path, *, trust_remote_code: bool = False) -> None:
                 "" if isinstance(found[0], str) else f" ({list(found[0][1])}, expected {list(found[0][2])})"
             )
             more = f", and {len(found) - 1} more" if len(found) > 1 else ""
-            raise VerificationError(f"tensor {name} {words}{shapes}{more}; nothing was written")
+            raise VerificationError(f"tensor {name} {words}{shapes}{more}; the output was discarded")
 
 
 def _load_on_meta(
@@ -77,15 +77,17 @@ def _load_on_meta(
 
 
 def check_tensors(path: Path, expected: Mapping[str, torch.Tensor]) -> None:
-    """Check that the tensors `expected` were written bit for bit. Raises VerificationError naming one that was not."""
+    """Check that the tensors `expected` are on disk bit for bit. Raises VerificationError naming one that is not."""
     written = Checkpoint.open(path).tensors
     for key, tensor in expected.items():
         if key not in written or not torch.equal(torch_tensors.read(written[key]), tensor.cpu()):
-            raise VerificationError(f"tensor {key} was not written as healed; nothing was written")
+            raise VerificationError(
+                f"tensor {key} on disk differs from the healed weights; the output was discarded"
+            )
 
 
 def probe_tokens(vocab_size: int, seed: int = 0) -> torch.Tensor:
-    """Random token ids, int64 [2, 24], the same for the same seed."""
+    """Random token ids, int64 [2, 24], from the seed."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocab_size, PROBE_SHAPE, generator=generator)
 
@@ -108,9 +110,9 @@ def check_logits(
     trust_remote_code: bool = False,
     tolerance: float | None = None,
 ) -> float:
-    """Load `out` and compare its logits with `reference`; returns max |a - b| / max |b|.
+    """Load `out` and compare its logits with `reference` ([batch, seq, vocabulary]); returns max |a - b| / max |b|.
 
-    Raises VerificationError when that exceeds the tolerance (None: of the dtype), or anything is not finite.
+    Raises VerificationError if that exceeds the tolerance (None: that of the dtype), or a value is not finite.
     """
     try:
         model = load_model(out, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -120,14 +122,14 @@ def check_logits(
 
 
 def compare_logits(logits: torch.Tensor, reference: torch.Tensor, tolerance: float | None = None) -> float:
-    """max |a - b| / max |b|. Raises VerificationError as `check_logits` does."""
+    """max |a - b| / max |b|. Raises VerificationError as `check_logits`."""
     if logits.shape != reference.shape:
         raise VerificationError(
-            f"logits have the shape {list(logits.shape)}, the source's {list(reference.shape)}"
+            f"the logits have shape {list(logits.shape)}, those of the source {list(reference.shape)}"
         )
     if not torch.isfinite(reference).all():
         raise VerificationError(
-            "the source's own logits are not finite with these layers bypassed; try --dtype float32, or --verify load"
+            "the source's logits are not finite with these layers bypassed; use --dtype float32 or --verify load"
         )
     apart = (logits.double() - reference.double()).abs()
     relative = float(apart.max() / reference.double().abs().max().clamp_min(1e-30))
@@ -136,6 +138,6 @@ def compare_logits(logits: torch.Tensor, reference: torch.Tensor, tolerance: flo
         position = [int(i) for i in torch.unravel_index(apart.argmax(), apart.shape)]
         raise VerificationError(
             f"logits differ from the source's with those layers bypassed by {relative:.2e} (at most {tolerance:.0e}; "
-            f"sequence {position[0]}, position {position[1]}, token {position[2]}); nothing was written"
+            f"sequence {position[0]}, position {position[1]}, token {position[2]}); the output was discarded"
         )
     return relative

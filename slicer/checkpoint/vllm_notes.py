@@ -1,4 +1,4 @@
-"""Where vLLM 0.32 reads the same config otherwise than transformers: a note of each such architecture."""
+"""Notes on architectures whose config vLLM 0.32 reads differently from transformers."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 
 from slicer.checkpoint.layer_fields import positions
 
-# (old config as written, kept layers, old depth) -> what vLLM makes of the result that transformers does not
+# (old raw config, kept layers, old depth) -> how vLLM differs from transformers on the result, or None
 Note = Callable[[Mapping[str, Any], Sequence[int], int], str | None]
 
 
 def gpt_oss_parity(old: Mapping[str, Any], kept: Sequence[int], depth: int) -> str | None:
-    """gpt_oss: a sliding window on every even layer, whatever `layer_types` says."""
+    """gpt_oss: vLLM uses a sliding window on every even layer and ignores `layer_types`."""
     types = given(old, "layer_types", depth) or ["sliding_attention", "full_attention"] * depth
     if all((types[i] == "sliding_attention") == (at % 2 == 0) for at, i in enumerate(kept)):
         return None
     return (
-        "vLLM gives gpt_oss a sliding window on every even layer whatever layer_types says, and this cut moves layers "
-        "to the other parity: for vLLM, drop blocks of an even number of layers"
+        "vLLM gives gpt_oss a sliding window on every even layer and ignores layer_types, and this cut moves layers "
+        "from even to odd positions: for vLLM, drop blocks of an even number of layers"
     )
 
 
 def qwen_windows(old: Mapping[str, Any], kept: Sequence[int], depth: int) -> str | None:
-    """Qwen 2 and 3: sliding and full attention layers in one model are refused, or all run in full."""
+    """Qwen 2 and 3: vLLM refuses sliding and full attention layers in one model, or runs all in full."""
     first = old.get("max_window_layers", 28)
     windows = bool(old.get("use_sliding_window")) and old.get("sliding_window", 4096) is not None
     sliding = [kind == "sliding_attention" for kind in given(old, "layer_types", depth) or ()]
@@ -38,7 +38,7 @@ def qwen_windows(old: Mapping[str, Any], kept: Sequence[int], depth: int) -> str
 
 
 def llama4_step(old: Mapping[str, Any], kept: Sequence[int], depth: int) -> str | None:
-    """Llama 4: expert layers by a step alone; chunked attention where rotary positions are."""
+    """Llama 4: vLLM places expert layers by a step alone, and chunked attention where rotary positions are."""
     step = old.get("interleave_moe_layer_step") or 1
     moe = old.get("moe_layers")
     moe = [i for i in range(depth) if (i + 1) % step == 0] if moe is None else moe
@@ -54,14 +54,14 @@ def llama4_step(old: Mapping[str, Any], kept: Sequence[int], depth: int) -> str 
     types = given(old, "layer_types", depth)
     if types and any((types[i] == "chunked_attention") != bool(rope[i]) for i in kept):
         return (
-            "vLLM takes llama4's chunked attention from no_rope_layers and ignores layer_types, and the two differ "
-            "here: for vLLM, drop the layers where they do"
+            "vLLM takes llama4's chunked attention from no_rope_layers and ignores layer_types, and these differ "
+            "here: for vLLM, drop the layers where they differ"
         )
     return None
 
 
 def exaone4_rope(old: Mapping[str, Any], kept: Sequence[int], depth: int) -> str | None:
-    """EXAONE 4: rotary positions on every layer of a model without sliding ones."""
+    """EXAONE 4: vLLM uses rotary positions on every layer of a model without sliding layers."""
     if old.get("sliding_window", 4096) is None:
         return None
     pattern = old.get("sliding_window_pattern", 4)
@@ -80,7 +80,7 @@ def exaone4_rope(old: Mapping[str, Any], kept: Sequence[int], depth: int) -> str
 
 
 def moe_frequency(old: Mapping[str, Any], kept: Sequence[int], depth: int) -> str | None:
-    """DeepSeek and its kin: `moe_layer_freq`, which transformers ignores."""
+    """DeepSeek and similar: vLLM reads `moe_layer_freq`, which transformers ignores."""
     if (old.get("moe_layer_freq") or 1) == 1:
         return None
     return (
@@ -91,7 +91,7 @@ def moe_frequency(old: Mapping[str, Any], kept: Sequence[int], depth: int) -> st
 
 @dataclass(frozen=True)
 class Unserved:
-    """A note that holds for every cut."""
+    """A note that applies to every cut."""
 
     name: str
 
@@ -100,6 +100,6 @@ class Unserved:
 
 
 def given(config: Mapping[str, Any], name: str, depth: int) -> list[Any] | None:
-    """A per-layer list that the raw config writes out in full."""
+    """A per-layer list that the raw config contains in full; None otherwise."""
     value = config.get(name)
     return value if isinstance(value, list) and len(value) == depth else None

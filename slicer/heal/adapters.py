@@ -1,8 +1,8 @@
-"""The model to be trained: the weights as stored or in NF4, LoRA on its feed-forward modules, and the CPU's trap.
+"""The model to train: stored or NF4 weights with LoRA on the feed-forward modules; and a workaround for CPUs.
 
-The trap: where the processor has AVX512-BF16, bitsandbytes packs 4-bit weights anew in the first forward pass outside
-training. Later passes through them bypass autograd: gradients are missing, or wrong, without a word. `unpack` turns
-that off; training looks for packed weights and for gradients that are not there.
+On processors with AVX512-BF16, bitsandbytes repacks 4-bit weights in the first forward pass outside training. Later
+passes bypass autograd, so gradients are missing or wrong without an error. `unpack` turns this off; training also
+checks for packed weights and missing gradients.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from slicer.heal.settings import Settings
 from slicer.runtime.compat import named_as_loaded, quiet_bitsandbytes
 from slicer.runtime.distributed import sharded
 
-# Parts of a feed-forward block that choose rather than compute: the paper trains none of them.
+# Feed-forward modules that route tokens and compute no features: the paper does not train them.
 _CHOOSING = {"gate", "router", "shared_expert_gate"}
 
 
 def require(method: str) -> None:
-    """Raise HealError where a library that `method` needs is not installed."""
+    """Raise HealError if a library for `method` is not installed."""
     needed = {
         "full": ("accelerate",),
         "lora": ("peft", "accelerate"),
@@ -44,10 +44,10 @@ def require(method: str) -> None:
 
 
 def nf4(compute: torch.dtype) -> Any:
-    """transformers' config of NF4 with double quantization, the arithmetic in `compute`."""
+    """transformers' quantization config of NF4 with double quantization, with arithmetic in `compute`."""
     from transformers import BitsAndBytesConfig
 
-    # FSDP shards what it stores, and takes tensors of one dtype only.
+    # FSDP shards the stored tensors, and needs all of them in one dtype.
     storage = {"bnb_4bit_quant_storage": compute} if sharded() else {}
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -59,10 +59,10 @@ def nf4(compute: torch.dtype) -> Any:
 
 
 def load(path: Path, settings: Settings, *, device: str = "auto", trust_remote_code: bool = False) -> Any:
-    """The checkpoint at `path` as a model to train: with adapters that start at nothing, or all weights (`full`).
+    """The checkpoint at `path` as a model to train: with adapters that start at zero, or all weights (`full`).
 
-    All weights are trained in float32; adapters are in float32 on weights in the precision of the arithmetic. Raises
-    HealError where no feed-forward matrix can take an adapter, or not all weights could be written afterwards.
+    Full training uses float32 weights; adapters are float32 on weights in the compute precision. Raises HealError if no
+    feed-forward matrix can have an adapter, or if some weights could not be written afterwards.
     """
     if settings.method == "full":
         homes_of(Checkpoint.open(path), trust_remote_code=trust_remote_code)
@@ -93,7 +93,7 @@ def load(path: Path, settings: Settings, *, device: str = "auto", trust_remote_c
         bias="none",
         task_type="CAUSAL_LM",
     )
-    torch.manual_seed(settings.seed)  # A is drawn at random, B is zero
+    torch.manual_seed(settings.seed)  # A is random, B is zero
     unpack(model)
     with named_as_loaded():
         return peft.get_peft_model(model, config, autocast_adapter_dtype=not sharded())
@@ -102,10 +102,10 @@ def load(path: Path, settings: Settings, *, device: str = "auto", trust_remote_c
 def targets(model: Any, checkpoint: Checkpoint) -> list[str]:
     """Names of the matrices that get an adapter: the linear ones of every layer's feed-forward part.
 
-    Found by structure, as `slicer.checkpoint.model.mlp_of` finds the part: gate, up and down projections of Llama and
-    its kin, fc1 and fc2 of Phi and OPT, w1, w2 and c_proj of Qwen. Routers are left alone; so are experts that are
-    slices of one tensor, which LoRA of a linear layer cannot reach (shared experts it can). A layer with no such
-    matrix gets adapters on its attention instead. All have to be in the checkpoint under their own names and shapes.
+    Found by structure with `slicer.checkpoint.model.mlp_of`: gate, up and down projections of Llama and similar models,
+    fc1 and fc2 of Phi and OPT, w1, w2 and c_proj of Qwen. Skips routers, and experts that are slices of one tensor
+    (LoRA of a linear layer cannot adapt them; shared experts work). A layer without such matrices gets adapters on its
+    attention. All must be in the checkpoint under their own names and shapes; raises HealError if none is.
     """
     layers = decoder_layers(model)
     prefix = next(name for name, module in model.named_modules() if module is layers)
@@ -121,7 +121,7 @@ def targets(model: Any, checkpoint: Checkpoint) -> list[str]:
                 found.append(full)
     if not found:
         raise HealError(
-            f"{checkpoint.path}: no matrix of its layers can take an adapter ({checkpoint.config.get('model_type')}); "
+            f"{checkpoint.path}: no matrix of its layers can have an adapter ({checkpoint.config.get('model_type')}); "
             "use --method full or fold"
         )
     return found
@@ -131,7 +131,7 @@ def _feed_forward(layer: nn.Module) -> Iterator[str]:
     part = mlp_of(layer)
     if part is None:
         return
-    if _linear(part):  # fc1 and fc2 stand in the layer itself
+    if _linear(part):  # fc1 and fc2 are direct children of the layer
         yield from (name for name, child in layer.named_children() if _linear(child))
         return
     own = next(name for name, child in layer.named_children() if child is part)
@@ -141,7 +141,7 @@ def _feed_forward(layer: nn.Module) -> Iterator[str]:
 
 
 def _read_past(layer: nn.Module, name: str) -> bool:
-    """Whether the module is one of Mamba's whose matrix its kernels read without calling it."""
+    """Whether it is a Mamba module whose matrix is read by a kernel without calling the module."""
     parent, _, own = name.rpartition(".")
     return own in ("out_proj", "dt_proj") and "Mamba" in type(layer.get_submodule(parent)).__name__
 
@@ -151,36 +151,36 @@ def _linear(module: nn.Module) -> bool:
 
 
 def _shape(module: Any) -> tuple[int, int]:
-    """Of its matrix on disk."""
+    """The shape of its matrix on disk."""
     if is_conv1d(module):
         return int(module.nx), int(module.nf)
     shape = int(module.out_features), int(module.in_features)
-    before = getattr(module, "source_cls", None)  # of a 4-bit layer: what it took the place of
+    before = getattr(module, "source_cls", None)  # the class that a 4-bit layer replaced
     return shape[::-1] if before is not None and before.__name__ == "Conv1D" else shape
 
 
 def unpack(model: nn.Module) -> None:
-    """Keep bitsandbytes from packing 4-bit weights on the CPU, and undo it where it has happened."""
+    """Prevent bitsandbytes from packing 4-bit weights on the CPU, and unpack those already packed."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
     if packed(model):
-        model.state_dict()  # writing the weights out is what unpacks them
+        model.state_dict()  # this unpacks the weights
 
 
 def packed(model: nn.Module) -> bool:
-    """Whether some 4-bit weights are packed, so that gradients go by them."""
+    """Whether some 4-bit weights are packed, so that autograd bypasses them."""
     states = (getattr(getattr(module, "weight", None), "quant_state", None) for module in model.modules())
     return any(getattr(state, "packing_format_for_cpu", False) for state in states)
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that training moves."""
+    """The parameters to train."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def most_tokens(config: dict[str, Any]) -> int | None:
-    """The longest sequence that a model of this config reads, where it says so."""
+    """The maximum sequence length in the config, if any."""
     text = architectures.text_config(config)
     limit = text.get("max_position_embeddings") or text.get("n_positions")
     return limit if isinstance(limit, int) else None

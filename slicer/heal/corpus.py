@@ -1,8 +1,8 @@
-"""Text to train on: packed sequences on disk, and sequences held out that are never trained on.
+"""Training text: packed sequences on disk, and held-out sequences that are never trained on.
 
-The sources are those of `slicer.measure.calibration`. Unless validation text is named, one document in 16, chosen
-by the hash of its text, is held out, so that a copy of a document falls on the same side. Conversations go through the
-chat template; only the tokens of their answers are learned.
+The sources are those of `slicer.measure.calibration`. Without separate validation text, one document in 16, chosen by
+the hash of its text, is held out, so that copies of a document are on the same side. Conversations go through the chat
+template; only the tokens of the answers are learned.
 """
 
 from __future__ import annotations
@@ -33,16 +33,20 @@ from slicer.plan.records import CorpusRecord
 from slicer.progress import Progress
 from slicer.runtime.files import atomic_file, write_atomically
 
-APART = (16, 4, 2)  # one document in so many is held out; more, where that were not even a sequence
+APART = (
+    16,
+    4,
+    2,
+)  # one document in this many is held out; the next value is used if that gives no full sequence
 _OF_SAME = "one document in {} of the same source"
-_SAMPLED = 1024  # sequences sampled from the model, at most; then they are seen again
+_SAMPLED = 1024  # maximum number of sequences sampled from the model; longer trainings repeat them
 IGNORED = -100
 
 
 class Sequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """int64 `input_ids` and `labels` [seq_len] of each packed sequence, read from disk, and its number `index`.
+    """Packed sequences read from disk: int64 `input_ids` and `labels` [seq_len], and the number `index`.
 
-    `labels` are the tokens themselves, and `IGNORED` where nothing is learned.
+    `labels` are the tokens, or `IGNORED` where nothing is learned.
     """
 
     def __init__(self, file: Path, seq_len: int) -> None:
@@ -57,7 +61,9 @@ class Sequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         stored = self._tokens[index].long()
         learned = stored >= 0
-        tokens = torch.where(learned, stored, -1 - stored)  # what is not learned is stored as its complement
+        tokens = torch.where(
+            learned, stored, -1 - stored
+        )  # tokens that are not learned are stored as -1 - token
         labels = torch.where(learned, tokens, torch.full_like(tokens, IGNORED))
         return {"input_ids": tokens, "labels": labels, "index": torch.tensor(index)}
 
@@ -74,14 +80,14 @@ class Sequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 @dataclass(frozen=True)
 class Corpus:
-    """`train` and `held_out` sequences; `record`: where they came from and how many, for the plan."""
+    """`train` and `held_out` sequences; `record`: their sources and numbers, for the plan."""
 
     train: Sequences
     held_out: Sequences
     record: CorpusRecord
 
     def to_fold_on(self, spec: CalibrationSpec) -> TokenBatches:
-        """As much of the text trained on as `spec` asks for, so that nothing held out takes part in a fold either."""
+        """Batches of the training text, as many as `spec` requests: a fold must not use held-out text."""
         length = min(spec.seq_len, len(self.train[0]["input_ids"]))
         pieces: list[torch.Tensor] = []
         for i in range(len(self.train)):
@@ -111,11 +117,11 @@ def prepare(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Corpus:
-    """Tokenize the data of `spec` for the checkpoint at `path`, once: what lies in `directory` is taken up again.
+    """Tokenize the text of `spec` for the checkpoint at `path`; reuses what an earlier run left in `directory`.
 
-    As many sequences as the training takes are made, or all there are: they are then seen more than once. `sampler`
-    gives the model that `self` samples from. Raises CalibrationError where there is no, or too little, text; HealError
-    where a held-out sequence is among those trained on.
+    Makes as many sequences as the training needs, or all there are, which are then repeated. `sampler` returns the
+    model for `self`. Raises CalibrationError for missing or too little text, HealError if a held-out sequence is among
+    the training sequences.
     """
     progress = progress or Progress()
     done = directory / "corpus.json"
@@ -139,16 +145,16 @@ def prepare(
     if record["train_sequences"] < settings.batch_size or record["held_out_sequences"] < 1:
         done.unlink()
         raise CalibrationError(
-            f"{record['source']}: too short: {record['train_sequences']} sequences of {settings.seq_len} tokens to "
-            f"train on, where a step takes {settings.batch_size}, and {record['held_out_sequences']} held out, where "
-            "one is needed; give more text, or lower --train-seq-len or --train-batch-size"
+            f"{record['source']}: too short: {record['train_sequences']} training sequences of {settings.seq_len} "
+            f"tokens (one step needs {settings.batch_size}), {record['held_out_sequences']} held out (at least 1); "
+            "pass more text, or lower --train-seq-len or --train-batch-size"
         )
     train, held_out = (
         Sequences(directory / f"{name}.bin", settings.seq_len) for name in ("train", "held-out")
     )
     if set(train.digests()) & set(held_out.digests()):
         raise HealError(
-            f"{record['source']}: held-out sequences are among those trained on; name other --validation"
+            f"{record['source']}: held-out sequences are among the training sequences; pass other --validation text"
         )
     return Corpus(train, held_out, CorpusRecord.of(record))
 
@@ -163,7 +169,7 @@ def _tokenize(
     wanted: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Write both files; one document in `share` is held out, unless validation text is named."""
+    """Write both files; one document in `share` is held out, unless there is separate validation text."""
     source = spec.source or ":".join(DEFAULT_DATASET)
     known: set[str] = set()
     count = left_out = 0
@@ -177,7 +183,7 @@ def _tokenize(
                 known.update(mark_of(text) for text, _ in batch)
                 held.add(batch, validation, most=settings.validation_samples)
                 if endless and len(held) >= settings.validation_samples:
-                    break  # of a file all documents are left out of the training text, so it is read to its end
+                    break  # the training text must leave out all validation documents, so read them all
         for batch in batched(mixed(spec), settings.seq_len):
             count += len(batch)
             marks = [mark_of(text) for text, _ in batch]
@@ -197,7 +203,7 @@ def _tokenize(
             if len(train) >= wanted and (validation is not None or len(held) >= settings.validation_samples):
                 break
     if count == 0:
-        raise CalibrationError(f"{source}: empty, there is no text in it; give a file with text")
+        raise CalibrationError(f"{source}: no text in it; pass a file with text")
     return _record(spec, source, train, held, validation or _OF_SAME.format(share)) | {
         "documents": count, "documents_left_out_as_validation": left_out,
         "learned": "answers" if train.talks else "all tokens",
@@ -205,8 +211,7 @@ def _tokenize(
 
 
 def mixed(spec: CalibrationSpec) -> Iterator[Document]:
-    """The documents of `spec`; of several sources, with commas between, as much text of one as of the others while
-    they last."""
+    """The documents of `spec`; several sources are interleaved by amount of text, until each ends."""
     streams = [documents(replace(spec, source=name)) for name in sources_of(spec.source)]
     taken = [0] * len(streams)
     while streams:
@@ -220,12 +225,12 @@ def mixed(spec: CalibrationSpec) -> Iterator[Document]:
 
 
 def sources_of(source: str | None) -> list[str | None]:
-    """The sources that `source` names, with commas between. Raises CalibrationError for an empty name."""
+    """The sources in a comma-separated list. Raises CalibrationError for an empty name."""
     if source is None or "," not in source or Path(source).exists():
         return [source]
     names: list[str | None] = [name.strip() for name in source.split(",")]
     if "" in names or "self" in names:
-        raise CalibrationError(f"{source}: name each source between commas; self only by itself")
+        raise CalibrationError(f"{source}: write one name between commas, and use self only alone")
     return names
 
 
@@ -251,7 +256,7 @@ def _sample(
 
 
 def _without_held_out(directory: Path, seq_len: int) -> int:
-    """Leave sequences that are held out as well, word for word, out of those trained on; returns how many they were."""
+    """Remove training sequences that are also held out; returns their number."""
     if not all((directory / f"{name}.bin").stat().st_size for name in ("train", "held-out")):
         return 0
     train, held_out = (Sequences(directory / f"{name}.bin", seq_len) for name in ("train", "held-out"))

@@ -1,7 +1,7 @@
-"""All weights trained (`--method full`): under which keys of the checkpoint each of them is written.
+"""Full training (`--method full`): maps the trained weights to the keys of the checkpoint.
 
-transformers saves a model under names of its own: with or without an outermost prefix, one name for matrices that are
-tied, no old buffers. Where all of it goes is settled on the meta device, before the first step.
+transformers saves a model under its own names: with or without an outermost prefix, tied matrices once, and without old
+buffers. The mapping is computed on the meta device, before the first step.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Homes = Mapping[str, tuple[str, ...]]
 
 
 def homes_of(base: Checkpoint, *, trust_remote_code: bool = False) -> dict[str, tuple[str, ...]]:
-    """Name of a tensor, as transformers saves the trained model -> the raw keys of `base` that it belongs under.
+    """Tensor name, as transformers saves the trained model -> raw keys of `base` to write it to.
 
-    Those are its own, if it is there, and then the keys of the matrices that it is tied to. A buffer that `base` does
-    not store belongs nowhere; stored keys that the model has no place for are nobody's, and are left as they are.
-    Raises HealError for a parameter that `base` holds under no such key, or in another shape.
+    The keys are its own, if it exists, then those of matrices tied to it. A buffer that `base` does not store has no
+    keys; stored keys that the model does not load stay unchanged. Raises HealError for a parameter that `base` lacks or
+    has in another shape.
     """
     model = build_on_meta(base.path, meta_tensors(base), trust_remote_code=trust_remote_code)[0]
     names = Names(base)
@@ -55,25 +55,27 @@ def homes_of(base: Checkpoint, *, trust_remote_code: bool = False) -> dict[str, 
 
 
 def _as_saved(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of the loaded model as `save_pretrained` has them, such as each expert apart."""
+    """Tensors of the loaded model as `save_pretrained` writes them, for example each expert separately."""
     from transformers.core_model_loading import revert_weight_conversion
 
     return dict(revert_weight_conversion(model, dict(tensors)))
 
 
 def spans_of(base: Checkpoint, trained: Checkpoint, homes: Homes) -> dict[str, TensorSpan]:
-    """Raw key of `base` -> the trained tensor, in the dtype of the old one. Raises HealError where one is missing."""
+    """Raw key of `base` -> trained tensor, in the stored dtype. Raises HealError if one is missing."""
     names = Names(base)
     found: dict[str, TensorSpan] = {}
     for name, span in trained.tensors.items():
         own = names.key(name)
         for key in homes.get(name, ()):
-            if key == own or key not in found:  # tied matrices that differ were trained apart
+            if key == own or key not in found:  # tied matrices that differ were trained separately
                 found[key] = _rounded(base.tensors[key], span)
     lost = sorted({key for keys in homes.values() for key in keys} - found.keys())
     if lost or not trained.tensors.keys() <= homes.keys():
         name = lost[0] if lost else min(trained.tensors.keys() - homes.keys())
-        raise HealError(f"{name}: transformers saved this model otherwise than it loads; use --method lora")
+        raise HealError(
+            f"{name}: transformers saves this model under other names than it loads; use --method lora"
+        )
     return found
 
 
@@ -89,7 +91,7 @@ def probe_of(
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> Probe:
-    """The logits of the trained weights, and of each of them rounded to the dtype that `base` stores it in."""
+    """Logits of the trained weights, exact and rounded to the dtypes that `base` stores them in."""
     model = load_model(trained.path, dtype="float32", device=device, trust_remote_code=trust_remote_code)
     vocabulary = architectures.text_config(base.config).get("vocab_size") or model.config.vocab_size
     tokens = verify.probe_tokens(vocabulary)
@@ -99,6 +101,6 @@ def probe_of(
         dtypes = {
             stored.torch_dtype(base.tensors[key].dtype) for part in saved for key in homes.get(part, ())[:1]
         }
-        if dtypes:  # parts of one tensor are of one dtype in every checkpoint there is
+        if dtypes:  # the parts of one tensor have the same dtype in all known checkpoints
             parameter.data = parameter.data.to(min(dtypes, key=lambda dtype: dtype.itemsize)).float()
     return Probe(tokens, exact, verify.logits_of(model, tokens))

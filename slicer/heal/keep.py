@@ -1,8 +1,8 @@
-"""`--save-adapter DIR`: the adapter as peft saves it, with what it was trained on where that would be gone otherwise.
+"""`--save-adapter DIR`: the adapter as peft saves it, with its base weights if they would be deleted otherwise.
 
 DIR/adapter_config.json, adapter_model.safetensors
-DIR/slicer.json     of which weights it is the adapter (`slicer.checkpoint.foundation`)
-DIR/base            those weights, where training started from a fold, or from a cut that convert made on the way
+DIR/slicer.json     which base weights it belongs to (`slicer.checkpoint.foundation`)
+DIR/base            those weights, if training started from a fold, or from a cut that convert made temporarily
 """
 
 from __future__ import annotations
@@ -30,43 +30,43 @@ def _going(out: Path) -> list[Path]:
 
 
 def check_keeping(place: Path | None, method: str, out: Path, others: Iterable[Path], *, force: bool) -> None:
-    """Raise UsageError or OutputError where the adapter of a training for `out` cannot be kept at `place`.
+    """Raise UsageError or OutputError if the adapter of a training for `out` cannot be saved at `place`.
 
-    `others` are the checkpoints it is made of. An adapter that is there already is replaced with `force`.
+    `others`: the checkpoints it is made from. `force` replaces an existing adapter.
     """
     if place is None:
         return
     if method == "full":
-        raise UsageError("--save-adapter: --method full trains all weights and has no adapter; leave it out")
+        raise UsageError("--save-adapter: --method full has no adapter; leave it out")
     real = place.resolve()
     for other in (out, *_going(out), *others):
         if real.is_relative_to(other.resolve()) or other.resolve().is_relative_to(real):
-            raise OutputError(f"--save-adapter {place}: overlaps {other}; choose another place")
+            raise OutputError(f"--save-adapter {place}: overlaps {other}; choose another directory")
     if place.is_symlink() or (place.exists() and not place.is_dir()):
-        raise OutputError(f"--save-adapter {place}: exists and is not a directory; choose another place")
+        raise OutputError(f"--save-adapter {place}: not a directory; choose another one")
     if place.is_dir() and any(place.iterdir()):
         if not force:
-            raise OutputError(f"--save-adapter {place}: not empty; choose another place, or give --force")
+            raise OutputError(f"--save-adapter {place}: not empty; choose another directory, or use --force")
         if not (place / _CONFIG).is_file():
             raise OutputError(
-                f"--save-adapter {place}: --force replaces adapters only, and this has no {_CONFIG}; remove it first"
+                f"--save-adapter {place}: --force replaces only adapters, and this has no {_CONFIG}; remove it yourself"
             )
     parent = next(path for path in real.parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"--save-adapter {place}: cannot be written in {parent}; choose another place")
+        raise OutputError(f"--save-adapter {place}: {parent} is not writable; choose another directory")
 
 
 @contextlib.contextmanager
 def keeping(
     place: Path | None, weights: Path | None, base: Checkpoint, out: Path, *, force: bool, progress: Progress
 ) -> Iterator[None]:
-    """The adapter `weights`, trained on `base`, appears at `place` when the block ends without an exception.
+    """Put the adapter `weights`, trained on `base`, at `place` when the block ends without an exception.
 
     A `base` in one of the work directories of `out`, which go, is kept beside the adapter.
     """
     if place is None or weights is None:
         if place is not None:
-            progress.note(f"no adapter was kept in {place}: nothing was better than the start")
+            progress.note(f"no adapter saved in {place}: no step was better than the start")
         yield
         return
     with atomic_directory(place, replace=force) as directory:

@@ -1,4 +1,4 @@
-"""From the options to the teacher: the source, beside the student or asked beforehand."""
+"""Builds the distillation loss: loads the teacher alongside the student, or caches its outputs first."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ def lessons_of(
     device: str,
     progress: Progress,
 ) -> Lessons:
-    """The teacher's loss. Raises HealError for a teacher that cannot teach this student."""
+    """The distillation loss. Raises HealError for a teacher of another depth, width or vocabulary."""
     training, remote = options.training, options.trust_remote_code
     teacher = whole if training.teacher is None else Checkpoint.open(hub.resolve(training.teacher).path)
     streams, logits = settings.mismatch_weight > 0, settings.kl_weight > 0
     mine, its = text_config(whole.config), text_config(teacher.config)
     if streams and (teacher.depth != plan.depth or mine.get("hidden_size") != its.get("hidden_size")):
         raise HealError(
-            f"{teacher.path}: has another depth or width than the model that was cut, so its residual stream says "
-            "nothing at the cut; use --kl-weight alone, or the source as teacher"
+            f"{teacher.path}: depth or width differs from the model that was cut, so the residual streams cannot be "
+            "compared; use only --kl-weight, or the source as teacher"
         )
     if logits and mine.get("vocab_size") != its.get("vocab_size"):
         raise HealError(
-            f"{teacher.path}: has another vocabulary than the model that was cut; use the source as teacher"
+            f"{teacher.path}: the vocabulary differs from the model that was cut; use the source as teacher"
         )
     at = cuts(plan.dropped)
     if training.teacher_cache is not None:
         directory = Path(training.teacher_cache)
 
         def asked() -> Cached:
-            with within_memory("asking the teacher", ["--device cpu"]):
+            with within_memory("caching the teacher's outputs", ["--device cpu"]):
                 return ask_beforehand(
                     teacher, corpus.train, at, directory, streams=streams, logits=logits,
                     dtype=plan.dtype, device=options.device, trust_remote_code=remote, progress=progress,

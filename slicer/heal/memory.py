@@ -1,4 +1,4 @@
-"""What a training takes of each GPU's memory, by a stated formula; `docs/reference/training.md` is its table. Pure.
+"""Memory that training needs on each GPU, by formula; table: `docs/reference/training.md`. Standard library only.
 
 python -m slicer.heal.memory                                     the table
 """
@@ -13,15 +13,15 @@ from slicer.checkpoint.architectures import depth, text_config
 
 NF4_BYTES = (
     0.5 + 1 / 64 + 4 / (64 * 256)
-)  # a weight: 4 bits, its share of a scale of 8 bits, and of the scales' scale
+)  # per weight: 4 bits, its share of an 8-bit scale, and of the scale of scales
 _TRAINED_BYTES = 16  # a trained weight in float32, its gradient, Adam's two moments
 _LOGIT_BYTES = 10  # a logit in bfloat16, in float32, and its gradient
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama-like model: `layers` that stay, hidden size `d`, feed-forward size `f`, vocabulary `v`; the key and value
-    projections are `kv` wide; `tied`: the head is the embedding."""
+    """A Llama-like model: number of kept `layers`, hidden size `d`, feed-forward size `f`, vocabulary `v`, width `kv`
+    of the key and value projections; `tied`: the head shares the embedding."""
 
     layers: int
     d: int
@@ -32,17 +32,17 @@ class Shape:
 
     @property
     def in_layers(self) -> int:
-        """Weights of the matrices of all layers: what NF4 shrinks."""
+        """Number of weights in the matrices of all layers, which NF4 quantizes."""
         return self.layers * (2 * self.d * self.d + 2 * self.d * self.kv + 3 * self.d * self.f)
 
     @property
     def outside(self) -> int:
-        """Weights of the embedding and the head."""
+        """Number of weights in the embedding and the head."""
         return (1 if self.tied else 2) * self.v * self.d
 
     @classmethod
     def of(cls, config: Mapping[str, Any], layers: int | None = None) -> Shape:
-        """From a config.json, with `layers` of its layers left."""
+        """From a config.json; `layers`: number of layers kept (None: all)."""
         text = text_config(config)
         d, heads = text["hidden_size"], text["num_attention_heads"]
         kv = (text.get("num_key_value_heads") or heads) * (text.get("head_dim") or d // heads)
@@ -61,13 +61,13 @@ def needed(
     gpus: int = 1,
     bytes_a_value: int = 2,
 ) -> dict[str, float]:
-    """Bytes of each GPU, with everything but the activations sharded over `gpus` (FSDP).
+    """Bytes on each GPU, with everything but the activations sharded over `gpus` (FSDP).
 
-    weights      NF4_BYTES (qlora) or 2 (lora) a weight of the layers' matrices, 2 of the embedding and of the head
-    trained      16 a trained weight: of all (full), or of rank x (d + f) in three matrices a layer
-    unpacked     two layers that FSDP has whole at a time, as stored; one matrix, d x f, that NF4 has in full precision
-    activations  2 x (12 d + 5 f) a token and layer; with gradient checkpointing 2 d, and that of one layer
-    logits       10 v a token
+    weights      per weight: NF4_BYTES (qlora) or 2 (lora) in the layers' matrices, 2 in the embedding and the head
+    trained      16 per trained weight: all (full), or rank x (d + f) in three matrices per layer
+    unpacked     two layers that FSDP gathers at a time, as stored; one d x f matrix that NF4 dequantizes
+    activations  2 x (12 d + 5 f) per token and layer; with gradient checkpointing 2 d, plus that of one layer
+    logits       10 v per token
     """
     tokens = micro_batch * seq_len
     adapters = shape.layers * 3 * rank * (shape.d + shape.f)

@@ -1,4 +1,4 @@
-"""Documents -> sequences of tokens, written to a file; of conversations, which tokens are learned."""
+"""Packs documents into sequences of tokens in a file, and marks which tokens of conversations are learned."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ import torch
 from slicer.errors import CalibrationError
 from slicer.measure.calibration import Conversation, Document, leading_token
 
-_PIECE = 64  # characters to a token of a sequence beyond which a document is cut: one book is many documents
-_TOGETHER = 256  # documents tokenized at a time
+_PIECE = 64  # a document longer than this many characters per token of a sequence is split
+_TOGETHER = 256  # documents tokenized per call
 
 
 class Packer:
-    """Documents, one after another with an end-of-text token between, cut into sequences and written to `file`.
+    """Joins documents with an end-of-text token, cuts them into sequences and writes these to `file`.
 
-    Each sequence begins with BOS where the tokenizer begins a text with it. One in which nothing would be learned is
-    left out.
+    Each sequence starts with BOS if the tokenizer adds it. Sequences without learned tokens are left out.
     """
 
     def __init__(self, file: Path, tokenizer: Any, seq_len: int) -> None:
@@ -44,7 +43,7 @@ class Packer:
         return self._count
 
     def add(self, pieces: list[tuple[Document, bool]], source: str, *, most: int) -> None:
-        """Append documents (and whether each ends here) until there are `most` sequences."""
+        """Append (document, whether it ends here) pairs until there are `most` sequences."""
         if self._count >= most or not pieces:
             return
         texts = [text for text, _ in pieces if isinstance(text, str)]
@@ -73,7 +72,7 @@ class Packer:
             self._waiting = []
 
     def _conversation(self, messages: Conversation, source: str) -> list[int]:
-        """Token ids, as they are for the answers and as their complement, -1 - id, elsewhere."""
+        """Token ids; -1 - id for tokens outside the answers."""
         ids: list[int] = []
         for text, learned in answers(messages, self._tokenizer, source):
             part = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -82,10 +81,10 @@ class Packer:
 
 
 def answers(messages: Conversation, tokenizer: Any, source: str) -> list[tuple[str, bool]]:
-    """The conversation as the chat template writes it, in parts: (text, whether the model is to learn it).
+    """The conversation in the chat template, in parts: (text, whether it is learned).
 
-    An answer begins where the template with its prompt for one ends, and goes on to the end of its turn. Raises
-    CalibrationError where the template cannot take the conversation.
+    An answer starts after the template's generation prompt and ends with its turn. Raises CalibrationError if the
+    template rejects the conversation.
     """
 
     def written(count: int, *, prompt: bool = False) -> str:
@@ -100,7 +99,7 @@ def answers(messages: Conversation, tokenizer: Any, source: str) -> list[tuple[s
                 continue
             before, after = written(i, prompt=True) if i else "", written(i + 1)
             if not whole.startswith(before) or not whole.startswith(after) or len(before) < at:
-                # A template that writes a turn otherwise once others follow: the answer's own words, then.
+                # The template writes a turn differently if others follow: use only the answer's own text.
                 start = whole.find(message["content"].strip(), at)
                 if start < 0:
                     continue
@@ -108,17 +107,17 @@ def answers(messages: Conversation, tokenizer: Any, source: str) -> list[tuple[s
             parts += [(whole[at : len(before)], False), (whole[len(before) : len(after)], True)]
             at = len(after)
         parts.append((whole[at:], False))
-    except Exception as error:  # templates raise anything, also that there is none
+    except Exception as error:  # templates raise many kinds, also if there is none
         reason = " ".join(str(error).split())[:160]
         raise CalibrationError(
-            f"{source}: holds conversations, and the chat template cannot take them ({reason}); give plain text, or "
-            "name the column that holds it: --text-column"
+            f"{source}: contains conversations, but the chat template fails on them ({reason}); use plain text, or "
+            "name its column with --text-column"
         ) from None
     return [part for part in parts if part[0]]
 
 
 def batched(texts: Iterable[Document], seq_len: int) -> Iterator[list[tuple[Document, bool]]]:
-    """Documents in batches, long ones in pieces: (text, whether the document ends with it)."""
+    """Documents in batches, long ones split: (text, whether the document ends with it)."""
     pieces = _pieces(texts, _PIECE * seq_len)
     while batch := list(islice(pieces, _TOGETHER)):
         yield batch

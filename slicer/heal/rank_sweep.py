@@ -1,8 +1,8 @@
-"""The rank of the adapters, picked as in appendix B.3 of the paper: begin with the largest; where healing with it is
-significantly worse than none, train the others too, and keep the one with the best accuracy on MMLU.
+"""Picks the adapter rank as in appendix B.3 of the paper: train the largest rank first; if it is significantly worse
+than no healing, train the others too, and keep the one with the best MMLU accuracy.
 
-The paper also found that a smaller rank, which overfits less, can score better although its loss on text is higher: so
-the loss is not what to pick by, but it can be asked for.
+The paper found that a smaller rank, which overfits less, can score better with a higher loss on text. So the loss is
+not the default criterion, but it can be selected.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ Ask = Callable[[Path], tuple[float, float]]
 
 @dataclass(frozen=True)
 class RankSweep:
-    """`ranks` to try, the largest first; `metric`: an lm-eval task, or "loss" on the held-out text; `data` and `limit`
-    of that task, as in `slicer eval`."""
+    """`ranks` to try, largest first; `metric`: an lm-eval task, or "loss" on the held-out text; `data` and `limit` of
+    that task, as in `slicer eval`."""
 
     ranks: tuple[int, ...]
     metric: str = "mmlu"
@@ -52,17 +52,19 @@ def pick_rank(
     *,
     progress: Progress | None = None,
 ) -> Healed | None:
-    """`train_cut` with one rank after another, until the paper's rule is met; the best becomes `out`.
+    """Run `train_cut` for one rank after another, until the paper's rule is met; the best one becomes `out`.
 
-    Each is trained and scored once, in `OUT.ranks`, so a run that was stopped goes on. A rank whose training diverges
-    scores below all others. Raises SlicerError children: OutputError where `OUT.ranks` holds another sweep, HealError
-    where every rank diverges.
+    Each rank is trained and scored once, in `OUT.ranks`, so a stopped run can resume. A rank whose training diverges
+    scores below all others. Raises SlicerError children: OutputError if `OUT.ranks` holds another sweep, HealError if
+    every rank diverges.
     """
     progress = progress or Progress()
     if options.training.method == "full":
-        raise UsageError("--rank-sweep: a full training has no rank; use --method qlora or lora")
+        raise UsageError("--rank-sweep: --method full has no rank; use --method qlora or lora")
     if options.save_adapter is not None:
-        raise UsageError("--save-adapter: not with --rank-sweep; heal again with the rank that it picks")
+        raise UsageError(
+            "--save-adapter: not possible with --rank-sweep; heal again with the rank that it picks"
+        )
     options.training.check()
     cut = Checkpoint.open(hub.resolve(sliced).path)
     check_output(out, cut.path, force=options.force)
@@ -70,7 +72,7 @@ def pick_rank(
     processes, work = Processes.of_environment(), beside(out, "ranks")
 
     def trained(rank: int) -> bool:
-        """Whether there is a result with this rank, now."""
+        """Train this rank unless it is done; returns whether there is a result."""
         place = work / f"rank-{rank}"
         there, scored = processes.first(
             lambda: ((place / "config.json").is_file(), str(rank) in _scores(work))
@@ -113,13 +115,13 @@ def pick_rank(
 
 
 def _keep(cut: Checkpoint, out: Path, work: Path, options: TrainOptions, sweep: RankSweep) -> Healed:
-    """Make the best rank the result. Raises HealError where there is none."""
+    """Make the best rank the result. Raises HealError if there is none."""
     scores = {name: value for name, (value, _) in _scores(work).items()}
     ranks = {int(name): value for name, value in scores.items() if name != "none"}
     best = max(ranks, key=lambda rank: (ranks[rank], -rank))
     if ranks[best] == -math.inf:
         raise HealError(
-            f"the loss is not finite with any rank ({', '.join(map(str, sweep.ranks))}): lower --lr, or give --compute "
+            f"the loss is not finite with any rank ({', '.join(map(str, sweep.ranks))}): lower --lr, or use --compute "
             "float32"
         )
     place = work / f"rank-{best}"
@@ -141,7 +143,7 @@ def _keep(cut: Checkpoint, out: Path, work: Path, options: TrainOptions, sweep: 
 
 
 def _checked(place: Path, options: TrainOptions) -> tuple[str, float | None, float | None]:
-    """How the result at `place` was verified. Where a run was stopped before that was noted, its keys are checked."""
+    """How the result at `place` was verified; checks its keys if a run stopped before recording that."""
     file = place.with_name(place.name + ".json")
     if file.is_file():
         verified, error, rounding = json.loads(file.read_text("utf-8"))
@@ -153,8 +155,8 @@ def _checked(place: Path, options: TrainOptions) -> tuple[str, float | None, flo
 
 
 def _judge(sweep: RankSweep, options: TrainOptions, progress: Progress) -> Ask | None:
-    """What gives (score, standard error) of a checkpoint, the higher the better; None for the loss, which training
-    measures. Raises EvaluationError at once where the task or its data are missing."""
+    """The function path -> (score, standard error), higher is better; None for the loss, which training measures.
+    Raises EvaluationError early if the task or its data is missing."""
     if sweep.metric == LOSS:
         return None
     from slicer.judge.evaluate import EvalOptions, Suite, evaluate
@@ -172,7 +174,7 @@ def _judge(sweep: RankSweep, options: TrainOptions, progress: Progress) -> Ask |
     def score(path: Path) -> tuple[float, float]:
         found = evaluate(str(path), suite).primary(sweep.metric)
         if found is None:
-            raise EvaluationError(f"{sweep.metric}: gives no score; name another --rank-metric")
+            raise EvaluationError(f"{sweep.metric}: gives no score; choose another --rank-metric")
         sign = 1 if found.higher_is_better else -1
         return sign * found.value, found.standard_error or 0.0
 
@@ -180,7 +182,7 @@ def _judge(sweep: RankSweep, options: TrainOptions, progress: Progress) -> Ask |
 
 
 def _score(work: Path, name: str, path: Path, ask: Ask | None, *, start_of: Path | None = None) -> None:
-    """Enter the score of `path` under `name`; with `start_of` it is what that training started from."""
+    """Record the score of `path` under `name`; with `start_of`, that of the weights this training started from."""
     if name in _scores(work):
         return
     if ask is not None:
@@ -197,7 +199,7 @@ def _enter(work: Path, name: str, score: tuple[float, float]) -> None:
 
 
 def _scores(work: Path) -> dict[str, tuple[float, float]]:
-    """Name -> (score, standard error) of what was scored so far; the score of what diverged is -inf."""
+    """Name -> (score, standard error) so far; -inf for a diverged training."""
     file = work / "scores.json"
     if not file.is_file():
         return {}

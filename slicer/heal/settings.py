@@ -1,4 +1,4 @@
-"""How to train: what the user asks for, the paper's table by model, and the settings that the two make. Pure.
+"""Training settings: the user's options, the paper's table by model, and the resolved settings. Standard library only.
 
 The table is that of Gromov et al., appendix A.1.
 """
@@ -18,16 +18,16 @@ STARTS = ("fold", "cut")
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 COMPUTE = ("auto", "float32", "bfloat16")
 _MICRO_TOKENS = (
-    4096  # sequences of a forward and backward pass, where not given: as many as have these tokens
+    4096  # default tokens per micro-batch: it gets as many sequences as have these tokens together
 )
 _ABOVE_ZERO, _AT_LEAST_ZERO = ("lr", "alpha"), ("weight_decay", "dropout", "mismatch_weight", "kl_weight")
-_EVALUATIONS = 10  # of a run, where not given
-_FULL_SHARE = 0.1  # the paper trains adapters; all weights take a smaller learning rate
+_EVALUATIONS = 10  # default number of evaluations per run
+_FULL_SHARE = 0.1  # the paper trains adapters; full training uses a smaller learning rate
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model of the paper's table; `parameters` of the unpruned model."""
+    """One model of the paper's table; `parameters`: those of the unpruned model."""
 
     name: str
     pattern: str
@@ -51,23 +51,23 @@ STEPS, BATCH_SIZE, WARMUP, DROPOUT, SCHEDULER = 5000, 16, 100, 0.05, "cosine"
 
 @dataclass(frozen=True)
 class Training:
-    """What is asked for; None leaves a value to the preset.
+    """The user's options; None uses the preset's value.
 
     Attributes:
-        method: "qlora" (adapters on NF4 weights), "lora" (adapters on the weights as they are) or "full".
-        start: "fold": from the folded weights, where the cut can be folded; "cut": from the source's own.
-        batch_size: sequences of an optimizer step, over all processes.
-        micro_batch: sequences of one forward and backward pass of one process.
-        validation: text to measure the loss on; None sets documents of the training data apart.
-        validation_samples: sequences of it.
-        eval_every: steps between two measurements of it, and between two checkpoints.
-        patience: measurements without a new best after which training stops; 0 never stops it.
+        method: "qlora" (adapters on NF4 weights), "lora" (adapters on unquantized weights) or "full".
+        start: "fold": train from the folded weights, if the cut can be folded; "cut": from the source's weights.
+        batch_size: sequences per optimizer step, over all processes.
+        micro_batch: sequences per forward and backward pass of one process.
+        validation: text for the held-out loss; None holds out documents of the training text.
+        validation_samples: its number of sequences.
+        eval_every: steps between evaluations, and between checkpoints.
+        patience: evaluations without a new best before training stops; 0 never stops.
         compute: precision of the arithmetic; "auto": float32 on a CPU, bfloat16 on a GPU.
-        teacher: a model (the source, as a rule) that the student is drawn to, with the two weights below; None: none.
-        teacher_cache: directory for the teacher's answers, computed once; None: the teacher runs beside.
+        teacher: model (usually the source) to distil from, with the two weights below; None: no distillation.
+        teacher_cache: directory for the teacher's outputs, computed once; None: the teacher runs alongside.
         teacher_4bit: run the teacher in NF4.
-        mismatch_weight: of the paper's equation 8 at each cut.
-        kl_weight: of KL(teacher || student) on the logits.
+        mismatch_weight: weight of equation 8 of the paper at each cut.
+        kl_weight: weight of KL(teacher || student) on the logits.
         report_to: the Trainer's trackers, comma-separated.
     """
 
@@ -100,7 +100,7 @@ class Training:
     report_to: str = "none"
 
     def check(self) -> None:
-        """Raise UsageError for what no model could be trained with."""
+        """Raise UsageError for values that are invalid for every model."""
         for name, known in (
             ("method", METHODS),
             ("start", STARTS),
@@ -108,9 +108,9 @@ class Training:
             ("compute", COMPUTE),
         ):
             if getattr(self, name) not in known:
-                raise UsageError(f"{name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
+                raise UsageError(f"{name} {getattr(self, name)!r}: choose from {', '.join(known)}")
         if self.scheduler is not None and self.scheduler not in SCHEDULERS:
-            raise UsageError(f"--scheduler {self.scheduler}: choose one of {', '.join(SCHEDULERS)}")
+            raise UsageError(f"--scheduler {self.scheduler}: choose from {', '.join(SCHEDULERS)}")
         for name in (*_ABOVE_ZERO, *_AT_LEAST_ZERO):
             value, above = getattr(self, name), name in _ABOVE_ZERO
             if value is None or (math.isfinite(value) and (value > 0 or (value == 0 and not above))):
@@ -121,34 +121,32 @@ class Training:
             raise UsageError(f"--dropout {self.dropout:g}: must be below 1")
         if self.method == "full":
             for name in ("rank", "alpha", "dropout"):
-                if getattr(self, name):  # no dropout is what it has
-                    raise UsageError(
-                        f"--{name}: of adapters, and --method full trains all weights; leave it out"
-                    )
+                if getattr(self, name):  # a dropout of 0 is allowed
+                    raise UsageError(f"--{name}: only for adapters; leave it out with --method full")
         for name in ("teacher", "teacher_cache", "teacher_4bit"):
             if getattr(self, name) and not self.taught:
                 option = name.replace("_", "-")
                 raise UsageError(
-                    f"--{option}: say what is taught with --mismatch-weight, --kl-weight or both"
+                    f"--{option}: also pass the weight of a loss with --mismatch-weight, --kl-weight or both"
                 )
         if self.teacher_4bit and self.teacher_cache is not None:
             raise UsageError(
-                "--teacher-4bit: with --teacher-cache the teacher answers in full precision; give one of them"
+                "--teacher-4bit: --teacher-cache computes outputs in full precision; pass only one of them"
             )
 
     def lasting(self) -> dict[str, Any]:
-        """What has to stay for a training to go on where it was stopped: all but what only takes memory or time."""
+        """The options that must not change when a training is resumed: all but those for memory and speed."""
         return {k: v for k, v in asdict(self).items() if k not in ("micro_batch", "gradient_checkpointing")}
 
     @property
     def taught(self) -> bool:
-        """Whether a teacher takes part."""
+        """Whether distillation is used."""
         return self.mismatch_weight > 0 or self.kl_weight > 0
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Every value of a training, none left open; see `Training` for what they mean."""
+    """The resolved settings of a training; see `Training` for the fields."""
 
     method: str
     steps: int
@@ -172,7 +170,7 @@ class Settings:
     kl_weight: float
 
     def to_dict(self) -> dict[str, Any]:
-        """For the record; a full training has no adapters."""
+        """For the record; full training has no adapter settings."""
         record = asdict(self)
         return {
             k: v for k, v in record.items() if self.method != "full" or k not in ("rank", "alpha", "dropout")
@@ -188,9 +186,9 @@ def resolve(
     on_gpu: bool,
     processes: int = 1,
 ) -> tuple[Settings, list[str]]:
-    """The settings of a training of a model cut from `source`, which has `parameters`; and words about choices made.
+    """(settings for a model cut from `source`, which has `parameters`; notes about the defaults chosen).
 
-    `most_tokens` is the longest sequence the model reads. Raises UsageError where the values contradict each other.
+    `most_tokens`: the model's maximum sequence length. Raises UsageError for contradictory values.
     """
     asked.check()
     row, listed = paper_row(source, parameters)
@@ -202,28 +200,30 @@ def resolve(
     ]
     words = []
     if taken and not listed:
-        words.append(f"the paper has no {source}: {', '.join(taken)}, as its {row.name}, the nearest by size")
+        words.append(
+            f"{source} is not in the paper: using {', '.join(taken)} of {row.name}, the closest in size"
+        )
     seq_len = asked.seq_len or row.seq_len
     if most_tokens is not None and seq_len > most_tokens:
         if asked.seq_len is not None:
             raise UsageError(
-                f"--train-seq-len {seq_len}: the model reads at most {most_tokens} tokens; lower it"
+                f"--train-seq-len {seq_len}: the model's context is {most_tokens} tokens; lower it"
             )
-        words.append(f"sequences of {most_tokens} tokens, the most that the model reads")
+        words.append(f"sequences of {most_tokens} tokens, the model's maximum")
         seq_len = most_tokens
     steps, batch = asked.steps or STEPS, asked.batch_size or BATCH_SIZE
     if batch % processes:
-        raise UsageError(f"--train-batch-size {batch}: does not divide among {processes} processes")
+        raise UsageError(f"--train-batch-size {batch}: not a multiple of {processes} processes")
     share = batch // processes
     micro = asked.micro_batch or divisor(share, max(1, _MICRO_TOKENS // seq_len))
     if share % micro:
         of = f" of each of {processes} processes" if processes > 1 else ""
-        raise UsageError(f"--micro-batch {micro}: does not divide the {share} sequences of a step{of}")
+        raise UsageError(f"--micro-batch {micro}: not a divisor of the {share} sequences per step{of}")
     lr = asked.lr
     if lr is None:
         lr = row.lr * (_FULL_SHARE if asked.method == "full" else 1)
         if asked.method == "full":
-            words.append(f"learning rate {lr:g}: a tenth of what the paper gives adapters, for all weights")
+            words.append(f"learning rate {lr:g}: a tenth of the paper's value for adapters")
     compute = asked.compute if asked.compute != "auto" else "bfloat16" if on_gpu else "float32"
     return Settings(
         method=asked.method,
@@ -250,7 +250,7 @@ def resolve(
 
 
 def paper_row(source: str, parameters: int) -> tuple[Row, bool]:
-    """The row of the paper's table, by name or else the nearest by size; and whether the model is listed."""
+    """(row of the paper's table, by name or else the closest in size; whether the model is listed)."""
     name = re.split(r"[/\\]", source.split("@")[0].rstrip("/\\"))[-1].lower().replace("_", "-")
     for row in PAPER:
         if re.search(rf"(^|[^a-z]){row.pattern}(?![\d.])", name):

@@ -1,7 +1,7 @@
-"""The adapter of a model that FSDP (version 1) has wrapped, written and read.
+"""Saves and loads the adapter of a model that FSDP (version 1) has wrapped.
 
-FSDP puts a wrapper's name into the names of the modules in it, and keeps it out of the state dict. peft 0.21 looks for
-the weights of an adapter by the names of its modules, so it would save a file without any, and load none.
+FSDP adds the names of its wrappers to module names but not to the state dict. peft 0.21 finds adapter weights by module
+name, so it would save an empty file and load nothing.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 WEIGHTS = "adapter_model.safetensors"
-_ADAPTER = "default"  # what peft calls an adapter that nobody named
+_ADAPTER = "default"  # peft's default adapter name
 
 
 def wraps_adapter(model: Any) -> bool:
-    """Whether `model` is a peft model within FSDP's wrapper."""
+    """Whether `model` is a peft model wrapped by FSDP."""
     from peft import PeftModel
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -26,7 +26,7 @@ def wraps_adapter(model: Any) -> bool:
 
 
 def save_adapter(model: Any, state: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write the adapter of a wrapped `model` as peft does; `state` is the whole model's, gathered."""
+    """Write the adapter of a wrapped `model` as peft does; `state`: the gathered state dict of the whole model."""
     path.mkdir(parents=True, exist_ok=True)
     mark = f".{_ADAPTER}."
     weights = {key.replace(mark, "."): tensor.contiguous() for key, tensor in state.items() if mark in key}
@@ -35,7 +35,7 @@ def save_adapter(model: Any, state: Mapping[str, torch.Tensor], path: Path) -> N
 
 
 def load_adapter(model: Any, path: Path) -> None:
-    """Put an adapter that `save_adapter` wrote into a wrapped `model`; every process reads the file."""
+    """Load an adapter written by `save_adapter` into a wrapped `model`; every process reads the file."""
     from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 
     state = {}

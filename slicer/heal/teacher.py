@@ -1,12 +1,12 @@
-"""A teacher: the unsliced model, whose residual stream and predictions the student is drawn to while it trains.
+"""Distillation loss of a teacher: the unsliced model, whose residual stream and predictions the student should match.
 
-    mismatch   the paper's equation 8, (x(l*+n) of the teacher - x(l*) of the student)^2 at each cut: the mean over
-               tokens of the squared distance, relative to the squared length of the teacher's
-    KL         KL(teacher || student) of the next-token distributions, nats, the mean over tokens that are learned
+    mismatch   equation 8 of the paper, (x(l*+n) of the teacher - x(l*) of the student)^2 at each cut: the mean over
+               tokens of the squared distance, relative to the squared length of the teacher's state
+    KL         KL(teacher || student) of the next-token distributions in nats, mean over the learned tokens
 
-The teacher runs beside the student, in NF4 if need be; or its answers are computed once, from disk a layer at a time
-where it does not fit, and kept: the streams at the cuts in bfloat16, and of each distribution the `TOP` likeliest
-tokens with the rest as one more.
+The teacher runs alongside the student, in NF4 if requested. If it does not fit, its outputs are computed once, layer by
+layer from disk, and cached: the streams at the cuts in bfloat16, and of each distribution the `TOP` most likely tokens,
+with the rest as one more.
 """
 
 from __future__ import annotations
@@ -32,31 +32,31 @@ from slicer.progress import Progress
 from slicer.runtime.files import check_space, write_atomically
 
 TOP = 64
-_TOGETHER = 64  # sequences that go through the teacher at a time
+_TOGETHER = 64  # sequences that pass through the teacher together
 
 
 @dataclass(frozen=True)
 class Cut:
-    """One place where layers are missing: the student's x(`student`) stands for the teacher's x(`teacher`)."""
+    """A place where layers are missing: the student's x(`student`) corresponds to the teacher's x(`teacher`)."""
 
     student: int
     teacher: int
 
 
 def cuts(dropped: Sequence[int]) -> list[Cut]:
-    """Where the student meets the teacher again, for each dropped block (source indices)."""
+    """The end of each dropped block (source indices), where student and teacher should agree."""
     gone = sorted(dropped)
     return [Cut(end - sum(i < end for i in gone), end) for _, end in runs(gone)]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the teacher says of a batch.
+    """The teacher's outputs for a batch.
 
     Attributes:
         streams: x at each cut, [batch, seq, d].
         logits: [batch, seq, V], or None.
-        top: (log probabilities [batch, seq, TOP], their tokens), where the teacher was asked beforehand.
+        top: (log probabilities [batch, seq, TOP], their tokens) if cached, else None.
     """
 
     streams: list[torch.Tensor]
@@ -65,7 +65,7 @@ class Answer:
 
 
 class Lessons:
-    """The loss that a teacher adds to that on the text."""
+    """The distillation loss, which is added to the loss on the text."""
 
     def __init__(
         self, teacher: Live | Cached, at: list[Cut], mismatch_weight: float, kl_weight: float
@@ -76,12 +76,12 @@ class Lessons:
 
     @property
     def beside(self) -> bool:
-        """Whether the teacher takes memory beside the student."""
+        """Whether the teacher is in memory alongside the student."""
         return isinstance(self._teacher, Live)
 
     @contextlib.contextmanager
     def listening(self, student: Any) -> Iterator[None]:
-        """Inside the block the student's stream at the cuts is kept of each forward pass."""
+        """Inside the block, record the student's stream at the cuts in each forward pass."""
         wanted = {cut.student for cut in self._cuts} if self._mismatch else set()
 
         def listener(layer: int, states: torch.Tensor) -> None:
@@ -94,12 +94,12 @@ class Lessons:
     def loss(
         self, logits: torch.Tensor, tokens: torch.Tensor, index: torch.Tensor, learned: torch.Tensor
     ) -> torch.Tensor:
-        """What is added for a batch that the student gave `logits` for; `learned` [batch, seq - 1] are its targets."""
+        """The distillation loss of a batch with student `logits`; `learned` [batch, seq - 1]: mask of the targets."""
         answer = self._teacher.answer(tokens, index)
         total = logits.new_zeros((), dtype=torch.float32)
         if self._mismatch:
             for cut, stream in zip(self._cuts, answer.streams, strict=True):
-                if cut.student in self._seen:  # no gradient reaches a cut before the first trained weight
+                if cut.student in self._seen:  # cuts before the first trained weight get no gradient
                     apart = mismatch(self._seen[cut.student], stream)
                     total = total + self._mismatch / len(self._cuts) * apart.to(total.device)
             self._seen.clear()
@@ -109,14 +109,14 @@ class Lessons:
 
 
 def mismatch(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Equation 8 for one cut: mean over tokens of |x_t - x_s|^2 / |x_t|^2, of [batch, seq, d]."""
+    """Equation 8 for one cut, states [batch, seq, d]: mean over tokens of |x_t - x_s|^2 / |x_t|^2."""
     wanted = teacher.to(student.device).float()
     apart = (student.float() - wanted).square().sum(-1)
     return (apart / wanted.square().sum(-1).clamp_min(1e-12)).mean()
 
 
 def divergence(logits: torch.Tensor, answer: Answer, learned: torch.Tensor) -> torch.Tensor:
-    """KL(teacher || student), nats, the mean over the positions that predict a learned token."""
+    """KL(teacher || student) in nats, mean over the positions that predict a learned token."""
     student = logits[:, :-1][learned].float().log_softmax(-1)
     if answer.logits is not None:
         teacher = (
@@ -132,7 +132,7 @@ def divergence(logits: torch.Tensor, answer: Answer, learned: torch.Tensor) -> t
 
 
 class Live:
-    """A teacher that runs beside the student."""
+    """A teacher that runs alongside the student."""
 
     def __init__(self, model: Any, at: list[Cut], *, streams: bool, logits: bool) -> None:
         self._model, self._cuts, self._streams, self._logits = model, at, streams, logits
@@ -155,9 +155,9 @@ class Live:
 
 
 class Cached:
-    """A teacher whose answers lie in `directory`, a row for each sequence trained on.
+    """A teacher whose outputs are cached in `directory`, one row per training sequence.
 
-    `blank`: whether a file of them was not there, or not of the right size, and was made anew, all zeros.
+    `blank`: whether a cache file was missing or of the wrong size and was created with zeros.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class Cached:
 
     @property
     def files(self) -> list[torch.Tensor]:
-        """Everything that is kept, mapped."""
+        """All cache files, memory-mapped."""
         return [*self._streams, *(self._top or ())]
 
     def answer(self, tokens: torch.Tensor, index: torch.Tensor) -> Answer:
@@ -197,7 +197,7 @@ class Cached:
         return Answer([stream[rows] for stream in self._streams], top=top)
 
     def ask(self, walk: Walk, sequences: Sequences, at: list[Cut], rows: range, batch_size: int) -> None:
-        """Fill in `rows` from the model that `walk` goes over."""
+        """Compute `rows` with the model of `walk`."""
         tokens = torch.stack([sequences[i]["input_ids"] for i in rows])
         batches = list(torch.split(tokens, batch_size))
         starts = [rows.start + batch_size * b for b in range(len(batches))]
@@ -235,10 +235,10 @@ def ask_beforehand(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Cached:
-    """The teacher's answers to all `sequences`, computed once into `directory`, and taken up where a run was stopped.
+    """Compute the teacher's outputs for all `sequences` into `directory`; resumes a stopped run.
 
-    Raises HealError where the directory holds those of another teacher, to other text, at other cuts or of another
-    kind; OutputError where the disk is too small.
+    Raises HealError if the directory holds outputs of another teacher, text, cut or kind; OutputError if the disk is
+    full.
     """
     from slicer.checkpoint.architectures import text_config
 
@@ -253,7 +253,7 @@ def ask_beforehand(
     )
     if state["mark"] != mark:
         raise HealError(
-            f"{directory}: holds the answers of another teacher, to other text, or at other cuts; give another "
+            f"{directory}: contains outputs of another teacher, or for other text or cuts; pass another "
             "--teacher-cache"
         )
     count, length, width = shape
@@ -261,14 +261,14 @@ def ask_beforehand(
         check_space(directory, count * length * (2 * width * len(at) * streams + 6 * TOP * logits))
         directory.mkdir(parents=True, exist_ok=True)
     cached = Cached(directory, at, shape, streams=streams, logits=logits)
-    if cached.blank:  # nothing of it, or not all, is there: rows that were never asked for are zeros
+    if cached.blank:  # incomplete: rows that were never computed are zeros
         state["done"] = 0
     if state["done"] >= count:
         return cached
     walk = Walk.fitting(
         teacher, dtype=dtype, memory_bytes=memory_bytes, device=device, trust_remote_code=trust_remote_code
     )
-    progress.stage("Asking the teacher", count - state["done"], "sequences")
+    progress.stage("Caching the teacher's outputs", count - state["done"], "sequences")
     for start in range(state["done"], count, _TOGETHER):
         rows = range(start, min(start + _TOGETHER, count))
         cached.ask(walk, sequences, at, rows, batch_size=4)

@@ -1,11 +1,11 @@
-"""The training itself: transformers' Trainer on packed sequences, measured on text held out, resumable, its best kept.
+"""Trains with transformers' Trainer on packed sequences: measures held-out loss, is resumable, keeps the best weights.
 
-    work/run/checkpoint-N   weights, optimizer, random states; whole where it holds the file `WHOLE`
+    work/run/checkpoint-N   weights, optimizer, random states; complete if it contains the file `WHOLE`
     work/best-N             the weights of the best measurement, at step N
-    work/course.json        that training is over, and how it went
+    work/course.json        the finished training's history
 
-Given the seed, a run that was killed and is started again has the losses of one that was not: everything is drawn from
-seeds and states that the checkpoints hold, and every file is whole before it counts.
+With the same seed, a stopped and resumed run has the same losses as an uninterrupted one: all randomness comes from
+seeds and states in the checkpoints, and files are used only when complete.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from slicer.runtime.distributed import first_process, sharded, world
 from slicer.runtime.files import write_atomically
 from slicer.runtime.memory import within_memory
 
-_KEPT = 2  # checkpoints
+_KEPT = 2  # number of checkpoints
 
 
 def train(
@@ -47,10 +47,11 @@ def train(
     report_to: str = "none",
     progress: Progress | None = None,
 ) -> Course:
-    """Train `model` (of `slicer.heal.adapters.load`) on the corpus, from the last whole checkpoint in `work` if any.
+    """Train `model` (from `slicer.heal.adapters.load`) on the corpus, from the last complete checkpoint in `work`, if
+    any.
 
-    Raises HealError where the gradients do not reach what is to be trained; Diverged where the loss is not finite
-    before anything was gained; OutOfMemory, with the options that help.
+    Raises HealError if no gradient reaches the trained weights; Diverged if the loss becomes non-finite before it
+    improved; OutOfMemory, with the options that need less memory.
     """
     progress = progress or Progress()
     over = work / "course.json"
@@ -93,11 +94,11 @@ def train(
         report_to=report_to.split(","),
         disable_tqdm=True,
     )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # a GPU a process: no threads over all that it sees
+    arguments._n_gpu = min(1, arguments.n_gpu)  # one GPU per process: no data parallelism by threads
     course = Course()
     watch = Watch(course, settings, work, progress)
     beside = lessons is not None and lessons.beside
-    # Whole steps only: what is left out is then the same however a step is parted.
+    # Only complete steps: the sequences left out then do not depend on the micro-batch size.
     whole = range(len(corpus.train) // settings.batch_size * settings.batch_size)
     with (
         _deterministic(settings.seed),
@@ -119,9 +120,7 @@ def train(
         if trainer.is_fsdp_enabled and "FULL" not in str(
             trainer.accelerator.state.fsdp_plugin.state_dict_type
         ):
-            raise HealError(
-                "FSDP: set fsdp_state_dict_type to FULL_STATE_DICT, so that the best weights can be kept"
-            )
+            raise HealError("FSDP: set fsdp_state_dict_type to FULL_STATE_DICT, to store the best weights")
         trainer.lessons = lessons
         _quiet(trainer)
         watch.trainer = trainer
@@ -135,10 +134,10 @@ def train(
                 raise
     if course.ended == "diverged" and course.weights is None:
         if trainer.is_world_process_zero():
-            shutil.rmtree(work / "run", ignore_errors=True)  # nothing to go on from
+            shutil.rmtree(work / "run", ignore_errors=True)  # nothing to resume from
         raise Diverged(
-            f"the loss is not finite at step {max(course.train, default=0)} and nothing was gained before: lower --lr "
-            f"(it is {settings.lr:g}), or give --compute float32"
+            f"the loss is not finite at step {max(course.train, default=0)} before any improvement: lower --lr "
+            f"(it is {settings.lr:g}), or use --compute float32"
         )
     if trainer.is_world_process_zero():
         write_atomically(over, course.to_json())
@@ -146,17 +145,17 @@ def train(
 
 
 class _Trainer(Trainer):  # type: ignore[misc]
-    """The Trainer with the loss taken over all target tokens of a step, whatever its micro-batches, and a teacher's."""
+    """Trainer with the loss summed over all target tokens of a step, whatever the micro-batches, plus distillation."""
 
     loss_is_scaled_for_ga = True
     lessons: Lessons | None = None
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
-        self.model_accepts_loss_kwargs = True  # so that target tokens are counted, over all processes
+        self.model_accepts_loss_kwargs = True  # makes the Trainer count target tokens over all processes
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """With the last batch, which training leaves out where it is not full."""
+        """Keep the last incomplete batch, which training drops."""
         self.args.dataloader_drop_last = False
         try:
             return super().get_eval_dataloader(eval_dataset)
@@ -189,7 +188,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Summed next-token loss, nats, of logits [batch, seq, V] and labels [batch, seq], in float32."""
+    """Summed next-token loss in nats, float32, of logits [batch, seq, V] and labels [batch, seq]."""
     return functional.cross_entropy(
         logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
     )
@@ -197,7 +196,7 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def held_out_loss(model: Any, corpus: Corpus, batch_size: int) -> float:
-    """Nats a token of `model` (any transformers model) on the held-out sequences."""
+    """Loss of `model` (any transformers model) on the held-out sequences, nats per token."""
     device = model.get_input_embeddings().weight.device
     total = count = 0.0
     for start in range(0, len(corpus.held_out), batch_size):
@@ -210,7 +209,7 @@ def held_out_loss(model: Any, corpus: Corpus, batch_size: int) -> float:
 
 
 def _last_whole(run: Path) -> Path | None:
-    """The last checkpoint that was written to its end; what is not whole is removed."""
+    """The last complete checkpoint; removes incomplete ones."""
     whole = []
     for path in run.glob("checkpoint-*"):
         if (path / WHOLE).exists():
@@ -225,7 +224,7 @@ def _collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def _quiet(trainer: Any) -> None:
-    """Without the Trainer's own lines: slicer shows its own."""
+    """Turn off the Trainer's own output: slicer shows its own."""
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     for kind in (PrinterCallback, ProgressCallback):
@@ -234,7 +233,7 @@ def _quiet(trainer: Any) -> None:
 
 @contextlib.contextmanager
 def _deterministic(seed: int) -> Iterator[None]:
-    """Inside the block everything random comes from `seed`, and of each operation the deterministic kind is taken."""
+    """Inside the block, all randomness comes from `seed`, and deterministic kernels are used."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -247,7 +246,7 @@ def _deterministic(seed: int) -> Iterator[None]:
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-        deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+        deterministic.fill_uninitialized_memory = False  # not needed: uninitialised memory is never read here
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -1,10 +1,10 @@
-"""`slicer heal --method qlora|lora|full`: a sliced checkpoint, trained, merged, verified, written at once.
+"""`slicer heal --method qlora|lora|full`: trains a sliced checkpoint, then merges, verifies and writes it.
 
     OUT.training/corpus    the packed text
-    OUT.training/base      what training starts from, where that is not the sliced checkpoint itself
+    OUT.training/base      the checkpoint that training starts from, unless it is the sliced one
     OUT.training/run, best see `slicer.heal.train`
 
-A run that was stopped goes on from there when the same command is given again; the directory goes when OUT is there.
+The same command resumes a stopped run from this directory, which is deleted when OUT is complete.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ from slicer.runtime.workdir import beside, claimed
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How to heal by training; the values of the training itself are in `training`.
+    """Options of healing by training; the training's own values are in `training`.
 
     Attributes:
-        calibration: the text: to train on, and to fold on where training starts from a fold.
+        calibration: the text to train on, and to fold on if training starts from a fold.
         fold: the solver of that fold.
-        save_adapter: where the adapter goes as well (`slicer.heal.keep`).
+        save_adapter: directory to save the adapter to (`slicer.heal.keep`).
     """
 
     training: Training = field(default_factory=Training)
@@ -74,10 +74,10 @@ def train_cut(
     *,
     progress: Progress | None = None,
 ) -> Healed | None:
-    """Heal `sliced`, which slicer made of `source` (None: what its plan names), by training, into the directory `out`.
+    """Heal `sliced`, made by slicer from `source` (None: the one in its plan), by training, into the directory `out`.
 
-    Under `torchrun` or `accelerate launch` every process calls this; only the first writes, and the others return None.
-    Nothing appears at `out` unless everything succeeded. Raises SlicerError children.
+    In a distributed run every process calls this; only rank 0 writes, and the others return None. `out` appears only if
+    everything succeeds. Raises SlicerError children.
     """
     options, progress = options or TrainOptions(), progress or Progress()
     training = options.training
@@ -85,7 +85,7 @@ def train_cut(
     adapters.require(training.method)
     if training.validation == "self" or (training.validation and options.calibration.source == "self"):
         raise UsageError(
-            "--validation: name text, and not with --calibration self, which samples text to hold out too"
+            "--validation: pass a file or data set, and do not combine it with --calibration self"
         )
     processes = Processes.of_environment()
     progress.stage("Opening the checkpoints")
@@ -119,10 +119,11 @@ def train_cut(
 
 
 def check_trainable(name: str, *, below_layers: bool) -> None:
-    """Raise HealError for a cut that leaves layers without a part, or with something in its place."""
+    """Raise HealError for a cut in which layers lack a sublayer or have a replacement of one."""
     if below_layers:
         raise HealError(
-            f"{name}: training takes layers that have both parts; close this cut with convert --heal fold or --emulate"
+            f"{name}: training does not support layers without attention or feed-forward; use convert --heal fold or "
+            "--emulate"
         )
 
 
@@ -173,7 +174,7 @@ def _train_cut(
     del model, lessons
     gc.collect()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # the first process now needs what the others held
+        torch.cuda.empty_cache()  # rank 0 now needs the memory of the others
 
     def finish() -> Healed:
         size = getattr(torch, settings.compute).itemsize
@@ -226,22 +227,21 @@ def _train_cut(
 
 
 def _check_corpus(corpus: Corpus, cut: Checkpoint, settings: Settings, progress: Progress) -> None:
-    """Raise CalibrationError for tokens that the model has not; say how often the text is seen."""
+    """Raise CalibrationError for tokens outside the vocabulary; report how often the text is repeated."""
     vocabulary = text_config(cut.config).get("vocab_size")
     largest = max(corpus.train.largest, corpus.held_out.largest)
     if vocabulary is not None and largest >= vocabulary:
         raise CalibrationError(
-            f"{cut.path}: the tokenizer makes token {largest} but the model has {vocabulary}; it is another model's"
+            f"{cut.path}: the tokenizer gives token {largest}, but the vocabulary has {vocabulary} tokens; use the "
+            "tokenizer of this model"
         )
     times = settings.steps * settings.batch_size / len(corpus.train)
     if times > 1.5:
-        progress.note(
-            f"the text has {len(corpus.train)} sequences to train on: each is seen {times:.0f} times"
-        )
+        progress.note(f"the text has {len(corpus.train)} training sequences: each is used {times:.0f} times")
 
 
 def _asked(training: Training) -> dict[str, Any]:
-    """What was given: the values that are not the defaults."""
+    """The options that differ from the defaults."""
     default = Training()
     return {
         f.name: getattr(training, f.name)
@@ -259,7 +259,7 @@ def _base(
     options: TrainOptions,
     progress: Progress,
 ) -> Path:
-    """The checkpoint that training starts from, made where it is not the sliced one itself."""
+    """The checkpoint that training starts from; created unless it is the sliced one."""
     base, chosen = work / "base", work / "base.json"
     if chosen.is_file():
         return Path(json.loads(chosen.read_text("utf-8")))

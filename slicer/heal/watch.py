@@ -1,4 +1,4 @@
-"""What is done beside the steps of a training: the best weights kept, the run stopped, its gradients looked at."""
+"""Trainer callback: keeps the best checkpoint, stops early, and fails on the first step if no gradient is non-zero."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from slicer.heal.adapters import packed, trainable, unpack
 from slicer.heal.settings import Settings
 from slicer.progress import Progress
 
-WHOLE = "whole"  # the last file of a checkpoint: a killed run may leave one that lacks it
+WHOLE = "whole"  # the last file written to a checkpoint: a stopped run may leave one without it
 UNMOVED = (
-    "no gradient reaches the weights that are to be trained, so training would change nothing; on a CPU with "
-    "AVX512-BF16 this is bitsandbytes packing its 4-bit weights: use --method lora"
+    "no gradient reaches the weights to train, so training would change nothing; on a CPU with AVX512-BF16 the "
+    "cause is bitsandbytes packing its 4-bit weights: use --method lora"
 )
 
 
 @dataclass
 class Course:
-    """How a training went.
+    """History of a training.
 
     Attributes:
-        weights: the directory of the best weights; None where none was better than those at the start.
-        best: the step they are of, 0 being the start.
-        held_out: step -> loss on the held-out sequences, nats a token.
-        train: step -> loss of the step, with what a teacher adds.
-        ended: "done", "early" (no new best for `patience` measurements) or "diverged" (the loss was not finite).
+        weights: directory of the best weights; None if none were better than at the start.
+        best: their step; 0 is the start.
+        held_out: step -> loss on the held-out sequences, nats per token.
+        train: step -> training loss of the step, with the distillation loss.
+        ended: "done", "early" (no new best in `patience` measurements) or "diverged" (non-finite loss).
     """
 
     weights: Path | None = None
@@ -43,12 +43,12 @@ class Course:
     ended: str = "done"
 
     def to_json(self) -> str:
-        """For `from_json`."""
+        """As JSON, for `from_json`."""
         return json.dumps({**vars(self), "weights": self.weights and str(self.weights)})
 
     @classmethod
     def from_json(cls, text: str) -> Course:
-        """What `to_json` wrote."""
+        """Read the output of `to_json`."""
         found = json.loads(text)
         for name in ("held_out", "train"):
             found[name] = {int(step): value for step, value in found[name].items()}
@@ -56,7 +56,7 @@ class Course:
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
-    """Keeps the best weights, stops what stalls or diverges, checks the gradients, marks whole checkpoints."""
+    """Keeps the best weights, stops stalled or diverged training, checks the gradients, marks complete checkpoints."""
 
     trainer: Any
 
@@ -65,7 +65,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._unchecked = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        for entry in state.log_history:  # of the checkpoint that this run goes on from
+        for entry in state.log_history:  # history of the checkpoint that this run resumes
             self._enter(entry, entry["step"])
         if self._course.best:
             self._course.weights = self._work / f"best-{self._course.best}"
@@ -111,7 +111,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         return control
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> Any:
-        self._unchecked = True  # what evaluation may have broken shows in the next step
+        self._unchecked = True  # evaluation may pack weights: check the gradients of the next step
         unpack(self.trainer.model)
         course, step = self._course, state.global_step
         before = course.best
@@ -137,11 +137,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._progress.detail(", ".join(words))
 
     def _keep(self) -> None:
-        """Save the weights, whole or not at all, beside the best so far, which a checkpoint may still speak of."""
+        """Save the weights atomically; keeps the previous best, which a checkpoint may still refer to."""
         new, best = self._work / "best.new", self._work / f"best-{self._course.best}"
         if self.trainer.is_world_process_zero():
             shutil.rmtree(new, ignore_errors=True)
-        self.trainer.save_model(str(new))  # every process has its part in this, where the model is sharded
+        self.trainer.save_model(str(new))  # all processes take part if the model is sharded
         if self.trainer.is_world_process_zero():
             shutil.rmtree(best, ignore_errors=True)
             new.rename(best)

@@ -1,4 +1,4 @@
-"""What training leaves -> the directory: merged, with its record, card and curve, verified before it appears."""
+"""Writes the result of a training: merged weights, record, model card and loss curve; verified, then renamed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """What training left.
+    """The result of a training.
 
     Attributes:
         base: what it started from; whole: the source.
@@ -59,7 +59,7 @@ def write(result: Result, plan: Plan, out: Path, options: TrainOptions, progress
         checked = "logits" if fits(4 * base.parameters, options.device) else "load"
     losses = Losses(result.loss_of(whole.path), result.loss_of(base.path))
     spans, probe = _changes(result, checked == "logits", options, progress)
-    if probe is None and checked == "logits":  # the base as it was, or where peft cannot put the adapter on
+    if probe is None and checked == "logits":  # nothing was trained, or peft cannot apply the adapter
         checked = "load"
     errors: tuple[float | None, float | None] = None, None
     with atomic_directory(out, replace=options.force) as directory:
@@ -88,9 +88,9 @@ def write(result: Result, plan: Plan, out: Path, options: TrainOptions, progress
 def _changes(
     result: Result, check: bool, options: TrainOptions, progress: Progress
 ) -> tuple[dict[str, TensorSpan], Probe | None]:
-    """(raw key -> what is written instead, the logits that the result must give)."""
+    """(raw key -> tensor to write, logits that the result must give)."""
     base, weights, remote = result.base, result.course.weights, options.trust_remote_code
-    if weights is None:  # nothing was better than the start
+    if weights is None:  # no step was better than the start
         return {}, None
     if result.settings.method == "full":
         trained, homes = Checkpoint.open(weights), homes_of(base, trust_remote_code=remote)
@@ -103,13 +103,13 @@ def _changes(
     places = placed(base, adapter, trust_remote_code=remote)
     probe = None
     if check:
-        progress.stage("Reference logits of the base with the adapter on")
+        progress.stage("Reference logits of the base with the adapter")
         try:
             probe = reference_logits(base, adapter, places, options.device, remote)
         except HealError as error:
             if options.verify == "logits":
                 raise
-            progress.note(f"keys and shapes are checked, logits are not: {error}")
+            progress.note(f"checking keys and shapes only, not logits: {error}")
     return merged_spans(base, adapter, places), probe
 
 
@@ -135,7 +135,7 @@ def _record(result: Result, plan: Plan, losses: Losses, spans: Mapping[str, Tens
 
 
 def _tell(result: Result, plan: Plan, directory: Path) -> None:
-    """plan.json, the card, every step's loss and the curve."""
+    """Write plan.json, the model card, the losses of every step and the curve."""
     from slicer.judge.loss_plot import loss_curve
 
     course, told = result.course, directory / "slicer"

@@ -1,1 +1,1 @@
-"""What the figures say: plots."""
+"""Evaluation of checkpoints: tasks, loss on text, generation metrics, sweeps over cuts, plots and reports."""

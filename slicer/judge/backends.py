@@ -1,4 +1,4 @@
-"""A checkpoint as lm-eval's model: transformers or vLLM behind one interface, and what slicer asks of it itself."""
+"""lm-eval models of a checkpoint (transformers or vLLM), and the loss and sample generation that run on them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 def vocabulary_of(model: Any) -> int:
-    """V, the model's vocabulary as the paper counts it: the rows of the embedding."""
+    """V of the normalised loss: the number of rows of the embedding."""
     return int(model.config.get_text_config().vocab_size)
 
 
 def wrap(model: Any, path: Path, options: EvalOptions, *, last_logits_only: bool = False) -> Any:
-    """lm-eval's view of a transformers model that is loaded already, with the tokenizer of the checkpoint at `path`.
+    """Wrap a loaded transformers model as an lm-eval model, with the tokenizer of the checkpoint at `path`.
 
-    With `last_logits_only` no logits are computed but those asked for: faster, and equal but for the last digits, since
-    a product of fewer rows may be summed in another order.
+    With `last_logits_only`, only the requested logits are computed: faster, and equal up to rounding, because a product
+    of fewer rows may be summed in another order. Raises EvaluationError: no usable tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -35,13 +35,13 @@ def wrap(model: Any, path: Path, options: EvalOptions, *, last_logits_only: bool
         tokenizer = AutoTokenizer.from_pretrained(
             str(path), trust_remote_code=options.trust_remote_code, local_files_only=True
         )
-    except Exception as error:  # tokenizer classes raise anything
+    except Exception as error:  # tokenizer classes raise many kinds
         reason = " ".join(str(error).split())[:160]
-        raise EvaluationError(f"{path}: no usable tokenizer ({reason}); evaluation needs one") from None
+        raise EvaluationError(f"{path}: no usable tokenizer ({reason}); add the tokenizer files") from None
     batch: int | str = options.batch_size if model.device.type == "cuda" else 1
     batch = int(options.batch_size) if options.batch_size != "auto" else batch
     starts_texts = tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
-    if tokenizer.eos_token_id is None:  # lm-eval ends texts with it, and pads with it where there is no other
+    if tokenizer.eos_token_id is None:  # lm-eval needs it to end texts, and as the default padding token
         tokenizer.eos_token = tokenizer.pad_token or tokenizer.convert_ids_to_tokens(0)
     lm = without_bars(
         lm_eval_module("models.huggingface").HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
@@ -53,8 +53,7 @@ def wrap(model: Any, path: Path, options: EvalOptions, *, last_logits_only: bool
 
 
 def _keep_last_logits(lm: Any, model: Any) -> None:
-    """Have `lm`, which asks one by one, compute the logits of the longest continuation of its requests and no others:
-    it counts positions from the end."""
+    """Make `lm` (batch size 1) compute only the logits of the longest continuation; it indexes them from the end."""
     score = lm._loglikelihood_tokens
 
     def loglikelihood_tokens(requests: list[Any], *args: Any, **kwargs: Any) -> Any:
@@ -76,7 +75,7 @@ def _keep_last_logits(lm: Any, model: Any) -> None:
 
 
 def load_vllm(path: Path, options: EvalOptions) -> tuple[Any, int]:
-    """(lm-eval's view of vLLM running the checkpoint at `path`, V). Raises EvaluationError."""
+    """(lm-eval model that runs the checkpoint at `path` in vLLM, V). Raises EvaluationError."""
     if find_spec("vllm") is None:
         raise EvaluationError("--backend vllm: vLLM is not installed; pip install 'slicer-llm[serve]'")
     import torch
@@ -92,7 +91,7 @@ def load_vllm(path: Path, options: EvalOptions) -> tuple[Any, int]:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no child process to be left behind
     answer_for_vllm()
     if not torch.cuda.is_available():
-        # Left alone, vLLM's CPU build takes nearly all free memory for its cache and warms up for minutes.
+        # By default vLLM's CPU build uses nearly all free memory for its cache and warms up for minutes.
         arguments.update(kv_cache_memory_bytes=1 << 30, enforce_eager=True)
     try:
         lm = lm_eval_module("models.vllm_causallms").VLLM(
@@ -104,7 +103,7 @@ def load_vllm(path: Path, options: EvalOptions) -> tuple[Any, int]:
 
 
 def encoded(lm: Any, requests: Sequence[Any]) -> list[tuple[list[int], list[int]]]:
-    """(context, continuation) of each of lm-eval's log-likelihood requests, as the tokens it would score."""
+    """(context tokens, continuation tokens) of each of lm-eval's log-likelihood requests."""
     found: list[tuple[list[int], list[int]]] = []
 
     def keep(pairs: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
@@ -120,9 +119,10 @@ def encoded(lm: Any, requests: Sequence[Any]) -> list[tuple[list[int], list[int]
 
 
 def text_losses(lm: Any, texts: Sequence[str]) -> tuple[list[float], list[int]]:
-    """Total nats and number of tokens of each text, every token scored given those before it and one start token.
+    """(total loss in nats, number of scored tokens) of each text; each token is scored given all earlier ones.
 
-    Texts beyond the model's context are read in pieces of it. Log-probabilities are taken in float32.
+    A start token precedes the text; if there is none, the text's first token is the context. Texts longer than the
+    model's context are split. Log-probabilities are computed in float32.
     """
     import torch
 
@@ -132,7 +132,7 @@ def text_losses(lm: Any, texts: Sequence[str]) -> tuple[list[float], list[int]]:
     counts = []
     for at, text in enumerate(texts):
         tokens = list(lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        if first is None:  # the text's own first token begins it
+        if first is None:  # use the text's first token as the context
             start, tokens = tokens[:1], tokens[1:]
         else:
             start = [first]
@@ -142,7 +142,7 @@ def text_losses(lm: Any, texts: Sequence[str]) -> tuple[list[float], list[int]]:
             requests.append((("", text), start, piece))
             owner.append(at)
     nats = [0.0] * len(texts)
-    # lm-eval takes log-softmax in the model's dtype, where a bfloat16 step is as large as the differences sought.
+    # By default lm-eval takes log-softmax in the model's dtype: bfloat16 steps are as large as the differences sought.
     with _with(lm, "softmax_dtype", torch.float32):
         scored = lm._loglikelihood_tokens(requests, disable_tqdm=True)
     for at, (logprob, _) in zip(owner, scored, strict=True):
@@ -152,7 +152,7 @@ def text_losses(lm: Any, texts: Sequence[str]) -> tuple[list[float], list[int]]:
 
 @contextlib.contextmanager
 def _with(lm: Any, name: str, value: object) -> Iterator[None]:
-    """Inside the block `lm.name` is `value`; lm-eval models without such a setting are left as they are."""
+    """Set `lm.name` to `value` inside the block; do nothing if `lm` has no such attribute."""
     if not hasattr(lm, name):
         yield
         return
@@ -165,7 +165,7 @@ def _with(lm: Any, name: str, value: object) -> Iterator[None]:
 
 
 def generation_health(lm: Any) -> health.Health:
-    """Greedy continuations of `health.PROMPTS`, judged."""
+    """Generate greedily from `health.PROMPTS` and measure the health of the samples."""
     instance = lm_eval_module("api.instance").Instance
     wanted = {"until": [], "max_gen_toks": health.NEW_TOKENS, "do_sample": False}
     requests = [
@@ -173,7 +173,7 @@ def generation_health(lm: Any) -> health.Health:
     ]
     with _with(
         lm, "batch_size_per_gpu", len(requests)
-    ):  # writing waits for memory: eight cost little more than one
+    ):  # decoding is limited by memory bandwidth: eight prompts cost little more than one
         texts = [str(text) for text in lm.generate_until(requests)]
     lengths = [
         min(health.NEW_TOKENS, len(lm.tokenizer(text, add_special_tokens=False)["input_ids"]))

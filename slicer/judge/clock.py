@@ -1,4 +1,4 @@
-"""How long a sweep still takes, by the cells that are done."""
+"""Estimates the remaining time of a sweep from the cells already finished."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from slicer.runtime.distributed import world
 
 
 class Clock:
-    """How long is left: what a finished cell of the same healing took, by the layers it had to run."""
+    """Remaining time, from the seconds per layer of finished cells with the same healing method."""
 
     def __init__(self, journal: Journal, cells: Sequence[Cell], depth: int) -> None:
         self._journal, self._cells, self._depth = journal, cells, depth

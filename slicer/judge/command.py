@@ -1,4 +1,4 @@
-"""`slicer eval` and `slicer report`: options in, figures or one line of error out, imports when they run."""
+"""The commands `slicer eval` and `slicer report`. Heavy imports happen when a command runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FILE = click.Path(path_type=Path)
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Comma-separated names."""
+    """Split comma-separated names."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
@@ -23,54 +23,50 @@ def names(text: str) -> tuple[str, ...]:
 @click.option(
     "--tasks",
     metavar="NAMES",
-    help="lm-eval tasks or groups, comma-separated, each with its examples if you like (mmlu@5); c4 is the loss on "
-    "text  [default: mmlu,boolq,c4; c4 for the demo model]",
+    help="lm-eval tasks or groups, comma-separated, with an optional number of few-shot examples (mmlu@5); "
+    "c4 is the loss on text  [default: mmlu,boolq,c4; c4 for the demo model]",
 )
 @click.option(
     "--data", type=_FILE, metavar="DIR",
-    help="Local files instead of the Hub's: mmlu/dev and mmlu/test (CSV), boolq/dev.jsonl, TASK/SPLIT.jsonl of any "
-    "task, and c4*.jsonl, .txt or .parquet for the loss.",
+    help="Directory of local files to use instead of the Hub: mmlu/dev and mmlu/test (CSV), boolq/dev.jsonl, "
+    "TASK/SPLIT.jsonl of any task, and c4*.jsonl, .txt or .parquet for the loss.",
 )  # fmt: skip
-@click.option("--text", type=_FILE, metavar="FILE", help="Measure the loss on this .jsonl, .txt or .parquet.")
-@click.option("--text-column", metavar="NAME", help="Column of it that holds the text  [default: text]")
-@click.option(
-    "--num-fewshot", type=click.IntRange(min=0), help="Examples before each question  [default: the task's]"
-)
+@click.option("--text", type=_FILE, metavar="FILE",
+              help="Measure the loss on this .jsonl, .txt or .parquet file.")  # fmt: skip
+@click.option("--text-column", metavar="NAME",
+              help="Column of that file that holds the text  [default: text]")  # fmt: skip
+@click.option("--num-fewshot", type=click.IntRange(min=0),
+              help="Few-shot examples per question  [default: the task's]")  # fmt: skip
 @click.option(
     "--limit", type=click.IntRange(min=1), metavar="N",
-    help="Only the first N items of each task (as in lm_eval: of each subtask of a group); N excerpts for the loss.",
+    help="Use the first N items of each task (as in lm_eval: of each subtask of a group) and N excerpts of text.",
 )  # fmt: skip
-@click.option(
-    "--backend",
-    type=click.Choice(["hf", "vllm"]),
-    default="hf",
-    show_default=True,
-    help="What runs the model.",
-)
+@click.option("--backend", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True,
+              help="Engine that runs the model.")  # fmt: skip
 @click.option(
     "--batch-size", default="auto", show_default=True,
-    help="Requests in a forward pass; auto: what fits on a GPU, 1 on a CPU.",
+    help="Requests per forward pass; auto: as many as fit on a GPU, 1 on a CPU.",
 )  # fmt: skip
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True,
-    help="Seed of the text and of few-shot examples; 0 takes the examples lm_eval takes.",
+    help="Seed of the text and of few-shot examples; 0 selects the same examples as lm_eval.",
 )  # fmt: skip
 @click.option("--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto",
-              show_default=True, help="Run in this precision; auto: as stored.")  # fmt: skip
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
-@click.option(
-    "-o", "--out", type=_FILE, metavar="FILE", help="Also write the results, with every item's, here."
-)
+              show_default=True, help="Precision to run in; auto: as stored.")  # fmt: skip
+@click.option("--device", default="auto", show_default=True,
+              help="Device to run on: auto, cpu, cuda, cuda:1.")  # fmt: skip
+@click.option("-o", "--out", type=_FILE, metavar="FILE",
+              help="Write the results, with the value of every item, to FILE.")  # fmt: skip
 @click.option("--write-tasks", type=_FILE, metavar="DIR",
-              help="Keep the tasks made from --data here, for lm_eval --include_path DIR.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+              help="Keep the task files made from --data in DIR, for lm_eval --include_path DIR.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 @click.option("--trust-remote-code", is_flag=True, help="Run the checkpoint's own Python code.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def evaluate(models: tuple[str, ...], **given: Any) -> None:
-    """Score MODEL: tasks by lm-eval, the loss on text, the health of what it writes.
+    """Evaluate MODEL: lm-eval tasks, the loss on text, and the health of generated text.
 
-    MODEL is a directory, a Hub id, "demo", or a result written before (.json). With more than one, each is compared
-    with the first, item by item, and a difference within noise is called that.
+    MODEL is a directory, a Hub id, "demo", or a result file of an earlier run (.json). If several are given, each is
+    compared with the first, item by item, and each difference is marked as significant or within noise.
 
     \b
     slicer eval qwen2.5-0.5b qwen-20L --tasks mmlu@5,boolq,c4
@@ -88,7 +84,7 @@ def evaluate(models: tuple[str, ...], **given: Any) -> None:
     to_run = [model for model in models if model not in stored]
     out = given["out"]
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
-        raise EvaluationError(f"{out}: cannot be written; give a file in a directory that exists")
+        raise EvaluationError(f"{out}: cannot be written; pass a file in an existing directory")
     tasks, text = given["tasks"], given["text"]
     if "demo" in to_run and given["data"] is None and text is None:
         from slicer import demo
@@ -96,7 +92,7 @@ def evaluate(models: tuple[str, ...], **given: Any) -> None:
         text = demo.path().parent / "heldout.txt"
         tasks = tasks or "c4"
     if given["write_tasks"] is not None and given["data"] is None:
-        raise UsageError("--write-tasks: there are only tasks to write with --data")
+        raise UsageError("--write-tasks needs --data: only tasks made from local files are written")
     check_batch(given["batch_size"])
     chosen = {
         "tasks": names(tasks) if tasks is not None else None,
@@ -110,7 +106,7 @@ def evaluate(models: tuple[str, ...], **given: Any) -> None:
     }
     options = EvalOptions(**{k: v for k, v in chosen.items() if v is not None})
     found = {model: Evaluation.load(Path(model)) for model in stored}
-    for model in to_run:  # before the tasks, which take longer to load
+    for model in to_run:  # before the tasks, which take longer to load, so that errors show early
         Checkpoint.open(hub.resolve(model).path)
     with console.progress() as progress:
         if to_run:
@@ -138,9 +134,9 @@ def evaluate(models: tuple[str, ...], **given: Any) -> None:
 @click.argument("directory", type=_FILE, metavar="DIR")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def report(directory: Path, debug: bool) -> None:
-    """Write DIR/report.html, one page that needs nothing else, and DIR/report.md.
+    """Write DIR/report.html, one self-contained page, and DIR/report.md.
 
-    From whatever is in DIR: a sweep, distances of layers, a bench, a sliced checkpoint with its healing.
+    The report covers what DIR contains: a sweep, layer distances, a benchmark, a sliced checkpoint with its healing.
     """
     from slicer.judge.report import write_report
 
@@ -149,6 +145,6 @@ def report(directory: Path, debug: bool) -> None:
 
 
 def check_batch(text: str) -> None:
-    """Raise UsageError unless it is a number of requests, or auto."""
+    """Raise UsageError unless `text` is a positive number or "auto"."""
     if text != "auto" and not (text.isdigit() and int(text) > 0):
-        raise UsageError(f"--batch-size {text}: write a number of requests, or auto")
+        raise UsageError(f"--batch-size {text}: pass a number of requests or auto")

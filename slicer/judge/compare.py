@@ -1,4 +1,4 @@
-"""Is a difference between two models more than noise? Paired, item by item: both answered the same questions."""
+"""Paired significance tests, item by item, of the difference between two models that answered the same questions."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ class Difference:
 
     Attributes:
         delta: mean of the per-item differences; standard_error: of that mean.
-        p_value: two-sided chance of a difference at least as large between two models that do equally well: McNemar's
-            exact test where items are right or wrong, else a sign-flip permutation test.
-        items: pairs compared.
+        p_value: two-sided; McNemar's exact test if items are right or wrong, else a sign-flip permutation test.
+        items: number of pairs.
     """
 
     measure: str
@@ -31,7 +30,7 @@ class Difference:
 
     @property
     def within_noise(self) -> bool:
-        """Whether the difference may be chance (p >= 0.05)."""
+        """Whether the difference is not significant (p >= 0.05)."""
         return self.p_value >= LEVEL
 
     def to_dict(self) -> dict[str, Any]:
@@ -40,7 +39,7 @@ class Difference:
 
 
 def paired(measure: str, a: Mapping[str, float], b: Mapping[str, float]) -> Difference | None:
-    """Compare the items that both have (by id); None when there is none."""
+    """Compare the items that both models have, by id; None if there are none."""
     shared = [key for key in a if key in b]
     if not shared:
         return None
@@ -54,7 +53,7 @@ def paired(measure: str, a: Mapping[str, float], b: Mapping[str, float]) -> Diff
 
 
 def mcnemar(gaps: Sequence[float]) -> float:
-    """McNemar's exact test: of the items that only one model got right, each is a fair coin."""
+    """McNemar's exact test: under the null, each item that only one model got right is a fair coin toss."""
     won, lost = sum(g > 0 for g in gaps), sum(g < 0 for g in gaps)
     n, least = won + lost, min(won, lost)
     if n == 0:
@@ -68,9 +67,9 @@ def mcnemar(gaps: Sequence[float]) -> float:
 
 
 def sign_flip(gaps: Sequence[float], seed: int = 0) -> float:
-    """Permutation test of a mean difference of 0: how often are random signs as far from 0 as what was seen?
+    """Permutation test for a mean difference of 0: how often random signs give a mean at least as far from 0.
 
-    All sign patterns are gone through where they are few, else 10,000 seeded ones.
+    Enumerates all sign patterns if they are few; otherwise draws 10,000 seeded ones.
     """
     seen = abs(math.fsum(gaps)) * (1 - 1e-12)
     n = len(gaps)

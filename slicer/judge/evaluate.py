@@ -1,7 +1,7 @@
-"""A model -> figures: lm-eval's tasks with lm-eval's own prompts and scoring, the loss on text, the health of its text.
+"""Evaluate a model: lm-eval's tasks with lm-eval's prompts and scoring, the loss on text, the health of generated text.
 
-A `Suite` holds what is asked (tasks loaded, text drawn) and can be put to any number of models, so that a sweep asks
-every cut the same.
+A `Suite` holds loaded tasks and drawn text and can be run on any number of models, so all cuts of a sweep are measured
+on the same items.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ _LMEVAL_SEED = 1234
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What to ask and how; every default of the command line lives here.
+    """What to evaluate and how; the defaults of the command line are defined here.
 
     Attributes:
-        tasks: lm-eval tasks, groups or tags, each may carry its number of examples (`mmlu@5`), and `c4`, the loss.
-        num_fewshot: examples for the tasks that name no number of their own; None leaves it to the task.
-        limit: items of each task, the first ones, as in lm-eval: of a group, of each of its subtasks.
-        share_limit: a group's `limit` is for all of its subtasks together: drawn by the seed, in proportion to their
-            sizes, at least one each.
-        data: directory of local files, see `slicer.judge.local_tasks`; None takes the Hub's data sets.
-        text: file the loss is measured on; None finds it in `data`, or streams C4's validation split.
-        batch_size: a number, or "auto": as many as fit on a GPU, 1 on a CPU, where more are not faster.
+        tasks: lm-eval tasks, groups or tags, each with an optional number of examples (`mmlu@5`), and `c4`, the loss.
+        num_fewshot: examples for tasks that give no number of their own; None uses the task's default.
+        limit: number of items of each task, from the first, as in lm-eval: for a group, of each subtask.
+        share_limit: apply a group's `limit` to all its subtasks together: items are drawn with the seed, in proportion
+            to the subtask sizes, at least one each.
+        data: directory of local files, see `slicer.judge.local_tasks`; None uses the data sets on the Hub.
+        text: file to measure the loss on; None looks in `data`, or streams C4's validation split.
+        batch_size: a number, or "auto": as many as fit on a GPU, 1 on a CPU, where larger batches are not faster.
         seed: of the text, of shared limits and of few-shot examples; 0 gives lm-eval's own examples.
-        keep_tasks: write the local task files here, for `lm_eval --include_path`.
+        keep_tasks: directory to write the local task files to, for `lm_eval --include_path`.
     """
 
     tasks: tuple[str, ...] = TASKS
@@ -62,16 +62,16 @@ class EvalOptions:
 
 
 class Suite:
-    """What is asked: tasks with their data, and the excerpts of text. Use as a context manager.
+    """The tasks with their data, and the excerpts of text. Use as a context manager.
 
-    Raises EvaluationError when a task is unknown, or its data missing, empty or malformed.
+    Raises EvaluationError if a task is unknown, or its data is missing, empty or malformed.
     """
 
     def __init__(self, options: EvalOptions, progress: Progress | None = None) -> None:
         self.options, self.progress = options, progress or Progress()
         self._scratch = tempfile.TemporaryDirectory(prefix="slicer-eval-")
         self.excerpts: loss.Excerpts | None = None
-        self.files: list[Path] = []  # of --data, that the tasks read
+        self.files: list[Path] = []  # the files of `data` that the tasks read
         self._rounds: list[Round] = []
         try:
             self._prepare()
@@ -95,7 +95,7 @@ class Suite:
             raise EvaluationError(f"--data {options.data}: no such directory")
         named = [tasks.parse(task, options.num_fewshot) for task in dict.fromkeys(options.tasks)]
         if not named:
-            raise EvaluationError(f"no tasks given; name some, for example --tasks {','.join(TASKS)}")
+            raise EvaluationError(f"no tasks given; pass some, for example --tasks {','.join(TASKS)}")
         if any(task.name == LOSS for task in named):
             self.progress.stage("Drawing text for the loss")
             text = options.text or (loss.find_text(options.data) if options.data else None)
@@ -107,17 +107,17 @@ class Suite:
         self.progress.stage("Loading tasks")
         directory = options.keep_tasks or Path(self._scratch.name) / "tasks"
         manager, self.files = tasks.manager([task.name for task in asked], options.data, directory)
-        # One by one: lm-eval refuses a task beside a group that holds it (mmlu_astronomy, mmlu).
+        # One at a time: lm-eval refuses a task next to a group that contains it (mmlu_astronomy, mmlu).
         self._rounds = [Round(manager, task, options) for task in asked]
 
     @property
     def scored(self) -> tuple[str, ...]:
-        """What will have a score of its own: tasks and groups by their labels, and the loss."""
+        """Labels of the tasks and groups that get a score of their own, and of the loss."""
         found = [part.label for part in self._rounds if part.adds_up]
         return (*found, LOSS) if self.excerpts is not None else tuple(found)
 
     def run(self, lm: Any, name: str, vocabulary: int) -> Evaluation:
-        """Ask `lm` (an lm-eval model) everything. `vocabulary` is V of the normalised loss."""
+        """Evaluate `lm` (an lm-eval model). `vocabulary` is V of the normalised loss. Raises EvaluationError."""
         started = time.monotonic()
         scores: list[Score] = []
         items: dict[str, dict[str, float]] = {}
@@ -143,20 +143,20 @@ class Suite:
 
 
 class Round:
-    """One task, group or tag asked with one number of examples; `label` is its name in the results."""
+    """One task, group or tag with one number of examples; `label` is its name in the results."""
 
     def __init__(self, manager: Any, asked: tasks.Asked, options: EvalOptions) -> None:
         name, shots = asked.name, asked.shots
         self.name, self.label, self.options = name, asked.label, options
         try:
             self.loaded = manager.load([name])
-        except Exception as error:  # data sets, the Hub and task programs raise anything
+        except Exception as error:  # data sets, the Hub and task programs raise many kinds
             reason = " ".join(str(error).split())[:200]
-            remedy = "check its files" if options.data else "offline? give local files: --data DIR"
-            raise EvaluationError(f"{name}: its data cannot be loaded ({reason}); {remedy}") from None
+            remedy = "check its files" if options.data else "if offline, pass local files with --data DIR"
+            raise EvaluationError(f"{name}: cannot load its data ({reason}); {remedy}") from None
         group = self.loaded.get("groups", {}).get(name)
         self.leaves = [t.task_name for t in group.get_all_tasks()] if group else list(self.loaded["tasks"])
-        # A tag, and a group that says nothing of it, has the scores of its tasks alone.
+        # A tag, and a group without an aggregate metric, has only the scores of its tasks.
         self.adds_up = bool(group.aggregate_metric_list) if group else self.leaves == [name]
         for task in self.loaded["tasks"].values():
             fixed = task.get_config("num_fewshot")
@@ -169,7 +169,7 @@ class Round:
         self.samples = self._shared(options.limit) if options.share_limit and options.limit else None
 
     def _shared(self, limit: int) -> dict[str, list[int]]:
-        """Document numbers of every leaf, `limit` of them in all."""
+        """Document numbers of each leaf task, `limit` in total."""
         sizes = {leaf: len(self.loaded["tasks"][leaf].eval_docs) for leaf in self.leaves}
         if len(sizes) == 1:
             return {leaf: list(range(min(limit, size))) for leaf, size in sizes.items()}
@@ -179,7 +179,7 @@ class Round:
         }
 
     def reseed(self) -> None:
-        """Before questions are built: the same examples each time."""
+        """Reset the few-shot samplers before requests are built, so each run uses the same examples."""
         import numpy
         import torch
 
@@ -199,7 +199,7 @@ class Round:
             found = evaluator.evaluate(lm, self.loaded, limit=limit, samples=self.samples, log_samples=True)
         except (AssertionError, ValueError, TypeError, KeyError, IndexError) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise EvaluationError(f"{self.label}: lm-eval cannot ask it ({reason})") from error
+            raise EvaluationError(f"{self.label}: lm-eval cannot run it ({reason})") from error
         for score in scoring.scores(self.name, self.label, self.leaves, self.loaded["tasks"], found):
             leaf = score.task.removesuffix(self.label.removeprefix(self.name))
             inside = self.leaves if leaf == self.name else [leaf]
@@ -210,7 +210,7 @@ class Round:
 
 
 def _reorder(task: Any, order: int) -> None:
-    """Put the examples before each question in another order, the same for every question (figure 7 of the paper)."""
+    """Shuffle the examples before each question, in the same way for all questions (figure 7 of the paper)."""
     sample = task.sampler.sample
 
     def shuffled(*args: Any, **kwargs: Any) -> list[Any]:
@@ -222,7 +222,7 @@ def _reorder(task: Any, order: int) -> None:
 
 
 def evaluate(source: str, suite: Suite) -> Evaluation:
-    """Put `suite` to a checkpoint: a directory, a Hub id or "demo". Raises SourceError, EvaluationError."""
+    """Run `suite` on a checkpoint: a directory, a Hub id or "demo". Raises SourceError, EvaluationError."""
     from slicer.checkpoint import hub
     from slicer.checkpoint.reader import Checkpoint
 
@@ -242,12 +242,12 @@ def evaluate(source: str, suite: Suite) -> Evaluation:
         del model
     result = suite.run(lm, source, vocabulary)
     del lm
-    gc.collect()  # lm-eval's models hold themselves in circles, and the next one needs the room
+    gc.collect()  # lm-eval's models are in reference cycles, and the next model needs the memory
     return result
 
 
 def describe(options: EvalOptions) -> dict[str, Any]:
-    """What two results must share to be compared, in plain values."""
+    """The options, as plain values, that two results must share to be comparable."""
     return {
         "tasks": list(options.tasks), "num_fewshot": options.num_fewshot, "limit": options.limit,
         "share_limit": options.share_limit, "data": str(options.data) if options.data else None,

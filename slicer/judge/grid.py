@@ -1,6 +1,6 @@
-"""Which cells a sweep has: how many layers, chosen how, healed how. Pure: no torch, no files.
+"""The cells of a sweep: numbers of layers, strategies and healing methods. Needs neither torch nor files.
 
-The paper's figures and ablations are presets of the same axes.
+The figures and ablations of the paper are presets of the same axes.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from slicer.errors import UsageError
 from slicer.plan.amounts import parse_depths
 
 STRATEGIES = ("similarity", "deepest", "tail", "random")
-HEALS = ("none", "fold", "qlora")  # cheapest first
+HEALS = ("none", "fold", "qlora")  # in order of cost
 # Figures 1d, 2, 3, 5 and 6: both strategies before and after healing, on the paper's three measures.
 _PAPER: dict[str, Any] = {
     "drop": "0:0.5:0.05", "strategies": ("similarity", "deepest"), "heals": ("none", "qlora"),
     "tasks": ("mmlu@5", "boolq@0", "c4"),
 }  # fmt: skip
-# Figures 7, 8 and 9: one axis more, on the similarity strategy.
+# Figures 7, 8 and 9: one more axis, with the similarity strategy.
 _ABLATIONS: dict[str, dict[str, Any]] = {
     "prompt": {"tasks": ("mmlu@5", "mmlu@5:1", "mmlu@5:2"), "heals": ("none",)},
     "shots": {"tasks": ("mmlu@0", "mmlu@1", "mmlu@3", "mmlu@5"), "heals": ("none",)},
@@ -35,9 +35,9 @@ class Grid:
     """The axes of a sweep.
 
     Attributes:
-        drop: amounts as given: fractions or counts, 0 being the whole model.
+        drop: amounts as given: fractions or counts; 0 is the unpruned model.
         heals: "none", "fold", "qlora", or "qlora@RANK".
-        seeds: of the random strategy and of healing that trains.
+        seeds: for the random strategy and for healing by training.
     """
 
     drop: str = "0:0.5:0.05"
@@ -49,19 +49,19 @@ class Grid:
         for kind, given, known in (("strategies", self.strategies, STRATEGIES), ("heal", self.heals, HEALS)):
             for name in given:
                 if (name.split("@")[0] if kind == "heal" else name) not in known:
-                    raise UsageError(f"--{kind} {name}: choose among {', '.join(known)}")
+                    raise UsageError(f"--{kind} {name}: choose from {', '.join(known)}")
             if not given:
-                raise UsageError(f"--{kind}: name at least one of {', '.join(known)}")
+                raise UsageError(f"--{kind}: pass at least one of {', '.join(known)}")
         if not self.seeds:
-            raise UsageError("--seeds: give at least one")
+            raise UsageError("--seeds: pass at least one seed")
         for heal in self.heals:
             if "@" in heal and not re.fullmatch(r"qlora@[1-9]\d*", heal):
-                raise UsageError(f"--heal {heal}: only qlora takes a rank, as in qlora@8")
+                raise UsageError(f"--heal {heal}: only qlora accepts a rank, as in qlora@8")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One point of the grid. `seed` is 0 where nothing is random."""
+    """One point of the grid. `seed` is 0 if nothing is random."""
 
     n: int
     strategy: str
@@ -70,7 +70,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Unique within a sweep, and fit for a file name."""
+        """Unique within a sweep, and usable as a file name."""
         if self.n == 0:
             return "unpruned"
         seed = f"-s{self.seed}" if self.seed or self.strategy == "random" else ""
@@ -85,9 +85,9 @@ UNPRUNED = Cell(0, "none", "none")
 
 
 def cells(grid: Grid, depth: int) -> list[Cell]:
-    """All cells of a model of `depth` layers, cheap first: the whole model, then by healing, shallow cuts last.
+    """All cells for a model of `depth` layers: the unpruned model first, then by cost of healing, deep cuts first.
 
-    Raises UsageError or PlanError for amounts the model cannot have.
+    Raises UsageError or PlanError for invalid amounts.
     """
     found = {UNPRUNED: None}
     counts = [n for n in parse_depths(grid.drop, depth) if n]
@@ -100,12 +100,12 @@ def cells(grid: Grid, depth: int) -> list[Cell]:
 
 
 def is_random(strategy: str, heal: str) -> bool:
-    """Whether such a cell is another one with another seed."""
+    """Whether the result of such a cell depends on the seed."""
     return strategy == "random" or heal.startswith("qlora")
 
 
 def paper(ablate: str | None, grid: Grid, given: Iterable[str]) -> tuple[Grid, tuple[str, ...]]:
-    """(grid, tasks) of `--suite paper`; axes whose names are in `given` stay as they are in `grid`."""
+    """(grid, tasks) of `--suite paper`; the axes named in `given` keep their values in `grid`."""
     preset: dict[str, Any] = dict(_PAPER)
     if ablate is not None:
         preset |= {"strategies": ("similarity",), "tasks": ("mmlu@5",), **_ABLATIONS[ablate]}

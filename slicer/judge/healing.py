@@ -1,4 +1,4 @@
-"""Healing that trains, for one cell of a sweep: on files, beside the sweep, and alone in its process."""
+"""Trains the healing of one sweep cell: on files in the sweep directory, in a single process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRAINED = "qlora"
 
 
 def require(heals: Iterable[str]) -> None:
-    """Raise EvaluationError for a way of healing whose libraries are not installed."""
+    """Raise EvaluationError if the libraries of a healing method are not installed."""
     if any(heal.startswith(TRAINED) for heal in heals):
         from slicer.heal import adapters
 
@@ -36,19 +36,19 @@ def require(heals: Iterable[str]) -> None:
 
 
 def training_of(cell: Cell, training: Training) -> Training:
-    """The training of a cell such as `qlora@8`: its own seed and rank, all else as asked of the sweep."""
+    """The settings for a cell such as `qlora@8`: its own seed and rank, everything else from `training`."""
     rank = cell.heal.partition("@")[2]
     return replace(training, method=TRAINED, seed=cell.seed, rank=int(rank) if rank else training.rank)
 
 
 def check_alike(journal: Journal, cells: Iterable[Cell], training: Training) -> None:
-    """Cells of one table are trained alike. Raises OutputError where some were, before, otherwise."""
+    """Raise OutputError if an earlier run trained one of `cells` with other options: a table must not mix them."""
     for cell in cells:
         before = (journal.get(cell.name) or {}).get("training")
         if before is not None and before != asdict(training_of(cell, training)):
             raise OutputError(
-                f"{journal.directory}: its cell {cell.name} was trained with other options; give those again, or "
-                "choose another place with -o"
+                f"{journal.directory}: cell {cell.name} was trained with other options; pass those again, or "
+                "choose another directory with -o"
             )
 
 
@@ -64,7 +64,7 @@ def trained(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Path, dict[str, Any]]:
-    """(the healed checkpoint in `directory`, its record) of the cut `plan`; a stopped training goes on.
+    """Cut by `plan`, then train. Returns (healed checkpoint in `directory`, its record); resumes a stopped training.
 
     Raises SlicerError children.
     """

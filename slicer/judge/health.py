@@ -1,6 +1,6 @@
-"""Is what the model writes still text? Multiple choice hides what slicing breaks first.
+"""Degeneration metrics of greedy samples: slicing damages generated text before it lowers multiple-choice scores.
 
-Greedy continuations of fixed prompts, judged by counts that need no other model.
+All are counts over the sampled text; no second model is needed.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Health:
-    """What greedy samples look like; each figure is a mean over the prompts with its standard error.
+    """Metrics of greedy samples; each is (mean over the prompts, standard error).
 
     Attributes:
-        repetition: share of the 4-grams that occurred before in the same sample; 0 = never, 1 = one word for ever.
-        distinct_1, distinct_2: different words (pairs of words) / all words (pairs) of a sample.
+        repetition: share of the 4-grams that occurred earlier in the same sample; 0 = none, near 1 = one repeated word.
+        distinct_1, distinct_2: number of different words (word pairs) / number of all words (pairs) in a sample.
         length: tokens until the model ended the text, at most `NEW_TOKENS`.
         samples: (prompt, continuation) in the order of the prompts.
     """
@@ -46,7 +46,7 @@ class Health:
 
 
 def judge(samples: Sequence[tuple[str, str]], lengths: Sequence[int]) -> Health:
-    """Judge (prompt, continuation) pairs; `lengths` are the tokens of each continuation."""
+    """Measure (prompt, continuation) pairs; `lengths`: tokens of each continuation."""
     words = [text.split() for _, text in samples]
     return Health(
         repetition=_mean([repetition(w, 4) for w in words]),
@@ -58,13 +58,13 @@ def judge(samples: Sequence[tuple[str, str]], lengths: Sequence[int]) -> Health:
 
 
 def distinct(words: Sequence[str], n: int) -> float:
-    """Different n-grams / all n-grams; 1.0 when there is none to repeat."""
+    """Number of different n-grams / number of n-grams; 1.0 if there are none."""
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
 def repetition(words: Sequence[str], n: int) -> float:
-    """Share of the n-grams that occurred before; 1.0 for a text that says nothing at all."""
+    """Share of n-grams that occurred earlier; 1.0 for an empty text."""
     return 1.0 - distinct(words, n) if words else 1.0
 
 

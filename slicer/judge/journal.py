@@ -1,4 +1,4 @@
-"""Finished work kept on disk, so that a killed sweep goes on where it was, and several processes can share one.
+"""Stores the finished cells of a sweep on disk, so that a stopped sweep can resume and several processes can share it.
 
 A cell's result is one JSON file, there whole or not at all. A process holds a lock while it works on a cell; the system
 releases it when the process ends, however it ends.
@@ -26,10 +26,10 @@ def began_with(directory: Path) -> Mapping[str, Any]:
 
 
 class Journal:
-    """The directory of a sweep: `sweep.json` (what it is), `cells/` (what is done), locks.
+    """A sweep directory: `sweep.json` (settings), `cells/` (results), locks.
 
-    `settings` is what all cells share: a directory that holds a sweep with other ones, of which anything is done or
-    which another process has open, is refused with OutputError.
+    All cells share `settings`. Raises OutputError if the directory holds a sweep with other settings that has finished
+    cells or is open in another process.
     """
 
     def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
@@ -60,7 +60,7 @@ class Journal:
         return found if isinstance(found, dict) else None
 
     def put(self, name: str, record: Mapping[str, Any]) -> None:
-        """Keep a finished record."""
+        """Store a finished record."""
         write_atomically(self._cells / f"{name}.json", json.dumps(record) + "\n")
 
     @contextlib.contextmanager

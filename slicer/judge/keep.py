@@ -1,4 +1,4 @@
-"""A promise kept: bisection run on a sweep, and the plan that comes out of it."""
+"""Runs the bisection for the deepest cut that retains a share of a score, and writes its plan."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ PROMISE = "promise.json"
 
 
 def keep(sweep: Sweep, share: float, metric: str, grid: Grid, command: str | None) -> promise.Found:
-    """The deepest cut by the grid's first strategy and healing that keeps `share` of `metric`.
+    """Find the deepest cut, with the grid's first strategy and healing, that retains `share` of `metric`.
 
-    Writes its plan to plan.json in the sweep's directory, for `slicer convert --plan`, which heals as the cell was; and
-    what was promised and tried to promise.json, for the report. Cuts that the architecture cannot express are passed
-    over. Raises EvaluationError for a metric without a score of its own, before anything is measured.
+    Writes its plan (with the healing of the cell) to plan.json in the sweep's directory, for `slicer convert --plan`,
+    and the target and all cuts tried to promise.json, for the report. Skips cuts that the architecture cannot express.
+    Raises EvaluationError, before any measurement, if `metric` has no score of its own.
     """
     strategy, heal, seed = grid.strategies[0], grid.heals[0], grid.seeds[0]
     if metric not in sweep.suite.scored:
         raise EvaluationError(
-            f"--metric {metric}: lm-eval adds up no score for it; name one of {', '.join(sweep.suite.scored)}"
+            f"--metric {metric}: lm-eval reports no score for it; choose from {', '.join(sweep.suite.scored)}"
         )
     cells: list[Cell] = [UNPRUNED]
 
@@ -47,9 +47,9 @@ def keep(sweep: Sweep, share: float, metric: str, grid: Grid, command: str | Non
     sweep.run([UNPRUNED])
     found = promise.bisect([n for n in range(1, sweep.depth) if _expressible(sweep, cell_of(n))], measure)
     if found.tried and all(kept.error for kept in found.tried):
-        raise EvaluationError(f"--heal {heal}: no cut could be made so: {found.tried[0].error}")
-    told = {"share": share, "metric": metric, **asdict(found)}
-    write_atomically(sweep.journal.directory / PROMISE, json.dumps(told, indent=1) + "\n")
+        raise EvaluationError(f"--heal {heal}: no cut could be made: {found.tried[0].error}")
+    record = {"share": share, "metric": metric, **asdict(found)}
+    write_atomically(sweep.journal.directory / PROMISE, json.dumps(record, indent=1) + "\n")
     if found.best is not None:
         cell = cell_of(found.best.n)
         plan = replace(

@@ -1,7 +1,7 @@
-"""The loss on text: the same excerpts for every model, whatever its tokenizer.
+"""The loss on text, measured on the same excerpts for every model.
 
-An excerpt is a number of characters, so that models with different vocabularies read the same text; nats a token are
-then also given as a share of log V (the paper's normalisation, section 4.2: 1 is guessing) and as nats a byte.
+An excerpt is a number of characters, so models with different vocabularies read the same text. The loss is given in
+nats per token, as a share of log V (section 4.2 of the paper; 1 is a uniform guess) and in nats per byte.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SUFFIXES = (".jsonl", ".json", ".txt", ".raw", ".parquet", ".jsonl.gz", ".json.
 
 @dataclass(frozen=True)
 class Excerpts:
-    """`texts`, drawn from `source` with a seed; `digest` tells whether two runs read the same."""
+    """`texts`, drawn from `source` with a seed; `digest` is equal if two runs read the same texts."""
 
     texts: tuple[str, ...]
     source: str
@@ -38,9 +38,9 @@ class Loss:
 
     Attributes:
         nats_per_token: total loss / tokens; standard_error: of it, over excerpts (ratio estimator).
-        normalised: nats_per_token / log(vocabulary); 1 is guessing.
+        normalised: nats_per_token / log(vocabulary); 1 is a uniform guess.
         nats_per_byte: comparable between tokenizers.
-        excerpts: digest of the text; two losses compare only where it is the same.
+        excerpts: digest of the text; losses are comparable only if it is equal.
     """
 
     nats_per_token: float
@@ -59,23 +59,23 @@ class Loss:
 
 
 def find_text(data: Path) -> Path:
-    """The file of `data` that the loss is measured on: c4*.SUFFIX in it, in c4/ or in text/; of several the one named
-    for validation or test, and one named for training last. Raises EvaluationError."""
+    """The file of `data` to measure the loss on: c4*.SUFFIX in `data`, c4/ or text/. Prefers one named for validation
+    or test; one named for training comes last. Raises EvaluationError."""
     for folder in (data / "c4", data / "text", data):
         files = [f for f in folder.glob("*" if folder.name == "c4" else "c4*") if _holds_text(f)]
         for file in sorted(files, key=lambda f: (not _held_out(f), "train" in f.name, f.name)):
             return file
     raise EvaluationError(
-        f"{data}: no text for the loss: no c4*.jsonl (or .txt, .parquet) in it, in c4/ or in text/; name a file: --text"
+        f"{data}: no text for the loss: no c4*.jsonl (or .txt, .parquet) in it, c4/ or text/; pass --text FILE"
     )
 
 
 def other_text(data: Path, measured: Path | None) -> Path | None:
-    """A text file of `data` to calibrate on: any of c4/ or text/, or c4* or *train* beside them; not the one measured,
-    nor one named for validation or test; or None."""
+    """A text file of `data` for calibration: any in c4/ or text/, or c4* or *train* in `data` itself; never `measured`,
+    nor one named for validation or test. None if there is none."""
     for folder in (data / "c4", data / "text", data):
         files = [f for f in sorted(folder.glob("*")) if _holds_text(f) and not _held_out(f)]
-        if folder == data:  # where the questions of tasks may lie too
+        if folder == data:  # may also hold the questions of tasks
             files = [f for f in files if f.name.startswith("c4") or "train" in f.name]
         free = [f for f in files if measured is None or f.resolve() != measured.resolve()]
         for file in sorted(free, key=lambda f: (not f.name.startswith("c4"), "train" not in f.name)):
@@ -95,37 +95,37 @@ def draw(
     file: Path | None, *, sequences: int = SEQUENCES, characters: int = CHARACTERS, seed: int = 0,
     column: str = "text",
 ) -> Excerpts:  # fmt: skip
-    """`sequences` excerpts of `characters` each from a local file, or from C4's validation split on the Hub.
+    """Draw `sequences` excerpts of `characters` each from a local file, or from C4's validation split on the Hub.
 
-    The same for the same file and arguments. Raises EvaluationError (no file, no text), CalibrationError (malformed).
+    Deterministic in the file and the arguments. Raises EvaluationError (no text), CalibrationError (malformed).
     """
     if file is None:
         documents, source = _stream(4 * sequences, seed), ":".join(_DATASET)
     else:
         if not file.is_file():
             raise EvaluationError(
-                f"{file}: no such file; the loss needs text (--text, or c4*.jsonl in --data)"
+                f"{file}: no such file; pass text for the loss with --text, or c4*.jsonl in --data"
             )
         if not file.name.endswith(_SUFFIXES):
             raise EvaluationError(
-                f"{file}: not a .jsonl, .json, .txt or .parquet file; give text in one of them"
+                f"{file}: not a .jsonl, .json, .txt or .parquet file; convert the text to one of these"
             )
         if file.stat().st_size == 0:
-            raise EvaluationError(f"{file}: empty; the loss needs text")
-        # a conversation counts by what is said in it
+            raise EvaluationError(f"{file}: empty; pass a file with text")
+        # of a conversation, the contents of all turns
         documents = [text if isinstance(text, str) else "\n".join(turn["content"] for turn in text)
                      for text in read_documents(file, column)]  # fmt: skip
         source = file.name
     pieces = list(cut(documents, characters))
     if not pieces:
-        raise EvaluationError(f"{file or source}: an empty sample: there is no text in it")
+        raise EvaluationError(f"{file or source}: no text in the sample; pass another file")
     chosen = random.Random(seed).sample(range(len(pieces)), min(sequences, len(pieces)))
     texts = tuple(pieces[i] for i in chosen)
     return Excerpts(texts, source, hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16])
 
 
 def cut(documents: Iterable[str], characters: int) -> Iterable[str]:
-    """Consecutive pieces of `characters`; shorter documents are joined, and a short rest is left out."""
+    """Yield consecutive pieces of `characters`; joins shorter documents and drops a short remainder."""
     waiting = ""
     for document in documents:
         text = document.strip()
@@ -149,17 +149,17 @@ def _stream(count: int, seed: int) -> list[str]:
     try:
         rows = datasets.load_dataset(name, config, split=split, streaming=True)
         return [str(row["text"]) for row in rows.shuffle(seed=seed, buffer_size=1000).take(count)]
-    except Exception as error:  # the network, the Hub and the data set's format each raise their own
+    except Exception as error:  # the network, the Hub and the data set's format raise different kinds
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise EvaluationError(
-            f"{name}: cannot be streamed ({reason}); give text: --data DIR or --text FILE"
+            f"{name}: cannot be streamed ({reason}); pass local text with --data DIR or --text FILE"
         ) from None
 
 
 def summarise(
     excerpts: Excerpts, nats: Sequence[float], tokens: Sequence[int], vocabulary: int
 ) -> tuple[Loss, dict[str, float]]:
-    """The loss of all excerpts from each one's total `nats` and number of `tokens`; and nats a token of each by id."""
+    """(overall loss, nats per token of each excerpt by id), from each excerpt's total `nats` and number of `tokens`."""
     n, total = len(nats), sum(tokens)
     mean = math.fsum(nats) / total
     residuals = [x - mean * t for x, t in zip(nats, tokens, strict=True)]
@@ -176,6 +176,6 @@ def summarise(
         source=excerpts.source,
         excerpts=excerpts.digest,
     )
-    # An excerpt's share of the overall loss, so that the mean of these is the loss itself and pairs add up.
+    # Scaled so that the mean over excerpts is the overall loss, for paired tests.
     weight = n / total
     return loss, {f"{excerpts.digest}-{i}": x * weight for i, x in enumerate(nats)}

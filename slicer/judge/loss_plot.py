@@ -1,4 +1,4 @@
-"""The loss while a cut is healed, as a picture."""
+"""Plot of the training and held-out loss during healing."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def loss_curve(
     *,
     title: str = "Healing",
 ) -> None:
-    """Loss (nats a token) against the step: of every step, their mean over a window, and on text held out.
+    """Plot the loss (nats per token) against the step: training (running mean) and held-out text.
 
-    The best held-out measurement is marked. Writes a PNG or SVG.
+    Marks the best held-out measurement. Writes a PNG or SVG.
     """
     figure, axes = new_figure()
     steps = sorted(train)
@@ -39,6 +39,6 @@ def loss_curve(
             best, held_out[best], marker="s", markersize=10, markerfacecolor="none", markeredgecolor="red",
             linestyle="none", label=f"kept: step {best}",
         )  # fmt: skip
-    axes.set(xlabel="step", ylabel="loss, nats a token", title=title)
+    axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
     axes.legend(frameon=False)
     save(figure, path)

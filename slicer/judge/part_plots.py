@@ -1,4 +1,4 @@
-"""Figures of attention and feed-forward parts: each metric by layer, and what one task needs against another."""
+"""Figures of attention and feed-forward sublayers: each metric by layer, and the trade-off between two texts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def parts(analysis: Analysis, path: Path) -> None:
-    """By layer, what each metric says of its attention and of its feed-forward part, with standard errors."""
+    """Plot each metric of the attention and feed-forward sublayers by layer, with standard errors."""
     tables = list(analysis.sublayers.values())
     figure = _canvas((7, 1.7 * len(tables) + 0.6))
     for at, table in enumerate(tables):
@@ -37,10 +37,10 @@ def parts(analysis: Analysis, path: Path) -> None:
 
 
 def trade_off(one: Analysis, other: Analysis, path: Path) -> float:
-    """A point for each layer or part: what it is worth to `one`'s text and to `other`'s; returns the rank correlation.
+    """Scatter the importance of each layer or sublayer for `one`'s and `other`'s text; returns the rank correlation.
 
-    Shapley values where both have them, else the loss without each part, else block influence. Raises PlanError for
-    analyses of different models, or with nothing in common.
+    Uses Shapley values if both have them, else the loss without each sublayer, else block influence. Raises PlanError
+    for analyses of different models, or without a common metric.
     """
     from slicer.judge.plots import rank_agreement
 
@@ -71,7 +71,7 @@ def trade_off(one: Analysis, other: Analysis, path: Path) -> float:
 
 
 def _spread(values: list[float], scale: Callable[..., None]) -> None:
-    """A logarithmic axis where one value dwarfs the others; linear around zero where some are not above it."""
+    """Choose a logarithmic axis if one value is far above the others; symmetric-log if some are not positive."""
     known = sorted(abs(v) for v in values if v == v)
     middle = known[len(known) // 2]
     if known[-1] <= 20 * middle or not middle:
@@ -83,11 +83,11 @@ def _spread(values: list[float], scale: Callable[..., None]) -> None:
 
 
 def comparable(one: Analysis, other: Analysis) -> tuple[Distances, Distances]:
-    """The tables of the best metric that both have. Raises PlanError."""
+    """The tables of the best metric that both analyses have. Raises PlanError."""
     if (one.depth, one.model_type) != (other.depth, other.model_type):
         raise PlanError(
             f"the other analysis is of a {other.model_type} of {other.depth} layers, this one of a {one.model_type} of "
-            f"{one.depth}: give one of the same model"
+            f"{one.depth}: compare analyses of the same model"
         )
     for metric in ("shapley_score", "shapley", "loss", "kl", "block_influence"):
         for mine, theirs in ((one.sublayers, other.sublayers), (one.metrics, other.metrics)):

@@ -1,4 +1,4 @@
-"""Every figure. Pictures hold no dates, so that the same figures give the same bytes."""
+"""Figures of an analysis. Files contain no dates, so equal data gives equal bytes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from slicer.measure.analysis import Analysis, Distances
 
 _CURVES = 6
-_BOTH = ".png+svg"  # the suffix that asks for both files
-BLUE, ORANGE = "#0072b2", "#e69f00"  # Okabe and Ito's: told apart with any colour vision
+_BOTH = ".png+svg"  # suffix that writes both files
+BLUE, ORANGE = "#0072b2", "#e69f00"  # Okabe and Ito's colours, distinct for all kinds of colour vision
 
 
 def heat_map(
@@ -23,10 +23,10 @@ def heat_map(
     offset: tuple[int, int, float] | None = None,
     title: str = "Angular distance d(l, l+n)",
 ) -> None:
-    """The paper's figure 4: d(l, l+n) by start l and size n, each row scaled to its own least and greatest.
+    """Figure 4 of the paper: d(l, l+n) by start l and size n, each row scaled to its own minimum and maximum.
 
-    The dropped block is marked where given: `chosen`, the (start, n) of whole layers, or `offset`, the (i, j, distance)
-    of a half-offset one, half a layer further in. Writes a PNG or SVG, as the suffix says.
+    Marks the dropped block: `chosen`, the (start, n) of whole layers, or `offset`, the (i, j, distance) of a
+    half-offset block, drawn half a layer further in. Writes a PNG or SVG, by the suffix.
     """
     figure, axes = new_figure()
     image = _heat(axes, distances)
@@ -48,7 +48,7 @@ def heat_map(
         title=title,
     )
     axes.locator_params(integer=True)
-    figure.colorbar(image, ax=axes, label="scaled within each n (black dot: the least)")
+    figure.colorbar(image, ax=axes, label="scaled within each n (black dot: minimum)")
     save(figure, path)
 
 
@@ -82,10 +82,10 @@ def curves(
     label: str = "angular distance d(l, l+n), units of pi",
     minima: bool = False,
 ) -> None:
-    """The paper's figure 1c: d(l, l+n) against l, a curve for each of some block sizes n. Writes a PNG or SVG.
+    """Figure 1c of the paper: d(l, l+n) against l, one curve for each of some block sizes n. Writes a PNG or SVG.
 
-    `chosen`: (first layer, n) of the block that is marked; `offset`: (i, j, distance) of a half-offset one, from after
-    attention i to after attention j. With `minima` the least of each n is marked, and those of all n are joined.
+    `chosen`: (first layer, n) of the marked block; `offset`: (i, j, distance) of a half-offset block, from after
+    attention i to after attention j. `minima` marks the minimum of each n and joins those of all n.
     """
     depth = distances.depth
     sizes = sorted({max(1, round(depth * k / (2 * _CURVES))) for k in range(1, _CURVES + 1)})
@@ -108,11 +108,11 @@ def curves(
         rows = [list(distances.block(n)) for n in distances.sizes if n <= max(sizes)]
         least = [(row.index(min(row)), min(row)) for row in rows]
         axes.plot(*zip(*least, strict=True), color="black", linewidth=0.8, linestyle=":", marker=".", markersize=4,
-                  label="least of each n")  # fmt: skip
+                  label="minimum of each n")  # fmt: skip
     where: tuple[float, float, str] | None = None
     if chosen is not None:
         where = chosen[0], distances.block(chosen[1])[chosen[0]], _block(*chosen)
-    elif offset is not None:  # half a layer further in than the block that begins with layer i
+    elif offset is not None:  # drawn half a layer further in than the block that starts at layer i
         where = offset[0] + 0.5, offset[2], _half(offset)
     if where is not None:
         x, y, name = where
@@ -130,9 +130,9 @@ def curves(
 
 
 def analysis_figures(analysis: Analysis, directory: Path) -> list[Path]:
-    """Every figure of an analysis, as PNG and SVG, into `directory`; returns the files.
+    """Write every figure of an analysis, as PNG and SVG, into `directory`; returns the files.
 
-    The first metric (the paper's) has its heat map and curves at full size; all metrics share the other figures.
+    The first metric (the paper's) gets a full-size heat map and curves; all metrics share the other figures.
     """
     distances = next(iter(analysis.metrics.values()))
     title = analysis_title(distances.metric)
@@ -150,7 +150,7 @@ def analysis_figures(analysis: Analysis, directory: Path) -> list[Path]:
 
 
 def heat_maps(analysis: Analysis, path: Path) -> None:
-    """The heat map of every metric, small, with the least of each n marked."""
+    """Small heat maps of all metrics, with the minimum of each n marked."""
     shown = [d for d in analysis.metrics.values() if len(d.sizes) > 2]
     figure, places = _grid(len(shown))
     for distances, axes in zip(shown, places, strict=True):
@@ -159,7 +159,7 @@ def heat_maps(analysis: Analysis, path: Path) -> None:
         axes.locator_params(integer=True)
     _label_grid(places, "layers in the block, n", "first layer, l")
     figure.colorbar(
-        image, ax=places, shrink=0.6, label="scaled within each n, up to the 90th percentile (dot: the least)"
+        image, ax=places, shrink=0.6, label="scaled within each n, up to the 90th percentile (dot: minimum)"
     )
     save(figure, path)
 
@@ -180,7 +180,7 @@ def _label_grid(places: list[Any], upright: str, level: str, columns: int = 3) -
 
 
 def analysis_title(metric: str) -> str:
-    """What the figures of a metric are, with a capital."""
+    """The name of a metric as a figure title."""
     from slicer.measure.analysis import TITLES
 
     title = TITLES.get(metric, metric)
@@ -188,7 +188,7 @@ def analysis_title(metric: str) -> str:
 
 
 def importance(analysis: Analysis, path: Path) -> None:
-    """Bars by layer: what each metric says of every single layer, with its standard error."""
+    """Bars of each metric by layer, with standard errors."""
     shown = [d for d in analysis.metrics.values() if 1 in d.sizes and d.metric != "healed_loss"]
     figure = _canvas((7, 1.5 * len(shown) + 0.6))
     for at, distances in enumerate(shown):
@@ -201,17 +201,17 @@ def importance(analysis: Analysis, path: Path) -> None:
         axes.set_title(analysis_title(distances.metric), fontsize=10, loc="left")
         known = sorted(v for v in row if v == v)
         if known[0] > 0 and known[-1] > 20 * known[len(known) // 2]:
-            axes.set_yscale("log")  # one layer dwarfs the others
+            axes.set_yscale("log")  # one layer is far above the others
         else:
             axes.locator_params(axis="y", nbins=4)
         axes.locator_params(axis="x", integer=True)
         axes.set_xlim(-0.7, len(row) - 0.3)
-    axes.set_xlabel("layer (orange: the least; bars: one standard error)")
+    axes.set_xlabel("layer (orange: minimum; bars: one standard error)")
     save(figure, path)
 
 
 def note_flat(axes: Any, values: Sequence[float]) -> None:
-    """Say so in a panel that would look empty: every value known is the same."""
+    """Write a note into a panel that would look empty because all values are equal."""
     known = {v for v in values if v == v}
     if len(known) == 1:
         axes.text(0.5, 0.5, f"{known.pop():g} everywhere: no difference seen", transform=axes.transAxes,
@@ -219,7 +219,7 @@ def note_flat(axes: Any, values: Sequence[float]) -> None:
 
 
 def agreement(analysis: Analysis, path: Path) -> None:
-    """How far the metrics put the blocks in the same order: Spearman's rank correlation, mean over the block sizes."""
+    """Spearman's rank correlation between the metrics, mean over the block sizes."""
     import numpy as np
 
     names = list(analysis.metrics)
@@ -244,7 +244,7 @@ def agreement(analysis: Analysis, path: Path) -> None:
 
 
 def rank_agreement(one: Distances, other: Distances) -> float:
-    """Spearman's correlation of two metrics over the blocks of one size, mean over sizes of at least three blocks."""
+    """Spearman's correlation of two metrics over blocks of one size, mean over sizes with at least three blocks."""
     import numpy as np
 
     found = []
@@ -260,7 +260,7 @@ def rank_agreement(one: Distances, other: Distances) -> float:
 
 
 def chosen_blocks(analysis: Analysis, path: Path) -> None:
-    """Which block each metric would drop, for every size: a line from its first layer to its last."""
+    """The block that each metric would drop, for every size: a line from its first layer to its last."""
     shown = [d for d in analysis.metrics.values() if len(d.sizes) > 2]
     figure, places = _grid(len(shown))
     for distances, axes in zip(shown, places, strict=True):
@@ -302,7 +302,7 @@ def _canvas(size: tuple[float, float]) -> Any:
 
 
 def save(figure: Any, path: Path) -> None:
-    """As the suffix says (PNG, SVG or `_BOTH`); nothing in a file depends on when it was made."""
+    """Write by suffix (PNG, SVG or `_BOTH`), without timestamps."""
     from matplotlib import rc_context
 
     both = path.suffix == _BOTH
@@ -310,7 +310,7 @@ def save(figure: Any, path: Path) -> None:
         png = path.with_suffix(".png") if both else path
         figure.savefig(png, format="png", dpi=130, metadata={"Software": None})
     if both:
-        figure.set_layout_engine("none")  # as it stands: to lay it out takes longer than to draw it
+        figure.set_layout_engine("none")  # keep the layout: computing it takes longer than drawing
     if both or path.suffix == ".svg":
         with rc_context({"svg.hashsalt": "slicer", "svg.fonttype": "path"}):
             figure.savefig(path.with_suffix(".svg"), format="svg", metadata={"Date": None, "Creator": None})

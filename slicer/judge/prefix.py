@@ -1,8 +1,8 @@
-"""The layers before a cut, run once for all the cuts of a sweep that have them in common.
+"""Caches the outputs of the layers before a cut, so that all cuts of a sweep share them.
 
-A sweep puts the same prompts to one model again and again, and cuts differ only from the first dropped (or healed)
-layer on. What the layers before it make of a batch is kept in memory; the next cut takes it up, at the deepest layer
-known. What is kept is what the layers returned, so every score is the one that running them again would give.
+A sweep runs the same prompts through one model many times, and cuts differ only from the first dropped (or healed)
+layer on. The output of the layers before it is kept in memory for each batch, and the next cut continues from the
+deepest cached layer. The outputs are stored exactly, so the scores are those of a full run.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from slicer.runtime.memory import KEPT_SHARE, available
 
 
 class Prefix:
-    """What layers 0 .. i of `model`, which is whole, return for the batches that it is given.
+    """Cache of the outputs of layers 0 .. i of the unpruned `model` for each batch.
 
-    `room` is the number of bytes that may be kept; None: a quarter of what is free.
+    `room`: bytes that the cache may use; None: a quarter of the free memory.
     """
 
     def __init__(self, model: Any, room: int | None = None) -> None:
@@ -33,12 +33,12 @@ class Prefix:
         self._kept: dict[tuple[int, str], Any] = {}  # (layers run, batch) -> what the last of them returned
         self._trusted: bool | None = None
         self._takes_cache_flag = "use_cache" in inspect.signature(model.forward).parameters
-        self.taken = 0  # batches that a layer's output was taken up for
+        self.taken = 0  # batches that continued from a cached output
 
     @contextlib.contextmanager
     def shared(self, start: int) -> Iterator[None]:
-        """Inside the block, with the model cut and healed only from layer `start` on, its first layers' outputs are
-        kept and taken up. Text that is being written is left alone: there the layers keep a cache of their own."""
+        """Inside the block, cache and reuse outputs of the layers before `start`; the model may be cut only from there.
+        Generation is not cached: its layers keep a key-value cache of their own."""
         if start < 1 or self._trusted is False:
             yield
             return
@@ -61,7 +61,7 @@ class Prefix:
                 if name is None:
                     return real(*args, **kwargs)
                 known = self._deepest(start, name)
-                if i < known:  # the layers up to it only hand its output on
+                if i < known:  # these layers pass the cached output through
                     if i < known - 1:
                         return self._kept[known, name]
                     self.taken += 1
@@ -81,7 +81,7 @@ class Prefix:
                 hook.remove()
 
     def _deepest(self, start: int, name: str) -> int:
-        """The most layers, at most `start`, whose output for a batch is known."""
+        """The largest number of layers, at most `start`, with a cached output for the batch."""
         return next((i for i in range(start, 0, -1) if (i, name) in self._kept), 0)
 
     def _keep(self, start: int, name: str, output: Any) -> None:
@@ -91,7 +91,7 @@ class Prefix:
             self._kept[start, name] = _off(output)
 
     def _holds(self, start: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the model's layers hand each other nothing but what they return: tried on one batch."""
+        """Whether the layers pass each other only their return values; tested on one batch."""
         given = {**kwargs, "use_cache": False} if self._takes_cache_flag else kwargs
         found: list[Any] = []
 
@@ -107,7 +107,7 @@ class Prefix:
         def handing_on(i: int, real: Any) -> Any:
             return lambda *args, **kwargs: found[0]
 
-        run = self._model.forward  # not the model itself: its hook is what asks
+        run = self._model.forward  # not the model: its hook calls this function
         with torch.no_grad():
             with _forwards(self._layers[:start], noting):
                 expected = run(*args, **given).logits
@@ -116,14 +116,14 @@ class Prefix:
             try:
                 with _forwards(self._layers[:start], handing_on):
                     got = run(*args, **given).logits
-            except Exception:  # remote code raises anything
+            except Exception:  # remote code raises many kinds
                 return False
         return bool(torch.equal(got, expected))
 
 
 @contextlib.contextmanager
 def _forwards(layers: list[nn.Module], instead: Any) -> Iterator[None]:
-    """Inside the block, calling layer i is `instead(i, its forward)`."""
+    """Inside the block, a call of layer i is `instead(i, its forward)`."""
     before = [layer.__dict__.get("forward") for layer in layers]
     try:
         for i, layer in enumerate(layers):
@@ -138,7 +138,7 @@ def _forwards(layers: list[nn.Module], instead: Any) -> Iterator[None]:
 
 
 def _name(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """A name for what the model is called with; None where that is more than tokens and masks, as in writing text."""
+    """Key of the model's inputs; None if there are others than tokens and masks, as in generation."""
     digest = hashlib.sha256()
     for key, value in [*enumerate(args), *sorted(kwargs.items())]:
         if isinstance(value, torch.Tensor):
@@ -152,7 +152,7 @@ def _name(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
 
 
 def _bytes(output: Any) -> int | None:
-    """Bytes of what a layer returned; None where it is more than tensors."""
+    """Bytes of a layer's output; None if it contains anything but tensors."""
     if isinstance(output, torch.Tensor):
         return output.nbytes
     if isinstance(output, tuple):
@@ -162,14 +162,14 @@ def _bytes(output: Any) -> int | None:
 
 
 def _off(output: Any) -> Any:
-    """A copy in the host's memory."""
+    """Copy to host memory."""
     if isinstance(output, torch.Tensor):
         return output.detach().to("cpu", copy=True)
     return None if output is None else tuple(_off(part) for part in output)
 
 
 def _on(output: Any, layer: nn.Module) -> Any:
-    """A copy of what was kept, on the device of `layer`: the next one may write into it."""
+    """Copy to the device of `layer`: a copy, because the next layer may write in place."""
     if isinstance(output, torch.Tensor):
         device = next((parameter.device for parameter in layer.parameters()), output.device)
         return output.to(device, copy=True)

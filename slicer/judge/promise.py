@@ -1,4 +1,4 @@
-"""The deepest cut that keeps a promise such as "98% of MMLU": bisection over n, each answer with its error."""
+"""Bisection for the deepest cut that retains a share of a score (such as 98% of MMLU), with standard errors."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _ONE_SIDED = 1.645  # 95%
 
 @dataclass(frozen=True)
 class Kept:
-    """What a cut of n layers keeps of the unpruned model.
+    """The share of the unpruned model's score that a cut of n layers retains.
 
     Attributes:
-        share: cut / unpruned, of a score; unpruned / cut, of the loss, or of the nats of a perplexity.
-        margin: mean over items of how far it lies above the promise; standard_error: of the margin, paired.
-        error: why the cut could not be made or healed, and so keeps nothing.
+        share: cut / unpruned for a score; unpruned / cut for the loss, or for the nats of a perplexity.
+        margin: mean over items of the distance above the target; standard_error: of the margin, paired.
+        error: why the cut could not be made or healed.
     """
 
     n: int
@@ -31,42 +31,42 @@ class Kept:
 
     @property
     def kept(self) -> bool:
-        """Whether the promise is kept, going by the best estimate."""
+        """Whether the point estimate reaches the target."""
         return self.error is None and self.margin >= 0
 
     @property
     def sure(self) -> bool:
-        """Whether it is so at 95%, one-sided; otherwise more items are needed to say."""
+        """Whether `kept` is significant at 95%, one-sided; if not, more items are needed."""
         return abs(self.margin) >= _ONE_SIDED * self.standard_error
 
 
 @dataclass(frozen=True)
 class Found:
-    """`best` is the deepest cut that keeps the promise (None: not even one layer); `tried` is every cut measured."""
+    """`best`: the deepest cut that reaches the target (None: not even one layer can go); `tried`: all cuts measured."""
 
     best: Kept | None
     tried: tuple[Kept, ...]
 
 
 def check(keep: float, metric: str | None, tasks: tuple[str, ...]) -> str:
-    """The task of the promise. Raises UsageError or EvaluationError when it cannot be kept or measured."""
+    """The task to measure. Raises UsageError for an invalid share, EvaluationError if the task is not measured."""
     if not 0 < keep <= 1:
-        raise UsageError(f"--keep {keep:g}: a share of the unpruned score, above 0 and at most 1, as in 0.98")
+        raise UsageError(f"--keep {keep:g}: pass a share of the unpruned score, 0 to 1, as in 0.98")
     metric = metric or tasks[0]
     if metric not in tasks:
         near = next((task for task in tasks if task.split("@")[0] == metric), None)
-        hint = f"write --metric {near}" if near else f"add it to --tasks {','.join(tasks)}"
+        hint = f"use --metric {near}" if near else f"add it to --tasks {','.join(tasks)}"
         raise EvaluationError(f"--metric {metric}: the task is not measured; {hint}")
     return metric
 
 
 def kept(n: int, whole: Evaluation, cut: Evaluation, keep: float, metric: str) -> Kept:
-    """Compare a cut with the unpruned model, item by item."""
+    """Compare a cut with the unpruned model, item by item. Raises EvaluationError."""
     score = whole.primary(metric)
     key = LOSS if metric == LOSS else f"{metric}/{score.metric}" if score else ""
     a, b = whole.items.get(key), cut.items.get(key)
     if not a or not b:
-        raise EvaluationError(f"--metric {metric}: it has no value for each item; name another task")
+        raise EvaluationError(f"--metric {metric}: it has no value per item; choose another task")
     fewer = metric == LOSS or (score is not None and not score.higher_is_better)
     pairs = [(a[i], b[i]) for i in a if i in b]
     gains = [x / keep - y if fewer else y - keep * x for x, y in pairs]
@@ -78,10 +78,10 @@ def kept(n: int, whole: Evaluation, cut: Evaluation, keep: float, metric: str) -
 
 
 def bisect(depths: Sequence[int], measure: Callable[[int], Kept]) -> Found:
-    """The deepest n of `depths` (ascending) that keeps the promise, in about log2(len(depths)) measurements.
+    """The deepest n of `depths` (ascending) that reaches the target, in about log2(len(depths)) measurements.
 
-    Bisection takes the score to fall with n; noise can break that, so two cuts deeper than the answer are looked at
-    too, and taken when they keep the promise after all.
+    Bisection assumes that the score falls with n. Noise can break this, so two cuts deeper than the answer are measured
+    as well, and used if they reach the target.
     """
     seen: dict[int, Kept] = {}
 
@@ -91,7 +91,7 @@ def bisect(depths: Sequence[int], measure: Callable[[int], Kept]) -> Found:
             seen[n] = measure(n)
         return seen[n].kept
 
-    low, high = -1, len(depths)  # low keeps the promise, high does not
+    low, high = -1, len(depths)  # low reaches the target, high does not
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if keeps(middle) else (low, middle)

@@ -1,4 +1,4 @@
-"""An lm-eval task -> `slicer.measure.questions.Questions`: its own prompts, choices and scoring, tokenized."""
+"""Multiple-choice questions (`slicer.measure.questions.Questions`) from an lm-eval task, tokenized with its prompts."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def draw(
     seed: int = 0,
     trust_remote_code: bool = False,
 ) -> Questions:
-    """`count` questions of a multiple-choice task, drawn by the seed (all, where it has no more; of a group, from each
-    of its tasks in proportion to their size).
+    """Draw `count` questions of a multiple-choice task with the seed (all, if it has fewer; from a group, in proportion
+    to the sizes of its tasks).
 
-    `task` may name its number of examples, `mmlu@5`. `model` and the tokenizer of the checkpoint at `path` tell how
-    they are tokenized; `data` is a directory of local files (`slicer.judge.local_tasks`), None the Hub's. They are
-    among those the task is scored on. Raises EvaluationError: an unknown task, its data missing, not multiple choice.
+    `task` may give its number of examples, as in `mmlu@5`. `model` and the tokenizer of the checkpoint at `path` define
+    the tokenization. `data`: directory of local files (`slicer.judge.local_tasks`), None for the Hub. Questions come
+    from the split that the task is scored on. Raises EvaluationError: unknown task, data missing, not multiple choice.
     """
     if data is not None and not data.is_dir():
         raise EvaluationError(f"--data {data}: no such directory")
@@ -41,7 +41,7 @@ def draw(
     )
     asked = tasks.parse(task, None)
     if asked.name == tasks.LOSS:
-        raise EvaluationError(f"{task} is text, not questions; use --against loss")
+        raise EvaluationError(f"{task} is text, not a task; use --against loss")
     with tempfile.TemporaryDirectory(prefix="slicer-questions-") as scratch:
         manager, _ = tasks.manager([asked.name], data, Path(scratch))
         found = Round(manager, asked, options)
@@ -49,15 +49,15 @@ def draw(
         found.reseed()
         loaded = {leaf: found.loaded["tasks"][leaf] for leaf in found.leaves}
         sizes = {leaf: len(each.eval_docs) for leaf, each in loaded.items()}
-        made = _Making(lm)
+        made = _QuestionBuilder(lm)
         for leaf, n in tasks.share(sizes, count).items():
             chosen = sorted(random.Random(f"{seed} {leaf}").sample(range(sizes[leaf]), n))
             made.add(task, loaded[leaf], chosen)
     return Questions(task, tuple(made.batches), tuple(made.choices), tuple(made.right))
 
 
-class _Making:
-    """Questions so far; sequences that are alike are kept once."""
+class _QuestionBuilder:
+    """The questions so far; equal sequences are stored once."""
 
     def __init__(self, lm: Any) -> None:
         self._lm = lm
@@ -69,8 +69,8 @@ class _Making:
     def add(self, name: str, task: Any, chosen: list[int]) -> None:
         if task.OUTPUT_TYPE != "multiple_choice":
             raise EvaluationError(
-                f"{name}: not multiple choice ({task.OUTPUT_TYPE}), and only that is scored here; "
-                "choose such a task, or --against loss"
+                f"{name}: not multiple choice ({task.OUTPUT_TYPE}); choose a multiple-choice task, or "
+                "--against loss"
             )
         task.build_all_requests(samples=chosen, rank=0, world_size=1)
         by_document: dict[int, list[Any]] = {}
@@ -92,12 +92,12 @@ class _Making:
 
 
 def _right(name: str, task: Any, instances: list[Any]) -> list[bool]:
-    """Which choices lm-eval counts as right, asked of its own scoring: each in turn is made the likeliest."""
+    """Whether each choice is right: calls lm-eval's own scoring once per choice, with that choice as the likeliest."""
     try:
         found = []
         unconditional = "acc_mutual_info" in getattr(
             task, "_metric_fn_list", {}
-        )  # asks each choice again, alone
+        )  # requests each choice a second time, without the question
         for k in range(len(instances) // (2 if unconditional else 1)):
             results = [(0.0 if k == at else -1.0, False) for at in range(len(instances))]
             found.append(bool(task.process_results(instances[0].doc, results)["acc"]))

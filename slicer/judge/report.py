@@ -1,7 +1,7 @@
-"""Whatever a directory holds -> one self-contained page, and the same as markdown.
+"""Reports the contents of a directory as one self-contained HTML page and as markdown.
 
-A sweep (sweep.json), distances of layers (distances.json or analysis.json, also in slicer/), a bench (bench.json), the
-plan of a sliced checkpoint with its healing (slicer/plan.json): each part is there when its file is.
+Covers a sweep (sweep.json), layer distances (distances.json or analysis.json, also in slicer/), a benchmark
+(bench.json) and the plan of a sliced checkpoint with its healing (slicer/plan.json); each section needs its file.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _RECOMMENDED = "report/plan.json"
 
 
 def write_report(directory: Path) -> tuple[Path, Path]:
-    """Write report.html and report.md (with its figures in report/) into `directory`; returns both.
+    """Write report.html and report.md (figures in report/) into `directory`; returns both paths.
 
-    Raises EvaluationError when there is nothing to report, or a file is damaged.
+    Raises EvaluationError if there is nothing to report, or a file is damaged.
     """
     from jinja2 import Environment, PackageLoader
 
@@ -48,7 +48,7 @@ def write_report(directory: Path) -> tuple[Path, Path]:
             (figures / figure.name).write_bytes(figure.data)
         if found["recommended"] is not None:
             (directory / _RECOMMENDED).write_text(found["recommended"].to_json(), "utf-8")
-        else:  # an earlier report may have recommended one
+        else:  # remove the recommendation of an earlier report
             (directory / _RECOMMENDED).unlink(missing_ok=True)
     except OSError as error:
         raise EvaluationError(f"{figures}: cannot be written ({error.strerror})") from None
@@ -58,10 +58,10 @@ def write_report(directory: Path) -> tuple[Path, Path]:
 
 
 def collect(directory: Path) -> dict[str, Any]:
-    """All that the templates show of `directory`."""
+    """The variables of the templates. Raises EvaluationError."""
     if not directory.is_dir():
         raise EvaluationError(
-            f"{directory}: no such directory; give one that a sweep, analysis or bench wrote"
+            f"{directory}: no such directory; pass the output directory of a sweep, analysis or bench"
         )
     table = read_table(directory) if (directory / "sweep.json").is_file() else None
     plan = _plan(directory)
@@ -69,7 +69,7 @@ def collect(directory: Path) -> dict[str, Any]:
     bench = _json(directory / "bench.json")
     if table is None and plan is None and distances is None and bench is None:
         raise EvaluationError(
-            f"{directory}: nothing to report in it: no sweep.json, distances.json, bench.json or slicer/plan.json"
+            f"{directory}: nothing to report: it has no sweep.json, distances.json, bench.json or slicer/plan.json"
         )
     said = verdict.judge(table) if table else None
     row = said.row if said else None
@@ -106,7 +106,7 @@ def collect(directory: Path) -> dict[str, Any]:
     }
 
 
-# --- what lies in the directory ---------------------------------------------------------------------------------------
+# --- reading the directory --------------------------------------------------------------------------------------------
 
 
 def _json(file: Path) -> dict[str, Any] | None:
@@ -115,7 +115,7 @@ def _json(file: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError):
-        raise EvaluationError(f"{file}: not JSON that slicer wrote; remove it or write it again") from None
+        raise EvaluationError(f"{file}: not valid JSON; remove it or create it again") from None
     return found if isinstance(found, dict) else None
 
 
@@ -128,12 +128,12 @@ def _plan(directory: Path) -> Plan | None:
 
 def _distances(directory: Path) -> Distances | None:
     for folder in (directory, directory / "slicer"):
-        for name in ("distances.json", "analysis.json"):  # what chose the cut comes first
+        for name in ("distances.json", "analysis.json"):  # the file that the cut was chosen by comes first
             record = _json(folder / name)
             if record is None:
                 continue
             metrics = record.get("metrics")
-            if isinstance(metrics, dict) and metrics:  # of several, the paper's own where it was measured
+            if isinstance(metrics, dict) and metrics:  # prefer the paper's metric
                 table = metrics.get("angular_last_token") or next(iter(metrics.values()))
                 record = {**record, **table}
             try:
@@ -144,26 +144,26 @@ def _distances(directory: Path) -> Distances | None:
 
 
 def _promise(directory: Path) -> str | None:
-    """What `slicer sweep --keep` promised and found, in words."""
-    told = _json(directory / "promise.json")
-    if told is None:
+    """The target and the result of `slicer sweep --keep` as a sentence."""
+    record = _json(directory / "promise.json")
+    if record is None:
         return None
     try:
-        share, metric, best, tried = told["share"], told["metric"], told["best"], told["tried"]
-        words = f"Promised: at least {share:.1%} of {metric}. "
+        share, metric, best, tried = record["share"], record["metric"], record["best"], record["tried"]
+        words = f"Target: at least {share:.1%} of {metric}. "
         if best is None:
-            return words + f"None of the {len(tried)} cuts that were tried keeps it."
+            return words + f"None of the {len(tried)} cuts tried reaches it."
         doubt = abs(best["margin"]) < 1.645 * best["standard_error"]
         return (
-            f"{words}Of the {len(tried)} cuts that were tried, the deepest that keeps it drops {best['n']} layers and "
-            f"keeps {best['share']:.1%}{', within the error: more items would tell' if doubt else ''}."
+            f"{words}Of the {len(tried)} cuts tried, the deepest that reaches it drops {best['n']} layers and retains "
+            f"{best['share']:.1%}{' (within the error: measure more items)' if doubt else ''}."
         )
     except (KeyError, TypeError, ValueError):
-        raise EvaluationError(f"{directory / 'promise.json'}: not what slicer wrote; remove it") from None
+        raise EvaluationError(f"{directory / 'promise.json'}: not a valid file; remove it") from None
 
 
 def _histories(table: Table | None, plan: Plan | None) -> dict[str, list[dict[str, float]]]:
-    """The losses on held-out text by steps, where healing took steps."""
+    """The held-out losses by step, for healing that took steps."""
     found = {}
     for name, record in _healings(table, plan):
         losses = record.training.held_out if record.training is not None else {}
@@ -188,7 +188,7 @@ def _healings(table: Table | None, plan: Plan | None) -> list[tuple[str, Healing
 
 
 def _chosen(row: Row | None, plan: Plan | None) -> tuple[int, int] | None:
-    """(start, n) of the dropped block, where it is one block of whole layers."""
+    """(start, n) of the dropped layers, if they are one block of whole layers."""
     if row is None and plan is not None and plan.joined:
         return None
     dropped = row.dropped if row else plan.dropped if plan else ()
@@ -197,11 +197,11 @@ def _chosen(row: Row | None, plan: Plan | None) -> tuple[int, int] | None:
     return None
 
 
-# --- words and tables -------------------------------------------------------------------------------------------------
+# --- text and tables --------------------------------------------------------------------------------------------------
 
 
 def _rows(table: Table, best: Row | None) -> list[dict[str, Any]]:
-    """Each cell as the templates print it."""
+    """Each cell as a table row."""
     shown = []
     for row in sorted(table.rows, key=lambda r: (r.n, r.strategy, r.heal, r.seed)):
         cells = []
@@ -237,7 +237,7 @@ def _value(value: float, error: float | None, row: Row, measure: str) -> str:
 
 
 def _samples(table: Table, best: Row | None) -> list[dict[str, Any]]:
-    """Text side by side: the whole model, the cut, the healed cut, of one depth and strategy."""
+    """Samples of the unpruned model, the cut and the healed cut, for one depth and strategy."""
     whole = next((row for row in table.rows if row.n == 0), None)
     cuts = [row for row in table.rows if row.n and row.evaluation]
     if whole is None or not cuts:
@@ -282,7 +282,7 @@ def _commands(table: Table | None, plan: Plan | None, recommended: Plan | None, 
 
 
 def _facts(table: Table | None, plan: Plan | None) -> list[tuple[str, str]]:
-    """What is needed to do it again: data, seeds, versions."""
+    """What is needed to reproduce the results: data, seeds, versions."""
     facts: list[tuple[str, str]] = []
     if table is not None:
         for key, value in table.settings.items():

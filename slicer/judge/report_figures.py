@@ -1,4 +1,4 @@
-"""The pictures of a report: what a sweep, an analysis, a healing and a bench have to show."""
+"""The figures of a report: sweep, analysis, healing and benchmark."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _BENCH = {
     "time_per_output_token_ms": "time per output token (ms)",
     "prefill_ms": "prefill (ms)",
     "weight_bytes": "weights (bytes)",
-    "kv_bytes_per_token": "KV cache a token (bytes)",
+    "kv_bytes_per_token": "KV cache per token (bytes)",
     "peak_memory_bytes": "peak memory (bytes)",
 }
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture: `name` is its file beside the markdown; `data` its bytes, SVG or PNG."""
+    """A figure: `name` is its file name beside the markdown; `data` is its SVG or PNG bytes."""
 
     name: str
     caption: str
@@ -32,7 +32,7 @@ class Figure:
 
     @property
     def uri(self) -> str:
-        """For the page, which loads nothing."""
+        """The figure as a data URI, for the self-contained page."""
         kind = "svg+xml" if self.name.endswith(".svg") else "png"
         return f"data:image/{kind};base64,{base64.b64encode(self.data).decode()}"
 
@@ -40,22 +40,22 @@ class Figure:
 def distance_figures(
     distances: Distances, chosen: tuple[int, int] | None, offset: tuple[int, int, float] | None
 ) -> list[Figure]:
-    """The distances that a cut was chosen by, the chosen one marked."""
+    """The distances that the cut was chosen by, with the chosen block marked."""
     with tempfile.TemporaryDirectory(prefix="slicer-report-") as scratch:
         heat, lines = Path(scratch) / "distances.png", Path(scratch) / "curves.png"
         plots.heat_map(distances, heat, chosen=chosen, offset=offset)
         plots.curves(distances, lines, chosen=chosen, offset=offset)
         return [
-            Figure("distances.png", "Angular distance across every block of layers.", heat.read_bytes()),
-            Figure("distance-curves.png", "The same, a curve for each of some sizes.", lines.read_bytes()),
+            Figure("distances.png", "Angular distance of every block of layers.", heat.read_bytes()),
+            Figure("distance-curves.png", "The same for some block sizes.", lines.read_bytes()),
         ]
 
 
 def curve_figures(table: Table) -> list[Figure]:
-    """A picture for each measure against the fraction dropped; one for a task that was asked in several ways."""
+    """One figure per measure, against the fraction dropped; one for all variants of a task (shots, order)."""
     figures = []
     whole = table.unpruned
-    asked: dict[str, list[str]] = {}  # the same task, asked in one way or several
+    asked: dict[str, list[str]] = {}  # task -> its variants
     alone = len({(row.strategy, row.heal) for row in table.rows if row.n}) == 1
     for task in table.tasks:
         asked.setdefault(task.split("@")[0] if alone else task, []).append(task)
@@ -71,25 +71,25 @@ def curve_figures(table: Table) -> list[Figure]:
         figures.append(Figure(file, f"{label} against the fraction of layers dropped.", svg.encode()))
     if any(row.evaluation and row.evaluation.loss for row in table.rows):
         svg = sweep_plots.against_fraction(table, "c4", 1.0, "loss / log V")
-        figures.append(Figure("loss.svg", "Loss on text as a share of log V; 1 is guessing.", svg.encode()))
+        figures.append(Figure("loss.svg", "Loss on text as a share of log V; 1 is chance.", svg.encode()))
     return figures
 
 
 def healing_figures(histories: Mapping[str, list[dict[str, float]]]) -> list[Figure]:
-    """The losses while healing, by their names."""
+    """The losses during healing, by name."""
     if not histories:
         return []
     svg = sweep_plots.healing_curve(histories)
-    return [Figure("healing.svg", "Loss while healing.", svg.encode())]
+    return [Figure("healing.svg", "Loss during healing.", svg.encode())]
 
 
 def bench_figures(bench: Mapping[str, Any]) -> list[Figure]:
-    """What `slicer bench` measured, against the layers."""
+    """The measurements of `slicer bench` against the number of layers."""
     models = [m for m in bench.get("models", ()) if isinstance(m, dict) and "layers" in m]
     figures = []
     for key, label in _BENCH.items():
         points = [(int(m["layers"]), float(m[key])) for m in models if isinstance(m.get(key), int | float)]
         if len({x for x, _ in points}) > 1:
             svg = sweep_plots.bench_line(points, (bench.get("lines") or {}).get(key), label)
-            figures.append(Figure(f"bench-{key}.svg", f"{label} against the layers.", svg.encode()))
+            figures.append(Figure(f"bench-{key}.svg", f"{label} against the number of layers.", svg.encode()))
     return figures

@@ -1,4 +1,4 @@
-"""What an evaluation found: plain data, to JSON and back, and how two of them compare."""
+"""Results of an evaluation as plain data, to JSON and back, and the comparison of two results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from slicer.judge.compare import Difference, paired
 from slicer.judge.health import Health
 from slicer.judge.loss import Loss
 
-FORMAT = 2  # in 1, the items of a perplexity were log-likelihoods
+FORMAT = 2  # format 1 stored perplexity items as log-likelihoods
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Score:
     """One metric of one task.
 
     Attributes:
-        task: as asked for, `mmlu` or `mmlu@5`; metric: lm-eval's name, with the filter where there is one.
-        standard_error: lm-eval's, over items; None where the metric has none.
-        chance: expected value of guessing; None where guessing gets nothing.
-        items: questions asked; shots: examples before each.
+        task: as given, `mmlu` or `mmlu@5`; metric: lm-eval's name, with the filter if there is one.
+        standard_error: lm-eval's, over items; None if the metric has none.
+        chance: expected value of a random guess; None if it cannot be computed.
+        items: number of questions; shots: examples before each.
     """
 
     task: str
@@ -39,7 +39,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All figures of a model. `items` holds each item's value by "task/metric" and item id, for paired tests."""
+    """All results of a model. `items`: value of each item by "task/metric" and item id, for paired tests."""
 
     model: str
     scores: tuple[Score, ...]
@@ -51,7 +51,7 @@ class Evaluation:
     seconds: float = 0.0
 
     def primary(self, task: str) -> Score | None:
-        """The first metric of a task, the one its tables report."""
+        """The first metric of a task, used in tables."""
         return next((score for score in self.scores if score.task == task), None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Evaluation:
-        """Read what `to_dict` gave. Raises KeyError or TypeError for anything else."""
+        """Read the output of `to_dict`. Raises KeyError or TypeError for anything else."""
         given, items = record["health"], dict(record["items"])
         if record.get("format") == 1:
             for key in items:
@@ -91,7 +91,7 @@ class Evaluation:
                 if len(record["results"]) != 1:
                     named = ", ".join(str(result["model"]) for result in record["results"])
                     raise EvaluationError(
-                        f"{file}: holds the results of {named}; write those of each model with an -o of its own"
+                        f"{file}: contains the results of several models ({named}); write one file per model with -o"
                     )
                 record = record["results"][0]
             return cls.from_dict(record)
@@ -102,10 +102,10 @@ class Evaluation:
 
 
 def differences(a: Evaluation, b: Evaluation) -> list[Difference]:
-    """B minus A for each task's first metric and for the loss, over the items both were asked.
+    """B minus A for the first metric of each task and for the loss, over the items that both have.
 
-    Tasks asked with another number of examples are not compared. Losses of different vocabularies are compared in nats
-    a byte ("c4/nats_per_byte").
+    Tasks with different numbers of examples are skipped. Losses of different vocabularies are compared in nats per byte
+    ("c4/nats_per_byte").
     """
     found = []
     for score in a.scores:
@@ -119,7 +119,7 @@ def differences(a: Evaluation, b: Evaluation) -> list[Difference]:
         one, two = a.items["c4"], b.items["c4"]
         if a.loss.tokens == b.loss.tokens:
             found.append(paired("c4", one, two))
-        else:  # other tokens of the same text
+        else:  # a different tokenization of the same text
             found.append(paired("c4/nats_per_byte", _by_byte(one, a.loss), _by_byte(two, b.loss)))
     return [difference for difference in found if difference is not None]
 

@@ -1,4 +1,4 @@
-"""lm-eval's results -> scores with their errors and what guessing gets, and each item's value."""
+"""Scores, standard errors, chance levels and item values from lm-eval's results."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 from slicer.judge.results import Score
 
-_LOG_LIKELIHOODS = {"perplexity"}  # metrics whose items lm-eval gives as log-likelihoods
-_WEIGHTED = {"word_perplexity", "byte_perplexity", "bits_per_byte"}  # and those with a weight beside each
+_LOG_LIKELIHOODS = {"perplexity"}  # metrics whose items are log-likelihoods in lm-eval
+_WEIGHTED = {"word_perplexity", "byte_perplexity", "bits_per_byte"}  # items are (log-likelihood, weight)
 
 
 def scores(
     task: str, label: str, leaves: Sequence[str], tasks: Mapping[str, Any], found: Mapping[str, Any]
 ) -> list[Score]:
-    """The metrics of one task, or of a group or tag: those that lm-eval does not add up, by their leaves.
+    """The metrics of a task, group or tag; those of its leaves where lm-eval gives no aggregate.
 
-    A leaf keeps the number of examples that `label` asks for: `arc_easy@5` of `ai2_arc@5`.
+    A leaf keeps the number of examples in `label`: `arc_easy@5` of `ai2_arc@5`.
     """
     table = found["results"]
-    added_up = any("," in key for key in table.get(task, ()))  # else a row of names alone, or none
+    added_up = any("," in key for key in table.get(task, ()))  # else the row is missing or has only names
     names = [task] if added_up else list(leaves)
     found_scores = []
     for name in names:
@@ -49,7 +49,7 @@ def scores(
 
 
 def _chance(leaves: Sequence[str], tasks: Mapping[str, Any], samples: Mapping[str, Any]) -> float | None:
-    """The expected accuracy of guessing: the mean over items of 1 / choices."""
+    """The expected accuracy of a random guess: mean over items of 1 / choices; None if not multiple choice."""
     chances = []
     for leaf in leaves:
         task = tasks[leaf]
@@ -60,23 +60,23 @@ def _chance(leaves: Sequence[str], tasks: Mapping[str, Any], samples: Mapping[st
 
 
 def with_error(score: Score, values: Collection[float]) -> Score:
-    """`score` with the standard error of the mean of its items' `values`, where lm-eval gives none: for a group where
-    a limit leaves some task one item."""
+    """`score` with the standard error of the mean of the item `values`, if lm-eval gives none (for a group in which
+    some task has only one item)."""
     n = len(values)
     if (score.standard_error is not None and math.isfinite(score.standard_error)) or n < 2:
         return score
     mean = math.fsum(values) / n
-    if abs(mean - score.value) > 1e-9:  # not the mean of its items
+    if abs(mean - score.value) > 1e-9:  # the score is not the mean of its items
         return replace(score, standard_error=None)
     variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
     return replace(score, standard_error=math.sqrt(variance / n))
 
 
 def items(metric: str, leaves: Sequence[str], samples: Mapping[str, Any]) -> dict[str, float]:
-    """The metric of each item by its id; empty where items have no value of their own (corpus metrics).
+    """The metric of each item by id; empty if items have no value of their own (corpus metrics).
 
-    A perplexity's items are their nats, the lower the better as the perplexity itself; where it is one of words or
-    bytes, each item's share of them, so that their mean is the mean over all.
+    Items of a perplexity are losses in nats (lower is better). For word and byte perplexity they are weighted by the
+    item's number of words or bytes, so that their mean is the overall value.
     """
     name, _, kind = metric.partition(",")
     pairs: dict[str, float] = {}

@@ -1,8 +1,8 @@
-"""A grid of cuts, each put to the same suite: the paper's curves for one model.
+"""Evaluates a grid of cuts of one model with the same suite: the curves of the paper.
 
-The model is loaded once. A cut without healing, or healed in closed form, is made of it in memory; the model is
-itself again afterwards. The layers before a cut are not run again for the next one (`slicer.judge.prefix`). Healing
-that trains works on files.
+The model is loaded once. Cuts without healing or with closed-form healing are applied to it in memory and undone
+afterwards; layers before a cut are not run again for the next cut (`slicer.judge.prefix`). Trained healing works on
+files.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _WAIT_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """How every cell is made and measured."""
+    """How every cell is made and evaluated."""
 
     evaluation: EvalOptions = field(default_factory=EvalOptions)
     calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
@@ -59,7 +59,7 @@ class SweepOptions:
 class Sweep:
     """One source, one suite, one directory of finished cells. Use as a context manager.
 
-    Raises SourceError, EvaluationError, CalibrationError or OutputError before any cell is begun.
+    Raises SourceError, EvaluationError, CalibrationError or OutputError before any cell starts.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Sweep:
         self.checkpoint.check_layers()
         self.depth = self.checkpoint.depth
         if options.evaluation.backend != "hf":
-            raise EvaluationError("sweep cuts the model in memory and so runs on --backend hf only")
+            raise EvaluationError("sweep needs --backend hf: it cuts the model in memory")
         self._precision = self._pick_precision(directory)
         self.suite = Suite(options.evaluation, self.progress)
         try:
@@ -87,10 +87,10 @@ class Sweep:
         except BaseException:
             self.suite.close()
             raise
-        self._text_is_there = False
+        self._text_checked = False
         self._model: Any = None
         self._first_layers: Prefix | None = None
-        self._course: Course | None = None  # of the calibration text through the source, for all folds
+        self._course: Course | None = None  # activation cache of the source, shared by all folds
         self._batches: TokenBatches | None = None
         self._distances: Distances | None = None
         self._provenance: dict[str, Any] = {}
@@ -105,10 +105,10 @@ class Sweep:
     # --- cells -----------------------------------------------------------------------------------------------------
 
     def run(self, cells: Sequence[Cell]) -> None:
-        """Finish all of `cells`, beside other processes that do the same; returns when every one is done.
+        """Finish all of `cells`, together with other processes of the sweep; returns when every cell is finished.
 
-        A cut that the architecture cannot express, or that cannot be healed, is a finished cell that says so. Raises
-        CalibrationError before any cell is begun, HealError where a training stopped for what another try may not meet.
+        A cut that cannot be expressed or healed is stored as a finished cell with its error. Raises CalibrationError
+        before any cell starts, and OutOfMemory if healing runs out of memory: the next run tries that cell again.
         """
         healing.require({cell.heal for cell in cells})
         healing.check_alike(self.journal, cells, self.options.training)
@@ -124,20 +124,20 @@ class Sweep:
                     self.journal.put(cell.name, self._work(cell))
                     worked = True
             if not worked:
-                time.sleep(_WAIT_SECONDS)  # another process holds what is left
+                time.sleep(_WAIT_SECONDS)  # the remaining cells are locked by other processes
 
     def check_text(self, cells: Sequence[Cell]) -> None:
-        """Raise CalibrationError where one of `cells` needs calibration text that cannot be read."""
-        if self._text_is_there:
+        """Raise CalibrationError if one of `cells` needs calibration text that cannot be read."""
+        if self._text_checked:
             return
         left = [cell for cell in cells if self.journal.get(cell.name) is None]
         measures = self.journal.get("distances") is None and any(c.strategy == "similarity" for c in left)
         if measures or any(cell.heal != "none" for cell in left):
             check_sources(self.options.calibration)
-            self._text_is_there = True
+            self._text_checked = True
 
     def result(self, cell: Cell) -> Evaluation | None:
-        """What a finished cell measured; None where the architecture cannot express the cut."""
+        """The evaluation of a finished cell; None if the architecture cannot express the cut."""
         record = self.journal.get(cell.name)
         assert record is not None
         return Evaluation.from_dict(record["evaluation"]) if record["evaluation"] else None
@@ -176,9 +176,9 @@ class Sweep:
                 record |= {"dropped": list(plan.dropped), "distance": plan.distance}
                 config = sliced_config(self.checkpoint, plan, trust_remote_code=self._trusted)
                 evaluation = self._cut(cell, plan, config, name, record)
-        except OutOfMemory:  # says nothing of the cut: the same command goes on
+        except OutOfMemory:  # not a property of the cut: a second run may succeed
             raise
-        except (ArchitectureError, HealError) as error:  # this cut cannot be, or be healed: the others may
+        except (ArchitectureError, HealError) as error:  # a property of this cut: continue with the others
             record |= {"error": str(error), "evaluation": None}
         else:
             record["evaluation"] = evaluation.to_dict()
@@ -220,7 +220,7 @@ class Sweep:
         from slicer.checkpoint.model import load_model
 
         device = self._device()
-        # training needs the room, and reads from files
+        # free the memory for training, which reads from files
         self._model = self._batches = self._first_layers = self._course = None
         gc.collect()
         place = self.journal.directory / "training" / cell.name
@@ -234,7 +234,7 @@ class Sweep:
         lm = backends.wrap(model, path, self.options.evaluation, last_logits_only=True)
         evaluation = self.suite.run(lm, name, backends.vocabulary_of(model))
         shutil.rmtree(place, ignore_errors=True)
-        with contextlib.suppress(OSError):  # not empty: another process trains there
+        with contextlib.suppress(OSError):  # not empty: another process trains in it
             place.parent.rmdir()
         return evaluation
 
@@ -243,10 +243,10 @@ class Sweep:
         lm = backends.wrap(model, self.found.path, self.options.evaluation, last_logits_only=True)
         return self.suite.run(lm, name, backends.vocabulary_of(model))
 
-    # --- the model and what it is cut by ---------------------------------------------------------------------------
+    # --- the model and the data of its cuts ------------------------------------------------------------------------
 
     def model(self) -> Any:
-        """The source, loaded once; on the GPU of this process where there are several."""
+        """The source, loaded on first use; in a distributed run, on this process's GPU."""
         if self._model is None:
             from slicer.checkpoint.model import load_model
 
@@ -262,8 +262,8 @@ class Sweep:
         return self._first_layers
 
     def _pick_precision(self, directory: Path) -> str:
-        """As asked for; where that is left open, what is faster here, or what the sweep in `directory` began with: what
-        fits in memory may change from run to run, and the cells of a table must not."""
+        """The given dtype. For "auto": that of the unfinished sweep in `directory`, else the faster one. It is recorded
+        because the free memory may change between runs, and the cells of a table must share one precision."""
         asked = self.options.evaluation.dtype
         if asked != "auto":
             return asked
@@ -301,7 +301,7 @@ class Sweep:
         return self._distances
 
     def _calibration(self) -> TokenBatches:
-        """The text that similarity and healing are measured on, drawn once a process."""
+        """The calibration batches for similarity and healing, drawn once per process."""
         from slicer.measure.calibration import token_batches
 
         if self._batches is None:
@@ -314,7 +314,7 @@ class Sweep:
 
 
 def _float32_is_faster(device: str, checkpoint: Checkpoint) -> bool:
-    """On a CPU without matrix instructions for 16-bit numbers (AMX), where the model fits so."""
+    """Whether the device is a CPU without 16-bit matrix instructions (AMX), and the model fits in float32."""
     import torch
 
     if Compute(device).torch_device().type != "cpu" or torch.cpu._is_amx_tile_supported():
@@ -323,7 +323,7 @@ def _float32_is_faster(device: str, checkpoint: Checkpoint) -> bool:
 
 
 def record_cells(journal: Journal, cells: Sequence[Cell], command: str | None) -> None:
-    """Say in the directory which cells belong to the table, beside those of before, and the command that made it."""
+    """Add `cells` and the command that requested them to the sweep's grid.json."""
     file = journal.directory / "grid.json"
     before: list[dict[str, Any]] = []
     with contextlib.suppress(OSError, ValueError, KeyError):

@@ -1,4 +1,4 @@
-"""`slicer sweep`: options in, a table or one line of error out. What it needs is imported when it runs."""
+"""The command `slicer sweep`. Heavy imports happen when it runs."""
 
 from __future__ import annotations
 
@@ -22,55 +22,55 @@ _FILE = click.Path(path_type=Path)
 @click.command()
 @click.argument("source")
 @click.option("-o", "--out", type=_FILE, metavar="DIR",
-              help="Where the sweep is kept, and goes on when run again  [default: SOURCE's name-sweep]")  # fmt: skip
+              help="Directory of the sweep; a second run resumes it  [default: SOURCE's name-sweep]")  # fmt: skip
 @click.option(
     "--drop", metavar="AMOUNTS", default="0:0.5:0.05", show_default=True,
     help="Layers to drop: fractions 0:0.5:0.05 or 0.1,0.25; counts 0,2,4 or 0:8:2.",
 )  # fmt: skip
 @click.option("--strategies", metavar="NAMES", default="similarity,deepest", show_default=True,
-              help="Among similarity, deepest, tail, random.")  # fmt: skip
+              help="Comma-separated: similarity, deepest, tail, random.")  # fmt: skip
 @click.option("--heal", "heals", metavar="NAMES", default="none", show_default=True,
-              help="Among none, fold (closed form), qlora, or qlora@RANK.")  # fmt: skip
+              help="Comma-separated: none, fold (closed form), qlora, qlora@RANK.")  # fmt: skip
 @click.option("--seeds", metavar="NUMBERS", default="0", show_default=True,
-              help="Of the random strategy and of healing that trains.")  # fmt: skip
+              help="Seeds of the random strategy and of trained healing.")  # fmt: skip
 @click.option("--keep", type=float, metavar="SHARE",
-              help="Instead of the grid: the deepest cut that keeps this share of --metric, as plan.json.")  # fmt: skip
-@click.option("--metric", metavar="TASK", help="What --keep is about  [default: the first task]")
+              help="Instead of a grid: the deepest cut that retains this share of --metric, as plan.json.")  # fmt: skip
+@click.option("--metric", metavar="TASK", help="Task that --keep measures  [default: the first task]")
 @click.option("--suite", type=click.Choice(["paper"]),
               help="paper: both strategies, bare and healed; mmlu@5, boolq, c4 (figures 1d, 2, 3, 5, 6).")  # fmt: skip
 @click.option("--ablate", type=click.Choice(["prompt", "shots", "seed", "rank"]),
-              help="With --suite paper: figures 7 (prompt, shots), 8 (seed) or 9 (rank) instead.")  # fmt: skip
-@click.option("--tasks", metavar="NAMES", help="As in eval  [default: mmlu,boolq,c4; c4 for the demo model]")
-@click.option("--data", type=_FILE, metavar="DIR", help="Local files, as in eval.")
-@click.option("--text", type=_FILE, metavar="FILE", help="Measure the loss on this file.")
-@click.option(
-    "--text-column",
-    metavar="NAME",
-    help="Column that holds the text, there and in --calibration  [default: text]",
-)
-@click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples before each question.")
+              help="With --suite paper: run figure 7 (prompt, shots), 8 (seed) or 9 (rank) instead.")  # fmt: skip
+@click.option("--tasks", metavar="NAMES",
+              help="Tasks, as in eval  [default: mmlu,boolq,c4; c4 for the demo model]")  # fmt: skip
+@click.option("--data", type=_FILE, metavar="DIR", help="Directory of local files, as in eval.")
+@click.option("--text", type=_FILE, metavar="FILE", help="File to measure the loss on.")
+@click.option("--text-column", metavar="NAME",
+              help="Column that holds the text in --text and --calibration  [default: text]")  # fmt: skip
+@click.option("--num-fewshot", type=click.IntRange(min=0), help="Few-shot examples per question.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N",
-              help="N items of each task; a group such as mmlu shares them among its subtasks.")  # fmt: skip
+              help="Use N items of each task; a group such as mmlu divides them among its subtasks.")  # fmt: skip
 @click.option("--calibration", metavar="DATA",
-              help="What similarity and healing measure on, as in convert  [default: text of --data]")  # fmt: skip
+              help="Text for similarity and healing, as in convert  [default: text of --data]")  # fmt: skip
 @click.option("--samples", type=click.IntRange(min=1), help="Calibration sequences.")
-@click.option("--seq-len", type=click.IntRange(min=2), help="Tokens in each.")
-@click.option("--batch-size", default="auto", show_default=True, help="As in eval.")
+@click.option("--seq-len", type=click.IntRange(min=2), help="Tokens per calibration sample.")
+@click.option("--batch-size", default="auto", show_default=True,
+              help="Requests per forward pass, as in eval.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
-              help="Of the text, the items and the calibration sample.")  # fmt: skip
+              help="Seed of the text, the items and the calibration sample.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto",
               show_default=True,
-              help="Run in this precision; auto: as stored, or float32 on a CPU that is faster in it.")  # fmt: skip
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
+              help="Precision to run in; auto: as stored, or float32 on a CPU where it is faster.")  # fmt: skip
+@click.option("--device", default="auto", show_default=True,
+              help="Device to run on: auto, cpu, cuda, cuda:1.")  # fmt: skip
 @training_options
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
 @click.option("--trust-remote-code", is_flag=True, help="Run the checkpoint's own Python code.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def sweep(source: str, **given: Any) -> None:
-    """Measure SOURCE at every depth, strategy and healing of a grid.
+    """Evaluate SOURCE at every depth, strategy and healing method of a grid.
 
-    Finished cells are kept: run the same command again after a stop. Several processes, here or on machines that
-    share DIR, take cells from each other:
+    Finished cells are stored; run the same command again to resume. Several processes, also on machines that share
+    DIR, divide the cells among themselves:
 
     \b
     slicer sweep qwen2.5-0.5b --drop 0:0.5:0.05 --tasks mmlu,boolq,c4 --limit 100
@@ -94,9 +94,9 @@ def sweep(source: str, **given: Any) -> None:
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
     }  # fmt: skip
     if given["ablate"] and not given["suite"]:
-        raise UsageError("--ablate: give it with --suite paper")
+        raise UsageError("--ablate needs --suite paper")
     if given["metric"] and given["keep"] is None:
-        raise UsageError("--metric: give it with --keep")
+        raise UsageError("--metric needs --keep")
     check_batch(given["batch_size"])
     axes = grid.Grid(
         given["drop"],
@@ -139,7 +139,7 @@ def sweep(source: str, **given: Any) -> None:
             cells = grid.cells(axes, running.depth)
             record_cells(running.journal, cells, command)
             running.run(cells)
-        elif first_process():  # bisection goes one step at a time: there is nothing to share
+        elif first_process():  # bisection is sequential: there is nothing to share
             found = keep(running, given["keep"], metric, axes, command)
     if not first_process():
         return
@@ -155,7 +155,7 @@ def sweep(source: str, **given: Any) -> None:
 
 
 def _calibration(source: str, data: Path | None, text: Path | None) -> str | None:
-    """Without --calibration: text of --data that is not what the loss is measured on, or else the model's own."""
+    """Default of --calibration: text of --data that the loss is not measured on, else the demo model's own text."""
     from slicer.judge import loss
 
     if data is None:
@@ -167,7 +167,7 @@ def _calibration(source: str, data: Path | None, text: Path | None) -> str | Non
 
 
 def _typed(context: click.Context, typed: set[str]) -> list[str]:
-    """The words of the command line, in the order of the help, paths and all: for the record."""
+    """The words of the command line, in the order of the help and with paths, for the record."""
     words = [context.command.name or "", str(context.params["source"])]
     for parameter in context.command.params:
         name = parameter.name or ""

@@ -1,4 +1,4 @@
-"""The paper's figures 1d, 2, 3, 5 and 6 for one sweep: a measure against the fraction of layers dropped. As SVG."""
+"""Figures 1d, 2, 3, 5 and 6 of the paper for one sweep: a measure against the fraction of layers dropped, as SVG."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from slicer.judge.table import Row, Table
 _COLOURS = {"similarity": "#1f4e9c", "deepest": "#b3262a", "tail": "#b8741a", "random": "#6b6b6b"}
 _MARKERS = {"none": "o", "fold": "s", "qlora": "D"}
 _DASHES = {"none": (0, (1, 1.5)), "fold": (0, ()), "qlora": (0, (6, 1.5))}
-# Of ranks, and of ways to ask: told apart with any colour vision (Okabe and Ito).
+# Colours of ranks and of task variants: distinct for all kinds of colour vision (Okabe and Ito).
 _OTHERS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One line: (fraction dropped, value, standard error) of a strategy and a healing.
+    """One line of a strategy and a healing method: (fraction dropped, value, standard error).
 
-    Of several seeds it is the mean: the error is that of one of them, since all are asked the same items, with the
-    spread over seeds added; `each` holds (fraction, value) of every one.
+    With several seeds, values are means. The error is that of one seed (all seeds use the same items) with the spread
+    over seeds added; `each` holds (fraction, value) of every seed.
     """
 
     strategy: str
@@ -31,12 +31,12 @@ class Curve:
 
     @property
     def label(self) -> str:
-        """For the legend."""
+        """Legend entry."""
         return self.strategy if self.heal == "none" else f"{self.strategy}, healed ({self.heal})"
 
 
 def value_of(row: Row, measure: str) -> tuple[float, float] | None:
-    """(value, standard error) of a task's first metric, or of the loss as a share of log V for "c4"."""
+    """(value, standard error) of a task's first metric, or, for "c4", of the loss as a share of log V."""
     if row.evaluation is None:
         return None
     if measure == "c4":
@@ -49,7 +49,7 @@ def value_of(row: Row, measure: str) -> tuple[float, float] | None:
 
 
 def curves_of(table: Table, measure: str) -> list[Curve]:
-    """The curves of a measure, each beginning at the unpruned model."""
+    """The curves of a measure, each starting at the unpruned model."""
     whole = next((value_of(row, measure) for row in table.rows if row.n == 0), None)
     found: dict[tuple[str, str], dict[int, list[tuple[float, float]]]] = {}
     for row in table.rows:
@@ -71,12 +71,12 @@ def curves_of(table: Table, measure: str) -> list[Curve]:
 
 
 def against_fraction(table: Table, measure: str, chance: float | None, label: str) -> str:
-    """A measure against the fraction dropped; the unpruned model dashed in red, guessing in grey, as in the paper."""
+    """Plot a measure against the fraction dropped; unpruned model dashed red, chance dashed grey, as in the paper."""
     figure, axes = _figure()
     curves = curves_of(table, measure)
     ranks = sorted({c.heal for c in curves if "@" in c.heal}, key=lambda heal: int(heal.split("@")[1]))
     if len({curve.strategy for curve in curves}) > 1:
-        ranks = []  # the colours tell the strategies apart
+        ranks = []  # strategies already differ by colour
     for curve in curves:
         colour = _COLOURS[curve.strategy]
         if len(ranks) > 1 and curve.heal in ranks:
@@ -92,8 +92,8 @@ def against_fraction(table: Table, measure: str, chance: float | None, label: st
 
 
 def overlaid(table: Table, tasks: Sequence[str], chance: float | None, label: str) -> str:
-    """One task asked in several ways (figure 7: examples, and their order), a colour each, against the fraction
-    dropped; the unpruned model's score dashed in the same colour."""
+    """Plot several variants of one task (figure 7: examples and their order) against the fraction dropped, one colour
+    each; the unpruned model's score is dashed in the same colour."""
     figure, axes = _figure()
     for at, task in enumerate(tasks):
         colour = _OTHERS[at % len(_OTHERS)]
@@ -130,20 +130,20 @@ def _against_fraction(figure: Any, axes: Any, label: str) -> str:
 
 
 def healing_curve(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """The losses of healing against its steps: name -> [{"step", loss names...}]."""
+    """Plot the losses of healing against the step: name -> [{"step": ..., loss name: value}]."""
     figure, axes = _figure()
     for name, history in histories.items():
         for key in sorted({k for entry in history for k in entry if "loss" in k}):
             points = [(entry["step"], entry[key]) for entry in history if key in entry]
             axes.plot(*zip(*points, strict=True), label=f"{name}: {key.replace('_', ' ')}", linewidth=1.4)
-    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.legend(frameon=False, fontsize=8)
     return _svg(figure)
 
 
 def bench_line(points: Sequence[tuple[int, float]], line: Mapping[str, Any] | None, label: str) -> str:
-    """A figure of `slicer bench` against the layers, with its fitted line."""
+    """Plot a measurement of `slicer bench` against the number of layers, with its fitted line."""
     figure, axes = _figure()
     xs, ys = zip(*sorted(points), strict=True)
     axes.plot(xs, ys, marker="o", linestyle="none", color="#1f4e9c", label="measured")
@@ -169,7 +169,7 @@ def _figure() -> tuple[Any, Any]:
 
 
 def _svg(figure: Any) -> str:
-    """The figure as SVG without dates, so that the same figures give the same bytes."""
+    """The figure as SVG without dates, so that equal data gives equal bytes."""
     import matplotlib
 
     out = io.StringIO()

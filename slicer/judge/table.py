@@ -1,4 +1,4 @@
-"""The finished cells of a sweep as one table: figures only, no times, so that the same work gives the same bytes."""
+"""The finished cells of a sweep as one table, without times, so that equal work gives equal bytes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from slicer.plan.records import HealingRecord
 
 @dataclass(frozen=True)
 class Row:
-    """One cell: what was cut and how, what it scored, and how that differs from the unpruned model.
+    """One cell: the cut, its scores, and their difference from the unpruned model.
 
-    `evaluation` is None where the architecture cannot express the cut; `error` says why.
+    `evaluation` is None if the architecture cannot express the cut; `error` is the reason.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Row:
     healing: HealingRecord | None = None
 
     def change(self, measure: str) -> Difference | None:
-        """The difference from the unpruned model in "task/metric", a task's first metric, or "c4"."""
+        """Difference from the unpruned model in "task/metric", in a task's first metric, or in "c4"."""
         return next(
             (d for d in self.against_unpruned if d.measure == measure or d.measure.split("/")[0] == measure),
             None,
@@ -46,9 +46,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """All finished cells of a sweep directory, in the order of the grid; `missing` counts those not finished.
+    """All finished cells of a sweep directory, in the order of the grid; `missing`: number of unfinished cells.
 
-    `commands`: what asked for its cells, each once; `unfinished`: those whose cells are missing.
+    `commands`: commands that requested cells, without repeats; `unfinished`: those with missing cells.
     """
 
     settings: Mapping[str, Any]
@@ -60,17 +60,17 @@ class Table:
 
     @property
     def unpruned(self) -> Evaluation | None:
-        """The whole model."""
+        """The evaluation of the unpruned model."""
         return next((row.evaluation for row in self.rows if row.n == 0), None)
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Tasks in the order scored, c4 apart."""
+        """Tasks in the order scored, without c4."""
         return tuple(dict.fromkeys(s.task for r in self.rows if r.evaluation for s in r.evaluation.scores))
 
 
 def read_table(directory: Path) -> Table:
-    """The sweep in `directory`. Raises EvaluationError when there is none, or a file of it is broken."""
+    """Read the sweep in `directory`. Raises EvaluationError if there is none, or a file is damaged."""
     try:
         settings = json.loads((directory / "sweep.json").read_text("utf-8"))["settings"]
         grid = json.loads((directory / "grid.json").read_text("utf-8"))
@@ -116,7 +116,7 @@ def _row(name: str, record: Mapping[str, Any], depth: int, unpruned: Evaluation 
 
 
 def to_dict(table: Table) -> dict[str, Any]:
-    """For JSON: every cell with its figures and tests, without single items."""
+    """For JSON: every cell with its scores and tests, without item values."""
     rows = []
     for row in table.rows:
         record = asdict(row)
@@ -136,10 +136,10 @@ def to_dict(table: Table) -> dict[str, Any]:
 
 
 def to_csv(table: Table) -> str:
-    """One line a cell; floats in full, so that equal tables are equal bytes."""
+    """One line per cell; floats at full precision, so that equal tables give equal bytes."""
     header = ["n", "fraction", "strategy", "heal", "seed", "dropped", "distance"]
     for task in table.tasks:
-        header += [task, f"{task} standard error", f"{task} guessing", f"{task} p"]
+        header += [task, f"{task} standard error", f"{task} chance", f"{task} p"]
     has_loss = any(row.evaluation and row.evaluation.loss for row in table.rows)
     if has_loss:
         header += ["loss", "loss standard error", "loss / log V", "loss p"]

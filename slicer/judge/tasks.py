@@ -1,4 +1,4 @@
-"""Names -> lm-eval tasks: near names for unknown ones, local data where there is some, shares of a limit."""
+"""Finds lm-eval tasks by name, on local data if given, and divides a limit among the tasks of a group."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from slicer.judge import local_tasks
 from slicer.runtime.compat import lm_eval_module
 
 LOSS = "c4"
-# Where lm-eval keeps the paper's own tasks: reading all of its 14,000 takes ten seconds.
+# Paths of the paper's tasks in lm-eval: reading all of its 14,000 tasks takes ten seconds.
 _QUICK = {"mmlu": "mmlu/default", "boolq": "super_glue/boolq"}
 
 
 def manager(tasks: Sequence[str], data: Path | None, directory: Path) -> tuple[Any, list[Path]]:
-    """lm-eval's task manager for `tasks`; with `data`, they read its files through YAMLs written to `directory`, and
-    these files are returned too.
+    """(lm-eval's task manager for `tasks`, the local files it uses). With `data`, the tasks read its files through YAML
+    files written to `directory`.
 
-    Raises EvaluationError: an unknown task (with the names near it), files missing, empty or malformed.
+    Raises EvaluationError: an unknown task (with similar names), files missing, empty or malformed.
     """
     lm_tasks = lm_eval_module("tasks")
     root = Path(lm_tasks.__file__).parent
@@ -49,7 +49,7 @@ def manager(tasks: Sequence[str], data: Path | None, directory: Path) -> tuple[A
 
 @dataclass(frozen=True)
 class Asked:
-    """A task as it was asked for: `mmlu`, `mmlu@5` (with 5 examples) or `mmlu@5:1` (the same in another order)."""
+    """A task as given: `mmlu`, `mmlu@5` (with 5 examples) or `mmlu@5:1` (the same in another order)."""
 
     label: str
     name: str
@@ -58,16 +58,16 @@ class Asked:
 
 
 def parse(task: str, default: int | None) -> Asked:
-    """Read a task's name, number of examples and their order. Raises EvaluationError."""
+    """Parse a task's name, number of examples and their order. Raises EvaluationError."""
     match = re.fullmatch(r"([^@]+)(?:@(\d+)(?::(\d+))?)?", task.strip())
     if match is None:
-        raise EvaluationError(f"--tasks {task}: write a number of examples after the @, as in mmlu@5")
+        raise EvaluationError(f"--tasks {task}: write the number of examples after the @, as in mmlu@5")
     shots = default if match[2] is None else int(match[2])
     return Asked(task.strip(), match[1].strip(), shots, int(match[3] or 0))
 
 
 def share(sizes: Mapping[str, int], total: int) -> dict[str, int]:
-    """Parts of `total` in proportion to `sizes` (largest remainders), at least 1 and at most the size of each."""
+    """Divide `total` in proportion to `sizes` (largest remainders), at least 1 and at most its size for each."""
     everything = sum(sizes.values())
     total = min(max(total, len(sizes)), everything)
     exact = {name: total * size / everything for name, size in sizes.items()}
@@ -82,10 +82,10 @@ def share(sizes: Mapping[str, int], total: int) -> dict[str, int]:
 
 
 def leaves(name: str, index: Mapping[str, Any]) -> list[str]:
-    """The tasks that a task, group or tag of lm-eval's index stands for."""
+    """The tasks that a name (task, group or tag) of lm-eval's index expands to. Raises EvaluationError."""
     entry = index.get(name)
     if entry is None:
-        raise EvaluationError(f"{name}: lm-eval's task index does not have it")
+        raise EvaluationError(f"{name}: not in lm-eval's task index")
     kind = entry.kind.name
     if kind == "TAG":
         return sorted(entry.tags)
@@ -98,5 +98,5 @@ def leaves(name: str, index: Mapping[str, Any]) -> list[str]:
 
 def _unknown(task: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(task, [LOSS, *known], n=5, cutoff=0.6)
-    hint = f"; near it: {', '.join(near)}" if near else "; `lm_eval ls tasks` lists all"
-    return f"task {task}: there is no such task{hint}"
+    hint = f"; similar: {', '.join(near)}" if near else "; `lm_eval ls tasks` lists all tasks"
+    return f"task {task}: no such task{hint}"

@@ -1,4 +1,4 @@
-"""A sweep in words: how deep one can cut, where it breaks, and what healing gives. From the table alone."""
+"""Summarises a sweep table in sentences: the recommended cut, where scores break down, and what healing recovers."""
 
 from __future__ import annotations
 
@@ -11,66 +11,68 @@ from slicer.judge.sweep_plots import curves_of
 from slicer.judge.table import Row, Table
 from slicer.plan.amounts import spell_layers
 
-_LOSS_SHARE = 0.95  # without tasks that can tell: the loss may grow by a twentieth
-_LOSS_CAP = 0.9  # with them: by a ninth; scores of multiple choice stay where the text has long gone
-_FEWEST = 20  # items that a task must have asked to tell anything
+_LOSS_SHARE = 0.95  # without informative tasks: the loss may grow by 1/19 (about 5%)
+_LOSS_CAP = (
+    0.9  # with informative tasks: by 1/9; multiple-choice scores hold long after generated text degrades
+)
+_FEWEST = 20  # items that a task needs to be informative
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`row` is the recommended cut, None where no cut is harmless; `sentences` say it, the knee and their doubts."""
+    """`row`: the recommended cut, None if every cut is harmful; `sentences`: recommendation, knees and caveats."""
 
     row: Row | None
     sentences: tuple[str, ...]
 
 
 def judge(table: Table) -> Verdict:
-    """The deepest cut that harms nothing that was measured, and the knee of each measure.
+    """Find the deepest harmless cut, and the knee of each measure.
 
-    Its scores are all within noise of the unpruned model's or better, and its loss is at most a ninth higher. A task
-    on which the unpruned model itself guesses, or with fewer than 20 items, tells nothing; where none tells, the loss
-    alone decides, and may grow by a twentieth.
+    A cut is harmless if all scores are within noise of the unpruned model's or better, and the loss is at most 1/9
+    higher. Tasks on which the unpruned model is at chance, or with fewer than 20 items, are uninformative; if all are,
+    only the loss decides, and may grow by 1/19.
     """
     if table.unpruned is None:
-        return Verdict(None, ("The unpruned model is not measured yet, so nothing can be said.",))
+        return Verdict(None, ("The unpruned model is not measured yet, so there is no recommendation.",))
     cuts = [row for row in table.rows if row.n and row.evaluation is not None]
     if not cuts:
         return Verdict(None, ("No cut is measured yet.",))
-    telling = tuple(task for task in table.tasks if _tells(task, table.unpruned))
-    if not telling and table.unpruned.loss is None:
+    informative = tuple(task for task in table.tasks if _is_informative(task, table.unpruned))
+    if not informative and table.unpruned.loss is None:
         return Verdict(
             None,
             (
-                "Nothing can be recommended: on every task the unpruned model itself is within two standard errors of "
-                f"guessing, or fewer than {_FEWEST} items were asked, and no loss was measured.",
+                "There is no recommendation: on every task the unpruned model is within two standard errors of "
+                f"chance, or fewer than {_FEWEST} items were used, and no loss was measured.",
             ),
         )
-    harmless = [row for row in cuts if _harmless(row, table.unpruned, telling)]
+    harmless = [row for row in cuts if _harmless(row, table.unpruned, informative)]
     best = max(harmless, key=lambda r: (r.n, -_loss(r)), default=None)
-    sentences = [_recommend(best, table, telling)]
-    if mute := [task for task in table.tasks if task not in telling]:
+    sentences = [_recommend(best, table, informative)]
+    if weak := [task for task in table.tasks if task not in informative]:
         sentences.append(
-            f"{', '.join(mute)} {'tells' if len(mute) == 1 else 'tell'} nothing here: the unpruned model itself "
-            f"cannot be told from guessing, or fewer than {_FEWEST} items were asked."
+            f"{', '.join(weak)} {'is' if len(weak) == 1 else 'are'} not informative: the unpruned model is not "
+            f"significantly above chance, or fewer than {_FEWEST} items were used."
         )
-    sentences += [words for measure in (*telling, "c4") if (words := _knee(table, measure))]
-    if words := _healing(table):
-        sentences.append(words)
-    if telling and best is not None:
+    sentences += [sentence for measure in (*informative, "c4") if (sentence := _knee(table, measure))]
+    if sentence := _healing(table):
+        sentences.append(sentence)
+    if informative and best is not None:
         few = min(s.items for s in table.unpruned.scores)
         if few < 1000:
             sentences.append(
-                f"With {few} items, differences below about {2 * 0.5 / few**0.5:.0%} cannot be seen: "
-                "measure more before relying on it."
+                f"With {few} items, differences below about {2 * 0.5 / few**0.5:.0%} cannot be detected: "
+                "measure more items before relying on this."
             )
     sentences.append(
-        "Multiple choice holds longer than writing and reasoning: look at the samples, and measure your own task."
+        "Multiple-choice scores hold longer than generation and reasoning: read the samples, and measure your own task."
     )
     return Verdict(best, tuple(sentences))
 
 
-def _tells(task: str, unpruned: Evaluation) -> bool:
-    """Whether a cut could be seen to harm this score."""
+def _is_informative(task: str, unpruned: Evaluation) -> bool:
+    """Whether the score is informative: enough items, and the unpruned model is significantly above chance."""
     score = unpruned.primary(task)
     if score is None or score.items < _FEWEST or f"{task}/{score.metric}" not in unpruned.items:
         return False
@@ -79,13 +81,13 @@ def _tells(task: str, unpruned: Evaluation) -> bool:
     return score.value > (score.chance or 0.0) + 2 * (score.standard_error or 0.0)
 
 
-def _harmless(row: Row, unpruned: Evaluation, telling: Sequence[str]) -> bool:
+def _harmless(row: Row, unpruned: Evaluation, informative: Sequence[str]) -> bool:
     whole, here = unpruned.loss, row.evaluation.loss if row.evaluation else None
-    share = _LOSS_CAP if telling else _LOSS_SHARE
-    # Written so that a loss that is not a number is no better than none.
+    share = _LOSS_CAP if informative else _LOSS_SHARE
+    # Written so that a NaN loss counts as missing.
     if whole is not None and not (here and here.nats_per_token <= whole.nats_per_token / share):
         return False
-    return all(_holds(row, task, unpruned) for task in telling)
+    return all(_holds(row, task, unpruned) for task in informative)
 
 
 def _holds(row: Row, task: str, unpruned: Evaluation) -> bool:
@@ -99,18 +101,18 @@ def _loss(row: Row) -> float:
     return row.evaluation.loss.nats_per_token if row.evaluation and row.evaluation.loss else 0.0
 
 
-def _recommend(best: Row | None, table: Table, telling: Sequence[str]) -> str:
+def _recommend(best: Row | None, table: Table, informative: Sequence[str]) -> str:
     if best is None:
         least = min(row.n for row in table.rows if row.n and row.evaluation is not None)
         few = "1 layer" if least == 1 else f"{least} layers"
-        how = "beyond noise" if telling else "in the loss, by more than a twentieth"
-        return f"No cut measured is harmless: already {few} gone show {how}."
+        how = "beyond noise" if informative else "in the loss by more than 5%"
+        return f"No cut measured is harmless: dropping {few} already changes the results {how}."
     healed = "" if best.heal == "none" else f", healed ({best.heal})"
-    what = "whose loss grows by less than a twentieth"
-    if telling:
-        what = "whose scores cannot be told from the unpruned model's"
+    what = "whose loss grows by about 5% at most"
+    if informative:
+        what = "whose scores are within noise of the unpruned model's"
         if table.unpruned is not None and table.unpruned.loss is not None:
-            what += " and whose loss is at most a ninth higher"
+            what += " and whose loss is at most 11% higher"
     return (
         f"Recommended: drop {best.n} of {table.depth} layers ({best.fraction:.0%}), layers "
         f"{spell_layers(best.dropped)} ({best.strategy}{healed}), the deepest cut measured {what}."
@@ -118,7 +120,7 @@ def _recommend(best: Row | None, table: Table, telling: Sequence[str]) -> str:
 
 
 def _knee(table: Table, measure: str) -> str | None:
-    """Where the best curve of a measure gets worse fastest."""
+    """The interval in which the best curve of a measure degrades fastest."""
     score = table.unpruned.primary(measure) if table.unpruned else None
     sign = -1 if measure == "c4" or (score is not None and not score.higher_is_better) else 1
     steps = []
@@ -134,7 +136,7 @@ def _knee(table: Table, measure: str) -> str | None:
             steps.append((reach, sign * last, max(worse), curve.label))
     if not steps:
         return None
-    # The curve that goes deepest, and holds on longest there, speaks for the model.
+    # Use the curve that goes deepest and is best there.
     _, _, (pace, m, n, a, b), label = max(steps)
     if pace <= 0:
         return None
@@ -146,7 +148,7 @@ def _knee(table: Table, measure: str) -> str | None:
 
 
 def _healing(table: Table) -> str | None:
-    """How much of the lost loss healing wins back, at the deepest cut measured both ways."""
+    """How much of the lost loss healing recovers, at the deepest cut measured with and without it."""
     whole = table.unpruned.loss if table.unpruned else None
     if whole is None:
         return None
@@ -162,11 +164,9 @@ def _healing(table: Table) -> str | None:
     change = cut.change("c4")
     if lost <= 0 or change is None or change.within_noise:
         return None
-    where = f"the loss that {healed.n} dropped layers ({healed.strategy}) cost"
+    where = f"the loss caused by dropping {healed.n} layers ({healed.strategy})"
     if left > lost:
-        return f"Healing ({healed.heal}) harms: it adds {left / lost - 1:.0%} to {where}."
+        return f"Healing ({healed.heal}) is harmful: it adds {left / lost - 1:.0%} to {where}."
     if left < 0:
-        return (
-            f"Healing ({healed.heal}) wins back more than {where}: it has learned this kind of text as well."
-        )
-    return f"Healing ({healed.heal}) wins back {1 - left / lost:.0%} of {where}."
+        return f"Healing ({healed.heal}) recovers more than {where}: it also adapted to this kind of text."
+    return f"Healing ({healed.heal}) recovers {1 - left / lost:.0%} of {where}."

@@ -1,1 +1,1 @@
-"""What the layers do: calibration data, and statistics of the residual stream over it."""
+"""Calibration text, and metrics of layers: distances in the residual stream, losses without parts of the model."""

@@ -1,6 +1,6 @@
-"""What was measured: how far every block of layers changes the residual stream, by every metric.
+"""Results of an analysis: how much every block of layers changes the residual stream, by every metric.
 
-`Distances` is one metric's table, `Analysis` all of them with where they came from: plain data, JSON in and out.
+`Distances` is the table of one metric, `Analysis` all tables with their provenance: plain data with JSON in and out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from slicer.errors import PlanError
 from slicer.plan.plan import METRIC
 
 FORMAT = 1
-# metric -> what its figures are, for titles and tables; in the order they are shown
+# metric -> title of its figures and tables; in display order
 TITLES = {
     "angular_last_token": "angular distance, last token (units of pi)",
     "angular_mean": "angular distance, mean over tokens (units of pi)",
@@ -24,28 +24,28 @@ TITLES = {
     "relative_l1": "relative L1 change",
     "relative_l2": "relative L2 change",
     "cka": "1 - linear CKA",
-    "fold_residual": "what a fold cannot explain, relative L2",
-    "loss": "loss without the block (nats a token, increase)",
-    "kl": "KL divergence to the full model (nats a token)",
+    "fold_residual": "residual of a fold, relative L2",
+    "loss": "loss without the block (nats per token, increase)",
+    "kl": "KL divergence to the full model (nats per token)",
     "taylor": "Taylor importance, |gradient x weight|",
-    "shapley": "Shapley value (nats a token)",
+    "shapley": "Shapley value (nats per token)",
     "shapley_score": "Shapley value (share of questions answered wrongly)",
-    "healed_loss": "loss after closed-form healing (nats a token, increase)",
+    "healed_loss": "loss after closed-form healing (nats per token, increase)",
 }
 
 
 @dataclass(frozen=True)
 class Distances:
-    """One metric of every block measured; less is closer.
+    """One metric of every block measured; smaller means less change.
 
     Attributes:
         depth: L, the number of layers.
         samples: sequences averaged over.
-        seq_len: tokens in each.
-        mean: n -> [d(0, n), d(1, 1+n), ..., d(L-n, L)]; angular distances in units of pi. NaN where not measured.
-        standard_error: the same, over samples.
+        seq_len: tokens per sequence.
+        mean: n -> [d(0, n), d(1, 1+n), ..., d(L-n, L)]; angular distances in units of pi. NaN if not measured.
+        standard_error: of `mean` over samples, in the same form.
         metric: a key of `TITLES`.
-        difference_error: n -> standard errors of d(l, l+n) minus the least d of that n, the same samples paired.
+        difference_error: n -> standard errors of d(l, l+n) minus the smallest d of that n, paired by sample.
     """
 
     depth: int
@@ -58,21 +58,21 @@ class Distances:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The block sizes n that were measured, ascending."""
+        """The measured block sizes n, ascending."""
         return tuple(sorted(self.mean))
 
     def block(self, n: int) -> Sequence[float]:
-        """d(l, l+n) for l = 0..L-n. Raises PlanError when blocks of n were not measured."""
+        """d(l, l+n) for l = 0..L-n. Raises PlanError if blocks of n were not measured."""
         if n not in self.mean:
             known = ", ".join(map(str, self.sizes))
             raise PlanError(
                 f"{self.metric} was measured for blocks of {known} layers, not {n}; choose another metric, "
-                "or --blocks to put smaller blocks together"
+                "or combine smaller blocks with --blocks"
             )
         return self.mean[n]
 
     def to_json(self) -> str:
-        """The distances as JSON, the same bytes for the same figures."""
+        """As JSON; equal data gives equal bytes."""
         record = {
             "metric": self.metric,
             "unit": "pi radians" if self.metric.startswith("angular") else "1",
@@ -87,11 +87,11 @@ class Distances:
 
     @classmethod
     def from_json(cls, text: str) -> Distances:
-        """Read what `to_json` wrote. Raises PlanError."""
+        """Read the output of `to_json`. Raises PlanError."""
         try:
             return cls._from_record(json.loads(text))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PlanError(f"not distances that slicer wrote ({error}); measure them again") from None
+            raise PlanError(f"not a distances file of slicer ({error}); measure again") from None
 
     @classmethod
     def _from_record(cls, record: Mapping[str, Any]) -> Distances:
@@ -134,19 +134,19 @@ def _tables_in(record: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str
 
 @dataclass(frozen=True)
 class Analysis:
-    """Everything `slicer analyze` measured of a model.
+    """All results of `slicer analyze` for a model.
 
     Attributes:
         depth, samples, seq_len: as in `Distances`.
         metrics: name -> its table.
-        greedy: SLEB's order of removal with the loss after each, where it was measured.
-        positions: which tokens of each sequence the averages over tokens take.
-        points: how many tokens CKA and the fold residual take, over all sequences.
-        sublayers: name -> a table whose layers are the model's 2L half-layers: attention i is number 2i, feed-forward
-            part i number 2i + 1; a block of an even number that starts at an odd one is a half-offset cut.
-        base_loss: nats a token of the whole model on the calibration data, where losses were measured.
-        shapley: what Shapley values were sampled of ("against": loss, kl or task:NAME), "pairs" of orders, "passes" of
-            the whole model; of a task also "questions", its "score" with all layers, and that of "guessing".
+        greedy: SLEB's removal order with the loss after each step, if measured.
+        positions: tokens of each sequence that token averages use.
+        points: number of tokens that CKA and the fold residual use, over all sequences.
+        sublayers: name -> a table over the model's 2L sublayers: 2i is attention i, 2i + 1 is feed-forward i; a block
+            of even size with an odd start is a half-offset cut.
+        base_loss: nats per token of the full model on the calibration text, if losses were measured.
+        shapley: settings of the Shapley values: "against" (loss, kl or task:NAME), "pairs" of orders, "passes" of the
+            full model; for a task also "questions", its "score" with all layers, and the score of "guessing".
     """
 
     depth: int
@@ -168,23 +168,23 @@ class Analysis:
     command: str | None = None
 
     def distances(self, metric: str = METRIC) -> Distances:
-        """One metric's table. Raises PlanError when it is not there."""
+        """One metric's table. Raises PlanError if it is missing."""
         if metric not in self.metrics:
-            raise PlanError(f"no {metric} in this analysis; it has {', '.join(self.metrics)}")
+            raise PlanError(f"no {metric} in this analysis; choose from {', '.join(self.metrics)}")
         return self.metrics[metric]
 
     def halves(self, metric: str = METRIC) -> Distances:
-        """One metric's table of half-layers. Raises PlanError when it is not there."""
+        """One metric's table over sublayers. Raises PlanError if it is missing."""
         if metric not in self.sublayers:
             known = ", ".join(self.sublayers)
             raise PlanError(
-                f"no {metric} of attention and feed-forward parts in this analysis"
-                + (f"; it has {known}" if known else "; run slicer analyze with --sublayers")
+                f"no {metric} of attention and feed-forward sublayers in this analysis"
+                + (f"; choose from {known}" if known else "; run slicer analyze with --sublayers")
             )
         return self.sublayers[metric]
 
     def to_json(self) -> str:
-        """The same bytes for the same figures."""
+        """As JSON; equal data gives equal bytes."""
         record: dict[str, Any] = {
             "format": FORMAT,
             **{k: getattr(self, k) for k in _PLAIN},
@@ -198,7 +198,7 @@ class Analysis:
 
     @classmethod
     def from_json(cls, text: str, where: str = "analysis") -> Analysis:
-        """Read what `to_json` wrote. Raises PlanError naming `where`."""
+        """Read the output of `to_json`. Raises PlanError, with `where` in the message."""
         try:
             record = json.loads(text)
             if record.get("format") != FORMAT:
@@ -218,19 +218,19 @@ class Analysis:
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(
-                f"{where}: not an analysis that slicer wrote ({error}); run slicer analyze again"
+                f"{where}: not an analysis file of slicer ({error}); run slicer analyze again"
             ) from None
 
     @classmethod
     def load(cls, path: Path) -> Analysis:
-        """Read analysis.json, or that of a directory. Raises PlanError."""
+        """Read analysis.json, or the one in a directory. Raises PlanError."""
         file = path / "analysis.json" if path.is_dir() else path
         try:
             return cls.from_json(file.read_text("utf-8"), str(file))
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not text"
             raise PlanError(
-                f"{file}: cannot read the analysis ({reason}); make one with slicer analyze -o {path}"
+                f"{file}: cannot read the analysis ({reason}); create one with slicer analyze -o {path}"
             ) from None
 
 

@@ -1,4 +1,4 @@
-"""Text -> batches of tokens: packed, seeded, never padded; or tokens sampled from the model itself."""
+"""Calibration text as batches of tokens: packed, seeded and never padded, or sampled from the model itself."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ if TYPE_CHECKING:
     import torch
 
 DEFAULT_DATASET = ("allenai/c4", "en")
-_SHUFFLE_BUFFER = 1000  # documents of a stream that are mixed at a time
-_SAMPLED_TOGETHER = 16  # a step of decoding costs the same for a few sequences and for one
-_CONVERSATIONS = ("messages", "conversations", "conversation")  # columns that hold a list of turns
+_SHUFFLE_BUFFER = 1000  # documents of a stream that are shuffled together
+_SAMPLED_TOGETHER = 16  # decoding a few sequences costs about as much as one
+_CONVERSATIONS = ("messages", "conversations", "conversation")  # columns with a list of turns
 _ROLES = {"human": "user", "gpt": "assistant"}
 Conversation = list[dict[str, str]]
 Document = str | Conversation
 _SUFFIXES = (".jsonl", ".json", ".txt", ".raw", ".parquet", ".jsonl.gz", ".json.gz", ".txt.gz")
-_REMEDY = "give --calibration self (text sampled from the model) or a local .jsonl, .txt or .parquet file"
+_REMEDY = "use --calibration self (text sampled from the model) or a local .jsonl, .txt or .parquet file"
 
 
 @dataclass(frozen=True)
 class CalibrationSpec:
-    """What to calibrate on.
+    """What calibration text to use.
 
     Attributes:
         source: None for allenai/c4 (English, streamed), "self" for sequences sampled from the model, a local file, a
-            Hub data set, `name` or `name:config`, or `task:NAME` for the prompts and answers of an lm-eval task.
-            Several, with commas between, share the samples equally.
+            Hub data set (`name` or `name:config`), or `task:NAME` for the prompts and answers of an lm-eval task.
+            Several, separated by commas, get equal numbers of samples.
             Conversations (a column `messages` or `conversations`) go through the chat template.
-        samples: sequences.
-        seq_len: tokens in each, BOS included.
-        batch_size: sequences in a forward pass.
-        seed: of the choice of documents, or of the sampling.
+        samples: number of sequences.
+        seq_len: tokens per sequence, with BOS.
+        batch_size: sequences per forward pass.
+        seed: for the choice of documents, or for sampling.
         text_column: the column that holds the text.
     """
 
@@ -62,7 +62,7 @@ class CalibrationSpec:
 
 @dataclass(frozen=True)
 class TokenBatches:
-    """`batches`: int64 tensors [batch, seq_len]. `provenance`: where they came from, for the record."""
+    """`batches`: int64 tensors [batch, seq_len]. `provenance`: the record of their source."""
 
     batches: list[torch.Tensor]
     provenance: dict[str, Any]
@@ -76,12 +76,11 @@ def token_batches(
     streamed: bool = False,
     trust_remote_code: bool = False,
 ) -> TokenBatches:
-    """`spec.samples` sequences of `spec.seq_len` tokens for the checkpoint at `path`, in batches.
+    """Make `spec.samples` sequences of `spec.seq_len` tokens for the checkpoint at `path`, in batches.
 
-    Documents are put in an order drawn from the seed, tokenized one after another with an end-of-text token between,
-    and cut into sequences; each begins with BOS where the tokenizer begins a text with it. `model` is needed for
-    `self`, with its layers' weights: not where they are `streamed` from disk. Raises CalibrationError when there is no,
-    or not enough, text.
+    Documents are shuffled with the seed, tokenized, joined with an end-of-text token, and cut into sequences; each
+    starts with BOS if the tokenizer adds it. `self` needs a `model` with loaded weights, not `streamed` from disk.
+    Raises CalibrationError if there is no text or not enough.
     """
     import torch
 
@@ -92,8 +91,8 @@ def token_batches(
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if int(tokens.max()) >= vocabulary:
         raise CalibrationError(
-            f"{path}: the tokenizer makes token {int(tokens.max())} but the model has {vocabulary}; "
-            "the tokenizer is another model's"
+            f"{path}: the tokenizer gives token {int(tokens.max())}, but the vocabulary has {vocabulary} tokens; "
+            "use the tokenizer of this model"
         )
     provenance = {
         "source": source,
@@ -108,26 +107,26 @@ def token_batches(
 
 
 def check_sources(spec: CalibrationSpec) -> None:
-    """Raise CalibrationError where a source that `spec` names cannot be read, or is empty: before anything else."""
+    """Raise CalibrationError early if a source of `spec` cannot be read or is empty."""
     for part in _parts(spec):
         if part.source != "self" and next(iter(documents(part)), None) is None:
-            raise CalibrationError(f"{part.source}: there is no text in it; name another --calibration")
+            raise CalibrationError(f"{part.source}: no text in it; pass another --calibration")
 
 
 def local_files(spec: CalibrationSpec) -> list[Path]:
-    """The files on this machine among the sources of `spec`."""
+    """The local files among the sources of `spec`."""
     paths = [Path(part.source) for part in _parts(spec) if part.source is not None]
     return [path for path in paths if path.is_file()]
 
 
 def _parts(spec: CalibrationSpec) -> list[CalibrationSpec]:
-    """One for each source that `spec` names, which share its samples; the first ones take what is left over."""
+    """One spec per source of `spec`; they share the samples, and the first ones get the remainder."""
     if spec.source is None or "," not in spec.source or Path(spec.source).exists():
         return [spec]
     names = [name.strip() for name in spec.source.split(",")]
     if "" in names or len(names) > spec.samples:
         raise CalibrationError(
-            f"--calibration {spec.source}: {len(names)} sources; name each, and take at least {len(names)} --samples"
+            f"--calibration {spec.source}: {len(names)} sources; name each one, and pass --samples {len(names)} or more"
         )
     share, over = divmod(spec.samples, len(names))
     return [replace(spec, source=name, samples=share + (at < over)) for at, name in enumerate(names)]
@@ -142,8 +141,8 @@ def _part(
         return _pack(documents(spec), tokenizer, spec, spec.source or ":".join(DEFAULT_DATASET))
     if streamed:
         raise CalibrationError(
-            "--calibration self: the model does not fit in memory, and sampling reads it once a token; "
-            "give a local .jsonl, .txt or .parquet file, or a Hub data set"
+            "--calibration self: the model does not fit in memory, and sampling reads all of it for each token; "
+            "use a local .jsonl, .txt or .parquet file, or a Hub data set"
         )
     return sample_tokens(model, spec)
 
@@ -152,7 +151,7 @@ def _check_length(spec: CalibrationSpec, model: Any) -> None:
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if isinstance(limit, int) and spec.seq_len > limit:
-        raise CalibrationError(f"--seq-len {spec.seq_len}: the model reads at most {limit} tokens; lower it")
+        raise CalibrationError(f"--seq-len {spec.seq_len}: the model's context is {limit} tokens; lower it")
 
 
 def open_tokenizer(path: Path, trust_remote_code: bool) -> Any:
@@ -162,10 +161,10 @@ def open_tokenizer(path: Path, trust_remote_code: bool) -> Any:
         return AutoTokenizer.from_pretrained(
             str(path), trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except Exception as error:  # tokenizer classes raise anything
+    except Exception as error:  # tokenizer classes raise many kinds
         reason = " ".join(str(error).split())[:160]
         raise CalibrationError(
-            f"{path}: no usable tokenizer ({reason}); give --calibration self, or name the layers to drop"
+            f"{path}: no usable tokenizer ({reason}); use --calibration self, or name the layers to drop"
         ) from None
 
 
@@ -188,20 +187,18 @@ def _pack(documents: Iterable[Document], tokenizer: Any, spec: CalibrationSpec, 
             continue
         count += 1
         stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if end is not None and not talk:  # the template ends a conversation its own way
+        if end is not None and not talk:  # the chat template ends a conversation
             stream.append(end)
         if len(stream) >= needed:
             break
     if count == 0:
-        raise CalibrationError(
-            f"{source}: empty, there is no text in it; give a file with text, or --calibration self"
-        )
+        raise CalibrationError(f"{source}: no text in it; pass a file with text, or --calibration self")
     if len(stream) < needed:
         fits = len(stream) // body
-        remedy = f", or at most --samples {fits}" if fits else ""
+        remedy = f", or use --samples {fits} or fewer" if fits else ""
         raise CalibrationError(
-            f"{source}: too short: {len(stream)} tokens, but {spec.samples} sequences of {spec.seq_len} need "
-            f"{needed}; give more text{remedy}"
+            f"{source}: too short: {len(stream)} tokens; {spec.samples} sequences of {spec.seq_len} need "
+            f"{needed}; pass more text{remedy}"
         )
     tokens = torch.tensor(stream[:needed], dtype=torch.int64).view(spec.samples, body)
     if bos is not None:
@@ -210,19 +207,19 @@ def _pack(documents: Iterable[Document], tokenizer: Any, spec: CalibrationSpec, 
 
 
 def _conversation(messages: Conversation, tokenizer: Any, source: str) -> str:
-    """The messages as the model was trained to see them."""
+    """The messages in the model's chat template. Raises CalibrationError."""
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # templates raise anything, also that there is none
+    except Exception as error:  # templates raise many kinds, also if there is none
         reason = " ".join(str(error).split())[:160]
         raise CalibrationError(
-            f"{source}: holds conversations, and the chat template cannot take them ({reason}); "
-            "give plain text, or name the column that holds it: --text-column"
+            f"{source}: contains conversations, but the chat template fails on them ({reason}); "
+            "use plain text, or name its column with --text-column"
         ) from None
 
 
 def leading_token(tokenizer: Any) -> int | None:
-    """The token that the tokenizer puts before a text by itself, if any."""
+    """The token that the tokenizer adds before a text, if any."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     special = tokenizer("a")["input_ids"]
     if len(special) > len(plain) and special[:1] != plain[:1]:
@@ -249,14 +246,14 @@ def documents(spec: CalibrationSpec) -> Iterator[Document]:
 
 
 def is_streamed(source: str | None) -> bool:
-    """Whether the documents of `source` come from the Hub one by one, as many as are wanted."""
+    """Whether the documents of `source` are streamed from the Hub."""
     return source is None or not (
         source.startswith("task:") or Path(source).exists() or source.endswith(_SUFFIXES)
     )
 
 
 def read_documents(file: Path, column: str) -> list[Document]:
-    """Every document of a local file. A .txt or .raw file is cut at blank lines."""
+    """Every document of a local file; .txt and .raw files are split at blank lines. Raises CalibrationError."""
     if not file.is_file():
         raise CalibrationError(f"{file}: no such file; {_REMEDY}")
     readers: dict[str, Callable[[Path, str], list[Document]]] = {
@@ -267,7 +264,7 @@ def read_documents(file: Path, column: str) -> list[Document]:
     if suffix not in readers:
         raise CalibrationError(f"{file}: not a .jsonl, .json, .txt or .parquet file; {_REMEDY}")
     if file.stat().st_size == 0:
-        raise CalibrationError(f"{file}: empty; give a file with text, or --calibration self")
+        raise CalibrationError(f"{file}: empty; pass a file with text, or --calibration self")
     try:
         return readers[suffix](file, column)
     except (OSError, UnicodeDecodeError, EOFError) as error:
@@ -294,7 +291,7 @@ def _read_jsonl(file: Path, column: str) -> list[Document]:
                     texts.append(_text_of(json.loads(line), column, f"{file}, line {number}"))
                 except ValueError:
                     raise CalibrationError(
-                        f"{file}, line {number}: not JSON; mend or remove the line"
+                        f"{file}, line {number}: not JSON; fix or remove the line"
                     ) from None
     return texts
 
@@ -318,7 +315,7 @@ def _read_parquet(file: Path, column: str) -> list[Document]:
         wanted = column if column in names else next((c for c in _CONVERSATIONS if c in names), None)
         if wanted is None:
             raise CalibrationError(
-                f"{file}: no column {column!r} (it has {', '.join(names)}); name it: --text-column"
+                f"{file}: no column {column!r} (columns: {', '.join(names)}); name it with --text-column"
             )
         rows = parquet.read_table(file, columns=[wanted])[wanted].to_pylist()
         return [_text_of({wanted: row}, column, str(file)) for row in rows if row]
@@ -327,7 +324,7 @@ def _read_parquet(file: Path, column: str) -> list[Document]:
 
 
 def _text_of(row: Any, column: str, where: str | None) -> Document:
-    """The row's text, or its conversation where it has no such column or the column holds one."""
+    """The row's text, or its conversation if it has no such column or the column holds a list of turns."""
     if isinstance(row, str):
         return row
     found = None
@@ -339,12 +336,12 @@ def _text_of(row: Any, column: str, where: str | None) -> Document:
         return messages
     if not isinstance(row, dict) or column not in row:
         names = ", ".join(row) if isinstance(row, dict) else "none"
-        raise CalibrationError(f"{where}: no column {column!r} (it has {names}); name it: --text-column")
-    raise CalibrationError(f"{where}: column {column!r} holds no text; name another: --text-column")
+        raise CalibrationError(f"{where}: no column {column!r} ({names}); name it with --text-column")
+    raise CalibrationError(f"{where}: column {column!r} has no text; name another one with --text-column")
 
 
 def _messages(found: list[Any]) -> Conversation:
-    """[{role, content}] of a list in that form or ShareGPT's (from, value); empty where it is in neither."""
+    """Convert to [{role, content}] from that form or from ShareGPT's (from, value); empty for anything else."""
     messages = []
     for turn in found:
         role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
@@ -356,7 +353,7 @@ def _messages(found: list[Any]) -> Conversation:
 
 
 def _stream_hub(spec: CalibrationSpec) -> Iterator[Document]:
-    """Documents of a Hub data set, streamed and mixed by the seed; raises CalibrationError when unreachable."""
+    """Documents of a Hub data set, streamed and shuffled with the seed. Raises CalibrationError if unreachable."""
     name, config = DEFAULT_DATASET if spec.source is None else (*spec.source.split(":", 1), None)[:2]
     if any(
         os.environ.get(k, "").upper() in ("1", "TRUE", "YES", "ON")
@@ -372,19 +369,19 @@ def _stream_hub(spec: CalibrationSpec) -> Iterator[Document]:
             yield _text_of(row, spec.text_column, name)
     except CalibrationError:
         raise
-    except Exception as error:  # the network, the Hub and the data set's format each raise their own
+    except Exception as error:  # the network, the Hub and the data set's format raise different kinds
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise CalibrationError(f"{name}: cannot be streamed ({reason}); {_REMEDY}") from None
 
 
-# --- the model's own text --------------------------------------------------------------------------------------------
+# --- text sampled from the model --------------------------------------------------------------------------------------
 
 
 def sample_tokens(model: Any, spec: CalibrationSpec) -> torch.Tensor:
-    """Sequences drawn from the model at temperature 1, int64 [samples, seq_len], the same for the same seed.
+    """Sample sequences from the model at temperature 1 with the seed: int64 [samples, seq_len].
 
-    They begin with BOS, or EOS where there is none, or else with a random token. Special ends are drawn over, so that
-    every sequence is full.
+    They start with BOS, else EOS, else a random token. End tokens are not sampled, so every sequence is full. Raises
+    CalibrationError if the probabilities are not finite.
     """
     import torch
 
@@ -393,7 +390,7 @@ def sample_tokens(model: Any, spec: CalibrationSpec) -> torch.Tensor:
     generator = torch.Generator().manual_seed(spec.seed)
     first = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
     first = first[0] if isinstance(first, list) else first
-    # What the class calls its cache; one without any reads the whole sequence again at each step.
+    # The class's name for its cache; a class without one reads the whole sequence again at each step.
     names = signature(model.forward).parameters
     keyword = next((k for k in ("past_key_values", "cache_params", "cache") if k in names), None)
     sequences = []
@@ -414,7 +411,7 @@ def sample_tokens(model: Any, spec: CalibrationSpec) -> torch.Tensor:
                 chances = output.logits[:, -1].float().cpu().softmax(-1)
                 if not torch.isfinite(chances).all():
                     raise CalibrationError(
-                        "the model's own samples are not finite; measure in --dtype float32"
+                        "sampling from the model gives values that are not finite; use --dtype float32"
                     )
                 tokens = torch.cat([tokens, torch.multinomial(chances, 1, generator=generator)], dim=1)
             sequences.append(tokens)

@@ -1,4 +1,4 @@
-"""`slicer analyze` and `slicer plan`: options in, an analysis or a plan or one line of error out."""
+"""The commands `slicer analyze` and `slicer plan`."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ _UNRECORDED = {"out", "force", "as_json", "debug", "device", "memory", "source",
 
 
 def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say what text to work on: of convert, analyze and heal alike."""
+    """The calibration text options, shared by convert, analyze and heal."""
     options = [
         click.option(
             "--calibration",
             metavar="DATA",
             help="Text to measure and heal on: a Hub data set, a .jsonl, .txt or .parquet file (conversations go "
             "through the chat template), task:NAME for the prompts of an lm-eval task, or 'self' (text sampled from "
-            "the model); several, with commas between, in equal shares  [default: allenai/c4, streamed; self for the "
+            "the model); several, separated by commas, get equal shares  [default: allenai/c4, streamed; self for the "
             "demo model]",
         ),
         click.option("--samples", type=click.IntRange(min=1), help="Calibration sequences."),
-        click.option("--seq-len", type=click.IntRange(min=2), help="Tokens in each."),
-        click.option("--batch-size", type=click.IntRange(min=1), help="Sequences in a forward pass."),
+        click.option("--seq-len", type=click.IntRange(min=2), help="Tokens per calibration sequence."),
+        click.option("--batch-size", type=click.IntRange(min=1), help="Sequences per forward pass."),
         click.option(
-            "--seed", type=click.IntRange(min=0), help="Seed of the calibration sample, and of training."
-        ),
+            "--seed", type=click.IntRange(min=0), help="Seed of the calibration sample and of training."
+        ),  # fmt: skip
         click.option(
             "--text-column", metavar="NAME", help="Column of the calibration data that holds the text."
-        ),
+        ),  # fmt: skip
     ]
     for option in reversed(options):
         command = option(command)
@@ -46,94 +46,73 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command()
 @click.argument("source")
 @calibration_options
-@click.option(
-    "-o",
-    "--out",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Directory for analysis.json and figures.",
-)
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path),
+              help="Directory for analysis.json and figures.")  # fmt: skip
 @click.option(
     "--memory",
     metavar="SIZE",
-    help="Memory for weights and states, e.g. 4GB; a larger model is read from disk layer by layer, states beyond it "
-    "go to a file  [default: a safe part of what is free]",
+    help="Memory for weights and states, e.g. 4GB; a larger model is read from disk layer by layer, and states beyond "
+    "it go to a file  [default: 70% of the free memory]",
 )
-@click.option(
-    "--positions",
-    type=click.IntRange(min=1),
-    help="Tokens of each sequence that averages over tokens take  [default: 16]",
-)
+@click.option("--positions", type=click.IntRange(min=1),
+              help="Tokens of each sequence that token averages use  [default: 16]")  # fmt: skip
 @click.option(
     "--losses",
     metavar="N,...",
-    help="Also the loss and the KL divergence without each block of these sizes, e.g. 1,4. A pass each.",
+    help="Also measure loss and KL divergence without each block of these sizes, e.g. 1,4. One pass per size.",
 )
-@click.option(
-    "--greedy",
-    type=click.IntRange(min=1),
-    metavar="LAYERS",
-    help="Also remove so many layers one by one, by loss (SLEB). A pass each.",
-)
-@click.option(
-    "--taylor", is_flag=True, help="Also |gradient x weight| of each layer. A pass and a backward pass."
-)
+@click.option("--greedy", type=click.IntRange(min=1), metavar="LAYERS",
+              help="Also remove this many layers one by one, by loss (SLEB). One pass per layer.")  # fmt: skip
+@click.option("--taylor", is_flag=True,
+              help="Also measure |gradient x weight| of each layer. One forward and one backward pass.")  # fmt: skip
 @click.option(
     "--sublayers",
     is_flag=True,
-    help="Also attention and feed-forward parts apart, and half-offset cuts: the stream is tapped after every "
-    "attention; with --losses also the loss and KL without each part. A pass more.",
+    help="Also measure attention and feed-forward sublayers separately, and half-offset cuts; with --losses also loss "
+    "and KL without each sublayer. One more pass.",
 )
 @click.option(
     "--shapley",
     type=click.IntRange(min=1),
     metavar="PASSES",
-    help="Also Shapley values of the layers (with --sublayers of their parts), sampled within so many forward passes.",
+    help="Also sample Shapley values of layers (with --sublayers: of sublayers), within this many forward passes.",
 )
 @click.option(
     "--against",
     metavar="loss|kl|task:NAME",
     default="loss",
     show_default=True,
-    help="What Shapley values are shares of: the loss, the KL divergence from the full model, or the score of a "
-    "multiple-choice task of lm-eval's, e.g. task:boolq or task:mmlu@5 (five examples).",
+    help="What the Shapley values add up to: the loss, the KL divergence from the full model, or the score of a "
+    "multiple-choice lm-eval task, e.g. task:boolq or task:mmlu@5 (five examples).",
 )
-@click.option(
-    "--questions",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Questions of that task, drawn by the seed  [default: 64]",
-)
-@click.option(
-    "--data",
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="Local files of that task, as in slicer eval  [default: the Hub's]",
-)
+@click.option("--questions", type=click.IntRange(min=1), metavar="N",
+              help="Number of questions of that task, drawn with the seed  [default: 64]")  # fmt: skip
+@click.option("--data", metavar="DIR", type=click.Path(path_type=Path),
+              help="Directory of local files of that task, as in slicer eval  [default: the Hub's]")  # fmt: skip
 @click.option(
     "--beside",
     metavar="ANALYSIS",
     type=click.Path(path_type=Path),
-    help="Also draw what each part is worth here against what it is worth to the text of that other analysis.",
+    help="Also plot the importance of each layer or sublayer here against that in another analysis.",
 )
 @click.option(
     "--healed",
     metavar="N,...",
-    help="Also heal the four closest blocks of these sizes in closed form, and compare their loss.",
+    help="Also heal the four closest blocks of these sizes in closed form and compare their losses.",
 )
-@click.option(
-    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Measure in  [default: as stored]"
-)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
-@click.option("--force", is_flag=True, help="Replace the analysis that OUT holds.")
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]),
+              help="Precision to measure in  [default: as stored]")  # fmt: skip
+@click.option("--device", default="auto", show_default=True,
+              help="Device to run on: auto, cpu, cuda, cuda:1.")  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace an existing analysis in OUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print the analysis as JSON.")
 @click.option("--trust-remote-code", is_flag=True, help="Run the checkpoint's own Python code.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def analyze(source: str, out: Path, **given: Any) -> None:
-    """Measure which layers of SOURCE matter, by every metric, whatever its size.
+    """Measure the importance of the layers of SOURCE, by every metric.
 
-    The model need not fit in memory. A run that was killed goes on after the last finished layer when it is started
-    again. Several processes share the samples: torchrun --nproc-per-node 2 -m slicer analyze ...
+    The model need not fit in memory. A stopped run resumes after the last finished layer when the command is run
+    again. Several processes divide the samples: torchrun --nproc-per-node 2 -m slicer analyze ...
 
     \b
     slicer analyze Llama-2-70b-hf --memory 8GB -o analysis
@@ -172,7 +151,7 @@ def analyze(source: str, out: Path, **given: Any) -> None:
     with console.progress() as progress:
         analysis = run(source, out, options, progress=progress)
     if analysis is None:
-        return  # another process of several speaks
+        return  # not rank 0: it prints nothing
     if given["as_json"]:
         click.echo(analysis.to_json(), nl=False)
     else:
@@ -181,30 +160,18 @@ def analyze(source: str, out: Path, **given: Any) -> None:
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--drop", metavar="AMOUNT", help="Fraction 0.4 or count 8.")
-@click.option(
-    "--drop-attention", metavar="AMOUNT", help="Attention of so many layers, beside --drop or alone."
-)
-@click.option("--drop-ffn", metavar="AMOUNT", help="Feed-forward part of so many layers, likewise.")
-@click.option("--drop-sublayers", metavar="AMOUNT", help="So many of either, whichever scores least.")
-@click.option(
-    "--metric",
-    type=click.Choice(METRICS),
-    default="angular_last_token",
-    show_default=True,
-    help="What to choose by.",
-)
-@click.option(
-    "--blocks",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="At most so many separate blocks; the best way is found exactly.",
-)
-@click.option("--protect", metavar="LAYERS", help="Layers that must stay, e.g. 0,1,-1 (from the end) or 0-3.")
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help="Plan file  [default: plan.json in DIRECTORY]"
-)
+@click.option("--drop", metavar="AMOUNT", help="Layers to drop: fraction 0.4 or count 8.")
+@click.option("--drop-attention", metavar="AMOUNT", help="Number or fraction of attention sublayers to drop.")
+@click.option("--drop-ffn", metavar="AMOUNT", help="Number or fraction of feed-forward sublayers to drop.")
+@click.option("--drop-sublayers", metavar="AMOUNT",
+              help="Number or fraction of sublayers of either kind to drop, least important first.")  # fmt: skip
+@click.option("--metric", type=click.Choice(METRICS), default="angular_last_token", show_default=True,
+              help="Metric to choose by.")  # fmt: skip
+@click.option("--blocks", type=click.IntRange(min=1), default=1, show_default=True,
+              help="Maximum number of separate blocks; the optimum is exact.")  # fmt: skip
+@click.option("--protect", metavar="LAYERS", help="Layers to keep, e.g. 0,1,-1 (from the end) or 0-3.")
+@click.option("-o", "--out", type=click.Path(path_type=Path),
+              help="Plan file  [default: plan.json in DIRECTORY]")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def plan(
@@ -260,7 +227,7 @@ def plan(
 
 
 def recorded_command(unrecorded: Collection[str]) -> str:
-    """The command that does the same work again: what was given, in the order of the help, but for `unrecorded`."""
+    """The current command line, in the order of the help, without `unrecorded` options."""
     context = click.get_current_context()
     arguments = [p for p in context.command.params if isinstance(p, click.Argument)]
     words = ["slicer", context.info_name or "", *(str(context.params[p.name or ""]) for p in arguments)]

@@ -1,7 +1,7 @@
-"""The residual stream tapped after every attention too: distances across half-layers, all from one pass.
+"""Distances between sublayers: the residual stream is also tapped after every attention, all in one pass.
 
-The model is seen as 2L half-layers: number 2l is the attention of layer l, number 2l+1 its feed-forward part. A block
-of an even number of half-layers that starts at an odd one is a half-offset cut.
+The model is seen as 2L sublayers: 2l is the attention of layer l, 2l+1 its feed-forward part. A block of even size that
+starts at an odd one is a half-offset cut.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ Listener = Callable[[int, torch.Tensor], None]
 
 
 class Midway:
-    """Finds where in a layer the stream stands after its attention, and listens there.
+    """Taps the residual stream inside a layer, after its attention.
 
-    A module that is handed just that (the norm before the feed-forward part, in most models) is found by running the
-    layer with its feed-forward part silenced, which leaves the stream as it is in between. In layers where nothing is
-    (attention and feed-forward part side by side) every run is made twice.
+    The tap is the module whose input is that stream (in most models the norm before the feed-forward part). It is found
+    by running the layer with a silenced feed-forward part. If no module has that input (parallel attention and
+    feed-forward), every run is made twice.
     """
 
     def __init__(self, walk: Walk) -> None:
@@ -42,7 +42,7 @@ class Midway:
         self._places: dict[tuple[Any, ...], str | None] = {}
 
     def states(self, i: int, batch: int, entering: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(stream after the attention of layer i, after the layer), [batch, seq, d], where x(i) is `entering`."""
+        """(stream after the attention of layer i, stream after layer i), [batch, seq, d]; `entering` is x(i)."""
         with self._walk.layer(i) as layer:
             run = partial(self._walk.call, i, batch, entering)
             place = self.place(i, layer, run)
@@ -61,17 +61,17 @@ class Midway:
             return seen[0].view(after.shape), after
 
     def place(self, i: int, layer: nn.Module, run: Run) -> str | None:
-        """The module of layer i that is given the stream after the attention; None where none is.
+        """Name of the module in layer i whose input is the stream after the attention; None if there is none.
 
-        Raises ArchitectureError for a layer that has not both parts.
+        Raises ArchitectureError for a layer without attention or feed-forward part.
         """
         key = (type(layer), *(name for name, _ in layer.named_children()))
         if key not in self._places:
             outputs = ffn_outputs(layer)
             if not outputs or not attention_outputs(layer):
                 raise ArchitectureError(
-                    f"layer {i} of {type(self._walk.model).__name__} has not both attention and feed-forward part, as "
-                    "far as slicer knows; drop whole layers (--drop, --offset whole)"
+                    f"layer {i} of {type(self._walk.model).__name__} does not have both attention and feed-forward "
+                    "sublayers; drop whole layers (--drop, --offset whole)"
                 )
             with silenced(outputs):
                 between = run()
@@ -86,7 +86,7 @@ def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
 
 
 def _handed(layer: nn.Module, run: Run, wanted: torch.Tensor) -> str | None:
-    """The first module within `layer` whose input is `wanted`, bit for bit."""
+    """The first module in `layer` whose input equals `wanted` bit for bit."""
     found: list[str] = []
 
     def hook(name: str) -> Callable[..., None]:
@@ -143,11 +143,11 @@ def measure_text(walk: Walk, text: TokenBatches, halves: bool | None, progress: 
 def measure_halves(
     walk: Walk, batches: Sequence[torch.Tensor], *, progress: Progress | None = None
 ) -> tuple[Distances, Distances]:
-    """One pass over `batches` (int64 [batch, seq] each, no padding): the angular distances of last tokens between
-    layers, as `summary.measure` has them, and between half-layers (a table of depth 2L).
+    """Measure the angular distances of last tokens between layers (as in `summary.measure`) and between sublayers (a
+    table of depth 2L), in one pass over `batches` (int64 [batch, seq] each, no padding).
 
-    Raises CalibrationError for states that are not finite, ArchitectureError where a layer has not both parts, or
-    where its layers cannot be run one by one.
+    Raises CalibrationError for states that are not finite, ArchitectureError for a layer without attention or
+    feed-forward part, or if the layers cannot be run one by one.
     """
     stacked = record_halves(walk, batches, progress=progress)
     values = torch.cat([angles(some.float()).cpu() for some in torch.split(stacked, 4, 1)])
@@ -156,13 +156,13 @@ def measure_halves(
 
 
 def tables_of_halves(stacked: torch.Tensor, seq_len: int) -> dict[str, Distances]:
-    """Every metric that is an average over tokens, at the last token of each sequence, between half-layers: from what
-    `record_halves` returned."""
+    """Every metric that averages over tokens, at each sequence's last token, between sublayers; `stacked`:
+    [2L+1, samples, d] from `record_halves`."""
     found: dict[str, list[torch.Tensor]] = {}
     for one in torch.split(stacked, 1, 1):
         for name, value in per_sequence(one[:, :, None]).items():
             if name == "angular_mean":
-                continue  # of one token: the same again
+                continue  # with one token the same as angular_last_token
             found.setdefault(name, []).append(value)
     return {name: table(name, torch.cat(values), seq_len=seq_len) for name, values in found.items()}
 
@@ -170,9 +170,9 @@ def tables_of_halves(stacked: torch.Tensor, seq_len: int) -> dict[str, Distances
 def record_halves(
     walk: Walk, batches: Sequence[torch.Tensor], *, progress: Progress | None = None
 ) -> torch.Tensor:
-    """The last token's stream before, within and after every layer: [2L+1, samples, d].
+    """The last token's residual stream before, inside and after every layer: [2L+1, samples, d].
 
-    Raises as `measure_halves` does.
+    Raises as `measure_halves`.
     """
     progress = progress or Progress()
     states = walk.start(batches)

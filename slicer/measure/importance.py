@@ -1,7 +1,7 @@
-"""What the loss says of layers: blocks left out, greedy removal, gradients. Each needs passes of its own.
+"""Metrics that need the loss: blocks left out, greedy removal, gradients. Each takes passes of its own.
 
-Candidates share all work before their cut: one pass carries a stream of states for every candidate, which branches off
-the full model's at the cut, so each layer is read once a pass and run once for every stream that has it.
+Candidates share the work before their cut: one pass carries the states of all candidates, which branch off the full
+model's states at their cut. Each layer is read once per pass and run once for every candidate that keeps it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from slicer.runtime.workdir import Notebook
 
 @dataclass(frozen=True)
 class Losses:
-    """What was measured: tables by metric, the whole model's loss (nats a token), SLEB's order."""
+    """Results: tables by metric, loss of the full model (nats per token), SLEB's removal order."""
 
     tables: dict[str, Distances] = field(default_factory=dict)
     base: float | None = None
@@ -44,10 +44,10 @@ def measure(
     notebook: Path | None = None,
     progress: Progress | None = None,
 ) -> Losses:
-    """The loss-based metrics asked for; `batches` are this process's, its first sample `first` of all `samples`.
+    """Measure the requested metrics. `batches` are this process's; `first`: number of its first sample among `samples`.
 
-    `sizes`: block sizes n whose every block is left out ("loss" and "kl"). `greedy`: layers to remove one by one.
-    Finished passes are kept in `notebook`, which a later call takes up.
+    `sizes`: block sizes n to leave out ("loss" and "kl"). `greedy`: layers to remove one by one. The results of
+    finished passes are stored in `notebook` and reused by later calls.
     """
     progress = progress or Progress()
     book = Notebook(notebook)
@@ -107,11 +107,11 @@ def leave_out(
     *,
     progress: Progress | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The model less `without`, and the same less each candidate's layers too.
+    """Measure the model less `without`, and the same less each candidate's layers too.
 
-    Returns, a sample a row, float64: the loss in nats a token of the first [samples], of each candidate
-    [samples, candidates], and the KL divergence of each candidate's next-token distribution from the first's, mean over
-    tokens [samples, candidates].
+    Returns float64, one row per sample: the loss of the former in nats per token [samples], the loss of each candidate
+    [samples, candidates], and the KL divergence of each candidate's next-token distribution from the former's, mean
+    over tokens [samples, candidates].
     """
     progress = progress or Progress()
     states = walk.start(batches)
@@ -149,22 +149,22 @@ def leave_out(
 
 
 def _loss(chances: torch.Tensor, tokens: torch.Tensor) -> float:
-    """Nats a token: `chances` [seq, vocabulary] are log probabilities of the token after each."""
+    """Nats per token; `chances` [seq, vocabulary]: log probabilities of the next token."""
     return float(torch.nn.functional.nll_loss(chances[:-1], tokens[1:].to(chances.device)))
 
 
 def taylor_scores(
     walk: Walk, batches: Sequence[torch.Tensor], *, progress: Progress | None = None
 ) -> torch.Tensor:
-    """First-order importance of each layer: the sum of |dL/dw * w| over its weights w, a sample a row: [samples, L].
+    """First-order importance of each layer: the sum of |dL/dw * w| over its weights w, per sample: [samples, L].
 
-    L is the loss of one sequence, nats a token. The backward pass recomputes each layer from its kept input, so it too
-    needs one layer in memory at a time.
+    L is the loss of one sequence in nats per token. The backward pass recomputes each layer from its stored input, so
+    only one layer is in memory at a time.
     """
     progress = progress or Progress()
     rows = [row[None] for batch in batches for row in batch]
     states = walk.start(rows)
-    kept = []  # x(0)..x(L-1)
+    kept = []  # x(0)..x(L-1), inputs of the layers
     for i in range(walk.depth):
         kept.append(states.copy())
         walk.advance(i, states)
@@ -189,7 +189,7 @@ def taylor_scores(
 def _backward(
     walk: Walk, layer: torch.nn.Module, i: int, entering: States, gradients: list[torch.Tensor]
 ) -> torch.Tensor:
-    """The scores of layer i by sample; `gradients`, of what leaves it, become those of what enters it."""
+    """Scores of layer i by sample; replaces `gradients` of its output by those of its input, in place."""
     weights = [p for p in layer.parameters() if p.is_floating_point()]
     scores = torch.zeros(len(gradients), dtype=torch.float64)
     for weight in weights:

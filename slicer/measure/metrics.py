@@ -1,8 +1,8 @@
-"""Distances between the residual stream entering layer l and layer m: every pair at once, a value a sequence.
+"""Distances between the residual stream entering layer l and layer m, for all pairs at once, one value per sequence.
 
-`per_sequence` holds what is an average over the tokens of a sequence; `PointMetrics` what needs the tokens of many
-sequences together (CKA, the fold residual). All of them are 0 for a block that changes nothing, and grow with the
-change. Figures are of float64 arithmetic on the states as the model computed them.
+`per_sequence` covers averages over the tokens of a sequence; `PointMetrics` covers metrics that need tokens of many
+sequences together (CKA, the fold residual). All are 0 for a block that changes nothing and grow with the change.
+Computed in float64 on the states in the model's precision.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ PER_SEQUENCE = (ANGULAR, "angular_mean", "block_influence", "relative_l1", "rela
 POINTS = ("cka", "fold_residual")
 METRICS = (*PER_SEQUENCE, *POINTS)
 
-SKETCH = 32  # random directions that stand for all d of them where the fold residual is taken
-RIDGES = (1e-3, 1e-1)  # of the mean eigenvalue; the better one, left-out sequences decide
+SKETCH = 32  # dimensions of the random projection used for the fold residual
+RIDGES = (1e-3, 1e-1)  # relative to the mean eigenvalue; the better one on left-out sequences is used
 _TINY = torch.finfo(torch.float64).tiny
 
 
 def check_finite(states: torch.Tensor, first: int = 0) -> None:
-    """`states`: x(first), x(first + 1), ..., [layers, ...]. Raises CalibrationError naming one that is not finite."""
+    """`states`: x(first), x(first + 1), ..., [layers, ...]. Raises CalibrationError if one is not finite."""
     if not torch.isfinite(states).all():
         layer = first + int((~torch.isfinite(states)).flatten(1).any(1).nonzero()[0])
         raise CalibrationError(
-            f"the residual stream entering layer {layer} holds infinite or undefined values; "
+            f"the residual stream entering layer {layer} has infinite or NaN values; "
             "measure in another dtype (--dtype float32)"
         )
 
@@ -37,8 +37,8 @@ def check_finite(states: torch.Tensor, first: int = 0) -> None:
 def angles(states: torch.Tensor) -> torch.Tensor:
     """[L+1, batch, d] -> [batch, L+1, L+1]: angular distances in units of pi (equation 7 of the paper).
 
-    d = arccos(u . v / |u| |v|) / pi, in [0, 1]. The angle is taken as 2 atan2(|u - v|, |u + v|) of the unit vectors:
-    arccos loses half the digits near 0.
+    d = arccos(u . v / |u| |v|) / pi, in [0, 1], computed as 2 atan2(|u - v|, |u + v|) of the unit vectors: arccos loses
+    half the digits near 0.
     """
     unit = states.to(torch.float64).transpose(0, 1)
     unit = unit / unit.norm(dim=-1, keepdim=True).clamp_min(_TINY)
@@ -50,8 +50,8 @@ def angles(states: torch.Tensor) -> torch.Tensor:
 def per_sequence(states: torch.Tensor) -> dict[str, torch.Tensor]:
     """The metrics of `PER_SEQUENCE`: [L+1, batch, positions, d] -> name -> [batch, L+1, L+1], float64.
 
-    Entry (l, m) compares u = x(l) with v = x(m) at the same token, averaged over the positions given (the last of
-    which is the sequence's last token):
+    Entry (l, m) compares u = x(l) with v = x(m) at the same token, averaged over the positions (the last position is
+    the sequence's last token):
 
         angular_last_token  arccos(cos(u, v)) / pi, last position only (the paper)
         angular_mean        the same, mean over positions
@@ -90,7 +90,7 @@ class AngularDistance:
         return len(self._values)
 
     def add(self, last: torch.Tensor) -> None:
-        """`last`: the last token's states, [L+1, batch, d]. Raises CalibrationError when they are not finite."""
+        """`last`: the last token's states, [L+1, batch, d]. Raises CalibrationError if they are not finite."""
         check_finite(last)
         self._values += angles(last).cpu().unbind(0)
 
@@ -113,9 +113,9 @@ def standard_error(values: torch.Tensor) -> torch.Tensor:
 def cka(points: Sequence[torch.Tensor], groups: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Linear CKA between layers, as a distance: 1 - CKA(l, m) (Kornblith et al. 2019, equation 5).
 
-    `points`: L+1 tensors [N, d], N tokens in `groups` sequences of equal share. Returns the value [L+1, L+1] over all N
-    tokens, and the jackknife's pseudo-values [groups, L+1, L+1] of leaving one sequence out, whose standard error is
-    the value's. With CKA = <K, L> / |K| |L| of the centred token-by-token kernels.
+    CKA = <K, L> / |K| |L| of the centred token-by-token kernels. `points`: L+1 tensors [N, d], N tokens in `groups`
+    sequences of equal length. Returns the value over all N tokens [L+1, L+1], and the jackknife pseudo-values of
+    leaving out one sequence [groups, L+1, L+1], whose standard error is that of the value.
     """
     layers, count = len(points), len(points[0])
     share = count // groups
@@ -132,7 +132,7 @@ def cka(points: Sequence[torch.Tensor], groups: int) -> tuple[torch.Tensor, torc
         flat = rows.flatten(1)
         product = flat @ flat.T
         corner = rows[:, :, own].flatten(1)
-        # Centred again without g: each remaining row of a centred kernel sums to minus its entries in g.
+        # Centre again without g: each remaining row of a centred kernel sums to minus its entries in g.
         sums = -rows.sum(1)
         total = -sums[:, own].sum(1)
         sums[:, own] = 0
@@ -153,14 +153,13 @@ def _one_minus_cka(hsic: torch.Tensor) -> torch.Tensor:
 
 
 def fold_residual(points: Sequence[torch.Tensor], mlp: Sequence[torch.Tensor], groups: int) -> torch.Tensor:
-    """What a linear map of layer l-1's feed-forward output cannot explain of x(m) - x(l), relative to x(l).
+    """The part of x(m) - x(l) that no linear map of layer l-1's feed-forward output explains, relative to x(l).
 
-    `points`: x(l), L+1 tensors [N, d]; `mlp`: what the feed-forward part of layer l-1 puts out, at index l-1; N
-    tokens in `groups` sequences of equal share. Returns [groups, L+1, L+1]: for every sequence
-    |x(m) - x(l) - M T| / |x(l)|, Frobenius norms over its tokens, T the ridge regression on all the other sequences
-    (leave-one-out in closed form, the better of two ridges for each l). So it can be compared with relative_l2. The
-    change is seen through a fixed random projection to 32 directions. With no layer before it, nothing is explained of
-    a block at l = 0.
+    `points`: x(l), L+1 tensors [N, d]; `mlp`: feed-forward output of layer l-1 at index l-1; N tokens in `groups`
+    sequences of equal length. Returns [groups, L+1, L+1]: for every sequence |x(m) - x(l) - M T| / |x(l)|, Frobenius
+    norms over its tokens, where T is the ridge regression on all other sequences (leave-one-out in closed form, the
+    better of two ridges for each l). Comparable with relative_l2. The change is projected to 32 fixed random
+    directions. For l = 0 there is no layer before, and nothing is explained.
     """
     layers, (count, width) = len(points), points[0].shape
     share = count // groups
@@ -199,14 +198,14 @@ def _left_out(kernel: torch.Tensor, change: torch.Tensor, groups: int, ridge: fl
 
 
 def points_affordable(layers: int, width: int, samples: int, tokens: int, layer_parameters: int) -> int:
-    """How many tokens CKA and the fold residual take: at most 1024, their cost at most some 2% of a forward pass.
+    """Number of tokens for CKA and the fold residual: at most 1024, at most about 2% of the cost of a forward pass.
 
-    A multiple or a divisor's worth of `samples`: an equal number of tokens of each sequence.
+    A multiple or a divisor of `samples`, so that all sequences give equally many tokens.
     """
     forward = 2.0 * layer_parameters * tokens
     for count in (1024, 512, 256, 128):
         kernels = 4.0 * count**2 * width * layers
-        # A factorisation runs at a quarter of the speed of a product.
+        # A factorisation runs at a quarter of the speed of a matrix product.
         solving = len(RIDGES) * layers * (8.0 * count**3 + count**2 * layers * SKETCH)
         if kernels + solving + 4.0 * count**2 * layers**2 <= 0.02 * forward:
             break

@@ -1,7 +1,7 @@
 """Multiple choice as a cost: the share of questions that a model answers wrongly, by the likelihood of each choice.
 
-A model answers with the choice whose tokens it gives the greatest log-likelihood behind the question; the first of
-equals. `slicer.judge.questions` makes them of an lm-eval task.
+The model's answer is the choice with the greatest log-likelihood after the question; the first one if several are
+equal. `slicer.judge.questions` makes `Questions` from an lm-eval task.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class Choice:
-    """A possible answer: `tokens` are what follows the last len(tokens) positions of sequence `batch`."""
+    """A possible answer: `tokens` follow the last len(tokens) positions of sequence `batch`."""
 
     batch: int
     tokens: tuple[int, ...]
@@ -26,10 +26,10 @@ class Questions:
 
     Attributes:
         name: of the task.
-        batches: int64 [1, seq] each: question and choice but for the last token; choices that differ in no other share
-            one.
+        batches: int64 [1, seq] each: question and choice without the last token; choices that differ only in the last
+            token share one.
         choices: by question.
-        right: by question, the numbers of the choices that count as right.
+        right: by question, the indices of the correct choices.
     """
 
     name: str
@@ -39,14 +39,14 @@ class Questions:
 
     @property
     def guessing(self) -> float:
-        """The share of wrong answers that guessing has."""
+        """The share of wrong answers of a random guess."""
         chances = [len(right) / len(choices) for right, choices in zip(self.right, self.choices, strict=True)]
         return 1 - sum(chances) / len(chances)
 
     def errors(self, chances: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
-        """1 for each question answered wrongly, else 0: [questions], float64.
+        """1 for each wrong answer, else 0: [questions], float64.
 
-        `chances(b, n)`: log probabilities [n, vocabulary] of what follows each of the last n positions of sequence b.
+        `chances(b, n)`: log probabilities [n, vocabulary] of the tokens after the last n positions of sequence b.
         """
         by_batch: dict[int, set[Choice]] = {}
         for choice in (c for choices in self.choices for c in choices):

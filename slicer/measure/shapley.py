@@ -1,15 +1,14 @@
-"""What parts of the model are worth in company: leave-one-out and Shapley values of layers, or of sublayers.
+"""Leave-one-out and Shapley values of layers or sublayers.
 
-Players are the layers, or their attention and feed-forward parts. A coalition is a model without some of them, and its
-cost the loss on the calibration text, or the KL divergence of its next-token distributions from the full model's, in
-nats a token, at most log V (guessing); or the share of a task's questions that it answers wrongly, at most that of
-guessing. A player's Shapley value is the mean, over all orders in which players can
-leave, of how much the cost rises when it leaves (Castro et al. 2009): what "A deeper look at depth pruning of LLMs"
-calls an adaptive importance.
+The players are the layers, or their attention and feed-forward sublayers. The cost of a coalition (the model without
+some players) is the loss on the calibration text, or the KL divergence of its next-token distributions from the full
+model's, in nats per token, at most log V (a uniform guess); or the share of wrong answers to a task, at most that of
+guessing. A player's Shapley value is the mean, over all orders of removal, of the rise in cost when it is removed
+(Castro et al. 2009), called adaptive importance in "A deeper look at depth pruning of LLMs".
 
-Orders are drawn at random, each with its reverse (antithetic). An order ends where the cost is that of guessing: who
-leaves later changes nothing (truncation). A model that differs from the one before it by one more player gone shares
-all layers before that player with it, and starts there.
+Orders are drawn at random, each with its reverse (antithetic). An order ends when the cost reaches that of guessing:
+later removals change nothing (truncation). A model that differs from the previous one by one more removed player reuses
+all states before that player.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ AGAINST = ("loss", "kl")
 
 @dataclass(frozen=True)
 class Values:
-    """What was measured of each player, in order of depth (attention before feed-forward part).
+    """Values of the players, in order of depth (attention before feed-forward).
 
     Attributes:
-        samples: [samples, players], float64: a pair of orders each (Shapley), or a sequence or question
+        samples: [samples, players], float64: one row per pair of orders (Shapley), or per sequence or question
             (leave-one-out).
-        base: the cost of the whole model.
-        passes: forward passes that were made, in whole models.
+        base: the cost of the full model.
+        passes: number of forward passes of the full model with the same work.
     """
 
     samples: torch.Tensor
@@ -56,22 +55,24 @@ class Values:
 
     @property
     def standard_error(self) -> list[float]:
-        """Of each value; NaN for a single sample."""
+        """Standard error of each value; NaN for a single sample."""
         if len(self.samples) < 2:
             return [math.nan] * self.samples.shape[1]
         return [float(v) for v in self.samples.std(0) / math.sqrt(len(self.samples))]
 
 
 class Coalitions:
-    """Costs of the model without some players: its loss or KL divergence on batches, or its errors on `Questions`.
+    """Costs of the model without some players: loss or KL divergence on batches, or errors on `Questions`.
 
-    `parts`: whether the players are sublayers, 2i and 2i + 1 those of layer i.
+    `parts`: whether the players are sublayers: 2i is attention i, 2i + 1 is feed-forward i.
 
     Attributes:
-        players: how many there are.
-        base: the cost of the whole model, by sequence or question.
-        ceiling: the cost of guessing: log V, or of questions its share of errors; where the whole model answers no
-            better than that, infinite, and no order is cut short.
+        players: number of players.
+        base: the cost of the full model, by sequence or question.
+        ceiling: the cost of guessing: log V, or the share of wrong answers; infinite if the full model is no better
+            than guessing, and then orders are not truncated.
+
+    Raises UsageError for an unknown `against`, ArchitectureError for a layer without one of the sublayers.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Coalitions:
         against: str = "loss",
     ) -> None:
         if against not in AGAINST:
-            raise UsageError(f"against {against!r}: choose one of {', '.join(AGAINST)}")
+            raise UsageError(f"against {against!r}: choose from {', '.join(AGAINST)}")
         self._questions = of if isinstance(of, Questions) else None
         batches = of.batches if isinstance(of, Questions) else of
         self._walk, self._parts, self._against = walk, parts, against
@@ -92,8 +93,8 @@ class Coalitions:
             for i, layer in enumerate(walk.layers):
                 if not attention_outputs(layer) or not ffn_outputs(layer):
                     raise ArchitectureError(
-                        f"layer {i} of {type(walk.model).__name__} has not both attention and feed-forward part, as "
-                        "far as slicer knows; measure whole layers"
+                        f"layer {i} of {type(walk.model).__name__} does not have both attention and feed-forward "
+                        "sublayers; measure whole layers"
                     )
         self.layer_runs = 0
         start = walk.start(batches)
@@ -111,17 +112,17 @@ class Coalitions:
 
     @property
     def passes(self) -> float:
-        """Forward passes made so far, in whole models."""
+        """Forward passes so far, in units of the full model."""
         return self.layer_runs / self._walk.depth
 
     def without(self, gone: frozenset[int]) -> float:
-        """The cost without these players, at most `ceiling`."""
+        """The cost without the players `gone`, at most `ceiling`."""
         if gone not in self._known:
             self._known[gone] = min(float(self.samples_without(gone).mean()), self.ceiling)
         return self._known[gone]
 
     def samples_without(self, gone: frozenset[int]) -> torch.Tensor:
-        """The cost of each sequence or question, [samples], float64."""
+        """The cost without the players `gone` for each sequence or question: [samples], float64."""
         new = gone - self._gone if self._gone <= gone else gone
         if not self._gone <= gone:
             self._trail, self._gone = list(self._whole), frozenset()
@@ -131,7 +132,7 @@ class Coalitions:
         return self._costs(self._trail[-1])
 
     def _run(self, gone: frozenset[int], first: int) -> None:
-        """The layers from `first` on, and the trail they leave."""
+        """Run the layers from `first` on and store their states in the trail."""
         walk = self._walk
         del self._trail[first + 1 :]
         with walk.along(range(first, walk.depth)):
@@ -140,7 +141,7 @@ class Coalitions:
                     (2 * i in gone, 2 * i + 1 in gone) if self._parts else (i in gone, i in gone)
                 )
                 if no_attention and no_ffn:
-                    self._trail.append(self._trail[-1])  # the same states: nothing writes into them again
+                    self._trail.append(self._trail[-1])  # shared: states in the trail are never written to
                     continue
                 states = self._trail[-1].copy()
                 states.layer = min(states.layer, i)
@@ -174,9 +175,9 @@ class Coalitions:
 
 
 def leave_one_out(coalitions: Coalitions, progress: Progress | None = None) -> Values:
-    """How much the cost rises without each player alone, a sequence or question a sample."""
+    """The rise in cost without each single player, one sample per sequence or question."""
     progress = progress or Progress()
-    progress.stage("Leaving out each part", coalitions.players, "parts")
+    progress.stage("Leaving out each player", coalitions.players, "players")
     columns = []
     for p in range(coalitions.players):
         columns.append(coalitions.samples_without(frozenset((p,))) - coalitions.base)
@@ -187,12 +188,12 @@ def leave_one_out(coalitions: Coalitions, progress: Progress | None = None) -> V
 def shapley(
     coalitions: Coalitions, budget: float, *, seed: int = 0, progress: Progress | None = None
 ) -> Values:
-    """Shapley values of all players, by pairs of opposite orders until `budget` forward passes are made.
+    """Shapley values of all players, from pairs of opposite orders until `budget` forward passes are used.
 
-    At least one pair is made whatever the budget; two are needed for standard errors.
+    Runs at least one pair; standard errors need two. Raises UsageError for a budget below 1.
     """
     if budget <= 0:
-        raise UsageError(f"--shapley {budget:g}: give a number of forward passes of at least 1")
+        raise UsageError(f"--shapley {budget:g}: pass a number of forward passes of at least 1")
     progress = progress or Progress()
     progress.stage("Shapley values", math.ceil(budget), "passes")
     draw, before = random.Random(seed), coalitions.passes
@@ -204,7 +205,7 @@ def shapley(
         order = draw.sample(range(coalitions.players), coalitions.players)
         both = [_marginals(coalitions, way) for way in (order, order[::-1])]
         pairs.append((both[0] + both[1]) / 2)
-        took = max(1.0, coalitions.passes - started)  # costs known already are not free for ever
+        took = max(1.0, coalitions.passes - started)  # cached costs make a pair cheaper, but not every pair
         longest, spent = max(longest, took), spent + took
         now = min(int(spent), math.ceil(budget))
         progress.advance(now - told)
@@ -213,7 +214,7 @@ def shapley(
 
 
 def _marginals(coalitions: Coalitions, order: Sequence[int]) -> torch.Tensor:
-    """By player, what its leaving in this order adds to the cost."""
+    """By player, the rise in cost when it is removed in this order."""
     values = torch.zeros(coalitions.players, dtype=torch.float64)
     cost, gone = min(float(coalitions.base.mean()), coalitions.ceiling), frozenset[int]()
     for player in order:
@@ -227,8 +228,8 @@ def _marginals(coalitions: Coalitions, order: Sequence[int]) -> torch.Tensor:
 
 
 def table_of(name: str, values: Values, seq_len: int, samples: int, most: int | None = None) -> Distances:
-    """The values as a metric's table, those of a block of several added up, as Shapley values may be; blocks of at most
-    `most` players (None: all)."""
+    """The values as a metric's table. A block's value is the sum of its players' values (Shapley values are additive);
+    blocks have at most `most` players (None: all)."""
     players = values.samples.shape[1]
     rows = {n: values.samples.unfold(1, n, 1).sum(-1) for n in range(1, (most or players) + 1)}
     return table_of_rows(name, rows, players, seq_len=seq_len, samples=samples)

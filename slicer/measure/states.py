@@ -1,4 +1,4 @@
-"""The hidden states of all sequences between two layers: in memory up to a limit, the rest in mapped files."""
+"""Hidden states of all sequences between two layers: in memory up to a limit, the rest in memory-mapped files."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 class Room:
-    """Bytes of memory that states may take together; what does not fit goes to files in `directory`."""
+    """Memory budget in bytes for states; what does not fit goes to files in `directory`."""
 
     def __init__(self, limit: int | None = None, directory: Path | None = None) -> None:
         self.limit, self.directory = limit, directory
         self.used = 0
 
     def tensor(self, shape: Iterable[int], dtype: torch.dtype, *, pin: bool = False) -> torch.Tensor:
-        """An uninitialised tensor on the host; its room is given back with it. Raises OutputError on a full disk."""
+        """An uninitialised tensor on the host; its bytes are released with it. Raises OutputError on a full disk."""
         shape = tuple(shape)
         count = 1
         for size in shape:
@@ -44,7 +44,7 @@ class Room:
 
 
 def _mapped(shape: tuple[int, ...], count: int, dtype: torch.dtype, directory: Path | None) -> torch.Tensor:
-    """A tensor whose bytes lie in a file without a name, which goes with the process."""
+    """A tensor in an unlinked file, which is deleted when the tensor is freed."""
     try:
         descriptor, name = tempfile.mkstemp(prefix="slicer-states-", dir=directory)
         try:
@@ -56,15 +56,15 @@ def _mapped(shape: tuple[int, ...], count: int, dtype: torch.dtype, directory: P
     except OSError as error:
         place = directory or Path(tempfile.gettempdir())
         raise OutputError(
-            f"{place}: no room for {count * dtype.itemsize} bytes of hidden states ({error.strerror}); "
-            "give more --memory, fewer --samples, or a disk with more space"
+            f"{place}: no space for {count * dtype.itemsize} bytes of hidden states ({error.strerror}); "
+            "pass more --memory, fewer --samples, or use a disk with more space"
         ) from None
 
 
 class Course:
-    """The way of the same batches through the same loaded model, gone once for all: what every layer made of them.
+    """Caches the output of every layer for a fixed set of batches, so repeated passes through the source are skipped.
 
-    As far as `room` bytes hold it; what does not fit is run again.
+    Uses up to `room` bytes; layers that do not fit are run again.
     """
 
     def __init__(self, room: int) -> None:
@@ -73,10 +73,10 @@ class Course:
         self._tokens: list[torch.Tensor] | None = None
 
     def advance(self, walk: Walk, i: int, states: States) -> None:
-        """`states`, x(i) of the model as it is, become x(i+1). Raises ValueError for other batches than before."""
+        """Replace `states` x(i) of the unpruned model by x(i+1). Raises ValueError for other batches than before."""
         self._tokens = known = self._tokens or states.tokens
         if known is not states.tokens and not all(map(torch.equal, known, states.tokens)):
-            raise ValueError("these are other batches than those that went this way before")
+            raise ValueError("the batches differ from the cached ones")
         kept = self._kept.get(i)
         if kept is not None and kept[0].dtype == states[0].dtype:
             for b, state in enumerate(kept):
@@ -93,8 +93,8 @@ class States:
     """x(`layer`) of every batch: `states[b]` is a host tensor [batch, seq, d] in the model's dtype.
 
     Attributes:
-        layer: l, where in the model the states stand: what enters layer l (l = L: what enters the final norm).
-        tokens: the batches they began as, int64 [batch, seq].
+        layer: l, the layer that these states enter (l = L: the final norm).
+        tokens: the input batches, int64 [batch, seq].
     """
 
     def __init__(self, tokens: list[torch.Tensor], room: Room) -> None:
@@ -108,14 +108,14 @@ class States:
 
     def __getitem__(self, batch: int) -> torch.Tensor:
         held = self._held[batch]
-        assert held is not None, "these states have not begun"
+        assert held is not None, "these states were not started"
         return held
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return (self[b] for b in range(len(self)))
 
     def __setitem__(self, batch: int, value: torch.Tensor) -> None:
-        """Put `value` (on any device) in the place of a batch's states."""
+        """Replace a batch's states by `value` (on any device)."""
         held = self._held[batch]
         if held is None or held.shape != value.shape or held.dtype != value.dtype:
             self._held[batch] = held = self._room.tensor(
@@ -125,16 +125,16 @@ class States:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all states."""
+        """Size of all states in bytes."""
         return sum(state.nbytes for state in self)
 
     @property
     def token_count(self) -> int:
-        """Tokens in all batches."""
+        """Number of tokens in all batches."""
         return sum(batch.numel() for batch in self.tokens)
 
     def copy(self) -> States:
-        """A snapshot that later layers leave alone."""
+        """A copy that later calls of `advance` do not change."""
         other = States(self.tokens, self._room)
         other.layer = self.layer
         for at, state in enumerate(self):
@@ -142,14 +142,14 @@ class States:
         return other
 
     def save(self, path: Path) -> None:
-        """Write the states (safetensors); the file appears whole or not at all."""
+        """Write the states as safetensors, atomically. Raises OutputError."""
         from safetensors.torch import save_file
 
         with atomic_file(path) as part:
             save_file({f"{b}": s for b, s in enumerate(self)}, part, metadata={"layer": str(self.layer)})
 
     def restore(self, path: Path) -> None:
-        """Take the states that `save` wrote for the same batches. Raises OSError or ValueError when they do not fit."""
+        """Load states that `save` wrote for the same batches. Raises OSError or ValueError if they do not match."""
         from safetensors import SafetensorError, safe_open
 
         try:

@@ -1,8 +1,8 @@
-"""Walk a model layer by layer, all batches through one layer before the next: loaded, or read from disk on the way.
+"""Runs a model layer by layer, all batches through one layer before the next: loaded, or streamed from disk.
 
-Masks, position embeddings and all else that a layer is given are what the real model's own forward pass gives it: that
-pass runs with every layer's `forward` put aside, and what each was called with is kept. So any class whose layers hand
-each other nothing but the hidden states works unchanged.
+Masks, position embeddings and other arguments of a layer are those of the model's own forward pass: it is run with
+every layer's `forward` replaced by a recorder. So any class works unchanged whose layers pass each other only hidden
+states.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
     from slicer.checkpoint.lazy import LazyModel
 
 Listener = Callable[[int, torch.Tensor], None]
-_STATES = object()  # stands where a layer's hidden states go
+_STATES = object()  # placeholder for the hidden states in recorded arguments
 
 
 class _Captured(BaseException):
-    """Ends a forward pass once every layer's arguments are known; no `except Exception` on the way stops it."""
+    """Ends a forward pass once every layer's arguments are recorded; a BaseException, so no handler stops it."""
 
 
 class _Call:
-    """What one layer is called with, but for its hidden states."""
+    """The arguments of one layer call, without the hidden states."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.args, self.kwargs = args, kwargs
@@ -47,7 +47,7 @@ class _Call:
 
 
 class Walk:
-    """A way through the decoder layers of a model. Make one with `in_memory` or `out_of_core`.
+    """Runs the decoder layers of a model one by one. Create with `in_memory` or `out_of_core`.
 
         walk = Walk.out_of_core(path)
         states = walk.start(batches)              # x(0)
@@ -55,14 +55,14 @@ class Walk:
             walk.advance(i, states)               # x(i) -> x(i+1), in place
         logits = walk.logits(states, 0)
 
-    Nothing here tracks gradients. A layer is left out by not advancing through it: `states.copy()` and `along` run the
-    rest of a model after a cut.
+    Gradients are off by default. To skip a layer, do not call `advance` for it; to run the rest of the model after a
+    cut, use `states.copy()` and `along`.
 
     Attributes:
-        model: the transformers model; out of core, its layers are empty but for the one being run.
+        model: the transformers model; out of core, only the layer in use has weights.
         layers: its decoder layers.
         depth: L.
-        bytes_read, read_seconds: what was read from disk for layers, and the time the reading took.
+        bytes_read, read_seconds: bytes of layers read from disk, and the time for it.
     """
 
     def __init__(self, model: Any, lazy: LazyModel | None, room: Room) -> None:
@@ -74,15 +74,15 @@ class Walk:
         self._order: tuple[int, ...] = tuple(range(self.depth))
         self._calls: list[list[_Call]] = []  # by batch, then by layer
         self._known: dict[tuple[Any, ...], list[torch.Tensor]] = {}
-        self._open: dict[int, int] = {}  # layers in place -> how many `layer` blocks hold them
+        self._open: dict[int, int] = {}  # loaded layers -> number of `layer` blocks that use them
         self._coming: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
         self._reader: ThreadPoolExecutor | None = None
         self._shape: Callable[[torch.Tensor], Any] | None = None
-        self._passed_on: list[int] = []  # identities of what a layer returns beside its states
+        self._passed_on: list[int] = []  # ids of what a layer returns besides its states
 
     @classmethod
     def in_memory(cls, model: Any, *, memory_bytes: int | None = None, directory: Path | None = None) -> Self:
-        """Over a loaded model, on whatever devices it is. States beyond `memory_bytes` go to files in `directory`."""
+        """Walk over a loaded model, on its own devices. States beyond `memory_bytes` go to files in `directory`."""
         return cls(model, None, Room(memory_bytes, directory))
 
     @classmethod
@@ -96,10 +96,10 @@ class Walk:
         directory: Path | None = None,
         trust_remote_code: bool = False,
     ) -> Walk:
-        """Over a checkpoint on disk, one layer in memory at a time and the next one on its way.
+        """Walk over a checkpoint on disk, with one layer in memory while the next one is read.
 
-        `memory_bytes` bounds the weights and states together: states have what the layers leave, and with too little
-        for two layers the next one is not read ahead. `dtype` and `device` as in `load_model`. Raises SourceError.
+        `memory_bytes` limits weights and states together: states get what the layers leave. If it is too small for two
+        layers, the next one is not read ahead. `dtype` and `device` as in `load_model`. Raises SourceError.
         """
         from slicer.checkpoint.lazy import LazyModel
 
@@ -125,7 +125,7 @@ class Walk:
         directory: Path | None = None,
         trust_remote_code: bool = False,
     ) -> Walk:
-        """`in_memory` where the model fits into `memory_bytes` (None: what is free), else `out_of_core`."""
+        """`in_memory` if the model fits into `memory_bytes` (None: the free memory), else `out_of_core`."""
         from slicer.checkpoint.model import load_model
 
         total, room = checkpoint.bytes_as(dtype), memory.budget(memory_bytes)
@@ -145,22 +145,22 @@ class Walk:
 
     @property
     def streamed(self) -> bool:
-        """Whether layers come from disk."""
+        """Whether layers are read from disk."""
         return self._lazy is not None
 
     @property
     def device(self) -> torch.device:
-        """Where the model takes its tokens."""
+        """The device of the model's input tokens."""
         device: torch.device = self.model.get_input_embeddings().weight.device
         return device
 
     def layer_bytes(self, i: int) -> int:
-        """Bytes read from disk for layer i; 0 for a loaded model."""
+        """Bytes to read from disk for layer i; 0 for a loaded model."""
         return self._lazy.layer_bytes(i) if self._lazy is not None else 0
 
     @contextlib.contextmanager
     def along(self, order: Sequence[int]) -> Iterator[None]:
-        """Inside the block the layers are run in this order: it says which is to be read ahead. By default all."""
+        """Read layers ahead in this order inside the block. The default order is all layers."""
         before, self._order = self._order, tuple(order)
         try:
             yield
@@ -168,9 +168,9 @@ class Walk:
             self._order = before
 
     def start(self, batches: Sequence[torch.Tensor]) -> States:
-        """x(0) of every batch (int64 [batch, seq], no padding), and whatever each layer will be given.
+        """Record the arguments of every layer and return x(0) of every batch (int64 [batch, seq], no padding).
 
-        Raises ArchitectureError when the model's layers hand each other more than hidden states.
+        Raises ArchitectureError if the layers pass each other more than hidden states.
         """
         states = States(list(batches), self._room)
         self._calls, self._known = [], {}
@@ -185,7 +185,7 @@ class Walk:
 
     @contextlib.contextmanager
     def layer(self, i: int) -> Iterator[nn.Module]:
-        """Layer i with its weights, on the device; they go when the outermost block for i ends."""
+        """Layer i with its weights on the device; they are freed when the outermost block for i ends."""
         if self._lazy is not None and not self._open.get(i):
             self._lazy.place(i, self._fetch(i))
         self._open[i] = self._open.get(i, 0) + 1
@@ -198,7 +198,7 @@ class Walk:
 
     @property
     def loaded(self) -> bool:
-        """Whether the whole model is in memory, so that running a layer again costs no reading."""
+        """Whether the full model is in memory, so that running a layer again needs no reading."""
         return self._lazy is None
 
     def advance(
@@ -209,16 +209,14 @@ class Walk:
         *,
         only: Iterable[int] | None = None,
     ) -> States:
-        """Run layer i over all batches: `states`, in place, become x(i+1); returns them.
+        """Run layer i over all batches; replaces `states` in place by x(i+1) and returns them.
 
-        `only` names the batches that go on, where the others are not needed any more.
-
-        `listener(b, x)` is given the new states of each batch, [batch, seq, d], still on the device. Hooks that the
-        caller put on the module of `layer(i)` are live. States may stand anywhere before layer i: that leaves layers
-        out.
+        `only`: the batches to run, if the others are no longer needed. `listener(b, x)` gets the new states of each
+        batch, [batch, seq, d], on the device. Hooks on the module of `layer(i)` are active. States of any earlier layer
+        are accepted: the layers between are skipped. Raises PlanError for states past layer i.
         """
         if states.layer > i:
-            raise PlanError(f"these states stand at layer {states.layer}, past layer {i}; start again")
+            raise PlanError(f"the states are at layer {states.layer}, past layer {i}; start again")
         with self.layer(i), torch.no_grad():
             for b in range(len(states)) if only is None else only:
                 new = self.call(i, b, states[b])
@@ -229,9 +227,9 @@ class Walk:
         return states
 
     def call(self, i: int, batch: int, states: torch.Tensor, *, gradient: bool = False) -> torch.Tensor:
-        """What layer i makes of `states`, [batch, seq, d], taken as x(i) of that batch; nothing is kept.
+        """Output of layer i for `states`, [batch, seq, d], as x(i) of that batch; stores nothing.
 
-        With `gradient` it can be differentiated.
+        With `gradient`, the output is differentiable.
         """
         with self.layer(i) as layer, torch.set_grad_enabled(gradient):
             device = next((p.device for p in layer.parameters()), self.device)
@@ -240,19 +238,19 @@ class Walk:
             return new
 
     def run(self, states: States, layers: Sequence[int]) -> States:
-        """Advance through `layers`, ascending, reading ahead along them."""
+        """Advance through `layers` (ascending), reading ahead along them."""
         with self.along(layers):
             for i in layers:
                 self.advance(i, states)
         return states
 
     def logits(self, states: States, batch: int) -> torch.Tensor:
-        """The logits of a batch, [batch, seq, vocabulary], on the device, from its states taken as x(L)."""
+        """Logits of a batch, [batch, seq, vocabulary], on the device, with its states as x(L)."""
         return self.head(states.tokens[batch], states[batch])
 
     def head(self, tokens: torch.Tensor, last: torch.Tensor, *, gradient: bool = False) -> torch.Tensor:
-        """Logits from `last`, [batch, seq, d], taken as x(L) of `tokens`: the final norm, the head, and all the model
-        does there. With `gradient` they can be differentiated."""
+        """Logits from `last`, [batch, seq, d], as x(L) of `tokens`: the final norm, the head, and whatever else the
+        model does there. With `gradient`, they are differentiable."""
         shape = self._shape = self._shape or self._learn_shape(tokens)
         device = self.device
         given = last.to(device)
@@ -267,7 +265,7 @@ class Walk:
         if self._coming is not None and self._coming[0] == i:
             stored = self._coming[1].result()
         else:
-            self._coming = None  # let go before reading another
+            self._coming = None  # free it before reading another
             stored = self._timed_read(i)
         self._coming = None
         if self.prefetch and i in self._order[:-1]:
@@ -289,7 +287,7 @@ class Walk:
 
     @contextlib.contextmanager
     def _forwards(self, instead: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
-        """Inside the block, calling layer i is `instead(i, args, kwargs)`."""
+        """Inside the block, a call of layer i is `instead(i, args, kwargs)`."""
         before = [layer.__dict__.get("forward") for layer in self.layers]
 
         def replacement(i: int) -> Callable[..., Any]:
@@ -307,7 +305,7 @@ class Walk:
                     layer.forward = old
 
     def _learn_shape(self, tokens: torch.Tensor) -> Callable[[torch.Tensor], Any]:
-        """How layers return their states, bare or first in a tuple: asked of the first one, on a few tokens."""
+        """Find out from the first layer, on a few tokens, whether layers return states alone or first in a tuple."""
         found: list[Any] = []
 
         def first(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -325,7 +323,7 @@ class Walk:
                 self._lazy.place(0, ready.result())
                 output = self.layers[0](*args, **kwargs)
                 self._lazy.release(0)
-                self._coming = (0, ready)  # most likely the next to run: not read twice
+                self._coming = (0, ready)  # keep it: layer 0 is most likely used next
             else:
                 output = self.layers[0](*args, **kwargs)
         if isinstance(output, torch.Tensor):
@@ -335,7 +333,7 @@ class Walk:
         return lambda states: (states, *rest)
 
     def _capture(self, tokens: torch.Tensor) -> tuple[list[_Call], torch.Tensor]:
-        """Every layer's call, and x(0), of one batch."""
+        """Arguments of every layer, and x(0), for one batch."""
         calls: list[_Call] = []
         first: list[torch.Tensor] = []
         shape = self._shape
@@ -353,7 +351,7 @@ class Walk:
             self._decoder(tokens)
         if len(calls) != self.depth:
             raise ArchitectureError(
-                f"{type(self.model).__name__}: a forward pass calls {len(calls)} of its {self.depth} decoder layers"
+                f"{type(self.model).__name__}: the forward pass calls {len(calls)} of its {self.depth} decoder layers"
             )
         return calls, first[0]
 
@@ -363,7 +361,7 @@ class Walk:
         return _Call((), {k: _STATES if k == "hidden_states" else self._kept(v) for k, v in kwargs.items()})
 
     def _kept(self, value: Any) -> Any:
-        """`value`, its tensors replaced by equal ones already held: batches of one length share their masks."""
+        """`value` with its tensors replaced by equal stored ones: batches of one length share their masks."""
         if isinstance(value, tuple | list):
             return type(value)(map(self._kept, value))
         if isinstance(value, dict):
@@ -372,8 +370,8 @@ class Walk:
             return value
         if id(value) in self._passed_on:
             raise ArchitectureError(
-                f"{type(self.model).__name__}: its layers hand each other more than hidden states, and cannot be run "
-                "one by one; give the memory to load it"
+                f"{type(self.model).__name__}: its layers pass each other more than hidden states, so they cannot be "
+                "run one by one; use enough memory to load the model"
             )
         alike = self._known.setdefault((value.shape, value.dtype, value.device), [])
         for known in alike:
@@ -384,7 +382,7 @@ class Walk:
         return value
 
     def _decoder(self, tokens: torch.Tensor) -> Any:
-        """The model without its head."""
+        """Run the model without its head."""
         return self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
 
 

@@ -1,4 +1,4 @@
-"""Model + batches -> tables: states compared, averaged over samples, with standard errors."""
+"""Tables of distances from recorded states, averaged over samples, with standard errors."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from slicer.runtime.distributed import Processes
 def measure(
     model: Any, batches: Iterable[torch.Tensor], *, progress: Callable[[int, int], None] | None = None
 ) -> Distances:
-    """One forward pass over `batches` (int64 [batch, seq] each, no padding) gives every d(l, l+n) of a loaded model.
+    """Measure every d(l, l+n) of a loaded model in one pass over `batches` (int64 [batch, seq] each, no padding).
 
-    Only the last token's states are kept, [L+1, batch, d], and no logits are computed where the class allows it.
-    `progress(done, total)` is told after each batch. Raises CalibrationError for states that are not finite.
+    Keeps only the last token's states, [L+1, batch, d], and skips the logits if the class allows it. Calls
+    `progress(done, total)` after each batch. Raises CalibrationError for states that are not finite.
     """
     batches = list(batches)
     found: list[torch.Tensor] = []
@@ -34,7 +34,7 @@ def measure(
     def listener(index: int, states: torch.Tensor) -> None:
         last.append(states[:, -1].detach().to(device, torch.float32))
 
-    decoder = model.base_model  # without the head: the logits of every position are not needed
+    decoder = model.base_model  # without the head: logits are not needed
     with torch.inference_mode(), watch(model, listener):
         for done, batch in enumerate(batches, 1):
             last.clear()
@@ -51,7 +51,7 @@ def measure(
 def measure_walk(
     walk: Walk, batches: Sequence[torch.Tensor], directory: Path, *, progress: Any = None
 ) -> Distances:
-    """The same distances as `measure`, of a model walked layer by layer; `directory` holds what is kept meanwhile."""
+    """The same distances as `measure`, for a model run layer by layer; temporary files go to `directory`."""
     trace = record(walk, batches, directory, positions=1, progress=progress)
     last = trace.sequences(0, trace.samples)[:, :, -1]
     return table(METRIC, angles(last.float()), seq_len=batches[0].shape[1])
@@ -66,9 +66,9 @@ def summarise(
     seq_len: int,
     progress: Any = None,
 ) -> dict[str, Distances]:
-    """Every one-pass metric of a recorded trace; `first` is the number of its first sample among all `samples`.
+    """Every one-pass metric of a trace; `first`: number of its first sample among all `samples`.
 
-    `points` bounds the tokens that CKA and the fold residual take.
+    `points`: maximum number of tokens for CKA and the fold residual.
     """
     found: dict[str, list[torch.Tensor]] = {name: [] for name in metrics.PER_SEQUENCE}
     for at in range(0, trace.samples, _AT_ONCE):
@@ -108,7 +108,7 @@ def summarise(
     return tables
 
 
-_AT_ONCE = 4  # sequences whose states are in memory together
+_AT_ONCE = 4  # sequences whose states are in memory at a time
 
 
 def _by_sequence(points: torch.Tensor, sequences: int) -> torch.Tensor:
@@ -117,7 +117,7 @@ def _by_sequence(points: torch.Tensor, sequences: int) -> torch.Tensor:
 
 
 class _Lazy(Sequence[Any]):
-    """`make(i)` for i < length, made when asked for."""
+    """`make(i)` for i < length, computed on access."""
 
     def __init__(self, length: int, make: Callable[[int], Any]) -> None:
         self._length, self._make = length, make
@@ -137,7 +137,7 @@ def table(
     samples: int | None = None,
     mean: torch.Tensor | None = None,
 ) -> Distances:
-    """The table of a metric from its value for every sample, [samples, L+1, L+1]; `mean` where it is not their mean."""
+    """The table of a metric from its values per sample, [samples, L+1, L+1]; `mean` if it is not their mean."""
     depth = values.shape[-1] - 1
     return table_of_rows(
         metric,
@@ -158,7 +158,7 @@ def table_of_rows(
     samples: int,
     means: Mapping[int, torch.Tensor] | None = None,
 ) -> Distances:
-    """The table of a metric from n -> [samples, L-n+1]; `means` where they are not the rows' means."""
+    """The table of a metric from n -> [samples, L-n+1]; `means` if they are not the rows' means."""
     middle, errors, differences = {}, {}, {}
     for n, values in rows.items():
         middle[n] = (values.mean(0) if means is None else means[n]).tolist()

@@ -1,4 +1,4 @@
-"""The prompts of an lm-eval task with their right answers, as calibration text. Needs the `eval` extra."""
+"""Prompts and correct answers of an lm-eval task as calibration text. Needs the `eval` extra."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from slicer.errors import CalibrationError
 
 
 def prompts(name: str) -> Iterator[str]:
-    """Each document of the task as text: prompt, then answer. `name` is a task of lm-eval's, or DIRECTORY/TASK of one's
-    own YAML files. Training documents where the task has them, so that what it is scored on stays unseen.
+    """Each document of the task as text: prompt, then answer. `name`: an lm-eval task, or DIRECTORY/TASK for own YAML
+    files. Uses training documents if the task has them, so the scored ones stay unseen.
 
-    Raises CalibrationError when lm-eval, the task or its data is not there.
+    Raises CalibrationError if lm-eval, the task or its data is missing.
     """
     try:
         import datasets
@@ -25,18 +25,16 @@ def prompts(name: str) -> Iterator[str]:
     datasets.disable_progress_bars()
     directory, _, short = name.rpartition("/")
     if directory and not Path(directory).is_dir():
-        raise CalibrationError(
-            f"task:{name}: no directory {directory}; give task:TASK or task:DIRECTORY/TASK"
-        )
+        raise CalibrationError(f"task:{name}: no directory {directory}; use task:TASK or task:DIRECTORY/TASK")
     try:
         found = TaskManager(include_path=directory or None).load(short)
-        for task in found["tasks"].values():  # of a group, all of them
+        for task in found["tasks"].values():  # all tasks of a group
             for doc in _documents(task):
                 yield _text(task, doc)
-    except Exception as error:  # lm-eval, datasets and the task's own code raise anything
+    except Exception as error:  # lm-eval, datasets and the task's own code raise many kinds
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise CalibrationError(
-            f"task:{name}: lm-eval cannot give its prompts ({reason}); see lm-eval ls tasks for names"
+            f"task:{name}: cannot load its prompts ({reason}); `lm-eval ls tasks` lists the names"
         ) from None
 
 

@@ -1,7 +1,7 @@
-"""What a walk leaves behind for the metrics: the residual stream of some tokens at every layer, in a file a layer.
+"""Records the residual stream of some tokens at every layer, one file per layer, for the metrics.
 
-The files also make the walk resumable: after each layer the states of all tokens are saved beside them, and a walk
-begun again over the same directory goes on after the last layer that was finished.
+A recording can be resumable: the states of all tokens are saved after each layer, and a run in the same directory
+continues after the last finished layer.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Trace:
         directory: holds layer-000.safetensors (x(0)) to that of x(L).
         depth: L.
         samples: sequences S.
-        positions: which tokens of each sequence, ascending; the last one is the sequence's last.
-        point_positions: which of these CKA and the fold residual take, as indices into `positions`.
-        has_mlp: whether every layer has a feed-forward part, whose output at the points was kept.
+        positions: recorded tokens of each sequence, ascending; the last one is the sequence's last token.
+        point_positions: those used by CKA and the fold residual, as indices into `positions`.
+        has_mlp: whether every layer has a feed-forward part; its output at the points is recorded then.
     """
 
     directory: Path
@@ -56,7 +56,7 @@ class Trace:
         return self._read(layer, "states", 0, sequences)[:, at].flatten(0, 1)
 
     def mlp(self, layer: int, sequences: int) -> torch.Tensor:
-        """What the feed-forward part of `layer` put out at the points: [N, d]."""
+        """Feed-forward output of `layer` at the points: [N, d]."""
         return self._read(layer + 1, "mlp", 0, sequences).flatten(0, 1)
 
     def _read(self, layer: int, name: str, first: int, last: int) -> torch.Tensor:
@@ -68,7 +68,7 @@ class Trace:
 
 
 def spread(length: int, count: int) -> tuple[int, ...]:
-    """`count` positions of `length`, evenly apart, the last one among them; all of them where there are fewer."""
+    """`count` evenly spaced positions of `length`, including the last; all of them if there are fewer."""
     count = min(count, length)
     return tuple((j + 1) * length // count - 1 for j in range(count))
 
@@ -84,13 +84,12 @@ def record(
     resumable: bool = False,
     progress: Progress | None = None,
 ) -> Trace:
-    """Run all `batches` (int64 [batch, seq], one length) through all layers, keeping x(l) at `positions` tokens of each
-    sequence.
+    """Run all `batches` (int64 [batch, seq], one length) through all layers and record x(l) at `positions` tokens of
+    each sequence.
 
-    `points` of these tokens, an equal number of each of `samples` sequences (default: those of `batches`), also keep
-    the output of the feed-forward part (0: none). With `resumable` the states are saved after every layer, and a
-    recording that was cut short goes on where it was; the caller vouches that model and batches are the same. Raises
-    CalibrationError for states that are not finite.
+    At `points` of these tokens (equally many of each of `samples` sequences; 0: none) the feed-forward output is
+    recorded too. With `resumable`, states are saved after every layer and a stopped recording continues; the caller
+    must use the same model and batches. Raises CalibrationError for states that are not finite, OutputError.
     """
     progress = progress or Progress()
     own = sum(len(batch) for batch in batches)
@@ -107,7 +106,7 @@ def record(
         _write(trace, 0, {"states": kept})
     progress.stage("Measuring layers", walk.depth, "layers")
     if states.layer:
-        progress.note(f"going on after layer {states.layer - 1}, where an earlier run ended")
+        progress.note(f"resuming after layer {states.layer - 1}")
         progress.advance(states.layer)
     for i in range(states.layer, walk.depth):
         before, started = walk.bytes_read, time.perf_counter()
@@ -117,13 +116,13 @@ def record(
         seconds = time.perf_counter() - started
         read = walk.layer_bytes(i) if walk.bytes_read > before or walk.prefetch else 0
         disk = f"{read / seconds / 1e6:,.0f} MB/s, " if read else ""
-        progress.detail(f"{disk}{states.token_count / seconds:,.0f} tokens/s a layer")
+        progress.detail(f"{disk}{states.token_count / seconds:,.0f} tokens/s per layer")
         progress.advance()
     return trace
 
 
 def _advance(trace: Trace, walk: Walk, i: int, states: States) -> None:
-    """x(i) -> x(i+1) with what is kept of it written."""
+    """Replace x(i) by x(i+1) and write its recorded parts."""
     at = list(trace.positions)
     inner = [trace.positions[p] for p in trace.point_positions]
     kept: list[torch.Tensor] = []
@@ -163,7 +162,7 @@ def _write(trace: Trace, layer: int, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _resume(trace: Trace, states: States) -> bool:
-    """Take up the states of the last finished layer; False when they, or what was kept before them, are not whole."""
+    """Load the states of the last finished layer; False if they, or the recordings before them, are incomplete."""
     saved = trace.directory / STATES
     if not saved.is_file():
         return True

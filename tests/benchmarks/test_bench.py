@@ -313,7 +313,7 @@ def test_vllm_measures_and_leaves_no_process(tmp_path: Path) -> None:
                 set(online["itl_ms"]) == {"mean", "p50", "p90", "p99"} and online["requests_per_second"] > 0
             )
         assert model["load_seconds"] > 0 and model["peak_memory_bytes"] > model["weight_bytes"]
-    assert "a layer" in result.stdout
+    assert "per layer" in result.stdout
 
 
 @needs_vllm

@@ -72,9 +72,8 @@ def test_the_speed_up_lies_between_what_the_intercept_allows_and_the_ideal() -> 
 def test_the_verdict_is_plain() -> None:
     times = {24: 61.6, 20: 51.3, 16: 42.4, 12: 33.3}
     said = verdict(fit(list(times), list(times.values())), times)
-    assert said.startswith("linear: R2 0.999; each layer costs 2.3") and said.endswith(
-        "50% fewer layers gives 1.85x here, 2.00x at most"
-    )
+    assert said.startswith("linear: R2 0.999; each layer costs 2.3")
+    assert all(fact in said for fact in ("50% fewer layers", "1.85x", "2.00x"))
     flat = {24: 5.0, 20: 5.2, 16: 4.9, 12: 5.1}
     assert verdict(fit(list(flat), list(flat.values())), flat).startswith("no line")
     pair = {24: 5.0, 12: 3.0}

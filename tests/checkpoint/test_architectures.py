@@ -262,7 +262,7 @@ def test_jamba_off_its_period_is_refused(sources: Any, tmp_path: Path, dropped: 
     [
         ({"model_type": "gpt2", "n_layer": 4, "scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx"),
         ({"model_type": "zamba", "num_hidden_layers": 4}, "share one attention block"),
-        ({"model_type": "brand_new", "num_hidden_layers": 4}, "to add it"),
+        ({"model_type": "brand_new", "num_hidden_layers": 4}, "brand_new.*add a row"),
         ({"num_hidden_layers": 4}, "no model_type"),
     ],
 )

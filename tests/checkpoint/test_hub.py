@@ -98,7 +98,7 @@ def test_the_token_opens_a_gated_repository(repository: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("source", "word"),
     [
-        ("org/other", "no such repository"),
+        ("org/other", "no such local directory or Hub repository"),
         ("org/name@nowhere", "no such revision"),
         ("./not/here", "no such directory"),
     ],

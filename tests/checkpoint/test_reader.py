@@ -92,7 +92,7 @@ def test_index_leading_out(source: Path, name: str) -> None:
 def test_links_leading_out(source: Path, tmp_path: Path, name: str) -> None:
     os.rename(source / name, tmp_path / "outside")
     (source / name).symlink_to(tmp_path / "outside")
-    assert "leads out" in refused(source)
+    assert "outside the directory" in refused(source)
 
 
 def test_a_hub_snapshot_links_into_its_own_blobs_only(source: Path, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_hub_snapshot_links_into_its_own_blobs_only(source: Path, tmp_path: Pa
     os.rename(repo / "blobs" / "b-config.json", tmp_path / "config.json")
     (snapshot / "config.json").unlink()
     (snapshot / "config.json").symlink_to(tmp_path / "config.json")
-    assert "leads out" in refused(snapshot)
+    assert "outside the directory" in refused(snapshot)
 
 
 @pytest.mark.parametrize(
@@ -115,15 +115,15 @@ def test_a_hub_snapshot_links_into_its_own_blobs_only(source: Path, tmp_path: Pa
     [
         (b"", "too short"),
         (b"\1\0\0", "too short"),
-        (files.header({}, length=10**6), "claims 1000000 bytes"),
-        (files.header({}, length=2**63), "claims"),
+        (files.header({}, length=10**6), "1000000 bytes"),
+        (files.header({}, length=2**63), "9223372036854775808 bytes"),
         (b"\4\0\0\0\0\0\0\0{{{{", "not JSON"),
         (b"\2\0\0\0\0\0\0\0[]", "not a JSON object"),
         (files.header({"a": files.entry(0, 4), "b": files.entry(2, 6)}) + b"x" * 6, "overlaps"),
         (files.header({"a": files.entry(0, 4), "b": files.entry(6, 8)}) + b"x" * 8, "gap"),
         (files.header({"a": files.entry(0, 400)}) + b"x" * 8, "truncated"),
         (files.header({"a": files.entry(0, 4)}) + b"x" * 8, "after the last tensor"),
-        (files.header({"a": files.entry(0, 4, [3])}) + b"x" * 4, "does not fill"),
+        (files.header({"a": files.entry(0, 4, [3])}) + b"x" * 4, r"\[3\]"),
         (files.header({"a": files.entry(0, 4, dtype="Q7")}) + b"x" * 4, "unknown dtype"),
         (files.header({"a": {"dtype": "U8", "shape": [-1], "data_offsets": [0, -1]}}), "malformed"),
         (files.header({"a": {"dtype": "U8", "shape": [1]}}) + b"x", "malformed"),

@@ -132,7 +132,7 @@ def test_a_half_offset_cut_is_an_ordinary_checkpoint(model_type: str, tmp_path: 
 def test_parts_that_run_side_by_side_cannot_be_joined(model_type: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tiny.save_tiny(model_type, tmp_path / "source"))
     plan = Plan(tiny.DEPTH, (0, 1, 4, 5, 6), joined=((1, 3),))
-    with pytest.raises(ArchitectureError, match="side by side"):
+    with pytest.raises(ArchitectureError, match="parallel"):
         export(checkpoint, plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

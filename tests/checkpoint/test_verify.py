@@ -46,7 +46,7 @@ NORM = "model.layers.1.input_layernorm.weight"
     ("edit", "words"),
     [
         (lambda t: t.pop(NORM), f"{NORM} is missing"),
-        (lambda t: t.update({"model.layers.0.extra.weight": torch.zeros(2)}), "extra.weight is there but"),
+        (lambda t: t.update({"model.layers.0.extra.weight": torch.zeros(2)}), "extra.weight is not part of"),
         (lambda t: t.update({NORM: torch.zeros(7)}), rf"{NORM} has the wrong shape \(\[7\]"),
     ],
 )

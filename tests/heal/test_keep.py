@@ -56,9 +56,9 @@ def test_where_it_cannot_be_kept_nothing_is_begun(whole: Path, text: Path, tmp_p
     out = tmp_path / "out"
     for place, more, words, code in (
         (theirs, [], "not empty", 1),
-        (theirs, ["--force"], "replaces adapters only", 1),
+        (theirs, ["--force"], "replaces only adapters", 1),
         (theirs / "diary.txt", [], "not a directory", 1),
-        (theirs / "diary.txt" / "adapter", [], "cannot be written", 1),
+        (theirs / "diary.txt" / "adapter", [], "not writable", 1),
         (out / "adapter", [], "overlaps", 1),
         (tmp_path / "out.training" / "adapter", [], "overlaps", 1),
         (tmp_path / "out.cut" / "adapter", [], "overlaps", 1),

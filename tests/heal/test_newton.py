@@ -117,7 +117,7 @@ def test_a_course_gone_before_changes_no_byte(model: Any, text: list[torch.Tenso
     assert with_it.keys() == without.keys() and all(
         torch.equal(with_it[name], without[name]) for name in without
     )
-    with pytest.raises(ValueError, match="other batches"):
+    with pytest.raises(ValueError, match="batches differ"):
         fold(Walk.in_memory(model), text[:8], DROPPED, storable=anything, course=course)
 
 

@@ -99,7 +99,7 @@ def test_asked_beforehand_it_says_the_same(whole: Path, tmp_path: Path, memory: 
         (at, {**asked, "logits": False}),
         (at, {**asked, "dtype": "bfloat16"}),
     ):
-        with pytest.raises(HealError, match="at other cuts"):
+        with pytest.raises(HealError, match="--teacher-cache"):
             ask_beforehand(Checkpoint.open(whole), train, cut, tmp_path / "cache", **other)
 
 

@@ -13,7 +13,7 @@ from slicer import demo
 from slicer.checkpoint.model import load_model
 from slicer.errors import EvaluationError
 from slicer.judge.evaluate import EvalOptions, Suite, evaluate
-from slicer.judge.questions import _Making, draw
+from slicer.judge.questions import _QuestionBuilder, draw
 from slicer.measure.shapley import Coalitions
 from slicer.measure.stream import Walk
 
@@ -65,7 +65,7 @@ def test_shapley_values_of_a_score(data: Path, tmp_path: Path) -> None:
 
 def test_only_multiple_choice_is_scored() -> None:
     with pytest.raises(EvaluationError, match="gsm8k: not multiple choice"):
-        _Making(None).add("gsm8k", SimpleNamespace(OUTPUT_TYPE="generate_until"), [0])
+        _QuestionBuilder(None).add("gsm8k", SimpleNamespace(OUTPUT_TYPE="generate_until"), [0])
 
 
 BAD = {

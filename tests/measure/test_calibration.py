@@ -65,7 +65,7 @@ def test_several_sources_share_the_samples(path: Path, model: Any, tmp_path: Pat
     both = tokens(path, model, ",".join(map(str, texts)), samples=7)
     alone = [tokens(path, model, text, samples=n) for text, n in zip(texts, (4, 3), strict=True)]
     assert torch.equal(both, torch.cat(alone))
-    with pytest.raises(CalibrationError, match="at least 2 --samples"):
+    with pytest.raises(CalibrationError, match="--samples 2"):
         tokens(path, model, ",".join(map(str, texts)), samples=1)
 
 
@@ -110,12 +110,12 @@ def _write(file: Path, content: str) -> Path:
     [
         ("none.jsonl", None, "no such file"),
         ("e.jsonl", "", "empty"),
-        ("e.txt", "\n\n  \n\n", "empty"),
-        ("s.txt", "too short", "give more text$"),
-        ("m.txt", "not too short for a few " * 4, "at most --samples [1-9]"),
+        ("e.txt", "\n\n  \n\n", "no text"),
+        ("s.txt", "too short", "more text$"),
+        ("m.txt", "not too short for a few " * 4, "--samples [1-9]"),
         ("c.jsonl", '{"body": "a"}\n', "--text-column"),
         ("b.jsonl", '{"text": "a"}\n{"text": \n', "line 2"),
-        ("n.jsonl", '{"text": 4}\n', "holds no text"),
+        ("n.jsonl", '{"text": 4}\n', "has no text"),
         ("x.parquet", "not parquet", "not a parquet file"),
         ("x.csv", "a,b", "not a .jsonl"),
     ],
@@ -129,7 +129,7 @@ def test_bad_files_say_what_to_do(
 
 
 def test_longer_than_the_model_reads_is_refused(path: Path, model: Any, tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match="at most 256"):
+    with pytest.raises(CalibrationError, match="256 tokens"):
         tokens(path, model, sources.save_text(tmp_path / "t.txt"), seq_len=300)
 
 
@@ -173,5 +173,5 @@ def test_a_tasks_prompts_and_answers(path: Path, model: Any, tmp_path: Path) -> 
 
     assert next(iter(prompts(f"{tmp_path}/parity"))) == "is 0 even? yes"
     assert found.shape == (4, 32)
-    with pytest.raises(CalibrationError, match="lm-eval cannot give"):
+    with pytest.raises(CalibrationError, match="task:.*unknown: "):
         tokens(path, model, Path(f"task:{tmp_path}/unknown"))

@@ -67,5 +67,5 @@ def test_a_part_that_writes_nothing_is_the_first_to_go() -> None:
 
 
 def test_a_model_without_such_parts_is_refused() -> None:
-    with pytest.raises(ArchitectureError, match="not both attention and feed-forward"):
+    with pytest.raises(ArchitectureError, match="both attention and feed-forward"):
         measure_halves(Walk.in_memory(tiny.tiny_model("mamba2")), batches())

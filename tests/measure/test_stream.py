@@ -103,7 +103,7 @@ def test_layers_left_out_from_a_snapshot(path: Path, tmp_path: Path, limit: int 
         assert close(walk.logits(states, b), forward(model, tokens)[1])
         with bypass(model, [2, 3]):
             assert close(walk.logits(cut, b), model(input_ids=tokens).logits)
-    with pytest.raises(PlanError, match="stand at layer 6"):
+    with pytest.raises(PlanError, match="at layer 6, past layer 3"):
         walk.advance(3, cut)
     assert not list(tmp_path.iterdir()), "spilled states leave no file behind"
 

@@ -135,7 +135,7 @@ def test_when_its_engine_dies_it_says_so_and_leaves_no_process(server: Server) -
     family = psutil.Process(server.pid).children(recursive=True)
     engine = next(child for child in family if "EngineCore" in " ".join(child.cmdline()))
     engine.send_signal(signal.SIGKILL)
-    with pytest.raises(ServeError, match="went down"):
+    with pytest.raises(ServeError, match="vLLM stopped"):
         server.wait()
     server.stop()
     deadline = time.monotonic() + 20

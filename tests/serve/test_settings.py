@@ -47,9 +47,9 @@ def test_a_flag_is_found_in_every_spelling(words: list[str], value: str | None) 
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["-tp", "2"], "5 attention heads do not divide"),
+        (["-tp", "2"], "5 attention heads"),
         (["-tp", "two"], "whole number"),
-        (["--pipeline-parallel-size", "13"], "12 layers left"),
+        (["--pipeline-parallel-size", "13"], "12 layers"),
     ],
 )
 def test_parallelism_that_does_not_fit_is_refused(words: list[str], reason: str) -> None:
@@ -59,7 +59,7 @@ def test_parallelism_that_does_not_fit_is_refused(words: list[str], reason: str)
 
 def test_pipeline_stages_are_held_against_the_sliced_depth(tmp_path: Path) -> None:
     out = export(Checkpoint.open(demo.path()), Plan.dropping(12, range(2, 11)), tmp_path / "o")
-    with pytest.raises(ServeError, match="3 layers left"):
+    with pytest.raises(ServeError, match="3 layers"):
         flags("-pp", "4", path=out)
     flags("-pp", "3", path=out)
 
@@ -105,7 +105,7 @@ def test_what_the_user_says_is_left_alone() -> None:
 
 def test_a_draft_must_share_the_vocabulary_and_have_one_kind_of_layer(tmp_path: Path) -> None:
     other = tiny.save_tiny("llama", tmp_path / "other")
-    with pytest.raises(ServeError, match="another vocabulary"):
+    with pytest.raises(ServeError, match="vocabulary differs"):
         settings.prepare(demo.path(), other, 3, ())
     mixed = tiny.save_tiny("gemma2", tmp_path / "mixed")
     with pytest.raises(ServeError, match="mixes full_attention and sliding_attention"):
@@ -120,7 +120,7 @@ def test_a_draft_must_share_the_vocabulary_and_have_one_kind_of_layer(tmp_path: 
     [
         (["serve", "demo", "--host", "0.0.0.0"], 2, "--no-auth"),
         (["serve", "{tmp}"], 1, "no config.json"),
-        (["serve", "demo", "--host", "192.0.2.1", "--api-key", "k"], 1, "not an address"),
+        (["serve", "demo", "--host", "192.0.2.1", "--api-key", "k"], 1, "192.0.2.1: not local"),
         (["serve", "demo", "--port", "70000"], 2, "70000"),
     ],
 )
@@ -129,7 +129,7 @@ def test_bad_input_is_one_line(
 ) -> None:
     monkeypatch.setattr(server, "require_vllm", lambda: None)
     given = [word.format(tmp=tmp_path) for word in arguments]
-    if words == "not an address":
+    if "192.0.2.1" in given:
         given += ["--port", "0"]
     result = CliRunner().invoke(main, given)
     assert result.exit_code == code and words in result.stderr
