@@ -204,5 +204,3 @@ def _mismatch(plan: Plan, checkpoint: Checkpoint) -> None:
         f"the plan is for a model of {plan.depth} layers but {checkpoint.path} has {checkpoint.depth}; "
         "make a plan for this one with --dry-run"
     )
-
-
