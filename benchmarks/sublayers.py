@@ -92,7 +92,7 @@ def run(given: argparse.Namespace) -> None:
         batches(given.held_out, given.held_out_samples),
     )
     walk = Walk.in_memory(model)
-    store.take("whole model", lambda: {"loss": loss_of(model, judged)})
+    book.take("whole model", lambda: {"loss": loss_of(model, judged)})
     layers, halves = measure_halves(walk, fitted)
     measured = Analysis(
         layers.depth, layers.samples, layers.seq_len, {METRIC: layers}, sublayers={METRIC: halves}
@@ -182,7 +182,7 @@ def _choices(
     for name, fraction in FRACTIONS.items():
         for by, order in orders.items():
             plan = Plan.cutting(depth, attention=order[: round(fraction * depth)])
-            store.take(f"by {by} {name}", lambda p=plan: _cell(walk, model, fitted, judged, p, "bare", given))
+            book.take(f"by {by} {name}", lambda p=plan: _cell(walk, model, fitted, judged, p, "bare", given))
 
 
 def tables(cells: dict[str, Any]) -> str:
