@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from slicer.benchmarks import contestants as field
-from slicer.benchmarks import machine, report, speculative, workload
+from slicer.benchmarks import contestants, machine, report, speculative, workload
 from slicer.benchmarks.contestants import Contestant
 from slicer.benchmarks.harness import Run, Store, run_rounds
 from slicer.errors import UsageError
@@ -144,9 +143,11 @@ def _speculative(
 def _contestants(request: Request, dtype: str, scratch: Path) -> list[Contestant]:
     if request.sliced or request.speculative:
         assert request.base is not None
-        return field.checkpoints(request.base, request.sliced, dtype)
+        return contestants.checkpoints(request.base, request.sliced, dtype)
     trust = "--trust-remote-code" in request.arguments
-    return field.shapes(request.base, request.config, request.drops, dtype, scratch, trust_remote_code=trust)
+    return contestants.shapes(
+        request.base, request.config, request.drops, dtype, scratch, trust_remote_code=trust
+    )
 
 
 def _engine_on_cpu(request: Request) -> bool:

@@ -14,13 +14,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from slicer.checkpoint import architectures, hub, rewrite
+from slicer.checkpoint import config as configs
+from slicer.checkpoint import hub
+from slicer.checkpoint.architectures import table as architectures
 from slicer.checkpoint.blockwise import MODEL_TYPE
-from slicer.checkpoint.export import copy_companions, expand_config, refuse_quantized, sliced_config
-from slicer.checkpoint.model import blueprint
-from slicer.checkpoint.reader import Checkpoint, has_weights, read_config
+from slicer.checkpoint.config import expand_config, sliced_config
+from slicer.checkpoint.export import copy_companions
+from slicer.checkpoint.reader import Checkpoint, has_weights, read_config, refuse_quantized
 from slicer.checkpoint.sizes import measure_sizes
 from slicer.errors import ArchitectureError, BenchError, SourceError
+from slicer.model.load import blueprint
 from slicer.plan.amounts import Amount, Goal, parse_depths
 from slicer.plan.choose import choose
 from slicer.plan.plan import Plan
@@ -176,7 +179,7 @@ def _cut(whole: Checkpoint, n: int, trust_remote_code: bool) -> tuple[Plan | Non
             rewritten = sliced_config(whole, plan, trust_remote_code=trust_remote_code)
         except ArchitectureError as error:
             return str(error)
-        found = rewrite.warnings(whole.config, plan.kept, rewritten) if strict else ()
+        found = configs.warnings(whole.config, plan.kept, rewritten) if strict else ()
         return found[0] if found else None
 
     goal, strategy = Goal(drop=Amount(count=n)), "deepest_expressible"

@@ -154,3 +154,14 @@ def roofline(nbytes: float, flops: float, bytes_per_second: float, flops_per_sec
     """max(bytes / bandwidth, FLOPs / rate); Williams et al. 2009."""
     memory, arithmetic = nbytes / bytes_per_second, flops / flops_per_second
     return Roofline(1000 * max(memory, arithmetic), "memory" if memory >= arithmetic else "arithmetic")
+
+
+# Lines of bench.json: name -> (title, unit)
+LINES = {
+    "time_per_output_token_ms": ("time per output token", "ms"),
+    "prefill_ms": ("prefill", "ms"),
+    "weight_bytes": ("weights", "bytes"),
+    "kv_bytes_per_token": ("KV cache per token", "bytes"),
+    "peak_memory_bytes": ("peak memory", "bytes"),
+    "load_seconds": ("load", "s"),
+}

@@ -65,7 +65,7 @@ def online_rows(result: Mapping[str, Any]) -> tuple[list[str], Rows]:
 
 def line_rows(result: Mapping[str, Any]) -> tuple[list[str], Rows]:
     """One row per fitted line."""
-    from slicer.benchmarks.report import LINES
+    from slicer.benchmarks.lines import LINES
 
     head = ["against the layers", "per layer", "95% interval", "fixed", "R2"]
     rows = []

@@ -13,22 +13,13 @@ from typing import Any
 import numpy as np
 
 from slicer.benchmarks.contestants import Contestant
-from slicer.benchmarks.lines import Line, fit, roofline, speed_ups, verdict
+from slicer.benchmarks.lines import LINES, Line, fit, roofline, speed_ups, verdict
 from slicer.benchmarks.workload import Workload
 from slicer.errors import BenchError
 from slicer.runtime.files import write_atomically
 
 TIMES = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")
 PERCENTILES = (50, 90, 99)
-# Lines of bench.json: name -> (title, unit)
-LINES = {
-    "time_per_output_token_ms": ("time per output token", "ms"),
-    "prefill_ms": ("prefill", "ms"),
-    "weight_bytes": ("weights", "bytes"),
-    "kv_bytes_per_token": ("KV cache per token", "bytes"),
-    "peak_memory_bytes": ("peak memory", "bytes"),
-    "load_seconds": ("load", "s"),
-}
 
 
 def summarize(
@@ -158,7 +149,8 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 def write(directory: Path, result: Mapping[str, Any]) -> None:
     """Write bench.json, bench.csv, bench.md, and the figure as PNG and SVG, each atomically."""
-    from slicer.benchmarks import figures, page
+    from slicer.benchmarks import page
+    from slicer.figures import bench as bench_figures
 
     files = {
         "bench.json": json.dumps(result, indent=2, allow_nan=False, default=str) + "\n",
@@ -168,9 +160,9 @@ def write(directory: Path, result: Mapping[str, Any]) -> None:
     for name, text in files.items():
         write_atomically(directory / name, text)
     if result.get("lines"):
-        figures.lines(result, directory)
+        bench_figures.lines(result, directory)
     elif result.get("speculative"):
-        figures.speculative(result, directory)
+        bench_figures.speculative(result, directory)
 
 
 def table(result: Mapping[str, Any]) -> str:

@@ -111,7 +111,7 @@ def _load(contestant: Contestant, dtype: Any, device: Any, seed: int) -> Any:
     import torch
     import transformers
 
-    from slicer.checkpoint.model import auto_classes, load_model
+    from slicer.model.load import auto_classes, load_model
 
     path = Path(contestant.path)
     if not contestant.dummy:

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from slicer import errors
-from slicer.checkpoint.architectures import ARCHITECTURES, Architecture
-from slicer.checkpoint.vllm_notes import Unserved
-from slicer.heal import memory, settings
+from slicer.checkpoint.architectures.table import ARCHITECTURES, Architecture
+from slicer.checkpoint.architectures.vllm import Unserved
+from slicer.heal.finetune import memory, settings
 from slicer.plan import records
 from slicer.plan.plan import Plan
 
 REFERENCE = Path(__file__).resolve().parent / "reference"
 # argv[0] is what click prints as the program's name
-RUN = ("-c", "import sys; sys.argv[0] = 'slicer'; from slicer.cli import main; main()")
+RUN = ("-c", "import sys; sys.argv[0] = 'slicer'; from slicer.cli.main.main import main; main()")
 
 
 def pages() -> dict[str, Callable[[], list[str]]]:
@@ -255,7 +255,7 @@ def training() -> list[str]:
             for row in settings.PAPER]  # fmt: skip
     return [
         "# Settings of training",
-        generated(f"`{source_of(settings.Training)}` and `{source_of(memory.Shape)}`"),
+        generated(f"`{source_of(settings.Training)}` and `{source_of(memory.ModelShape)}`"),
         "What `slicer heal` can be told when it trains, with the default of each value. `None` means: the value of "
         "the table below.",
         *described(settings.Training),

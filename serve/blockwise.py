@@ -1,7 +1,7 @@
 """vLLM's DeciLMForCausalLM with low-rank replacements of removed sublayers.
 
 If a block has `emulated_ranks`, `up(down(norm(x)))` is added to the stream after its attention or at its end, as in
-`slicer.checkpoint.blockwise_model`. Everything else is vLLM's code.
+`slicer.model.blockwise`. Everything else is vLLM's code.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from typing import IO
 
 from slicer.checkpoint import hub
 from slicer.errors import ServeError
-from slicer.serve.settings import Settings, environment, prepare, require_vllm
+from slicer.serve.settings import ServerSettings, environment, prepare, require_vllm
 
 _POLL_SECONDS = 0.25
 _GRACE_SECONDS = 20.0
@@ -77,7 +77,7 @@ class Server:
         self._report = progress or (lambda _: None)
         path = hub.resolve(str(source)).path
         drafted = None if draft is None else hub.resolve(str(draft)).path
-        self.settings: Settings = prepare(path, drafted, speculative_tokens, tuple(arguments))
+        self.settings: ServerSettings = prepare(path, drafted, speculative_tokens, tuple(arguments))
         self.notes = self.settings.notes
         self.model = name or (str(source) if not Path(str(source)).exists() else Path(source).resolve().name)
         self.port = _claim(host, port)

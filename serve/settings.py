@@ -11,8 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from slicer.checkpoint import architectures
-from slicer.checkpoint.export import expand_config
+from slicer.checkpoint.architectures import table as architectures
+from slicer.checkpoint.config import expand_config
 from slicer.checkpoint.reader import Checkpoint, has_weights
 from slicer.checkpoint.sizes import Sizes, measure_sizes
 from slicer.errors import ServeError
@@ -25,7 +25,7 @@ _LEAST_CONTEXT = 256
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServerSettings:
     """Checked settings for vLLM: its path, its flags, and notes about the defaults chosen."""
 
     path: Path
@@ -55,7 +55,9 @@ def on_cpu() -> bool:
     return True
 
 
-def prepare(path: Path, draft: Path | None, speculative_tokens: int, arguments: Sequence[str]) -> Settings:
+def prepare(
+    path: Path, draft: Path | None, speculative_tokens: int, arguments: Sequence[str]
+) -> ServerSettings:
     """Check checkpoint, draft and flags together, and choose defaults for flags that are not set.
 
     Raises SourceError for an invalid checkpoint and ServeError for what vLLM cannot run.
@@ -82,19 +84,19 @@ def prepare(path: Path, draft: Path | None, speculative_tokens: int, arguments: 
         extra += ["--speculative-config", json.dumps(drafted)]
     if cpu:
         _small_machine(sizes, weights, expanded, arguments, extra, notes)
-    return Settings(path, (*extra, *arguments), tuple(notes), cpu)
+    return ServerSettings(path, (*extra, *arguments), tuple(notes), cpu)
 
 
 def _open(path: Path, arguments: Sequence[str]) -> Checkpoint:
     """The checkpoint; config.json is enough if vLLM fills it with random weights."""
-    from slicer.checkpoint.model import blueprint
+    from slicer.model.load import blueprint
 
     if flag(arguments, "--load-format") == "dummy" and not has_weights(path):
         return blueprint(path, trust_remote_code="--trust-remote-code" in arguments)
     return Checkpoint.open(path)
 
 
-def environment(settings: Settings) -> dict[str, str]:
+def environment(settings: ServerSettings) -> dict[str, str]:
     """Environment variables for vLLM that the user has not set."""
     chosen = {"VLLM_HOST_IP": "127.0.0.1"}  # vLLM's processes communicate locally, not over the network
     if settings.on_cpu and (os.cpu_count() or 1) <= 4:

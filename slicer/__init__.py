@@ -1,8 +1,8 @@
 """slicer: make a large language model shallower and leave it a standard checkpoint.
 
-The data's way, each step a function and a subcommand:
-open (`Checkpoint.open`), measure, select, export, verify; `convert` is all of them in order.
-Names load when first used, so that importing slicer costs nothing.
+    from slicer import Goal, convert, parse_amount
+
+Public names are loaded when they are first used, so that importing slicer costs nothing.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from slicer.runtime.compat import register as _register
 if TYPE_CHECKING:
     from slicer.checkpoint.export import export as export
     from slicer.checkpoint.reader import Checkpoint as Checkpoint
-    from slicer.convert import convert as convert
+    from slicer.data.sources import TextSpec as TextSpec
     from slicer.errors import SlicerError as SlicerError
-    from slicer.heal.settings import Training as Training
+    from slicer.heal.finetune.settings import Training as Training
+    from slicer.jobs.convert import convert as convert
+    from slicer.jobs.options import Options as Options
     from slicer.measure.analysis import Analysis as Analysis
-    from slicer.measure.calibration import CalibrationSpec as CalibrationSpec
-    from slicer.measure.stream import Walk as Walk
-    from slicer.measure.summary import measure as measure
-    from slicer.options import Options as Options
+    from slicer.model.walk import Walk as Walk
     from slicer.plan.amounts import Goal as Goal
     from slicer.plan.amounts import parse_amount as parse_amount
     from slicer.plan.blocks import select as select
@@ -34,15 +33,14 @@ _HOMES = {
     "__version__": "slicer.runtime.versions",
     "Checkpoint": "slicer.checkpoint.reader",
     "export": "slicer.checkpoint.export",
-    "convert": "slicer.convert",
+    "convert": "slicer.jobs.convert",
     "Goal": "slicer.plan.amounts",
-    "Options": "slicer.options",
-    "Training": "slicer.heal.settings",
+    "Options": "slicer.jobs.options",
+    "Training": "slicer.heal.finetune.settings",
     "SlicerError": "slicer.errors",
-    "measure": "slicer.measure.summary",
     "Analysis": "slicer.measure.analysis",
-    "Walk": "slicer.measure.stream",
-    "CalibrationSpec": "slicer.measure.calibration",
+    "Walk": "slicer.model.walk",
+    "TextSpec": "slicer.data.sources",
     "Plan": "slicer.plan.plan",
     "parse_amount": "slicer.plan.amounts",
     "select": "slicer.plan.blocks",
@@ -56,5 +54,9 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'slicer' has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 # With transformers, whenever that is imported: before slicer or after.
-_register(_MODEL_TYPE, "BlockwiseConfig", "slicer.checkpoint.blockwise_model")
+_register(_MODEL_TYPE, "BlockwiseConfig", "slicer.model.blockwise")

@@ -1,6 +1,8 @@
 """`python -m slicer` is `slicer`."""
 
-from slicer.cli import main
+from __future__ import annotations
+
+from slicer.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -15,5 +15,8 @@ class Progress:
     def detail(self, text: str) -> None:
         """Details of the current stage, such as its rates."""
 
+    def close(self) -> None:
+        """Stop showing progress, before other output."""
+
     def note(self, text: str) -> None:
         """A message that the user may want to act on."""

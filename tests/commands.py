@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from click.testing import CliRunner, Result
 
-from slicer.cli import main
+from slicer.cli.main import main
 
 
 def slicer(*arguments: object) -> Result:

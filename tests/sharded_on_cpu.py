@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, da
 from torch.distributed.fsdp import _init_utils
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 
-from slicer.cli import main
+from slicer.cli.main import main
 
 _init = state.AcceleratorState.__init__
 _post_init = FullyShardedDataParallelPlugin.__post_init__

@@ -17,14 +17,15 @@ import sources
 import torch
 from click.testing import CliRunner
 
-from slicer.analyze import AnalyzeOptions, analyze
-from slicer.checkpoint.model import load_model
-from slicer.cli import main
-from slicer.convert import convert
+from slicer.cli.main import main
+from slicer.data.calibration import token_batches
+from slicer.data.sources import TextSpec
 from slicer.errors import CalibrationError, OutputError
+from slicer.jobs.analyze import AnalyzeOptions, analyze
+from slicer.jobs.convert import convert
+from slicer.jobs.options import Options
 from slicer.measure.analysis import Analysis
-from slicer.measure.calibration import CalibrationSpec, token_batches
-from slicer.options import Options
+from slicer.model.load import load_model
 from slicer.plan.amounts import Goal, parse_amount
 from slicer.plan.plan import Plan
 from slicer.runtime.workdir import owned
@@ -51,8 +52,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sources.save_text(tmp_path_factory.mktemp("text") / "t.jsonl")
 
 
-def spec(text: Path, **changes: Any) -> CalibrationSpec:
-    return CalibrationSpec(**{"source": str(text), "samples": 8, "seq_len": 24, "batch_size": 2, **changes})
+def spec(text: Path, **changes: Any) -> TextSpec:
+    return TextSpec(**{"source": str(text), "samples": 8, "seq_len": 24, "batch_size": 2, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +66,9 @@ def done(path: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(autouse=True)
 def no_figures(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of the time of an analysis this small; `done`, made before this, and real commands draw."""
-    from slicer.judge import plots
+    from slicer.figures import layers
 
-    monkeypatch.setattr(plots, "analysis_figures", lambda analysis, directory: [])
+    monkeypatch.setattr(layers, "analysis_figures", lambda analysis, directory: [])
 
 
 def apart(one: Analysis, other: Analysis) -> float:
@@ -283,7 +284,7 @@ def test_the_known_blocks_of_a_real_model(
         pytest.skip("set SLICER_TEST_TEXT to WikiText-2 validation text (.txt)")
     out = tmp_path_factory.getbasetemp() / "known"
     if not (out / "analysis.json").exists():
-        options = AnalyzeOptions(CalibrationSpec(file, samples=24, seq_len=512))
+        options = AnalyzeOptions(TextSpec(file, samples=24, seq_len=512))
         analyze(str(models / "qwen2.5-coder-0.5b"), out, options)
     row = Analysis.load(out).distances().block(n)
     assert min(range(len(row)), key=lambda i: row[i]) == start

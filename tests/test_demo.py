@@ -14,11 +14,13 @@ import torch
 from click.testing import CliRunner
 
 from slicer import demo
-from slicer.checkpoint.model import bypass, load_model
-from slicer.cli import main
+from slicer.cli.main import main
+from slicer.data.calibration import token_batches
+from slicer.data.sources import TextSpec
 from slicer.measure.analysis import Distances
-from slicer.measure.calibration import CalibrationSpec, token_batches
-from slicer.measure.summary import measure
+from slicer.measure.distances import measure
+from slicer.model.layers import bypass
+from slicer.model.load import load_model
 from slicer.plan.blocks import select
 
 
@@ -40,7 +42,7 @@ def held_out() -> torch.Tensor:
 @pytest.fixture(scope="module")
 def distances(model: Any) -> Distances:
     """Measured on the model's own text: the held-out text takes no part in the choice."""
-    spec = CalibrationSpec(source="self", samples=32, seq_len=64, batch_size=32)
+    spec = TextSpec(source="self", samples=32, seq_len=64, batch_size=32)
     return measure(model, token_batches(spec, demo.path(), model).batches)
 
 

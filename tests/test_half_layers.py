@@ -14,7 +14,7 @@ from commands import slicer, succeeds
 
 from slicer import demo
 from slicer.errors import PlanError
-from slicer.judge import part_plots
+from slicer.figures import layers
 from slicer.measure.analysis import Analysis
 from slicer.plan.plan import Plan
 
@@ -143,9 +143,9 @@ def test_an_analysis_chooses_parts_by_any_metric(text: Path, tmp_path: Path) -> 
         assert plan.no_attention == tuple(sorted(sorted(range(1, 12), key=row.__getitem__)[:3]))
     assert (where / "parts.png").read_bytes().startswith(b"\x89PNG")
     analysis = Analysis.load(where)
-    assert part_plots.trade_off(analysis, analysis, tmp_path / "same.png") == pytest.approx(1)
+    assert layers.trade_off(analysis, analysis, tmp_path / "same.png") == pytest.approx(1)
     with pytest.raises(PlanError, match="same model"):
-        part_plots.trade_off(analysis, replace(analysis, depth=11), tmp_path / "never.png")
+        layers.trade_off(analysis, replace(analysis, depth=11), tmp_path / "never.png")
     result = slicer("plan", where, "--drop-attention", 3, "--metric", "taylor")
     assert result.exit_code == 1 and "taylor" in result.output
 

@@ -50,7 +50,7 @@ def test_the_commands() -> None:
     commands = {
         entry.name: entry.value for entry in installed.entry_points if entry.group == "console_scripts"
     }
-    assert commands["slicer"] == "slicer.cli:main"
+    assert commands["slicer"] == "slicer.cli.main:main"
     plugins = {entry.value for entry in installed.entry_points if entry.group == "vllm.general_plugins"}
     assert plugins == {"slicer.serve.plugin:register"}, (
         "run make again: it was installed before it had a plugin"

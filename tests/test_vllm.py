@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from slicer.checkpoint.model import load_model
-from slicer.convert import convert
-from slicer.measure.calibration import CalibrationSpec
-from slicer.options import Options
+from slicer.data.sources import TextSpec
+from slicer.jobs.convert import convert
+from slicer.jobs.options import Options
+from slicer.model.load import load_model
 from slicer.plan.amounts import Goal, parse_amount
 
 PROMPTS = ["And the LORD said unto", "The captain of the"]
@@ -52,7 +52,7 @@ def test_vllm_and_transformers_write_the_same(cut: str, tmp_path: Path) -> None:
 
     amounts, options = CUTS[cut]
     goal = Goal(**{name: parse_amount(text) for name, text in amounts.items()})
-    spec = CalibrationSpec(source="self", samples=16, seq_len=64)
+    spec = TextSpec(source="self", samples=16, seq_len=64)
     out = tmp_path / "sliced"
     convert("demo", goal, out, Options(calibration=spec, **options))
     tokenizer, model = AutoTokenizer.from_pretrained(out), load_model(out, dtype="float32", device="cpu")

@@ -1,1 +1,1 @@
-"""Checkpoints on disk: reading, cutting, writing and checking them."""
+"""A checkpoint on disk: read, sliced, written; no model is built here."""

@@ -10,16 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from slicer.checkpoint import tensors as stored
-from slicer.checkpoint.model import build_on_meta, meta_tensors
-from slicer.checkpoint.names import Names
-from slicer.checkpoint.reader import Checkpoint, TensorSpan, read_header
-from slicer.checkpoint.sublayers import FEED_FORWARD, part_of
+from slicer.checkpoint import tensors
+from slicer.checkpoint.reader import Checkpoint, read_header
+from slicer.checkpoint.tensors import TensorSpan
 from slicer.errors import HealError
-from slicer.plan.plan import Plan
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # prefix of every tensor name in the file
@@ -130,105 +124,38 @@ def _check_plain(path: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Place:
-    """The checkpoint matrix that one product B A of an adapter changes.
-
-    Attributes:
-        origin: the adapter's own module name.
-        key: raw key of the matrix in the checkpoint.
-        module: the module of the loaded model that holds it; None if it has none of its own, such as an expert that is
-            loaded as a slice of one tensor.
-        transposed: whether the matrix is stored as [in, out] (GPT-2's Conv1D).
-    """
-
-    origin: str
-    key: str
-    module: str | None
-    transposed: bool
+FILE = "slicer.json"
+BASE = "base"  # directory with the base weights beside the adapter, if they exist nowhere else
+_BEGINNING = 1 << 20  # bytes of each tensor that are hashed
 
 
-def placed(
-    checkpoint: Checkpoint, adapter: Adapter, *, renumber: bool = False, trust_remote_code: bool = False
-) -> list[Place]:
-    """The matrices that the adapter's products change. Raises HealError if the adapter does not fit.
-
-    `renumber`: the layer numbers are those of the unsliced model. They are mapped by the checkpoint's plan, and those
-    of dropped layers are left out. The storage layout of each matrix is taken from the model's class.
-    """
-    plan = Plan.load(checkpoint.path) if renumber else None
-    names = Names(checkpoint)
-    model = build_on_meta(checkpoint.path, meta_tensors(checkpoint), trust_remote_code=trust_remote_code)[0]
-    modules = {
-        names.key(f"{name}.weight"): (name, is_conv1d(module))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or is_conv1d(module)
-    }
-    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
-    tied = {*ties, *ties.values()}
-    found = []
-    for origin in adapter.pairs:
-        if {f"{origin}.weight", f"{origin.partition('.')[2]}.weight"} & tied:
-            raise HealError(
-                f"{adapter.path}: target {origin} shares its matrix with the embeddings in {checkpoint.path} "
-                "(tie_word_embeddings), so it cannot change alone; train the adapter without it"
-            )
-        layer = names.layer(f"{origin}.weight")
-        if layer is None:
-            key = names.key(f"{origin}.weight")
-        else:
-            index = _index(checkpoint, adapter, plan, *layer)
-            if index is None:
-                continue
-            key = names.in_layer(index, layer[1])
-        if key is None or key not in checkpoint.tensors:
-            raise HealError(
-                f"{adapter.path}: target {origin} is not in {checkpoint.path}; pass its base model"
-            )
-        module, transposed = modules.get(key, (None, bool(adapter.config.get("fan_in_fan_out"))))
-        first, second = adapter.pairs[origin]
-        shape = checkpoint.tensors[key].shape
-        wanted = (second.shape[0], first.shape[1])[:: -1 if transposed else 1]
-        if shape != wanted or first.shape[0] != second.shape[1]:
-            raise HealError(
-                f"{adapter.path}: {origin} expects a matrix of shape {list(wanted)}, but {key} has {list(shape)}; "
-                "pass its base model"
-            )
-        copy = adapter.copies.get(origin)
-        if copy is not None and not _same(copy, checkpoint.tensors[key]):
-            raise HealError(
-                f"{adapter.path}: contains the {origin} it was trained on, which differs from {key}; merge with peft"
-            )
-        found.append(Place(origin, key, module, transposed))
-    if not found:
-        raise HealError(f"{adapter.path}: all its layers were dropped; nothing to merge")
-    return found
+def digest(checkpoint: Checkpoint) -> str:
+    """SHA-256 (hexadecimal) of the names, dtypes, shapes and first bytes of all tensors."""
+    found = hashlib.sha256()
+    for key, span in sorted(checkpoint.tensors.items()):
+        found.update(json.dumps([key, span.dtype, span.shape]).encode())
+        found.update(next(tensors.chunks(span, span.dtype), b"")[:_BEGINNING])
+    return found.hexdigest()
 
 
-def _same(copy: TensorSpan, span: TensorSpan) -> bool:
-    """Whether the matrices are equal in the dtype of `copy`."""
-    other = stored.read(copy)
-    return torch.equal(stored.read(span).to(other.dtype), other)
+def note_base(adapter: Path, base: Checkpoint, place: str) -> None:
+    """Record beside the adapter that it was trained on the weights of `base`, which are stored at `place`."""
+    record = {"base": place, "digest": digest(base)}
+    (adapter / FILE).write_text(json.dumps(record, indent=1) + "\n", "utf-8")
 
 
-def _index(checkpoint: Checkpoint, adapter: Adapter, plan: Plan | None, index: int, name: str) -> int | None:
-    """The checkpoint's index of the adapter's layer `index`, which contains `name`; None for a dropped layer."""
-    if plan is None:
-        if index >= checkpoint.depth:
-            raise HealError(
-                f"{adapter.path}: has layer {index}, but {checkpoint.path} has only {checkpoint.depth} layers; if it "
-                "was trained on the unsliced model, use --renumber"
-            )
-        return index
-    if index >= plan.depth:
+def check_base(adapter: Path, checkpoint: Checkpoint) -> None:
+    """Raise HealError if slicer trained `adapter` on other weights than those of `checkpoint`."""
+    file = adapter / FILE
+    if not file.is_file():
+        return
+    try:
+        record = json.loads(file.read_text("utf-8"))
+        place, wanted = str(record["base"]), record["digest"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise HealError(f"{file}: cannot be read; remove it to merge without this check") from None
+    if wanted != digest(checkpoint):
+        base = adapter / BASE if (adapter / BASE / "config.json").is_file() else place
         raise HealError(
-            f"{adapter.path}: has layer {index}, but the source had {plan.depth} layers; pass an adapter of this model"
+            f"{adapter}: was not trained on the weights of {checkpoint.path}; merge it into {base}"
         )
-    behind = part_of(name.partition(".")[0], ()) == FEED_FORWARD
-    homes = [pair[behind] for pair in plan.sublayers]  # of a half-offset cut: two layers make one
-    return homes.index(index) if index in homes else None
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is transformers' Conv1D, a linear layer with a matrix [in, out]."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")

@@ -7,56 +7,20 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from slicer.checkpoint import architectures, blockwise, rewrite, sublayers
+from slicer.checkpoint import sublayers
+from slicer.checkpoint.config import sliced_config
 from slicer.checkpoint.hub import COMPANIONS
-from slicer.checkpoint.reader import BIN_INDEX, INDEX, Checkpoint, TensorSpan, inside
+from slicer.checkpoint.reader import BIN_INDEX, INDEX, Checkpoint, inside
+from slicer.checkpoint.tensors import DTYPES, TensorSpan
 from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES, Progress, write_tensors
-from slicer.errors import ArchitectureError, OutputError, PlanError, SourceError
+from slicer.errors import OutputError
 from slicer.plan.plan import Plan
 from slicer.runtime.files import atomic_directory, check_space
-
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-
-
-def expand_config(path: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """config.json as transformers reads it, with all defaults and per-layer lists.
-
-    Raises SourceError with transformers' reason if it rejects the config.
-    """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(
-            str(path), trust_remote_code=trust_remote_code, local_files_only=True
-        )
-        return dict(config.to_dict())
-    except Exception as error:  # config classes raise many kinds
-        reason = " ".join(str(error).split())
-        if "trust_remote_code" in reason:
-            raise ArchitectureError(
-                f"{path}: needs the checkpoint's own code; review it, then pass --trust-remote-code"
-            ) from None
-        raise SourceError(f"{path}/config.json: transformers rejects it: {reason[:300]}") from None
-
-
-def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """Raise SourceError for a checkpoint whose weights are quantized."""
-    for part in (checkpoint.config, architectures.text_config(checkpoint.config)):
-        quantization = part.get("quantization_config")
-        if quantization:
-            method = (
-                quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-            )
-            raise SourceError(
-                f"{checkpoint.path}: quantized ({method}), but only float32, float16 and bfloat16 checkpoints "
-                "are supported: slice the original and quantize the result"
-            )
 
 
 def export(
@@ -78,74 +42,6 @@ def export(
     with atomic_directory(out, replace=force) as directory:
         write_checkpoint(checkpoint, plan, config, directory, dtype=dtype, max_shard_bytes=max_shard_bytes)
     return out
-
-
-def sliced_config(
-    checkpoint: Checkpoint, plan: Plan, *, dtype: str | None = None, trust_remote_code: bool = False
-) -> dict[str, Any]:
-    """The new config.json. Raises ArchitectureError if its fields cannot express the cut."""
-    if plan.depth != checkpoint.depth:
-        raise PlanError(f"the plan is for {plan.depth} layers, but {checkpoint.path} has {checkpoint.depth}")
-    config = kept_config(checkpoint, plan.kept, dtype=dtype, trust_remote_code=trust_remote_code)
-    if not plan.below_layers:
-        return config
-    sublayers.check_there(checkpoint, plan.no_attention, plan.no_ffn)
-    sublayers.check_joined(checkpoint, plan)
-    if plan.form == "blockwise":
-        expanded = expand_config(checkpoint.path, trust_remote_code=trust_remote_code)
-        blockwise.check(checkpoint, expanded, plan)
-        return blockwise.config_of(config, expanded, plan)
-    if plan.form == "zeroed":
-        sublayers.zeroed_keys(checkpoint, plan)
-    elif plan.no_attention or plan.no_ffn:
-        raise PlanError("the plan removes single sublayers; its form must be blockwise or zeroed")
-    return config
-
-
-def kept_config(
-    checkpoint: Checkpoint,
-    kept: Sequence[int],
-    *,
-    dtype: str | None = None,
-    trust_remote_code: bool = False,
-) -> dict[str, Any]:
-    """The config.json of the layers `kept` (possibly all). Raises ArchitectureError as `sliced_config`."""
-    if rewrite.is_explicit(checkpoint.config):
-        # transformers, whose import takes seconds, is not needed.
-        config = rewrite.rewrite_config(checkpoint.config, checkpoint.config, kept)
-    else:
-        expanded = expand_config(checkpoint.path, trust_remote_code=trust_remote_code)
-        config = rewrite.rewrite_config(checkpoint.config, expanded, kept)
-        _check_expressed(checkpoint, expanded, config, kept, trust_remote_code)
-    if dtype:
-        for part in (config, architectures.text_config(config)):
-            for name in ("dtype", "torch_dtype"):
-                if name in part:
-                    part[name] = dtype
-        if "dtype" not in config and "torch_dtype" not in config:
-            config["dtype"] = dtype
-    return config
-
-
-def _check_expressed(
-    checkpoint: Checkpoint,
-    expanded: Mapping[str, Any],
-    config: Mapping[str, Any],
-    kept: Sequence[int],
-    trust_remote_code: bool,
-) -> None:
-    """Let transformers read the new config and compare the kept layers' fields with the old ones."""
-    with tempfile.TemporaryDirectory(prefix="slicer-config-") as scratch:
-        if trust_remote_code:  # the config class may be the checkpoint's own code
-            for file in checkpoint.path.glob("*.py"):
-                shutil.copyfile(inside(checkpoint.path, file.name), Path(scratch) / file.name)
-        (Path(scratch) / "config.json").write_text(json.dumps(config), "utf-8")
-        try:
-            again = expand_config(Path(scratch), trust_remote_code=trust_remote_code)
-        except SourceError as error:
-            reason = str(error).rsplit("refuses it: ", 1)[-1]
-            raise ArchitectureError(f"transformers rejects the config of this cut: {reason}") from None
-    rewrite.check_rewritten(expanded, again, kept)
 
 
 def write_checkpoint(

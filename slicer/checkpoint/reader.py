@@ -11,65 +11,19 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from slicer.checkpoint import architectures
+from slicer.checkpoint.architectures import table as architectures
+from slicer.checkpoint.tensors import DTYPE_BITS, TensorSpan
 from slicer.errors import SourceError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
-DTYPE_BITS = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
-    **dict.fromkeys(("U32", "I32", "F32"), 32),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-}
-
-FLOATS = ("F64", "F32", "F16", "BF16")
-
-
-@dataclass(frozen=True)
-class TensorSpan:
-    """Byte range of one tensor: `file[start:end]`, counted from the start of the file.
-
-    `dtype` is the safetensors name ("BF16"). A tensor of a `.bin` file is read through torch by its `key`; then `start`
-    is 0 and `end` its size.
-    """
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-    key: str | None = None
-    make: Callable[[], Any] | None = None
-
-    def made(self, key: str, make: Callable[[], Any], dtype: str | None = None) -> TensorSpan:
-        """A span whose tensor `make` computes when it is read, in `dtype` (None: the same as this one)."""
-        dtype, nbytes = self.cast(dtype)
-        return TensorSpan(self.file, dtype, self.shape, 0, nbytes, key, make)
-
-    @property
-    def nbytes(self) -> int:
-        return self.end - self.start
-
-    def cast(self, dtype: str | None) -> tuple[str, int]:
-        """(dtype, bytes) of this tensor when written as `dtype`; only floating-point tensors change."""
-        if dtype is None or self.dtype not in FLOATS:
-            return self.dtype, self.nbytes
-        return dtype, self.numel * DTYPE_BITS[dtype] // 8
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -356,14 +310,14 @@ def _span(file: Path, key: str, entry: Any, data_start: int) -> TensorSpan:
 
 
 def _bin_tensors(path: Path, names: list[str]) -> dict[str, dict[str, TensorSpan]]:
-    from slicer.checkpoint import tensors as torch_tensors
+    from slicer.checkpoint import tensors
 
     return {
         name: {
             key: TensorSpan(
-                path / name, torch_tensors.dtype_name(tensor), tuple(tensor.shape), 0, tensor.nbytes, key
+                path / name, tensors.dtype_name(tensor), tuple(tensor.shape), 0, tensor.nbytes, key
             )
-            for key, tensor in torch_tensors.load(inside(path, name)).items()
+            for key, tensor in tensors.load(inside(path, name)).items()
         }
         for name in names
     }
@@ -390,3 +344,17 @@ def _merge(
                 f"{path}: the index lists tensor {key} in {name}, but it is not there; fetch both"
             )
     return merged
+
+
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Raise SourceError for a checkpoint whose weights are quantized."""
+    for part in (checkpoint.config, architectures.text_config(checkpoint.config)):
+        quantization = part.get("quantization_config")
+        if quantization:
+            method = (
+                quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+            )
+            raise SourceError(
+                f"{checkpoint.path}: quantized ({method}), but only float32, float16 and bfloat16 checkpoints "
+                "are supported: slice the original and quantize the result"
+            )

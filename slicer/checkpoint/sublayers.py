@@ -11,9 +11,10 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from slicer.checkpoint import architectures
-from slicer.checkpoint.architectures import ATTENTION_OUTPUTS, EXPERT_OUTPUTS, FEED_FORWARD_OUTPUTS
-from slicer.checkpoint.reader import Checkpoint, TensorSpan
+from slicer.checkpoint.architectures import table as architectures
+from slicer.checkpoint.architectures.table import ATTENTION_OUTPUTS, EXPERT_OUTPUTS, FEED_FORWARD_OUTPUTS
+from slicer.checkpoint.reader import Checkpoint
+from slicer.checkpoint.tensors import TensorSpan
 from slicer.errors import ArchitectureError, PlanError
 from slicer.plan.plan import Plan
 

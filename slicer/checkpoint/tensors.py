@@ -5,7 +5,9 @@ Pickles are loaded with `weights_only` (no code runs) and memory-mapped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,6 @@ from slicer.errors import SourceError
 if TYPE_CHECKING:
     import torch
 
-    from slicer.checkpoint.reader import TensorSpan
 
 _NAMES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
@@ -91,3 +92,54 @@ def read(span: TensorSpan) -> torch.Tensor:
         return load(span.file)[span.key].detach().clone()
     block = bytearray(b"".join(chunks(span, span.dtype)))
     return torch.frombuffer(block, dtype=torch_dtype(span.dtype)).view(span.shape)
+
+
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+DTYPE_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class TensorSpan:
+    """Byte range of one tensor: `file[start:end]`, counted from the start of the file.
+
+    `dtype` is the safetensors name ("BF16"). A tensor of a `.bin` file is read through torch by its `key`; then `start`
+    is 0 and `end` its size.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+    key: str | None = None
+    make: Callable[[], Any] | None = None
+
+    def made(self, key: str, make: Callable[[], Any], dtype: str | None = None) -> TensorSpan:
+        """A span whose tensor `make` computes when it is read, in `dtype` (None: the same as this one)."""
+        dtype, nbytes = self.cast(dtype)
+        return TensorSpan(self.file, dtype, self.shape, 0, nbytes, key, make)
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+    def cast(self, dtype: str | None) -> tuple[str, int]:
+        """(dtype, bytes) of this tensor when written as `dtype`; only floating-point tensors change."""
+        if dtype is None or self.dtype not in FLOATS:
+            return self.dtype, self.nbytes
+        return dtype, self.numel * DTYPE_BITS[dtype] // 8
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)

@@ -8,7 +8,8 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from slicer.checkpoint.reader import INDEX, SINGLE, TensorSpan
+from slicer.checkpoint.reader import INDEX, SINGLE
+from slicer.checkpoint.tensors import TensorSpan
 from slicer.runtime.files import BLOCK, copy_range, reserve, shares_blocks
 
 DEFAULT_SHARD_BYTES = 5 * 10**9

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slicer import demo
-from slicer.convert import convert
-from slicer.measure.calibration import CalibrationSpec
-from slicer.options import Options, Summary
+from slicer.data.sources import TextSpec
+from slicer.jobs.convert import convert
+from slicer.jobs.options import Options, Summary
 from slicer.plan.amounts import Goal, parse_amount
 from slicer.progress import Progress
 
@@ -31,7 +31,7 @@ def show(drop: str, out: Path | None, progress: Progress) -> Shown:
     with tempfile.TemporaryDirectory(prefix="slicer-demo-") as scratch:
         target = out or Path(scratch) / "sliced"
         options = Options(
-            calibration=CalibrationSpec(source="self", samples=64, seq_len=128),  # enough, and takes seconds
+            calibration=TextSpec(source="self", samples=64, seq_len=128),  # enough, and takes seconds
             command=f"slicer convert demo --drop {drop} --samples 64 --seq-len 128",
         )
         summary = convert("demo", Goal(drop=parse_amount(drop)), target, options, progress=progress)
@@ -44,7 +44,7 @@ def _continue(path: Path, new_tokens: int = 40) -> str:
     import torch
     from transformers import AutoTokenizer
 
-    from slicer.checkpoint.model import load_model
+    from slicer.model.load import load_model
 
     tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     model = load_model(path, dtype="float32", device="cpu")

@@ -1,1 +1,1 @@
-"""What is done to a sliced checkpoint: the cut healed in closed form."""
+"""Closing the cut: weight compensation in closed form, and training."""

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from slicer.checkpoint import architectures, blockwise
-from slicer.checkpoint import tensors as stored
-from slicer.checkpoint.architectures import ATTENTION_OUTPUTS, EXPERT_OUTPUTS, FEED_FORWARD_OUTPUTS
-from slicer.checkpoint.reader import Checkpoint, TensorSpan
+from slicer.checkpoint import blockwise, tensors
+from slicer.checkpoint.architectures import table as architectures
+from slicer.checkpoint.architectures.table import ATTENTION_OUTPUTS, EXPERT_OUTPUTS, FEED_FORWARD_OUTPUTS
+from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sublayers import new_keys
+from slicer.checkpoint.tensors import TensorSpan
 from slicer.errors import ArchitectureError, UsageError
 from slicer.model.pruned import Edits, Replacement
 from slicer.plan.plan import Plan
@@ -31,7 +32,6 @@ _BIASES = {
     "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     "ffn": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 }
-
 Holds = Callable[[int, str, nn.Module], bool]
 
 
@@ -152,7 +152,7 @@ def written_dtype(checkpoint: Checkpoint, cast: str | None) -> torch.dtype:
         for key, span in checkpoint.tensors.items()
         if key.startswith(checkpoint.layer_prefix)
     )
-    return stored.torch_dtype(names.most_common(1)[0][0])
+    return tensors.torch_dtype(names.most_common(1)[0][0])
 
 
 def place(
@@ -213,7 +213,7 @@ class _Placing:
     def multiply(self, i: int, name: str, matrix: torch.Tensor) -> None:
         """`matrix` [d, d] is multiplied into every expert of a module of layer i."""
         for key, axis in _expert_keys(self._checkpoint, i, name).items():
-            old = stored.read(self._checkpoint.tensors[key]).double()
+            old = tensors.read(self._checkpoint.tensors[key]).double()
             new = torch.tensordot(old, matrix.double().cpu(), dims=([axis], [1])).movedim(-1, axis)
             self.replace(key, new)
 
@@ -224,7 +224,7 @@ class _Placing:
         if replacement.down is not None:
             self._low_rank(at, "mid" if sublayer == "attention" else "end", replacement)
         elif key is not None:
-            old = stored.read(self._checkpoint.tensors[key]).float()
+            old = tensors.read(self._checkpoint.tensors[key]).float()
             self.replace(key, old + replacement.bias.cpu())
         else:
             self._biases[sublayer][at] = replacement.bias
@@ -270,7 +270,7 @@ class _Placing:
 
     def _span(self, key: str, tensor: torch.Tensor, dtype: str) -> TensorSpan:
         """The one place where tensors of a repair come to the CPU, in the dtype they are written in."""
-        ready = tensor.detach().to("cpu", stored.torch_dtype(dtype)).contiguous()
+        ready = tensor.detach().to("cpu", tensors.torch_dtype(dtype)).contiguous()
         return TensorSpan(
             self._checkpoint.path, dtype, tuple(ready.shape), 0, ready.nbytes, key, lambda: ready
         )

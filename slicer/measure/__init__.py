@@ -1,1 +1,1 @@
-"""Calibration text, and metrics of layers: distances in the residual stream, losses without parts of the model."""
+"""What the layers do: distances, other metrics, Shapley values."""

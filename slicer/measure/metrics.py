@@ -18,7 +18,6 @@ ANGULAR = "angular_last_token"
 PER_SEQUENCE = (ANGULAR, "angular_mean", "block_influence", "relative_l1", "relative_l2")
 POINTS = ("cka", "fold_residual")
 METRICS = (*PER_SEQUENCE, *POINTS)
-
 SKETCH = 32  # dimensions of the random projection used for the fold residual
 RIDGES = (1e-3, 1e-1)  # relative to the mean eigenvalue; the better one on left-out sequences is used
 _TINY = torch.finfo(torch.float64).tiny

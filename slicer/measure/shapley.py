@@ -23,11 +23,11 @@ import torch
 
 from slicer.errors import ArchitectureError, UsageError
 from slicer.measure.analysis import Distances
-from slicer.measure.questions import Questions
-from slicer.measure.states import States
-from slicer.measure.stream import Walk
-from slicer.measure.summary import table_of_rows
+from slicer.measure.distances import table_of_rows
+from slicer.measure.losses import Questions
+from slicer.model.states import States
 from slicer.model.sublayers import attention_outputs, ffn_outputs, without_sublayers
+from slicer.model.walk import Walk
 from slicer.progress import Progress
 
 AGAINST = ("loss", "kl")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slicer.checkpoint.architectures import ATTENTION_OUTPUTS, EXPERT_MODULES, FEED_FORWARD_OUTPUTS
+from slicer.checkpoint.architectures.table import ATTENTION_OUTPUTS, EXPERT_MODULES, FEED_FORWARD_OUTPUTS
 
 _PROPORTIONAL = 0.05  # a change that arrives no further from a multiple of itself is passed on directly
 

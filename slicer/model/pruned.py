@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from slicer.checkpoint.model import Model, decoder_layers
-from slicer.checkpoint.verify import logits_of
 from slicer.errors import ArchitectureError
-from slicer.measure.states import States
-from slicer.measure.stream import Walk, walk_loss
+from slicer.model.layers import decoder_layers, logits_of
+from slicer.model.load import Model
+from slicer.model.states import States
 from slicer.model.sublayers import attention_outputs, bypass_sublayers, ffn_outputs, without_sublayers
+from slicer.model.walk import Walk, walk_loss
 from slicer.plan.plan import Plan
 
 
@@ -203,7 +203,7 @@ def shortened(
 ) -> Iterator[None]:
     """Inside the block `model` is its own cut: only the layers that `plan`, of whole layers, keeps, renumbered.
 
-    `config` is the sliced config.json (`slicer.checkpoint.export.sliced_config`). Nothing is copied: what shares the
+    `config` is the sliced config.json (`slicer.checkpoint.config.sliced_config`). Nothing is copied: what shares the
     model's config object sees the new fields, and afterwards everything is as it was.
     """
     layers = decoder_layers(model)

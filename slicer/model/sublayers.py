@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from slicer.checkpoint import architectures
-from slicer.checkpoint.model import Model, bypass, decoder_layers
+from slicer.checkpoint.architectures import table as architectures
 from slicer.errors import ArchitectureError
+from slicer.measure.distances import Run
+from slicer.model.layers import bypass, decoder_layers
+from slicer.model.load import Model
+from slicer.model.walk import Walk
 
 _FEED_FORWARDS = ("mlp", "feed_forward", "ffn", "mlp_block", "block_sparse_moe", "shared_mlp", "fc2")
 
@@ -79,3 +83,95 @@ def without_sublayers(
                     raise ArchitectureError(f"{place} ({type(layer).__name__}) has no {what} that is known")
                 stack.enter_context(silenced(modules))
         yield
+
+
+_MLP_NAMES = ("mlp", "feed_forward", "ffn", "mlp_block", "block_sparse_moe", "fc2", "mixer")
+
+
+def mlp_of(layer: nn.Module) -> nn.Module | None:
+    """The feed-forward submodule of `layer`; None if it has none."""
+    children = dict(layer.named_children())
+    return next((children[name] for name in _MLP_NAMES if name in children), None)
+
+
+class MidLayerTap:
+    """Taps the residual stream inside a layer, after its attention.
+
+    The tap is the module whose input is that stream (in most models the norm before the feed-forward part). It is found
+    by running the layer with a silenced feed-forward part. If no module has that input (parallel attention and
+    feed-forward), every run is made twice.
+    """
+
+    def __init__(self, walk: Walk) -> None:
+        self._walk = walk
+        self._places: dict[tuple[Any, ...], str | None] = {}
+
+    def states(self, i: int, batch: int, entering: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(stream after the attention of layer i, stream after layer i), [batch, seq, d]; `entering` is x(i)."""
+        with self._walk.layer(i) as layer:
+            run = partial(self._walk.call, i, batch, entering)
+            place = self.place(i, layer, run)
+            if place is None:
+                with silenced(ffn_outputs(layer)):
+                    between = run()
+                return between, run()
+            seen: list[torch.Tensor] = []
+            handle = layer.get_submodule(place).register_forward_pre_hook(
+                lambda module, args, kwargs: seen.append(_given(args, kwargs)), with_kwargs=True
+            )
+            try:
+                after = run()
+            finally:
+                handle.remove()
+            return seen[0].view(after.shape), after
+
+    def place(self, i: int, layer: nn.Module, run: Run) -> str | None:
+        """Name of the module in layer i whose input is the stream after the attention; None if there is none.
+
+        Raises ArchitectureError for a layer without attention or feed-forward part.
+        """
+        key = (type(layer), *(name for name, _ in layer.named_children()))
+        if key not in self._places:
+            outputs = ffn_outputs(layer)
+            if not outputs or not attention_outputs(layer):
+                raise ArchitectureError(
+                    f"layer {i} of {type(self._walk.model).__name__} does not have both attention and feed-forward "
+                    "sublayers; drop whole layers (--drop, --offset whole)"
+                )
+            with silenced(outputs):
+                between = run()
+            self._places[key] = _handed(layer, run, between)
+        return self._places[key]
+
+
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    value = args[0] if args else next(v for v in kwargs.values() if isinstance(v, torch.Tensor))
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def _handed(layer: nn.Module, run: Run, wanted: torch.Tensor) -> str | None:
+    """The first module in `layer` whose input equals `wanted` bit for bit."""
+    found: list[str] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+            first = tensors[0] if tensors else wanted[:0]
+            alike = first.numel() == wanted.numel() and first.dtype == wanted.dtype
+            if alike and torch.equal(first.reshape(wanted.shape), wanted):
+                found.append(name)
+
+        return look
+
+    handles = [
+        module.register_forward_pre_hook(hook(name), with_kwargs=True)
+        for name, module in layer.named_modules()
+        if name
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None

@@ -14,8 +14,6 @@ from typing import Any
 
 from slicer.errors import EvaluationError
 
-# --- transformers: an architecture of slicer's ---------------------------------------------------------------------
-
 _TABLE = "transformers.models.auto.configuration_auto"
 
 
@@ -77,9 +75,6 @@ class _Classes(importlib.abc.Loader):
         vars(module).update({name: value for name, value in found.items() if not name.startswith("_")})
 
 
-# --- peft and bitsandbytes -----------------------------------------------------------------------------------------
-
-
 def quiet_bitsandbytes() -> None:
     """Keep bitsandbytes, which peft imports, from warning of kernels that it can do without."""
     import logging
@@ -102,9 +97,6 @@ def named_as_loaded() -> Iterator[None]:
         yield
     finally:
         conversion.convert_peft_config_for_transformers = honest
-
-
-# --- lm-eval -------------------------------------------------------------------------------------------------------
 
 
 def lm_eval_module(module: str) -> Any:
@@ -131,9 +123,6 @@ def without_bars(lm: Any) -> Any:
     for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
         setattr(lm, name, functools.partial(getattr(lm, name), disable_tqdm=True))
     return lm
-
-
-# --- vLLM ----------------------------------------------------------------------------------------------------------
 
 
 @functools.cache

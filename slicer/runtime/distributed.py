@@ -19,6 +19,7 @@ from slicer.errors import SlicerError, UsageError
 if TYPE_CHECKING:
     import torch
 
+
 T = TypeVar("T")
 _PATIENCE = timedelta(days=2)  # while the first process works alone, the others wait
 # Set by torchrun and accelerate for a process that is one of several.

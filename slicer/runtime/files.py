@@ -28,9 +28,6 @@ _NO_KERNEL_COPY = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, er
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-# --- whole or not at all -------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def atomic_file(file: Path) -> Iterator[Path]:
     """Yield a temporary path beside `file`; what lies there becomes `file` when the block ends without an exception.
@@ -145,9 +142,6 @@ def _remove_empty(directories: list[Path]) -> None:
             directory.rmdir()
 
 
-# --- space and contents --------------------------------------------------------------------------------------------
-
-
 def check_space(place: Path, needed_bytes: int) -> None:
     """Raise OutputError when `needed_bytes` will not fit on the disk that holds `place`."""
     probe = next(p for p in (place, *place.parents) if p.exists())
@@ -171,9 +165,6 @@ def digest_of(files: Iterable[Path]) -> str | None:
             raise OutputError(f"{file}: cannot be read ({error.strerror})") from None
         total.update(f"{file.name} {content}\n".encode())
     return total.hexdigest()[:16] if names else None
-
-
-# --- copies --------------------------------------------------------------------------------------------------------
 
 
 def link_or_copy(old: str | Path, new: str | Path) -> None:

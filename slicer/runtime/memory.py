@@ -14,13 +14,13 @@ from slicer.runtime.distributed import on_this_machine
 if TYPE_CHECKING:
     import torch
 
+
 # Shares of the free memory that one use may take, so that the others keep theirs.
 WALK_SHARE = 0.7  # weights and hidden states of a walk through the model, where --memory is not given
 COPY_SHARE = 0.5  # a copy of the model in float32, or the sums of a second-order solve
 KEPT_SHARE = 0.25  # outputs kept so that nothing is computed twice: of the first layers, of the source's head
 ACTIVATIONS_SHARE = 0.15  # the source's activations on the calibration text, kept for all cuts of a sweep
 OVERHEAD = 1.3  # of a loaded model beside its weights: activations, buffers and the loader's own copies
-
 # (limit, used, statistics, what counts as page cache in them) of the control groups, version 2 and 1.
 _CGROUPS = (
     ("memory.max", "memory.current", "memory.stat", ("inactive_file", "active_file")),

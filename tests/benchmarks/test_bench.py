@@ -15,13 +15,12 @@ import tiny
 from click.testing import CliRunner
 
 from slicer import demo
-from slicer.benchmarks import bench as bench_module
-from slicer.benchmarks import contestants, machine, transformers_engine, workload
+from slicer.benchmarks import bench, contestants, machine, transformers_engine, workload
 from slicer.benchmarks.bench import Request, bench
 from slicer.benchmarks.harness import RUNS, Store, run_rounds
 from slicer.checkpoint.export import export
 from slicer.checkpoint.reader import Checkpoint
-from slicer.cli import main
+from slicer.cli.main import main
 from slicer.errors import BenchError, OutputError, SlicerError, UsageError
 from slicer.plan.plan import Plan
 from slicer.progress import Progress
@@ -331,4 +330,4 @@ def test_a_draft_is_measured_against_its_original(tmp_path: Path, monkeypatch: p
     assert drafted["draft"] == "demo-10L" and drafted["outputs_identical"]
     assert len(drafted["acceptance_by_position"]) == 2
     assert all(0 <= rate <= 1 for rate in drafted["acceptance_by_position"])
-    assert (tmp_path / "out" / "bench.svg").is_file() and bench_module.ROUNDS > 1
+    assert (tmp_path / "out" / "bench.svg").is_file() and bench.ROUNDS > 1

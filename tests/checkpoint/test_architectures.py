@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import tiny
 
-from slicer.checkpoint import architectures, rewrite
+from slicer.checkpoint import config as configs
+from slicer.checkpoint.architectures import table as architectures
 from slicer.checkpoint.export import export
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import ArchitectureError
@@ -237,7 +238,7 @@ def test_a_hybrid_without_attention_is_warned_of(sources: Any, tmp_path: Path, m
 
 def notes(source: Path, kept: tuple[int, ...], out: Path) -> list[str]:
     config, rewritten = (json.loads((path / "config.json").read_text()) for path in (source, out))
-    return rewrite.warnings(config, kept, rewritten)
+    return configs.warnings(config, kept, rewritten)
 
 
 def test_every_required_architecture_is_proven() -> None:
@@ -302,4 +303,4 @@ def test_what_cannot_be_sliced_is_refused_with_the_reason(config: dict[str, Any]
 def test_where_vllm_would_read_it_otherwise_is_warned_of(
     config: dict[str, Any], kept: tuple[int, ...], warned: bool
 ) -> None:
-    assert bool(rewrite.warnings(config, kept, config)) == warned
+    assert bool(configs.warnings(config, kept, config)) == warned

@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slicer.checkpoint import buffers
-from slicer.checkpoint.buffers import Buffers, room
-from slicer.checkpoint.reader import Checkpoint, TensorSpan
+from slicer.checkpoint.reader import Checkpoint
+from slicer.checkpoint.tensors import TensorSpan
 from slicer.errors import SourceError
+from slicer.model import buffers
+from slicer.model.buffers import Buffers, room
 from tests.tiny import save_tiny
 
 

@@ -16,8 +16,8 @@ import tiny
 import torch
 from commands import slicer, succeeds
 
+from slicer.checkpoint.cut import check_source
 from slicer.checkpoint.reader import Checkpoint
-from slicer.heal.job import check_source
 from slicer.plan.plan import Plan
 
 peft = pytest.importorskip("peft")

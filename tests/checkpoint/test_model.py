@@ -8,9 +8,11 @@ import pytest
 import tiny
 import torch
 
-from slicer.checkpoint.export import export, sliced_config
-from slicer.checkpoint.model import bypass, decoder_layers, load_model, residual_stream
+from slicer.checkpoint.config import sliced_config
+from slicer.checkpoint.export import export
 from slicer.checkpoint.reader import Checkpoint
+from slicer.model.layers import bypass, decoder_layers, residual_stream
+from slicer.model.load import load_model
 from slicer.model.pruned import shortened
 from slicer.plan.plan import Plan
 

@@ -159,9 +159,9 @@ def test_pickled_weights_are_mapped_and_hostile_ones_refused(tmp_path: Path) -> 
 
     torch.save({"lm_head.weight": Hostile()}, tmp_path / "pytorch_model.bin")
     os.utime(tmp_path / "pytorch_model.bin", (1, 1))
-    from slicer.checkpoint import tensors as torch_tensors
+    from slicer.checkpoint import tensors
 
-    torch_tensors.load.cache_clear()
+    tensors.load.cache_clear()
     assert "pytorch_model.bin" in refused(tmp_path)
     assert not (tmp_path / "ran").exists()
 

@@ -12,12 +12,13 @@ import tiny
 import torch
 
 from slicer.checkpoint.export import export
-from slicer.checkpoint.model import load_model
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sublayers import part_of
-from slicer.checkpoint.verify import check_load, logits_of, probe_tokens
 from slicer.errors import ArchitectureError, PlanError
+from slicer.model.layers import logits_of
+from slicer.model.load import load_model
 from slicer.model.sublayers import bypass_sublayers
+from slicer.model.verify import check_load, probe_tokens
 from slicer.plan.plan import Plan
 
 BLOCKWISE = {

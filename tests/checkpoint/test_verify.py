@@ -12,9 +12,9 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from slicer.checkpoint import verify
-from slicer.checkpoint.model import load_model
 from slicer.errors import VerificationError
+from slicer.model import layers, verify
+from slicer.model.load import load_model
 
 Tensors = dict[str, torch.Tensor]
 
@@ -75,7 +75,7 @@ def test_a_config_that_does_not_reload(checkpoint: Path) -> None:
 def test_logits_of_another_model_are_caught(checkpoint: Path) -> None:
     tokens = verify.probe_tokens(258)
     model = load_model(checkpoint, dtype="float32", device="cpu")
-    reference = verify.logits_of(model, tokens)
+    reference = layers.logits_of(model, tokens)
     assert verify.check_logits(checkpoint, reference, tokens) <= 1e-6
     change(checkpoint, lambda t: t[NORM].mul_(1.01))
     with pytest.raises(VerificationError, match="logits differ"):

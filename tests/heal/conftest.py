@@ -9,7 +9,7 @@ import pytest
 from commands import succeeds
 
 from slicer import demo
-from slicer.checkpoint.model import load_model
+from slicer.model.load import load_model
 
 
 @pytest.fixture(scope="session")

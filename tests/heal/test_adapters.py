@@ -11,12 +11,12 @@ import tiny
 import torch
 from commands import succeeds
 
-from slicer.checkpoint.model import load_model
-from slicer.checkpoint.names import Names
+from slicer.checkpoint.keys import KeyMap
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import HealError
-from slicer.heal import adapters
-from slicer.heal.settings import Training, resolve
+from slicer.heal.finetune import model as adapters
+from slicer.heal.finetune.settings import Training, resolve
+from slicer.model.load import load_model
 
 GATED, ATTENTION = {"gate_proj", "up_proj", "down_proj"}, {"q_proj", "k_proj", "v_proj", "o_proj"}
 
@@ -40,7 +40,7 @@ def test_the_feed_forward_matrices(model_type: str, names: set[str], a_layer: in
     checkpoint = Checkpoint.open(path)
     found = adapters.targets(load_model(path), checkpoint)
     assert {name.rsplit(".", 1)[-1] for name in found} == names and len(found) == tiny.DEPTH * a_layer
-    assert all(Names(checkpoint).key(f"{name}.weight") for name in found)
+    assert all(KeyMap(checkpoint).key(f"{name}.weight") for name in found)
     if model_type != "mixtral":
         assert not any("attn" in name or "attention" in name for name in found)
 

@@ -11,11 +11,11 @@ import sources
 import torch
 
 from slicer import demo
+from slicer.data.corpus import IGNORED, Corpus, prepare
+from slicer.data.packing import answers
+from slicer.data.sources import TextSpec, mixed
 from slicer.errors import CalibrationError
-from slicer.heal.corpus import IGNORED, Corpus, mixed, prepare
-from slicer.heal.packing import answers
-from slicer.heal.settings import Training, resolve
-from slicer.measure.calibration import CalibrationSpec
+from slicer.heal.finetune.settings import Training, resolve
 
 CHATML = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -28,7 +28,7 @@ def corpus(source: Path | str, directory: Path, path: Path | None = None, **aske
     training = Training(**given)
     settings, _ = resolve(training, "demo", 10**6, most_tokens=512, on_gpu=False)
     return prepare(
-        CalibrationSpec(source=str(source)), settings, training.validation, path or demo.path(), directory
+        TextSpec(source=str(source)), settings, training.validation, path or demo.path(), directory
     )
 
 
@@ -86,7 +86,7 @@ def test_several_sources_share_the_text(tmp_path: Path) -> None:
     """As much of one as of the other, while both last."""
     a, b = documents(tmp_path / "a.jsonl", 40), tmp_path / "b.txt"
     b.write_text("\n\n".join(f"{i} " + "zyx " * 90 for i in range(200)))
-    spec = CalibrationSpec(source=f"{a},{b}")
+    spec = TextSpec(source=f"{a},{b}")
     sizes = {True: 0, False: 0}
     for at, document in enumerate(mixed(spec)):
         assert isinstance(document, str)
@@ -96,7 +96,7 @@ def test_several_sources_share_the_text(tmp_path: Path) -> None:
     record = corpus(f"{a},{b}", tmp_path / "work").record
     assert record.train_sequences + record.left_out == 40
     with pytest.raises(CalibrationError, match="only by itself"):
-        list(mixed(CalibrationSpec(source=f"{a},self")))
+        list(mixed(TextSpec(source=f"{a},self")))
 
 
 def test_a_short_text_is_seen_again_and_one_too_short_refused(tmp_path: Path) -> None:

@@ -8,15 +8,17 @@ import pytest
 import tiny
 import torch
 
-from slicer.checkpoint.export import sliced_config, write_checkpoint
-from slicer.checkpoint.model import decoder_layers, load_model
+from slicer.checkpoint.config import sliced_config
+from slicer.checkpoint.export import write_checkpoint
 from slicer.checkpoint.reader import Checkpoint
-from slicer.checkpoint.verify import check_load, logits_of, probe_tokens
 from slicer.errors import ArchitectureError, HealError, UsageError
 from slicer.heal.carry import carry, form_for
 from slicer.heal.emulate import emulate
 from slicer.heal.emulation import Emulated, emulated
-from slicer.measure.stream import Walk
+from slicer.model.layers import decoder_layers, logits_of
+from slicer.model.load import load_model
+from slicer.model.verify import check_load, probe_tokens
+from slicer.model.walk import Walk
 from slicer.plan.plan import Plan
 
 

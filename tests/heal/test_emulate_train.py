@@ -11,12 +11,13 @@ import pytest
 import tiny
 import torch
 
-from slicer.checkpoint.verify import logits_of, probe_tokens
 from slicer.heal.emulate import emulate
 from slicer.heal.emulate_train import _schedule, _Training, train
 from slicer.heal.emulation import Emulated, emulated
 from slicer.heal.held import split
-from slicer.measure.stream import Walk
+from slicer.model.layers import logits_of
+from slicer.model.verify import probe_tokens
+from slicer.model.walk import Walk
 from slicer.plan.plan import Plan
 
 PLAN = Plan.cutting(tiny.DEPTH, layers=[5], attention=[2], ffn=[4])

@@ -11,18 +11,20 @@ import torch
 from torch import nn
 
 from slicer import demo
-from slicer.checkpoint import verify
-from slicer.checkpoint.export import sliced_config, write_checkpoint
-from slicer.checkpoint.model import bypass, load_model
+from slicer.checkpoint.config import sliced_config
+from slicer.checkpoint.export import write_checkpoint
 from slicer.checkpoint.reader import Checkpoint
+from slicer.data.calibration import TokenBatches
 from slicer.errors import HealError
 from slicer.heal.fold import fold, losses
 from slicer.heal.healing import as_written, fold_checkpoint, healed, replacements
 from slicer.heal.least_squares import NormalEquations
 from slicer.heal.outputs import LayerChange
 from slicer.heal.rows import SINKS
-from slicer.measure.calibration import TokenBatches
-from slicer.measure.stream import Walk
+from slicer.model import verify
+from slicer.model.layers import bypass
+from slicer.model.load import load_model
+from slicer.model.walk import Walk
 from slicer.plan.plan import Plan
 
 

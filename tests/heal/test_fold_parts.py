@@ -9,17 +9,19 @@ import pytest
 import torch
 
 from slicer import demo
-from slicer.checkpoint.export import sliced_config, write_checkpoint
-from slicer.checkpoint.model import load_model
+from slicer.checkpoint.config import sliced_config
+from slicer.checkpoint.export import write_checkpoint
 from slicer.checkpoint.reader import Checkpoint
-from slicer.checkpoint.verify import logits_of, probe_tokens
 from slicer.heal.carry import carry
 from slicer.heal.cut import Cut
 from slicer.heal.emulate import emulate
 from slicer.heal.emulation import Emulated, emulated
 from slicer.heal.fold_parts import fold_parts
 from slicer.heal.held import split
-from slicer.measure.stream import Walk
+from slicer.model.layers import logits_of
+from slicer.model.load import load_model
+from slicer.model.verify import probe_tokens
+from slicer.model.walk import Walk
 from slicer.plan.plan import Plan
 
 DEPTH = 12

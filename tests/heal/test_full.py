@@ -10,15 +10,15 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from slicer.checkpoint import tensors as stored
+from slicer.checkpoint import tensors
 from slicer.checkpoint.export import copy_unchanged
-from slicer.checkpoint.merge import check_merged
-from slicer.checkpoint.model import load_model
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import HealError
-from slicer.heal import adapters
-from slicer.heal.full import homes_of, probe_of, spans_of
-from slicer.heal.settings import Training, resolve
+from slicer.heal.finetune import model as adapters
+from slicer.heal.finetune.full import homes_of, probe_of, spans_of
+from slicer.heal.finetune.settings import Training, resolve
+from slicer.model.adapter import check_merged
+from slicer.model.load import load_model
 
 State = dict[str, torch.Tensor]
 
@@ -99,7 +99,7 @@ def test_the_written_checkpoint_has_the_trained_weights(
     out = Checkpoint.open(tmp_path / "out").tensors
     assert {key: span.dtype for key, span in out.items()} == {key: s.dtype for key, s in base.tensors.items()}
     if change in (twice, two_of_one):
-        head, embedding = (stored.read(out[key]) for key in ("lm_head.weight", "model.embed_tokens.weight"))
+        head, embedding = (tensors.read(out[key]) for key in ("lm_head.weight", "model.embed_tokens.weight"))
         assert torch.equal(head, embedding) == (change is twice)
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from slicer.heal.memory import NF4_BYTES, Shape, needed
+from slicer.heal.finetune.memory import NF4_BYTES, ModelShape, needed
 
-SHAPE = Shape(layers=4, d=64, f=96, v=258, kv=32)
+SHAPE = ModelShape(layers=4, d=64, f=96, v=258, kv=32)
 
 
 def test_what_nf4_takes_is_what_bitsandbytes_stores() -> None:
@@ -28,8 +28,8 @@ def test_the_weights_are_those_of_the_model() -> None:
         "num_key_value_heads": 2, "vocab_size": 258, "tie_word_embeddings": False,
     }  # fmt: skip
     model = LlamaForCausalLM(LlamaConfig(**fields))
-    assert Shape.of({"model_type": "llama", **fields}) == SHAPE
-    tied = Shape.of({"model_type": "llama", **fields, "tie_word_embeddings": True})
+    assert ModelShape.of({"model_type": "llama", **fields}) == SHAPE
+    tied = ModelShape.of({"model_type": "llama", **fields, "tie_word_embeddings": True})
     assert 2 * tied.outside == SHAPE.outside and tied.in_layers == SHAPE.in_layers
     matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     assert SHAPE.in_layers + SHAPE.outside == matrices

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from slicer import demo
-from slicer.checkpoint.model import bypass, load_model
 from slicer.heal.curvature import DAMPING, Matrix
 from slicer.heal.fold import fold
 from slicer.heal.newton import Newton
 from slicer.heal.objective import MIX
-from slicer.measure.states import Course
-from slicer.measure.stream import Walk
+from slicer.model.layers import bypass
+from slicer.model.load import load_model
+from slicer.model.walk import SourceActivations, Walk
 
 DROPPED = [4, 5]
 
@@ -106,9 +106,9 @@ def test_the_same_text_gives_the_same_bytes(model: Any, text: list[torch.Tensor]
 
 
 def test_a_course_gone_before_changes_no_byte(model: Any, text: list[torch.Tensor]) -> None:
-    course = Course(1 << 30)
+    course = SourceActivations(1 << 30)
 
-    def healed(dropped: list[int], course: Course | None) -> dict[str, torch.Tensor]:
+    def healed(dropped: list[int], course: SourceActivations | None) -> dict[str, torch.Tensor]:
         found = fold(Walk.in_memory(model), text, dropped, storable=anything, course=course)
         return {f"{i}.{name}": t for i, c in found.changes.items() for name, t in c.parameters.items()}
 
@@ -122,7 +122,7 @@ def test_a_course_gone_before_changes_no_byte(model: Any, text: list[torch.Tenso
 
 
 def test_a_course_gone_in_another_precision_is_gone_again(model: Any, text: list[torch.Tensor]) -> None:
-    course = Course(1 << 30)
+    course = SourceActivations(1 << 30)
     half = load_model(demo.path(), dtype="bfloat16", device="cpu")
     for each in (half, model):
         walk = Walk.in_memory(each)

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from slicer import demo
-from slicer.checkpoint.model import load_model
 from slicer.checkpoint.reader import Checkpoint
-from slicer.heal import precision
+from slicer.data.calibration import TokenBatches
 from slicer.heal.fold import losses
 from slicer.heal.healing import fold_checkpoint
-from slicer.measure.calibration import TokenBatches
-from slicer.measure.stream import Walk
+from slicer.model import load
+from slicer.model.load import load_model
+from slicer.model.walk import Walk
 from slicer.runtime import memory
 
 
@@ -33,10 +33,10 @@ def test_a_16_bit_model_is_folded_as_in_float32(held_out_ids: list[int]) -> None
 
 def test_it_stays_as_it_is_without_memory_for_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_model(demo.path(), dtype="bfloat16", device="cpu")
-    with precision.in_float32(model) as cast:
+    with load.in_float32(model) as cast:
         assert cast and model.dtype == torch.float32
     monkeypatch.setattr(memory, "available", lambda: 1 << 20)
-    with precision.in_float32(model) as cast:
+    with load.in_float32(model) as cast:
         assert not cast and model.dtype == torch.bfloat16
 
 

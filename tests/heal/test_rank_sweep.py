@@ -15,13 +15,13 @@ from commands import slicer, succeeds
 
 from slicer import demo
 from slicer.errors import Diverged, HealError, OutputError
-from slicer.heal import rank_sweep
-from slicer.heal.job import Healed
-from slicer.heal.rank_sweep import RankSweep, pick_rank
-from slicer.heal.settings import Training
-from slicer.heal.trained import TrainOptions
+from slicer.heal.finetune.run import TrainOptions
+from slicer.heal.finetune.settings import Training
+from slicer.jobs.heal import Healed
 from slicer.plan.plan import Plan
 from slicer.plan.records import CorpusRecord, HealingRecord, Losses, TrainingRecord
+from slicer.sweep import ranks as rank_search
+from slicer.sweep.ranks import RankSearch, heal_with_best_rank
 
 pytest.importorskip("peft")
 
@@ -39,7 +39,7 @@ def test_it_begins_with_the_largest_and_tries_the_others_where_that_hurts(
     def ask(path: Path) -> tuple[float, float]:
         return scores[path.name.removeprefix("rank-") if path.name != "cut" else "none"], 0.02
 
-    monkeypatch.setattr(rank_sweep, "_judge", lambda *_: ask)
+    monkeypatch.setattr(rank_search, "_judge", lambda *_: ask)
     whole = sources.save_llama(tmp_path / "whole")
     text = demo.path().parent / "heldout.txt"
     assert slicer("convert", whole, "--drop", "2-3", "--heal", "none", "-o", tmp_path / "cut").exit_code == 0
@@ -93,22 +93,22 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 OPTIONS = TrainOptions(Training(method="lora"))
-BY_LOSS = RankSweep((8, 4), rank_sweep.LOSS)
+BY_LOSS = RankSearch((8, 4), rank_search.LOSS)
 
 
 def test_a_rank_that_diverges_is_the_worst(
     cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rank_sweep, "train_cut", Trainer((8,)))
-    done = pick_rank(str(cut), None, tmp_path / "out", OPTIONS, BY_LOSS)
+    monkeypatch.setattr(rank_search, "train_cut", Trainer((8,)))
+    done = heal_with_best_rank(str(cut), None, tmp_path / "out", OPTIONS, BY_LOSS)
     assert done is not None and done.plan.healing is not None
     told = json.loads((tmp_path / "out" / "slicer" / "plan.json").read_text())["healing"]["training"][
         "rank_sweep"
     ]
     assert told == {"metric": "loss", "scores": {"8": None, "4": -5.0, "none": -2.0}, "picked": 4}
-    monkeypatch.setattr(rank_sweep, "train_cut", Trainer((8, 4)))
+    monkeypatch.setattr(rank_search, "train_cut", Trainer((8, 4)))
     with pytest.raises(HealError, match="any rank"):
-        pick_rank(str(cut), None, tmp_path / "none", OPTIONS, BY_LOSS)
+        heal_with_best_rank(str(cut), None, tmp_path / "none", OPTIONS, BY_LOSS)
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -119,21 +119,21 @@ def test_what_was_trained_is_taken_up_by_the_same_sweep_only(
     out = tmp_path / "out"
 
     def killed() -> None:
-        monkeypatch.setattr(rank_sweep, "train_cut", Trainer(killed=True))
+        monkeypatch.setattr(rank_search, "train_cut", Trainer(killed=True))
         with pytest.raises(KeyboardInterrupt):
-            pick_rank(str(cut), None, out, OPTIONS, RankSweep((8,), rank_sweep.LOSS))
+            heal_with_best_rank(str(cut), None, out, OPTIONS, RankSearch((8,), rank_search.LOSS))
 
     killed()
     again = Trainer()
-    monkeypatch.setattr(rank_sweep, "train_cut", again)
+    monkeypatch.setattr(rank_search, "train_cut", again)
     other = replace(OPTIONS, training=replace(OPTIONS.training, lr=1e-4))
-    for options, sweep in ((other, RankSweep((8,), rank_sweep.LOSS)), (OPTIONS, BY_LOSS)):
+    for options, sweep in ((other, RankSearch((8,), rank_search.LOSS)), (OPTIONS, BY_LOSS)):
         with pytest.raises(OutputError, match="unfinished"):
-            pick_rank(str(cut), None, out, options, sweep)
-    done = pick_rank(str(cut), None, out, OPTIONS, RankSweep((8,), rank_sweep.LOSS))
+            heal_with_best_rank(str(cut), None, out, options, sweep)
+    done = heal_with_best_rank(str(cut), None, out, OPTIONS, RankSearch((8,), rank_search.LOSS))
     assert not again.asked and done is not None and done.verified == "load"
     shutil.rmtree(out)
     killed()
-    monkeypatch.setattr(rank_sweep, "train_cut", again)
-    pick_rank(str(cut), None, out, replace(other, force=True), RankSweep((8,), rank_sweep.LOSS))
+    monkeypatch.setattr(rank_search, "train_cut", again)
+    heal_with_best_rank(str(cut), None, out, replace(other, force=True), RankSearch((8,), rank_search.LOSS))
     assert again.asked == [8] and os.listdir(tmp_path) == ["out"]

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from slicer.errors import UsageError
-from slicer.heal.settings import Settings, Training, resolve
+from slicer.heal.finetune.settings import Training, TrainingSettings, resolve
 
 
-def settings(source: str, parameters: float, **asked: Any) -> Settings:
+def settings(source: str, parameters: float, **asked: Any) -> TrainingSettings:
     return resolve(Training(**asked), source, int(parameters), most_tokens=4096, on_gpu=True)[0]
 
 

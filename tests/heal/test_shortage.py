@@ -12,8 +12,8 @@ import sources
 import torch
 from commands import slicer, succeeds
 
-from slicer.heal.settings import Training, resolve
-from slicer.heal.shortage import to_load, to_train
+from slicer.heal.finetune.memory import to_load, to_train
+from slicer.heal.finetune.settings import Training, resolve
 
 pytest.importorskip("peft")
 
@@ -45,11 +45,19 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
 @pytest.mark.parametrize(
     ("where", "more", "words"),
     [
-        ("slicer.heal.trained.heal", ["--start", "fold"], ["in the fold", "--train-from cut"]),
-        ("slicer.heal.trained.adapters.load", [], ["loading the model", "--method qlora"]),
-        ("slicer.heal.lessons.load_model", ["--kl-weight", 1], ["loading the teacher", "--teacher-4bit"]),
-        ("slicer.heal.lessons.ask_beforehand", ["--kl-weight", 1, "--teacher-cache", "C"], ["asking"]),
-        ("slicer.heal.corpus.sample_tokens", ["--calibration", "self"], ["sampling text", "--device cpu"]),
+        ("slicer.heal.finetune.run.heal", ["--start", "fold"], ["in the fold", "--train-from cut"]),
+        ("slicer.heal.finetune.run.adapters.load", [], ["loading the model", "--method qlora"]),
+        (
+            "slicer.heal.finetune.distillation.load_model",
+            ["--kl-weight", 1],
+            ["loading the teacher", "--teacher-4bit"],
+        ),
+        (
+            "slicer.heal.finetune.distillation.ask_beforehand",
+            ["--kl-weight", 1, "--teacher-cache", "C"],
+            ["asking"],
+        ),
+        ("slicer.data.corpus.sample_tokens", ["--calibration", "self"], ["sampling text", "--device cpu"]),
     ],
 )
 def test_wherever_it_runs_out_one_line_says_what_helps(
@@ -71,26 +79,26 @@ def test_it_goes_on_with_what_was_advised_and_has_the_same_losses(
     given: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Out of memory in the middle, then at the end."""
-    from slicer.heal import train, trained
+    from slicer.heal.finetune import run, trainer
 
     succeeds(*given, "-o", tmp_path / "undisturbed")
-    honest, steps = train.cross_entropy, []
+    honest, steps = trainer.cross_entropy, []
 
     def fails_late(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         steps.append(logits.requires_grad)
         return honest(logits, labels) if sum(steps) <= 25 else fails()
 
-    monkeypatch.setattr(train, "cross_entropy", fails_late)
+    monkeypatch.setattr(trainer, "cross_entropy", fails_late)
     result = slicer(*given, "-o", tmp_path / "out")
     assert result.exit_code == 1 and "--micro-batch 1, --gradient-checkpointing" in result.stderr
-    monkeypatch.setattr(train, "cross_entropy", honest)
-    write = trained.write
-    monkeypatch.setattr(trained, "write", fails)
+    monkeypatch.setattr(trainer, "cross_entropy", honest)
+    write = run.write
+    monkeypatch.setattr(run, "write", fails)
     less = ["--micro-batch", 1, "--gradient-checkpointing"]
     result = slicer(*given, *less, "-o", tmp_path / "out")
     assert result.exit_code == 1 and "verifying" in result.stderr
-    monkeypatch.setattr(trained, "write", write)
-    monkeypatch.setattr(train._Trainer, "train", fails)  # it was trained to its end
+    monkeypatch.setattr(run, "write", write)
+    monkeypatch.setattr(trainer._Trainer, "train", fails)  # it was trained to its end
     succeeds(*given, *less, "-o", tmp_path / "out")
     a, b = (
         json.loads((tmp_path / n / "slicer" / "training.json").read_text()) for n in ("undisturbed", "out")

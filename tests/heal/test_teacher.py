@@ -11,13 +11,22 @@ import sources
 import torch
 from commands import slicer
 
-from slicer.checkpoint.model import bypass, load_model, residual_stream
 from slicer.checkpoint.reader import Checkpoint
+from slicer.data.corpus import prepare
+from slicer.data.sources import TextSpec
 from slicer.errors import HealError
-from slicer.heal.corpus import prepare
-from slicer.heal.settings import Training, resolve
-from slicer.heal.teacher import Answer, Cut, Lessons, Live, ask_beforehand, cuts, divergence
-from slicer.measure.calibration import CalibrationSpec
+from slicer.heal.finetune.distillation import (
+    DistillationLoss,
+    Junction,
+    Live,
+    TeacherOutputs,
+    cache_teacher,
+    junctions,
+    kl_loss,
+)
+from slicer.heal.finetune.settings import Training, resolve
+from slicer.model.layers import bypass, residual_stream
+from slicer.model.load import load_model
 
 pytest.importorskip("peft")
 
@@ -28,8 +37,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_student_meets_the_teacher_behind_each_cut() -> None:
-    assert cuts([4, 5]) == [Cut(4, 6)]
-    assert cuts([1, 4, 5, 9]) == [Cut(1, 2), Cut(3, 6), Cut(6, 10)]
+    assert junctions([4, 5]) == [Junction(4, 6)]
+    assert junctions([1, 4, 5, 9]) == [Junction(1, 2), Junction(3, 6), Junction(6, 10)]
 
 
 def test_equation_8_and_the_divergence_are_what_they_say(whole: Path) -> None:
@@ -38,14 +47,14 @@ def test_equation_8_and_the_divergence_are_what_they_say(whole: Path) -> None:
     tokens = torch.randint(258, (2, 16), generator=torch.Generator().manual_seed(0))
     index, learned = torch.arange(2), torch.ones(2, 15, dtype=torch.bool)
     learned[0, :5] = False
-    teacher = Live(model, [Cut(2, 4)], streams=True, logits=True)
+    teacher = Live(model, [Junction(2, 4)], streams=True, logits=True)
     answer = teacher.answer(tokens, index)
     with residual_stream(model) as tap, torch.no_grad():
         its = model(tokens).logits
     stream = tap.states[4]
     assert torch.equal(answer.streams[0], stream)
     embeddings = model.get_input_embeddings().weight.requires_grad_(True)
-    lessons = Lessons(teacher, [Cut(2, 4)], mismatch_weight=2.0, kl_weight=0.5)
+    lessons = DistillationLoss(teacher, [Junction(2, 4)], mismatch_weight=2.0, kl_weight=0.5)
     with bypass(model, [2, 3]):
         with residual_stream(model) as tap:
             model(tokens)
@@ -61,7 +70,7 @@ def test_equation_8_and_the_divergence_are_what_they_say(whole: Path) -> None:
     assert torch.allclose(loss, 2 * mismatch + 0.5 * kl, rtol=1e-4)
     loss.backward()
     assert embeddings.grad is not None and embeddings.grad.abs().sum() > 0
-    assert float(divergence(its, Answer([], logits=its), learned)) == pytest.approx(0, abs=1e-6)
+    assert float(kl_loss(its, TeacherOutputs([], logits=its), learned)) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("memory", [None, 1])
@@ -70,10 +79,10 @@ def test_asked_beforehand_it_says_the_same(whole: Path, tmp_path: Path, memory: 
     text = sources.save_text(tmp_path / "t.jsonl", 60)
     training = Training(steps=4, batch_size=2, seq_len=16, validation_samples=2)
     settings, _ = resolve(training, "tiny", 10**6, most_tokens=256, on_gpu=False)
-    train = prepare(CalibrationSpec(source=str(text)), settings, None, whole, tmp_path / "corpus").train
-    at = [Cut(2, 4), Cut(3, 6)]
+    train = prepare(TextSpec(source=str(text)), settings, None, whole, tmp_path / "corpus").train
+    at = [Junction(2, 4), Junction(3, 6)]
     asked: dict[str, Any] = {"streams": True, "logits": True}
-    cached = ask_beforehand(
+    cached = cache_teacher(
         Checkpoint.open(whole), train, at, tmp_path / "cache", memory_bytes=memory, **asked
     )
     batch = [train[i] for i in (1, 3)]
@@ -85,14 +94,14 @@ def test_asked_beforehand_it_says_the_same(whole: Path, tmp_path: Path, memory: 
         assert torch.allclose(a.float(), b, rtol=1e-2, atol=1e-2)
     learned = torch.ones(2, 15, dtype=torch.bool)
     student = torch.randn(2, 16, 258, generator=torch.Generator().manual_seed(0))
-    full, part = divergence(student, live, learned), divergence(student, found, learned)
+    full, part = kl_loss(student, live, learned), kl_loss(student, found, learned)
     assert 0 < part <= full * 1.01 and part > 0.7 * full
     kept = [file.clone() for file in cached.files]
-    again = ask_beforehand(Checkpoint.open(whole), train, at, tmp_path / "cache", **asked)
+    again = cache_teacher(Checkpoint.open(whole), train, at, tmp_path / "cache", **asked)
     assert all(torch.equal(a, b) for a, b in zip(kept, again.files, strict=True))
     # What is not there is asked for again; answers at other cuts, or of another kind, are not taken for these.
     (tmp_path / "cache" / "stream-6").unlink()
-    again = ask_beforehand(Checkpoint.open(whole), train, at, tmp_path / "cache", **asked)
+    again = cache_teacher(Checkpoint.open(whole), train, at, tmp_path / "cache", **asked)
     assert all(torch.equal(a, b) for a, b in zip(kept, again.files, strict=True))
     for cut, other in (
         (at[:1], asked),
@@ -100,7 +109,7 @@ def test_asked_beforehand_it_says_the_same(whole: Path, tmp_path: Path, memory: 
         (at, {**asked, "dtype": "bfloat16"}),
     ):
         with pytest.raises(HealError, match="--teacher-cache"):
-            ask_beforehand(Checkpoint.open(whole), train, cut, tmp_path / "cache", **other)
+            cache_teacher(Checkpoint.open(whole), train, cut, tmp_path / "cache", **other)
 
 
 def test_it_takes_part_in_training(whole: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from slicer.heal import vocabulary
 from slicer.heal.objective import Objective
 from slicer.heal.vocabulary import choose, narrowed
-from slicer.measure.stream import Walk
+from slicer.model.walk import Walk
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import random
 
 import pytest
 
-from slicer.judge import scoring
-from slicer.judge.compare import mcnemar, paired, sign_flip
-from slicer.judge.loss import Loss
-from slicer.judge.results import Evaluation, Score, differences
+from slicer.evaluate import scoring
+from slicer.evaluate.compare import mcnemar, paired, sign_flip
+from slicer.evaluate.loss import TextLoss
+from slicer.evaluate.results import Evaluation, Score, differences
 
 
 def test_mcnemar_is_the_binomial_test() -> None:
@@ -61,7 +61,7 @@ def test_items_of_a_perplexity_are_nats() -> None:
 
 def test_only_what_was_asked_alike_is_compared() -> None:
     def found(shots: int, tokens: int, nats: float) -> Evaluation:
-        loss = Loss(nats, 0.1, nats / 10, nats * tokens / 1000, 100, tokens, 2, "t", "d")
+        loss = TextLoss(nats, 0.1, nats / 10, nats * tokens / 1000, 100, tokens, 2, "t", "d")
         items = {"mmlu/acc": {"a": 1.0, "b": 0.0}, "c4": {"d-0": nats, "d-1": nats}}
         return Evaluation("m", (Score("mmlu", "acc", 0.5, 0.1, 0.25, 2, shots),), loss, None, items)
 

@@ -15,18 +15,18 @@ import torch
 from click.testing import CliRunner
 
 from slicer import demo
-from slicer.checkpoint.model import load_model
-from slicer.cli import main
-from slicer.judge import backends, health
-from slicer.judge.evaluate import EvalOptions, Suite, evaluate
-from slicer.judge.results import Evaluation
+from slicer.cli.main import main
+from slicer.evaluate import backends, generation
+from slicer.evaluate.results import Evaluation
+from slicer.evaluate.suite import Suite, SuiteSpec, evaluate
+from slicer.model.load import load_model
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
 
 
 @pytest.fixture(scope="module")
 def result(data: Path) -> Evaluation:
-    options = EvalOptions(
+    options = SuiteSpec(
         tasks=("mmlu_astronomy@5", "mmlu_astronomy", "boolq", "c4"), data=data, limit=8, **OPTIONS
     )
     with Suite(options) as suite:
@@ -56,10 +56,10 @@ def test_the_scores_are_lm_evals_to_the_last_digit(data: Path, result: Evaluatio
 
 def test_only_the_logits_asked_for_say_the_same(data: Path) -> None:
     """What a sweep computes: each item's answer and each excerpt's loss, from fewer logits."""
-    from slicer.checkpoint.model import load_model
-    from slicer.judge import backends
+    from slicer.evaluate import backends
+    from slicer.model.load import load_model
 
-    options = EvalOptions(tasks=("mmlu_astronomy", "boolq"), data=data, limit=8, **OPTIONS)
+    options = SuiteSpec(tasks=("mmlu_astronomy", "boolq"), data=data, limit=8, **OPTIONS)
     model = load_model(demo.path(), dtype="float32", device="cpu")
     sizes: list[int] = []
     hook = model.lm_head.register_forward_hook(lambda *given: sizes.append(given[2].shape[1]))
@@ -104,7 +104,7 @@ def test_examples_in_another_order_are_the_same_examples(data: Path) -> None:
     seen = []
     for task in ("mmlu_astronomy@5", "mmlu_astronomy@5:1", "mmlu_astronomy@5:1"):
         reader = Reader()
-        with Suite(EvalOptions(tasks=(task,), data=data, limit=3)) as suite:
+        with Suite(SuiteSpec(tasks=(task,), data=data, limit=3)) as suite:
             suite._rounds[0].run(reader, [], {})
         seen.append(reader.seen)
     plain, other, again = seen
@@ -126,7 +126,7 @@ def test_shots_chance_and_items(result: Evaluation) -> None:
 def test_the_loss_is_the_models_own(data: Path, result: Evaluation) -> None:
     from transformers import AutoTokenizer
 
-    options = EvalOptions(tasks=("c4",), data=data, limit=8, **OPTIONS)
+    options = SuiteSpec(tasks=("c4",), data=data, limit=8, **OPTIONS)
     with Suite(options) as suite:
         assert suite.excerpts is not None
         texts = suite.excerpts.texts
@@ -172,7 +172,7 @@ def test_vllm_scores_as_transformers_do(data: Path, result: Evaluation) -> None:
 
 
 def test_a_text_beyond_the_context_is_read_in_pieces() -> None:
-    options = EvalOptions(**OPTIONS)
+    options = SuiteSpec(**OPTIONS)
     lm = backends.wrap(load_model(demo.path(), **OPTIONS), demo.path(), options)
     text = (demo.path().parent / "heldout.txt").read_text("utf-8")[:4000]
     nats, tokens = backends.text_losses(lm, [text])
@@ -181,10 +181,10 @@ def test_a_text_beyond_the_context_is_read_in_pieces() -> None:
 
 def test_health() -> None:
     looped, varied = "the sea " * 20, "a king went out to see the men who kept the gate of brass"
-    assert health.repetition(looped.split(), 4) > 0.8 and health.repetition(varied.split(), 4) == 0.0
-    assert health.distinct(varied.split(), 1) > 0.9 and health.distinct(looped.split(), 1) == 2 / 40
-    assert health.repetition([], 4) == 1.0
-    judged = health.judge([("p", looped), ("p", varied)], [40, 14])
+    assert generation.repetition(looped.split(), 4) > 0.8 and generation.repetition(varied.split(), 4) == 0.0
+    assert generation.distinct(varied.split(), 1) > 0.9 and generation.distinct(looped.split(), 1) == 2 / 40
+    assert generation.repetition([], 4) == 1.0
+    judged = generation.judge([("p", looped), ("p", varied)], [40, 14])
     assert judged.length == (27.0, pytest.approx(13.0))
 
 
@@ -210,7 +210,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert shown.exit_code == 0, shown.output
     record = json.loads(out.read_text())
     assert record["results"][0]["loss"]["source"] == "heldout.txt"
-    assert len(record["results"][0]["health"]["samples"]) == len(health.PROMPTS)
+    assert len(record["results"][0]["health"]["samples"]) == len(generation.PROMPTS)
     for arguments in (["eval", "demo", "--batch-size", "many"], ["eval", "demo", "--write-tasks", "x"]):
         assert CliRunner().invoke(main, arguments).exit_code == 2
 
@@ -223,7 +223,7 @@ def test_a_tokenizer_without_special_tokens(tmp_path: Path) -> None:
     config = {k: v for k, v in json.loads(file.read_text()).items() if not k.endswith("_token")}
     file.write_text(json.dumps(config))
     (tmp_path / "bare" / "special_tokens_map.json").unlink(missing_ok=True)
-    options = EvalOptions(tasks=("c4",), text=text, limit=4, device="cpu", dtype="float32")
+    options = SuiteSpec(tasks=("c4",), text=text, limit=4, device="cpu", dtype="float32")
     with Suite(options) as suite:
         whole, bare = evaluate("demo", suite), evaluate(str(tmp_path / "bare"), suite)
     assert whole.loss and bare.loss and bare.health and len(bare.health.samples) == len(whole.health.samples)

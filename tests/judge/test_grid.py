@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from slicer.errors import EvaluationError, UsageError
-from slicer.judge.grid import UNPRUNED, Grid, cells, paper
-from slicer.judge.promise import Kept, bisect, check, kept
-from slicer.judge.results import Evaluation, Score
+from slicer.evaluate.results import Evaluation, Score
+from slicer.sweep.bisect import Retained, bisect, check, kept
+from slicer.sweep.grid import UNPRUNED, Grid, cells, paper
 
 
 def test_cheap_cells_come_first_and_nothing_twice() -> None:
@@ -45,9 +45,9 @@ def test_the_papers_presets_yield_to_what_was_given() -> None:
 def test_bisection_finds_the_deepest_cut(deepest: int) -> None:
     asked = []
 
-    def measure(n: int) -> Kept:
+    def measure(n: int) -> Retained:
         asked.append(n)
-        return Kept(n, 1.0 if n <= deepest else 0.5, 0.1 if n <= deepest else -0.1, 0.01)
+        return Retained(n, 1.0 if n <= deepest else 0.5, 0.1 if n <= deepest else -0.1, 0.01)
 
     found = bisect(range(1, 24), measure)
     assert (found.best.n if found.best else 0) == deepest
@@ -56,7 +56,7 @@ def test_bisection_finds_the_deepest_cut(deepest: int) -> None:
 
 def test_a_dip_does_not_end_the_search() -> None:
     """n = 12 fails by noise, 13 keeps the promise: the answer lies beyond the dip."""
-    found = bisect(range(1, 24), lambda n: Kept(n, 1.0, 0.1 if n in range(12) or n == 13 else -0.1, 0.01))
+    found = bisect(range(1, 24), lambda n: Retained(n, 1.0, 0.1 if n in range(12) or n == 13 else -0.1, 0.01))
     assert found.best is not None and found.best.n == 13
 
 
@@ -64,9 +64,9 @@ def test_cuts_that_cannot_be_are_passed_over() -> None:
     """Where only whole periods of four can go, the deepest multiple of four that keeps the promise is found."""
     asked = []
 
-    def measure(n: int) -> Kept:
+    def measure(n: int) -> Retained:
         asked.append(n)
-        return Kept(n, 1.0, 0.1 if n <= 17 else -0.1, 0.01)
+        return Retained(n, 1.0, 0.1 if n <= 17 else -0.1, 0.01)
 
     found = bisect([4, 8, 12, 16, 20], measure)
     assert found.best is not None and found.best.n == 16 and all(n % 4 == 0 for n in asked)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from slicer.errors import CalibrationError, EvaluationError
-from slicer.judge import loss
-from slicer.judge.evaluate import EvalOptions, Suite
-from slicer.judge.tasks import share
+from slicer.evaluate import loss
+from slicer.evaluate.lm_tasks import share
+from slicer.evaluate.suite import Suite, SuiteSpec
 
 
 def mmlu(root: Path, test: str, dev: str = "Q,a,b,c,d,A\n") -> Path:
@@ -33,7 +33,7 @@ def mmlu(root: Path, test: str, dev: str = "Q,a,b,c,d,A\n") -> Path:
 )
 def test_a_bad_row_is_named(tmp_path: Path, rows: str, message: str) -> None:
     with pytest.raises(EvaluationError, match=message) as caught:
-        Suite(EvalOptions(tasks=("mmlu_anatomy",), data=mmlu(tmp_path, rows)))
+        Suite(SuiteSpec(tasks=("mmlu_anatomy",), data=mmlu(tmp_path, rows)))
     assert "\n" not in str(caught.value)
 
 
@@ -46,11 +46,11 @@ def test_what_is_missing_is_named(tmp_path: Path, data: Path) -> None:
         ((), "no tasks"),
     ):
         with pytest.raises(EvaluationError, match=message):
-            Suite(EvalOptions(tasks=tasks, data=data))
+            Suite(SuiteSpec(tasks=tasks, data=data))
     with pytest.raises(EvaluationError, match="no such directory"):
-        Suite(EvalOptions(tasks=("boolq",), data=tmp_path / "none"))
+        Suite(SuiteSpec(tasks=("boolq",), data=tmp_path / "none"))
     with pytest.raises(EvaluationError, match="no text for the loss"):
-        Suite(EvalOptions(tasks=("c4",), data=tmp_path))
+        Suite(SuiteSpec(tasks=("c4",), data=tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_bad_line_of_boolq_is_named(tmp_path: Path, row: str, message: str) ->
     good = '{"question": "q", "passage": "p", "answer": true}'
     (tmp_path / "boolq.jsonl").write_text(f"{good}\n{row}\n")
     with pytest.raises(EvaluationError, match=message):
-        Suite(EvalOptions(tasks=("boolq",), data=tmp_path))
+        Suite(SuiteSpec(tasks=("boolq",), data=tmp_path))
 
 
 def test_text_for_the_loss(tmp_path: Path) -> None:
@@ -105,13 +105,13 @@ def test_a_bad_file_of_any_task_is_named(tmp_path: Path) -> None:
     ):
         file.write_bytes(content)
         with pytest.raises(EvaluationError, match=f"validation.csv.*{message}"):
-            Suite(EvalOptions(tasks=("piqa",), data=tmp_path))
+            Suite(SuiteSpec(tasks=("piqa",), data=tmp_path))
 
 
 def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
     good = '{"question": "q", "passage": "p", "answer": true}\n'
     (tmp_path / "boolq.jsonl").write_bytes(b"\xef\xbb\xbf" + good.encode())
-    Suite(EvalOptions(tasks=("boolq",), data=tmp_path)).close()
+    Suite(SuiteSpec(tasks=("boolq",), data=tmp_path)).close()
     text = tmp_path / "c4.jsonl"
     text.write_bytes(b"\xef\xbb\xbf" + b'{"text": "' + b"word " * 400 + b'"}\n')
     assert loss.draw(text).texts

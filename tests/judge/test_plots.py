@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from slicer.judge import plots
+from slicer.figures import layers, style
 from slicer.measure.analysis import Distances
 
 
@@ -18,7 +18,7 @@ def distances(depth: int) -> Distances:
     return Distances(depth, 4, 16, mean, {n: [0.01] * len(row) for n, row in mean.items()})
 
 
-@pytest.mark.parametrize("draw", [plots.heat_map, plots.curves])
+@pytest.mark.parametrize("draw", [layers.heat_map, layers.curves])
 @pytest.mark.parametrize("depth", [2, 3, 12, 80])
 def test_the_same_figures_give_the_same_bytes(draw: Callable[..., None], depth: int, tmp_path: Path) -> None:
     from matplotlib import image
@@ -36,7 +36,7 @@ def test_the_figures_of_an_analysis(tmp_path: Path) -> None:
     """Every one as PNG and SVG, the same bytes twice, also with a metric of few sizes and blocks not measured."""
     import math
 
-    from slicer.judge.plots import analysis_figures
+    from slicer.figures.layers import analysis_figures
     from slicer.measure.analysis import Analysis
 
     depth = 5
@@ -57,7 +57,7 @@ def test_the_figures_of_an_analysis(tmp_path: Path) -> None:
 
 
 def test_metrics_that_agree() -> None:
-    from slicer.judge.plots import rank_agreement
+    from slicer.figures.layers import rank_agreement
 
     rows = {1: [0.3, 0.1, 0.2, 0.4]}
     one, same = (Distances(4, 2, 8, {1: [f * v for v in rows[1]]}, {}) for f in (1, 7))
@@ -67,18 +67,18 @@ def test_metrics_that_agree() -> None:
 
 
 def test_a_half_offset_cut_is_marked_between_the_blocks_of_whole_layers(tmp_path: Path) -> None:
-    plots.curves(distances(12), tmp_path / "none")
-    plots.curves(distances(12), tmp_path / "whole", chosen=(4, 2))
-    plots.curves(distances(12), tmp_path / "half", offset=(4, 6, 0.05))
+    layers.curves(distances(12), tmp_path / "none")
+    layers.curves(distances(12), tmp_path / "whole", chosen=(4, 2))
+    layers.curves(distances(12), tmp_path / "half", offset=(4, 6, 0.05))
     assert len({(tmp_path / name).read_bytes() for name in ("none", "whole", "half")}) == 3
-    plots.heat_map(distances(12), tmp_path / "none")
-    plots.heat_map(distances(12), tmp_path / "whole", chosen=(4, 2))
-    plots.heat_map(distances(12), tmp_path / "half", offset=(4, 6, 0.05))
+    layers.heat_map(distances(12), tmp_path / "none")
+    layers.heat_map(distances(12), tmp_path / "whole", chosen=(4, 2))
+    layers.heat_map(distances(12), tmp_path / "half", offset=(4, 6, 0.05))
     assert len({(tmp_path / name).read_bytes() for name in ("none", "whole", "half")}) == 3
 
 
 def test_a_panel_that_would_look_empty_says_so() -> None:
-    _, axes = plots.new_figure()
-    plots.note_flat(axes, [0.0, float("nan"), 0.0])
-    plots.note_flat(axes, [0.0, 0.1])
+    _, axes = style.new_figure()
+    layers.note_flat(axes, [0.0, float("nan"), 0.0])
+    layers.note_flat(axes, [0.0, 0.1])
     assert [text.get_text() for text in axes.texts] == ["0 everywhere: no difference seen"]

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from slicer.checkpoint.export import sliced_config
+from slicer.checkpoint.config import sliced_config
 from slicer.checkpoint.reader import Checkpoint
-from slicer.judge.prefix import Prefix
 from slicer.model.pruned import shortened
 from slicer.plan.plan import Plan
+from slicer.sweep.prefix import Prefix
 from tests.tiny import save_tiny, tiny_model
 
 CUTS = ((3,), (2, 3), (1, 2), (3,))

@@ -10,17 +10,17 @@ import pytest
 from commands import slicer, succeeds
 
 from slicer import demo
-from slicer.checkpoint.model import load_model
 from slicer.errors import EvaluationError
-from slicer.judge.evaluate import EvalOptions, Suite, evaluate
-from slicer.judge.questions import _QuestionBuilder, draw
+from slicer.evaluate.lm_tasks import _QuestionBuilder, draw
+from slicer.evaluate.suite import Suite, SuiteSpec, evaluate
 from slicer.measure.shapley import Coalitions
-from slicer.measure.stream import Walk
+from slicer.model.load import load_model
+from slicer.model.walk import Walk
 
 
 @pytest.mark.parametrize("task, count", [("boolq", 10), ("mmlu_astronomy@5", 12)])
 def test_errors_are_one_less_lm_evals_accuracy(data: Path, task: str, count: int) -> None:
-    options = EvalOptions(tasks=(task,), data=data, dtype="float32", device="cpu")
+    options = SuiteSpec(tasks=(task,), data=data, dtype="float32", device="cpu")
     with Suite(options) as suite:
         score = evaluate("demo", suite).primary(task)
     model = load_model(demo.path(), dtype="float32", device="cpu")

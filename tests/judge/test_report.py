@@ -13,19 +13,18 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from slicer.cli import main
-from slicer.judge.grid import UNPRUNED, Cell
-from slicer.judge.health import judge
-from slicer.judge.journal import Journal
-from slicer.judge.loss import Loss
-from slicer.judge.report import _chosen, write_report
-from slicer.judge.results import Evaluation, Score
-from slicer.judge.sweep import record_cells
-from slicer.judge.sweep_plots import curves_of
-from slicer.judge.table import read_table
-from slicer.judge.verdict import judge as judge_table
+from slicer.cli.main import main
+from slicer.evaluate.generation import judge
+from slicer.evaluate.loss import TextLoss
+from slicer.evaluate.results import Evaluation, Score
 from slicer.measure.analysis import Distances
 from slicer.plan.plan import Plan
+from slicer.report.page import _chosen, write_report
+from slicer.sweep.grid import UNPRUNED, Cell
+from slicer.sweep.run import record_cells
+from slicer.sweep.store import Journal
+from slicer.sweep.table import curves_of, read_table
+from slicer.sweep.verdict import judge as judge_table
 
 
 def evaluation(right: int, nats: float) -> Evaluation:
@@ -35,7 +34,7 @@ def evaluation(right: int, nats: float) -> Evaluation:
         "mmlu/acc": {str(i): float(i < right) for i in range(400)},
         "c4": {str(i): nats for i in range(16)},
     }
-    loss = Loss(nats, 0.02, nats / 10.4, nats / 4, 32000, 4000, 16, "c4.jsonl", "d1")
+    loss = TextLoss(nats, 0.02, nats / 10.4, nats / 4, 32000, 4000, 16, "c4.jsonl", "d1")
     health = judge([("Once <upon> a time", f" there & {right}")] * 8, [4] * 8)
     score = Score("mmlu", "acc", right / 400, error, 0.25, 400, 0)
     return Evaluation("m", (score,), loss, health, items, {}, {"torch": "2.13"})

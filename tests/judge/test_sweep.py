@@ -17,12 +17,12 @@ from click.testing import CliRunner, Result
 from slicer import demo
 from slicer.checkpoint.export import export
 from slicer.checkpoint.reader import Checkpoint
-from slicer.cli import main
+from slicer.cli.main import main
 from slicer.errors import OutputError
-from slicer.judge.evaluate import EvalOptions, Suite, evaluate
-from slicer.judge.journal import Journal
-from slicer.judge.table import read_table
+from slicer.evaluate.suite import Suite, SuiteSpec, evaluate
 from slicer.plan.plan import Plan
+from slicer.sweep.store import Journal
+from slicer.sweep.table import read_table
 
 GRID = [
     "--drop",
@@ -57,7 +57,7 @@ def test_a_cell_is_what_the_exported_cut_scores(swept: Path, tmp_path: Path) -> 
     row = next(r for r in table.rows if r.n == 4 and r.strategy == "similarity" and r.heal == "none")
     export(Checkpoint.open(demo.path()), Plan.dropping(12, row.dropped), tmp_path / "cut")
     text = demo.path().parent / "heldout.txt"
-    options = EvalOptions(tasks=("c4",), text=text, limit=4, device="cpu", dtype="float32")
+    options = SuiteSpec(tasks=("c4",), text=text, limit=4, device="cpu", dtype="float32")
     with Suite(options) as suite:
         alone = evaluate(str(tmp_path / "cut"), suite)
     assert row.evaluation is not None and alone.items == row.evaluation.items

@@ -10,10 +10,10 @@ import pytest
 import sources
 import torch
 
-from slicer.checkpoint.model import load_model
 from slicer.errors import PlanError
 from slicer.measure.analysis import Analysis, Distances
-from slicer.measure.summary import measure
+from slicer.measure.distances import measure
+from slicer.model.load import load_model
 
 LAYERS = 5
 

@@ -11,9 +11,10 @@ import pytest
 import sources
 import torch
 
-from slicer.checkpoint.model import load_model
+from slicer.data.calibration import token_batches
+from slicer.data.sources import TextSpec
 from slicer.errors import CalibrationError
-from slicer.measure.calibration import CalibrationSpec, token_batches
+from slicer.model.load import load_model
 
 BOS, EOS = 0, 1
 
@@ -30,12 +31,12 @@ def model(path: Path) -> Any:
 
 def tokens(path: Path, model: Any, source: object, **changes: Any) -> torch.Tensor:
     fields = {"samples": 10, "seq_len": 24, "batch_size": 4} | changes
-    return torch.cat(token_batches(CalibrationSpec(source=str(source), **fields), path, model).batches)
+    return torch.cat(token_batches(TextSpec(source=str(source), **fields), path, model).batches)
 
 
 def test_sequences_are_full_and_packed(path: Path, model: Any, tmp_path: Path) -> None:
     text = sources.save_text(tmp_path / "t.jsonl")
-    found = token_batches(CalibrationSpec(source=str(text), samples=10, seq_len=24), path, model)
+    found = token_batches(TextSpec(source=str(text), samples=10, seq_len=24), path, model)
     assert [len(batch) for batch in found.batches] == [4, 4, 2]
     ids = torch.cat(found.batches)
     assert ids.dtype == torch.int64 and ids.shape == (10, 24)
@@ -169,7 +170,7 @@ def test_a_tasks_prompts_and_answers(path: Path, model: Any, tmp_path: Path) -> 
         'doc_to_text: "{{q}}?"\ndoc_to_target: a\ndoc_to_choice: ["yes", "no"]\n'
     )
     found = tokens(path, model, Path(f"task:{tmp_path}/parity"), samples=4, seq_len=32)
-    from slicer.measure.tasks import prompts
+    from slicer.data.sources import prompts
 
     assert next(iter(prompts(f"{tmp_path}/parity"))) == "is 0 even? yes"
     assert found.shape == (4, 32)

@@ -6,11 +6,11 @@ import pytest
 import tiny
 import torch
 
-from slicer.checkpoint.model import decoder_layers
 from slicer.errors import ArchitectureError
-from slicer.measure.halves import Midway, measure_halves, record_halves, tables_of_halves
-from slicer.measure.stream import Walk
-from slicer.measure.summary import measure
+from slicer.measure.distances import measure, measure_halves, record_halves, tables_of_halves
+from slicer.model.layers import decoder_layers
+from slicer.model.sublayers import MidLayerTap
+from slicer.model.walk import Walk
 from slicer.plan.blocks import rank_offset, rank_sublayers
 
 
@@ -31,7 +31,7 @@ def batches() -> list[torch.Tensor]:
 )
 def test_the_stream_after_attention_is_found(model_type: str, place: str | None) -> None:
     walk = Walk.in_memory(tiny.tiny_model(model_type))
-    states, midway = walk.start(batches()), Midway(walk)
+    states, midway = walk.start(batches()), MidLayerTap(walk)
     between, after = midway.states(0, 0, states[0])
     assert midway.place(0, walk.layers[0], lambda: after) == place
     assert torch.equal(after, walk.call(0, 0, states[0]))

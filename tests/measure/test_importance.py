@@ -9,9 +9,10 @@ import pytest
 import sources
 import torch
 
-from slicer.checkpoint.model import bypass, load_model
-from slicer.measure import importance
-from slicer.measure.stream import Walk
+from slicer.measure import losses as importance
+from slicer.model.layers import bypass
+from slicer.model.load import load_model
+from slicer.model.walk import Walk
 from slicer.runtime.distributed import Processes
 
 LAYERS = 4

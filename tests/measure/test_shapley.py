@@ -11,11 +11,10 @@ import tiny
 import torch
 
 from slicer.errors import UsageError
-from slicer.measure.importance import leave_out
-from slicer.measure.questions import Choice, Questions
+from slicer.measure.losses import Choice, Questions, leave_out
 from slicer.measure.shapley import Coalitions, _marginals, leave_one_out, shapley
-from slicer.measure.stream import Walk
 from slicer.model.sublayers import bypass_sublayers
+from slicer.model.walk import Walk
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,11 @@ import sources
 import tiny
 import torch
 
-from slicer.checkpoint.model import bypass, load_model, residual_stream
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import PlanError, SourceError
-from slicer.measure.stream import Walk
+from slicer.model.layers import bypass, residual_stream
+from slicer.model.load import load_model
+from slicer.model.walk import Walk
 
 
 def batches() -> list[torch.Tensor]:

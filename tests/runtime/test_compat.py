@@ -43,7 +43,7 @@ def test_a_registered_type_is_loaded_whatever_is_imported_first(first: str, tmp_
 
 def test_registering_twice_is_registering_once() -> None:
     before = list(sys.meta_path)
-    compat.register("slicer_blockwise", "BlockwiseConfig", "slicer.checkpoint.blockwise_model")
+    compat.register("slicer_blockwise", "BlockwiseConfig", "slicer.model.blockwise")
     assert sys.meta_path == before
 
 

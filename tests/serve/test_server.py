@@ -57,7 +57,7 @@ def test_it_completes_as_transformers_does(client: Any, server: Server, sliced: 
     import torch
     from transformers import AutoTokenizer
 
-    from slicer.checkpoint.model import load_model
+    from slicer.model.load import load_model
 
     tokenizer, model = (
         AutoTokenizer.from_pretrained(sliced),

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from slicer import demo
 from slicer.checkpoint.export import export
 from slicer.checkpoint.reader import Checkpoint
-from slicer.cli import main
+from slicer.cli.main import main
 from slicer.errors import ServeError
 from slicer.plan.plan import Plan
 from slicer.runtime import memory

@@ -34,11 +34,11 @@ from slicer.heal.compensate.regression import (
     split,
 )
 from slicer.heal.patch import Holds, Solved
-from slicer.heal.precision import in_float32
-from slicer.measure.states import Course, States
-from slicer.measure.stream import Walk, walk_loss
+from slicer.model.load import in_float32
 from slicer.model.output_maps import Output, find, parameters_after
 from slicer.model.pruned import Edits, LayerEdit, PrunedRun, edited, pruned_layer
+from slicer.model.states import States
+from slicer.model.walk import SourceActivations, Walk, walk_loss
 from slicer.plan.plan import Plan
 from slicer.plan.records import Losses, SolvedMatrix
 from slicer.progress import Progress
@@ -56,7 +56,7 @@ def fold(
     holds: Holds,
     solver: str = "resolve",
     written: torch.dtype | None = None,
-    activations: Course | None = None,
+    activations: SourceActivations | None = None,
     progress: Progress | None = None,
 ) -> Solved:
     """Solve the maps before each gap that `plan` leaves again, in order, each on the states of the repaired model.
@@ -113,7 +113,7 @@ class _Folding:
         self._least = 0.0  # the loss on the held-out sequences, with what was kept so far
         self._nearest: tuple[float, int, _Change] | None = None  # of the changes that were not kept
 
-    def run(self, activations: Course | None) -> tuple[Edits, tuple[SolvedMatrix, ...], Losses]:
+    def run(self, activations: SourceActivations | None) -> tuple[Edits, tuple[SolvedMatrix, ...], Losses]:
         """(the edits, what was solved, the losses on the held-out sequences)."""
         self._progress.stage("Healing the cut", self._walk.depth, "layers")
         both = GapPass(self._walk, self._data, self._plan, activations, self._progress)

@@ -15,10 +15,10 @@ import torch
 
 from slicer.errors import ArchitectureError
 from slicer.heal.compensate.regression import Split
-from slicer.measure.halves import Midway
-from slicer.measure.states import Course, States
-from slicer.measure.stream import Walk, walk_loss
 from slicer.model.pruned import norm_eps, pruned_layer
+from slicer.model.states import States
+from slicer.model.sublayers import MidLayerTap
+from slicer.model.walk import SourceActivations, Walk, walk_loss
 from slicer.plan.plan import Plan
 from slicer.plan.records import Losses
 from slicer.progress import Progress
@@ -81,11 +81,11 @@ class GapPass:
     """
 
     def __init__(
-        self, walk: Walk, data: Split, plan: Plan, activations: Course | None, progress: Progress
+        self, walk: Walk, data: Split, plan: Plan, activations: SourceActivations | None, progress: Progress
     ) -> None:
         self._walk, self._held, self._gone = walk, data.held, plan.gone
-        self._activations, self._progress = activations or Course(0), progress
-        self._midway = Midway(walk)
+        self._activations, self._progress = activations or SourceActivations(0), progress
+        self._midway = MidLayerTap(walk)
         self.gaps = gaps_of(plan)
         self.source: States = walk.start(data.batches)
         self.cut = self.source

@@ -40,10 +40,10 @@ from slicer.heal.compensate.regression import (
     token_weights,
 )
 from slicer.heal.patch import Solved, check_method
-from slicer.heal.precision import in_float32
-from slicer.measure.states import States
-from slicer.measure.stream import Walk
+from slicer.model.load import in_float32
 from slicer.model.pruned import Edits, LayerEdit, PrunedRun, Replacement, norm_eps
+from slicer.model.states import States
+from slicer.model.walk import Walk
 from slicer.plan.plan import Plan
 from slicer.plan.records import SolvedMatrix
 from slicer.progress import Progress

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slicer.checkpoint.architectures import ATTENTION_OUTPUTS, FEED_FORWARD_OUTPUTS
+from slicer.checkpoint.architectures.table import ATTENTION_OUTPUTS, FEED_FORWARD_OUTPUTS
 from slicer.heal.compensate.objective import Objective
 from slicer.heal.patch import Holds
 from slicer.model.output_maps import Output

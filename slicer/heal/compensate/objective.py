@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from slicer.measure.states import States
-from slicer.measure.stream import Walk
+from slicer.model.states import States
+from slicer.model.walk import Walk
 from slicer.runtime.memory import KEPT_SHARE, free
 
 MIX = 0.25  # share of the text itself in the loss

@@ -21,9 +21,9 @@ import torch
 from torch import nn
 
 from slicer.errors import HealError
-from slicer.measure.states import States
-from slicer.measure.stream import Walk
 from slicer.model.output_maps import Observed, Output, arriving, watching
+from slicer.model.states import States
+from slicer.model.walk import Walk
 
 HELD_OUT = 16  # one sequence in so many (at least one)
 MIN_SEQUENCES = 4

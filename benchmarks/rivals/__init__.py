@@ -1,0 +1,1 @@
+"""slicer against other tools, in the same run; scripts of the repository, not installed."""

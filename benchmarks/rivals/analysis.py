@@ -1,0 +1,122 @@
+"""Benchmark of analysis against a bare forward pass, and against one pass per block size, on the same batches.
+
+    python -m slicer.benchmarks.rivals.analysis [--model DIR] [--samples 32] [--seq-len 256] [--rounds 3]
+
+The bare pass is the decoder without its head, as the analysis runs it: the strictest baseline, because it computes no
+logits either. `measure` is what `slicer convert` does (angular distance, last token, every n); `all metrics` is what
+`slicer analyze` does up to the tables. The rival is PruneMe's algorithm, reimplemented: for one block size n, a forward
+pass with output_hidden_states, and for every start the angular distance of the last non-padded token's states in
+hidden_states[l] and hidden_states[l + n]; each n is a separate run. It is timed for one n, and multiplied by all.
+The default model is the embedded one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slicer import demo
+from slicer.measure.distances import measure, summarise
+from slicer.measure.metrics import points_affordable
+from slicer.measure.recorder import record
+from slicer.model.load import load_model
+from slicer.model.walk import Walk
+from slicer.runtime.distributed import Processes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=demo.path())
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    model = load_model(options.model, device=options.device)
+    device = model.get_input_embeddings().weight.device
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary, (options.samples, options.seq_len), generator=generator)
+    batches = list(torch.split(tokens, options.batch_size))
+    depth = model.config.get_text_config().num_hidden_layers
+
+    def bare() -> None:
+        with torch.inference_mode():
+            for batch in batches:
+                model.base_model(input_ids=batch.to(device), use_cache=False)
+
+    def everything() -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            walk = Walk.in_memory(model)
+            width = model.config.get_text_config().hidden_size
+            inside = sum(p.numel() for p in walk.layers.parameters())
+            points = points_affordable(depth + 1, width, options.samples, tokens.numel(), inside)
+            trace = record(walk, batches, Path(scratch), points=points, resumable=True)
+            summarise(trace, Processes(), 0, options.samples, points, options.seq_len)
+
+    work = {
+        "bare forward": bare,
+        "measure": lambda: measure(model, batches),
+        "all metrics": everything,
+        "one pass per n, a single n": lambda: one_n(model, batches, depth // 4),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for number in range(options.rounds + 1):  # round 0 is a warm-up
+        print(f"round {number} of {options.rounds}", file=sys.stderr)
+        for name, run in work.items():
+            started = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    print(f"{depth} layers, {options.samples} sequences of {options.seq_len} tokens on {device}\n")
+    print("| | tokens/s | relative to a bare forward pass |\n|---|---|---|")
+    for name, taken in seconds.items():
+        ratios = [mine / other for mine, other in zip(taken, seconds["bare forward"], strict=True)]
+        rate = tokens.numel() / statistics.median(taken)
+        print(
+            f"| {name} | {rate:,.0f} | {statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f}) |"
+        )
+    rival = statistics.median(seconds["one pass per n, a single n"]) * depth
+    ours = statistics.median(seconds["all metrics"])
+    print(
+        f"\nEvery n: the rival runs {depth} times, {rival:,.0f} s; all metrics take {ours:,.1f} s: {rival / ours:.1f} x"
+    )
+
+
+@torch.inference_mode()
+def one_n(model: Any, batches: list[torch.Tensor], n: int) -> list[float]:
+    """PruneMe's algorithm: the mean angular distance of every block of n layers, in one pass for this n only."""
+    device = model.get_input_embeddings().weight.device
+    sums: list[float] = []
+    count = 0
+    for batch in batches:
+        mask = torch.ones_like(batch, device=device)
+        hidden = model(
+            input_ids=batch.to(device), attention_mask=mask, output_hidden_states=True
+        ).hidden_states
+        last = mask.sum(1) - 1
+        rows = torch.arange(len(batch), device=device)
+        sums = sums or [0.0] * (len(hidden) - n)
+        for start in range(len(hidden) - n):
+            u, v = hidden[start][rows, last].float(), hidden[start + n][rows, last].float()
+            cosine = torch.nn.functional.cosine_similarity(u, v, dim=-1).clamp(-1, 1)
+            sums[start] += float((torch.arccos(cosine) / math.pi).sum())
+        count += len(batch)
+    return [total / count for total in sums]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Benchmark of healing methods: the share of a cut's loss increase that each removes, on held-out text.
+
+    python -m slicer.benchmarks.rivals.healing --model DIR --calibration A.jsonl --calibration B.txt \
+        --held-out wiki=wiki.test.txt --held-out c4=docs.jsonl [--drop 2,4,6,8] [--samples 64] [--seq-len 512]
+
+Baselines in the same run, on the same tokens: the bare cut, and ReplaceMe's transform (`--fold transform`). Layers are
+chosen by angular distance on the calibration text, as in `slicer convert`. The share removed is
+(bare - healed) / (bare - all layers) in nats per token, averaged over the held-out texts; new tensors are rounded to
+the checkpoint's dtypes. The source's activations are computed once for all depths and methods; their time is listed
+separately, and a single fold needs it too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from slicer import demo
+from slicer.checkpoint.reader import Checkpoint
+from slicer.data.calibration import token_batches
+from slicer.data.sources import TextSpec
+from slicer.heal.compensate.fold import fold
+from slicer.heal.compensate.regression import split
+from slicer.heal.patch import holds, written_dtype
+from slicer.measure.analysis import Distances
+from slicer.measure.metrics import AngularDistance
+from slicer.model.load import load_model
+from slicer.model.pruned import Edits, edited
+from slicer.model.walk import SourceActivations, Walk
+from slicer.plan.amounts import parse_amount, spell_layers
+from slicer.plan.blocks import select
+from slicer.plan.plan import Plan
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=demo.path())
+    parser.add_argument("--calibration", action="append", default=[])
+    parser.add_argument("--held-out", action="append", default=[], metavar="NAME=FILE")
+    parser.add_argument(
+        "--halves", type=Path, metavar="FILE", help="Calibrate on every other paragraph, hold out the rest."
+    )
+    parser.add_argument("--drop", default="2,4,6,8")
+    parser.add_argument("--layers", help="Drop these layers instead of choosing, e.g. 10-13.")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--held-out-samples", type=int, default=8)
+    parser.add_argument("--ways", default="transform,resolve")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="slicer-healing-") as scratch:
+        run(parser, options, Path(scratch))
+
+
+def run(parser: argparse.ArgumentParser, options: argparse.Namespace, scratch: Path) -> None:
+    """Print the table, row by row."""
+    if options.halves is not None:
+        paragraphs = options.halves.read_text("utf-8").split("\n\n")
+        for name, part in (("fitted", paragraphs[::2]), ("held", paragraphs[1::2])):
+            (scratch / f"{name}.txt").write_text("\n\n".join(part), "utf-8")
+        options.calibration.append(str(scratch / "fitted.txt"))
+        options.held_out.append(f"{options.halves.stem}={scratch / 'held.txt'}")
+    if not options.calibration or not options.held_out:
+        parser.error("pass --calibration and --held-out, or --halves")
+    model = load_model(options.model, dtype=options.dtype, device=options.device)
+    checkpoint = Checkpoint.open(options.model)
+    walk, held_walk = Walk.in_memory(model), Walk.in_memory(model)
+    course, held_course = SourceActivations(1 << 62), SourceActivations(1 << 62)
+
+    def tokens(sources: list[str], samples: int, seed: int) -> torch.Tensor:
+        spec = TextSpec(",".join(sources), samples, options.seq_len, batch_size=samples, seed=seed)
+        return torch.cat(token_batches(spec, options.model, model).batches)
+
+    batches = list(tokens(options.calibration, options.samples, 0).split(4))
+    texts = dict(pair.split("=", 1) for pair in options.held_out)
+    held = {name: tokens([file], options.held_out_samples, 1) for name, file in texts.items()}
+    held_batches = [batch for part in held.values() for batch in part.split(4)]
+    started = time.perf_counter()
+    distances = angular(walk, split(batches).batches, course)
+    print(f"activations of the source: {time.perf_counter() - started:.0f} s")
+    if options.layers is None:
+        cuts = [select(distances, int(n)).dropped for n in options.drop.split(",")]
+    else:
+        cuts = [parse_amount(options.layers).layers or ()]
+
+    def loss(dropped: Sequence[int], edits: Edits) -> list[float]:
+        """Nats a token on each held-out text, of the source without `dropped` and with `edits`."""
+        first = min([*dropped, *edits], default=walk.depth)
+        states = held_walk.start(held_batches)
+        while states.layer < first:
+            held_course.advance(held_walk, states.layer, states)
+        for i in range(first, walk.depth):
+            if i not in dropped:
+                with edited(held_walk.layers[i], edits.get(i)):
+                    held_walk.advance(i, states)
+            states.layer = i + 1
+        sums = [0.0] * len(held)
+        for b, batch in enumerate(held_batches):
+            for row in range(len(batch)):
+                logits = held_walk.head(batch[row : row + 1], states[b][row : row + 1])[0, :-1].float()
+                sums[b * len(held) // len(held_batches)] += float(
+                    torch.nn.functional.cross_entropy(logits, batch[row, 1:])
+                )
+        return [total / options.held_out_samples for total in sums]
+
+    whole = loss((), {})
+    names = list(held)
+    print(f"all {walk.depth} layers: " + ", ".join(f"{n} {x:.4f}" for n, x in zip(names, whole, strict=True)))
+    print(
+        f"\n| dropped | method | {' | '.join(names)} | closed | seconds |\n|---|---|{'---|' * len(names)}---|---|"
+    )
+    for dropped in cuts:
+        bare = loss(dropped, {})
+        gap = sum(bare) - sum(whole)
+        show(dropped, "bare", bare, None, None)
+        for way in options.ways.split(","):
+            started = time.perf_counter()
+            found = fold(
+                walk,
+                batches,
+                Plan.dropping(walk.depth, dropped),
+                holds=holds(checkpoint),
+                solver=way,
+                written=written_dtype(checkpoint, None),
+                activations=course,
+            )
+            seconds = time.perf_counter() - started
+            now = loss(dropped, found.edits)
+            show(dropped, way, now, (sum(bare) - sum(now)) / gap, seconds)
+            for entry in found.report:
+                print("   ", entry, flush=True)
+            print("   ", found.losses, flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(f"\npeak resident memory {peak:.1f} GB, {torch.get_num_threads()} threads")
+
+
+def show(
+    dropped: Sequence[int], way: str, values: list[float], closed: float | None, seconds: float | None
+) -> None:
+    cells = [f"{x:.4f}" for x in values]
+    cells += ["" if closed is None else f"{closed:.0%}", "" if seconds is None else f"{seconds:.0f}"]
+    print(f"| {spell_layers(dropped)} | {way} | {' | '.join(cells)} |", flush=True)
+
+
+def angular(walk: Walk, batches: list[torch.Tensor], course: SourceActivations) -> Distances:
+    """Angular distances of the last tokens; fills the activation cache that the folds use."""
+    angles = AngularDistance(walk.depth)
+    states = walk.start(batches)
+    ends = [[state[:, -1].clone() for state in states]]
+    for i in range(walk.depth):
+        course.advance(walk, i, states)
+        ends.append([state[:, -1].clone() for state in states])
+    for b in range(len(batches)):
+        angles.add(torch.stack([layer[b] for layer in ends]))
+    mean, error = angles.mean(), angles.standard_error()
+    rows = range(1, walk.depth + 1)
+    return Distances(
+        walk.depth,
+        angles.count,
+        batches[0].shape[1],
+        {n: mean.diagonal(n).tolist() for n in rows},
+        {n: error.diagonal(n).tolist() for n in rows},
+    )
+
+
+if __name__ == "__main__":
+    main()

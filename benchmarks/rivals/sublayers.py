@@ -1,0 +1,212 @@
+"""Benchmark of dropping attention, feed-forward parts, whole layers or half-offset blocks, with each weight
+compensation.
+
+    python -m slicer.benchmarks.rivals.sublayers --model DIR --calibration TEXT --held-out TEXT
+        [--samples 32] [--seq-len 256] [--held-out-samples 16] [--rank 32] [--train-steps N]
+        [--shapley PASSES [--shapley-samples N]]
+        --out DIR
+
+Of each kind 1/6, 1/4 and 1/3 go, by angular distance at the last token on the calibration text, in one pass.
+Each cut is then judged by its loss on the held-out text: bare, with a constant, with a low-rank linear map
+(`slicer.heal.compensate.linear`) and folded (`slicer.heal.compensate.fold`), all fitted on the same calibration tokens;
+with --train-steps the linear map is also trained on them for so many steps. With
+--shapley the attention parts are also chosen by leave-one-out loss and by Shapley values on the calibration text.
+Finished cells are kept in OUT/sublayers.json and not run again; the tables go to OUT/sublayers.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slicer.checkpoint import hub
+from slicer.checkpoint.reader import Checkpoint
+from slicer.data.calibration import token_batches
+from slicer.data.sources import TextSpec
+from slicer.heal.compensate.fold import fold
+from slicer.heal.compensate.linear import linear, train
+from slicer.heal.patch import holds, written_dtype
+from slicer.measure.analysis import Analysis
+from slicer.measure.distances import measure_halves
+from slicer.measure.shapley import Coalitions, leave_one_out, shapley
+from slicer.model.load import load_model
+from slicer.model.pruned import pruned
+from slicer.model.walk import Walk
+from slicer.plan.amounts import Amount, Goal
+from slicer.plan.blocks import rank_sublayers
+from slicer.plan.choose import choose
+from slicer.plan.plan import METRIC, Plan, spell_dropped
+from slicer.runtime.workdir import Notebook
+
+FRACTIONS = {"1/6": 1 / 6, "1/4": 1 / 4, "1/3": 1 / 3}
+KINDS = ("attention", "feed-forward", "whole layers", "half-offset")
+WAYS = ("bare", "bias", "linear", "fold")
+TRAINED = "linear, trained"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="directory, Hub id or demo")
+    parser.add_argument("--calibration", required=True, help="text to choose and fit on")
+    parser.add_argument("--held-out", required=True, help="text to measure the loss on")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--held-out-samples", type=int, default=16)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument(
+        "--train-steps", type=int, default=0, help="also train the linear maps for this many steps"
+    )
+    parser.add_argument("--shapley", type=float, default=0, help="forward passes for Shapley values")
+    parser.add_argument("--shapley-samples", type=int, help="calibration sequences for them [default: all]")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--out", type=Path, required=True)
+    run(parser.parse_args())
+
+
+def run(given: argparse.Namespace) -> None:
+    """Run all missing cells, then write the tables."""
+    given.out.mkdir(parents=True, exist_ok=True)
+    book = Notebook(given.out / "sublayers.json")
+    settings = {k: str(v) for k, v in vars(given).items() if k != "out" and v}
+    if book.take("settings", lambda: settings) != settings:
+        raise SystemExit(
+            f"{given.out / 'sublayers.json'}: holds figures of other settings; choose another --out"
+        )
+    path = hub.resolve(given.model).path
+    model = load_model(path, dtype=given.dtype, device="cpu")
+
+    def batches(source: str, samples: int) -> list[torch.Tensor]:
+        spec = TextSpec(source=source, samples=samples, seq_len=given.seq_len, batch_size=given.batch_size)
+        return token_batches(spec, path, model).batches
+
+    fitted, judged = (
+        batches(given.calibration, given.samples),
+        batches(given.held_out, given.held_out_samples),
+    )
+    walk = Walk.in_memory(model)
+    book.take("whole model", lambda: {"loss": loss_of(model, judged)})
+    layers, halves = measure_halves(walk, fitted)
+    measured = Analysis(
+        layers.depth, layers.samples, layers.seq_len, {METRIC: layers}, sublayers={METRIC: halves}
+    )
+    depth = walk.depth
+    for name, fraction in FRACTIONS.items():
+        n = round(fraction * depth)
+        for kind in KINDS:
+            plan = chosen(kind, n, measured)
+            for way in (*WAYS, *([TRAINED] if given.train_steps else [])):
+                key = f"{kind} {name} {way}"
+                book.take(key, lambda p=plan, w=way: _cell(walk, model, fitted, judged, p, w, given))
+                print(key, book.values[key]["loss"], flush=True)
+    if given.shapley:
+        few = torch.cat(fitted)[: given.shapley_samples].split(given.batch_size)
+        _choices(book, walk, model, few, judged, halves, given)
+    (given.out / "sublayers.md").write_text(tables(book.values), "utf-8")
+    print(tables(book.values))
+
+
+def chosen(kind: str, n: int, measured: Analysis) -> Plan:
+    """The plan that drops n of a kind, by angular distance."""
+    amount = Amount(count=n)
+    goal = {"attention": Goal(drop_attention=amount), "feed-forward": Goal(drop_ffn=amount)}
+    offset = "half" if kind == "half-offset" else "whole"
+    return choose(
+        goal.get(kind, Goal(drop=amount)), measured.depth, measured, lambda plan: None, offset=offset
+    ).plan
+
+
+def _cell(
+    walk: Walk, model: Any, fitted: Any, judged: Any, plan: Plan, way: str, given: argparse.Namespace
+) -> dict[str, Any]:
+    started = time.perf_counter()
+    found = None
+    if way == "fold":
+        source = Checkpoint.open(hub.resolve(given.model).path)
+        found = fold(walk, fitted, plan, holds=holds(source), written=written_dtype(source, None))
+    elif way != "bare":
+        found = linear(walk, fitted, plan, way.split(",")[0], given.rank if "linear" in way else None)
+    if way == TRAINED and found is not None:
+        found = train(walk, fitted, plan, found, given.train_steps)
+    seconds = time.perf_counter() - started
+    with pruned(model, plan, found.edits if found is not None else {}):
+        loss = loss_of(model, judged)
+    return {"loss": loss, "seconds": round(seconds, 1), "dropped": spell_dropped(plan)}
+
+
+@torch.inference_mode()
+def loss_of(model: Any, batches: Sequence[torch.Tensor]) -> float:
+    """Loss in nats per token."""
+    total, count = 0.0, 0
+    for batch in batches:
+        for row in batch.split(1):
+            logits = model(input_ids=row, use_cache=False).logits[0, :-1].float()
+            total += float(torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="sum"))
+            count += row.shape[1] - 1
+    return total / count
+
+
+def _choices(
+    book: Notebook, walk: Walk, model: Any, fitted: Any, judged: Any, halves: Any, given: argparse.Namespace
+) -> None:
+    """Losses without the attention sublayers chosen by each of three importance metrics, bare."""
+    depth = walk.depth
+
+    def values() -> dict[str, Any]:
+        coalitions = Coalitions(walk, fitted, parts=True)
+        alone = leave_one_out(coalitions)
+        together = shapley(coalitions, given.shapley)
+        return {
+            "loss": 0.0,
+            "leave-one-out": alone.mean,
+            "Shapley": together.mean,
+            "pairs": len(together.samples),
+            "error": together.standard_error,
+            "passes": together.passes,
+        }
+
+    book.take("importances", values)
+    found = book.values["importances"]
+    orders = {
+        "angular distance": [i for _, i, _ in rank_sublayers(halves, range(1, depth), ())],
+        "leave-one-out": sorted(range(1, depth), key=lambda i: found["leave-one-out"][2 * i]),
+        "Shapley": sorted(range(1, depth), key=lambda i: found["Shapley"][2 * i]),
+    }
+    for name, fraction in FRACTIONS.items():
+        for by, order in orders.items():
+            plan = Plan.cutting(depth, attention=order[: round(fraction * depth)])
+            book.take(f"by {by} {name}", lambda p=plan: _cell(walk, model, fitted, judged, p, "bare", given))
+
+
+def tables(cells: dict[str, Any]) -> str:
+    """Markdown tables: losses of every kind, fraction and method; and of the choices of attention, if measured."""
+    whole = cells["whole model"]["loss"]
+    ways = [
+        way for way in (*WAYS[:3], TRAINED, WAYS[3]) if f"{KINDS[0]} {next(iter(FRACTIONS))} {way}" in cells
+    ]
+    lines = [f"Whole model: {whole:.3f} nats per token.", ""]
+    lines += ["| removed | " + " | ".join(ways) + " |", "|---|" + "---|" * len(ways)]
+    for kind in KINDS:
+        for name in FRACTIONS:
+            row = [f"{cells[f'{kind} {name} {way}']['loss']:.3f}" for way in ways]
+            lines.append(f"| {name} of {kind}" if kind != "half-offset" else f"| {name}, half-offset")
+            lines[-1] += " | " + " | ".join(row) + " |"
+    if "importances" in cells:
+        by = ("angular distance", "leave-one-out", "Shapley")
+        lines += ["", "| attention removed, chosen by | " + " | ".join(by) + " |", "|---|" + "---|" * len(by)]
+        for name in FRACTIONS:
+            lines.append(
+                f"| {name} | " + " | ".join(f"{cells[f'by {b} {name}']['loss']:.3f}" for b in by) + " |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

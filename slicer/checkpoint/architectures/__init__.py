@@ -1,0 +1,1 @@
+"""What slicer must know of each model type."""

@@ -1,0 +1,137 @@
+"""Terminal output of an analysis and of a plan made from it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from slicer.cli.render.progress import stdout
+from slicer.plan.amounts import runs, spell_layers
+from slicer.plan.plan import spell_dropped
+
+if TYPE_CHECKING:
+    from slicer.measure.analysis import Analysis, Distances
+    from slicer.plan.choose import Chosen
+
+
+_SHADES = "@%#*+=-:. "  # closest to farthest
+
+
+def print_analysis(analysis: Analysis, out: Path) -> None:
+    """Print the heat map, the best block of each size by each metric, and the output files."""
+    console = stdout()
+    distances = analysis.distances()
+    console.print(
+        f"{analysis.source}: {analysis.depth} layers, {analysis.samples} sequences of {analysis.seq_len} tokens"
+    )
+    console.print()
+    console.print("angular distance d(l, l+n), last token; scaled within each n from @ (closest) to blank")
+    for line in heat_lines(distances, width=max(20, min(console.width, 120) - 26)):
+        console.print(line, markup=False)
+    console.print()
+    sizes = sorted({max(1, round(analysis.depth * k / 8)) for k in range(1, 5)})
+    table = Table(title="closest block of n layers, its first layer", title_justify="left")
+    table.add_column("metric")
+    for n in sizes:
+        table.add_column(f"n = {n}", justify="right")
+    for name, found in analysis.metrics.items():
+        row = []
+        for n in sizes:
+            values = [(v, -i) for i, v in enumerate(found.mean.get(n, ())) if not math.isnan(v)]
+            row.append(f"{-min(values)[1]} ({min(values)[0]:.4f})" if values else "-")
+        table.add_row(name, *row)
+    console.print(table)
+    if analysis.sublayers:
+        console.print(_parts_table(analysis))
+    if analysis.base_loss is not None:
+        console.print(f"loss      {analysis.base_loss:.4f} nats per token with all layers")
+    if analysis.greedy:
+        order = ", ".join(f"{int(step['layer'])} ({step['loss']:.3f})" for step in analysis.greedy)
+        console.print(f"greedy    {order}")
+    console.print(f"written   {out} (analysis.json and figures)", markup=False)
+    console.print(f"next      slicer plan {out} --drop 0.25", markup=False)
+
+
+def _parts_table(analysis: Analysis) -> Table:
+    """The least important attention and feed-forward sublayers by every metric."""
+    table = Table(title="least important attention and feed-forward sublayers", title_justify="left")
+    for name in ("metric", "attention", "feed-forward part"):
+        table.add_column(name)
+    for name, found in analysis.sublayers.items():
+        cells = []
+        for at in (0, 1):
+            row = list(found.block(1))[at::2]
+            least = sorted(range(len(row)), key=row.__getitem__)[:3]
+            cells.append(", ".join(f"{i} ({row[i]:.4f})" for i in least))
+        table.add_row(name, *cells)
+    return table
+
+
+def heat_lines(distances: Distances, width: int) -> list[str]:
+    """The heat map as text: a line for each n, a column for each l, thinned or doubled to fit `width` columns.
+
+    Each row is scaled to its own range, with a square root to show differences near the minimum.
+    """
+    depth = distances.depth
+    sizes = [n for n in distances.sizes if n < depth]
+    step = max(1, math.ceil(len(sizes) / 24))
+    thin = max(1, math.ceil(depth / width))
+    wide = max(1, min(3, width // depth))
+    across = -(-depth // thin) * wide
+    lines = []
+    for n in reversed(sizes[::step]):
+        row = list(distances.block(n))
+        known = [v for v in row if not math.isnan(v)]
+        least, most = min(known), max(known)
+        cells = ""
+        for at in range(0, len(row), thin):
+            value = min((v for v in row[at : at + thin] if not math.isnan(v)), default=most)
+            shade = 0.0 if most == least else math.sqrt((value - least) / (most - least))
+            cells += _SHADES[min(len(_SHADES) - 1, int(shade * len(_SHADES)))] * wide
+        best = row.index(least)
+        lines.append(f"n {n:>4} |{cells:<{across}}| {best}-{best + n - 1}  {least:.4f}")
+    last = f"{depth - 1}"
+    lines.append(f"       l = 0{last:>{max(len(last), across - 4)}}")
+    return lines
+
+
+def print_chosen(chosen: Chosen, samples: int, file: Path) -> None:
+    """The chosen layers and why: the runners-up, their distance, and whether the best two can be told apart.
+
+    `samples`: the sequences measured.
+    """
+    console = stdout()
+    plan = chosen.plan
+    left = len(plan.kept)
+    if plan.below_layers:
+        console.print(f"plan      drop {spell_dropped(plan)}, {left} layers stay", markup=False)
+    else:
+        console.print(
+            f"plan      drop {spell_layers(plan.dropped)} of {plan.depth} layers, {left} stay", markup=False
+        )
+    sublayers = bool(plan.no_attention or plan.no_ffn)
+    total = (
+        " (sum over blocks)"
+        if not sublayers and plan.metric != "greedy" and len(runs(plan.dropped)) > 1
+        else ""
+    )
+    console.print(f"by        {plan.metric} {plan.distance:.4f}{total}")
+    for other in plan.runners_up:
+        more = "" if sublayers else f" (+{other.distance - (plan.distance or 0.0):.4f})"
+        console.print(f"          next {other.block} at {other.distance:.4f}{more}")
+    if chosen.doubt is not None:
+        doubt = chosen.doubt
+        settle = (
+            f"about {doubt.samples:,} samples are needed to decide"
+            if doubt.samples is not None
+            else "no number of samples can decide"
+        )
+        console.print(
+            f"warning   the best two cannot be told apart on {samples} samples: they differ by "
+            f"{doubt.difference:.4f} with a standard error of {doubt.error:.4f}; {settle}"
+        )
+    console.print(f"written   {file}", markup=False)
+    console.print(f"next      slicer convert {plan.source or 'SOURCE'} --plan {file}", markup=False)

@@ -1,0 +1,98 @@
+"""Terminal output: progress on stderr, tables on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.progress import Progress as Bars
+
+from slicer.progress import Progress
+
+STDERR = Console(stderr=True, highlight=False)
+_QUIET_SECONDS = 20  # between progress lines if stderr is a file
+
+
+class _Bars(Progress):
+    """One line per stage; counted stages have a bar with rate and remaining time."""
+
+    def __init__(self) -> None:
+        self._bars: Bars | None = None
+        self._task: TaskID | None = None
+        self._text, self._total, self._done = "", None, 0  # type: str, int | None, int
+        self._told = time.monotonic()
+
+    def stage(self, text: str, total: int | None = None, unit: str = "") -> None:
+        self.close()
+        self._text, self._total, self._done, self._told = text, total, 0, time.monotonic()
+        if not STDERR.is_terminal:
+            return
+        columns: tuple[ProgressColumn, ...]
+        if total is None:
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+            self._bars = Bars(*columns, console=STDERR, transient=True)
+        elif unit == "bytes":
+            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+            self._bars = Bars(*columns, TimeRemainingColumn(), console=STDERR, transient=True)
+        else:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
+                       TextColumn("{task.fields[detail]}"))  # fmt: skip
+            self._bars = Bars(*columns, TimeRemainingColumn(), console=STDERR, transient=True)
+        self._bars.start()
+        self._task = self._bars.add_task(text, total=total, detail="")
+
+    def advance(self, amount: int = 1) -> None:
+        self._done += amount
+        if self._bars is not None and self._task is not None:
+            self._bars.advance(self._task, amount)
+
+    def detail(self, text: str) -> None:
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, detail=text)
+        elif not STDERR.is_terminal and time.monotonic() - self._told > _QUIET_SECONDS:
+            self._told = time.monotonic()
+            STDERR.print(f"{self._text}: {self._done} of {self._total}, {text}", markup=False)
+
+    def note(self, text: str) -> None:
+        STDERR.print(f"note: {text}")
+
+    def close(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+        self._bars = None
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Progress]:
+    """A progress display on stderr; turns off the output of transformers and datasets."""
+    if os.environ.get("RANK", "0") != "0":  # in a distributed run, only rank 0 shows progress
+        yield Progress()
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    bars = _Bars()
+    try:
+        yield bars
+    finally:
+        bars.close()
+
+
+def stdout() -> Console:
+    """The console that results are printed on."""
+    return Console(highlight=False, soft_wrap=True)

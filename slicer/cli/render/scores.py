@@ -1,0 +1,123 @@
+"""Terminal output of evaluations, sweeps and the search for the deepest cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from slicer.cli.render.progress import stdout
+
+if TYPE_CHECKING:
+    from slicer.evaluate.compare import Difference
+    from slicer.evaluate.results import Evaluation
+    from slicer.sweep.bisect import Deepest
+    from slicer.sweep.table import Row
+    from slicer.sweep.table import Table as SweepTable
+
+
+def print_evaluations(results: Sequence[Evaluation], compared: Sequence[Sequence[Difference]]) -> None:
+    """Print a table per model (value, standard error, chance), then each model's differences from the first."""
+    console = stdout()
+    for result in results:
+        table = Table(title=result.model, title_justify="left")
+        for name in ("", "value", "standard error", "guessing", "items"):
+            table.add_column(name, justify="left" if not name else "right")
+        for s in result.scores:
+            shots = f", {s.shots}-shot" if s.chance is not None else ""
+            table.add_row(
+                f"{s.task} ({s.metric}{shots})", f"{s.value:.4f}",
+                "-" if s.standard_error is None else f"{s.standard_error:.4f}",
+                "-" if s.chance is None else f"{s.chance:.4f}", f"{s.items}",
+            )  # fmt: skip
+        if result.loss is not None:
+            loss = result.loss
+            guess = loss.nats_per_token / loss.normalised
+            table.add_row(f"loss (nats per token, {loss.source})", f"{loss.nats_per_token:.4f}",
+                          f"{loss.standard_error:.4f}", f"{guess:.4f}", f"{loss.sequences}")  # fmt: skip
+            table.add_row("loss / log V", f"{loss.normalised:.4f}",
+                          f"{loss.standard_error / guess:.4f}", "1", f"{loss.tokens} tokens")  # fmt: skip
+        if result.health is not None:
+            health = result.health
+            for name in ("repetition", "distinct_1", "distinct_2", "length"):
+                mean, error = getattr(health, name)
+                label = f"samples: {name.replace('_', '-')}"
+                table.add_row(label, f"{mean:.3f}", f"{error:.3f}", "-", f"{len(health.samples)}")
+        console.print(table)
+    for result, rows in zip(results[1:], compared, strict=True):
+        console.print(f"{result.model} against {results[0].model}, item by item", markup=False)
+        for d in rows:
+            verdict = "within noise" if d.within_noise else "significant"
+            unit = " (nats)" if "perplexity" in d.measure or d.measure.startswith("c4") else ""
+            console.print(
+                f"  {d.measure + unit:24} {d.delta:+.4f} ± {d.standard_error:.4f}  p = {d.p_value:.2g} "
+                f"over {d.items}: {verdict}",
+                markup=False,
+            )
+        if not rows:
+            console.print("  no items in common: run the same tasks on both", markup=False)
+
+
+def print_sweep(table: SweepTable, directory: Path) -> None:
+    """Print the table of a sweep; a star marks a significant difference from the unpruned model."""
+    console = stdout()
+    shown = Table(title=f"{table.settings['source']}: {table.depth} layers", title_justify="left")
+    for name in ("dropped", "strategy", "healing"):
+        shown.add_column(name)
+    for task in table.tasks:
+        shown.add_column(task, justify="right")
+    has_loss = any(row.evaluation and row.evaluation.loss for row in table.rows)
+    if has_loss:
+        shown.add_column("loss", justify="right")
+        shown.add_column("/ log V", justify="right")
+    shown.add_column("repetition", justify="right")
+    for row in sorted(table.rows, key=lambda r: (r.n, r.strategy, r.heal, r.seed)):
+        label = row.strategy + (f" (seed {row.seed})" if row.strategy == "random" or row.seed else "")
+        cells = [f"{row.n} ({row.fraction:.0%})", label if row.n else "-", row.heal if row.n else "-"]
+        if row.evaluation is None:
+            shown.add_row(*cells, row.error or "not measured")
+            continue
+        for task in table.tasks:
+            score = row.evaluation.primary(task)
+            error = "" if not score or score.standard_error is None else f" ± {score.standard_error:.3f}"
+            cells.append(f"{score.value:.3f}{error}{_star(row, task)}" if score else "-")
+        if has_loss:
+            loss = row.evaluation.loss
+            cells.append(
+                f"{loss.nats_per_token:.3f} ± {loss.standard_error:.3f}{_star(row, 'c4')}" if loss else "-"
+            )
+            cells.append(f"{loss.normalised:.3f}" if loss else "-")
+        cells.append(f"{row.evaluation.health.repetition[0]:.2f}" if row.evaluation.health else "-")
+        shown.add_row(*cells)
+    console.print(shown)
+    console.print("* significant difference from the unpruned model (paired, item by item, p < 0.05)")
+    if table.missing:
+        console.print(f"missing   {table.missing} cells are not finished")
+    console.print(f"written   {directory / 'table.csv'}", markup=False)
+
+
+def _star(row: Row, measure: str) -> str:
+    change = row.change(measure)
+    return " " if change is None or change.within_noise else "*"
+
+
+def print_kept(found: Deepest, share: float, metric: str, plan: Path, source: str) -> None:
+    """Print the cuts tried by the bisection, and the command that makes the best one."""
+    console = stdout()
+    for kept in found.tried:
+        if kept.error is not None:
+            console.print(f"drop {kept.n:<4} not possible: {kept.error}", markup=False)
+            continue
+        verdict = "retained" if kept.kept else "not retained"
+        doubt = "" if kept.sure else " (within the error: use more items)"
+        console.print(f"drop {kept.n:<4} {kept.share:.1%} of {metric}: {verdict}{doubt}", markup=False)
+    if not found.tried:
+        console.print("no cut of this model is possible")
+        return
+    if found.best is None:
+        console.print(f"no cut retains {share:.1%} of {metric}")
+        return
+    console.print(f"deepest   dropping {found.best.n} layers retains {found.best.share:.1%} of {metric}")
+    console.print(f"next      slicer convert {source} --plan {plan}", markup=False)

@@ -1,0 +1,223 @@
+"""Terminal output: progress on stderr, tables on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from slicer.cli.render.progress import STDERR, stdout
+from slicer.plan.amounts import spell_layers
+from slicer.plan.plan import METRIC, Plan, spell_dropped
+from slicer.plan.records import HealingRecord
+
+if TYPE_CHECKING:
+    from slicer.checkpoint.sizes import Inspection, Sizes
+    from slicer.demo.show import Shown
+    from slicer.jobs.heal import Healed
+    from slicer.jobs.merge import Merged
+    from slicer.jobs.options import Summary
+
+
+def _size(count: float) -> str:
+    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count:.0f} "
+
+
+def _rows(sizes: Sizes) -> list[tuple[str, float, str]]:
+    return [
+        ("layers", sizes.depth, f"{sizes.depth}"),
+        ("parameters", sizes.parameters, _size(sizes.parameters).strip()),
+        ("weights", sizes.total_bytes, _size(sizes.total_bytes) + "B"),
+        ("FLOPs per token", sizes.flops_per_token, _size(sizes.flops_per_token).strip()),
+        ("KV cache per token", sizes.kv_bytes_per_token, _size(sizes.kv_bytes_per_token) + "B"),
+    ]
+
+
+def print_summary(summary: Summary) -> None:
+    """Print the sizes before and after, the dropped layers, the checks and the warnings."""
+    console = stdout()
+    plan = summary.plan
+    table = Table(title=f"{plan.source}: {_change(plan)}", title_justify="left")
+    for name in ("", "before", "after", "left"):
+        table.add_column(name, justify="left" if not name else "right")
+    for (label, old, before), (_, new, after) in zip(
+        _rows(summary.before), _rows(summary.after), strict=True
+    ):
+        table.add_row(label, before, after, f"{new / old:.1%}" if old else "-")
+    console.print(table)
+    dropped = f"layers {spell_layers(plan.dropped)}" if not plan.below_layers else spell_dropped(plan)
+    console.print(f"dropped   {dropped} ({_why(plan)})", markup=False)
+    for other in plan.runners_up[:2]:
+        console.print(f"          next best {other.block} at {other.distance:.4f}")
+    if plan.healing is not None:
+        console.print(f"healed    {_healed(plan.healing)}")
+    if plan.form != "native":
+        console.print(f"form      {_FORMS[plan.form]}", markup=False)
+    console.print(f"verified  {summary.verified}{_errors(summary)}")
+    for warning in summary.warnings:
+        console.print(f"warning   {warning}")
+    console.print(f"written   {summary.out}" if summary.out else "written   nothing (dry run)")
+
+
+_FORMS = {
+    "blockwise": "blockwise: loads in vLLM if slicer is installed, and in transformers after 'import slicer'",
+    "zeroed": "zeroed: loads everywhere, but costs as much as the original",
+}
+
+
+def _change(plan: Plan) -> str:
+    """For example "24 to 20 layers, 18 with attention"."""
+    layers = len(plan.kept)
+    words = f"{plan.depth} to {layers} layers" if layers < plan.depth else f"{layers} layers"
+    if plan.no_attention:
+        words += f", {layers - len(plan.no_attention)} with attention"
+    if plan.no_ffn:
+        words += f", {layers - len(plan.no_ffn)} with feed-forward part"
+    return words
+
+
+def print_healed(done: Healed) -> None:
+    """Print the solved layers, the losses and the check."""
+    console = stdout()
+    record = done.plan.healing
+    assert record is not None
+    for layer, module in dict.fromkeys((entry.layer, entry.module) for entry in record.solved):
+        console.print(f"solved    {module} of layer {layer} (counted in the source)")
+    if record.training is not None:
+        kept = f"step {record.best_step} kept" if record.best_step else "nothing was better than the start"
+        ends = {"early": ", stopped: no new best", "diverged": ", stopped: the loss was not finite"}
+        console.print(f"trained   {record.steps} steps{ends.get(record.training.ended, '')}; {kept}")
+    console.print(f"healed    {_healed(record)}")
+    if not done.helps:
+        console.print("warning   the loss did not fall; use the checkpoint without healing")
+    console.print(f"verified  {done.verified}{_errors(done)}")
+    console.print(f"written   {done.out}")
+
+
+def print_merged(done: Merged) -> None:
+    """Print the number of merged matrices, those left out, and the check."""
+    console = stdout()
+    left = f", {done.left_out} of dropped layers left out" if done.left_out else ""
+    console.print(f"merged    {len(done.tensors)} matrices{left}")
+    console.print(f"verified  {done.verified}{_errors(done)}")
+    console.print(f"written   {done.out}")
+
+
+def _healed(record: HealingRecord) -> str:
+    loss = record.measured
+    rank = f" of rank {record.rank}" if record.rank else ""
+    steps = [("", loss.before), (" to ", loss.solved), (" to ", loss.after)]
+    words = "".join(f"{word}{value:.3f}" for word, value in steps if value is not None)
+    source = "" if loss.source is None else f" (all layers: {loss.source:.3f})"
+    return f"{record.method}{rank}: held-out loss {words} nats a token{source}"
+
+
+def _errors(done: Summary | Healed | Merged) -> str:
+    if done.logits_error is None:
+        return ""
+    rounding = (
+        ""
+        if not done.rounding_error
+        else f"; {done.rounding_error:.1e} from the adapter, by rounding the weights"
+    )
+    return f" (largest relative error {done.logits_error:.1e}{rounding})"
+
+
+def _why(plan: Plan) -> str:
+    if plan.distance is not None and plan.metric not in (None, METRIC):
+        return f"{plan.strategy}: {plan.metric} {plan.distance:.4g}"
+    if plan.distance is not None and (plan.no_attention or plan.no_ffn):
+        return f"{plan.strategy}: total angular distance {plan.distance:.4f}"
+    if plan.distance is not None:
+        return f"{plan.strategy}: angular distance {plan.distance:.4f} across the block"
+    return plan.strategy if plan.strategy != "explicit" else "as named"
+
+
+def _dropped(plan: Plan) -> str:
+    return spell_dropped(plan) if plan.below_layers else spell_layers(plan.dropped)
+
+
+def print_inspection(found: Inspection) -> None:
+    """Print one fact per line."""
+    console = stdout()
+    sizes = found.sizes
+    low, high = min(sizes.layer_bytes), max(sizes.layer_bytes)
+    a_layer = _size(low) + "B" if low == high else f"{_size(low)}B to {_size(high)}B"
+    files = "1 file" if found.files == 1 else f"{found.files} files"
+    facts = [
+        ("checkpoint", str(found.path)),
+        ("architecture", f"{', '.join(found.classes) or 'unnamed'} ({found.model_type})"),
+        *((label, text) for label, _, text in _rows(sizes)),
+        ("bytes per layer", a_layer),
+        ("stored as", f"{', '.join(found.dtypes)} in {files}"),
+    ]
+    if found.plan is not None:
+        plan = found.plan
+        revision = f" at {plan.revision}" if plan.revision else ""
+        facts += [
+            ("sliced from", f"{plan.source}{revision}, {plan.depth} layers"),
+            ("kept", spell_layers(plan.kept)),
+            ("dropped", f"{_dropped(plan)} ({_why(plan)})"),
+            ("healed", _healed(plan.healing) if plan.healing else "no"),
+        ]
+    for label, text in facts:
+        console.print(f"{label:<18}{text}")
+
+
+def print_demo(shown: Shown) -> None:
+    """Print the summary and a line from each model."""
+    print_summary(shown.summary)
+    console = stdout()
+    console.print()
+    console.print(f"prompt    {shown.prompt}", markup=False)
+    console.print(f"original  {shown.original}", markup=False)
+    console.print(f"sliced    {shown.sliced}", markup=False)
+
+
+def print_serving(path: Path, name: str, notes: Sequence[str]) -> None:
+    """Print, on stderr, the model to be served and the default settings chosen for it."""
+    if (path / "slicer" / "plan.json").is_file():
+        plan = Plan.load(path)
+        STDERR.print(
+            f"serving   {name}: {len(plan.kept)} of the {plan.depth} layers of {plan.source}, "
+            f"without {_dropped(plan)} ({_why(plan)})",
+            markup=False,
+            soft_wrap=True,
+        )
+    else:
+        STDERR.print(f"serving   {name}", markup=False, soft_wrap=True)
+    for note in notes:
+        STDERR.print(f"chosen    {note}", markup=False, soft_wrap=True)
+
+
+def print_ready(base_url: str, model: str, has_key: bool) -> None:
+    """Print the ready line, which scripts wait for, and an example request."""
+    console = stdout()
+    key = " -H 'Authorization: Bearer KEY'" if has_key else ""
+    body = json.dumps({"model": model, "prompt": "Once upon a time", "max_tokens": 32})
+    console.print(f"ready     {base_url} (model {model})", markup=False)
+    console.print(
+        f"try       curl {base_url}/completions -H 'Content-Type: application/json'{key} -d '{body}'",
+        markup=False,
+    )
+    console.file.flush()
+
+
+def print_tables(tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]]) -> None:
+    """Print (title, head, rows) tables; the first column is text, the others numbers. Full width if piped."""
+    console = stdout() if os.isatty(1) else Console(highlight=False, width=200)
+    for title, head, rows in tables:
+        table = Table(title=title, title_justify="left")
+        for at, name in enumerate(head):
+            table.add_column(name, justify="right" if at else "left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)

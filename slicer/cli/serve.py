@@ -1,0 +1,89 @@
+"""The command `slicer serve`."""
+
+from __future__ import annotations
+
+import os
+import signal
+from ipaddress import ip_address
+
+import click
+
+
+@click.command()
+@click.argument("source")
+@click.argument("vllm_flags", nargs=-1, type=click.UNPROCESSED)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True,
+              help="Port to listen on; 0: a free one.")  # fmt: skip
+@click.option("--api-key", help="Key that clients must send  [default: VLLM_API_KEY of the environment]")
+@click.option("--no-auth", is_flag=True, help="Allow access from other machines without a key.")
+@click.option("--name", help="Model name for clients  [default: SOURCE's]")
+@click.option("--draft", metavar="SLICED",
+              help="A cut of SOURCE as its draft model for speculative decoding.")  # fmt: skip
+@click.option("--num-speculative-tokens", type=click.IntRange(min=1), default=3, show_default=True,
+              help="Tokens to draft per step.")  # fmt: skip
+@click.option("--timeout", type=click.IntRange(min=1), default=1800, show_default=True,
+              help="Maximum startup time in seconds.")  # fmt: skip
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def serve(
+    source: str,
+    vllm_flags: tuple[str, ...],
+    host: str,
+    port: int,
+    api_key: str | None,
+    no_auth: bool,
+    name: str | None,
+    draft: str | None,
+    num_speculative_tokens: int,
+    timeout: int,
+    debug: bool,
+) -> None:
+    """Serve SOURCE with vLLM behind an OpenAI-compatible endpoint.
+
+    SOURCE is a directory, a Hub id or "demo". Pass vLLM's own flags after --:
+
+    \b
+    slicer serve qwen-20L -- --max-model-len 4096 --tensor-parallel-size 2
+    """
+    from slicer.cli.render import progress as bars
+    from slicer.cli.render import written
+    from slicer.errors import UsageError
+    from slicer.serve.server import Server
+
+    api_key = api_key or os.environ.get("VLLM_API_KEY") or None
+    if not _is_loopback(host) and not api_key and not no_auth:
+        raise UsageError(
+            f"--host {host}: anyone who can reach this address could use the model; pass --api-key or --no-auth"
+        )
+    if not _is_loopback(host) and not api_key:
+        click.echo(f"note: {host} needs no key", err=True)
+    # A shell starts background jobs with SIGINT ignored; the server must handle it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with bars.progress() as progress:
+        server = Server(
+            source,
+            host=host,
+            port=port,
+            api_key=api_key,
+            name=name,
+            draft=draft,
+            speculative_tokens=num_speculative_tokens,
+            arguments=vllm_flags,
+            timeout=timeout,
+            progress=progress.stage,
+        )
+        written.print_serving(server.settings.path, server.model, server.notes)
+        try:
+            with server:
+                progress.close()
+                written.print_ready(server.base_url, server.model, bool(api_key))
+                server.wait()
+        except KeyboardInterrupt:
+            click.echo("stopped", err=True)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

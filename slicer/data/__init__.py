@@ -1,0 +1,1 @@
+"""Text in, token sequences out: calibration batches and training corpora."""

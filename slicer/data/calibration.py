@@ -1,0 +1,126 @@
+"""Calibration text as batches of tokens: packed, seeded and never padded, or sampled from the model itself."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slicer.data.packing import open_tokenizer, pack
+from slicer.data.sources import DEFAULT_DATASET, TextSpec, documents, parts_of
+from slicer.errors import CalibrationError
+
+if TYPE_CHECKING:
+    import torch
+
+
+_SAMPLED_TOGETHER = 16  # decoding a few sequences costs about as much as one
+
+
+@dataclass(frozen=True)
+class TokenBatches:
+    """`batches`: int64 tensors [batch, seq_len]. `provenance`: the record of their source."""
+
+    batches: list[torch.Tensor]
+    provenance: dict[str, Any]
+
+
+def token_batches(
+    spec: TextSpec,
+    path: Path,
+    model: Any,
+    *,
+    streamed: bool = False,
+    trust_remote_code: bool = False,
+) -> TokenBatches:
+    """Make `spec.samples` sequences of `spec.seq_len` tokens for the checkpoint at `path`, in batches.
+
+    Documents are shuffled with the seed, tokenized, joined with an end-of-text token, and cut into sequences; each
+    starts with BOS if the tokenizer adds it. `self` needs a `model` with loaded weights, not `streamed` from disk.
+    Raises CalibrationError if there is no text or not enough.
+    """
+    import torch
+
+    _check_length(spec, model)
+    parts = [_part(part, path, model, streamed, trust_remote_code) for part in parts_of(spec)]
+    tokens = torch.cat(parts)
+    source = spec.source or ":".join(DEFAULT_DATASET)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if int(tokens.max()) >= vocabulary:
+        raise CalibrationError(
+            f"{path}: the tokenizer gives token {int(tokens.max())}, but the vocabulary has {vocabulary} tokens; "
+            "use the tokenizer of this model"
+        )
+    provenance = {
+        "source": source,
+        "samples": spec.samples,
+        "seq_len": spec.seq_len,
+        "batch_size": spec.batch_size,
+        "seed": spec.seed,
+        "text_column": spec.text_column,
+        "tokens_sha256": hashlib.sha256(tokens.to(torch.int64).numpy().tobytes()).hexdigest(),
+    }
+    return TokenBatches(list(torch.split(tokens, spec.batch_size)), provenance)
+
+
+def _part(spec: TextSpec, path: Path, model: Any, streamed: bool, trust_remote_code: bool) -> torch.Tensor:
+    """The tokens of one source, int64 [samples, seq_len]."""
+    if spec.source != "self":
+        tokenizer = open_tokenizer(path, trust_remote_code)
+        return pack(documents(spec), tokenizer, spec, spec.source or ":".join(DEFAULT_DATASET))
+    if streamed:
+        raise CalibrationError(
+            "--calibration self: the model does not fit in memory, and sampling reads all of it for each token; "
+            "use a local .jsonl, .txt or .parquet file, or a Hub data set"
+        )
+    return sample_tokens(model, spec)
+
+
+def _check_length(spec: TextSpec, model: Any) -> None:
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if isinstance(limit, int) and spec.seq_len > limit:
+        raise CalibrationError(f"--seq-len {spec.seq_len}: the model's context is {limit} tokens; lower it")
+
+
+def sample_tokens(model: Any, spec: TextSpec) -> torch.Tensor:
+    """Sample sequences from the model at temperature 1 with the seed: int64 [samples, seq_len].
+
+    They start with BOS, else EOS, else a random token. End tokens are not sampled, so every sequence is full. Raises
+    CalibrationError if the probabilities are not finite.
+    """
+    import torch
+
+    config = model.config.get_text_config()
+    device = model.get_input_embeddings().weight.device
+    generator = torch.Generator().manual_seed(spec.seed)
+    first = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
+    first = first[0] if isinstance(first, list) else first
+    # The class's name for its cache; a class without one reads the whole sequence again at each step.
+    names = signature(model.forward).parameters
+    keyword = next((k for k in ("past_key_values", "cache_params", "cache") if k in names), None)
+    sequences = []
+    with torch.inference_mode():
+        together = max(spec.batch_size, _SAMPLED_TOGETHER)
+        for start in range(0, spec.samples, together):
+            count = min(together, spec.samples - start)
+            if first is None:
+                tokens = torch.randint(config.vocab_size, (count, 1), generator=generator)
+            else:
+                tokens = torch.full((count, 1), first, dtype=torch.int64)
+            cache = None
+            while tokens.shape[1] < spec.seq_len:
+                step = tokens if cache is None else tokens[:, -1:]
+                cached = {} if keyword is None else {keyword: cache, "use_cache": True}
+                output = model(input_ids=step.to(device), **cached)
+                cache = None if keyword is None else getattr(output, keyword, None)
+                chances = output.logits[:, -1].float().cpu().softmax(-1)
+                if not torch.isfinite(chances).all():
+                    raise CalibrationError(
+                        "sampling from the model gives values that are not finite; use --dtype float32"
+                    )
+                tokens = torch.cat([tokens, torch.multinomial(chances, 1, generator=generator)], dim=1)
+            sequences.append(tokens)
+    return torch.cat(sequences)

@@ -1,0 +1,178 @@
+"""Figures of a benchmark as PNG and SVG, without dates, so that equal data gives equal bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slicer.figures.style import curve_figure, svg
+from slicer.runtime.files import atomic_file
+
+_BLUE, _GREY, _ORANGE = "#1f5fa8", "#888888", "#c65d09"
+
+
+def lines(result: Mapping[str, Any], directory: Path) -> None:
+    """Plot time per output token, prefill, memory and speed-up against the layers: bench.png and bench.svg."""
+    figure = _figure(10, 7.2)
+    axes = figure.subplots(2, 2)
+    models, fitted = result["models"], result["lines"]
+    _line(
+        axes[0, 0],
+        fitted["time_per_output_token_ms"],
+        "ms per token",
+        "Time per output token",
+        _rounds(models, 0),
+    )
+    _line(axes[0, 1], fitted["prefill_ms"], "ms", "Prefill (time to first token)", _rounds(models, 1))
+    _memory(axes[1, 0], result)
+    _speed(axes[1, 1], result)
+    name = models[0]["label"]
+    figure.suptitle(f"{name} by depth: {result['engine']} on {result['hardware']['name']}", fontsize=11)
+    _save(figure, directory)
+
+
+def speculative(result: Mapping[str, Any], directory: Path) -> None:
+    """Plot tokens per second with each draft, and the acceptance rate by draft position."""
+    figure = _figure(10, 4)
+    left, right = figure.subplots(1, 2)
+    rows = result["speculative"]["rows"]
+    names = [row["draft"] or "no draft" for row in rows]
+    left.barh(names[::-1], [row["tokens_per_second"] for row in rows][::-1], color=_BLUE)
+    left.set(xlabel="output tokens/s", title="Speed")
+    for row in rows:
+        rates = row["acceptance_by_position"]
+        if rates:
+            right.plot(range(1, len(rates) + 1), rates, marker="o", label=row["draft"])
+    right.set(
+        xlabel="position in the draft", ylabel="accepted", title="Acceptance by position", ylim=(0, 1.02)
+    )
+    right.locator_params(axis="x", integer=True)
+    if any(row["acceptance_by_position"] for row in rows):
+        right.legend(frameon=False, fontsize="small")
+    _save(figure, directory)
+
+
+def _rounds(models: list[Mapping[str, Any]], which: int) -> list[tuple[int, float]]:
+    key = ("time_per_output_token_ms", "prefill_ms")[which]
+    return [(model["layers"], run[key]) for model in models for run in model["by_round"]]
+
+
+def _line(axes: Any, line: Mapping[str, Any], unit: str, title: str, rounds: list[tuple[int, float]]) -> None:
+    x = np.asarray([p[0] for p in line["points"]])
+    y = [p[1] for p in line["points"]]
+    reach = np.linspace(0, x.max() * 1.03, 60)
+    axes.plot(reach, line["intercept"] + line["slope"] * reach, color=_BLUE, linewidth=1.4)
+    band = _band(line, reach)
+    if band is not None:
+        axes.fill_between(reach, *band, color=_BLUE, alpha=0.13, linewidth=0, label="95% confidence")
+    axes.plot([p[0] for p in rounds], [p[1] for p in rounds], "x", color=_GREY, markersize=5, label="rounds")
+    axes.plot(x, y, "o", color=_BLUE, label="fastest round")
+    axes.set(
+        xlabel="layers", ylabel=unit, xlim=(0, None), ylim=(0, max(*y, *(p[1] for p in rounds)) * 1.12),
+        title=f"{title}: {line['slope']:.3g} per layer {line['intercept']:+.3g}, R2 {line['r2']:.3f}",
+    )  # fmt: skip
+    axes.title.set_fontsize(10)
+    axes.locator_params(axis="x", integer=True)
+    axes.legend(frameon=False, fontsize="small", loc="upper left")
+
+
+def _band(line: Mapping[str, Any], reach: Any) -> tuple[Any, Any] | None:
+    """The confidence band of the line's mean."""
+    from slicer.benchmarks.lines import student_t
+
+    x = np.asarray([p[0] for p in line["points"]])
+    y = np.asarray([p[1] for p in line["points"]])
+    freedom = len(x) - 2
+    spread = ((x - x.mean()) ** 2).sum()
+    if freedom < 1 or not spread:
+        return None
+    fitted = line["intercept"] + line["slope"] * x
+    deviation = np.sqrt(((y - fitted) ** 2).sum() / freedom)
+    about = student_t(freedom) * deviation * np.sqrt(1 / len(x) + (reach - x.mean()) ** 2 / spread)
+    middle = line["intercept"] + line["slope"] * reach
+    return middle - about, middle + about
+
+
+def _memory(axes: Any, result: Mapping[str, Any]) -> None:
+    """Plot weights, KV cache per token and peak memory as shares of the deepest model's."""
+    models = result["models"]
+    deepest = max(models, key=lambda model: model["layers"])
+    for name, label, marker, colour in (
+        ("weight_bytes", "weights", "o", _BLUE),
+        ("kv_bytes_per_token", "KV cache per token", "s", _ORANGE),
+        ("peak_memory_bytes", "peak memory, KV cache included", "^", _GREY),
+    ):
+        line, whole = result["lines"][name], deepest[name]
+        reach = np.asarray([0, deepest["layers"]])
+        axes.plot(reach, (line["intercept"] + line["slope"] * reach) / whole, color=colour, linewidth=1)
+        axes.plot(
+            [m["layers"] for m in models],
+            [m[name] / whole for m in models],
+            marker,
+            color=colour,
+            label=label,
+        )
+    axes.set(
+        xlabel="layers", ylabel="share of the whole model's", xlim=(0, None), ylim=(0, 1.25), title="Memory"
+    )
+    axes.title.set_fontsize(10)
+    axes.locator_params(axis="x", integer=True)
+    axes.legend(frameon=False, fontsize="small", loc="lower right")
+
+
+def _speed(axes: Any, result: Mapping[str, Any]) -> None:
+    rows = result["speed_up"]
+    layers = [row["layers"] for row in rows]
+    line, deepest = result["lines"]["time_per_output_token_ms"], max(layers)
+    reach = np.linspace(min(layers), deepest, 60)
+    times = line["intercept"] + line["slope"] * reach
+    axes.plot(reach, deepest / reach, "--", color=_GREY, label="ideal, L/(L-n)")
+    axes.plot(reach, times[-1] / times, color=_BLUE, label="allowed by the intercept")
+    axes.plot(layers, [row["measured"] for row in rows], "o", color=_BLUE, label="measured")
+    axes.plot(layers, [row["kv_capacity_gain"] for row in rows], "s", color=_ORANGE, markersize=4,
+              label="KV capacity gained")  # fmt: skip
+    axes.set(xlabel="layers", ylabel="relative to the whole model", title="Speed-up")
+    axes.title.set_fontsize(10)
+    axes.invert_xaxis()
+    axes.locator_params(axis="x", integer=True)
+    axes.legend(frameon=False, fontsize="small", loc="upper left")
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, directory: Path) -> None:
+    from matplotlib import rc_context
+
+    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+        with (
+            atomic_file(directory / f"bench.{kind}") as temporary,
+            rc_context({"svg.hashsalt": "slicer", "svg.fonttype": "none"}),
+        ):
+            figure.savefig(temporary, format=kind, dpi=130, metadata=metadata)
+
+
+def bench_line(points: Sequence[tuple[int, float]], line: Mapping[str, Any] | None, label: str) -> str:
+    """Plot a measurement of `slicer bench` against the number of layers, with its fitted line."""
+    figure, axes = curve_figure()
+    xs, ys = zip(*sorted(points), strict=True)
+    axes.plot(xs, ys, marker="o", linestyle="none", color="#1f4e9c", label="measured")
+    if line is not None:
+        ends = (0, max(xs))
+        fitted = [line["intercept"] + line["slope"] * x for x in ends]
+        axes.plot(ends, fitted, color="#6b6b6b", linewidth=1, label=f"line, R² = {line['r2']:.4f}")
+    axes.set(xlabel="layers", ylabel=label)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.legend(frameon=False, fontsize=8)
+    return svg(figure)

@@ -1,0 +1,384 @@
+"""Figures of attention and feed-forward sublayers: each metric by layer, and the trade-off between two texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slicer.errors import PlanError
+from slicer.figures.style import BOTH_PARTS, canvas, new_figure, save
+
+if TYPE_CHECKING:
+    from slicer.measure.analysis import Analysis, Distances
+
+
+def parts(analysis: Analysis, path: Path) -> None:
+    """Plot each metric of the attention and feed-forward sublayers by layer, with standard errors."""
+    tables = list(analysis.sublayers.values())
+    figure = canvas((7, 1.7 * len(tables) + 0.6))
+    for at, table in enumerate(tables):
+        axes = figure.add_subplot(len(tables), 1, at + 1)
+        row, error = list(table.block(1)), list(table.standard_error[1])
+        for first, colour, name in ((0, BLUE, "attention"), (1, ORANGE, "feed-forward part")):
+            values, errors = row[first::2], error[first::2]
+            axes.errorbar(
+                range(len(values)), values, yerr=errors, color=colour, marker="o", markersize=3, linewidth=1,
+                capsize=2, label=name,
+            )  # fmt: skip
+        _spread(row, axes.set_yscale)
+        note_flat(axes, row)
+        axes.set_title(analysis_title(table.metric), fontsize=10, loc="left")
+        axes.locator_params(axis="x", integer=True)
+        if not at:
+            axes.legend(frameon=False, fontsize="small")
+    axes.set_xlabel("layer (bars: one standard error)")
+    save(figure, path)
+
+
+def trade_off(one: Analysis, other: Analysis, path: Path) -> float:
+    """Scatter the importance of each layer or sublayer for `one`'s and `other`'s text; returns the rank correlation.
+
+    Uses Shapley values if both have them, else the loss without each sublayer, else block influence. Raises PlanError
+    for analyses of different models, or without a common metric.
+    """
+    a, b = comparable(one, other)
+    agreement = rank_agreement(_singles(a), _singles(b))
+    x, y = list(a.block(1)), list(b.block(1))
+    figure = canvas((5.6, 5.2))
+    axes = figure.add_subplot()
+    halves = a.depth == 2 * one.depth
+    kinds = ((0, BLUE, "attention"), (1, ORANGE, "feed-forward part")) if halves else ((0, BLUE, "layer"),)
+    step = len(kinds)
+    for first, colour, name in kinds:
+        axes.errorbar(
+            x[first::step], y[first::step], xerr=list(a.standard_error[1])[first::step],
+            yerr=list(b.standard_error[1])[first::step], color=colour, linestyle="none", marker="o", markersize=4,
+            elinewidth=0.6, label=name,
+        )  # fmt: skip
+        for i, point in enumerate(zip(x[first::step], y[first::step], strict=True)):
+            axes.annotate(str(i), point, xytext=(3, 3), textcoords="offset points", fontsize=7)
+    for values, scale in ((x, axes.set_xscale), (y, axes.set_yscale)):
+        _spread(values, scale)
+    axes.set_xlabel(f"on {_text(one, a.metric)}")
+    axes.set_ylabel(f"on {_text(other, b.metric)}")
+    axes.set_title(f"{analysis_title(a.metric)}\nrank correlation {agreement:.2f}", fontsize=10)
+    axes.legend(frameon=False, fontsize="small")
+    save(figure, path)
+    return agreement
+
+
+def _spread(values: list[float], scale: Callable[..., None]) -> None:
+    """Choose a logarithmic axis if one value is far above the others; symmetric-log if some are not positive."""
+    known = sorted(abs(v) for v in values if v == v)
+    middle = known[len(known) // 2]
+    if known[-1] <= 20 * middle or not middle:
+        return
+    if min(v for v in values if v == v) > 0:
+        scale("log")
+    else:
+        scale("symlog", linthresh=middle)
+
+
+def comparable(one: Analysis, other: Analysis) -> tuple[Distances, Distances]:
+    """The tables of the best metric that both analyses have. Raises PlanError."""
+    if (one.depth, one.model_type) != (other.depth, other.model_type):
+        raise PlanError(
+            f"the other analysis is of a {other.model_type} of {other.depth} layers, this one of a {one.model_type} of "
+            f"{one.depth}: compare analyses of the same model"
+        )
+    for metric in ("shapley_score", "shapley", "loss", "kl", "block_influence"):
+        for mine, theirs in ((one.sublayers, other.sublayers), (one.metrics, other.metrics)):
+            if metric in mine and metric in theirs and 1 in mine[metric].sizes and 1 in theirs[metric].sizes:
+                return mine[metric], theirs[metric]
+    raise PlanError("the two analyses have no metric in common; run both with the same options")
+
+
+def _singles(table: Distances) -> Distances:
+    from dataclasses import replace
+
+    return replace(table, mean={1: table.mean[1]}, standard_error={1: table.standard_error[1]})
+
+
+def _text(analysis: Analysis, metric: str) -> str:
+    if metric == "shapley_score":
+        return str((analysis.shapley or {}).get("against", "task"))
+    source = str((analysis.calibration or {}).get("source", "calibration text"))
+    return Path(source).name
+
+
+_CURVES = 6
+BLUE, ORANGE = "#0072b2", "#e69f00"  # Okabe and Ito's colours, distinct for all kinds of colour vision
+
+
+def heat_map(
+    distances: Distances,
+    path: Path,
+    *,
+    chosen: tuple[int, int] | None = None,
+    offset: tuple[int, int, float] | None = None,
+    title: str = "Angular distance d(l, l+n)",
+) -> None:
+    """Figure 4 of the paper: d(l, l+n) by start l and size n, each row scaled to its own minimum and maximum.
+
+    Marks the dropped block: `chosen`, the (start, n) of whole layers, or `offset`, the (i, j, distance) of a
+    half-offset block, drawn half a layer further in. Writes a PNG or SVG, by the suffix.
+    """
+    figure, axes = new_figure()
+    image = _heat(axes, distances)
+    where: tuple[float, float, str] | None = None
+    if chosen is not None:
+        where = chosen[0], chosen[1], block_label(*chosen)
+    elif offset is not None:
+        where = offset[0] + 0.5, offset[1] - offset[0], _half(offset)
+    if where is not None:
+        x, y, name = where
+        axes.plot(
+            x, y, marker="s", markersize=9, markerfacecolor="none", markeredgecolor="red", linestyle="none",
+            label=f"dropped: {name}",
+        )  # fmt: skip
+        axes.legend(loc="upper right", frameon=False)
+    axes.set(
+        xlabel="first layer of the block, l",
+        ylabel="layers in the block, n",
+        title=title,
+    )
+    axes.locator_params(integer=True)
+    figure.colorbar(image, ax=axes, label="scaled within each n (black dot: minimum)")
+    save(figure, path)
+
+
+def _heat(axes: Any, distances: Distances, percentile: float = 100) -> Any:
+    import numpy as np
+
+    depth = distances.depth
+    grid = np.full((depth, depth), np.nan)
+    sizes = [n for n in distances.sizes if n < depth]
+    for n in sizes:
+        values = np.asarray(distances.block(n))
+        least = np.nanmin(values)
+        spread = np.nanpercentile(values, percentile) - least
+        grid[n, : len(values)] = (values - least) / spread if spread else 0.0
+    image = axes.imshow(
+        grid[1:], origin="lower", aspect="auto", cmap="viridis_r", interpolation="nearest",
+        extent=(-0.5, depth - 0.5, 0.5, depth - 0.5), vmin=0, vmax=1,
+    )  # fmt: skip
+    for n in sizes:
+        axes.plot(np.nanargmin(distances.block(n)), n, marker=".", markersize=3, color="black")
+    return image
+
+
+def curves(
+    distances: Distances,
+    path: Path,
+    *,
+    chosen: tuple[int, int] | None = None,
+    offset: tuple[int, int, float] | None = None,
+    title: str = "Where a block changes the residual stream least",
+    label: str = "angular distance d(l, l+n), units of pi",
+    minima: bool = False,
+) -> None:
+    """Figure 1c of the paper: d(l, l+n) against l, one curve for each of some block sizes n. Writes a PNG or SVG.
+
+    `chosen`: (first layer, n) of the marked block; `offset`: (i, j, distance) of a half-offset block, from after
+    attention i to after attention j. `minima` marks the minimum of each n and joins those of all n.
+    """
+    depth = distances.depth
+    sizes = sorted({max(1, round(depth * k / (2 * _CURVES))) for k in range(1, _CURVES + 1)})
+    sizes = [n for n in sizes if n in distances.sizes] or list(distances.sizes)
+    marked = chosen[1] if chosen is not None else offset[1] - offset[0] if offset is not None else None
+    if marked is not None:
+        sizes = sorted({*sizes, marked} - {depth})
+    figure, axes = new_figure()
+    from matplotlib import colormaps
+
+    for at, n in enumerate(sizes):
+        row, error = list(distances.block(n)), list(distances.standard_error[n])
+        picked = n == marked
+        colour = colormaps["viridis"](at / max(1, len(sizes) - 1))
+        axes.plot(range(len(row)), row, color=colour, linewidth=2.4 if picked else 1.2, label=f"n = {n}")
+        lower = [d - e for d, e in zip(row, error, strict=True)]
+        upper = [d + e for d, e in zip(row, error, strict=True)]
+        axes.fill_between(range(len(row)), lower, upper, color=colour, alpha=0.15, linewidth=0)
+    if minima:
+        rows = [list(distances.block(n)) for n in distances.sizes if n <= max(sizes)]
+        least = [(row.index(min(row)), min(row)) for row in rows]
+        axes.plot(*zip(*least, strict=True), color="black", linewidth=0.8, linestyle=":", marker=".", markersize=4,
+                  label="minimum of each n")  # fmt: skip
+    where: tuple[float, float, str] | None = None
+    if chosen is not None:
+        where = chosen[0], distances.block(chosen[1])[chosen[0]], block_label(*chosen)
+    elif offset is not None:  # drawn half a layer further in than the block that starts at layer i
+        where = offset[0] + 0.5, offset[2], _half(offset)
+    if where is not None:
+        x, y, name = where
+        axes.plot(
+            x, y, marker="o", markersize=9, markerfacecolor="none", markeredgecolor="red", linestyle="none",
+            label=f"dropped: {name}",
+        )  # fmt: skip
+    axes.set(
+        xlabel="first layer of the block, l", ylabel=label, title=title,
+    )  # fmt: skip
+    axes.set_ylim(bottom=0)
+    axes.locator_params(axis="x", integer=True)
+    axes.legend(frameon=False, fontsize="small")
+    save(figure, path)
+
+
+def analysis_figures(analysis: Analysis, directory: Path) -> list[Path]:
+    """Write every figure of an analysis, as PNG and SVG, into `directory`; returns the files.
+
+    The first metric (the paper's) gets a full-size heat map and curves; all metrics share the other figures.
+    """
+    distances = next(iter(analysis.metrics.values()))
+    title = analysis_title(distances.metric)
+    draw: dict[str, Callable[[Path], None]] = {
+        "heat-map": partial(heat_map, distances, title=title),
+        "curves": partial(curves, distances, title=title, label=title, minima=True),
+        "heat-maps": partial(heat_maps, analysis),
+        "importance": partial(importance, analysis),
+        "agreement": partial(agreement, analysis),
+        "blocks": partial(chosen_blocks, analysis),
+    }
+    for name, figure in draw.items():
+        figure(directory / f"{name}{BOTH_PARTS}")
+    return [directory / f"{name}{suffix}" for name in draw for suffix in (".png", ".svg")]
+
+
+def heat_maps(analysis: Analysis, path: Path) -> None:
+    """Small heat maps of all metrics, with the minimum of each n marked."""
+    shown = [d for d in analysis.metrics.values() if len(d.sizes) > 2]
+    figure, places = _grid(len(shown))
+    for distances, axes in zip(shown, places, strict=True):
+        image = _heat(axes, distances, percentile=90)
+        axes.set_title(distances.metric.replace("_", " "), fontsize=10)
+        axes.locator_params(integer=True)
+    _label_grid(places, "layers in the block, n", "first layer, l")
+    figure.colorbar(
+        image, ax=places, shrink=0.6, label="scaled within each n, up to the 90th percentile (dot: minimum)"
+    )
+    save(figure, path)
+
+
+def _grid(count: int, columns: int = 3) -> tuple[Any, list[Any]]:
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = canvas((3.2 * columns + 0.6, 2.6 * rows + 0.4))
+    return figure, [figure.add_subplot(rows, columns, at + 1) for at in range(count)]
+
+
+def _label_grid(places: list[Any], upright: str, level: str, columns: int = 3) -> None:
+    for at, axes in enumerate(places):
+        if at % columns == 0:
+            axes.set_ylabel(upright)
+        if at >= len(places) - columns:
+            axes.set_xlabel(level)
+
+
+def analysis_title(metric: str) -> str:
+    """The name of a metric as a figure title."""
+    from slicer.measure.analysis import TITLES
+
+    title = TITLES.get(metric, metric)
+    return title[0].upper() + title[1:]
+
+
+def importance(analysis: Analysis, path: Path) -> None:
+    """Bars of each metric by layer, with standard errors."""
+    shown = [d for d in analysis.metrics.values() if 1 in d.sizes and d.metric != "healed_loss"]
+    figure = canvas((7, 1.5 * len(shown) + 0.6))
+    for at, distances in enumerate(shown):
+        axes = figure.add_subplot(len(shown), 1, at + 1)
+        row, error = list(distances.block(1)), list(distances.standard_error[1])
+        least = min(v for v in row if v == v)
+        colours = [BLUE if value != least else ORANGE for value in row]
+        axes.bar(range(len(row)), row, yerr=error, color=colours, ecolor="black", error_kw={"linewidth": 0.8})
+        note_flat(axes, row)
+        axes.set_title(analysis_title(distances.metric), fontsize=10, loc="left")
+        known = sorted(v for v in row if v == v)
+        if known[0] > 0 and known[-1] > 20 * known[len(known) // 2]:
+            axes.set_yscale("log")  # one layer is far above the others
+        else:
+            axes.locator_params(axis="y", nbins=4)
+        axes.locator_params(axis="x", integer=True)
+        axes.set_xlim(-0.7, len(row) - 0.3)
+    axes.set_xlabel("layer (orange: minimum; bars: one standard error)")
+    save(figure, path)
+
+
+def note_flat(axes: Any, values: Sequence[float]) -> None:
+    """Write a note into a panel that would look empty because all values are equal."""
+    known = {v for v in values if v == v}
+    if len(known) == 1:
+        axes.text(0.5, 0.5, f"{known.pop():g} everywhere: no difference seen", transform=axes.transAxes,
+                  ha="center", va="bottom", fontsize=9, color="0.35")  # fmt: skip
+
+
+def agreement(analysis: Analysis, path: Path) -> None:
+    """Spearman's rank correlation between the metrics, mean over the block sizes."""
+    import numpy as np
+
+    names = list(analysis.metrics)
+    grid = np.full((len(names), len(names)), np.nan)
+    for i, one in enumerate(names):
+        for j, other in enumerate(names):
+            grid[i, j] = rank_agreement(analysis.metrics[one], analysis.metrics[other])
+    figure = canvas((1.6 + 0.75 * len(names), 1.2 + 0.7 * len(names)))
+    axes = figure.add_subplot()
+    image = axes.imshow(grid, cmap="cividis", vmin=min(0.0, float(np.nanmin(grid))), vmax=1)
+    middle = (image.norm.vmin + 1) / 2
+    for i in range(len(names)):
+        for j in range(len(names)):
+            text = "" if np.isnan(grid[i, j]) else f"{grid[i, j]:.2f}"
+            axes.text(j, i, text, ha="center", va="center", color="white" if grid[i, j] < middle else "black")
+    labels = [name.replace("_", " ") for name in names]
+    axes.set_xticks(range(len(names)), labels, rotation=40, ha="right")
+    axes.set_yticks(range(len(names)), labels)
+    axes.set_title("Do the metrics agree? Rank correlation of blocks", fontsize=11)
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    save(figure, path)
+
+
+def rank_agreement(one: Distances, other: Distances) -> float:
+    """Spearman's correlation of two metrics over blocks of one size, mean over sizes with at least three blocks."""
+    import numpy as np
+
+    found = []
+    for n in sorted(set(one.sizes) & set(other.sizes)):
+        a, b = np.asarray(one.block(n)), np.asarray(other.block(n))
+        both = ~(np.isnan(a) | np.isnan(b))
+        if both.sum() >= 3:
+            first, second = (
+                np.argsort(np.argsort(row[both], kind="stable"), kind="stable") for row in (a, b)
+            )
+            found.append(float(np.corrcoef(first, second)[0, 1]))
+    return float(np.mean(found)) if found else float("nan")
+
+
+def chosen_blocks(analysis: Analysis, path: Path) -> None:
+    """The block that each metric would drop, for every size: a line from its first layer to its last."""
+    shown = [d for d in analysis.metrics.values() if len(d.sizes) > 2]
+    figure, places = _grid(len(shown))
+    for distances, axes in zip(shown, places, strict=True):
+        for n in distances.sizes:
+            if n == distances.depth:
+                continue
+            row = [v if v == v else float("inf") for v in distances.block(n)]
+            start = row.index(min(row))
+            axes.plot([start - 0.4, start + n - 0.6], [n, n], color=BLUE, linewidth=2, solid_capstyle="butt")
+        axes.set_xlim(-0.6, analysis.depth - 0.4)
+        axes.set_ylim(0, analysis.depth)
+        axes.set_title(distances.metric.replace("_", " "), fontsize=10)
+        axes.locator_params(integer=True)
+    _label_grid(places, "layers dropped, n", "layer")
+    figure.suptitle("The block that each metric would drop", fontsize=11)
+    save(figure, path)
+
+
+def block_label(start: int, n: int) -> str:
+    return f"layer {start}" if n == 1 else f"layers {start}-{start + n - 1}"
+
+
+def _half(offset: tuple[int, int, float]) -> str:
+    return f"half-offset, {offset[0]} to {offset[1]}"

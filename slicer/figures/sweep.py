@@ -1,0 +1,88 @@
+"""Figures 1d, 2, 3, 5 and 6 of the paper for one sweep: a measure against the fraction of layers dropped, as SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from slicer.figures.style import COLOURS, DASHES, MARKERS, OTHERS, curve_figure, svg
+from slicer.sweep.table import Table, curves_of, value_of
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a strategy and a healing method: (fraction dropped, value, standard error).
+
+    With several seeds, values are means. The error is that of one seed (all seeds use the same items) with the spread
+    over seeds added; `each` holds (fraction, value) of every seed.
+    """
+
+    strategy: str
+    heal: str
+    points: tuple[tuple[float, float, float], ...]
+    each: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Legend entry."""
+        return self.strategy if self.heal == "none" else f"{self.strategy}, healed ({self.heal})"
+
+
+def against_fraction(table: Table, measure: str, chance: float | None, label: str) -> str:
+    """Plot a measure against the fraction dropped; unpruned model dashed red, chance dashed grey, as in the paper."""
+    figure, axes = curve_figure()
+    curves = curves_of(table, measure)
+    ranks = sorted({c.heal for c in curves if "@" in c.heal}, key=lambda heal: int(heal.split("@")[1]))
+    if len({curve.strategy for curve in curves}) > 1:
+        ranks = []  # strategies already differ by colour
+    for curve in curves:
+        colour = COLOURS[curve.strategy]
+        if len(ranks) > 1 and curve.heal in ranks:
+            colour = OTHERS[ranks.index(curve.heal) % len(OTHERS)]
+        faint = curve.heal == "none" and any(c.heal != "none" for c in curves)
+        _draw(axes, curve, curve.label, colour, alpha=0.65 if faint else 1.0)
+    whole = next((value_of(row, measure) for row in table.rows if row.n == 0), None)
+    if whole is not None:
+        axes.axhline(whole[0], color="#d62728", linestyle="--", linewidth=1, label="unpruned")
+    if chance is not None:
+        axes.axhline(chance, color="#8a8a8a", linestyle="--", linewidth=1, label="guessing")
+    return _against_fraction(figure, axes, label)
+
+
+def overlaid(table: Table, tasks: Sequence[str], chance: float | None, label: str) -> str:
+    """Plot several variants of one task (figure 7: examples and their order) against the fraction dropped, one colour
+    each; the unpruned model's score is dashed in the same colour."""
+    figure, axes = curve_figure()
+    for at, task in enumerate(tasks):
+        colour = OTHERS[at % len(OTHERS)]
+        curves = curves_of(table, task)
+        for curve in curves:
+            name = task if len(curves) == 1 else f"{task}, {curve.label}"
+            _draw(axes, curve, name, colour)
+        whole = next((value_of(row, task) for row in table.rows if row.n == 0), None)
+        if whole is not None:
+            axes.axhline(whole[0], color=colour, linestyle="--", linewidth=0.8)
+    if chance is not None:
+        axes.axhline(chance, color="#8a8a8a", linestyle="--", linewidth=1, label="guessing")
+    return _against_fraction(figure, axes, label)
+
+
+def _draw(axes: Any, curve: Curve, label: str, colour: str, alpha: float = 1.0) -> None:
+    xs, ys, errors = zip(*curve.points, strict=True)
+    base = curve.heal.split("@")[0]
+    axes.errorbar(
+        xs, ys, yerr=errors, label=label, color=colour, marker=MARKERS[base], markersize=4,
+        linestyle=DASHES[base], linewidth=1.6, elinewidth=0.8, capsize=2, alpha=alpha,
+    )  # fmt: skip
+    if curve.each:
+        xs, ys = zip(*curve.each, strict=True)
+        axes.plot(xs, ys, color=colour, marker=".", markersize=3, linestyle="none", alpha=0.5)
+
+
+def _against_fraction(figure: Any, axes: Any, label: str) -> str:
+    axes.set(xlabel="fraction of layers dropped", ylabel=label)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.legend(frameon=False, fontsize=8)
+    return svg(figure)

@@ -1,0 +1,58 @@
+"""Plot of the training and held-out loss during healing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from slicer.figures.layers import BLUE, ORANGE
+from slicer.figures.style import curve_figure, new_figure, save, svg
+
+
+def loss_curve(
+    train: Mapping[int, float],
+    held_out: Mapping[int, float],
+    best: int,
+    path: Path,
+    *,
+    title: str = "Healing",
+) -> None:
+    """Plot the loss (nats per token) against the step: training (running mean) and held-out text.
+
+    Marks the best held-out measurement. Writes a PNG or SVG.
+    """
+    figure, axes = new_figure()
+    steps = sorted(train)
+    window = max(1, len(steps) // 50)
+    if steps:
+        axes.plot(steps, [train[s] for s in steps], color=BLUE, alpha=0.25, linewidth=0.8)
+        smooth = [
+            sum(train[s] for s in steps[max(0, i - window + 1) : i + 1]) / min(window, i + 1)
+            for i in range(len(steps))
+        ]
+        axes.plot(
+            steps, smooth, color=BLUE, label="training" + (f", mean of {window} steps" if window > 1 else "")
+        )
+    at = sorted(held_out)
+    axes.plot(at, [held_out[s] for s in at], color=ORANGE, marker="o", markersize=4, label="held out")
+    if best in held_out:
+        axes.plot(
+            best, held_out[best], marker="s", markersize=10, markerfacecolor="none", markeredgecolor="red",
+            linestyle="none", label=f"kept: step {best}",
+        )  # fmt: skip
+    axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
+    axes.legend(frameon=False)
+    save(figure, path)
+
+
+def healing_curve(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """Plot the losses of healing against the step: name -> [{"step": ..., loss name: value}]."""
+    figure, axes = curve_figure()
+    for name, history in histories.items():
+        for key in sorted({k for entry in history for k in entry if "loss" in k}):
+            points = [(entry["step"], entry[key]) for entry in history if key in entry]
+            axes.plot(*zip(*points, strict=True), label=f"{name}: {key.replace('_', ' ')}", linewidth=1.4)
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.legend(frameon=False, fontsize=8)
+    return svg(figure)

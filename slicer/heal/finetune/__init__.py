@@ -1,0 +1,1 @@
+"""Training a cut: LoRA, QLoRA, all weights, with or without a teacher."""

@@ -1,0 +1,254 @@
+"""Trains with transformers' Trainer on packed sequences: measures held-out loss, is resumable, keeps the best weights.
+
+    work/run/checkpoint-N   weights, optimizer, random states; complete if it contains the file `WHOLE`
+    work/best-N             the weights of the best measurement, at step N
+    work/course.json        the finished training's history
+
+With the same seed, a stopped and resumed run has the same losses as an uninterrupted one: all randomness comes from
+seeds and states in the checkpoints, and files are used only when complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.utils import logging
+
+from slicer.data.corpus import IGNORED, Corpus
+from slicer.errors import Diverged, HealError
+from slicer.heal.finetune import model as adapters
+from slicer.heal.finetune.callbacks import UNMOVED, WHOLE, TrainingCallback, TrainingHistory
+from slicer.heal.finetune.distillation import DistillationLoss
+from slicer.heal.finetune.memory import to_train
+from slicer.heal.finetune.settings import TrainingSettings
+from slicer.progress import Progress
+from slicer.runtime.distributed import first_process, sharded, world
+from slicer.runtime.files import write_atomically
+from slicer.runtime.memory import within_memory
+
+_KEPT = 2  # number of checkpoints
+
+
+def train(
+    model: Any,
+    corpus: Corpus,
+    settings: TrainingSettings,
+    work: Path,
+    *,
+    lessons: DistillationLoss | None = None,
+    report_to: str = "none",
+    progress: Progress | None = None,
+) -> TrainingHistory:
+    """Train `model` (from `slicer.heal.finetune.model.load`) on the corpus, from the last complete checkpoint
+    in `work`, if any.
+
+    Raises HealError if no gradient reaches the trained weights; Diverged if the loss becomes non-finite before it
+    improved; OutOfMemory, with the options that need less memory.
+    """
+    progress = progress or Progress()
+    over = work / "course.json"
+    if over.is_file():
+        return TrainingHistory.from_json(over.read_text("utf-8"))
+    logging.set_verbosity_error()
+    last = _last_whole(work / "run")
+    processes = world()
+    device = next(model.parameters()).device
+    if processes == 1 and device.type == "cuda":
+        os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
+    arguments = TrainingArguments(
+        output_dir=str(work / "run"),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.micro_batch,
+        per_device_eval_batch_size=settings.micro_batch,
+        gradient_accumulation_steps=settings.batch_size // settings.micro_batch // processes,
+        learning_rate=settings.lr,
+        lr_scheduler_type=settings.scheduler,
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        bf16=settings.compute == "bfloat16",
+        use_cpu=device.type == "cpu" and not (sharded() and torch.cuda.is_available()),
+        seed=settings.seed,
+        data_seed=settings.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_on_start=last is None,
+        eval_strategy="steps",
+        eval_steps=settings.eval_every,
+        save_strategy="steps",
+        save_steps=settings.eval_every,
+        save_total_limit=_KEPT,
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_drop_last=True,
+        dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False,
+        report_to=report_to.split(","),
+        disable_tqdm=True,
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # one GPU per process: no data parallelism by threads
+    course = TrainingHistory()
+    watch = TrainingCallback(course, settings, work, progress)
+    beside = lessons is not None and lessons.beside
+    # Only complete steps: the sequences left out then do not depend on the micro-batch size.
+    whole = range(len(corpus.train) // settings.batch_size * settings.batch_size)
+    with (
+        _deterministic(settings.seed),
+        within_memory("in training", to_train(settings, taught=beside)),
+    ):
+        try:
+            trainer = _Trainer(
+                model=model,
+                args=arguments,
+                train_dataset=torch.utils.data.Subset(corpus.train, whole),
+                eval_dataset=corpus.held_out,
+                data_collator=_collate,
+                callbacks=[watch],
+            )
+        except (ImportError, RuntimeError, ValueError) as error:
+            if report_to == "none":
+                raise
+            raise HealError(f"--report-to {report_to}: {' '.join(str(error).split())[:200]}") from None
+        if trainer.is_fsdp_enabled and "FULL" not in str(
+            trainer.accelerator.state.fsdp_plugin.state_dict_type
+        ):
+            raise HealError("FSDP: set fsdp_state_dict_type to FULL_STATE_DICT, to store the best weights")
+        trainer.lessons = lessons
+        _quiet(trainer)
+        watch.trainer = trainer
+        progress.stage("Training", settings.steps, "steps")
+        with lessons.listening(model) if lessons is not None else contextlib.nullcontext():
+            try:
+                trainer.train(resume_from_checkpoint=str(last) if last else None)
+            except RuntimeError as error:
+                if "does not require grad" in str(error):
+                    raise HealError(UNMOVED) from None
+                raise
+    if course.ended == "diverged" and course.weights is None:
+        if trainer.is_world_process_zero():
+            shutil.rmtree(work / "run", ignore_errors=True)  # nothing to resume from
+        raise Diverged(
+            f"the loss is not finite at step {max(course.train, default=0)} before any improvement: lower --lr "
+            f"(it is {settings.lr:g}), or use --compute float32"
+        )
+    if trainer.is_world_process_zero():
+        write_atomically(over, course.to_json())
+    return course
+
+
+class _Trainer(Trainer):  # type: ignore[misc]
+    """Trainer with the loss summed over all target tokens of a step, whatever the micro-batches, plus distillation."""
+
+    loss_is_scaled_for_ga = True
+    lessons: DistillationLoss | None = None
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.model_accepts_loss_kwargs = True  # makes the Trainer count target tokens over all processes
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Keep the last incomplete batch, which training drops."""
+        self.args.dataloader_drop_last = False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = True
+
+    def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
+        if state_dict is not None and adapters.wraps_adapter(self.model):
+            adapters.save_adapter(self.model, state_dict, Path(output_dir or self.args.output_dir))
+        else:
+            super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        model = self.model if model is None else model
+        if adapters.wraps_adapter(model):
+            adapters.load_adapter(model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        tokens, labels = inputs["input_ids"], inputs["labels"]
+        outputs = model(input_ids=tokens)
+        loss = cross_entropy(outputs.logits, labels) / num_items_in_batch * self.accelerator.num_processes
+        if self.lessons is not None and model.training:
+            aside = self.lessons.loss(outputs.logits, tokens, inputs["index"], labels[:, 1:] != IGNORED)
+            loss = loss + aside / self.current_gradient_accumulation_steps
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Summed next-token loss in nats, float32, of logits [batch, seq, V] and labels [batch, seq]."""
+    return functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+@torch.inference_mode()
+def held_out_loss(model: Any, corpus: Corpus, batch_size: int) -> float:
+    """Loss of `model` (any transformers model) on the held-out sequences, nats per token."""
+    device = model.get_input_embeddings().weight.device
+    total = count = 0.0
+    for start in range(0, len(corpus.held_out), batch_size):
+        rows = [corpus.held_out[i] for i in range(start, min(start + batch_size, len(corpus.held_out)))]
+        batch = {name: tensor.to(device) for name, tensor in _collate(rows).items()}
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+        total += float(cross_entropy(logits, batch["labels"]))
+        count += int((batch["labels"][:, 1:] != IGNORED).sum())
+    return total / count
+
+
+def _last_whole(run: Path) -> Path | None:
+    """The last complete checkpoint; removes incomplete ones."""
+    whole = []
+    for path in run.glob("checkpoint-*"):
+        if (path / WHOLE).exists():
+            whole.append(path)
+        elif first_process():
+            shutil.rmtree(path, ignore_errors=True)
+    return max(whole, key=lambda path: int(path.name.split("-")[-1]), default=None)
+
+
+def _collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _quiet(trainer: Any) -> None:
+    """Turn off the Trainer's own output: slicer shows its own."""
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    for kind in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(kind)
+
+
+@contextlib.contextmanager
+def _deterministic(seed: int) -> Iterator[None]:
+    """Inside the block, all randomness comes from `seed`, and deterministic kernels are used."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    deterministic: Any = torch.utils.deterministic
+    fill = deterministic.fill_uninitialized_memory
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    set_seed(seed)
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        deterministic.fill_uninitialized_memory = False  # not needed: uninitialised memory is never read here
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+        deterministic.fill_uninitialized_memory = fill

@@ -1,0 +1,1 @@
+"""One file a command: the stages of each in order."""

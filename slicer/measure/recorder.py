@@ -1,0 +1,172 @@
+"""Records the residual stream of some tokens at every layer, one file per layer, for the metrics.
+
+A recording can be resumable: the states of all tokens are saved after each layer, and a run in the same directory
+continues after the last finished layer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from slicer.measure.metrics import check_finite
+from slicer.model.states import States
+from slicer.model.sublayers import mlp_of
+from slicer.model.walk import Walk
+from slicer.progress import Progress
+from slicer.runtime.files import atomic_file
+
+STATES = "states.safetensors"
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A finished recording.
+
+    Attributes:
+        directory: holds layer-000.safetensors (x(0)) to that of x(L).
+        depth: L.
+        samples: sequences S.
+        positions: recorded tokens of each sequence, ascending; the last one is the sequence's last token.
+        point_positions: those used by CKA and the fold residual, as indices into `positions`.
+        has_mlp: whether every layer has a feed-forward part; its output at the points is recorded then.
+    """
+
+    directory: Path
+    depth: int
+    samples: int
+    positions: tuple[int, ...]
+    point_positions: tuple[int, ...]
+    has_mlp: bool
+
+    def sequences(self, first: int, last: int) -> torch.Tensor:
+        """x(0)..x(L) of the sequences first <= s < last at the positions: [L+1, last-first, P, d]."""
+        return torch.stack([self._read(i, "states", first, last) for i in range(self.depth + 1)])
+
+    def points(self, layer: int, sequences: int) -> torch.Tensor:
+        """x(layer) at the points of the first `sequences`: [N, d], sequence by sequence."""
+        at = torch.tensor(self.point_positions)
+        return self._read(layer, "states", 0, sequences)[:, at].flatten(0, 1)
+
+    def mlp(self, layer: int, sequences: int) -> torch.Tensor:
+        """Feed-forward output of `layer` at the points: [N, d]."""
+        return self._read(layer + 1, "mlp", 0, sequences).flatten(0, 1)
+
+    def _read(self, layer: int, name: str, first: int, last: int) -> torch.Tensor:
+        from safetensors import safe_open
+
+        with safe_open(_file(self.directory, layer), "pt") as stored:
+            tensor: torch.Tensor = stored.get_slice(name)[first:last]
+        return tensor
+
+
+def spread(length: int, count: int) -> tuple[int, ...]:
+    """`count` evenly spaced positions of `length`, including the last; all of them if there are fewer."""
+    count = min(count, length)
+    return tuple((j + 1) * length // count - 1 for j in range(count))
+
+
+def record(
+    walk: Walk,
+    batches: Sequence[torch.Tensor],
+    directory: Path,
+    *,
+    positions: int = 16,
+    points: int = 0,
+    samples: int | None = None,
+    resumable: bool = False,
+    progress: Progress | None = None,
+) -> Recording:
+    """Run all `batches` (int64 [batch, seq], one length) through all layers and record x(l) at `positions` tokens of
+    each sequence.
+
+    At `points` of these tokens (equally many of each of `samples` sequences; 0: none) the feed-forward output is
+    recorded too. With `resumable`, states are saved after every layer and a stopped recording continues; the caller
+    must use the same model and batches. Raises CalibrationError for states that are not finite, OutputError.
+    """
+    progress = progress or Progress()
+    own = sum(len(batch) for batch in batches)
+    at = spread(batches[0].shape[1], positions)
+    each = max(1, points // (samples or own)) if points else 0
+    inner = spread(len(at), each) if each else ()
+    has_mlp = bool(inner) and all(mlp_of(layer) is not None for layer in walk.layers)
+    trace = Recording(directory, walk.depth, own, at, inner, has_mlp)
+    states = walk.start(batches)
+    if resumable and not _resume(trace, states):
+        states = walk.start(batches)
+    if states.layer == 0:
+        kept = torch.cat([state[:, list(at)] for state in states])
+        _write(trace, 0, {"states": kept})
+    progress.stage("Measuring layers", walk.depth, "layers")
+    if states.layer:
+        progress.note(f"resuming after layer {states.layer - 1}")
+        progress.advance(states.layer)
+    for i in range(states.layer, walk.depth):
+        before, started = walk.bytes_read, time.perf_counter()
+        _advance(trace, walk, i, states)
+        if resumable:
+            states.save(directory / STATES)
+        seconds = time.perf_counter() - started
+        read = walk.layer_bytes(i) if walk.bytes_read > before or walk.prefetch else 0
+        disk = f"{read / seconds / 1e6:,.0f} MB/s, " if read else ""
+        progress.detail(f"{disk}{states.token_count / seconds:,.0f} tokens/s per layer")
+        progress.advance()
+    return trace
+
+
+def _advance(trace: Recording, walk: Walk, i: int, states: States) -> None:
+    """Replace x(i) by x(i+1) and write its recorded parts."""
+    at = list(trace.positions)
+    inner = [trace.positions[p] for p in trace.point_positions]
+    kept: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
+
+    def keep(_batch: int, new: torch.Tensor) -> None:
+        kept.append(new[:, at].cpu())
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) else output
+        tokens = states.tokens[len(outputs)]
+        outputs.append(output.reshape(*tokens.shape, -1)[:, inner].cpu())
+
+    with ExitStack() as stack:
+        layer = stack.enter_context(walk.layer(i))
+        part = mlp_of(layer) if trace.has_mlp else None
+        if part is not None:
+            handle = part.register_forward_hook(hook)
+            stack.callback(handle.remove)
+        walk.advance(i, states, keep)
+    tensors = {"states": torch.cat(kept)}
+    check_finite(tensors["states"][None], first=i + 1)
+    if trace.has_mlp:
+        tensors["mlp"] = torch.cat(outputs)
+    _write(trace, i + 1, tensors)
+
+
+def _file(directory: Path, layer: int) -> Path:
+    return directory / f"layer-{layer:03d}.safetensors"
+
+
+def _write(trace: Recording, layer: int, tensors: dict[str, torch.Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    with atomic_file(_file(trace.directory, layer)) as part:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, part)
+
+
+def _resume(trace: Recording, states: States) -> bool:
+    """Load the states of the last finished layer; False if they, or the recordings before them, are incomplete."""
+    saved = trace.directory / STATES
+    if not saved.is_file():
+        return True
+    with suppress(OSError, ValueError):
+        states.restore(saved)
+        return all(_file(trace.directory, i).is_file() for i in range(states.layer + 1))
+    return False

@@ -1,0 +1,261 @@
+"""`slicer merge`: merges a LoRA adapter into a checkpoint, tensor by tensor; loads a model only to verify.
+
+W + (alpha / r) B A is computed in float32 from the stored W and rounded once to its dtype; all other tensors are
+copied. The adapter is merged into the full-precision checkpoint, even if it was trained on a quantized one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from slicer.checkpoint import tensors
+from slicer.checkpoint.adapter import CONFIG, PREFIX, WEIGHTS, Adapter
+from slicer.checkpoint.architectures import table as architectures
+from slicer.checkpoint.keys import KeyMap
+from slicer.checkpoint.reader import Checkpoint
+from slicer.checkpoint.sublayers import FEED_FORWARD, part_of
+from slicer.checkpoint.tensors import TensorSpan
+from slicer.errors import HealError, SlicerError, VerificationError
+from slicer.model import layers, verify
+from slicer.model.layers import is_conv1d
+from slicer.model.load import build_on_meta, load_model, meta_tensors
+from slicer.plan.plan import Plan
+from slicer.runtime.compat import named_as_loaded, quiet_bitsandbytes
+
+# Maximum differences of logits relative to the largest, in float32: from the same weights (order of summation), and
+# from the unmerged adapter, because the merged weights are stored in this dtype.
+SAME = 1e-4
+ROUNDING = {"F64": 1e-5, "F32": 1e-5, "F16": 1e-2, "BF16": 5e-2}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Reference logits for a merged checkpoint, computed in float32.
+
+    Attributes:
+        tokens: int64 [batch, seq].
+        exact: logits [batch, seq, V] of base and adapter, unmerged and unrounded.
+        rounded: logits of the merged weights, rounded to their stored dtype.
+    """
+
+    tokens: torch.Tensor
+    exact: torch.Tensor
+    rounded: torch.Tensor
+
+
+def merged_spans(checkpoint: Checkpoint, adapter: Adapter, places: Iterable[Place]) -> dict[str, TensorSpan]:
+    """Raw key -> merged tensor to write in its place."""
+    return {
+        place.key: span.made(place.key, partial(_merged, span, adapter, place))
+        for place in places
+        for span in (checkpoint.tensors[place.key],)
+    }
+
+
+def _merged(span: TensorSpan, adapter: Adapter, place: Place) -> torch.Tensor:
+    first, second = (tensors.read(part).float() for part in adapter.pairs[place.origin])
+    delta = adapter.scale(place.origin) * (second @ first)
+    old = tensors.read(span)
+    return (old.float() + (delta.T if place.transposed else delta)).to(old.dtype)
+
+
+def reference_logits(
+    checkpoint: Checkpoint,
+    adapter: Adapter,
+    places: Sequence[Place],
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> Probe:
+    """Logits of the checkpoint with the adapter applied by peft, and with it merged by peft; in float32.
+
+    Raises HealError if peft cannot apply it to the loaded model.
+    """
+    for place in places:
+        if place.module is None:
+            raise HealError(
+                f"{adapter.path}: the loaded model has no separate module for {place.key}, so peft cannot apply the "
+                "adapter; use --verify load to merge without comparing logits"
+            )
+    quiet_bitsandbytes()
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise HealError(
+            "comparing logits needs peft: pip install 'slicer-llm[heal]', or use --verify load"
+        ) from None
+    from safetensors.torch import save_file
+
+    model = load_model(checkpoint.path, dtype="float32", device=device, trust_remote_code=trust_remote_code)
+    vocabulary = architectures.text_config(checkpoint.config).get("vocab_size") or model.config.vocab_size
+    tokens = verify.probe_tokens(vocabulary)
+    pairs = {str(place.module): adapter.pairs[place.origin] for place in places}
+    with tempfile.TemporaryDirectory(prefix="slicer-adapter-") as scratch:
+        again = {
+            f"{PREFIX}{module}.lora_{name}.weight": tensors.read(span)
+            for module, pair in pairs.items()
+            for name, span in zip(("A", "B"), pair, strict=True)
+        }
+        save_file(again, Path(scratch) / WEIGHTS)
+        config = {  # omit the adapter's initialisation and exclusions, which no longer matter
+            "peft_type": "LORA",
+            "init_lora_weights": True,
+            "target_modules": sorted(pairs),
+            "rank_pattern": {module: pair[0].shape[0] for module, pair in pairs.items()},
+            "alpha_pattern": {str(place.module): adapter.alpha(place.origin) for place in places},
+            "use_rslora": bool(adapter.config.get("use_rslora")),
+            "fan_in_fan_out": any(place.transposed for place in places),
+            "inference_mode": True,
+        }
+        (Path(scratch) / CONFIG).write_text(json.dumps(config), "utf-8")
+        try:
+            with named_as_loaded():
+                adapted = PeftModel.from_pretrained(model, scratch)
+            missing = sorted(module for module in pairs if not hasattr(model.get_submodule(module), "lora_A"))
+            if missing:
+                raise ValueError(f"it skips {missing[0]}")
+        except Exception as error:  # peft raises many kinds
+            reason = " ".join(str(error).split())[:200]
+            raise HealError(
+                f"{adapter.path}: peft cannot apply it to {checkpoint.path}: {reason}; use --verify load to merge "
+                "without comparing logits"
+            ) from None
+        exact = layers.logits_of(adapted.eval(), tokens)
+        adapted.merge_adapter(safe_merge=True)
+        for place in places:
+            weight = model.get_submodule(str(place.module)).base_layer.weight
+            weight.data = weight.data.to(tensors.torch_dtype(checkpoint.tensors[place.key].dtype)).float()
+        return Probe(tokens, exact, layers.logits_of(adapted, tokens))
+
+
+def check_merged(
+    checkpoint: Checkpoint,
+    directory: Path,
+    probe: Probe,
+    *,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[float, float]:
+    """Compare the logits of the merged checkpoint in `directory` with those of `probe`, in float32.
+
+    Returns max |a - b| / max |b| from the weights merged and rounded by peft (at most `SAME`, else the merge is wrong),
+    and from the unmerged adapter (the error of rounding; at most `ROUNDING`, but reported only for a mixture of
+    experts, where a tiny difference may change the router's choice). Raises VerificationError.
+    """
+    try:
+        model = load_model(directory, dtype="float32", device=device, trust_remote_code=trust_remote_code)
+    except SlicerError as error:
+        raise VerificationError(f"the written checkpoint does not load: {error}") from None
+    logits = layers.logits_of(model, probe.tokens)
+    same = verify.compare_logits(logits, probe.rounded, SAME)
+    limit = max(ROUNDING.get(span.dtype, 1e-5) for span in checkpoint.tensors.values())
+    if any("expert" in key for key in checkpoint.tensors):
+        limit = math.inf
+    return same, verify.compare_logits(logits, probe.exact, limit)
+
+
+@dataclass(frozen=True)
+class Place:
+    """The checkpoint matrix that one product B A of an adapter changes.
+
+    Attributes:
+        origin: the adapter's own module name.
+        key: raw key of the matrix in the checkpoint.
+        module: the module of the loaded model that holds it; None if it has none of its own, such as an expert that is
+            loaded as a slice of one tensor.
+        transposed: whether the matrix is stored as [in, out] (GPT-2's Conv1D).
+    """
+
+    origin: str
+    key: str
+    module: str | None
+    transposed: bool
+
+
+def placed(
+    checkpoint: Checkpoint, adapter: Adapter, *, renumber: bool = False, trust_remote_code: bool = False
+) -> list[Place]:
+    """The matrices that the adapter's products change. Raises HealError if the adapter does not fit.
+
+    `renumber`: the layer numbers are those of the unsliced model. They are mapped by the checkpoint's plan, and those
+    of dropped layers are left out. The storage layout of each matrix is taken from the model's class.
+    """
+    plan = Plan.load(checkpoint.path) if renumber else None
+    names = KeyMap(checkpoint)
+    model = build_on_meta(checkpoint.path, meta_tensors(checkpoint), trust_remote_code=trust_remote_code)[0]
+    modules = {
+        names.key(f"{name}.weight"): (name, is_conv1d(module))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or is_conv1d(module)
+    }
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    tied = {*ties, *ties.values()}
+    found = []
+    for origin in adapter.pairs:
+        if {f"{origin}.weight", f"{origin.partition('.')[2]}.weight"} & tied:
+            raise HealError(
+                f"{adapter.path}: target {origin} shares its matrix with the embeddings in {checkpoint.path} "
+                "(tie_word_embeddings), so it cannot change alone; train the adapter without it"
+            )
+        layer = names.layer(f"{origin}.weight")
+        if layer is None:
+            key = names.key(f"{origin}.weight")
+        else:
+            index = _index(checkpoint, adapter, plan, *layer)
+            if index is None:
+                continue
+            key = names.in_layer(index, layer[1])
+        if key is None or key not in checkpoint.tensors:
+            raise HealError(
+                f"{adapter.path}: target {origin} is not in {checkpoint.path}; pass its base model"
+            )
+        module, transposed = modules.get(key, (None, bool(adapter.config.get("fan_in_fan_out"))))
+        first, second = adapter.pairs[origin]
+        shape = checkpoint.tensors[key].shape
+        wanted = (second.shape[0], first.shape[1])[:: -1 if transposed else 1]
+        if shape != wanted or first.shape[0] != second.shape[1]:
+            raise HealError(
+                f"{adapter.path}: {origin} expects a matrix of shape {list(wanted)}, but {key} has {list(shape)}; "
+                "pass its base model"
+            )
+        copy = adapter.copies.get(origin)
+        if copy is not None and not _same(copy, checkpoint.tensors[key]):
+            raise HealError(
+                f"{adapter.path}: contains the {origin} it was trained on, which differs from {key}; merge with peft"
+            )
+        found.append(Place(origin, key, module, transposed))
+    if not found:
+        raise HealError(f"{adapter.path}: all its layers were dropped; nothing to merge")
+    return found
+
+
+def _same(copy: TensorSpan, span: TensorSpan) -> bool:
+    """Whether the matrices are equal in the dtype of `copy`."""
+    other = tensors.read(copy)
+    return torch.equal(tensors.read(span).to(other.dtype), other)
+
+
+def _index(checkpoint: Checkpoint, adapter: Adapter, plan: Plan | None, index: int, name: str) -> int | None:
+    """The checkpoint's index of the adapter's layer `index`, which contains `name`; None for a dropped layer."""
+    if plan is None:
+        if index >= checkpoint.depth:
+            raise HealError(
+                f"{adapter.path}: has layer {index}, but {checkpoint.path} has only {checkpoint.depth} layers; if it "
+                "was trained on the unsliced model, use --renumber"
+            )
+        return index
+    if index >= plan.depth:
+        raise HealError(
+            f"{adapter.path}: has layer {index}, but the source had {plan.depth} layers; pass an adapter of this model"
+        )
+    behind = part_of(name.partition(".")[0], ()) == FEED_FORWARD
+    homes = [pair[behind] for pair in plan.sublayers]  # of a half-offset cut: two layers make one
+    return homes.index(index) if index in homes else None

@@ -1,0 +1,170 @@
+"""A transformers model whose decoder layers are loaded from disk one at a time and released again.
+
+The model is the real class, built on the meta device. Raw keys are converted by transformers' own loading code
+(renamings, fused experts, dtypes), as in `from_pretrained`. Everything outside the decoder layers is memory-mapped, so
+an embedding takes only the memory of the rows in use.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from slicer.checkpoint import tensors
+from slicer.checkpoint.reader import Checkpoint
+from slicer.checkpoint.tensors import TensorSpan
+from slicer.errors import SourceError
+from slicer.model.buffers import Buffers, room
+from slicer.model.layers import decoder_layers
+from slicer.model.load import build_on_meta, meta_tensors
+
+
+class OffloadedModel:
+    """A model that permanently holds only the weights outside its decoder layers.
+
+    Attributes:
+        model: the transformers model, in eval mode; parameters of absent layers are on the meta device.
+        layers: its decoder layers.
+        device: device of the weights.
+
+    Raises SourceError if tensors are missing or have wrong shapes.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: str = "auto",
+        device: torch.device,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.checkpoint, self.device = checkpoint, device
+        self.model, report = build_on_meta(
+            checkpoint.path, meta_tensors(checkpoint), dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        for kind, words in (("missing_keys", "is missing"), ("mismatched_keys", "has the wrong shape")):
+            for found in sorted(report.get(kind) or (), key=str):
+                name = found if isinstance(found, str) else found[0]
+                raise SourceError(f"{checkpoint.path}: tensor {name} {words}; fetch the checkpoint again")
+        self.model.requires_grad_(False)
+        self.layers: nn.ModuleList = decoder_layers(self.model)
+        self._spans: list[dict[str, TensorSpan]] = [{} for _ in self.layers]
+        outside = {}
+        prefix = checkpoint.layer_prefix
+        for key, span in checkpoint.tensors.items():
+            index = key.removeprefix(prefix).split(".", 1)[0] if key.startswith(prefix) else ""
+            if not index.isdigit():
+                outside[key] = span
+            elif int(index) < len(
+                self._spans
+            ):  # layers beyond the depth are for multi-token prediction and never run
+                self._spans[int(index)][key] = span
+        self._buffers = Buffers(max(room(spans.values()) for spans in self._spans))
+        self.outside_bytes = sum(span.nbytes for span in outside.values())
+        self._load({key: _mapped(span) for key, span in outside.items()})
+        self._tie()
+        self._fill_buffers()
+        # `release` restores these same meta parameters, so that nothing else of the model changes.
+        self._empty = [list(_tensors(layer)) for layer in self.layers]
+
+    def layer_bytes(self, index: int) -> int:
+        """Bytes of layer `index` on disk."""
+        return sum(span.nbytes for span in self._spans[index].values())
+
+    def read(self, index: int) -> dict[str, torch.Tensor]:
+        """Read the stored tensors of layer `index`, by raw key. Thread-safe."""
+        return self._buffers.read(self._spans[index])
+
+    def place(self, index: int, stored: dict[str, torch.Tensor]) -> nn.Module:
+        """Put weights (from `read`) into layer `index`, converted and on the device; returns the layer."""
+        self._load(stored)
+        layer = self.layers[index]
+        for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
+            if tensor.device.type == "meta":
+                raise SourceError(
+                    f"{self.checkpoint.path}: no tensor for {name} of layer {index}; fetch the checkpoint again"
+                )
+        return layer
+
+    def release(self, index: int) -> None:
+        """Free the weights of layer `index`."""
+        for owner, name, tensor in self._empty[index]:
+            owner[name] = tensor
+
+    def _load(self, stored: dict[str, torch.Tensor]) -> None:
+        """Load raw tensors as `from_pretrained` would."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        config = LoadStateDictConfig(
+            device_map={"": self.device},
+            dtype=self.model.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.model.dtype),
+            weight_mapping=get_model_conversion_mapping(self.model),
+        )
+        info, _ = convert_and_load_state_dict_in_model(self.model, stored, config)
+        if info.conversion_errors:
+            name, reason = next(iter(info.conversion_errors.items()))
+            raise SourceError(
+                f"{self.checkpoint.path}: tensor {name} cannot be converted: {' '.join(str(reason).split())[:200]}"
+            )
+
+    def _tie(self) -> None:
+        """Tie weights that share a name (input and output embeddings) and are stored once."""
+        for one, other in self.model.all_tied_weights_keys.items():
+            for target, source in ((one, other), (other, one)):
+                if self._get(target).device.type == "meta" and self._get(source).device.type != "meta":
+                    path, _, name = target.rpartition(".")
+                    setattr(self.model.get_submodule(path), name, self._get(source))
+
+    def _get(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self.model.get_parameter_or_buffer(name)
+        return tensor
+
+    def _fill_buffers(self) -> None:
+        """Compute non-persistent buffers (rotary frequencies, causal masks) with the model's own code."""
+        held = {name for name, _ in self.model.named_non_persistent_buffers()}
+        owners = {self.model.get_submodule(name.rpartition(".")[0]) for name in held}
+        self.model._move_missing_keys_from_meta_to_device(set(), {"": self.device}, None, None)
+        for module in self.model.modules():
+            if module in owners or any(child in owners for child in module.children()):
+                module._is_hf_initialized = False
+        for tensor in [*self.model.parameters(), *self.model.buffers()]:
+            if tensor.device.type == "meta":
+                tensor._is_hf_initialized = True
+        self.model.initialize_weights()
+        self.model.requires_grad_(False)
+
+
+def _tensors(module: nn.Module) -> Iterable[tuple[dict[str, Any], str, torch.Tensor]]:
+    """(owning dictionary, name, tensor) of everything below `module` that a checkpoint stores."""
+    for part in module.modules():
+        for owner in (part._parameters, part._buffers):
+            for name, tensor in owner.items():
+                if tensor is not None and tensor.device.type == "meta":
+                    yield owner, name, tensor
+
+
+def _dtype(span: TensorSpan) -> torch.dtype:
+    return tensors.torch_dtype(span.dtype)
+
+
+def _mapped(span: TensorSpan) -> torch.Tensor:
+    """The tensor, memory-mapped."""
+    if span.key is not None:
+        return tensors.load(span.file)[span.key]
+    if not span.nbytes:
+        return torch.empty(span.shape, dtype=_dtype(span))
+    # Maps the whole file, because offsets must be multiples of a page; copy-on-write, because torch needs it writable.
+    with open(span.file, "rb") as stream:
+        view = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+    if span.start % _dtype(span).itemsize:
+        return Buffers(0).read({"": span})[""]
+    flat = torch.frombuffer(view, dtype=_dtype(span), count=math.prod(span.shape), offset=span.start)
+    return flat.view(span.shape)

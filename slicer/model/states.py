@@ -1,0 +1,133 @@
+"""Hidden states of all sequences between two layers: in memory up to a limit, the rest in memory-mapped files."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from slicer.errors import OutputError
+from slicer.runtime.files import atomic_file
+
+
+class StateBudget:
+    """Memory budget in bytes for states; what does not fit goes to files in `directory`."""
+
+    def __init__(self, limit: int | None = None, directory: Path | None = None) -> None:
+        self.limit, self.directory = limit, directory
+        self.used = 0
+
+    def tensor(self, shape: Iterable[int], dtype: torch.dtype, *, pin: bool = False) -> torch.Tensor:
+        """An uninitialised tensor on the host; its bytes are released with it. Raises OutputError on a full disk."""
+        shape = tuple(shape)
+        count = 1
+        for size in shape:
+            count *= size
+        nbytes = count * dtype.itemsize
+        if self.limit is not None and self.used + nbytes > self.limit:
+            return _mapped(shape, count, dtype, self.directory)
+        tensor = torch.empty(shape, dtype=dtype, pin_memory=pin)
+        self.used += nbytes
+        weakref.finalize(tensor, self._give_back, nbytes)
+        return tensor
+
+    def _give_back(self, nbytes: int) -> None:
+        self.used -= nbytes
+
+
+def _mapped(shape: tuple[int, ...], count: int, dtype: torch.dtype, directory: Path | None) -> torch.Tensor:
+    """A tensor in an unlinked file, which is deleted when the tensor is freed."""
+    try:
+        descriptor, name = tempfile.mkstemp(prefix="slicer-states-", dir=directory)
+        try:
+            os.posix_fallocate(descriptor, 0, max(1, count * dtype.itemsize))
+            return torch.from_file(name, shared=True, size=count, dtype=dtype).view(shape)
+        finally:
+            os.close(descriptor)
+            os.unlink(name)
+    except OSError as error:
+        place = directory or Path(tempfile.gettempdir())
+        raise OutputError(
+            f"{place}: no space for {count * dtype.itemsize} bytes of hidden states ({error.strerror}); "
+            "pass more --memory, fewer --samples, or use a disk with more space"
+        ) from None
+
+
+class States:
+    """x(`layer`) of every batch: `states[b]` is a host tensor [batch, seq, d] in the model's dtype.
+
+    Attributes:
+        layer: l, the layer that these states enter (l = L: the final norm).
+        tokens: the input batches, int64 [batch, seq].
+    """
+
+    def __init__(self, tokens: list[torch.Tensor], room: StateBudget) -> None:
+        self.layer = 0
+        self.tokens = tokens
+        self._room = room
+        self._held: list[torch.Tensor | None] = [None] * len(tokens)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __getitem__(self, batch: int) -> torch.Tensor:
+        held = self._held[batch]
+        assert held is not None, "these states were not started"
+        return held
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (self[b] for b in range(len(self)))
+
+    def __setitem__(self, batch: int, value: torch.Tensor) -> None:
+        """Replace a batch's states by `value` (on any device)."""
+        held = self._held[batch]
+        if held is None or held.shape != value.shape or held.dtype != value.dtype:
+            self._held[batch] = held = self._room.tensor(
+                value.shape, value.dtype, pin=value.device.type == "cuda"
+            )
+        held.copy_(value)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all states in bytes."""
+        return sum(state.nbytes for state in self)
+
+    @property
+    def token_count(self) -> int:
+        """Number of tokens in all batches."""
+        return sum(batch.numel() for batch in self.tokens)
+
+    def copy(self) -> States:
+        """A copy that later calls of `advance` do not change."""
+        other = States(self.tokens, self._room)
+        other.layer = self.layer
+        for at, state in enumerate(self):
+            other[at] = state
+        return other
+
+    def save(self, path: Path) -> None:
+        """Write the states as safetensors, atomically. Raises OutputError."""
+        from safetensors.torch import save_file
+
+        with atomic_file(path) as part:
+            save_file({f"{b}": s for b, s in enumerate(self)}, part, metadata={"layer": str(self.layer)})
+
+    def restore(self, path: Path) -> None:
+        """Load states that `save` wrote for the same batches. Raises OSError or ValueError if they do not match."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as stored:
+                found = {b: stored.get_tensor(f"{b}") for b in range(len(self))}
+                layer = int((stored.metadata() or {})["layer"])
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{path}: not the states of these batches ({error})") from None
+        for b, state in found.items():
+            if state.shape != self[b].shape or state.dtype != self[b].dtype:
+                raise ValueError(f"{path}: not the states of these batches")
+            self[b] = state
+        self.layer = layer

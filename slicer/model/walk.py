@@ -1,0 +1,435 @@
+"""Runs a model layer by layer, all batches through one layer before the next: loaded, or streamed from disk.
+
+Masks, position embeddings and other arguments of a layer are those of the model's own forward pass: it is run with
+every layer's `forward` replaced by a recorder. So any class works unchanged whose layers pass each other only hidden
+states.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import nn
+
+from slicer.checkpoint.reader import Checkpoint
+from slicer.errors import ArchitectureError, PlanError
+from slicer.model.layers import decoder_layers
+from slicer.model.states import StateBudget, States
+from slicer.runtime import memory
+from slicer.runtime.compute import Compute
+
+if TYPE_CHECKING:
+    from slicer.model.offload import OffloadedModel
+
+
+Listener = Callable[[int, torch.Tensor], None]
+_STATES = object()  # placeholder for the hidden states in recorded arguments
+
+
+class _Captured(BaseException):
+    """Ends a forward pass once every layer's arguments are recorded; a BaseException, so no handler stops it."""
+
+
+class _Call:
+    """The arguments of one layer call, without the hidden states."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.args, self.kwargs = args, kwargs
+
+    def __call__(self, layer: nn.Module, states: torch.Tensor) -> Any:
+        args = tuple(states if value is _STATES else value for value in self.args)
+        return layer(*args, **{k: states if v is _STATES else v for k, v in self.kwargs.items()})
+
+
+class Walk:
+    """Runs the decoder layers of a model one by one. Create with `in_memory` or `out_of_core`.
+
+        walk = Walk.out_of_core(path)
+        states = walk.start(batches)              # x(0)
+        for i in range(walk.depth):
+            walk.advance(i, states)               # x(i) -> x(i+1), in place
+        logits = walk.logits(states, 0)
+
+    Gradients are off by default. To skip a layer, do not call `advance` for it; to run the rest of the model after a
+    cut, use `states.copy()` and `along`.
+
+    Attributes:
+        model: the transformers model; out of core, only the layer in use has weights.
+        layers: its decoder layers.
+        depth: L.
+        bytes_read, read_seconds: bytes of layers read from disk, and the time for it.
+    """
+
+    def __init__(self, model: Any, lazy: OffloadedModel | None, room: StateBudget) -> None:
+        self.model, self._lazy, self._room = model, lazy, room
+        self.layers = decoder_layers(model)
+        self.depth = len(self.layers)
+        self.bytes_read, self.read_seconds = 0, 0.0
+        self.prefetch = True
+        self._order: tuple[int, ...] = tuple(range(self.depth))
+        self._calls: list[list[_Call]] = []  # by batch, then by layer
+        self._known: dict[tuple[Any, ...], list[torch.Tensor]] = {}
+        self._open: dict[int, int] = {}  # loaded layers -> number of `layer` blocks that use them
+        self._coming: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
+        self._reader: ThreadPoolExecutor | None = None
+        self._shape: Callable[[torch.Tensor], Any] | None = None
+        self._passed_on: list[int] = []  # ids of what a layer returns besides its states
+
+    @classmethod
+    def in_memory(cls, model: Any, *, memory_bytes: int | None = None, directory: Path | None = None) -> Self:
+        """Walk over a loaded model, on its own devices. States beyond `memory_bytes` go to files in `directory`."""
+        return cls(model, None, StateBudget(memory_bytes, directory))
+
+    @classmethod
+    def out_of_core(
+        cls,
+        checkpoint: Checkpoint | Path,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        memory_bytes: int | None = None,
+        directory: Path | None = None,
+        trust_remote_code: bool = False,
+    ) -> Walk:
+        """Walk over a checkpoint on disk, with one layer in memory while the next one is read.
+
+        `memory_bytes` limits weights and states together: states get what the layers leave. If it is too small for two
+        layers, the next one is not read ahead. `dtype` and `device` as in `load_model`. Raises SourceError.
+        """
+        from slicer.model.offload import OffloadedModel
+
+        if not isinstance(checkpoint, Checkpoint):
+            checkpoint = Checkpoint.open(checkpoint)
+        target = Compute(device).torch_device()
+        lazy = OffloadedModel(checkpoint, dtype=dtype, device=target, trust_remote_code=trust_remote_code)
+        largest = max(lazy.layer_bytes(i) for i in range(len(lazy.layers)))
+        ahead = memory_bytes is None or memory_bytes >= 3 * largest
+        limit = None if memory_bytes is None else max(0, memory_bytes - (2 if ahead else 1) * largest)
+        walk = cls(lazy.model, lazy, StateBudget(limit, directory))
+        walk.prefetch = ahead
+        return walk
+
+    @classmethod
+    def fitting(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        dtype: str | None = None,
+        device: str = "auto",
+        memory_bytes: int | None = None,
+        directory: Path | None = None,
+        trust_remote_code: bool = False,
+    ) -> Walk:
+        """`in_memory` if the model fits into `memory_bytes` (None: the free memory), else `out_of_core`."""
+        from slicer.model.load import load_model
+
+        total, room = checkpoint.bytes_as(dtype), memory.budget(memory_bytes)
+        if memory.fits(total, device, memory_bytes):
+            model = load_model(
+                checkpoint.path, dtype=dtype or "auto", device=device, trust_remote_code=trust_remote_code
+            )
+            return cls.in_memory(model, memory_bytes=max(0, room - total), directory=directory)
+        return cls.out_of_core(
+            checkpoint,
+            dtype=dtype or "auto",
+            device=device,
+            memory_bytes=room,
+            directory=directory,
+            trust_remote_code=trust_remote_code,
+        )
+
+    @property
+    def streamed(self) -> bool:
+        """Whether layers are read from disk."""
+        return self._lazy is not None
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model's input tokens."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
+    def layer_bytes(self, i: int) -> int:
+        """Bytes to read from disk for layer i; 0 for a loaded model."""
+        return self._lazy.layer_bytes(i) if self._lazy is not None else 0
+
+    @contextlib.contextmanager
+    def along(self, order: Sequence[int]) -> Iterator[None]:
+        """Read layers ahead in this order inside the block. The default order is all layers."""
+        before, self._order = self._order, tuple(order)
+        try:
+            yield
+        finally:
+            self._order = before
+
+    def start(self, batches: Sequence[torch.Tensor]) -> States:
+        """Record the arguments of every layer and return x(0) of every batch (int64 [batch, seq], no padding).
+
+        Raises ArchitectureError if the layers pass each other more than hidden states.
+        """
+        states = States(list(batches), self._room)
+        self._calls, self._known = [], {}
+        with torch.no_grad():
+            for at, tokens in enumerate(batches):
+                if self._shape is None:
+                    self._shape = self._learn_shape(tokens)
+                calls, first = self._capture(tokens)
+                self._calls.append(calls)
+                states[at] = first
+        return states
+
+    @contextlib.contextmanager
+    def layer(self, i: int) -> Iterator[nn.Module]:
+        """Layer i with its weights on the device; they are freed when the outermost block for i ends."""
+        if self._lazy is not None and not self._open.get(i):
+            self._lazy.place(i, self._fetch(i))
+        self._open[i] = self._open.get(i, 0) + 1
+        try:
+            yield self.layers[i]
+        finally:
+            self._open[i] -= 1
+            if self._lazy is not None and not self._open[i]:
+                self._lazy.release(i)
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the full model is in memory, so that running a layer again needs no reading."""
+        return self._lazy is None
+
+    def advance(
+        self,
+        i: int,
+        states: States,
+        listener: Listener | None = None,
+        *,
+        only: Iterable[int] | None = None,
+    ) -> States:
+        """Run layer i over all batches; replaces `states` in place by x(i+1) and returns them.
+
+        `only`: the batches to run, if the others are no longer needed. `listener(b, x)` gets the new states of each
+        batch, [batch, seq, d], on the device. Hooks on the module of `layer(i)` are active. States of any earlier layer
+        are accepted: the layers between are skipped. Raises PlanError for states past layer i.
+        """
+        if states.layer > i:
+            raise PlanError(f"the states are at layer {states.layer}, past layer {i}; start again")
+        with self.layer(i), torch.no_grad():
+            for b in range(len(states)) if only is None else only:
+                new = self.call(i, b, states[b])
+                if listener is not None:
+                    listener(b, new)
+                states[b] = new
+        states.layer = i + 1
+        return states
+
+    def call(self, i: int, batch: int, states: torch.Tensor, *, gradient: bool = False) -> torch.Tensor:
+        """Output of layer i for `states`, [batch, seq, d], as x(i) of that batch; stores nothing.
+
+        With `gradient`, the output is differentiable.
+        """
+        with self.layer(i) as layer, torch.set_grad_enabled(gradient):
+            device = next((p.device for p in layer.parameters()), self.device)
+            output = self._calls[batch][i](layer, states.to(device, non_blocking=True))
+            new: torch.Tensor = output[0] if isinstance(output, tuple) else output
+            return new
+
+    def run(self, states: States, layers: Sequence[int]) -> States:
+        """Advance through `layers` (ascending), reading ahead along them."""
+        with self.along(layers):
+            for i in layers:
+                self.advance(i, states)
+        return states
+
+    def logits(self, states: States, batch: int) -> torch.Tensor:
+        """Logits of a batch, [batch, seq, vocabulary], on the device, with its states as x(L)."""
+        return self.head(states.tokens[batch], states[batch])
+
+    def head(self, tokens: torch.Tensor, last: torch.Tensor, *, gradient: bool = False) -> torch.Tensor:
+        """Logits from `last`, [batch, seq, d], as x(L) of `tokens`: the final norm, the head, and whatever else the
+        model does there. With `gradient`, they are differentiable."""
+        shape = self._shape = self._shape or self._learn_shape(tokens)
+        device = self.device
+        given = last.to(device)
+        with torch.set_grad_enabled(gradient), self._forwards(lambda i, args, kwargs: shape(given)):
+            logits: torch.Tensor = self.model(input_ids=tokens.to(device), use_cache=False).logits
+        return logits
+
+    # --- reading ------------------------------------------------------------------------------------------------
+
+    def _fetch(self, i: int) -> dict[str, torch.Tensor]:
+        assert self._lazy is not None
+        if self._coming is not None and self._coming[0] == i:
+            stored = self._coming[1].result()
+        else:
+            self._coming = None  # free it before reading another
+            stored = self._timed_read(i)
+        self._coming = None
+        if self.prefetch and i in self._order[:-1]:
+            if self._reader is None:
+                self._reader = ThreadPoolExecutor(1, thread_name_prefix="slicer-read")
+            after = self._order[self._order.index(i) + 1]
+            self._coming = (after, self._reader.submit(self._timed_read, after))
+        return stored
+
+    def _timed_read(self, i: int) -> dict[str, torch.Tensor]:
+        assert self._lazy is not None
+        started = time.perf_counter()
+        stored = self._lazy.read(i)
+        self.read_seconds += time.perf_counter() - started
+        self.bytes_read += self._lazy.layer_bytes(i)
+        return stored
+
+    # --- capturing ----------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _forwards(self, instead: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
+        """Inside the block, a call of layer i is `instead(i, args, kwargs)`."""
+        before = [layer.__dict__.get("forward") for layer in self.layers]
+
+        def replacement(i: int) -> Callable[..., Any]:
+            return lambda *args, **kwargs: instead(i, args, kwargs)
+
+        try:
+            for i, layer in enumerate(self.layers):
+                layer.forward = replacement(i)
+            yield
+        finally:
+            for layer, old in zip(self.layers, before, strict=True):
+                if old is None:
+                    del layer.forward
+                else:
+                    layer.forward = old
+
+    def _learn_shape(self, tokens: torch.Tensor) -> Callable[[torch.Tensor], Any]:
+        """Find out from the first layer, on a few tokens, whether layers return states alone or first in a tuple."""
+        found: list[Any] = []
+
+        def first(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            found.append((args, kwargs))
+            raise _Captured
+
+        few = tokens[:1, : min(8, tokens.shape[1])]
+        with torch.no_grad():
+            with self._forwards(first), contextlib.suppress(_Captured):
+                self._decoder(few)
+            args, kwargs = found[0]
+            if self._lazy is not None and not self._open.get(0):
+                ready: Future[dict[str, torch.Tensor]] = Future()
+                ready.set_result(self._timed_read(0))
+                self._lazy.place(0, ready.result())
+                output = self.layers[0](*args, **kwargs)
+                self._lazy.release(0)
+                self._coming = (0, ready)  # keep it: layer 0 is most likely used next
+            else:
+                output = self.layers[0](*args, **kwargs)
+        if isinstance(output, torch.Tensor):
+            return lambda states: states
+        rest = output[1:]
+        self._passed_on = [id(value) for value in rest if isinstance(value, torch.Tensor)]
+        return lambda states: (states, *rest)
+
+    def _capture(self, tokens: torch.Tensor) -> tuple[list[_Call], torch.Tensor]:
+        """Arguments of every layer, and x(0), for one batch."""
+        calls: list[_Call] = []
+        first: list[torch.Tensor] = []
+        shape = self._shape
+        assert shape is not None
+
+        def record(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            states = args[0] if args else kwargs["hidden_states"]
+            first.append(states)
+            calls.append(self._call(args, kwargs))
+            if i == self.depth - 1:
+                raise _Captured
+            return shape(states)
+
+        with self._forwards(record), contextlib.suppress(_Captured):
+            self._decoder(tokens)
+        if len(calls) != self.depth:
+            raise ArchitectureError(
+                f"{type(self.model).__name__}: the forward pass calls {len(calls)} of its {self.depth} decoder layers"
+            )
+        return calls, first[0]
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+        if args:
+            return _Call((_STATES, *map(self._kept, args[1:])), {k: self._kept(v) for k, v in kwargs.items()})
+        return _Call((), {k: _STATES if k == "hidden_states" else self._kept(v) for k, v in kwargs.items()})
+
+    def _kept(self, value: Any) -> Any:
+        """`value` with its tensors replaced by equal stored ones: batches of one length share their masks."""
+        if isinstance(value, tuple | list):
+            return type(value)(map(self._kept, value))
+        if isinstance(value, dict):
+            return {k: self._kept(v) for k, v in value.items()}
+        if not isinstance(value, torch.Tensor):
+            return value
+        if id(value) in self._passed_on:
+            raise ArchitectureError(
+                f"{type(self.model).__name__}: its layers pass each other more than hidden states, so they cannot be "
+                "run one by one; use enough memory to load the model"
+            )
+        alike = self._known.setdefault((value.shape, value.dtype, value.device), [])
+        for known in alike:
+            if known is value or torch.equal(known, value):
+                return known
+        if len(alike) < 16:
+            alike.append(value)
+        return value
+
+    def _decoder(self, tokens: torch.Tensor) -> Any:
+        """Run the model without its head."""
+        return self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
+
+
+def walk_loss(
+    walk: Walk, tokens: Sequence[torch.Tensor], last: Callable[[int], torch.Tensor], batches: Iterable[int]
+) -> float:
+    """Mean next-token cross entropy of these `batches` of `tokens`, nats, from `last(b)`, [batch, seq, d], taken as
+    x(L) of batch b."""
+    sums = [cross_entropy(walk, tokens[b], last(b)) for b in batches]
+    return sum(total for total, _ in sums) / sum(count for _, count in sums)
+
+
+def cross_entropy(walk: Walk, tokens: torch.Tensor, last: torch.Tensor) -> tuple[float, int]:
+    """(sum over the next tokens, nats; their number) of `tokens` [batch, seq], from `last` [batch, seq, d] taken as
+    x(L). One sequence at a time: the logits are large."""
+    total = 0.0
+    for row in range(len(tokens)):
+        one = tokens[row : row + 1]
+        logits = walk.head(one, last[row : row + 1])[0, :-1].float()
+        total += float(nn.functional.cross_entropy(logits, one[0, 1:].to(logits.device), reduction="sum"))
+    return total, len(tokens) * (tokens.shape[1] - 1)
+
+
+class SourceActivations:
+    """Caches the output of every layer for a fixed set of batches, so repeated passes through the source are skipped.
+
+    Uses up to `room` bytes; layers that do not fit are run again.
+    """
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._kept: dict[int, list[torch.Tensor]] = {}
+        self._tokens: list[torch.Tensor] | None = None
+
+    def advance(self, walk: Walk, i: int, states: States) -> None:
+        """Replace `states` x(i) of the unpruned model by x(i+1). Raises ValueError for other batches than before."""
+        self._tokens = known = self._tokens or states.tokens
+        if known is not states.tokens and not all(map(torch.equal, known, states.tokens)):
+            raise ValueError("the batches differ from the cached ones")
+        kept = self._kept.get(i)
+        if kept is not None and kept[0].dtype == states[0].dtype:
+            for b, state in enumerate(kept):
+                states[b] = state
+            states.layer = i + 1
+            return
+        walk.advance(i, states)
+        if kept is None and states.nbytes <= self._room:
+            self._room -= states.nbytes
+            self._kept[i] = [state.clone() for state in states]

@@ -1,0 +1,96 @@
+"""The figures of a report: sweep, analysis, healing and benchmark."""
+
+from __future__ import annotations
+
+import base64
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slicer.figures import layers, sweep, training
+from slicer.figures.bench import bench_line
+from slicer.measure.analysis import Distances
+from slicer.sweep.table import Table
+
+_BENCH = {
+    "time_per_output_token_ms": "time per output token (ms)",
+    "prefill_ms": "prefill (ms)",
+    "weight_bytes": "weights (bytes)",
+    "kv_bytes_per_token": "KV cache per token (bytes)",
+    "peak_memory_bytes": "peak memory (bytes)",
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure: `name` is its file name beside the markdown; `data` is its SVG or PNG bytes."""
+
+    name: str
+    caption: str
+    data: bytes
+
+    @property
+    def uri(self) -> str:
+        """The figure as a data URI, for the self-contained page."""
+        kind = "svg+xml" if self.name.endswith(".svg") else "png"
+        return f"data:image/{kind};base64,{base64.b64encode(self.data).decode()}"
+
+
+def distance_figures(
+    distances: Distances, chosen: tuple[int, int] | None, offset: tuple[int, int, float] | None
+) -> list[Figure]:
+    """The distances that the cut was chosen by, with the chosen block marked."""
+    with tempfile.TemporaryDirectory(prefix="slicer-report-") as scratch:
+        heat, lines = Path(scratch) / "distances.png", Path(scratch) / "curves.png"
+        layers.heat_map(distances, heat, chosen=chosen, offset=offset)
+        layers.curves(distances, lines, chosen=chosen, offset=offset)
+        return [
+            Figure("distances.png", "Angular distance of every block of layers.", heat.read_bytes()),
+            Figure("distance-curves.png", "The same for some block sizes.", lines.read_bytes()),
+        ]
+
+
+def curve_figures(table: Table) -> list[Figure]:
+    """One figure per measure, against the fraction dropped; one for all variants of a task (shots, order)."""
+    figures = []
+    whole = table.unpruned
+    asked: dict[str, list[str]] = {}  # task -> its variants
+    alone = len({(row.strategy, row.heal) for row in table.rows if row.n}) == 1
+    for task in table.tasks:
+        asked.setdefault(task.split("@")[0] if alone else task, []).append(task)
+    for name, ways in asked.items():
+        score = whole.primary(ways[0]) if whole else None
+        label = f"{name if len(ways) > 1 else ways[0]} ({score.metric})" if score else ways[0]
+        chance = score.chance if score else None
+        if len(ways) > 1:
+            svg, file = sweep.overlaid(table, ways, chance, label), name
+        else:
+            svg, file = sweep.against_fraction(table, ways[0], chance, label), ways[0]
+        file = f"{''.join(c if c.isalnum() else '-' for c in file)}.svg"
+        figures.append(Figure(file, f"{label} against the fraction of layers dropped.", svg.encode()))
+    if any(row.evaluation and row.evaluation.loss for row in table.rows):
+        svg = sweep.against_fraction(table, "c4", 1.0, "loss / log V")
+        figures.append(Figure("loss.svg", "Loss on text as a share of log V; 1 is chance.", svg.encode()))
+    return figures
+
+
+def healing_figures(histories: Mapping[str, list[dict[str, float]]]) -> list[Figure]:
+    """The losses during healing, by name."""
+    if not histories:
+        return []
+    svg = training.healing_curve(histories)
+    return [Figure("healing.svg", "Loss during healing.", svg.encode())]
+
+
+def bench_figures(bench: Mapping[str, Any]) -> list[Figure]:
+    """The measurements of `slicer bench` against the number of layers."""
+    models = [m for m in bench.get("models", ()) if isinstance(m, dict) and "layers" in m]
+    figures = []
+    for key, label in _BENCH.items():
+        points = [(int(m["layers"]), float(m[key])) for m in models if isinstance(m.get(key), int | float)]
+        if len({x for x, _ in points}) > 1:
+            svg = bench_line(points, (bench.get("lines") or {}).get(key), label)
+            figures.append(Figure(f"bench-{key}.svg", f"{label} against the number of layers.", svg.encode()))
+    return figures

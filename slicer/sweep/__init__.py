@@ -1,0 +1,1 @@
+"""Many cuts of one model, measured and compared."""

@@ -1,0 +1,176 @@
+"""Caches the outputs of the layers before a cut, so that all cuts of a sweep share them.
+
+A sweep runs the same prompts through one model many times, and cuts differ only from the first dropped (or healed)
+layer on. The output of the layers before it is kept in memory for each batch, and the next cut continues from the
+deepest cached layer. The outputs are stored exactly, so the scores are those of a full run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from slicer.model.layers import decoder_layers
+from slicer.runtime.memory import KEPT_SHARE, available
+
+
+class Prefix:
+    """Cache of the outputs of layers 0 .. i of the unpruned `model` for each batch.
+
+    `room`: bytes that the cache may use; None: a quarter of the free memory.
+    """
+
+    def __init__(self, model: Any, room: int | None = None) -> None:
+        self._model = model
+        self._layers = list(decoder_layers(model))
+        self._room = int(KEPT_SHARE * available()) if room is None else room
+        self._kept: dict[tuple[int, str], Any] = {}  # (layers run, batch) -> what the last of them returned
+        self._trusted: bool | None = None
+        self._takes_cache_flag = "use_cache" in inspect.signature(model.forward).parameters
+        self.taken = 0  # batches that continued from a cached output
+
+    @contextlib.contextmanager
+    def shared(self, start: int) -> Iterator[None]:
+        """Inside the block, cache and reuse outputs of the layers before `start`; the model may be cut only from there.
+        Generation is not cached: its layers keep a key-value cache of their own."""
+        if start < 1 or self._trusted is False:
+            yield
+            return
+        batch: list[str | None] = [None]
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            batch[0] = _name(args, kwargs)
+            if batch[0] is None:
+                return None
+            if self._trusted is None:
+                self._trusted = self._holds(start, args, kwargs)
+            if not self._trusted:
+                batch[0] = None
+                return None
+            return args, ({**kwargs, "use_cache": False} if self._takes_cache_flag else kwargs)
+
+        def instead(i: int, real: Any) -> Any:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                name = batch[0]
+                if name is None:
+                    return real(*args, **kwargs)
+                known = self._deepest(start, name)
+                if i < known:  # these layers pass the cached output through
+                    if i < known - 1:
+                        return self._kept[known, name]
+                    self.taken += 1
+                    return _on(self._kept[known, name], self._layers[i])
+                output = real(*args, **kwargs)
+                if i == start - 1:
+                    self._keep(start, name, output)
+                return output
+
+            return forward
+
+        with _forwards(self._layers[:start], instead):
+            hook = self._model.register_forward_pre_hook(before, with_kwargs=True)
+            try:
+                yield
+            finally:
+                hook.remove()
+
+    def _deepest(self, start: int, name: str) -> int:
+        """The largest number of layers, at most `start`, with a cached output for the batch."""
+        return next((i for i in range(start, 0, -1) if (i, name) in self._kept), 0)
+
+    def _keep(self, start: int, name: str, output: Any) -> None:
+        size = _bytes(output)
+        if size is not None and size <= self._room:
+            self._room -= size
+            self._kept[start, name] = _off(output)
+
+    def _holds(self, start: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the layers pass each other only their return values; tested on one batch."""
+        given = {**kwargs, "use_cache": False} if self._takes_cache_flag else kwargs
+        found: list[Any] = []
+
+        def noting(i: int, real: Any) -> Any:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                output = real(*args, **kwargs)
+                if i == start - 1:
+                    found.append(output)
+                return output
+
+            return forward
+
+        def handing_on(i: int, real: Any) -> Any:
+            return lambda *args, **kwargs: found[0]
+
+        run = self._model.forward  # not the model: its hook calls this function
+        with torch.no_grad():
+            with _forwards(self._layers[:start], noting):
+                expected = run(*args, **given).logits
+            if len(found) != 1 or _bytes(found[0]) is None:
+                return False
+            try:
+                with _forwards(self._layers[:start], handing_on):
+                    got = run(*args, **given).logits
+            except Exception:  # remote code raises many kinds
+                return False
+        return bool(torch.equal(got, expected))
+
+
+@contextlib.contextmanager
+def _forwards(layers: list[nn.Module], instead: Any) -> Iterator[None]:
+    """Inside the block, a call of layer i is `instead(i, its forward)`."""
+    before = [layer.__dict__.get("forward") for layer in layers]
+    try:
+        for i, layer in enumerate(layers):
+            layer.forward = instead(i, layer.forward)
+        yield
+    finally:
+        for layer, old in zip(layers, before, strict=True):
+            if old is None:
+                del layer.forward
+            else:
+                layer.forward = old
+
+
+def _name(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Key of the model's inputs; None if there are others than tokens and masks, as in generation."""
+    digest = hashlib.sha256()
+    for key, value in [*enumerate(args), *sorted(kwargs.items())]:
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{key} {tuple(value.shape)} {value.dtype} ".encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        elif (key == "use_cache" and value) or not isinstance(value, bool | int | str | None):
+            return None
+        else:
+            digest.update(f"{key} {value} ".encode())
+    return digest.hexdigest()
+
+
+def _bytes(output: Any) -> int | None:
+    """Bytes of a layer's output; None if it contains anything but tensors."""
+    if isinstance(output, torch.Tensor):
+        return output.nbytes
+    if isinstance(output, tuple):
+        sizes = [0 if part is None else _bytes(part) for part in output]
+        return None if any(size is None for size in sizes) else sum(size or 0 for size in sizes)
+    return None
+
+
+def _off(output: Any) -> Any:
+    """Copy to host memory."""
+    if isinstance(output, torch.Tensor):
+        return output.detach().to("cpu", copy=True)
+    return None if output is None else tuple(_off(part) for part in output)
+
+
+def _on(output: Any, layer: nn.Module) -> Any:
+    """Copy to the device of `layer`: a copy, because the next layer may write in place."""
+    if isinstance(output, torch.Tensor):
+        device = next((parameter.device for parameter in layer.parameters()), output.device)
+        return output.to(device, copy=True)
+    return None if output is None else tuple(_on(part, layer) for part in output)
