@@ -234,7 +234,9 @@ def test_no_name_in_these_lists_is_stale() -> None:
     assert listed <= folders, f"no such folder: {sorted(listed - folders)}"
     for library, rooms in ROOMS.items():
         for place in rooms:
-            users = [m for m in modules() if within(m, place) and any(within(t, library) for t, _ in imports(m))]
+            users = [
+                m for m in modules() if within(m, place) and any(within(t, library) for t, _ in imports(m))
+            ]
             assert users, f"ROOMS[{library!r}] names {place}, where nothing imports it"
     named = {*STDLIB_ONLY, *BUILDERS}
     assert all(any(within(module, name) for module in modules()) for name in named), named
@@ -319,7 +321,10 @@ def test_no_file_is_too_long_to_be_read_alone() -> None:
 
 def test_light_modules_load_nothing_heavy() -> None:
     """In one fresh interpreter, import by import, so that the culprit is named."""
-    light = [m for m in modules() if any(within(m, place) for place in STDLIB_ONLY)] + ["slicer", "slicer.cli.main"]
+    light = [m for m in modules() if any(within(m, place) for place in STDLIB_ONLY)] + [
+        "slicer",
+        "slicer.cli.main",
+    ]
     code = (
         "import importlib, sys\n"
         f"for name in {light!r}:\n"

@@ -149,7 +149,7 @@ def convert(source: str, **given: Any) -> None:
     calibration = given["calibration"] or ("self" if source == "demo" and saved is None else None)
     chosen = {
         k: given[k]
-        for k in ("samples", "seq_len", "batch_size", "seed", "text_column")
+        for k in ("samples", "seq_len", "batch_size", "seed", "column")
         if given[k] is not None
     }
     options = Options(

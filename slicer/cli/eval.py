@@ -33,7 +33,7 @@ def names(text: str) -> tuple[str, ...]:
 )  # fmt: skip
 @click.option("--text", type=RESULTS, metavar="FILE",
               help="Measure the loss on this .jsonl, .txt or .parquet file.")  # fmt: skip
-@click.option("--text-column", metavar="NAME",
+@click.option("--text-column", "column", metavar="NAME",
               help="Column of that file that holds the text  [default: text]")  # fmt: skip
 @click.option("--num-fewshot", type=click.IntRange(min=0),
               help="Few-shot examples per question  [default: the task's]")  # fmt: skip
@@ -100,7 +100,7 @@ def evaluate(models: tuple[str, ...], **given: Any) -> None:
         "text": text,
         **{
             k: given[k]
-            for k in ("data", "text_column", "num_fewshot", "limit", "backend", "batch_size", "seed")
+            for k in ("data", "column", "num_fewshot", "limit", "backend", "batch_size", "seed")
         },
         **{k: given[k] for k in ("dtype", "device", "trust_remote_code")},
         "keep_tasks": given["write_tasks"],

@@ -82,7 +82,7 @@ def heal(sliced: str, **given: Any) -> None:
     from slicer.jobs.heal import heal as run
     from slicer.plan.amounts import parse_size
 
-    names = ("samples", "seq_len", "batch_size", "seed", "text_column")
+    names = ("samples", "seq_len", "batch_size", "seed", "column")
     chosen = {name: given[name] for name in names if given[name] is not None}
     common: dict[str, Any] = {
         "fold": given["fold"],

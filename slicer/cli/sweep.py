@@ -44,7 +44,7 @@ _FILE = click.Path(path_type=Path)
               help="Tasks, as in eval  [default: mmlu,boolq,c4; c4 for the demo model]")  # fmt: skip
 @click.option("--data", type=_FILE, metavar="DIR", help="Directory of local files, as in eval.")
 @click.option("--text", type=_FILE, metavar="FILE", help="File to measure the loss on.")
-@click.option("--text-column", metavar="NAME",
+@click.option("--text-column", "column", metavar="NAME",
               help="Column that holds the text in --text and --calibration  [default: text]")  # fmt: skip
 @click.option("--num-fewshot", type=click.IntRange(min=0), help="Few-shot examples per question.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N",
@@ -118,7 +118,7 @@ def sweep(source: str, **given: Any) -> None:
     chosen = {
         "tasks": tasks,
         "text": text,
-        **{k: given[k] for k in ("data", "text_column", "num_fewshot", "limit", "batch_size", "seed")},
+        **{k: given[k] for k in ("data", "column", "num_fewshot", "limit", "batch_size", "seed")},
         **{k: given[k] for k in ("dtype", "device", "trust_remote_code")},
         "share_limit": True,
     }
@@ -127,7 +127,7 @@ def sweep(source: str, **given: Any) -> None:
         bisect.check(given["keep"], given["metric"], options.tasks) if given["keep"] is not None else None
     )
     calibration = given["calibration"] or _calibration(source, given["data"], text)
-    named = ("samples", "seq_len", "seed", *(["text_column"] if given["calibration"] is not None else []))
+    named = ("samples", "seq_len", "seed", *(["column"] if given["calibration"] is not None else []))
     spec = {k: given[k] for k in named if given[k] is not None}
     command = shlex.join(["slicer", *_typed(context, typed)])
     trains = any(heal.startswith("qlora") for heal in axes.heals)

@@ -59,7 +59,7 @@ def token_batches(
         "seq_len": spec.seq_len,
         "batch_size": spec.batch_size,
         "seed": spec.seed,
-        "text_column": spec.text_column,
+        "column": spec.column,
         "tokens_sha256": hashlib.sha256(tokens.to(torch.int64).numpy().tobytes()).hexdigest(),
     }
     return TokenBatches(list(torch.split(tokens, spec.batch_size)), provenance)

@@ -244,7 +244,7 @@ def _record(spec: TextSpec, source: str, train: Any, held: Any, validation: str 
     return {
         "source": source,
         "validation": validation,
-        "text_column": spec.text_column,
+        "column": spec.column,
         "seed": spec.seed,
         "train_sequences": len(train),
         "held_out_sequences": len(held),

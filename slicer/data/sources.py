@@ -105,7 +105,7 @@ class TextSpec:
         seq_len: tokens per sequence, with BOS.
         batch_size: sequences per forward pass.
         seed: for the choice of documents, or for sampling.
-        text_column: the column that holds the text.
+        column: the column that holds the text.
     """
 
     source: str | None = None
@@ -113,7 +113,7 @@ class TextSpec:
     seq_len: int = 256
     batch_size: int = 4
     seed: int = 0
-    text_column: str = "text"
+    column: str = "text"
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def documents(spec: TextSpec) -> Iterator[Document]:
         return iter(texts)
     if not is_streamed(spec.source):
         assert spec.source is not None
-        texts = read_documents(Path(spec.source), spec.text_column)
+        texts = read_documents(Path(spec.source), spec.column)
         random.Random(spec.seed).shuffle(texts)
         return iter(texts)
     return _stream_hub(spec)
@@ -282,7 +282,7 @@ def _stream_hub(spec: TextSpec) -> Iterator[Document]:
     try:
         rows = datasets.load_dataset(name, config, split="train", streaming=True)
         for row in rows.shuffle(seed=spec.seed, buffer_size=_SHUFFLE_BUFFER):
-            yield _text_of(row, spec.text_column, name)
+            yield _text_of(row, spec.column, name)
     except CalibrationError:
         raise
     except Exception as error:  # the network, the Hub and the data set's format raise different kinds

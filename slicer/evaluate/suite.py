@@ -47,7 +47,7 @@ class SuiteSpec:
     share_limit: bool = False
     data: Path | None = None
     text: Path | None = None
-    text_column: str = "text"
+    column: str = "text"
     sequences: int = loss.SEQUENCES
     backend: str = "hf"
     batch_size: str = "auto"
@@ -97,7 +97,7 @@ class Suite:
             self.progress.stage("Drawing text for the loss")
             text = options.text or (loss.find_text(options.data) if options.data else None)
             count = min(options.sequences, options.limit or options.sequences)
-            self.excerpts = loss.draw(text, sequences=count, seed=options.seed, column=options.text_column)
+            self.excerpts = loss.draw(text, sequences=count, seed=options.seed, column=options.column)
         asked = [task for task in named if task.name != LOSS]
         if not asked:
             return

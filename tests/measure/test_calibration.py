@@ -83,7 +83,7 @@ def test_every_format_gives_the_same_tokens(path: Path, model: Any, tmp_path: Pa
         stream.write(lines)
     parquet.write_table(pyarrow.table({"body": texts}), tmp_path / "t.parquet")
     first, *others = (
-        tokens(path, model, tmp_path / name, text_column="body")
+        tokens(path, model, tmp_path / name, column="body")
         for name in ("t.jsonl", "t.txt", "t.raw", "t.jsonl.gz", "t.parquet")
     )
     assert all(torch.equal(first, other) for other in others)

@@ -200,7 +200,7 @@ def _train_cut(
                     spec.seq_len,
                     spec.batch_size,
                     spec.seed,
-                    spec.text_column,
+                    spec.column,
                 ),
                 loss=Losses(),
                 solver=options.fold,
