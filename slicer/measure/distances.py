@@ -26,7 +26,6 @@ from slicer.plan.plan import METRIC
 from slicer.progress import Progress
 from slicer.runtime.distributed import Processes
 
-Run = Callable[[], torch.Tensor]
 Listener = Callable[[int, torch.Tensor], None]
 
 

@@ -12,11 +12,11 @@ from torch import nn
 
 from slicer.checkpoint.architectures import table as architectures
 from slicer.errors import ArchitectureError
-from slicer.measure.distances import Run
 from slicer.model.layers import bypass, decoder_layers
 from slicer.model.load import Model
 from slicer.model.walk import Walk
 
+Run = Callable[[], torch.Tensor]
 _FEED_FORWARDS = ("mlp", "feed_forward", "ffn", "mlp_block", "block_sparse_moe", "shared_mlp", "fc2")
 
 
