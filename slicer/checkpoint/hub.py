@@ -19,6 +19,7 @@ COMPANIONS = (
     "*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken", "*.bpe", "*.vocab", "*.spm",
     "LICENSE*", "LICENCE*", "License*", "NOTICE*", "USE_POLICY*", "README.md",
 )  # fmt: skip
+DEMO = Path(__file__).parent.parent / "demo" / "checkpoint"  # the embedded model
 _IGNORED = ("original/*", "onnx/*", ".*")
 
 
@@ -38,9 +39,7 @@ def resolve(source: str, *, weights: bool = True) -> Source:
     config and companion files. Raises SourceError or HubError.
     """
     if source == "demo":
-        from slicer import demo
-
-        return Source("demo", demo.path())
+        return Source("demo", DEMO)
     path = Path(source).expanduser()
     if path.exists():
         parts = path.resolve().parts

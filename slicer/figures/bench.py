@@ -65,9 +65,9 @@ def _line(axes: Any, line: Mapping[str, Any], unit: str, title: str, rounds: lis
     y = [p[1] for p in line["points"]]
     reach = np.linspace(0, x.max() * 1.03, 60)
     axes.plot(reach, line["intercept"] + line["slope"] * reach, color=_BLUE, linewidth=1.4)
-    band = _band(line, reach)
-    if band is not None:
-        axes.fill_between(reach, *band, color=_BLUE, alpha=0.13, linewidth=0, label="95% confidence")
+    if line.get("band"):  # (layers, lower, upper)
+        band = zip(*line["band"], strict=True)
+        axes.fill_between(*band, color=_BLUE, alpha=0.13, linewidth=0, label="95% confidence")
     axes.plot([p[0] for p in rounds], [p[1] for p in rounds], "x", color=_GREY, markersize=5, label="rounds")
     axes.plot(x, y, "o", color=_BLUE, label="fastest round")
     axes.set(
@@ -77,23 +77,6 @@ def _line(axes: Any, line: Mapping[str, Any], unit: str, title: str, rounds: lis
     axes.title.set_fontsize(10)
     axes.locator_params(axis="x", integer=True)
     axes.legend(frameon=False, fontsize="small", loc="upper left")
-
-
-def _band(line: Mapping[str, Any], reach: Any) -> tuple[Any, Any] | None:
-    """The confidence band of the line's mean."""
-    from slicer.benchmarks.lines import student_t
-
-    x = np.asarray([p[0] for p in line["points"]])
-    y = np.asarray([p[1] for p in line["points"]])
-    freedom = len(x) - 2
-    spread = ((x - x.mean()) ** 2).sum()
-    if freedom < 1 or not spread:
-        return None
-    fitted = line["intercept"] + line["slope"] * x
-    deviation = np.sqrt(((y - fitted) ** 2).sum() / freedom)
-    about = student_t(freedom) * deviation * np.sqrt(1 / len(x) + (reach - x.mean()) ** 2 / spread)
-    middle = line["intercept"] + line["slope"] * reach
-    return middle - about, middle + about
 
 
 def _memory(axes: Any, result: Mapping[str, Any]) -> None:

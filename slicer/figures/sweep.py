@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from slicer.figures.style import COLOURS, DASHES, MARKERS, OTHERS, curve_figure, svg
-from slicer.sweep.table import Table, curves_of, value_of
 
 
 @dataclass(frozen=True)
@@ -29,10 +28,11 @@ class Curve:
         return self.strategy if self.heal == "none" else f"{self.strategy}, healed ({self.heal})"
 
 
-def against_fraction(table: Table, measure: str, chance: float | None, label: str) -> str:
+def against_fraction(
+    curves: Sequence[Curve], unpruned: float | None, chance: float | None, label: str
+) -> str:
     """Plot a measure against the fraction dropped; unpruned model dashed red, chance dashed grey, as in the paper."""
     figure, axes = curve_figure()
-    curves = curves_of(table, measure)
     ranks = sorted({c.heal for c in curves if "@" in c.heal}, key=lambda heal: int(heal.split("@")[1]))
     if len({curve.strategy for curve in curves}) > 1:
         ranks = []  # strategies already differ by colour
@@ -42,27 +42,26 @@ def against_fraction(table: Table, measure: str, chance: float | None, label: st
             colour = OTHERS[ranks.index(curve.heal) % len(OTHERS)]
         faint = curve.heal == "none" and any(c.heal != "none" for c in curves)
         _draw(axes, curve, curve.label, colour, alpha=0.65 if faint else 1.0)
-    whole = next((value_of(row, measure) for row in table.rows if row.n == 0), None)
-    if whole is not None:
-        axes.axhline(whole[0], color="#d62728", linestyle="--", linewidth=1, label="unpruned")
+    if unpruned is not None:
+        axes.axhline(unpruned, color="#d62728", linestyle="--", linewidth=1, label="unpruned")
     if chance is not None:
         axes.axhline(chance, color="#8a8a8a", linestyle="--", linewidth=1, label="guessing")
     return _against_fraction(figure, axes, label)
 
 
-def overlaid(table: Table, tasks: Sequence[str], chance: float | None, label: str) -> str:
+def overlaid(
+    tasks: Mapping[str, tuple[Sequence[Curve], float | None]], chance: float | None, label: str
+) -> str:
     """Plot several variants of one task (figure 7: examples and their order) against the fraction dropped, one colour
-    each; the unpruned model's score is dashed in the same colour."""
+    each; the unpruned model's score is dashed in the same colour. `tasks`: name -> its curves, that score."""
     figure, axes = curve_figure()
-    for at, task in enumerate(tasks):
+    for at, (task, (curves, unpruned)) in enumerate(tasks.items()):
         colour = OTHERS[at % len(OTHERS)]
-        curves = curves_of(table, task)
         for curve in curves:
             name = task if len(curves) == 1 else f"{task}, {curve.label}"
             _draw(axes, curve, name, colour)
-        whole = next((value_of(row, task) for row in table.rows if row.n == 0), None)
-        if whole is not None:
-            axes.axhline(whole[0], color=colour, linestyle="--", linewidth=0.8)
+        if unpruned is not None:
+            axes.axhline(unpruned, color=colour, linestyle="--", linewidth=0.8)
     if chance is not None:
         axes.axhline(chance, color="#8a8a8a", linestyle="--", linewidth=1, label="guessing")
     return _against_fraction(figure, axes, label)
