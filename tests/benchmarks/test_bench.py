@@ -247,7 +247,7 @@ def test_bad_input_is_one_line(
 
 
 def test_vllms_flags_go_to_vllm_alone() -> None:
-    with pytest.raises(UsageError, match="vLLM's"):
+    with pytest.raises(UsageError, match="--engine vllm"):
         bench(sweep(arguments=("--enforce-eager",)))
 
 

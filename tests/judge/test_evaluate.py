@@ -197,7 +197,7 @@ def test_results_survive_the_disk_and_compare(tmp_path: Path, result: Evaluation
     other.write_text(json.dumps({"results": [record]}))
     shown = CliRunner().invoke(main, ["eval", str(file), str(other)])
     assert shown.exit_code == 0, shown.output
-    assert "c4" in shown.output and "a real difference" in shown.output and "within noise" in shown.output
+    assert "c4" in shown.output and "significant" in shown.output and "within noise" in shown.output
     file.write_text("{}")
     bad = CliRunner().invoke(main, ["eval", str(file), str(other)])
     assert bad.exit_code == 1 and bad.output.count("\n") == 1
