@@ -1,149 +1,146 @@
-"""The plan -> the directory: reference logits, weights, figures and card, checks; it appears when all is well."""
+"""Writes a result: to a temporary path, with figures and card, checked there, then renamed into place."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from slicer.checkpoint.architectures import table as architectures
-from slicer.checkpoint.export import write_checkpoint
+from slicer.checkpoint import card, export
+from slicer.checkpoint import config as configs
+from slicer.checkpoint.export import Contents
+from slicer.checkpoint.hub import Source
 from slicer.checkpoint.reader import Checkpoint
-from slicer.errors import SourceError, VerificationError
-from slicer.jobs.materials import SourceModel
-from slicer.jobs.options import Options, Summary
+from slicer.checkpoint.sizes import Sizes, measure_sizes, sizes_of
+from slicer.heal.patch import Patch
+from slicer.jobs.request import Output
+from slicer.measure.analysis import Analysis
 from slicer.plan.plan import Plan
 from slicer.progress import Progress
+from slicer.runtime.compute import Compute
 from slicer.runtime.files import atomic_directory
 
 if TYPE_CHECKING:
-    import torch
-
-    from slicer.heal.patch import Patch
-    from slicer.measure.analysis import Analysis
-    from slicer.model.walk import Walk
+    from slicer.heal.finetune.callbacks import TrainingHistory
+    from slicer.model.verify import Expected
 
 
-def write(
-    checkpoint: Checkpoint,
-    summary: Summary,
-    config: Mapping[str, Any],
-    measured: Analysis | None,
-    model: SourceModel,
-    patch: Patch | None,
-    options: Options,
-    progress: Progress,
-) -> Summary:
-    """Reference logits, then the directory, its figures and card, its checks; renamed into place at the end."""
-    assert summary.out is not None
-    probe: tuple[torch.Tensor, torch.Tensor] | None = None
-    if summary.verified == "logits":
-        progress.stage("Reference logits of the source with those layers bypassed")
-        probe = _reference(checkpoint, summary.plan, model.walk(), patch)
-    model.release()
-    with atomic_directory(summary.out, replace=options.force) as directory:
-        progress.stage("Writing", summary.after.total_bytes, "bytes")
-        write_checkpoint(
-            checkpoint,
-            summary.plan,
-            config,
-            directory,
-            dtype=options.dtype,
-            max_shard_bytes=options.max_shard_bytes,
-            progress=progress.advance,
-            replaced=patch.replaced if patch is not None else None,
-            added=patch.added if patch is not None else None,
-        )
-        if measured is not None:
-            _draw(measured, summary.plan, directory / "slicer")
-        (directory / "README.md").write_text(_card(checkpoint, summary, measured is not None), "utf-8")
-        error = _check(checkpoint, directory, summary, model, patch, probe, options, progress)
-    return replace(summary, logits_error=error)
+@dataclass(frozen=True)
+class Result:
+    """What is to be written, and what the card and the summary tell about it.
+
+    Attributes:
+        plan: of the result; written unless it drops nothing (a checkpoint that slicer did not make).
+        before: sizes of the source.
+        name: of the directory, where none is given.
+        analysis: what the cut was chosen by, to be drawn. history: of a training, to be drawn.
+        warnings: about checkpoints that load but do not work everywhere.
+        card: whether the model card is made anew; else that of `contents.origin` gets a paragraph.
+    """
+
+    contents: Contents
+    plan: Plan
+    before: Sizes
+    name: str
+    analysis: Analysis | None = None
+    history: TrainingHistory | None = None
+    warnings: tuple[str, ...] = ()
+    card: bool = True
+
+    @classmethod
+    def of_cut(
+        cls,
+        source: Source,
+        plan: Plan,
+        patch: Patch,
+        analysis: Analysis | None = None,
+        origin: Path | None = None,
+        *,
+        trust_remote_code: bool = False,
+    ) -> Result:
+        """The cut of `plan` from `source`, repaired by `patch`.
+
+        `origin`: the same cut on disk, whose companion files and figures are kept; None: the source's companion files.
+        Raises ArchitectureError where config.json cannot express the cut.
+        """
+        ...
+
+    @classmethod
+    def of_base(
+        cls,
+        base: Checkpoint,
+        plan: Plan,
+        patch: Patch,
+        history: TrainingHistory | None = None,
+        before: Sizes | None = None,
+    ) -> Result:
+        """`base`, a checkpoint on disk, with the tensors of `patch.replaced` (keys of the base) in place.
+
+        `plan`: what the result's plan.json gets; the record of `patch`, if any, becomes its `healing`. `before`: sizes
+        of the source; None: no new card is made, and the sizes are those of the base.
+        """
+        ...
 
 
-def _reference(
-    checkpoint: Checkpoint, plan: Plan, walk: Walk, patch: Patch | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A few tokens, and the logits that the result must have: those of the pruned source, repaired by `patch`."""
-    from slicer.model import verify
-    from slicer.model.pruned import pruned_logits
+@dataclass(frozen=True)
+class Written:
+    """What convert, heal or merge did.
 
-    config = architectures.text_config(checkpoint.config)
-    tokens = verify.probe_tokens(config.get("vocab_size") or walk.model.config.vocab_size, seed=0)
-    return tokens, pruned_logits(walk, tokens, plan, patch.edits if patch is not None else None)
+    Attributes:
+        out: the directory; None: nothing was written (a dry run).
+        before, after: sizes of the source and of the result.
+        verified: how the result was checked: "none", "load", "logits", or "nothing written".
+        logits_error: largest difference from the expected logits, relative to the largest logit; rounding_error: the
+            part of it that rounding the weights makes.
+    """
 
+    out: Path | None
+    plan: Plan
+    before: Sizes
+    after: Sizes
+    verified: str
+    logits_error: float | None = None
+    rounding_error: float | None = None
+    warnings: tuple[str, ...] = ()
 
-def _check(
-    checkpoint: Checkpoint,
-    directory: Path,
-    summary: Summary,
-    model: SourceModel,
-    patch: Patch | None,
-    probe: tuple[torch.Tensor, torch.Tensor] | None,
-    options: Options,
-    progress: Progress,
-) -> float | None:
-    """Check what was written as far as `summary.verified` says; returns how far its logits are off, where compared."""
-    if summary.verified == "none" and patch is None:
-        return None  # without torch, whose import takes longer than a small copy
-    from slicer.model import verify
-
-    if summary.verified != "none":
-        progress.stage("Checking every key and shape")
-        verify.check_load(directory, trust_remote_code=options.trust_remote_code)
-    if patch is not None:
-        verify.check_tensors(directory, patch.tensors(checkpoint, summary.plan))
-    if probe is None:
-        return None
-    progress.stage("Comparing logits")
-    tokens, reference = probe
-    if not model.fits:
-        return _check_walked(directory, reference, tokens, options)
-    return verify.check_logits(
-        directory,
-        reference,
-        tokens,
-        dtype=options.dtype or "auto",
-        device=options.device,
-        trust_remote_code=options.trust_remote_code,
-    )
-
-
-def _check_walked(out: Path, reference: torch.Tensor, tokens: torch.Tensor, options: Options) -> float:
-    """`verify.check_logits` with the result's layers read one at a time."""
-    from slicer.model import verify
-    from slicer.model.pruned import pruned_logits
-    from slicer.model.walk import Walk
-
-    try:
-        walk = Walk.out_of_core(
-            out,
-            dtype=options.dtype or "auto",
-            device=options.device,
-            memory_bytes=options.memory,
-            trust_remote_code=options.trust_remote_code,
-        )
-        logits = pruned_logits(walk, tokens)
-    except SourceError as error:
-        raise VerificationError(f"the written checkpoint does not load: {error}") from None
-    return verify.compare_logits(logits, reference)
+    def to_dict(self) -> dict[str, object]:
+        """For `--json`: plain values, the plan under its own names."""
+        plan = self.plan
+        below = {
+            "no_attention": list(plan.no_attention),
+            "no_ffn": list(plan.no_ffn),
+            "joined": [list(pair) for pair in plan.joined],
+            "form": plan.form,
+        }
+        return {
+            "out": None if self.out is None else str(self.out),
+            "source": plan.source,
+            "revision": plan.revision,
+            "model_type": plan.model_type,
+            "strategy": plan.strategy,
+            "kept": list(plan.kept),
+            "dropped": list(plan.dropped),
+            **(below if plan.below_layers else {}),
+            "distance": plan.distance,
+            "runners_up": [other.to_dict() for other in plan.runners_up],
+            "before": self.before.to_dict(),
+            "after": self.after.to_dict(),
+            "healing": plan.healing and plan.healing.to_dict(),
+            "merged": [record.to_dict() for record in plan.merged],
+            "verified": self.verified,
+            "logits_error": self.logits_error,
+            "rounding_error": self.rounding_error,
+            "warnings": list(self.warnings),
+        }
 
 
-def _draw(measured: Analysis, plan: Plan, directory: Path) -> None:
-    from slicer.figures import layers
+def write_verified(
+    result: Result, expected: Expected | None, output: Output, compute: Compute, progress: Progress
+) -> Written:
+    """Write `result` to `output.out` (None: a directory named after it), checked, whole or not at all.
 
-    distances = measured.distances()
-    (directory / "distances.json").write_text(distances.to_json(), "utf-8")
-    if measured.sublayers and plan.below_layers:
-        (directory / "half-layers.json").write_text(measured.halves().to_json(), "utf-8")
-    n = len(plan.dropped)
-    chosen = (plan.dropped[0], n) if n and not plan.joined else None
-    layers.heat_map(distances, directory / "distances.png", chosen=chosen, offset=plan.half_offset)
-    layers.curves(distances, directory / "curves.png", chosen=chosen, offset=plan.half_offset)
-
-
-def _card(checkpoint: Checkpoint, summary: Summary, figures: bool) -> str:
-    from slicer.checkpoint import card
-
-    return card.for_slice(checkpoint, summary.plan, summary.before, summary.after, figures=figures)
+    `expected`: the logits to compare with, and the text to measure the loss on, which becomes the record's
+    `loss.after`; None: keys, shapes and changed tensors are checked alone. `output.verify` "none" skips the check of
+    keys and shapes. Raises OutputError, VerificationError.
+    """
+    ...
