@@ -41,7 +41,7 @@ def finish(axes: Any, **labels: Any) -> None:
 def save(figure: Any, path: Path) -> None:
     """Write the figure, complete or not at all, as PNG or SVG by the suffix of `path`, or as both (`BOTH`)."""
     if path.suffix != ".svg":
-        with atomic_file(path.with_suffix(".png")) as temporary:
+        with atomic_file(path.with_suffix(".png") if path.suffix == BOTH else path) as temporary:
             figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})
     if path.suffix == BOTH:
         figure.set_layout_engine("none")  # keep the layout: computing it takes longer than drawing
