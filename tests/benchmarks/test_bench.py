@@ -228,7 +228,7 @@ def test_what_does_not_fit_in_memory_is_refused(monkeypatch: pytest.MonkeyPatch)
         (["--config", "{tmp}/none.json"], 1, "No such file"),
         (["{tmp}"], 1, "no config.json"),
         (["demo", "-o", "{tmp}/file"], 1, "not a directory"),
-        (["demo", "-o", "{tmp}/full"], 1, "not made by slicer"),
+        (["demo", "-o", "{tmp}/full"], 1, "not created by slicer"),
         (["demo", "{tmp}/other"], 1, "no cut of demo"),
     ],
 )
