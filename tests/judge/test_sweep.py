@@ -129,11 +129,11 @@ def test_a_cell_has_one_worker(tmp_path: Path) -> None:
     Journal(tmp_path / "j", {"a": 2}).put("x", {})  # begun in vain before, and nobody has it open
     with pytest.raises(OutputError, match="a 2, not 1"):
         Journal(tmp_path / "j", {"a": 1})
-    with pytest.raises(OutputError, match="b null, not 1"):
+    with pytest.raises(OutputError, match="b unknown, not 1"):
         Journal(tmp_path / "j", {"a": 2, "b": 1})
     (tmp_path / "k").mkdir()
     (tmp_path / "k" / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match="not made by slicer"):
+    with pytest.raises(OutputError, match="not created by slicer"):
         Journal(tmp_path / "k", {})
 
 
