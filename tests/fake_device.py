@@ -1,0 +1,781 @@
+"""CUDA devices for machines without one: `with fake_cuda(devices=2, memory=80e9): ...`, or the fixtures of that name.
+
+Tensors are torch's own, with `cuda:0` as their device and their storage in host memory, so that everything torch
+decides by device is decided as on a real one: `.numpy()` raises, operands of two devices raise, a CPU generator raises,
+gradients live beside their leaves, a full device raises `torch.OutOfMemoryError`. Three things are stricter than CUDA:
+
+- a `non_blocking` copy from or to memory that is not pinned raises (CUDA silently waits);
+- new device memory is filled with not-a-number, and so is the target of a `non_blocking` copy to the host until
+  something waits for it; a pinned source that changes before its copy was waited for raises;
+- work on one stream with what another stream wrote (or still reads) raises, unless the one waits for the other.
+
+How: torch's CPU build lacks only CUDA's kernels. `fake_device.cpp` registers devices, memory and generators (a C++
+compiler is needed, a few seconds once); one kernel here runs every operation on the CPU, on the same memory. Not there:
+`torch.compile`, CUDA graphs, NCCL, bitsandbytes and other libraries with kernels of their own; torch built with CUDA.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+_PINNED = 8  # the place of pinned host memory among the counters of fake_device.cpp
+_CPU = torch.device("cpu")
+_aten = torch.ops.aten
+
+
+def why_not() -> str | None:
+    """Why this machine cannot pretend to have CUDA devices, or None if it can."""
+    if torch.version.cuda or torch.version.hip:
+        return "fake devices need torch's CPU build"
+    if not _compiler():
+        return "fake devices need a C++ compiler"
+    return None
+
+
+@contextlib.contextmanager
+def fake_cuda(devices: int = 2, memory: float = 80e9) -> Iterator[FakeCuda]:
+    """Inside it this process has so many CUDA devices of `memory` bytes each. Not reentrant; nothing of it may be kept.
+
+    `torch.manual_seed` seeds the devices as well. Libraries that remember whether there is CUDA (transformers,
+    accelerate) are made to forget it on entry and on exit. Backward passes run in the calling thread.
+    """
+    library = _library()
+    library.install(devices, (ctypes.c_int64 * devices)(*[int(memory)] * devices))
+    fake = FakeCuda(library, devices, int(memory))
+    with contextlib.ExitStack() as stack:
+        stack.callback(_forget)
+        stack.callback(library.uninstall)
+        for place, name, value in _replacements(fake):
+            stack.enter_context(mock.patch.object(place, name, value, create=not hasattr(place, name)))
+        stack.enter_context(mock.patch.object(sys.modules[__name__], "_active", fake))
+        # torch counts the devices at a process's first backward pass; later ones would have no thread.
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        _forget()
+        yield fake
+        fake.clocks.settle(fake.clocks.everything())
+
+
+_active: FakeCuda | None = None
+
+
+@dataclass
+class FakeCuda:
+    """The devices of a `fake_cuda` block, and how much of their memory is and was in use (bytes, in units of 512)."""
+
+    library: Any
+    devices: int
+    memory: int
+    generators: tuple[torch.Generator, ...] = ()
+    clocks: Clocks = field(default_factory=lambda: Clocks())
+
+    def __post_init__(self) -> None:
+        self.generators = tuple(torch.Generator(device=torch.device("cuda", i)) for i in range(self.devices))
+
+    def live(self, device: int = 0) -> int:
+        return int(self.library.live_bytes(device))
+
+    def peak(self, device: int = 0) -> int:
+        return int(self.library.peak_bytes(device))
+
+    def reset_peak(self, device: int = 0) -> None:
+        self.library.reset_peak(device)
+
+    @property
+    def pinned(self) -> int:
+        """Bytes of pinned host memory in use."""
+        return int(self.library.live_bytes(_PINNED))
+
+
+# ---------------------------------------------------------------- the C++ part
+
+
+def _compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+
+@functools.cache
+def _library() -> Any:
+    """fake_device.cpp, built once a version of torch, loaded, and the kernels of this file registered."""
+    if reason := why_not():
+        raise RuntimeError(reason)
+    source = Path(__file__).with_suffix(".cpp")
+    mark = hashlib.sha256(source.read_bytes() + torch.__version__.encode() + str(os.getuid()).encode())
+    built = Path(tempfile.gettempdir()) / f"fake_device-{mark.hexdigest()[:16]}.so"
+    if not built.exists():
+        root = Path(torch.__file__).parent
+        own = built.with_suffix(f".{os.getpid()}")
+        includes = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
+        links = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+        flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC"]
+        command = [str(_compiler()), *flags, *includes, str(source), "-o", str(own), *links]
+        made = subprocess.run(command, capture_output=True, text=True)
+        if made.returncode:
+            raise RuntimeError(f"{source.name} does not compile:\n{made.stderr[-3000:]}")
+        own.rename(built)
+    library = ctypes.CDLL(str(built))
+    for name in ("live_bytes", "reserved_bytes", "peak_bytes", "block_serial"):
+        getattr(library, name).restype = ctypes.c_int64
+    library.block_serial.argtypes = [ctypes.c_void_p]
+    _register()
+    return library
+
+
+@functools.cache
+def _register() -> None:
+    rest = torch.library.Library("_", "IMPL")
+    rest.fallback(_kernel, "CUDA")
+    special = torch.library.Library("aten", "IMPL")
+    # These would reach for a kernel of CUDA without asking the dispatcher.
+    special.impl("copy_", _copy, "CUDA")
+    special.impl("convolution", functools.partial(_kernel, _aten.convolution.default), "CUDA")
+    special.impl(
+        "convolution_backward", functools.partial(_kernel, _aten.convolution_backward.default), "CUDA"
+    )
+    for key in ("CUDA", "AutogradCUDA"):
+        special.impl("scaled_dot_product_attention", _attention, key)
+    _registered.extend([rest, special])
+
+
+_registered: list[Any] = []  # a library's kernels live as long as it does
+
+
+# ---------------------------------------------------------------- the kernel of every operation
+
+_ONE_NUMBER = {  # operations that take a number on the CPU (a tensor of no dimensions) beside device tensors
+    "aten::fill_", "aten::masked_fill", "aten::masked_fill_", "aten::_index_put_impl_", "aten::index_put_",
+    "aten::index_put", "aten::lerp", "aten::lerp_", "aten::where", "aten::index_fill_", "aten::_fused_adamw_",
+}  # fmt: skip
+_INDEXING = {
+    "aten::index",
+    "aten::_index_put_impl_",
+    "aten::index_put_",
+    "aten::index_put",
+    "aten::_unsafe_index",
+}
+
+
+def _kernel(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run `op` on the CPU with the memory of its device tensors, after the checks that CUDA makes."""
+    given = [*args, *kwargs.values()]
+    tensors = [t for value in given for t in _tensors(value)]
+    generator = next((value for value in given if isinstance(value, torch.Generator)), None)
+    each = op._schema.name.startswith("aten::_foreach_")
+    device = _one_device_each(op, given) if each else _one_device(op, given, tensors, kwargs.get("device"))
+    if generator is not None and generator.device != device:
+        expected, found = (
+            (device, generator.device)
+            if device.type == generator.device.type
+            else (device.type, generator.device.type)
+        )
+        raise RuntimeError(f"Expected a '{expected}' device type for generator but found '{found}'")
+    cuda = _running()
+    written = [v for a, v in _bound(op, args, kwargs) if a.alias_info and a.alias_info.is_write]
+    cuda.clocks.work(device, tensors, [t for value in written for t in _tensors(value)])
+
+    hosts: dict[
+        int, tuple[torch.Tensor, torch.Tensor]
+    ] = {}  # of a CPU tensor -> it, and the device tensor it is for
+    outs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def host(value: Any, out: bool = False) -> Any:
+        if isinstance(value, list | tuple):
+            return [host(v, out) for v in value]
+        if isinstance(value, torch.device):
+            return _CPU
+        if not isinstance(value, torch.Tensor) or not value.is_cuda:
+            return value
+        made = torch.empty(0, dtype=value.dtype) if out else on_host(value)
+        hosts[id(made)] = (made, value)
+        if out:
+            outs.append((made, value))
+        return made
+
+    names = [a.name for a in op._schema.arguments]
+    is_out = {a.name for a in op._schema.arguments if a.is_out}
+    placed = [host(v, names[i] in is_out) for i, v in enumerate(args)]
+    named = {k: host(v, k in is_out) for k, v in kwargs.items()}
+    _without_half_to_float(op, placed, outs, named, hosts)
+    with _random(device, op, generator) as twin:
+        placed = [twin if v is generator and twin is not None else v for v in placed]
+        named = {k: twin if v is generator and twin is not None else v for k, v in named.items()}
+        result = op(*placed, **named)
+    for made, out in outs:
+        if made.shape != out.shape:
+            out.resize_(made.shape)
+        on_host(out).copy_(made)
+
+    def back(value: Any, to: torch.device) -> Any:
+        if isinstance(value, list | tuple):
+            lists = [v for v in given if isinstance(v, list | tuple)]
+            places = [t.device for t in lists[0]] if each else [to] * len(value)
+            return type(value)(back(v, p) for v, p in zip(value, places, strict=True))
+        if not isinstance(value, torch.Tensor):
+            return value
+        if id(value) in hosts:
+            return hosts[id(value)][1]
+        made = _aten.empty_strided.default(value.shape, value.stride(), dtype=value.dtype, device=to)
+        on_host(made).copy_(value)
+        cuda.clocks.wrote(to, made)
+        return made
+
+    return back(result, device)
+
+
+def on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A CPU tensor on the memory of a device tensor, for as long as that lives (another tensor: itself)."""
+    if not tensor.is_cuda:
+        return tensor
+    storage = tensor.untyped_storage()
+    memory = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), _CPU, storage.nbytes())
+    with torch.no_grad():
+        return torch.empty(0, dtype=tensor.dtype).set_(
+            memory, tensor.storage_offset(), tensor.shape, tensor.stride()
+        )
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for v in value:
+            yield from _tensors(v)
+
+
+def _bound(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    for i, argument in enumerate(op._schema.arguments):
+        if i < len(args):
+            yield argument, args[i]
+        elif argument.name in kwargs:
+            yield argument, kwargs[argument.name]
+
+
+def _running() -> FakeCuda:
+    if _active is None:
+        raise RuntimeError("a tensor of a fake CUDA device was used outside of its fake_cuda block")
+    return _active
+
+
+def _one_device(op: Any, given: list[Any], tensors: list[torch.Tensor], asked: Any) -> torch.device:
+    """The device of an operation; RuntimeError, as CUDA's kernels raise it, where its operands have two."""
+    if not tensors:
+        if asked is not None and torch.device(asked).type == "cuda":
+            return _indexed(torch.device(asked))
+        return _CPU  # it came here by its generator
+    name = op._schema.name
+    if name in _INDEXING:
+        base, indices = given[0].device, list(_tensors(given[1]))
+        if any(i.device not in (_CPU, base) for i in indices):
+            raise RuntimeError(
+                f"indices should be either on cpu or on the same device as the indexed tensor ({base})"
+            )
+        among = {id(i) for i in indices}
+        tensors = [t for t in tensors if id(t) not in among]
+    numbers = torch.Tag.pointwise in op.tags or name in _ONE_NUMBER
+    places: list[torch.device] = []
+    for t in tensors:
+        is_number = numbers and t.is_cpu and t.dim() == 0
+        if t.device not in places and not is_number:
+            places.append(t.device)
+    if len(places) > 1:
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, but found at least two devices, "
+            f"{places[0]} and {places[1]}! (in {op})"
+        )
+    return places[0] if places else _CPU
+
+
+def _one_device_each(op: Any, given: list[Any]) -> torch.device:
+    """The same for an operation on lists, whose elements may differ; returns the first one's device."""
+    lists = [v for v in given if isinstance(v, list | tuple) and v and isinstance(v[0], torch.Tensor)]
+    for row in zip(*lists, strict=True):
+        if "copy" not in op._schema.name:
+            _one_device(op, list(row), [t for t in row if not (t.is_cpu and t.dim() == 0)] or list(row), None)
+    return next((t.device for values in lists for t in values if t.is_cuda), lists[0][0].device)
+
+
+def _indexed(device: torch.device) -> torch.device:
+    return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
+
+
+@contextlib.contextmanager
+def _random(
+    device: torch.device, op: Any, generator: torch.Generator | None
+) -> Iterator[torch.Generator | None]:
+    """Random numbers from the device's generator, or the one given: yields the CPU generator to use instead of it."""
+    if generator is not None:
+        twin = torch.Generator()
+        twin.set_state(generator.get_state())
+        yield twin
+        generator.set_state(twin.get_state())
+    elif torch.Tag.nondeterministic_seeded in op.tags and device.type == "cuda":
+        default = _running().generators[device.index]
+        before = torch.get_rng_state()
+        torch.set_rng_state(default.get_state())
+        try:
+            yield None
+            default.set_state(torch.get_rng_state())
+        finally:
+            torch.set_rng_state(before)
+    else:
+        yield None
+
+
+def _without_half_to_float(
+    op: Any, args: list[Any], outs: list[Any], kwargs: dict[str, Any], hosts: Any
+) -> None:
+    """Softmax of float16 with a float32 result is one kernel on CUDA, and none on the CPU."""
+    if op._schema.name in ("aten::_softmax", "aten::_log_softmax") and args[2]:
+        args[0], args[2] = args[0].float(), False
+    backward = op._schema.name in ("aten::_softmax_backward_data", "aten::_log_softmax_backward_data")
+    if backward and outs and args[0].dtype != args[3]:
+        args[3] = args[0].dtype
+        key = "grad_input" if "grad_input" in kwargs else "out"
+        kwargs[key] = torch.empty(0, dtype=args[0].dtype)
+        hosts[id(kwargs[key])] = (kwargs[key], outs[0][1])
+        outs[0] = (kwargs[key], outs[0][1])
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """`copy_` where one side or both are on a device."""
+    clocks = _running().clocks
+    if target.is_cuda and source.is_cuda:
+        clocks.meet(target.device, source.device)
+        clocks.work(target.device, [source], [target])
+    else:
+        on_cpu, device = (source, target.device) if target.is_cuda else (target, source.device)
+        if non_blocking and on_cpu.numel() and not on_cpu.is_pinned():
+            raise RuntimeError(f"non_blocking copy between {device} and memory that is not pinned")
+        clocks.work(device, [source], [target])
+        if non_blocking and on_cpu is target:
+            clocks.promise(device, target, source)
+            return target
+        if on_cpu is source:
+            clocks.deliver(device, source)
+    on_host(target).copy_(on_host(source))
+    if not (target.is_cuda and source.is_cuda):
+        if non_blocking:
+            clocks.borrow(device, source, target)
+        else:
+            clocks.settle(clocks.known(device))
+    return target
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """`scaled_dot_product_attention` by the way that the CPU would take, so that results are the CPU's."""
+    on_cpu = [
+        None if t is None else on_host(t.detach()).requires_grad_(t.requires_grad)
+        for t in (query, key, value, attn_mask)
+    ]
+    flash = 1
+    named = {"scale": scale, "enable_gqa": enable_gqa}
+    if torch._fused_sdp_choice(*on_cpu, dropout_p, is_causal, **named) == flash:
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            zeros = torch.zeros(attn_mask.shape, dtype=query.dtype, device=attn_mask.device)
+            attn_mask = zeros.masked_fill_(attn_mask.logical_not(), float("-inf"))
+        return _aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+        )[0]
+    return _aten._scaled_dot_product_attention_math(
+        query, key, value, attn_mask, dropout_p, is_causal, None, **named
+    )[0]
+
+
+# ---------------------------------------------------------------- streams: what has to wait for what
+
+Key = tuple[int, int]  # a stream: its device, its number there (0: the default stream)
+Clock = dict[Key, int]  # of each stream, how many pieces of its work are known to be done
+
+
+def _merge(into: Clock, clock: Clock) -> None:
+    for key, n in clock.items():
+        into[key] = max(into.get(key, 0), n)
+
+
+@dataclass
+class _Touched:
+    """Who last wrote a piece of device memory, and who has read it since: stream -> its count then."""
+
+    writer: Key | None = None
+    written: int = 0
+    readers: Clock = field(default_factory=dict)
+
+
+@dataclass
+class _Pending:
+    """A non-blocking copy that the host has not waited for: `finish` runs when it does."""
+
+    key: Key
+    count: int
+    address: int
+    finish: Callable[[], None]
+
+
+class Clocks:
+    """What each stream, and the host, may take as done (vector clocks); operations are only tracked beside side streams."""
+
+    def __init__(self) -> None:
+        self._done: Clock = {}  # pieces of work of each stream
+        self._known: dict[Key, Clock] = {}
+        self._host: Clock = {}
+        self._pending: list[_Pending] = []
+        self._touched: dict[int, _Touched] = {}
+        self._current = threading.local()
+        self._streams = 0
+
+    # which stream
+
+    def new_stream(self) -> int:
+        self._streams += 1
+        return self._streams
+
+    def current(self, device: torch.device) -> Key:
+        index = _indexed(device).index
+        return index, getattr(self._current, "streams", {}).get(index, 0)
+
+    def set_current(self, key: Key) -> None:
+        self._current.streams = {**getattr(self._current, "streams", {}), key[0]: key[1]}
+
+    # what it may take as done
+
+    def known(self, device: torch.device) -> Clock:
+        return self.known_to(self.current(device))
+
+    def known_to(self, key: Key) -> Clock:
+        clock = self._known.setdefault(key, {})
+        _merge(clock, self._host)
+        clock[key] = self._done.get(key, 0)
+        return dict(clock)
+
+    def everything(self, device: int | None = None) -> Clock:
+        return {key: n for key, n in self._done.items() if device in (None, key[0])}
+
+    def wait(self, key: Key, clock: Clock) -> None:
+        """The stream `key` waits for all of `clock`."""
+        _merge(self._known.setdefault(key, {}), clock)
+
+    def meet(self, a: torch.device, b: torch.device) -> None:
+        """A copy between devices waits for, and is waited for by, the current streams of both."""
+        both = [self.current(a), self.current(b)]
+        clocks = [self.known_to(key) for key in both]
+        for key in both:
+            for clock in clocks:
+                self.wait(key, clock)
+
+    def settle(self, clock: Clock) -> None:
+        """The host waits for all of `clock`: the copies in it arrive, or are found spoilt."""
+        _merge(self._host, clock)
+        ready = [p for p in self._pending if p.count <= clock.get(p.key, 0)]
+        self._pending = [p for p in self._pending if p.count > clock.get(p.key, 0)]
+        for pending in ready:
+            pending.finish()
+
+    # work
+
+    def work(self, device: torch.device, tensors: list[torch.Tensor], written: list[torch.Tensor]) -> None:
+        """A piece of work on the device's current stream; RuntimeError where it races with another stream."""
+        if device.type != "cuda":
+            return
+        key = self.current(device)
+        self._done[key] = self._done.get(key, 0) + 1
+        if not self._streams:
+            return
+        known = self.known_to(key)
+        for t in tensors:
+            if t.is_cuda and t.device == device and t.numel():
+                at = self._at(t)
+                self._check(at.writer is not None and known.get(at.writer, 0) < at.written, key, "wrote")
+                at.readers[key] = self._done[key]
+        for t in written:
+            if t.is_cuda and t.device == device and t.numel():
+                at = self._at(t)
+                self._check(any(known.get(k, 0) < n for k, n in at.readers.items() if k != key), key, "reads")
+                self.wrote(device, t)
+
+    def wrote(self, device: torch.device, tensor: torch.Tensor) -> None:
+        if self._streams and tensor.numel():
+            key = self.current(device)
+            self._touched[self._serial(tensor)] = _Touched(key, self._done.get(key, 0))
+
+    def _at(self, tensor: torch.Tensor) -> _Touched:
+        return self._touched.setdefault(self._serial(tensor), _Touched())
+
+    def _serial(self, tensor: torch.Tensor) -> int:
+        return int(_running().library.block_serial(tensor.untyped_storage().data_ptr()))
+
+    def _check(self, races: bool, key: Key, what: str) -> None:
+        if races:
+            raise RuntimeError(
+                f"stream {key[1]} of cuda:{key[0]} uses what another stream still {what}: wait_event or wait_stream first"
+            )
+
+    # copies that nobody waits for
+
+    def promise(self, device: torch.device, target: torch.Tensor, source: torch.Tensor) -> None:
+        """A copy to the host: the target holds nothing of use until it was waited for."""
+        value = on_host(source).clone()
+        self._later(device, target, lambda: target.data.copy_(value))
+        lost: Any = (
+            float("nan")
+            if target.is_floating_point() or target.is_complex()
+            else 255
+            if target.dtype == torch.uint8
+            else -1
+        )
+        target.data.fill_(lost)
+
+    def borrow(self, device: torch.device, source: torch.Tensor, target: torch.Tensor) -> None:
+        """A copy to the device: the source must stay as it is until it was waited for."""
+        value = source.detach().clone()
+
+        def unchanged() -> None:
+            same = torch.equal(source.detach().nan_to_num(), value.nan_to_num())
+            if not same:
+                raise RuntimeError(
+                    f"pinned memory changed before its non_blocking copy to {device} was waited for"
+                )
+
+        self._later(device, source, unchanged)
+
+    def deliver(self, device: torch.device, source: torch.Tensor) -> None:
+        """A copy reads host memory that an earlier copy writes: in order on one stream, else it must have waited."""
+        address, known = source.untyped_storage().data_ptr(), self.known(device)
+        for pending in [p for p in self._pending if p.address == address]:
+            self._check(pending.count > known.get(pending.key, 0), self.current(device), "writes")
+            pending.finish()
+            self._pending.remove(pending)
+
+    def _later(self, device: torch.device, on_cpu: torch.Tensor, finish: Callable[[], None]) -> None:
+        key = self.current(device)
+        self._pending.append(_Pending(key, self._done[key], on_cpu.untyped_storage().data_ptr(), finish))
+
+
+class Stream:
+    """In the place of torch.cuda.Stream."""
+
+    def __init__(self, device: Any = None, priority: int = 0, *, key: Key | None = None) -> None:
+        index = _indexed(_as_device(device)).index
+        self.key: Key = key if key is not None else (index, _running().clocks.new_stream())
+        self.priority = priority
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.key[0])
+
+    @property
+    def device_index(self) -> int:
+        return self.key[0]
+
+    @property
+    def stream_id(self) -> int:
+        return self.key[1]
+
+    cuda_stream = stream_id
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stream) and other.key == self.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def synchronize(self) -> None:
+        clocks = _running().clocks
+        clocks.settle(clocks.known_to(self.key))
+
+    def query(self) -> bool:
+        self.synchronize()
+        return True
+
+    def record_event(self, event: Event | None = None) -> Event:
+        event = event or Event()
+        event.record(self)
+        return event
+
+    def wait_event(self, event: Event) -> None:
+        _running().clocks.wait(self.key, event.clock)
+
+    def wait_stream(self, stream: Stream) -> None:
+        clocks = _running().clocks
+        clocks.wait(self.key, clocks.known_to(stream.key))
+
+
+class Event:
+    """In the place of torch.cuda.Event."""
+
+    def __init__(
+        self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False
+    ) -> None:
+        self.enable_timing = enable_timing
+        self.clock: Clock = {}
+        self.seconds = 0.0
+
+    def record(self, stream: Stream | None = None) -> None:
+        self.clock = _running().clocks.known_to((stream or _current_stream()).key)
+        self.seconds = time.perf_counter()
+
+    def wait(self, stream: Stream | None = None) -> None:
+        (stream or _current_stream()).wait_event(self)
+
+    def synchronize(self) -> None:
+        _running().clocks.settle(self.clock)
+
+    def query(self) -> bool:
+        self.synchronize()
+        return True
+
+    def elapsed_time(self, end: Event) -> float:
+        if not (self.enable_timing and end.enable_timing):
+            raise RuntimeError("Both events must be created with argument 'enable_timing=True'.")
+        return (end.seconds - self.seconds) * 1000
+
+
+def _as_device(device: Any) -> torch.device:
+    if device is None:
+        return torch.device("cuda")
+    if isinstance(device, int):
+        return torch.device("cuda", device)
+    return torch.device(device)
+
+
+def _current_stream(device: Any = None) -> Stream:
+    return Stream(key=_running().clocks.current(_as_device(device)))
+
+
+def _default_stream(device: Any = None) -> Stream:
+    return Stream(key=(_indexed(_as_device(device)).index, 0))
+
+
+def _set_stream(stream: Stream | None) -> None:
+    if stream is not None:
+        torch.cuda.set_device(stream.device)
+        _running().clocks.set_current(stream.key)
+
+
+# ---------------------------------------------------------------- torch.cuda
+
+
+def _replacements(fake: FakeCuda) -> Iterator[tuple[Any, str, Any]]:
+    """What of torch itself is replaced: place, name, replacement. The rest of torch.cuda is torch's own code."""
+    library = fake.library
+
+    def set_device(index: int) -> None:
+        if library.set_device(index):
+            raise torch.AcceleratorError(f"CUDA error: invalid device ordinal {index}")
+
+    def exchange(index: int) -> int:
+        before = int(library.get_device())
+        if index >= 0:
+            set_device(index)
+        return before
+
+    def stats(index: int) -> dict[str, Any]:
+        def of(current: int, peak: int) -> dict[str, Any]:
+            return {"all": {"current": current, "peak": peak, "allocated": peak, "freed": peak - current}}
+
+        live, reserved, peak = (
+            int(f(index)) for f in (library.live_bytes, library.reserved_bytes, library.peak_bytes)
+        )
+        return {"allocated_bytes": of(live, peak), "reserved_bytes": of(reserved, max(peak, reserved))}
+
+    def index_of(device: Any) -> int:
+        index = _indexed(_as_device(device)).index
+        if not 0 <= index < fake.devices:
+            raise AssertionError("Invalid device id")
+        return int(index)
+
+    def mem_get_info(device: Any = None) -> tuple[int, int]:
+        """Free and total bytes; as on a real device, what torch keeps for later use is not free."""
+        return fake.memory - int(library.reserved_bytes(index_of(device))), fake.memory
+
+    def properties(device: Any = None) -> SimpleNamespace:
+        index_of(device)
+        return SimpleNamespace(
+            name="a pretended CUDA device",
+            total_memory=fake.memory,
+            major=9,
+            minor=0,
+            multi_processor_count=132,
+            warp_size=32,
+            is_integrated=0,
+        )
+
+    def synchronize(device: Any = None) -> None:
+        fake.clocks.settle(fake.clocks.everything(index_of(device)))
+
+    make_storage = torch.UntypedStorage.__new__
+
+    def new_storage(cls: Any, *args: Any, device: Any = None, **kwargs: Any) -> Any:
+        if device is None or torch.device(device).type != "cuda":
+            return make_storage(cls, *args, **({"device": device} if device is not None else {}), **kwargs)
+        data = args[0] if args else 0
+        nbytes = data if isinstance(data, int) else len(data)
+        return torch.empty(nbytes, dtype=torch.uint8, device=device).untyped_storage()
+
+    low, cuda = torch._C, torch.cuda
+    yield low, "_cuda_getDeviceCount", lambda: fake.devices
+    yield low, "_cuda_getDevice", lambda: int(library.get_device())
+    yield low, "_cuda_setDevice", set_device
+    yield low, "_cuda_emptyCache", library.empty_cache
+    yield low, "_cuda_memoryStats", stats
+    yield low, "_cuda_resetPeakMemoryStats", fake.reset_peak
+    yield low, "_cuda_resetAccumulatedMemoryStats", lambda index: None
+    yield low, "_cuda_isCurrentStreamCapturing", lambda: False
+    yield low, "_cuda_hasPrimaryContext", lambda index: True
+    yield cuda, "_lazy_init", lambda: None
+    yield cuda, "_lazy_call", lambda call, **how: call()
+    yield cuda, "_initialized", True
+    yield cuda, "_exchange_device", exchange
+    yield cuda, "_maybe_exchange_device", exchange
+    yield cuda, "default_generators", fake.generators
+    yield cuda, "is_available", lambda: True
+    yield cuda, "device_count", lambda: fake.devices
+    yield cuda, "is_bf16_supported", lambda including_emulation=True: True
+    yield cuda, "get_device_properties", properties
+    yield cuda, "ipc_collect", lambda: None
+    for place in (cuda, cuda.memory):
+        yield place, "mem_get_info", mem_get_info
+    yield cuda, "synchronize", synchronize
+    yield cuda, "Stream", Stream
+    yield cuda, "Event", Event
+    yield cuda, "current_stream", _current_stream
+    yield cuda, "default_stream", _default_stream
+    yield cuda, "set_stream", _set_stream
+    yield torch.Tensor, "record_stream", lambda tensor, stream: None
+    yield torch.UntypedStorage, "__new__", new_storage
+
+
+def _forget() -> None:
+    """Libraries ask once whether there is CUDA, and remember: make them ask again."""
+    for name in ("transformers.utils.import_utils", "accelerate.utils.imports", "accelerate.utils.modeling"):
+        for value in vars(sys.modules.get(name, SimpleNamespace())).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
