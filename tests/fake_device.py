@@ -27,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -160,83 +160,104 @@ _registered: list[Any] = []  # a library's kernels live as long as it does
 # ---------------------------------------------------------------- the kernel of every operation
 
 _ONE_NUMBER = {  # operations that take a number on the CPU (a tensor of no dimensions) beside device tensors
-    "aten::fill_", "aten::masked_fill", "aten::masked_fill_", "aten::_index_put_impl_", "aten::index_put_",
-    "aten::index_put", "aten::lerp", "aten::lerp_", "aten::where", "aten::index_fill_", "aten::_fused_adamw_",
-}  # fmt: skip
-_INDEXING = {
-    "aten::index",
-    "aten::_index_put_impl_",
-    "aten::index_put_",
-    "aten::index_put",
-    "aten::_unsafe_index",
+    *("fill_", "masked_fill", "masked_fill_", "index_put", "index_put_", "_index_put_impl_", "index_fill_"),
+    *("lerp", "lerp_", "where", "_fused_adamw_", "_fused_adam_"),
 }
+_INDEXING = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_"}
+_SOFTMAX = {"_softmax", "_log_softmax"}
+_SOFTMAX_BACKWARD = {"_softmax_backward_data", "_log_softmax_backward_data"}
+
+
+class _Facts:
+    """What the kernel has to know of an operation, from its schema."""
+
+    def __init__(self, op: Any) -> None:
+        arguments = op._schema.arguments
+        self.name = op._schema.name.removeprefix("aten::")
+        self.places = {a.name: i for i, a in enumerate(arguments)}
+        self.outs = {key for i, a in enumerate(arguments) if a.is_out for key in (i, a.name)}
+        self.writes = {
+            key
+            for i, a in enumerate(arguments)
+            if a.alias_info and a.alias_info.is_write
+            for key in (i, a.name)
+        }
+        self.lists = self.name.startswith("_foreach_")
+        self.numbers = torch.Tag.pointwise in op.tags or self.name in _ONE_NUMBER
+        self.random = torch.Tag.nondeterministic_seeded in op.tags or "generator" in self.places
+
+
+_facts = functools.cache(_Facts)
 
 
 def _kernel(op: Any, *args: Any, **kwargs: Any) -> Any:
     """Run `op` on the CPU with the memory of its device tensors, after the checks that CUDA makes."""
-    given = [*args, *kwargs.values()]
-    tensors = [t for value in given for t in _tensors(value)]
-    generator = next((value for value in given if isinstance(value, torch.Generator)), None)
-    each = op._schema.name.startswith("aten::_foreach_")
-    device = _one_device_each(op, given) if each else _one_device(op, given, tensors, kwargs.get("device"))
-    if generator is not None and generator.device != device:
-        expected, found = (
-            (device, generator.device)
-            if device.type == generator.device.type
-            else (device.type, generator.device.type)
-        )
-        raise RuntimeError(f"Expected a '{expected}' device type for generator but found '{found}'")
-    cuda = _running()
-    written = [v for a, v in _bound(op, args, kwargs) if a.alias_info and a.alias_info.is_write]
-    cuda.clocks.work(device, tensors, [t for value in written for t in _tensors(value)])
+    facts, running = _facts(op), _running()
+    values = {**dict(enumerate(args)), **kwargs}
+    written = [t for key in facts.writes if key in values for t in _tensors(values[key])]
+    if facts.lists:
+        device = _one_device_a_row(op, values, written)
+    else:
+        device = _one_device(op, values, [t for v in values.values() for t in _tensors(v)], written)
+    if running.clocks.tracks:
+        running.clocks.work(device, [t for v in values.values() for t in _tensors(v)], written)
+    else:
+        running.clocks.count(device)
 
-    hosts: dict[
-        int, tuple[torch.Tensor, torch.Tensor]
-    ] = {}  # of a CPU tensor -> it, and the device tensor it is for
+    on_device: dict[int, torch.Tensor] = {}  # of a CPU tensor's id -> the device tensor it is for
     outs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def host(value: Any, out: bool = False) -> Any:
+        if isinstance(value, torch.Tensor):
+            if not value.is_cuda:
+                return value
+            made = torch.empty(0, dtype=value.dtype) if out else on_host(value)
+            on_device[id(made)] = value
+            if out:
+                outs.append((made, value))
+            return made
         if isinstance(value, list | tuple):
             return [host(v, out) for v in value]
-        if isinstance(value, torch.device):
-            return _CPU
-        if not isinstance(value, torch.Tensor) or not value.is_cuda:
-            return value
-        made = torch.empty(0, dtype=value.dtype) if out else on_host(value)
-        hosts[id(made)] = (made, value)
-        if out:
-            outs.append((made, value))
-        return made
+        return _CPU if isinstance(value, torch.device) else value
 
-    names = [a.name for a in op._schema.arguments]
-    is_out = {a.name for a in op._schema.arguments if a.is_out}
-    placed = [host(v, names[i] in is_out) for i, v in enumerate(args)]
-    named = {k: host(v, k in is_out) for k, v in kwargs.items()}
-    _without_half_to_float(op, placed, outs, named, hosts)
-    with _random(device, op, generator) as twin:
-        placed = [twin if v is generator and twin is not None else v for v in placed]
-        named = {k: twin if v is generator and twin is not None else v for k, v in named.items()}
-        result = op(*placed, **named)
+    placed = {key: host(value, key in facts.outs) for key, value in values.items()}
+    if (
+        facts.name in _SOFTMAX and placed[2]
+    ):  # of float16 with a float32 result: one kernel on CUDA, none on the CPU
+        placed[0], placed[2] = placed[0].float(), False
+    if facts.name in _SOFTMAX_BACKWARD and placed[0].dtype != placed[3]:
+        made, out = torch.empty(0, dtype=placed[0].dtype), outs.pop()[1]
+        placed[3], placed[next(key for key in facts.outs if key in placed)] = made.dtype, made
+        on_device[id(made)] = out
+        outs.append((made, out))
+
+    def run() -> Any:
+        return op(
+            *(v for k, v in placed.items() if isinstance(k, int)),
+            **{k: v for k, v in placed.items() if isinstance(k, str)},
+        )
+
+    result = _with_random_numbers(device, values, placed, run) if facts.random else run()
     for made, out in outs:
         if made.shape != out.shape:
             out.resize_(made.shape)
         on_host(out).copy_(made)
 
     def back(value: Any, to: torch.device) -> Any:
+        if isinstance(value, torch.Tensor):
+            if id(value) in on_device:
+                return on_device[id(value)]
+            made = _aten.empty_strided.default(value.shape, value.stride(), dtype=value.dtype, device=to)
+            on_host(made).copy_(value)
+            if running.clocks.tracks:
+                running.clocks.wrote(to, made)
+            return made
         if isinstance(value, list | tuple):
-            lists = [v for v in given if isinstance(v, list | tuple)]
-            places = [t.device for t in lists[0]] if each else [to] * len(value)
+            places = [t.device for t in values[0]] if facts.lists else [to] * len(value)
             return type(value)(back(v, p) for v, p in zip(value, places, strict=True))
-        if not isinstance(value, torch.Tensor):
-            return value
-        if id(value) in hosts:
-            return hosts[id(value)][1]
-        made = _aten.empty_strided.default(value.shape, value.stride(), dtype=value.dtype, device=to)
-        on_host(made).copy_(value)
-        cuda.clocks.wrote(to, made)
-        return made
+        return value
 
-    return back(result, device)
+    return result if device.type == "cpu" else back(result, device)
 
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:
@@ -245,26 +266,16 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     storage = tensor.untyped_storage()
     memory = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), _CPU, storage.nbytes())
-    with torch.no_grad():
-        return torch.empty(0, dtype=tensor.dtype).set_(
-            memory, tensor.storage_offset(), tensor.shape, tensor.stride()
-        )
+    made = torch.empty(0, dtype=tensor.dtype)
+    return made.set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def _tensors(value: Any) -> Iterable[torch.Tensor]:
     if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for v in value:
-            yield from _tensors(v)
-
-
-def _bound(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
-    for i, argument in enumerate(op._schema.arguments):
-        if i < len(args):
-            yield argument, args[i]
-        elif argument.name in kwargs:
-            yield argument, kwargs[argument.name]
+        return (value,)
+    if isinstance(value, list | tuple):
+        return [v for v in value if isinstance(v, torch.Tensor)]
+    return ()
 
 
 def _running() -> FakeCuda:
@@ -273,84 +284,75 @@ def _running() -> FakeCuda:
     return _active
 
 
-def _one_device(op: Any, given: list[Any], tensors: list[torch.Tensor], asked: Any) -> torch.device:
+def _one_device(
+    op: Any, values: dict[Any, Any], tensors: list[torch.Tensor], written: list[torch.Tensor]
+) -> torch.device:
     """The device of an operation; RuntimeError, as CUDA's kernels raise it, where its operands have two."""
     if not tensors:
-        if asked is not None and torch.device(asked).type == "cuda":
-            return _indexed(torch.device(asked))
-        return _CPU  # it came here by its generator
-    name = op._schema.name
-    if name in _INDEXING:
-        base, indices = given[0].device, list(_tensors(given[1]))
+        asked = values.get("device") or _CPU  # on the CPU, it came here by its generator
+        return _indexed(asked) if asked.type == "cuda" else asked
+    facts = _facts(op)
+    if facts.name in _INDEXING:
+        base, indices = values[0].device, _tensors(values[1])
         if any(i.device not in (_CPU, base) for i in indices):
-            raise RuntimeError(
-                f"indices should be either on cpu or on the same device as the indexed tensor ({base})"
-            )
-        among = {id(i) for i in indices}
-        tensors = [t for t in tensors if id(t) not in among]
-    numbers = torch.Tag.pointwise in op.tags or name in _ONE_NUMBER
-    places: list[torch.device] = []
+            message = "indices should be either on cpu or on the same device as the indexed tensor"
+            raise RuntimeError(f"{message} ({base})")
+        tensors = [t for t in tensors if not any(t is i for i in indices)]
+    first: torch.device | None = None
     for t in tensors:
-        is_number = numbers and t.is_cpu and t.dim() == 0
-        if t.device not in places and not is_number:
-            places.append(t.device)
-    if len(places) > 1:
-        raise RuntimeError(
-            "Expected all tensors to be on the same device, but found at least two devices, "
-            f"{places[0]} and {places[1]}! (in {op})"
-        )
-    return places[0] if places else _CPU
+        if t.is_cpu and facts.numbers and t.dim() == 0 and not any(t is w for w in written):
+            continue
+        if first is None:
+            first = t.device
+        elif t.device != first:
+            message = "Expected all tensors to be on the same device, but found at least two devices"
+            raise RuntimeError(f"{message}, {first} and {t.device}! (in {op})")
+    return first or _CPU
 
 
-def _one_device_each(op: Any, given: list[Any]) -> torch.device:
-    """The same for an operation on lists, whose elements may differ; returns the first one's device."""
-    lists = [v for v in given if isinstance(v, list | tuple) and v and isinstance(v[0], torch.Tensor)]
+def _one_device_a_row(op: Any, values: dict[Any, Any], written: list[torch.Tensor]) -> torch.device:
+    """The same for an operation on lists, whose elements may be on several devices; returns the first one's."""
+    lists = [
+        v for v in values.values() if isinstance(v, list | tuple) and v and isinstance(v[0], torch.Tensor)
+    ]
     for row in zip(*lists, strict=True):
-        if "copy" not in op._schema.name:
-            _one_device(op, list(row), [t for t in row if not (t.is_cpu and t.dim() == 0)] or list(row), None)
-    return next((t.device for values in lists for t in values if t.is_cuda), lists[0][0].device)
+        if "copy" not in _facts(op).name:
+            large = [t for t in row if t.is_cuda or t.dim() > 0]
+            _one_device(op, values, large or list(row), written)
+    return next((t.device for row in lists for t in row if t.is_cuda), _CPU)
 
 
 def _indexed(device: torch.device) -> torch.device:
     return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
-@contextlib.contextmanager
-def _random(
-    device: torch.device, op: Any, generator: torch.Generator | None
-) -> Iterator[torch.Generator | None]:
-    """Random numbers from the device's generator, or the one given: yields the CPU generator to use instead of it."""
-    if generator is not None:
-        twin = torch.Generator()
-        twin.set_state(generator.get_state())
-        yield twin
-        generator.set_state(twin.get_state())
-    elif torch.Tag.nondeterministic_seeded in op.tags and device.type == "cuda":
-        default = _running().generators[device.index]
-        before = torch.get_rng_state()
-        torch.set_rng_state(default.get_state())
-        try:
-            yield None
-            default.set_state(torch.get_rng_state())
-        finally:
-            torch.set_rng_state(before)
-    else:
-        yield None
-
-
-def _without_half_to_float(
-    op: Any, args: list[Any], outs: list[Any], kwargs: dict[str, Any], hosts: Any
-) -> None:
-    """Softmax of float16 with a float32 result is one kernel on CUDA, and none on the CPU."""
-    if op._schema.name in ("aten::_softmax", "aten::_log_softmax") and args[2]:
-        args[0], args[2] = args[0].float(), False
-    backward = op._schema.name in ("aten::_softmax_backward_data", "aten::_log_softmax_backward_data")
-    if backward and outs and args[0].dtype != args[3]:
-        args[3] = args[0].dtype
-        key = "grad_input" if "grad_input" in kwargs else "out"
-        kwargs[key] = torch.empty(0, dtype=args[0].dtype)
-        hosts[id(kwargs[key])] = (kwargs[key], outs[0][1])
-        outs[0] = (kwargs[key], outs[0][1])
+def _with_random_numbers(
+    device: torch.device, values: dict[Any, Any], placed: dict[Any, Any], run: Callable[[], Any]
+) -> Any:
+    """Run with random numbers from the device's generator, or the one given."""
+    key = next((k for k, v in values.items() if isinstance(v, torch.Generator)), None)
+    if key is not None:
+        given, twin = values[key], torch.Generator()
+        if given.device != device:
+            which = (lambda d: str(d)) if given.device.type == device.type else (lambda d: str(d.type))
+            message = (
+                f"Expected a '{which(device)}' device type for generator but found '{which(given.device)}'"
+            )
+            raise RuntimeError(message)
+        placed[key] = twin.set_state(given.get_state())
+        result = run()
+        given.set_state(twin.get_state())
+        return result
+    if device.type == "cpu":
+        return run()
+    default, before = _running().generators[device.index], torch.get_rng_state()
+    torch.set_rng_state(default.get_state())
+    try:
+        result = run()
+        default.set_state(torch.get_rng_state())
+        return result
+    finally:
+        torch.set_rng_state(before)
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
@@ -391,7 +393,7 @@ def _attention(
 ) -> torch.Tensor:
     """`scaled_dot_product_attention` by the way that the CPU would take, so that results are the CPU's."""
     on_cpu = [
-        None if t is None else on_host(t.detach()).requires_grad_(t.requires_grad)
+        None if t is None else on_host(t.detach()).detach().requires_grad_(t.requires_grad)
         for t in (query, key, value, attn_mask)
     ]
     flash = 1
@@ -439,7 +441,8 @@ class _Pending:
 
 
 class Clocks:
-    """What each stream, and the host, may take as done (vector clocks); operations are only tracked beside side streams."""
+    """What each stream, and the host, may take as done (vector clocks); operations are only tracked
+    once there are side streams."""
 
     def __init__(self) -> None:
         self._done: Clock = {}  # pieces of work of each stream
@@ -449,6 +452,11 @@ class Clocks:
         self._touched: dict[int, _Touched] = {}
         self._current = threading.local()
         self._streams = 0
+
+    @property
+    def tracks(self) -> bool:
+        """Whether there has been a stream beside the default ones."""
+        return self._streams > 0
 
     # which stream
 
@@ -499,14 +507,18 @@ class Clocks:
 
     # work
 
+    def count(self, device: torch.device) -> None:
+        """A piece of work on the device's current stream, where nothing can race with it."""
+        if device.type == "cuda":
+            key = self.current(device)
+            self._done[key] = self._done.get(key, 0) + 1
+
     def work(self, device: torch.device, tensors: list[torch.Tensor], written: list[torch.Tensor]) -> None:
         """A piece of work on the device's current stream; RuntimeError where it races with another stream."""
-        if device.type != "cuda":
+        self.count(device)
+        if device.type != "cuda" or not self.tracks:
             return
         key = self.current(device)
-        self._done[key] = self._done.get(key, 0) + 1
-        if not self._streams:
-            return
         known = self.known_to(key)
         for t in tensors:
             if t.is_cuda and t.device == device and t.numel():
@@ -520,7 +532,7 @@ class Clocks:
                 self.wrote(device, t)
 
     def wrote(self, device: torch.device, tensor: torch.Tensor) -> None:
-        if self._streams and tensor.numel():
+        if tensor.numel():
             key = self.current(device)
             self._touched[self._serial(tensor)] = _Touched(key, self._done.get(key, 0))
 
@@ -533,7 +545,8 @@ class Clocks:
     def _check(self, races: bool, key: Key, what: str) -> None:
         if races:
             raise RuntimeError(
-                f"stream {key[1]} of cuda:{key[0]} uses what another stream still {what}: wait_event or wait_stream first"
+                f"stream {key[1]} of cuda:{key[0]} uses what another stream still {what}:"
+                " wait_event or wait_stream first"
             )
 
     # copies that nobody waits for
