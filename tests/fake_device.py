@@ -29,6 +29,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,15 +53,21 @@ def why_not() -> str | None:
 
 
 @contextlib.contextmanager
-def fake_cuda(devices: int = 2, memory: float = 80e9) -> Iterator[FakeCuda]:
+def fake_cuda(devices: int = 2, memory: float = 80e9, *, pageable: bool = False) -> Iterator[FakeCuda]:
     """Inside it this process has so many CUDA devices of `memory` bytes each. Not reentrant; nothing of it may be kept.
+
+    With `pageable`, `non_blocking` copies from and to memory that is not pinned wait, as CUDA's do, and do not raise.
+    transformers loads nothing straight to a device of less than 1.3e9 bytes.
 
     `torch.manual_seed` seeds the devices as well. Libraries that remember whether there is CUDA (transformers,
     accelerate) are made to forget it on entry and on exit. Backward passes run in the calling thread.
     """
+    for name in ("torch._dynamo", "transformers.modeling_utils", "accelerate", "peft"):
+        if find_spec(name.partition(".")[0]):  # what they find at import is for the whole process
+            import_module(name)
     library = _library()
     library.install(devices, (ctypes.c_int64 * devices)(*[int(memory)] * devices))
-    fake = FakeCuda(library, devices, int(memory))
+    fake = FakeCuda(library, devices, int(memory), pageable)
     with contextlib.ExitStack() as stack:
         stack.callback(_forget)
         stack.callback(library.uninstall)
@@ -76,13 +84,14 @@ def fake_cuda(devices: int = 2, memory: float = 80e9) -> Iterator[FakeCuda]:
 _active: FakeCuda | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class FakeCuda:
     """The devices of a `fake_cuda` block, and how much of their memory is and was in use (bytes, in units of 512)."""
 
     library: Any
     devices: int
     memory: int
+    pageable: bool = False
     generators: tuple[torch.Generator, ...] = ()
     clocks: Clocks = field(default_factory=lambda: Clocks())
 
@@ -364,13 +373,14 @@ def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
     else:
         on_cpu, device = (source, target.device) if target.is_cuda else (target, source.device)
         if non_blocking and on_cpu.numel() and not on_cpu.is_pinned():
-            raise RuntimeError(f"non_blocking copy between {device} and memory that is not pinned")
+            if not _running().pageable:
+                raise RuntimeError(f"non_blocking copy between {device} and memory that is not pinned")
+            non_blocking = False
         clocks.work(device, [source], [target])
+        clocks.deliver(device, on_cpu)
         if non_blocking and on_cpu is target:
             clocks.promise(device, target, source)
             return target
-        if on_cpu is source:
-            clocks.deliver(device, source)
     on_host(target).copy_(on_host(source))
     if not (target.is_cuda and source.is_cuda):
         if non_blocking:
@@ -578,10 +588,10 @@ class Clocks:
         self._later(device, source, unchanged)
 
     def deliver(self, device: torch.device, source: torch.Tensor) -> None:
-        """A copy reads host memory that an earlier copy writes: in order on one stream, else it must have waited."""
+        """A copy with host memory that an earlier copy still uses: in order on one stream, else it must have waited."""
         address, known = source.untyped_storage().data_ptr(), self.known(device)
         for pending in [p for p in self._pending if p.address == address]:
-            self._check(pending.count > known.get(pending.key, 0), self.current(device), "writes")
+            self._check(pending.count > known.get(pending.key, 0), self.current(device), "copies")
             pending.finish()
             self._pending.remove(pending)
 
@@ -752,10 +762,9 @@ def _replacements(fake: FakeCuda) -> Iterator[tuple[Any, str, Any]]:
         return torch.empty(nbytes, dtype=torch.uint8, device=device).untyped_storage()
 
     low, cuda = torch._C, torch.cuda
-    yield low, "_cuda_getDeviceCount", lambda: fake.devices
     yield low, "_cuda_getDevice", lambda: int(library.get_device())
     yield low, "_cuda_setDevice", set_device
-    yield low, "_cuda_emptyCache", library.empty_cache
+    yield low, "_cuda_emptyCache", lambda: library.empty_cache()
     yield low, "_cuda_memoryStats", stats
     yield low, "_cuda_resetPeakMemoryStats", fake.reset_peak
     yield low, "_cuda_resetAccumulatedMemoryStats", lambda index: None
