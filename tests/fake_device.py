@@ -57,7 +57,7 @@ def fake_cuda(devices: int = 2, memory: float = 80e9, *, pageable: bool = False)
     """Inside it this process has so many CUDA devices of `memory` bytes each. Not reentrant; nothing of it may be kept.
 
     With `pageable`, `non_blocking` copies from and to memory that is not pinned wait, as CUDA's do, and do not raise.
-    transformers loads nothing straight to a device of less than 1.3e9 bytes.
+    transformers' warming of the device's memory is left out: it fails on devices of less than 1.3e9 bytes.
 
     `torch.manual_seed` seeds the devices as well. Libraries that remember whether there is CUDA (transformers,
     accelerate) are made to forget it on entry and on exit. Backward passes run in the calling thread.
@@ -191,6 +191,9 @@ class _Facts:
             if a.alias_info and a.alias_info.is_write
             for key in (i, a.name)
         }
+        self.tensors = {
+            key for i, a in enumerate(arguments) if str(a.type) == "Tensor" for key in (i, a.name)
+        }
         self.lists = self.name.startswith("_foreach_")
         self.numbers = torch.Tag.pointwise in op.tags or self.name in _ONE_NUMBER
         self.random = torch.Tag.nondeterministic_seeded in op.tags or "generator" in self.places
@@ -230,6 +233,10 @@ def _kernel(op: Any, *args: Any, **kwargs: Any) -> Any:
         return _CPU if isinstance(value, torch.device) else value
 
     placed = {key: host(value, key in facts.outs) for key, value in values.items()}
+    for key, value in placed.items():
+        if value is True or value is False:
+            if key in facts.tensors:  # torch hands numbers on as they are, and takes them so, but not these
+                placed[key] = torch.tensor(value)
     if (
         facts.name in _SOFTMAX and placed[2]
     ):  # of float16 with a float32 result: one kernel on CUDA, none on the CPU
@@ -791,6 +798,8 @@ def _replacements(fake: FakeCuda) -> Iterator[tuple[Any, str, Any]]:
     yield cuda, "set_stream", _set_stream
     yield torch.Tensor, "record_stream", lambda tensor, stream: None
     yield torch.UntypedStorage, "__new__", new_storage
+    if modeling := sys.modules.get("transformers.modeling_utils"):
+        yield modeling, "caching_allocator_warmup", lambda *what: None
 
 
 def _forget() -> None:
