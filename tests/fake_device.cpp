@@ -26,10 +26,11 @@ using c10::DeviceType;
 
 constexpr int kDevices = 8;
 constexpr int kPinned = kDevices;  // the place of pinned host memory among the counters
+constexpr int kForgotten = kDevices + 1;
 
 int device_count = 0;
-int64_t limits[kDevices + 1];
-int64_t live[kDevices + 1], reserved[kDevices + 1], peak[kDevices + 1];  // bytes
+int64_t limits[kForgotten + 1];
+int64_t live[kForgotten + 1], reserved[kForgotten + 1], peak[kForgotten + 1];  // bytes
 struct Block {
   int64_t bytes;
   int place;
@@ -226,9 +227,10 @@ void install(int count, const int64_t* memory) {
   static Guard guard;
   static Hooks hooks;
   device_count = count;
-  for (int i = 0; i <= kDevices; i++) {
+  for (auto& block : blocks) block.second.place = kForgotten;  // what earlier devices left behind
+  for (int i = 0; i <= kForgotten; i++) {
     limits[i] = i < count ? memory[i] : INT64_MAX;
-    reserved[i] = peak[i] = live[i];
+    reserved[i] = peak[i] = live[i] = 0;
   }
   current = 0;
   c10::impl::registerDeviceGuard(DeviceType::CUDA, &guard);
@@ -261,6 +263,6 @@ int64_t reserved_bytes(int place) { return reserved[place]; }
 int64_t peak_bytes(int place) { return peak[place]; }
 void reset_peak(int place) { peak[place] = live[place]; }
 void empty_cache() {
-  for (int i = 0; i <= kDevices; i++) reserved[i] = live[i];
+  for (int i = 0; i <= kPinned; i++) reserved[i] = live[i];
 }
 }

@@ -36,11 +36,16 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 
 _PINNED = 8  # the place of pinned host memory among the counters of fake_device.cpp
 _CPU = torch.device("cpu")
 _aten = torch.ops.aten
+
+
+def _compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 
 def why_not() -> str | None:
@@ -52,11 +57,18 @@ def why_not() -> str | None:
     return None
 
 
+needs_fake_cuda = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+
 @contextlib.contextmanager
-def fake_cuda(devices: int = 2, memory: float = 80e9, *, pageable: bool = False) -> Iterator[FakeCuda]:
+def fake_cuda(
+    devices: int = 2, memory: float = 80e9, *, reported: float | None = None, pageable: bool = False
+) -> Iterator[FakeCuda]:
     """Inside it this process has so many CUDA devices of `memory` bytes each. Not reentrant; nothing of it may be kept.
 
-    With `pageable`, `non_blocking` copies from and to memory that is not pinned wait, as CUDA's do, and do not raise.
+    `reported` is what a device tells of its size, where that should be less than it really takes: a small model is
+    then spread over several, and its activations still have room. With `pageable`, `non_blocking` copies from and to
+    memory that is not pinned wait, as CUDA's do, and do not raise.
     transformers' warming of the device's memory is left out: it fails on devices of less than 1.3e9 bytes.
 
     `torch.manual_seed` seeds the devices as well. Libraries that remember whether there is CUDA (transformers,
@@ -67,12 +79,13 @@ def fake_cuda(devices: int = 2, memory: float = 80e9, *, pageable: bool = False)
             import_module(name)
     library = _library()
     library.install(devices, (ctypes.c_int64 * devices)(*[int(memory)] * devices))
-    fake = FakeCuda(library, devices, int(memory), pageable)
+    fake = FakeCuda(library, devices, int(reported or memory), pageable)
     with contextlib.ExitStack() as stack:
         stack.callback(_forget)
         stack.callback(library.uninstall)
         for place, name, value in _replacements(fake):
-            stack.enter_context(mock.patch.object(place, name, value, create=not hasattr(place, name)))
+            for twin in _twins(place, name):
+                stack.enter_context(mock.patch.object(twin, name, value, create=not hasattr(twin, name)))
         stack.enter_context(mock.patch.object(sys.modules[__name__], "_active", fake))
         # torch counts the devices at a process's first backward pass; later ones would have no thread.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
@@ -114,10 +127,6 @@ class FakeCuda:
 
 
 # ---------------------------------------------------------------- the C++ part
-
-
-def _compiler() -> str | None:
-    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 
 @functools.cache
@@ -234,9 +243,10 @@ def _kernel(op: Any, *args: Any, **kwargs: Any) -> Any:
 
     placed = {key: host(value, key in facts.outs) for key, value in values.items()}
     for key, value in placed.items():
-        if value is True or value is False:
-            if key in facts.tensors:  # torch hands numbers on as they are, and takes them so, but not these
-                placed[key] = torch.tensor(value)
+        if isinstance(value, bool) and key in facts.tensors:
+            placed[key] = torch.tensor(
+                value
+            )  # torch hands numbers on as they are, and takes them so, but not these
     if (
         facts.name in _SOFTMAX and placed[2]
     ):  # of float16 with a float32 result: one kernel on CUDA, none on the CPU
@@ -248,15 +258,25 @@ def _kernel(op: Any, *args: Any, **kwargs: Any) -> Any:
         outs.append((made, out))
 
     def run() -> Any:
-        return op(
-            *(v for k, v in placed.items() if isinstance(k, int)),
-            **{k: v for k, v in placed.items() if isinstance(k, str)},
-        )
+        given = [v for k, v in placed.items() if isinstance(k, int)]
+        named = {k: v for k, v in placed.items() if isinstance(k, str)}
+        try:
+            return op(*given, **named)
+        except (
+            NotImplementedError
+        ):  # "... not implemented for 'Int'": of a type that only CUDA has the kernel for
+            if facts.writes or not _tensors(given[0]):
+                raise
+            wide = torch.float32 if given[0].is_floating_point() else torch.float64
+            wider = [
+                v.to(wide) if isinstance(v, torch.Tensor) and v.dtype == given[0].dtype else v for v in given
+            ]
+            return op(*wider, **named).to(given[0].dtype)
 
     result = _with_random_numbers(device, values, placed, run) if facts.random else run()
     for made, out in outs:
         if made.shape != out.shape:
-            out.resize_(made.shape)
+            out.resize_(made.shape).as_strided_(made.shape, made.stride())
         on_host(out).copy_(made)
 
     def back(value: Any, to: torch.device) -> Any:
@@ -283,7 +303,10 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
     storage = tensor.untyped_storage()
     memory = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), _CPU, storage.nbytes())
     made = torch.empty(0, dtype=tensor.dtype)
-    return made.set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride())
+    made = made.set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride())
+    if tensor.is_conj():
+        made = made.conj()
+    return torch._neg_view(made) if tensor.is_neg() else made
 
 
 def _tensors(value: Any) -> Iterable[torch.Tensor]:
@@ -742,7 +765,7 @@ def _replacements(fake: FakeCuda) -> Iterator[tuple[Any, str, Any]]:
 
     def mem_get_info(device: Any = None) -> tuple[int, int]:
         """Free and total bytes; as on a real device, what torch keeps for later use is not free."""
-        return fake.memory - int(library.reserved_bytes(index_of(device))), fake.memory
+        return max(0, fake.memory - int(library.reserved_bytes(index_of(device)))), fake.memory
 
     def properties(device: Any = None) -> SimpleNamespace:
         index_of(device)
@@ -788,8 +811,7 @@ def _replacements(fake: FakeCuda) -> Iterator[tuple[Any, str, Any]]:
     yield cuda, "is_bf16_supported", lambda including_emulation=True: True
     yield cuda, "get_device_properties", properties
     yield cuda, "ipc_collect", lambda: None
-    for place in (cuda, cuda.memory):
-        yield place, "mem_get_info", mem_get_info
+    yield cuda, "mem_get_info", mem_get_info
     yield cuda, "synchronize", synchronize
     yield cuda, "Stream", Stream
     yield cuda, "Event", Event
@@ -800,6 +822,14 @@ def _replacements(fake: FakeCuda) -> Iterator[tuple[Any, str, Any]]:
     yield torch.UntypedStorage, "__new__", new_storage
     if modeling := sys.modules.get("transformers.modeling_utils"):
         yield modeling, "caching_allocator_warmup", lambda *what: None
+
+
+def _twins(place: Any, name: str) -> list[Any]:
+    """The place, and the modules of torch.cuda that have imported the same name from it."""
+    if not hasattr(place, name):
+        return [place]
+    modules = [module for key, module in sys.modules.items() if key.startswith("torch.cuda.")]
+    return [place, *(m for m in modules if m is not place and vars(m).get(name) is getattr(place, name))]
 
 
 def _forget() -> None:
