@@ -122,7 +122,7 @@ x.index_put_((torch.tensor([0]), to([1])), to([7.0])), x.masked_fill(x > 0, torc
 x.scatter(1, to([[0], [1], [2], [3]]), 0.0), x.gather(1, to([[0], [1], [2], [3]])), x.index_add(0, to([0]), x[:1])
 x.sum(), x.mean(0), x.max(1), x.argmin(), x.std(), x.norm(), x.cumsum(1), x.logsumexp(0), x.prod(1)
 x.topk(2), x.sort(), x.unique(), x.median(), torch.bincount(to([1, 1, 3])), x.nonzero(), x.quantile(0.3)
-torch.histc(to([1, 1, 3], torch.int32), bins=4, min=0, max=3), torch.searchsorted(to([1, 3]), to([2, 3]))
+torch.histc(x, 3), torch.searchsorted(to([1, 3]), to([2, 3]))
 x @ x, x[0] @ x, torch.addmm(x, x, x.T), torch.einsum("ij,kj->ik", x, x), torch.outer(x[0], x[1])
 torch.bmm(x[None], x[None]), torch.baddbmm(x[None], x[None], x[None]), torch.kron(x, x)
 torch.linalg.cholesky(spd), torch.cholesky_solve(x, spd), torch.linalg.solve(x, x[:, :2]), torch.linalg.pinv(x)
@@ -140,7 +140,7 @@ F.layer_norm(x, (4,)), F.rms_norm(x, (4,)), F.linear(x, x, x[0]), F.embedding(to
 F.cross_entropy(x, to([1, 2, 0, 3])), F.mse_loss(x, x + 1), F.kl_div(x, x.softmax(-1)), F.one_hot(to([1, 2]))
 F.dropout(x, 0.5, training=False), F.conv1d(x[None], x[:, None, :2], groups=4), F.cosine_similarity(x, x.T)
 F.scaled_dot_product_attention(x[None], x[None], x[None], is_causal=True)
-F.scaled_dot_product_attention(x.view(1, 2, 2, 4), x.view(1, 2, 2, 4), x.view(1, 2, 2, 4), x.view(1, 2, 2, 4) @ x > 0)
+F.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None], spd.tril() > 0)
 F.scaled_dot_product_attention(x.view(1, 4, 1, 4), x[:2].view(1, 2, 1, 4), x[:2].view(1, 2, 1, 4), enable_gqa=True)
 torch._foreach_mul([x, x], 2.0), torch._foreach_norm([x, x + 1]), torch._foreach_add([x], [x], alpha=3)
 x.sum().item(), x.tolist(), float(x[0, 0]), bool((x > 9).any()), int(x.argmax()), torch.allclose(x, x)
@@ -175,6 +175,11 @@ def _same(found: Any, expected: Any, device: torch.device) -> None:
             _same(f, e, device)
     else:
         assert found == pytest.approx(expected)
+
+
+def test_what_only_cuda_has_a_kernel_for(cuda: FakeCuda) -> None:
+    counts = torch.histc(torch.tensor([1, 1, 3], dtype=torch.int32, device=ZERO), bins=4, min=0, max=3)
+    assert counts.dtype == torch.int32 and counts.tolist() == [0, 2, 0, 1]
 
 
 def test_copies_go_everywhere(cuda: FakeCuda) -> None:

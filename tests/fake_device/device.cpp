@@ -1,9 +1,9 @@
-// The part of a pretended CUDA device that torch only takes from C++; `fake_device.py` builds and loads it.
+// The part of a pretended CUDA device that torch only takes from C++; the package beside it builds and loads it.
 //
 // torch's CPU build has every part of CUDA that is not a kernel: the dispatch key, autograd, the checks of each
 // operation's formula. What is missing is registered here: the device guard (current device), the hooks (how many
 // devices, pinned memory, generators), an allocator that counts, and the kernels that make or reinterpret tensors.
-// All else falls to the kernel in `fake_device.py`.
+// All else falls to the one kernel in `kernels.py`.
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
@@ -121,7 +121,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void synchronizeDevice(const DeviceIndex) const override {}
 };
 
-// Random numbers come from a CPU generator inside; `fake_device.py` passes its state on and back.
+// Random numbers come from a CPU generator inside; `kernels.py` passes its state on and back.
 struct DeviceGenerator final : c10::GeneratorImpl {
   at::Generator inner;
   DeviceGenerator(DeviceIndex index, at::Generator source)
