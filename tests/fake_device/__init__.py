@@ -78,7 +78,7 @@ def fake_cuda(
             import_module(name)
     library = _library()
     library.install(devices, (ctypes.c_int64 * devices)(*[int(memory)] * devices))
-    fake = FakeCuda(library, devices, int(reported or memory), pageable)
+    fake = FakeCuda(library, devices, int(reported or memory), reported is not None, pageable)
     with contextlib.ExitStack() as stack:
         stack.callback(_forget)
         stack.callback(library.uninstall)
@@ -101,7 +101,8 @@ class FakeCuda:
     library: Any
     devices: int
     memory: int
-    pageable: bool = False
+    told_less: bool
+    pageable: bool
     generators: tuple[torch.Generator, ...] = ()
     clocks: Clocks = field(default_factory=Clocks)
 
@@ -187,7 +188,8 @@ def _replacements(fake: FakeCuda) -> Iterator[tuple[Any, str, Any]]:
 
     def mem_get_info(device: Any = None) -> tuple[int, int]:
         """Free and total bytes; as on a real device, what torch keeps for later use is not free."""
-        return max(0, fake.memory - int(library.reserved_bytes(index_of(device)))), fake.memory
+        used = (library.live_bytes if fake.told_less else library.reserved_bytes)(index_of(device))
+        return max(0, fake.memory - int(used)), fake.memory
 
     def properties(device: Any = None) -> SimpleNamespace:
         index_of(device)
