@@ -9,8 +9,8 @@ matrix W [d, f] with inputs z and loss gradients g of its outputs a multiple of
 where G takes the g of tokens drawn from q, so that G (x) A is the Fisher information. With some ten thousand tokens
 the noise of dL/dW in the flat directions outweighs what a full Newton step gains there: p parameters cost p / 2N nats
 on N tokens. Hence the large a and b. All matrices step together, and the length is searched on the sequences held out.
-A length at which KL(p || q) there is above what least squares left is refused: the text must not lead the model away
-from the source. There is no learning rate: a step is one pass forward and back, and two Cholesky solves a matrix.
+A length at which KL(p || q) there is more than `SLACK` above what least squares left is refused: the text must not
+lead the model away from the source. There is no learning rate: a step is one pass forward and back, and two Cholesky solves a matrix.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ STEPS = 3
 DAMPING = (0.1, 1.0)  # a and b, in units of the mean of the diagonal of A and G
 PARTS = 3  # each step takes another such part of the sequences, interleaved
 DRAWN = 4  # one batch in so many gives G
+SLACK = 0.01  # of KL(p || q), which a few sequences do not give more exactly
 _FIRST = 0.02  # length that is tried first: the largest change of a matrix, relative
 _HALVINGS = 5
 
@@ -58,7 +59,8 @@ class Newton:
         )
         self._matrices = list(_affordable(found, run.walk.device, written))
         self._size = _FIRST
-        self._loss, self._limit = self.judge()
+        self._loss, far = self.judge()
+        self._limit = (1 + SLACK) * far
 
     def __enter__(self) -> Newton:
         return self
@@ -158,6 +160,8 @@ class Newton:
             if loss(length) < self._loss and loss(length) <= loss(length / 2):
                 break
             length /= 2
+        # Between a length that lowers the loss and its double, which does not.
+        loss((1.75 if loss(1.5 * length) < loss(length) else 1.25) * length)
         best = min(tried, key=lambda tried_length: tried[tried_length])
         self._size = best * largest or _FIRST
         return best, tried[best]
