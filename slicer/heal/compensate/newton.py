@@ -10,7 +10,8 @@ where G takes the g of tokens drawn from q, so that G (x) A is the Fisher inform
 the noise of dL/dW in the flat directions outweighs what a full Newton step gains there: p parameters cost p / 2N nats
 on N tokens. Hence the large a and b. All matrices step together, and the length is searched on the sequences held out.
 A length at which KL(p || q) there is more than `SLACK` above what least squares left is refused: the text must not
-lead the model away from the source. There is no learning rate: a step is one pass forward and back, and two Cholesky solves a matrix.
+lead the model away from the source. There is no learning rate: a step is one pass forward and back, and two Cholesky
+solves a matrix.
 """
 
 from __future__ import annotations

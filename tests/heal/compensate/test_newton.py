@@ -1,4 +1,4 @@
-"""Second-order steps on the embedded model: their gradient is that of the loss, and they help on text of no part in them."""
+"""Second-order steps on the embedded model: their gradient is that of the loss, and unseen text gains by them."""
 
 from __future__ import annotations
 

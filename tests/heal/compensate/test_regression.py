@@ -6,6 +6,7 @@ import numpy
 import pytest
 import torch
 
+from slicer.errors import HealError
 from slicer.heal.compensate.regression import (
     STRENGTHS,
     NormalEquations,
@@ -14,7 +15,6 @@ from slicer.heal.compensate.regression import (
     solve,
     split,
 )
-from slicer.errors import HealError
 
 
 def data(tokens: int, f: int = 300, d: int = 7, noise: float = 0.0) -> tuple[torch.Tensor, ...]:
