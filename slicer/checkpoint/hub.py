@@ -19,6 +19,7 @@ COMPANIONS = (
     "*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken", "*.bpe", "*.vocab", "*.spm",
     "LICENSE*", "LICENCE*", "License*", "NOTICE*", "USE_POLICY*", "README.md",
 )  # fmt: skip
+DEMO = Path(__file__).parent.parent / "demo" / "checkpoint"  # the embedded model
 _IGNORED = ("original/*", "onnx/*", ".*")
 
 
