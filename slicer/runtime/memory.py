@@ -91,7 +91,7 @@ def release() -> None:
     import torch
 
     gc.collect()  # models of transformers and peft are in reference cycles
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 

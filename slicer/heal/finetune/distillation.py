@@ -265,7 +265,7 @@ class CachedTeacher:
 
     def fill(self, walk: Walk, sequences: Sequences, rows: range) -> None:
         """Compute `rows` with the model of `walk`."""
-        batches = list(torch.stack([sequences[i]["input_ids"] for i in rows]).split(_BATCH))
+        batches = list(torch.split(torch.stack([sequences[i]["input_ids"] for i in rows]), _BATCH))
         starts = [rows.start + _BATCH * b for b in range(len(batches))]
         states = walk.start(batches)
         last = walk.depth if self._top is not None else max(self._states)
