@@ -6,17 +6,19 @@ import re
 import shlex
 from pathlib import Path
 
-from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import Sizes
 from slicer.plan.amounts import spell_layers
 from slicer.plan.plan import METRIC, Plan, spell_dropped
-from slicer.plan.records import HealingRecord, TrainingRecord
+from slicer.plan.records import HealingRecord, MergeRecord, TrainingRecord
 
 _KEPT_FIELDS = ("license", "license_name", "license_link", "language")
 
 
-def for_slice(checkpoint: Checkpoint, plan: Plan, before: Sizes, after: Sizes, *, figures: bool) -> str:
-    """The README.md of the output: front matter, then prose. The same card for the same plan."""
+def for_plan(origin: Path, plan: Plan, before: Sizes, after: Sizes, *, figures: bool) -> str:
+    """The README.md of the output: front matter, then prose. The same card for the same plan.
+
+    `origin`: directory whose card has the licence. `figures`: whether those of the distances are there.
+    """
     base = plan.source or "unknown"
     local = Path(base).exists()
     name = Path(base).resolve().name if local else base
@@ -30,7 +32,7 @@ def for_slice(checkpoint: Checkpoint, plan: Plan, before: Sizes, after: Sizes, *
         "- slicer",
         "- depth-pruning",
     ]
-    lines += _inherited(checkpoint.path) + ["---", ""]
+    lines += _inherited(origin) + ["---", ""]
     repair = plan.healing
     kept = f", cast to {plan.dtype}" if plan.dtype else " bit for bit"
     if plan.below_layers:
@@ -106,6 +108,11 @@ def for_slice(checkpoint: Checkpoint, plan: Plan, before: Sizes, after: Sizes, *
     if not local and (commands := _commands(plan)):
         lines += ["```sh", *commands, "```", ""]
     return "\n".join(lines)
+
+
+def merged(record: MergeRecord) -> str:
+    """What is added to the card of a checkpoint that an adapter was merged into."""
+    return f"\nA LoRA adapter was merged into {len(record.tensors)} of its matrices with slicer.\n"
 
 
 def _commands(plan: Plan) -> list[str]:

@@ -23,9 +23,6 @@ DEMO = Path(__file__).parent.parent / "demo" / "checkpoint"  # the embedded mode
 _IGNORED = ("original/*", "onnx/*", ".*")
 
 
-DEMO = Path(__file__).parent.parent / "demo" / "checkpoint"  # the embedded model
-
-
 @dataclass(frozen=True)
 class Location:
     """Where a source lies: name as given, local directory, and Hub commit if it came from there."""

@@ -21,7 +21,7 @@ from slicer.checkpoint.reader import Checkpoint
 from slicer.data.calibration import TokenBatches, sample_tokens
 from slicer.data.packing import Packer, batched, mark_of, open_tokenizer
 from slicer.data.sources import DEFAULT_DATASET, TextSpec, is_streamed, mixed, sources_of
-from slicer.errors import CalibrationError, HealError, UsageError
+from slicer.errors import CalibrationError, HealError
 from slicer.plan.records import CorpusRecord, TextRecord
 from slicer.progress import Progress
 from slicer.runtime.files import atomic_file, write_atomically
@@ -99,7 +99,7 @@ class Corpus:
         """(tokens, labels) of the held-out sequences, int64 [batch, seq_len] each."""
         rows = [self.held_out[i] for i in range(len(self.held_out))]
         tokens, labels = (torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels"))
-        return list(zip(tokens.split(batch_size), labels.split(batch_size), strict=True))
+        return list(zip(torch.split(tokens, batch_size), torch.split(labels, batch_size), strict=True))
 
     def to_fold_on(self, spec: TextSpec) -> TokenBatches:
         """Batches of the training text, as many as `spec` requests: a fold must not use held-out text."""
@@ -141,13 +141,9 @@ def prepare(
     Makes as many sequences as the training needs, or all there are, which are then repeated. `validation`: text to hold
     out, named as in `spec`; None: documents of the same text. `sampler` returns the model for the source `self`. Raises
     CalibrationError for missing or too little text, or a tokenizer of another model; HealError if a held-out sequence
-    is among the training sequences; UsageError for a `validation` that cannot be read as text.
+    is among the training sequences.
     """
     progress = progress or Progress()
-    if validation == "self" or (validation is not None and spec.source == "self"):
-        raise UsageError(
-            "--validation: pass a file or data set, and do not combine it with --calibration self"
-        )
     done = directory / "corpus.json"
     if not done.is_file():
         directory.mkdir(parents=True, exist_ok=True)

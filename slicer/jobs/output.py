@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slicer.checkpoint import card, export
 from slicer.checkpoint import config as configs
-from slicer.checkpoint.export import Contents
+from slicer.checkpoint.export import Contents, check_output
 from slicer.checkpoint.hub import Source
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import Sizes, measure_sizes, sizes_of
 from slicer.heal.patch import Patch
 from slicer.jobs.request import Output
 from slicer.measure.analysis import Analysis
+from slicer.model.verify import Errors, Expected, check_contents
 from slicer.plan.plan import Plan
+from slicer.plan.records import MergeRecord
 from slicer.progress import Progress
 from slicer.runtime.compute import Compute
-from slicer.runtime.files import atomic_directory
+from slicer.runtime.files import atomic_directory, check_space
 
 if TYPE_CHECKING:
     from slicer.heal.finetune.callbacks import TrainingHistory
-    from slicer.model.verify import Expected
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Result:
         name: of the directory, where none is given.
         analysis: what the cut was chosen by, to be drawn. history: of a training, to be drawn.
         warnings: about checkpoints that load but do not work everywhere.
-        card: whether the model card is made anew; else that of `contents.origin` gets a paragraph.
+        merge: the adapter that is merged in, to be entered with the outcome of the check.
     """
 
     contents: Contents
@@ -45,7 +47,7 @@ class Result:
     analysis: Analysis | None = None
     history: TrainingHistory | None = None
     warnings: tuple[str, ...] = ()
-    card: bool = True
+    merge: MergeRecord | None = None
 
     @classmethod
     def of_cut(
@@ -63,7 +65,23 @@ class Result:
         `origin`: the same cut on disk, whose companion files and figures are kept; None: the source's companion files.
         Raises ArchitectureError where config.json cannot express the cut.
         """
-        ...
+        checkpoint = source.checkpoint
+        config = configs.sliced_config(
+            checkpoint, plan, dtype=plan.dtype, trust_remote_code=trust_remote_code
+        )
+        contents = export.sliced(checkpoint, plan, patch.configured(config), patch.replaced, patch.added)
+        if origin is not None:
+            contents = replace(contents, origin=origin, continues=True)
+        # They are on how vLLM reads the source's own architecture.
+        native = plan.form != "blockwise" and len(plan.kept) < plan.depth
+        return cls(
+            contents,
+            replace(plan, healing=patch.record),
+            measure_sizes(checkpoint),
+            output_name(source.name, plan.size_name),
+            analysis,
+            warnings=tuple(configs.warnings(checkpoint.config, plan.kept, config)) if native else (),
+        )
 
     @classmethod
     def of_base(
@@ -73,13 +91,35 @@ class Result:
         patch: Patch,
         history: TrainingHistory | None = None,
         before: Sizes | None = None,
+        merge: MergeRecord | None = None,
     ) -> Result:
         """`base`, a checkpoint on disk, with the tensors of `patch.replaced` (keys of the base) in place.
 
-        `plan`: what the result's plan.json gets; the record of `patch`, if any, becomes its `healing`. `before`: sizes
-        of the source; None: no new card is made, and the sizes are those of the base.
+        `plan`: of the base; the record of `patch`, if any, becomes its `healing`. `before`: sizes of the source; None:
+        those of the base.
         """
-        ...
+        healing = patch.record or plan.healing
+        return cls(
+            export.unchanged(base, patch.replaced),
+            replace(plan, healing=healing),
+            before or measure_sizes(base),
+            output_name(str(base.path), plan.size_name),
+            history=history,
+            merge=merge,
+        )
+
+
+def output_name(source: str, size: str) -> str:
+    """The name of a result where none is given: "Llama-2-7b-hf-24L" of org/Llama-2-7b-hf@main and "24L"."""
+    name = source.rsplit("@", 1)[0] if not Path(source).exists() else str(Path(source).resolve())
+    return f"{Path(name).name or 'model'}-{size}"
+
+
+def check_place(result: Result, output: Output) -> None:
+    """Raise OutputError where `result` cannot be written: the place is taken, or the space does not suffice."""
+    out = output.out or Path(result.name)
+    check_output(out, result.contents.origin, overwrite=output.overwrite)
+    check_space(out, result.contents.total_bytes)
 
 
 @dataclass(frozen=True)
@@ -143,4 +183,78 @@ def write_verified(
     `loss.after`; None: keys, shapes and changed tensors are checked alone. `output.verify` "none" skips the check of
     keys and shapes. Raises OutputError, VerificationError.
     """
-    ...
+    out, after = output.out or Path(result.name), sizes_of(result.contents)
+    plan, errors = result.plan, Errors()
+    compared = expected is not None and expected.logits is not None
+    verified = "logits" if compared else "none" if output.verify == "none" else "load"
+    with atomic_directory(out, replace=output.overwrite) as directory:
+        progress.stage("Writing", after.total_bytes, "bytes")
+        export.write(
+            result.contents,
+            directory,
+            max_shard_bytes=output.max_shard_bytes,
+            progress=progress.advance,
+        )
+        if verified != "none" or result.contents.changed or expected is not None:
+            errors = check_contents(
+                directory, result.contents, expected, compute, progress, load=verified != "none"
+            )
+            if errors.loss is not None and plan.healing is not None:
+                loss = replace(plan.healing.loss, after=errors.loss)
+                plan = replace(plan, healing=replace(plan.healing, loss=loss))
+        if result.merge is not None:
+            merge = replace(
+                result.merge, verified=verified, logits_error=errors.same, rounding_error=errors.rounding
+            )
+            plan = replace(plan, merged=(*plan.merged, merge))
+        _describe(replace(result, plan=plan), after, directory)
+    return Written(out, plan, result.before, after, verified, errors.same, errors.rounding, result.warnings)
+
+
+def described(result: Result) -> Written:
+    """What would be written, of a dry run."""
+    after = sizes_of(result.contents)
+    return Written(None, result.plan, result.before, after, "nothing written", warnings=result.warnings)
+
+
+def _describe(result: Result, after: Sizes, directory: Path) -> None:
+    """Write plan, figures and model card."""
+    plan, origin, notes = result.plan, result.contents.origin, directory / "slicer"
+    if plan.gone != (
+        frozenset(),
+        frozenset(),
+    ):  # else slicer did not make the checkpoint, and there is no plan of it
+        notes.mkdir(exist_ok=True)
+        (notes / "plan.json").write_text(plan.to_json(), "utf-8")
+    if result.analysis is not None:
+        _draw(result.analysis, plan, notes)
+    if result.history is not None:
+        _draw_training(result.history, notes)
+    if result.merge is None:
+        figures = (notes / "distances.png").is_file()
+        text = card.for_plan(origin, plan, result.before, after, figures=figures)
+        (directory / "README.md").write_text(text, "utf-8")
+    elif (origin / "README.md").is_file():
+        text = (origin / "README.md").read_text("utf-8") + card.merged(result.merge)
+        (directory / "README.md").write_text(text, "utf-8")
+
+
+def _draw(measured: Analysis, plan: Plan, directory: Path) -> None:
+    from slicer.figures import layers
+
+    distances = measured.distances()
+    (directory / "distances.json").write_text(distances.to_json(), "utf-8")
+    if measured.sublayers and plan.below_layers:
+        (directory / "half-layers.json").write_text(measured.halves().to_json(), "utf-8")
+    n = len(plan.dropped)
+    chosen = (plan.dropped[0], n) if n and not plan.joined else None
+    layers.heat_map(distances, directory / "distances.png", chosen=chosen, offset=plan.half_offset)
+    layers.curves(distances, directory / "curves.png", chosen=chosen, offset=plan.half_offset)
+
+
+def _draw_training(history: TrainingHistory, directory: Path) -> None:
+    from slicer.figures.training import loss_curve
+
+    losses = {"train": history.train, "held_out": history.held_out, "best_step": history.best}
+    (directory / "training.json").write_text(json.dumps(losses, indent=1) + "\n", "utf-8")
+    loss_curve(history.train, history.held_out, history.best, directory / "training.png")

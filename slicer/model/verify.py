@@ -76,13 +76,17 @@ class Errors:
     loss: float | None = None
 
 
-def expected_logits(walk: Walk | None, plan: Plan, edits: Edits, verify: str) -> Expected | None:
+def expected_logits(
+    walk: Walk | None, plan: Plan, edits: Edits, verify: str, progress: Progress | None = None
+) -> Expected | None:
     """The logits of the source, pruned by `plan` with `edits`, on a few random tokens, from a loaded or streamed walk.
 
     None unless `verify` is "logits".
     """
     if verify != "logits" or walk is None:
         return None
+    if progress is not None:
+        progress.stage("Reference logits of the pruned source")
     tokens = probe_tokens(walk.model.config.get_text_config().vocab_size)
     return Expected(tokens, pruned_logits(walk, tokens, plan, edits), loads=walk.loaded)
 
