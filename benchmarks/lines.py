@@ -29,6 +29,7 @@ class Line:
         intercept: y at 0 layers; `intercept_interval`: as for the slope.
         r2: the share of the variance of y that the line explains; 1 for a constant y.
         points: the fitted (layers, y).
+        band: (layers, lower, upper), the 95% confidence band of the line; empty for two points.
     """
 
     slope: float
@@ -37,6 +38,7 @@ class Line:
     slope_interval: tuple[float, float] | None
     intercept_interval: tuple[float, float] | None
     points: tuple[tuple[float, float], ...]
+    band: tuple[tuple[float, float, float], ...] = ()
 
     def __call__(self, layers: float) -> float:
         """The line's value for this number of layers."""
@@ -68,6 +70,7 @@ def fit(layers: Sequence[float], values: Sequence[float]) -> Line:
     r2 = 1 - residual / total if residual and total else 1.0
     freedom = len(x) - 2
     slope_interval = intercept_interval = None
+    band: tuple[tuple[float, float, float], ...] = ()
     if freedom > 0:
         deviation = math.sqrt(residual / freedom)
         t = student_t(freedom)
@@ -75,8 +78,12 @@ def fit(layers: Sequence[float], values: Sequence[float]) -> Line:
         about_intercept = t * deviation * math.sqrt(1 / len(x) + centre**2 / spread)
         slope_interval = (slope - about_slope, slope + about_slope)
         intercept_interval = (intercept - about_intercept, intercept + about_intercept)
+        reach = np.linspace(0, float(x.max()) * 1.03, 60)
+        about = t * deviation * np.sqrt(1 / len(x) + (reach - centre) ** 2 / spread)
+        middle = intercept + slope * reach
+        band = tuple(zip(reach.tolist(), (middle - about).tolist(), (middle + about).tolist(), strict=True))
     points = tuple(zip(x.tolist(), y.tolist(), strict=True))
-    return Line(slope, intercept, r2, slope_interval, intercept_interval, points)
+    return Line(slope, intercept, r2, slope_interval, intercept_interval, points, band)
 
 
 def student_t(freedom: int, confidence: float = CONFIDENCE) -> float:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from slicer import demo
+from slicer.checkpoint.hub import DEMO
 from slicer.measure.distances import measure, summarise
 from slicer.measure.metrics import points_affordable
 from slicer.measure.recorder import record
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, default=demo.path())
+    parser.add_argument("--model", type=Path, default=DEMO)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=256)

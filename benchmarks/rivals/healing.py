@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from slicer import demo
+from slicer.checkpoint.hub import DEMO
 from slicer.checkpoint.reader import Checkpoint
 from slicer.data.calibration import token_batches
 from slicer.data.sources import TextSpec
@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, default=demo.path())
+    parser.add_argument("--model", type=Path, default=DEMO)
     parser.add_argument("--calibration", action="append", default=[])
     parser.add_argument("--held-out", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument(

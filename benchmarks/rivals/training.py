@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from slicer import demo
+from slicer.checkpoint.hub import DEMO
 
 WAYS = ("slicer", "bare")
 _WARM = 2  # steps that are not timed
@@ -34,8 +34,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, default=demo.path())
-    parser.add_argument("--calibration", default=str(demo.path().parent / "heldout.txt"))
+    parser.add_argument("--model", type=Path, default=DEMO)
+    parser.add_argument("--calibration", default=str(DEMO.parent / "heldout.txt"))
     parser.add_argument("--method", choices=["qlora", "lora"], default="qlora")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--seq-len", type=int, default=128)

@@ -259,8 +259,8 @@ def _trained(record: HealingRecord, training: TrainingRecord) -> str:
         "full": "all weights, trained",
     }[record.method]
     adapters = (
-        f"Rank {values['rank']}, alpha {values['alpha']:g}, dropout {values['dropout']:g}, "
-        if "rank" in values
+        f"Rank {values['lora_r']}, alpha {values['lora_alpha']:g}, dropout {values['lora_dropout']:g}, "
+        if "lora_r" in values
         else ""
     )
     start = {"fold": "the weights solved again in closed form", "cut": "the bare cut"}.get(
@@ -269,7 +269,7 @@ def _trained(record: HealingRecord, training: TrainingRecord) -> str:
     return (
         f"By training (`{record.method}`), from {start}: {kind}. {adapters}"
         f"{record.steps} steps of {values['batch_size']} sequences of {values['seq_len']} tokens, learning rate "
-        f"{values['lr']:g} ({values['scheduler']}, {values['warmup']} steps of warm-up), seed {values['seed']}; the "
+        f"{values['learning_rate']:g} ({values['lr_scheduler_type']}, {values['warmup_steps']} steps of warm-up), seed {values['seed']}; the "
         f"weights are those of step {record.best_step}. Data: {_file(corpus.source)}; learned: {corpus.learned}. Loss "
         f"in nats a token on {corpus.held_out_sequences} sequences that were not trained on:"
     )

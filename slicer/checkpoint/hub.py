@@ -19,10 +19,8 @@ COMPANIONS = (
     "*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken", "*.bpe", "*.vocab", "*.spm",
     "LICENSE*", "LICENCE*", "License*", "NOTICE*", "USE_POLICY*", "README.md",
 )  # fmt: skip
-_IGNORED = ("original/*", "onnx/*", ".*")
-
-
 DEMO = Path(__file__).parent.parent / "demo" / "checkpoint"  # the embedded model
+_IGNORED = ("original/*", "onnx/*", ".*")
 
 
 @dataclass(frozen=True)

@@ -96,9 +96,7 @@ def analyze(source: str, out: Path, **given: Any) -> None:
 
     calibration = given["calibration"] or ("self" if source == "demo" else None)
     spec = {
-        k: given[k]
-        for k in ("samples", "seq_len", "batch_size", "seed", "column")
-        if given[k] is not None
+        k: given[k] for k in ("samples", "seq_len", "batch_size", "seed", "column") if given[k] is not None
     }
     chosen = {k: given[k] for k in ("positions", "greedy", "shapley", "questions") if given[k] is not None}
     options = AnalyzeOptions(

@@ -148,9 +148,7 @@ def convert(source: str, **given: Any) -> None:
     saved = Plan.load(given["plan_file"]) if given["plan_file"] is not None else None
     calibration = given["calibration"] or ("self" if source == "demo" and saved is None else None)
     chosen = {
-        k: given[k]
-        for k in ("samples", "seq_len", "batch_size", "seed", "column")
-        if given[k] is not None
+        k: given[k] for k in ("samples", "seq_len", "batch_size", "seed", "column") if given[k] is not None
     }
     options = Options(
         strategy=given["strategy"],

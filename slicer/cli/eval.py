@@ -98,10 +98,7 @@ def evaluate(models: tuple[str, ...], **given: Any) -> None:
     chosen = {
         "tasks": names(tasks) if tasks is not None else None,
         "text": text,
-        **{
-            k: given[k]
-            for k in ("data", "column", "num_fewshot", "limit", "backend", "batch_size", "seed")
-        },
+        **{k: given[k] for k in ("data", "column", "num_fewshot", "limit", "backend", "batch_size", "seed")},
         **{k: given[k] for k in ("dtype", "device", "trust_remote_code")},
         "keep_tasks": given["write_tasks"],
     }

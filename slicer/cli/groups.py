@@ -166,7 +166,10 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--seed", type=click.IntRange(min=0), help="Seed of the calibration sample and of training."
         ),  # fmt: skip
         click.option(
-            "--text-column", "column", metavar="NAME", help="Column of the calibration data that holds the text."
+            "--text-column",
+            "column",
+            metavar="NAME",
+            help="Column of the calibration data that holds the text.",
         ),  # fmt: skip
     ]
     for option in reversed(options):

@@ -158,7 +158,7 @@ def documents(spec: TextSpec) -> Iterator[Document]:
         texts = read_documents(Path(spec.source), spec.column)
         random.Random(spec.seed).shuffle(texts)
         return iter(texts)
-    return _stream_hub(spec)
+    return stream_hub(spec)
 
 
 def is_streamed(source: str | None) -> bool:
@@ -268,7 +268,7 @@ def _messages(found: list[Any]) -> Conversation:
     return messages
 
 
-def _stream_hub(spec: TextSpec) -> Iterator[Document]:
+def stream_hub(spec: TextSpec, split: str = "train") -> Iterator[Document]:
     """Documents of a Hub data set, streamed and shuffled with the seed. Raises CalibrationError if unreachable."""
     name, config = DEFAULT_DATASET if spec.source is None else (*spec.source.split(":", 1), None)[:2]
     if any(
@@ -280,7 +280,7 @@ def _stream_hub(spec: TextSpec) -> Iterator[Document]:
 
     datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(name, config, split="train", streaming=True)
+        rows = datasets.load_dataset(name, config, split=split, streaming=True)
         for row in rows.shuffle(seed=spec.seed, buffer_size=_SHUFFLE_BUFFER):
             yield _text_of(row, spec.column, name)
     except CalibrationError:

@@ -8,14 +8,12 @@ import os
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slicer.errors import EvaluationError
 from slicer.evaluate import generation
 from slicer.runtime.compat import answer_for_vllm, lm_eval_module, without_bars
-
-if TYPE_CHECKING:
-    from slicer.evaluate.suite import SuiteSpec
+from slicer.runtime.compute import Compute
 
 
 def vocabulary_of(model: Any) -> int:
@@ -23,7 +21,14 @@ def vocabulary_of(model: Any) -> int:
     return int(model.config.get_text_config().vocab_size)
 
 
-def wrap(model: Any, path: Path, options: SuiteSpec, *, last_logits_only: bool = False) -> Any:
+def wrap(
+    model: Any,
+    path: Path,
+    batch_size: str = "auto",
+    *,
+    trust_remote_code: bool = False,
+    last_logits_only: bool = False,
+) -> Any:
     """Wrap a loaded transformers model as an lm-eval model, with the tokenizer of the checkpoint at `path`.
 
     With `last_logits_only`, only the requested logits are computed: faster, and equal up to rounding, because a product
@@ -33,13 +38,13 @@ def wrap(model: Any, path: Path, options: SuiteSpec, *, last_logits_only: bool =
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            str(path), trust_remote_code=options.trust_remote_code, local_files_only=True
+            str(path), trust_remote_code=trust_remote_code, local_files_only=True
         )
     except Exception as error:  # tokenizer classes raise many kinds
         reason = " ".join(str(error).split())[:160]
         raise EvaluationError(f"{path}: no usable tokenizer ({reason}); add the tokenizer files") from None
-    batch: int | str = options.batch_size if model.device.type == "cuda" else 1
-    batch = int(options.batch_size) if options.batch_size != "auto" else batch
+    batch: int | str = batch_size if model.device.type == "cuda" else 1
+    batch = int(batch_size) if batch_size != "auto" else batch
     starts_texts = tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
     if tokenizer.eos_token_id is None:  # lm-eval needs it to end texts, and as the default padding token
         tokenizer.eos_token = tokenizer.pad_token or tokenizer.convert_ids_to_tokens(0)
@@ -74,7 +79,7 @@ def _keep_last_logits(lm: Any, model: Any) -> None:
     lm._loglikelihood_tokens = loglikelihood_tokens
 
 
-def load_vllm(path: Path, options: SuiteSpec) -> tuple[Any, int]:
+def load_vllm(path: Path, compute: Compute, batch_size: str, seed: int) -> tuple[Any, int]:
     """(lm-eval model that runs the checkpoint at `path` in vLLM, V). Raises EvaluationError."""
     if find_spec("vllm") is None:
         raise EvaluationError("--backend vllm: vLLM is not installed; pip install 'slicer-llm[serve]'")
@@ -84,7 +89,10 @@ def load_vllm(path: Path, options: SuiteSpec) -> tuple[Any, int]:
     from slicer.checkpoint.reader import read_config
 
     config = text_config(read_config(path))
-    arguments: dict[str, Any] = {"dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
+    arguments: dict[str, Any] = {
+        "dtype": compute.dtype or "auto",
+        "trust_remote_code": compute.trust_remote_code,
+    }
     context = config.get("max_position_embeddings") or config.get("n_positions")
     arguments["max_model_len"] = min(int(context or 4096), 4096)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -95,7 +103,7 @@ def load_vllm(path: Path, options: SuiteSpec) -> tuple[Any, int]:
         arguments.update(kv_cache_memory_bytes=1 << 30, enforce_eager=True)
     try:
         lm = lm_eval_module("models.vllm_causallms").VLLM(
-            pretrained=str(path), batch_size=options.batch_size, seed=options.seed, **arguments
+            pretrained=str(path), batch_size=batch_size, seed=seed, **arguments
         )
     except Exception as error:  # vLLM raises many kinds
         raise EvaluationError(f"{path}: vLLM cannot load it ({' '.join(str(error).split())[:200]})") from None

@@ -16,7 +16,6 @@ import torch
 from slicer.errors import EvaluationError
 from slicer.evaluate import backends, local_tasks, scoring
 from slicer.evaluate.results import Score
-from slicer.evaluate.suite import SuiteSpec
 from slicer.measure.losses import Choice, Questions
 from slicer.runtime.compat import lm_eval_module
 
@@ -42,16 +41,13 @@ def draw(
     """
     if data is not None and not data.is_dir():
         raise EvaluationError(f"--data {data}: no such directory")
-    options = SuiteSpec(
-        tasks=(task,), data=data, seed=seed, batch_size="1", trust_remote_code=trust_remote_code
-    )
     asked = parse(task, None)
     if asked.name == LOSS:
         raise EvaluationError(f"{task} is text, not a task; use --against loss")
     with tempfile.TemporaryDirectory(prefix="slicer-questions-") as scratch:
         tasks, _ = manager([asked.name], data, Path(scratch))
-        found = LmTask(tasks, asked, options)
-        lm = backends.wrap(model, path, options)
+        found = LmTask(tasks, asked, seed=seed, local=data is not None)
+        lm = backends.wrap(model, path, "1", trust_remote_code=trust_remote_code)
         found.reseed()
         loaded = {leaf: found.loaded["tasks"][leaf] for leaf in found.leaves}
         sizes = {leaf: len(each.eval_docs) for leaf, each in loaded.items()}
@@ -209,14 +205,23 @@ _LMEVAL_SEED = 1234
 class LmTask:
     """One task, group or tag with one number of examples; `label` is its name in the results."""
 
-    def __init__(self, manager: Any, asked: TaskSpec, options: SuiteSpec) -> None:
+    def __init__(
+        self,
+        manager: Any,
+        asked: TaskSpec,
+        *,
+        limit: int | None = None,
+        share_limit: bool = False,
+        seed: int = 0,
+        local: bool = False,
+    ) -> None:
         name, shots = asked.name, asked.shots
-        self.name, self.label, self.options = name, asked.label, options
+        self.name, self.label, self.seed = name, asked.label, seed
         try:
             self.loaded = manager.load([name])
         except Exception as error:  # data sets, the Hub and task programs raise many kinds
             reason = " ".join(str(error).split())[:200]
-            remedy = "check its files" if options.data else "if offline, pass local files with --data DIR"
+            remedy = "check its files" if local else "if offline, pass local files with --data DIR"
             raise EvaluationError(f"{name}: cannot load its data ({reason}); {remedy}") from None
         group = self.loaded.get("groups", {}).get(name)
         self.leaves = [t.task_name for t in group.get_all_tasks()] if group else list(self.loaded["tasks"])
@@ -230,7 +235,8 @@ class LmTask:
                 task.set_config(key="num_fewshot", value=0)
             if asked.order:
                 _reorder(task, asked.order)
-        self.samples = self._shared(options.limit) if options.share_limit and options.limit else None
+        self.samples = self._shared(limit) if share_limit and limit else None
+        self.limit = None if self.samples else limit
 
     def _shared(self, limit: int) -> dict[str, list[int]]:
         """Document numbers of each leaf task, `limit` in total."""
@@ -238,7 +244,7 @@ class LmTask:
         if len(sizes) == 1:
             return {leaf: list(range(min(limit, size))) for leaf, size in sizes.items()}
         return {
-            leaf: sorted(random.Random(f"{self.options.seed} {leaf}").sample(range(sizes[leaf]), count))
+            leaf: sorted(random.Random(f"{self.seed} {leaf}").sample(range(sizes[leaf]), count))
             for leaf, count in share(sizes, limit).items()
         }
 
@@ -247,7 +253,7 @@ class LmTask:
         import numpy
         import torch
 
-        seed = self.options.seed
+        seed = self.seed
         random.seed(seed)
         numpy.random.seed(_LMEVAL_SEED + seed)
         torch.manual_seed(_LMEVAL_SEED + seed)
@@ -258,9 +264,10 @@ class LmTask:
         """Ask `lm`, and add to `scores` and `items`."""
         evaluator = lm_eval_module("evaluator")
         self.reseed()
-        limit = None if self.samples else self.options.limit
         try:
-            found = evaluator.evaluate(lm, self.loaded, limit=limit, samples=self.samples, log_samples=True)
+            found = evaluator.evaluate(
+                lm, self.loaded, limit=self.limit, samples=self.samples, log_samples=True
+            )
         except (AssertionError, ValueError, TypeError, KeyError, IndexError) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise EvaluationError(f"{self.label}: lm-eval cannot run it ({reason})") from error

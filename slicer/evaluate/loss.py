@@ -11,15 +11,16 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from slicer.data.sources import read_documents
-from slicer.errors import EvaluationError
+from slicer.data.sources import DEFAULT_DATASET, TextSpec, read_documents, stream_hub
+from slicer.errors import CalibrationError, EvaluationError
 
 SEQUENCES = 64
 CHARACTERS = 1024
-_DATASET = ("allenai/c4", "en", "validation")
+_SPLIT = "validation"
 _SUFFIXES = (".jsonl", ".json", ".txt", ".raw", ".parquet", ".jsonl.gz", ".json.gz", ".txt.gz")
 
 
@@ -100,7 +101,7 @@ def draw(
     Deterministic in the file and the arguments. Raises EvaluationError (no text), CalibrationError (malformed).
     """
     if file is None:
-        documents, source = _stream(4 * sequences, seed), ":".join(_DATASET)
+        documents, source = _stream(4 * sequences, seed), ":".join((*DEFAULT_DATASET, _SPLIT))
     else:
         if not file.is_file():
             raise EvaluationError(
@@ -142,18 +143,12 @@ def cut(documents: Iterable[str], characters: int) -> Iterable[str]:
 
 
 def _stream(count: int, seed: int) -> list[str]:
-    import datasets
-
-    datasets.disable_progress_bars()
-    name, config, split = _DATASET
+    """Documents of C4's validation split."""
     try:
-        rows = datasets.load_dataset(name, config, split=split, streaming=True)
-        return [str(row["text"]) for row in rows.shuffle(seed=seed, buffer_size=1000).take(count)]
-    except Exception as error:  # the network, the Hub and the data set's format raise different kinds
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise EvaluationError(
-            f"{name}: cannot be streamed ({reason}); pass local text with --data DIR or --text FILE"
-        ) from None
+        return [str(text) for text in islice(stream_hub(TextSpec(seed=seed), _SPLIT), count)]
+    except CalibrationError as error:
+        reason = str(error).split("; ")[0]
+        raise EvaluationError(f"{reason}; pass local text with --data DIR or --text FILE") from None
 
 
 def summarise(

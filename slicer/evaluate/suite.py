@@ -18,6 +18,7 @@ from slicer.evaluate import backends, lm_tasks, loss
 from slicer.evaluate.lm_tasks import LOSS, LmTask
 from slicer.evaluate.results import Evaluation, Score
 from slicer.progress import Progress
+from slicer.runtime.compute import Compute
 from slicer.runtime.versions import versions
 
 TASKS = ("mmlu", "boolq", LOSS)
@@ -105,7 +106,17 @@ class Suite:
         directory = options.keep_tasks or Path(self._scratch.name) / "tasks"
         manager, self.files = lm_tasks.manager([task.name for task in asked], options.data, directory)
         # One at a time: lm-eval refuses a task next to a group that contains it (mmlu_astronomy, mmlu).
-        self._rounds = [LmTask(manager, task, options) for task in asked]
+        self._rounds = [
+            LmTask(
+                manager,
+                task,
+                limit=options.limit,
+                share_limit=options.share_limit,
+                seed=options.seed,
+                local=options.data is not None,
+            )
+            for task in asked
+        ]
 
     @property
     def scored(self) -> tuple[str, ...]:
@@ -149,14 +160,16 @@ def evaluate(source: str, suite: Suite) -> Evaluation:
     path = hub.resolve(source).path
     Checkpoint.open(path)
     if options.backend == "vllm":
-        lm, vocabulary = backends.load_vllm(path, options)
+        compute = Compute(options.device, options.dtype, trust_remote_code=options.trust_remote_code)
+        lm, vocabulary = backends.load_vllm(path, compute, options.batch_size, options.seed)
     else:
         from slicer.model.load import load_model
 
         model = load_model(
             path, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code
         )
-        lm, vocabulary = backends.wrap(model, path, options), backends.vocabulary_of(model)
+        lm = backends.wrap(model, path, options.batch_size, trust_remote_code=options.trust_remote_code)
+        vocabulary = backends.vocabulary_of(model)
         del model
     result = suite.run(lm, source, vocabulary)
     del lm

@@ -2,31 +2,61 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from slicer.checkpoint.cut import CutOnDisk, open_cut
+from slicer.checkpoint.reader import Checkpoint
+from slicer.checkpoint.sizes import measure_sizes
+from slicer.errors import HealError
+from slicer.heal.finetune.memory import to_finish
+from slicer.heal.patch import NONE
 from slicer.jobs.bridge import open_walk, read_text
 from slicer.jobs.output import Result, Written, write_verified
 from slicer.jobs.recipe import Recipe
 from slicer.jobs.repair import repair
-from slicer.jobs.request import HealRequest
+from slicer.jobs.request import HealRequest, Output
+from slicer.model.load import Model, load_model
 from slicer.model.verify import Expected, expected_logits
+from slicer.plan.plan import Plan
+from slicer.plan.records import TextRecord
 from slicer.progress import Progress
+from slicer.runtime.distributed import Processes
+from slicer.runtime.files import write_atomically
+from slicer.runtime.memory import within_memory
+from slicer.runtime.workdir import beside, claimed
+
+if TYPE_CHECKING:
+    from slicer.data.corpus import Corpus
 
 
 def heal(request: HealRequest, progress: Progress | None = None) -> Written | None:
     """Repair a cut that slicer made: solve the weights around it again, or train it.
 
     In a distributed run every process calls this; the first one writes, and the others return None. Nothing appears at
-    the output directory unless everything succeeded. Raises SlicerError children; see `slicer.errors`.
+    the output directory unless everything succeeded; a training that was stopped, or fails, leaves its work directory
+    beside it, from which the same request resumes. Raises SlicerError children; see `slicer.errors`.
     """
     progress = progress or Progress()
     progress.stage("Opening the checkpoints")
     cut = open_cut(request.cut, request.source)  # the cut, its plan, its source: checked to belong together
     recipe = Recipe.of_heal(request, cut)
     recipe.announce(progress)
-    result, expected = folded(cut, recipe, progress)
-    return write_verified(result, expected, request.output, recipe.compute, progress)
+    if recipe.settings is None:
+        result, expected = folded(cut, recipe, progress)
+        return write_verified(result, expected, request.output, recipe.compute, progress)
+    from slicer.heal.finetune.trainer import resumable
+
+    assert request.output.out is not None  # or the recipe is refused
+    processes, place = Processes.of_environment(), beside(request.output.out)
+    with claimed(
+        place, processes, overwrite=request.output.overwrite, resumable=lambda: resumable(place), **recipe.marks(cut)
+    ) as work:  # fmt: skip
+        result, expected = trained(cut, recipe, work.path, processes, progress)
+        written = processes.first(lambda: _write_trained(result, expected, request, recipe, progress))
+    return written if processes.is_first else None
 
 
 def folded(cut: CutOnDisk, recipe: Recipe, progress: Progress) -> tuple[Result, Expected | None]:
@@ -44,3 +74,98 @@ def folded(cut: CutOnDisk, recipe: Recipe, progress: Progress) -> tuple[Result, 
         patch = replace(patch, record=replace(patch.record, command=recipe.command))
     trusted, origin = recipe.compute.trust_remote_code, cut.checkpoint.path
     return Result.of_cut(source, plan, patch, origin=origin, trust_remote_code=trusted), expected
+
+
+def trained(
+    cut: CutOnDisk, recipe: Recipe, work: Path, processes: Processes, progress: Progress
+) -> tuple[Result, Expected | None]:
+    """The cut, trained, and what it must have; `work`: directory of this training alone, where a stopped one resumes.
+
+    Every process of a launch calls this; only in the first one are the two complete.
+    """
+    from slicer.data.corpus import prepare
+    from slicer.heal.finetune.run import finetune
+
+    spec, settings, compute = recipe.text, recipe.settings, recipe.compute
+    assert spec is not None and settings is not None
+
+    def sampler() -> Model:
+        return load_model(cut.source.path, device=compute.device, trust_remote_code=compute.trust_remote_code)
+
+    def corpus_of() -> Corpus:
+        with within_memory("sampling text from the source", ["--calibration DATA", "--device cpu"]):
+            return prepare(
+                spec, settings.size, cut.checkpoint, work / "corpus", progress,
+                validation=settings.asked.validation, sampler=sampler, trust_remote_code=compute.trust_remote_code,
+            )  # fmt: skip
+
+    corpus = processes.first_then_all(corpus_of)
+    base = processes.first_then_all(lambda: start(cut, recipe, corpus, work, progress))
+    patch, expected, history = finetune(
+        base, corpus, settings, compute, work, processes, progress, recipe.verify
+    )
+    if patch.record is not None:
+        text = TextRecord(**{**asdict(spec), "source": corpus.record.source})
+        record = replace(patch.record, text=text, solver=recipe.repair.solver, command=recipe.command)
+        patch = replace(patch, record=record)
+    before = measure_sizes(cut.source.checkpoint)
+    return Result.of_base(base.checkpoint, base.plan, patch, history, before), expected
+
+
+def start(cut: CutOnDisk, recipe: Recipe, corpus: Corpus, work: Path, progress: Progress) -> CutOnDisk:
+    """What a training starts from: the cut folded on the training text, or without an earlier repair, written into
+    `work`; or the cut as it is.
+
+    Decided once for all runs that resume each other. Raises HealError for a bare start of a cut that was repaired and
+    then had an adapter merged into it.
+    """
+    decided = work / "base.json"
+    if not decided.is_file():
+        write_atomically(decided, json.dumps(str(_start(cut, recipe, corpus, work / "base", progress))))
+    base = Checkpoint.open(Path(json.loads(decided.read_text("utf-8"))))
+    return CutOnDisk(base, Plan.load(base.path), cut.source)
+
+
+def _start(cut: CutOnDisk, recipe: Recipe, corpus: Corpus, base: Path, progress: Progress) -> Path:
+    """The directory of the weights to start from: `base`, written here, or that of the cut."""
+    source, plan, compute = cut.source, cut.plan, recipe.compute
+    assert recipe.settings is not None and recipe.text is not None
+    asked, patch = recipe.settings.asked, NONE
+    if asked.start == "cut" and plan.healing is not None:
+        if plan.merged:
+            raise HealError(
+                f"{cut.checkpoint.path}: was healed and then an adapter was merged into it; the bare cut would lose "
+                "the adapter: use --train-from fold, which starts from the weights as they are"
+            )
+    elif asked.start == "fold" and plan.healing is None and not plan.merged:
+        text, unasked = corpus.to_fold_on(recipe.text), replace(recipe, asked=False)
+        with (
+            within_memory("in the fold", ["--train-from cut", "--device cpu"]),
+            open_walk(source.checkpoint, compute, loads=recipe.loads) as walk,
+        ):
+            patch = repair(source.checkpoint, walk, plan, text, unasked, progress)
+        if patch.record is None:
+            progress.note("training starts from the bare cut")
+            return cut.checkpoint.path
+    else:
+        return cut.checkpoint.path
+    trusted = compute.trust_remote_code
+    result = Result.of_cut(source, plan, patch, origin=cut.checkpoint.path, trust_remote_code=trusted)
+    output = Output(base, overwrite=True, verify="load")
+    write_verified(result, None, output, compute, progress)
+    return base
+
+
+def _write_trained(
+    result: Result, expected: Expected | None, request: HealRequest, recipe: Recipe, progress: Progress
+) -> Written:
+    """Write the result, then the adapter, which belongs to a checkpoint that is in place."""
+    from slicer.heal.finetune.result import save_adapter
+
+    assert recipe.settings is not None and result.history is not None
+    with within_memory("verifying the result", to_finish(recipe.settings, recipe.verify)):
+        written = write_verified(result, expected, request.output, recipe.compute, progress)
+    if request.save_adapter is not None and written.out is not None:
+        base = Checkpoint.open(result.contents.origin)
+        save_adapter(request.save_adapter, result.history.weights, base, written.out, progress)
+    return written

@@ -164,7 +164,7 @@ class Recipe:
         return {
             "cut": cut.checkpoint.identity,
             "text": self.text and self.text.identity,
-            "training": self.training and self.training.lasting(),
+            "training": self.training and self.training.identity,
             "fold": self.repair.solver,
             "source": cut.source.name,
         }
@@ -313,9 +313,14 @@ def _memory_notes(recipe: Recipe, checkpoint: Checkpoint, verify: str) -> tuple[
 def _trained(recipe: Recipe, training: Training, request: HealRequest, cut: CutOnDisk) -> Recipe:
     """`recipe` with the settings of a training."""
     from slicer.heal.finetune.model import most_tokens, require
+    from slicer.heal.finetune.result import check_adapter_output
 
-    training.check()
     require(training.method)
+    output, sources = request.output, (cut.checkpoint.path, cut.source.path)
+    if output.out is not None:
+        check_adapter_output(
+            request.save_adapter, training.method, output.out, sources, overwrite=output.overwrite
+        )
     if training.validation == "self" or (training.validation and request.text.source == "self"):
         raise UsageError(
             "--validation: pass a file or data set, and do not combine it with --calibration self"
@@ -329,7 +334,8 @@ def _trained(recipe: Recipe, training: Training, request: HealRequest, cut: CutO
         on_gpu=request.compute.torch_device().type == "cuda",
         processes=Processes.of_environment().world,
     )
-    verify = request.output.verify
+    verify = output.verify
     if verify == "auto" and not fits(4 * cut.checkpoint.parameters, request.compute.device):  # in float32
         verify = "load"
-    return replace(recipe, verify=verify, training=training, settings=settings, notes=tuple(words))
+    text = request.text.over(TextSpec(seed=training.seed))
+    return replace(recipe, text=text, verify=verify, training=training, settings=settings, notes=tuple(words))

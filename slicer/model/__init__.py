@@ -1,1 +1,1 @@
-"""A checkpoint loaded in torch: layers, walks, pruned models, verification."""
+"""Models in torch: their sublayers, the maps that write to the residual stream, and the pruned model."""

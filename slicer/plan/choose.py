@@ -7,8 +7,9 @@ the model, and answers whether the architecture can express a plan.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Protocol
 
 from slicer.errors import ArchitectureError, PlanError
@@ -92,50 +93,56 @@ def choose(
 
     Raises PlanError where there is no such cut, ArchitectureError where none can be expressed.
     """
-    chosen = Chosen(Plan.whole(depth))
+    plan, unsure, passed_over = Plan.whole(depth), None, None
     if goal.layers:
         if goal.named is not None and offset == "half":
             raise PlanError(
                 "--offset half chooses the cut itself: give a fraction or a count of layers to --drop"
             )
+        n = goal.count(depth)
         if goal.named is not None:
-            found: Iterator[_Candidate] = iter([_Candidate(Plan.dropping(depth, goal.named))])
+            found: Iterable[_Candidate] = [_Candidate(Plan.dropping(depth, goal.named))]
         elif strategy == "similarity":
             assert measured is not None
-            found = _by_distance(goal.count(depth), depth, measured, metric, offset, blocks, protect)
+            found = _by_distance(n, depth, measured, metric, offset, blocks, protect)
         else:
-            found = _unmeasured(goal.count(depth), depth, strategy, seed)
-        chosen = _first_expressible(found, form, why_not)
-    return _without_sublayers(chosen, goal, measured, why_not, metric, protect, form)
+            found = _unmeasured(n, depth, strategy, seed)
+        passed, best, others = _first_expressible(iter(found), form, why_not)
+        plan, passed_over = best.plan, passed[0].block or None if passed else None
+        if best.distance is not None:
+            plan = _because(plan, best.distance, [*passed, *others], metric, measured)
+        if measured is not None and not passed and best.cut and others and others[0].cut:
+            unsure = doubt(measured.distances(metric), best.cut, others[0].cut)
+    if goal.sublayers:
+        plan = _without_sublayers(plan, goal, measured, metric, protect, form)
+        if (reason := why_not(plan)) is not None:
+            raise ArchitectureError(reason)
+    return Chosen(plan, unsure, passed_over)
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A cut of layers; `block` in words and `cut` only of what was measured."""
+    """A cut of layers; the distance, the block in words, and the cut that it is, where that was measured."""
 
     plan: Plan
+    distance: float | None = None
     block: str = ""
     cut: Cut | None = None
-    distances: MeasuredDistances | None = None
-
-    @property
-    def distance(self) -> float:
-        return self.plan.distance or 0.0
 
 
 def _unmeasured(n: int, depth: int, strategy: str, seed: int) -> Iterator[_Candidate]:
     """The cuts of n layers that a strategy tries, in its order."""
-    tries: Iterator[Collection[int]]
+    tries: Iterable[Collection[int]]
     if strategy == "random":
         draw = random.Random(f"{seed} {n}")
         tries = (draw.sample(range(depth), n) for _ in range(_RANDOM_TRIES))
     elif strategy == "deepest_expressible":  # the final layer stays where it can
         tries = (range(start, start + n) for start in (*range(depth - n - 1, -1, -1), depth - n))
     else:
-        tries = iter([{"deepest": deepest, "tail": tail}[strategy](depth, n)])
+        tries = [{"deepest": deepest, "tail": tail}[strategy](depth, n)]
     for layers in tries:
-        plan = replace(Plan.dropping(depth, layers), strategy=strategy)
-        yield _Candidate(replace(plan, seed=seed) if strategy == "random" else plan)
+        drawn = seed if strategy == "random" else None
+        yield _Candidate(replace(Plan.dropping(depth, layers), strategy=strategy, seed=drawn))
 
 
 def _by_distance(
@@ -146,47 +153,44 @@ def _by_distance(
     offset: str,
     blocks: int,
     protect: Collection[int],
-) -> Iterator[_Candidate]:
+) -> list[_Candidate]:
     """All cuts of n layers by the least distance; of equals that of whole layers first."""
-
     if metric == "greedy":
-        plan, loss = _greedy(n, depth, measured.greedy, protect)
-        yield _Candidate(_because(plan, loss, metric, measured))
-        return
-    found: list[_Candidate] = []
+        return [_greedy(n, depth, measured.greedy, protect)]
+    found: list[tuple[float, _Candidate]] = []
     if offset != "half":
-        distances = measured.distances(metric)
-        for cut in best_cuts(distances, n, blocks, protect, depth if blocks == 1 else RUNNERS_UP + 1):
-            plan = _because(Plan.dropping(depth, cut.dropped), cut.distance, metric, measured)
-            found.append(_Candidate(plan, str(cut), cut, distances))
+        count = depth if blocks == 1 else RUNNERS_UP + 1
+        for cut in best_cuts(measured.distances(metric), n, blocks, protect, count):
+            plan = Plan.dropping(depth, cut.dropped)
+            found.append((cut.distance, _Candidate(plan, cut.distance, str(cut), cut)))
     if offset == "half" or (offset == "auto" and metric in measured.sublayers):
         for block in rank_offset(measured.halves(metric), n, protect):
             i, j = block.start, block.start + n
             plan = replace(Plan.dropping(depth, range(i + 1, j + 1)), joined=((i, j),))
-            plan = _because(plan, block.distance, metric, measured)
-            found.append(_Candidate(plan, f"half-offset {i}-{j}"))
+            found.append((block.distance, _Candidate(plan, block.distance, f"half-offset {i}-{j}")))
     if not found:
         raise PlanError(f"no half-offset cut makes {depth} layers {n} fewer; drop at most {depth - 1}")
-    yield from sorted(found, key=lambda candidate: candidate.distance)
+    return [candidate for _, candidate in sorted(found, key=lambda entry: entry[0])]
 
 
-def _because(plan: Plan, distance: float, metric: str, measured: Measurements) -> Plan:
-    """`plan` with why it was chosen."""
-    given = measured.calibration
+def _because(
+    plan: Plan, distance: float, others: Iterable[_Candidate], metric: str, measured: Measurements | None
+) -> Plan:
+    """`plan` with why it was chosen, and before which others."""
+    given = measured.calibration if measured is not None else None
     text = None if given is None else TextRecord.of(given, "the analysis: calibration")
     return replace(
         plan,
         strategy="similarity",
         distance=distance,
         metric=metric,
+        runners_up=tuple(RunnerUp(o.block, o.distance or 0.0) for o in islice(others, RUNNERS_UP)),
         calibration=text,
         seed=None if text is None else text.seed,
     )
 
 
-def _greedy(
-    n: int, depth: int, order: Sequence[Mapping[str, float]], protect: Collection[int]
-) -> tuple[Plan, float]:
+def _greedy(n: int, depth: int, order: Sequence[Mapping[str, float]], protect: Collection[int]) -> _Candidate:
     """The first n layers of the greedy order, and the loss without them."""
     if len(order) < n:
         raise PlanError(
@@ -195,54 +199,43 @@ def _greedy(
     layers = [int(step["layer"]) for step in order[:n]]
     if taken := set(layers) & set(protect):
         raise PlanError(f"the greedy order takes the protected layer {min(taken)}; choose another metric")
-    return Plan.dropping(depth, layers), float(order[n - 1]["loss"])
+    return _Candidate(Plan.dropping(depth, layers), float(order[n - 1]["loss"]))
 
 
-def _first_expressible(found: Iterator[_Candidate], form: str | None, why_not: WhyNot) -> Chosen:
-    """The first of `found` that can be expressed, beside those that follow; raises the first reason where none can."""
+def _first_expressible(
+    found: Iterator[_Candidate], form: str | None, why_not: WhyNot
+) -> tuple[list[_Candidate], _Candidate, list[_Candidate]]:
+    """(those passed over, the first of `found` that can be expressed, the next); raises the first reason for none."""
     passed: list[_Candidate] = []
     reason = ""
     for best in found:
-        plan = best.plan.in_form(form)
-        if (refused := why_not(plan)) is not None:
-            reason = reason or refused
-            passed.append(best)
-            continue
-        if best.plan.strategy != "similarity":
-            return Chosen(plan)
-        others = [*passed, *found][:RUNNERS_UP]
-        unsure = None
-        if not passed and others and best.distances and best.cut and others[0].cut:
-            unsure = doubt(best.distances, best.cut, others[0].cut)
-        runners_up = tuple(RunnerUp(other.block, other.distance) for other in others)
-        return Chosen(replace(plan, runners_up=runners_up), unsure, passed[0].block if passed else None)
+        best = replace(best, plan=best.plan.in_form(form))
+        refused = why_not(best.plan)
+        if refused is None:
+            return passed, best, list(islice(found, RUNNERS_UP))
+        reason = reason or refused
+        passed.append(best)
     raise ArchitectureError(reason)
 
 
 def _without_sublayers(
-    chosen: Chosen,
+    plan: Plan,
     goal: Goal,
     measured: Measurements | None,
-    why_not: WhyNot,
     metric: str,
     protect: Collection[int],
     form: str | None,
-) -> Chosen:
-    """`chosen` without the attention and feed-forward parts that `goal` asks for: as named, or the closest."""
-    if not goal.sublayers:
-        return chosen
-    plan, depth = chosen.plan, chosen.plan.depth
-    gone = {
-        what: set(goal.sublayers[what].layers or ()) if what in goal.sublayers else set[int]()
-        for what in _KINDS
-    }
+) -> Plan:
+    """`plan` without the attention and feed-forward parts that `goal` asks for too: as named, or the closest."""
+    gone: dict[str, set[int]] = {"attention": set(), "ffn": set()}
+    for what, amount in goal.sublayers.items():
+        gone.get(what, set()).update(amount.layers or ())
     plan.without(*gone.values())  # raises where a sublayer goes twice
     amounts = {what: amount for what, amount in goal.sublayers.items() if amount.layers is None}
     if amounts:
         assert measured is not None
-        first = (
-            plan.sublayers[0][0] if form != "zeroed" else None
-        )  # in the blockwise form its attention stays
+        # In the blockwise form the first layer keeps its attention.
+        first = plan.sublayers[0][0] if form != "zeroed" else None
         ranked = rank_sublayers(
             measured.halves(metric),
             (i for i, _ in plan.sublayers if i != first and i not in protect),
@@ -251,7 +244,7 @@ def _without_sublayers(
         left = [part for part in ranked if part[1] not in gone[part[0]]]
         distance = plan.distance or 0.0
         for what, amount in amounts.items():
-            n = amount.resolve_sublayers(depth, what)
+            n = amount.resolve_sublayers(plan.depth, what)
             taken = [part for part in left if what in (part[0], "sublayers")][:n]
             if len(taken) < n:
                 raise PlanError(
@@ -262,13 +255,11 @@ def _without_sublayers(
                 gone[kind].add(i)
                 distance += d
             left = [part for part in left if part not in taken]
-        others = [part for part in left if part[0] in amounts or "sublayers" in amounts][:RUNNERS_UP]
-        runners_up = tuple(RunnerUp(f"{_KINDS[kind]} of layer {i}", d) for kind, i, d in others)
-        plan = replace(_because(plan, distance, metric, measured), runners_up=runners_up)
-    plan = plan.without(*gone.values()).in_form(form)
-    if (reason := why_not(plan)) is not None:
-        raise ArchitectureError(reason)
-    return replace(chosen, plan=plan)
-
-
-_KINDS = {"attention": "attention", "ffn": "feed-forward part"}
+        names = {"attention": "attention", "ffn": "feed-forward part"}
+        others = [
+            _Candidate(plan, d, f"{names[kind]} of layer {i}")
+            for kind, i, d in left
+            if kind in amounts or "sublayers" in amounts
+        ]
+        plan = _because(plan, distance, others, metric, measured)
+    return plan.without(*gone.values()).in_form(form)

@@ -12,7 +12,7 @@ from typing import Any
 from slicer.figures import layers, sweep, training
 from slicer.figures.bench import bench_line
 from slicer.measure.analysis import Distances
-from slicer.sweep.table import Table
+from slicer.sweep.table import Table, curves_of
 
 _BENCH = {
     "time_per_output_token_ms": "time per output token (ms)",
@@ -65,13 +65,13 @@ def curve_figures(table: Table) -> list[Figure]:
         label = f"{name if len(ways) > 1 else ways[0]} ({score.metric})" if score else ways[0]
         chance = score.chance if score else None
         if len(ways) > 1:
-            svg, file = sweep.overlaid(table, ways, chance, label), name
+            svg, file = sweep.overlaid({way: curves_of(table, way) for way in ways}, chance, label), name
         else:
-            svg, file = sweep.against_fraction(table, ways[0], chance, label), ways[0]
+            svg, file = sweep.against_fraction(*curves_of(table, ways[0]), chance, label), ways[0]
         file = f"{''.join(c if c.isalnum() else '-' for c in file)}.svg"
         figures.append(Figure(file, f"{label} against the fraction of layers dropped.", svg.encode()))
     if any(row.evaluation and row.evaluation.loss for row in table.rows):
-        svg = sweep.against_fraction(table, "c4", 1.0, "loss / log V")
+        svg = sweep.against_fraction(*curves_of(table, "c4"), 1.0, "loss / log V")
         figures.append(Figure("loss.svg", "Loss on text as a share of log V; 1 is chance.", svg.encode()))
     return figures
 

@@ -261,7 +261,7 @@ class Sweep:
             device=device, trust_remote_code=self._trusted, progress=self.progress,
         )  # fmt: skip
         model = load_model(path, dtype=self._precision, device=device, trust_remote_code=self._trusted)
-        lm = backends.wrap(model, path, self.options.evaluation, last_logits_only=True)
+        lm = self._wrap(model, path)
         evaluation = self.suite.run(lm, name, backends.vocabulary_of(model))
         shutil.rmtree(place, ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty: another process trains in it
@@ -270,10 +270,20 @@ class Sweep:
 
     def _measure(self, name: str) -> Evaluation:
         model = self.model()
-        lm = backends.wrap(model, self.found.path, self.options.evaluation, last_logits_only=True)
+        lm = self._wrap(model, self.found.path)
         return self.suite.run(lm, name, backends.vocabulary_of(model))
 
     # --- the model and the data of its cuts ------------------------------------------------------------------------
+
+    def _wrap(self, model: Any, path: Path) -> Any:
+        spec = self.options.evaluation
+        return backends.wrap(
+            model,
+            path,
+            spec.batch_size,
+            trust_remote_code=spec.trust_remote_code,
+            last_logits_only=True,
+        )
 
     def model(self) -> Any:
         """The source, loaded on first use; in a distributed run, on this process's GPU."""

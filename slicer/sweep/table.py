@@ -185,8 +185,8 @@ def value_of(row: Row, measure: str) -> tuple[float, float] | None:
     return (score.value, score.standard_error or 0.0) if score else None
 
 
-def curves_of(table: Table, measure: str) -> list[Curve]:
-    """The curves of a measure, each starting at the unpruned model."""
+def curves_of(table: Table, measure: str) -> tuple[list[Curve], float | None]:
+    """The curves of a measure, each starting at the unpruned model, and the value of that model."""
     whole = next((value_of(row, measure) for row in table.rows if row.n == 0), None)
     found: dict[tuple[str, str], dict[int, list[tuple[float, float]]]] = {}
     for row in table.rows:
@@ -204,4 +204,4 @@ def curves_of(table: Table, measure: str) -> list[Curve]:
             points.append((x, mean, (sum(e * e for _, e in values) / k + spread) ** 0.5))
             each += [(x, v) for v, _ in values] if k > 1 else []
         curves.append(Curve(strategy, heal, tuple(points), tuple(each)))
-    return curves
+    return curves, whole and whole[0]

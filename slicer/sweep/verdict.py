@@ -123,7 +123,7 @@ def _knee(table: Table, measure: str) -> str | None:
     score = table.unpruned.primary(measure) if table.unpruned else None
     sign = -1 if measure == "c4" or (score is not None and not score.higher_is_better) else 1
     steps = []
-    for curve in curves_of(table, measure):
+    for curve in curves_of(table, measure)[0]:
         points = [(round(x * table.depth), y) for x, y, _ in curve.points]
         worse = [
             (sign * (a - b) / (n - m), m, n, a, b)

@@ -119,7 +119,7 @@ def test_merging_the_kept_adapter_by_hand_gives_the_same_bytes(
     assert done["verified"] == "logits" and done["logits_error"] < 1e-5 and done["rounding_error"] < 1e-5
     succeeds("merge", sliced, tmp_path / "adapter", "-o", tmp_path / "b")
     assert files.read_tensors(tmp_path / "a") == files.read_tensors(tmp_path / "b")
-    assert record_of(tmp_path / "a")["start"] == "cut"
+    assert record_of(tmp_path / "a")["training"]["start"] == "cut"
     # What was merged can be trained on, from the weights as they are.
     more = ["--method", "lora", *text, *FEW, "--steps", 2, "--verify", "none"]
     succeeds("heal", tmp_path / "b", *more, "-o", tmp_path / "further")
@@ -263,13 +263,13 @@ def test_two_processes_train_as_one(sliced: Path, text: list[object], tmp_path: 
     for kind in ("train", "held_out"):
         assert one[kind].keys() == two[kind].keys()
         assert all(abs(one[kind][k] - two[kind][k]) < 1e-4 for k in one[kind]), (one[kind], two[kind])
-    assert record_of(tmp_path / "two")["processes"] == 2
+    assert record_of(tmp_path / "two")["training"]["processes"] == 2
 
 
 def test_a_plan_that_was_trained_is_trained_again(trained: Path, tmp_path: Path) -> None:
     plan = trained / "slicer" / "plan.json"
     succeeds("convert", "demo", "--plan", plan, "--dtype", "float32", "-o", tmp_path / "again")
-    assert record_of(tmp_path / "again")["held_out"] == record_of(trained)["held_out"]
+    assert record_of(tmp_path / "again")["training"]["held_out"] == record_of(trained)["training"]["held_out"]
     assert files.read_tensors(tmp_path / "again") == files.read_tensors(trained)
 
 
@@ -286,8 +286,9 @@ def test_a_half_offset_cut_that_was_trained_is_trained_again_on_the_same_text_or
     other = sources.save_text(tmp_path / "other.jsonl", 60)
     succeeds(*plan, "--calibration", other, "-o", tmp_path / "other")
     first, then = record_of(tmp_path / "trained"), record_of(tmp_path / "other")
-    assert then["method"] == "lora" and then["settings"] == first["settings"]
-    assert then["data"]["source"] == str(other) != first["data"]["source"]
+    assert then["method"] == "lora" and then["training"]["settings"] == first["training"]["settings"]
+    sources_of = [record["training"]["corpus"]["source"] for record in (first, then)]
+    assert sources_of[1] == str(other) != sources_of[0]
 
 
 def test_early_stop_and_a_loss_that_is_not_finite_keep_the_best(

@@ -1,0 +1,1 @@
+"""What the other stages need of the machine: files, work directories, memory, processes, versions, foreign patches."""
