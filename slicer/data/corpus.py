@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +87,7 @@ class Corpus:
             if len(pieces) >= spec.samples:
                 break
         tokens = torch.stack(pieces[: spec.samples])
-        provenance = {
-            **asdict(spec),
-            "source": self.record.source,
-            "samples": len(tokens),
-            "seq_len": length,
-            "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
-        }
-        return TokenBatches(list(torch.split(tokens, spec.batch_size)), provenance)
+        return TokenBatches.of(tokens, replace(spec, source=self.record.source))
 
 
 def prepare(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from slicer.checkpoint.config import sliced_config
@@ -11,6 +11,7 @@ from slicer.errors import ArchitectureError
 from slicer.jobs.options import Options
 from slicer.plan.plan import Plan
 from slicer.progress import Progress
+from slicer.runtime.compute import Compute
 
 if TYPE_CHECKING:
     from slicer.data.calibration import TokenBatches
@@ -24,6 +25,7 @@ class SourceModel:
     def __init__(self, checkpoint: Checkpoint, options: Options, progress: Progress) -> None:
         self._checkpoint, self._options, self._progress = checkpoint, options, progress
         self._walk: Walk | None = None
+        self._open = contextlib.ExitStack()
 
     @property
     def fits(self) -> bool:
@@ -36,7 +38,7 @@ class SourceModel:
     def walk(self) -> Walk:
         """A walk over it."""
         if self._walk is None:
-            from slicer.model.walk import Walk
+            from slicer.model.walk import open_walk
 
             if self.fits:
                 self._progress.stage("Loading the model")
@@ -46,18 +48,13 @@ class SourceModel:
                     + (", out of pickled .bin files" if self._checkpoint.is_bin else "")
                 )
             options = self._options
-            self._walk = Walk.fitting(
-                self._checkpoint,
-                dtype=options.dtype,
-                device=options.device,
-                memory_bytes=options.memory,
-                trust_remote_code=options.trust_remote_code,
-            )
+            compute = Compute(options.device, options.dtype, options.memory, options.trust_remote_code)
+            self._walk = self._open.enter_context(open_walk(self._checkpoint, compute, loads=self.fits))
         return self._walk
 
     def release(self) -> None:
         self._walk = None
-        gc.collect()
+        self._open.close()
 
 
 class CalibrationData:

@@ -14,7 +14,7 @@ from slicer.data.sources import TextSpec
 from slicer.errors import ArchitectureError, HealError
 from slicer.heal.finetune.settings import of_record
 from slicer.plan.plan import Plan
-from slicer.plan.records import HealingRecord, TextRecord
+from slicer.plan.records import HealingRecord
 from slicer.progress import Progress
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def repair(
         else:
             solved = linear(walk, data.batches, plan, method, compensation.rank, progress=progress)
             if compensation.steps:
-                seed = int(data.provenance.get("seed") or 0)
+                seed = data.record.seed
                 solved = train(
                     walk, data.batches, plan, solved, compensation.steps, seed=seed, progress=progress
                 )
@@ -122,7 +122,7 @@ def repair(
         progress.note(f"healed as asked, but {words}" if compensation.asked else f"not healed: {words}")
         if not compensation.asked:
             return NONE
-    return place(checkpoint, plan, solved, TextRecord.of(data.provenance), cast)
+    return place(checkpoint, plan, solved, data.record, cast)
 
 
 def trained_again(plan: Plan, options: Options) -> Options:

@@ -22,10 +22,12 @@ from slicer.heal.finetune.model import nf4, require, unpack
 from slicer.heal.finetune.settings import TrainingSettings
 from slicer.model.layers import watch
 from slicer.model.load import load_model
-from slicer.model.walk import Walk
+from slicer.model.walk import Walk, open_walk
 from slicer.plan.amounts import runs
 from slicer.plan.plan import Plan
 from slicer.progress import Progress
+from slicer.runtime import memory
+from slicer.runtime.compute import Compute
 from slicer.runtime.distributed import Processes
 from slicer.runtime.files import check_space, write_atomically
 from slicer.runtime.memory import within_memory
@@ -322,13 +324,13 @@ def cache_teacher(
         state["done"] = 0
     if state["done"] >= count:
         return cached
-    walk = Walk.fitting(
-        teacher, dtype=dtype, memory_bytes=memory_bytes, device=device, trust_remote_code=trust_remote_code
-    )
-    progress.stage("Caching the teacher's outputs", count - state["done"], "sequences")
-    for start in range(state["done"], count, _TOGETHER):
-        rows = range(start, min(start + _TOGETHER, count))
-        cached.ask(walk, sequences, at, rows, batch_size=4)
-        write_atomically(file, json.dumps({"mark": mark, "done": rows.stop}))
-        progress.advance(len(rows))
+    compute = Compute(device, dtype, memory_bytes, trust_remote_code)
+    loads = memory.fits(teacher.bytes_as(dtype), device, memory_bytes)
+    with open_walk(teacher, compute, loads=loads) as walk:
+        progress.stage("Caching the teacher's outputs", count - state["done"], "sequences")
+        for start in range(state["done"], count, _TOGETHER):
+            rows = range(start, min(start + _TOGETHER, count))
+            cached.ask(walk, sequences, at, rows, batch_size=4)
+            write_atomically(file, json.dumps({"mark": mark, "done": rows.stop}))
+            progress.advance(len(rows))
     return cached
