@@ -8,15 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from slicer.figures.style import curve_figure, svg
-from slicer.runtime.files import atomic_file
-
-_BLUE, _GREY, _ORANGE = "#1f5fa8", "#888888", "#c65d09"
+from slicer.figures.style import BLUE, BOTH, GREY, VERMILION, canvas, finish, plot, save, svg
 
 
 def lines(result: Mapping[str, Any], directory: Path) -> None:
     """Plot time per output token, prefill, memory and speed-up against the layers: bench.png and bench.svg."""
-    figure = _figure(10, 7.2)
+    figure = canvas(10, 7.2)
     axes = figure.subplots(2, 2)
     models, fitted = result["models"], result["lines"]
     _line(
@@ -31,16 +28,16 @@ def lines(result: Mapping[str, Any], directory: Path) -> None:
     _speed(axes[1, 1], result)
     name = models[0]["label"]
     figure.suptitle(f"{name} by depth: {result['engine']} on {result['hardware']['name']}", fontsize=11)
-    _save(figure, directory)
+    save(figure, directory / f"bench{BOTH}")
 
 
 def speculative(result: Mapping[str, Any], directory: Path) -> None:
     """Plot tokens per second with each draft, and the acceptance rate by draft position."""
-    figure = _figure(10, 4)
+    figure = canvas(10, 4)
     left, right = figure.subplots(1, 2)
     rows = result["speculative"]["rows"]
     names = [row["draft"] or "no draft" for row in rows]
-    left.barh(names[::-1], [row["tokens_per_second"] for row in rows][::-1], color=_BLUE)
+    left.barh(names[::-1], [row["tokens_per_second"] for row in rows][::-1], color=BLUE)
     left.set(xlabel="output tokens/s", title="Speed")
     for row in rows:
         rates = row["acceptance_by_position"]
@@ -52,7 +49,7 @@ def speculative(result: Mapping[str, Any], directory: Path) -> None:
     right.locator_params(axis="x", integer=True)
     if any(row["acceptance_by_position"] for row in rows):
         right.legend(frameon=False, fontsize="small")
-    _save(figure, directory)
+    save(figure, directory / f"bench{BOTH}")
 
 
 def _rounds(models: list[Mapping[str, Any]], which: int) -> list[tuple[int, float]]:
@@ -64,12 +61,12 @@ def _line(axes: Any, line: Mapping[str, Any], unit: str, title: str, rounds: lis
     x = np.asarray([p[0] for p in line["points"]])
     y = [p[1] for p in line["points"]]
     reach = np.linspace(0, x.max() * 1.03, 60)
-    axes.plot(reach, line["intercept"] + line["slope"] * reach, color=_BLUE, linewidth=1.4)
+    axes.plot(reach, line["intercept"] + line["slope"] * reach, color=BLUE, linewidth=1.4)
     if line.get("band"):  # (layers, lower, upper)
         band = zip(*line["band"], strict=True)
-        axes.fill_between(*band, color=_BLUE, alpha=0.13, linewidth=0, label="95% confidence")
-    axes.plot([p[0] for p in rounds], [p[1] for p in rounds], "x", color=_GREY, markersize=5, label="rounds")
-    axes.plot(x, y, "o", color=_BLUE, label="fastest round")
+        axes.fill_between(*band, color=BLUE, alpha=0.13, linewidth=0, label="95% confidence")
+    axes.plot([p[0] for p in rounds], [p[1] for p in rounds], "x", color=GREY, markersize=5, label="rounds")
+    axes.plot(x, y, "o", color=BLUE, label="fastest round")
     axes.set(
         xlabel="layers", ylabel=unit, xlim=(0, None), ylim=(0, max(*y, *(p[1] for p in rounds)) * 1.12),
         title=f"{title}: {line['slope']:.3g} per layer {line['intercept']:+.3g}, R2 {line['r2']:.3f}",
@@ -84,9 +81,9 @@ def _memory(axes: Any, result: Mapping[str, Any]) -> None:
     models = result["models"]
     deepest = max(models, key=lambda model: model["layers"])
     for name, label, marker, colour in (
-        ("weight_bytes", "weights", "o", _BLUE),
-        ("kv_bytes_per_token", "KV cache per token", "s", _ORANGE),
-        ("peak_memory_bytes", "peak memory, KV cache included", "^", _GREY),
+        ("weight_bytes", "weights", "o", BLUE),
+        ("kv_bytes_per_token", "KV cache per token", "s", VERMILION),
+        ("peak_memory_bytes", "peak memory, KV cache included", "^", GREY),
     ):
         line, whole = result["lines"][name], deepest[name]
         reach = np.asarray([0, deepest["layers"]])
@@ -112,10 +109,10 @@ def _speed(axes: Any, result: Mapping[str, Any]) -> None:
     line, deepest = result["lines"]["time_per_output_token_ms"], max(layers)
     reach = np.linspace(min(layers), deepest, 60)
     times = line["intercept"] + line["slope"] * reach
-    axes.plot(reach, deepest / reach, "--", color=_GREY, label="ideal, L/(L-n)")
-    axes.plot(reach, times[-1] / times, color=_BLUE, label="allowed by the intercept")
-    axes.plot(layers, [row["measured"] for row in rows], "o", color=_BLUE, label="measured")
-    axes.plot(layers, [row["kv_capacity_gain"] for row in rows], "s", color=_ORANGE, markersize=4,
+    axes.plot(reach, deepest / reach, "--", color=GREY, label="ideal, L/(L-n)")
+    axes.plot(reach, times[-1] / times, color=BLUE, label="allowed by the intercept")
+    axes.plot(layers, [row["measured"] for row in rows], "o", color=BLUE, label="measured")
+    axes.plot(layers, [row["kv_capacity_gain"] for row in rows], "s", color=VERMILION, markersize=4,
               label="KV capacity gained")  # fmt: skip
     axes.set(xlabel="layers", ylabel="relative to the whole model", title="Speed-up")
     axes.title.set_fontsize(10)
@@ -124,38 +121,16 @@ def _speed(axes: Any, result: Mapping[str, Any]) -> None:
     axes.legend(frameon=False, fontsize="small", loc="upper left")
 
 
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Any, directory: Path) -> None:
-    from matplotlib import rc_context
-
-    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-        with (
-            atomic_file(directory / f"bench.{kind}") as temporary,
-            rc_context({"svg.hashsalt": "slicer", "svg.fonttype": "none"}),
-        ):
-            figure.savefig(temporary, format=kind, dpi=130, metadata=metadata)
-
-
 def bench_line(points: Sequence[tuple[int, float]], line: Mapping[str, Any] | None, label: str) -> str:
     """Plot a measurement of `slicer bench` against the number of layers, with its fitted line."""
-    figure, axes = curve_figure()
+    figure, axes = plot(5.4, 3.7)
     xs, ys = zip(*sorted(points), strict=True)
-    axes.plot(xs, ys, marker="o", linestyle="none", color="#1f4e9c", label="measured")
+    axes.plot(xs, ys, marker="o", linestyle="none", color=BLUE, label="measured")
     if line is not None:
         ends = (0, max(xs))
         fitted = [line["intercept"] + line["slope"] * x for x in ends]
-        axes.plot(ends, fitted, color="#6b6b6b", linewidth=1, label=f"line, R² = {line['r2']:.4f}")
-    axes.set(xlabel="layers", ylabel=label)
+        axes.plot(ends, fitted, color=GREY, linewidth=1, label=f"line, R² = {line['r2']:.4f}")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.legend(frameon=False, fontsize=8)
+    finish(axes, xlabel="layers", ylabel=label)
     return svg(figure)

@@ -1,4 +1,4 @@
-"""Figures of attention and feed-forward sublayers: each metric by layer, and the trade-off between two texts."""
+"""Figures of an analysis: distances of blocks, importance of layers and sublayers, agreement of metrics."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slicer.errors import PlanError
-from slicer.figures.style import BOTH_PARTS, canvas, new_figure, save
+from slicer.figures.style import BLUE, BOTH, ORANGE, canvas, plot, save
 
 if TYPE_CHECKING:
     from slicer.measure.analysis import Analysis, Distances
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def parts(analysis: Analysis, path: Path) -> None:
     """Plot each metric of the attention and feed-forward sublayers by layer, with standard errors."""
     tables = list(analysis.sublayers.values())
-    figure = canvas((7, 1.7 * len(tables) + 0.6))
+    figure = canvas(7, 1.7 * len(tables) + 0.6)
     for at, table in enumerate(tables):
         axes = figure.add_subplot(len(tables), 1, at + 1)
         row, error = list(table.block(1)), list(table.standard_error[1])
@@ -46,8 +46,7 @@ def trade_off(one: Analysis, other: Analysis, path: Path) -> float:
     a, b = comparable(one, other)
     agreement = rank_agreement(_singles(a), _singles(b))
     x, y = list(a.block(1)), list(b.block(1))
-    figure = canvas((5.6, 5.2))
-    axes = figure.add_subplot()
+    figure, axes = plot(5.6, 5.2)
     halves = a.depth == 2 * one.depth
     kinds = ((0, BLUE, "attention"), (1, ORANGE, "feed-forward part")) if halves else ((0, BLUE, "layer"),)
     step = len(kinds)
@@ -109,7 +108,6 @@ def _text(analysis: Analysis, metric: str) -> str:
 
 
 _CURVES = 6
-BLUE, ORANGE = "#0072b2", "#e69f00"  # Okabe and Ito's colours, distinct for all kinds of colour vision
 
 
 def heat_map(
@@ -125,19 +123,13 @@ def heat_map(
     Marks the dropped block: `chosen`, the (start, n) of whole layers, or `offset`, the (i, j, distance) of a
     half-offset block, drawn half a layer further in. Writes a PNG or SVG, by the suffix.
     """
-    figure, axes = new_figure()
+    figure, axes = plot()
     image = _heat(axes, distances)
-    where: tuple[float, float, str] | None = None
     if chosen is not None:
-        where = chosen[0], chosen[1], block_label(*chosen)
+        _mark(axes, "s", chosen[0], chosen[1], block_label(*chosen))
     elif offset is not None:
-        where = offset[0] + 0.5, offset[1] - offset[0], _half(offset)
-    if where is not None:
-        x, y, name = where
-        axes.plot(
-            x, y, marker="s", markersize=9, markerfacecolor="none", markeredgecolor="red", linestyle="none",
-            label=f"dropped: {name}",
-        )  # fmt: skip
+        _mark(axes, "s", offset[0] + 0.5, offset[1] - offset[0], _half(offset))
+    if chosen is not None or offset is not None:
         axes.legend(loc="upper right", frameon=False)
     axes.set(
         xlabel="first layer of the block, l",
@@ -147,6 +139,14 @@ def heat_map(
     axes.locator_params(integer=True)
     figure.colorbar(image, ax=axes, label="scaled within each n (black dot: minimum)")
     save(figure, path)
+
+
+def _mark(axes: Any, marker: str, x: float, y: float, name: str) -> None:
+    """Mark the block that was dropped."""
+    axes.plot(
+        x, y, marker=marker, markersize=9, markerfacecolor="none", markeredgecolor="red", linestyle="none",
+        label=f"dropped: {name}",
+    )  # fmt: skip
 
 
 def _heat(axes: Any, distances: Distances, percentile: float = 100) -> Any:
@@ -190,7 +190,7 @@ def curves(
     marked = chosen[1] if chosen is not None else offset[1] - offset[0] if offset is not None else None
     if marked is not None:
         sizes = sorted({*sizes, marked} - {depth})
-    figure, axes = new_figure()
+    figure, axes = plot()
     from matplotlib import colormaps
 
     for at, n in enumerate(sizes):
@@ -206,17 +206,10 @@ def curves(
         least = [(row.index(min(row)), min(row)) for row in rows]
         axes.plot(*zip(*least, strict=True), color="black", linewidth=0.8, linestyle=":", marker=".", markersize=4,
                   label="minimum of each n")  # fmt: skip
-    where: tuple[float, float, str] | None = None
     if chosen is not None:
-        where = chosen[0], distances.block(chosen[1])[chosen[0]], block_label(*chosen)
-    elif offset is not None:  # drawn half a layer further in than the block that starts at layer i
-        where = offset[0] + 0.5, offset[2], _half(offset)
-    if where is not None:
-        x, y, name = where
-        axes.plot(
-            x, y, marker="o", markersize=9, markerfacecolor="none", markeredgecolor="red", linestyle="none",
-            label=f"dropped: {name}",
-        )  # fmt: skip
+        _mark(axes, "o", chosen[0], distances.block(chosen[1])[chosen[0]], block_label(*chosen))
+    elif offset is not None:  # half a layer further in than the block that starts at layer i
+        _mark(axes, "o", offset[0] + 0.5, offset[2], _half(offset))
     axes.set(
         xlabel="first layer of the block, l", ylabel=label, title=title,
     )  # fmt: skip
@@ -242,7 +235,7 @@ def analysis_figures(analysis: Analysis, directory: Path) -> list[Path]:
         "blocks": partial(chosen_blocks, analysis),
     }
     for name, figure in draw.items():
-        figure(directory / f"{name}{BOTH_PARTS}")
+        figure(directory / f"{name}{BOTH}")
     return [directory / f"{name}{suffix}" for name in draw for suffix in (".png", ".svg")]
 
 
@@ -264,7 +257,7 @@ def heat_maps(analysis: Analysis, path: Path) -> None:
 def _grid(count: int, columns: int = 3) -> tuple[Any, list[Any]]:
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure = canvas((3.2 * columns + 0.6, 2.6 * rows + 0.4))
+    figure = canvas(3.2 * columns + 0.6, 2.6 * rows + 0.4)
     return figure, [figure.add_subplot(rows, columns, at + 1) for at in range(count)]
 
 
@@ -287,7 +280,7 @@ def analysis_title(metric: str) -> str:
 def importance(analysis: Analysis, path: Path) -> None:
     """Bars of each metric by layer, with standard errors."""
     shown = [d for d in analysis.metrics.values() if 1 in d.sizes and d.metric != "healed_loss"]
-    figure = canvas((7, 1.5 * len(shown) + 0.6))
+    figure = canvas(7, 1.5 * len(shown) + 0.6)
     for at, distances in enumerate(shown):
         axes = figure.add_subplot(len(shown), 1, at + 1)
         row, error = list(distances.block(1)), list(distances.standard_error[1])
@@ -324,8 +317,7 @@ def agreement(analysis: Analysis, path: Path) -> None:
     for i, one in enumerate(names):
         for j, other in enumerate(names):
             grid[i, j] = rank_agreement(analysis.metrics[one], analysis.metrics[other])
-    figure = canvas((1.6 + 0.75 * len(names), 1.2 + 0.7 * len(names)))
-    axes = figure.add_subplot()
+    figure, axes = plot(1.6 + 0.75 * len(names), 1.2 + 0.7 * len(names))
     image = axes.imshow(grid, cmap="cividis", vmin=min(0.0, float(np.nanmin(grid))), vmax=1)
     middle = (image.norm.vmin + 1) / 2
     for i in range(len(names)):

@@ -1,4 +1,4 @@
-"""Figures of an analysis. Files contain no dates, so equal data gives equal bytes."""
+"""One palette, one canvas and one way to save for all figures. Files hold no dates: equal data gives equal bytes."""
 
 from __future__ import annotations
 
@@ -6,59 +6,55 @@ import io
 from pathlib import Path
 from typing import Any
 
-BOTH_PARTS = ".png+svg"  # suffix that writes both files
+from slicer.runtime.files import atomic_file
+
+# Okabe and Ito's colours: distinct for all kinds of colour vision.
+BLUE, ORANGE, VERMILION, GREEN = "#0072b2", "#e69f00", "#d55e00", "#009e73"
+PURPLE, SKY, GREY, BLACK = "#cc79a7", "#56b4e9", "#6b6b6b", "#000000"
+CYCLE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
+BOTH = ".png+svg"  # suffix that writes both files
 
 
-def new_figure() -> tuple[Any, Any]:
-    figure = canvas((7, 4.6))
-    return figure, figure.add_subplot()
-
-
-def canvas(size: tuple[float, float]) -> Any:
+def canvas(width: float = 7, height: float = 4.6) -> Any:
+    """An empty figure, in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def save(figure: Any, path: Path) -> None:
-    """Write by suffix (PNG, SVG or `_BOTH`), without timestamps."""
-    from matplotlib import rc_context
-
-    both = path.suffix == BOTH_PARTS
-    if path.suffix != ".svg":
-        png = path.with_suffix(".png") if both else path
-        figure.savefig(png, format="png", dpi=130, metadata={"Software": None})
-    if both:
-        figure.set_layout_engine("none")  # keep the layout: computing it takes longer than drawing
-    if both or path.suffix == ".svg":
-        with rc_context({"svg.hashsalt": "slicer", "svg.fonttype": "path"}):
-            figure.savefig(path.with_suffix(".svg"), format="svg", metadata={"Date": None, "Creator": None})
-
-
-COLOURS = {"similarity": "#1f4e9c", "deepest": "#b3262a", "tail": "#b8741a", "random": "#6b6b6b"}
-MARKERS = {"none": "o", "fold": "s", "qlora": "D"}
-DASHES = {"none": (0, (1, 1.5)), "fold": (0, ()), "qlora": (0, (6, 1.5))}
-# Colours of ranks and of task variants: distinct for all kinds of colour vision (Okabe and Ito).
-OTHERS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-
-
-def curve_figure() -> tuple[Any, Any]:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.4, 3.7), layout="constrained")
-    FigureCanvasSVG(figure)
+def plot(width: float = 7, height: float = 4.6) -> tuple[Any, Any]:
+    """A figure and its only axes."""
+    figure = canvas(width, height)
     return figure, figure.add_subplot()
 
 
+def finish(axes: Any, **labels: Any) -> None:
+    """Labels, a faint grid and the legend, as all line plots have them."""
+    axes.set(**labels)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write the figure, complete or not at all, as PNG or SVG by the suffix of `path`, or as both (`BOTH`)."""
+    if path.suffix != ".svg":
+        with atomic_file(path.with_suffix(".png") if path.suffix == BOTH else path) as temporary:
+            figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})
+    if path.suffix == BOTH:
+        figure.set_layout_engine("none")  # keep the layout: computing it takes longer than drawing
+    if path.suffix in (BOTH, ".svg"):
+        with atomic_file(path.with_suffix(".svg")) as temporary:
+            Path(temporary).write_text(svg(figure), "utf-8")
+
+
 def svg(figure: Any) -> str:
-    """The figure as SVG without dates, so that equal data gives equal bytes."""
-    import matplotlib
+    """The figure as SVG."""
+    from matplotlib import rc_context
 
     out = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "slicer"}):
+    with rc_context({"svg.hashsalt": "slicer", "svg.fonttype": "path"}):
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     return out.getvalue()

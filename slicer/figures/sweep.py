@@ -6,7 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slicer.figures.style import COLOURS, DASHES, MARKERS, OTHERS, curve_figure, svg
+from slicer.figures.style import BLACK, BLUE, CYCLE, GREY, ORANGE, VERMILION, finish, plot, svg
+
+COLOURS = {"similarity": BLUE, "deepest": VERMILION, "tail": ORANGE, "random": GREY}
+MARKERS = {"none": "o", "fold": "s", "qlora": "D"}
+DASHES = {"none": (0, (1, 1.5)), "fold": (0, ()), "qlora": (0, (6, 1.5))}
 
 
 @dataclass(frozen=True)
@@ -31,21 +35,21 @@ class Curve:
 def against_fraction(
     curves: Sequence[Curve], unpruned: float | None, chance: float | None, label: str
 ) -> str:
-    """Plot a measure against the fraction dropped; unpruned model dashed red, chance dashed grey, as in the paper."""
-    figure, axes = curve_figure()
+    """Plot a measure against the fraction dropped; unpruned model dashed black, chance dashed grey."""
+    figure, axes = plot(5.4, 3.7)
     ranks = sorted({c.heal for c in curves if "@" in c.heal}, key=lambda heal: int(heal.split("@")[1]))
     if len({curve.strategy for curve in curves}) > 1:
         ranks = []  # strategies already differ by colour
     for curve in curves:
         colour = COLOURS[curve.strategy]
         if len(ranks) > 1 and curve.heal in ranks:
-            colour = OTHERS[ranks.index(curve.heal) % len(OTHERS)]
+            colour = CYCLE[ranks.index(curve.heal) % len(CYCLE)]
         faint = curve.heal == "none" and any(c.heal != "none" for c in curves)
         _draw(axes, curve, curve.label, colour, alpha=0.65 if faint else 1.0)
     if unpruned is not None:
-        axes.axhline(unpruned, color="#d62728", linestyle="--", linewidth=1, label="unpruned")
+        axes.axhline(unpruned, color=BLACK, linestyle="--", linewidth=1, label="unpruned")
     if chance is not None:
-        axes.axhline(chance, color="#8a8a8a", linestyle="--", linewidth=1, label="guessing")
+        axes.axhline(chance, color=GREY, linestyle="--", linewidth=1, label="guessing")
     return _against_fraction(figure, axes, label)
 
 
@@ -54,16 +58,16 @@ def overlaid(
 ) -> str:
     """Plot several variants of one task (figure 7: examples and their order) against the fraction dropped, one colour
     each; the unpruned model's score is dashed in the same colour. `tasks`: name -> its curves, that score."""
-    figure, axes = curve_figure()
+    figure, axes = plot(5.4, 3.7)
     for at, (task, (curves, unpruned)) in enumerate(tasks.items()):
-        colour = OTHERS[at % len(OTHERS)]
+        colour = CYCLE[at % len(CYCLE)]
         for curve in curves:
             name = task if len(curves) == 1 else f"{task}, {curve.label}"
             _draw(axes, curve, name, colour)
         if unpruned is not None:
             axes.axhline(unpruned, color=colour, linestyle="--", linewidth=0.8)
     if chance is not None:
-        axes.axhline(chance, color="#8a8a8a", linestyle="--", linewidth=1, label="guessing")
+        axes.axhline(chance, color=GREY, linestyle="--", linewidth=1, label="guessing")
     return _against_fraction(figure, axes, label)
 
 
@@ -80,8 +84,6 @@ def _draw(axes: Any, curve: Curve, label: str, colour: str, alpha: float = 1.0) 
 
 
 def _against_fraction(figure: Any, axes: Any, label: str) -> str:
-    axes.set(xlabel="fraction of layers dropped", ylabel=label)
     axes.set_xlim(left=0)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.legend(frameon=False, fontsize=8)
+    finish(axes, xlabel="fraction of layers dropped", ylabel=label)
     return svg(figure)

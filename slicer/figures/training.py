@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from slicer.figures.layers import BLUE, ORANGE
-from slicer.figures.style import curve_figure, new_figure, save, svg
+from slicer.figures.style import BLUE, ORANGE, finish, plot, save, svg
 
 
 def loss_curve(
@@ -21,7 +20,7 @@ def loss_curve(
 
     Marks the best held-out measurement. Writes a PNG or SVG.
     """
-    figure, axes = new_figure()
+    figure, axes = plot()
     steps = sorted(train)
     window = max(1, len(steps) // 50)
     if steps:
@@ -47,12 +46,10 @@ def loss_curve(
 
 def healing_curve(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     """Plot the losses of healing against the step: name -> [{"step": ..., loss name: value}]."""
-    figure, axes = curve_figure()
+    figure, axes = plot(5.4, 3.7)
     for name, history in histories.items():
         for key in sorted({k for entry in history for k in entry if "loss" in k}):
             points = [(entry["step"], entry[key]) for entry in history if key in entry]
             axes.plot(*zip(*points, strict=True), label=f"{name}: {key.replace('_', ' ')}", linewidth=1.4)
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.legend(frameon=False, fontsize=8)
+    finish(axes, xlabel="step", ylabel="loss (nats per token)")
     return svg(figure)

@@ -142,10 +142,9 @@ def check_owner(path: Path) -> None:
     """Raise OutputError unless `path` is free for slicer to work in: not there, empty, or with its sign."""
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path}: exists and is not a directory; choose another place with -o")
-    if path.is_dir() and not (path / SIGN).is_file():
-        for entry in sorted(path.iterdir()):
-            if not entry.name.startswith(_OWN):
-                raise _of_another(path, f"holds {entry.name} and was not made by slicer for this")
+    signed = not path.is_dir() or (path / SIGN).is_file()
+    if not signed and not all(entry.name.startswith(_OWN) for entry in path.iterdir()):
+        raise _of_another(path, f"already exists and was not created by slicer (no {SIGN} in it)")
 
 
 def _of_another(path: Path, reason: str) -> OutputError:
@@ -170,15 +169,17 @@ def sign_of(directory: Path) -> dict[str, Any] | None:
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, str, str]:
     """The first value that differs: its name, and how it is spelled on either side."""
-    key = next(key for key in {**now, **before} if before.get(key) != now.get(key))
+    key = next(k for k in {**now, **before} if k not in before or k not in now or before[k] != now[k])
     a, b = before.get(key), now.get(key)
     if isinstance(a, dict) and isinstance(b, dict):
         return _difference(a, b)
-    return key, _short(a), _short(b)
+    return key, _spelled(before, key), _spelled(now, key)
 
 
-def _short(value: object) -> str:
-    text = json.dumps(value)
+def _spelled(values: Mapping[str, Any], key: str) -> str:
+    text = (
+        json.dumps(values[key]) if key in values else "unknown"
+    )  # another version of slicer may not record it
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -29,9 +29,9 @@ def test_the_same_bytes_whatever_the_shards(
 ) -> None:
     if not reserves:  # a file system that cannot allocate ahead or copy in the kernel, and a small buffer
         monkeypatch.setattr(writer, "reserve", lambda *_: None)
-        monkeypatch.setattr(files, "_BUFFER", 1000)
+        monkeypatch.setattr(runtime_files, "_BUFFER", 1000)
         monkeypatch.setattr(os, "copy_file_range", _other_file_system)
-    monkeypatch.setattr(files, "_KERNEL_BYTES", 3000)
+    monkeypatch.setattr(runtime_files, "_KERNEL_BYTES", 3000)
     tensors = files.write_checkpoint(tmp_path / "source", shards=shards, pad=pad)
     out = tmp_path / "out"
     out.mkdir()
@@ -66,7 +66,7 @@ def test_shared_blocks_hold_the_same_bytes(tmp_path: Path, monkeypatch: pytest.M
         return True
 
     shared: list[int] = []
-    monkeypatch.setattr(files, "_share", share)
+    monkeypatch.setattr(runtime_files, "_share", share)
     tensors = files.write_checkpoint(tmp_path / "source", size=30_000)
     out = tmp_path / "out"
     out.mkdir()
@@ -91,7 +91,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     monkeypatch.setattr(os, at, full)
     with (
         pytest.raises(OutputError, match="disk is full"),
-        files.atomic_directory(tmp_path / "deep" / "out") as made,
+        runtime_files.atomic_directory(tmp_path / "deep" / "out") as made,
     ):
         writer.write_tensors(made, spans, {})
     assert os.listdir(tmp_path) == ["source"]

@@ -126,30 +126,38 @@ def test_a_cut_that_cannot_be_healed_is_written_bare_unless_healing_was_asked_fo
 def test_a_wrong_write_never_appears(
     text: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
-    """The healed tensors are compared bit for bit, and the logits with the source's that has them put in."""
-    import slicer.heal.healing as healing
+    """The healed tensors are compared bit for bit, and the logits with those of the pruned source that has them."""
+    from slicer.heal import patch
+    from slicer.jobs import output
 
     if wrong == "bytes":
-        honest: Any = healing.replacements
-        monkeypatch.setattr(healing, "replacements", lambda *given: _flipped(honest(*given)))
+        write: Any = output.write_checkpoint
+        monkeypatch.setattr(output, "write_checkpoint", lambda *a, **k: _flipped(a[3], write(*a, **k)))
     else:
-        honest_tensors: Any = healing._tensors
-        monkeypatch.setattr(
-            healing, "_tensors", lambda *args: {k: 1.5 * t for k, t in honest_tensors(*args).items()}
-        )
+        place: Any = patch.place
+        monkeypatch.setattr(patch, "place", lambda *given: _scaled(place(*given)))
     result = slicer("convert", "demo", "--drop", "4-6", "--heal", "fold", *text, "-o", tmp_path / "out")
     assert result.exit_code == 1, result.output
     assert ("healed weights" if wrong == "bytes" else "logits") in result.output
     assert not os.listdir(tmp_path)
 
 
-def _flipped(spans: dict[str, Any]) -> dict[str, Any]:
-    """The first tensor's rows come out upside down."""
+def _flipped(directory: Path, _: None) -> None:
+    """One bit of a healed tensor is another one on disk."""
+    file = directory / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    size = int.from_bytes(content[:8], "little")
+    start, _end = json.loads(content[8 : 8 + size])["model.layers.3.mlp.down_proj.weight"]["data_offsets"]
+    content[8 + size + start] ^= 64
+    file.write_bytes(content)
+
+
+def _scaled(patch: Any) -> Any:
+    """The tensors that are written are not those that the source was run with."""
     from dataclasses import replace
 
-    key = min(spans)
-    make = spans[key].make
-    return {**spans, key: replace(spans[key], make=lambda: make().flip(0))}
+    spans = {k: replace(s, make=lambda s=s: 1.5 * s.make()) for k, s in patch.replaced.items()}
+    return replace(patch, replaced=spans)
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(bare: Path, text: list[object], tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def test_what_is_not_slicers_is_neither_used_nor_removed(tmp_path: Path, force: 
         theirs.parent.mkdir(exist_ok=True)
         theirs.write_text("Mine.")
         result = slicer(*given, "--calibration", text, *FEW, *force, "-o", tmp_path / "out")
-        assert result.exit_code == 1 and "not made by slicer" in result.output, result.output
+        assert result.exit_code == 1 and "not created by slicer" in result.output, result.output
         assert [path.name for path in theirs.parent.iterdir()] == ["diary.txt"]
         theirs.unlink()
         theirs.parent.rmdir()

@@ -78,7 +78,7 @@ def test_a_half_offset_cut_is_marked_between_the_blocks_of_whole_layers(tmp_path
 
 
 def test_a_panel_that_would_look_empty_says_so() -> None:
-    _, axes = style.new_figure()
+    _, axes = style.plot()
     layers.note_flat(axes, [0.0, float("nan"), 0.0])
     layers.note_flat(axes, [0.0, 0.1])
     assert [text.get_text() for text in axes.texts] == ["0 everywhere: no difference seen"]

@@ -46,10 +46,13 @@ def training(held_out: dict[str, float]) -> dict[str, object]:
     return {"start": "cut", "asked": {}, "settings": {}, "corpus": corpus, "held_out": held_out}
 
 
+SETTINGS = {"source": "org/model", "depth": 8, "tasks": ["mmlu", "c4"], "seed": 7}
+
+
 @pytest.fixture
 def swept(tmp_path: Path) -> Path:
     directory = tmp_path / "s"
-    journal = Journal(directory, {"source": "org/model", "depth": 8, "tasks": ["mmlu", "c4"], "seed": 7})
+    journal = Journal(directory, SETTINGS)
     scored = {
         UNPRUNED: (240, 2.5), Cell(2, "similarity", "none"): (236, 2.6), Cell(4, "similarity", "none"): (110, 5.0),
         Cell(2, "deepest", "none"): (190, 3.0), Cell(4, "similarity", "fold"): (150, 3.5),
@@ -119,7 +122,7 @@ def test_the_page(swept: Path) -> None:
 
 def put(directory: Path, cell: Cell, found: Evaluation, healing: object = None) -> None:
     """One more finished cell."""
-    journal = Journal(directory, {})
+    journal = Journal(directory, SETTINGS)
     journal.put(cell.name, {
         "cell": cell.to_dict(), "dropped": list(range(7 - cell.n, 7)), "distance": 0.1, "error": None, "seconds": 1.0,
         "evaluation": found.to_dict(), "healing": healing,

@@ -129,11 +129,11 @@ def test_a_cell_has_one_worker(tmp_path: Path) -> None:
     Journal(tmp_path / "j", {"a": 2}).put("x", {})  # begun in vain before, and nobody has it open
     with pytest.raises(OutputError, match="a 2, not 1"):
         Journal(tmp_path / "j", {"a": 1})
-    with pytest.raises(OutputError, match="b null, not 1"):
+    with pytest.raises(OutputError, match="b unknown, not 1"):
         Journal(tmp_path / "j", {"a": 2, "b": 1})
     (tmp_path / "k").mkdir()
     (tmp_path / "k" / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match="not made by slicer"):
+    with pytest.raises(OutputError, match="not created by slicer"):
         Journal(tmp_path / "k", {})
 
 
@@ -164,9 +164,9 @@ def test_what_keep_found_is_healed_again_as_it_was_measured(tmp_path: Path) -> N
 
 def test_a_passing_failure_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from slicer.errors import HealError, OutOfMemory
-    from slicer.heal import healing
+    from slicer.jobs import repair
 
-    whole = healing.fold_checkpoint
+    whole = repair.repair
 
     def short(*_: object, **__: object) -> None:
         raise OutOfMemory("out of memory; give --samples 8")
@@ -177,13 +177,13 @@ def test_a_passing_failure_is_no_result(tmp_path: Path, monkeypatch: pytest.Monk
     given = ["--heal", "fold", "--drop", "2", "--strategies", "deepest"]
     given += ["--calibration", str(demo.path().parent / "heldout.txt")]
     cell = tmp_path / "s" / "cells" / "002-deepest-fold.json"
-    monkeypatch.setattr(healing, "fold_checkpoint", short)
+    monkeypatch.setattr(repair, "repair", short)
     result = sweep(tmp_path / "s", *given)
     assert result.exit_code == 1 and "out of memory" in result.output and not cell.exists()
-    monkeypatch.setattr(healing, "fold_checkpoint", whole)
+    monkeypatch.setattr(repair, "repair", whole)
     assert sweep(tmp_path / "s", *given).exit_code == 0
     assert json.loads(cell.read_text())["evaluation"] is not None
-    monkeypatch.setattr(healing, "fold_checkpoint", unfit)
+    monkeypatch.setattr(repair, "repair", unfit)
     assert sweep(tmp_path / "t", *given).exit_code == 0
     assert (
         "no matrix" in json.loads((tmp_path / "t" / "cells" / "002-deepest-fold.json").read_text())["error"]

@@ -90,7 +90,7 @@ def test_what_is_not_slicers_is_neither_used_nor_removed(tmp_path: Path, content
     work.mkdir()
     (work / content).mkdir() if content.endswith("/") else (work / content).write_text("Mine.")
     for overwrite in (None, True):
-        with pytest.raises(OutputError, match="not made by slicer"), claimed(work, overwrite=overwrite):
+        with pytest.raises(OutputError, match="not created by slicer"), claimed(work, overwrite=overwrite):
             raise AssertionError("it was used")
         assert os.listdir(work) == [content.rstrip("/")]
 
@@ -120,7 +120,7 @@ def test_work_of_other_options_needs_permission(tmp_path: Path) -> None:
         raise AssertionError("it was used")
     assert "--force" not in str(refused.value), "there is no such option here"
     with (
-        pytest.raises(OutputError, match="steps 10, not null"),
+        pytest.raises(OutputError, match="steps 10, not unknown"),
         owned(work, text=given["text"] | {"seed": 0}),
     ):
         raise AssertionError("it was used")
@@ -225,3 +225,10 @@ def test_a_notebook_keeps_what_was_made(tmp_path: Path) -> None:
     again = Notebook(tmp_path / "book.json")
     assert again.take("a", lambda: make("z")) == "x" and again.take("b", lambda: None) is None
     assert json.loads((tmp_path / "book.json").read_text()) == {"a": "x", "b": None} == again.values
+
+
+def test_a_value_that_is_null_on_one_side_only_is_named(tmp_path: Path) -> None:
+    with owned(tmp_path / "w", steps=1, teacher=None):
+        pass
+    with pytest.raises(OutputError, match="teacher null, not unknown"), owned(tmp_path / "w", steps=1):
+        raise AssertionError("it was used")

@@ -151,11 +151,13 @@ class _Folding:
     def _heal(self, gap: Gap, both: GapPass, target: States) -> None:
         """Solve the sublayer before `gap` so that it puts out `target`, then advance the cut through its layer.
 
-        `resolve` also tries to solve the attention first where the gap is behind the feed-forward sublayer.
+        Before a gap of whole layers `resolve` also tries to solve the attention first; before smaller gaps that only
+        fits noise.
         """
         i, cut, best = gap.layer, both.cut, _Change()
         ways: list[tuple[str, ...]] = [(gap.sublayer,)]
-        if gap.sublayer == "ffn" and self._solver == "resolve" and i not in self._plan.gone[0]:
+        whole = gap.sublayer == "ffn" and not gap.within
+        if whole and self._solver == "resolve" and i not in self._plan.gone[0]:
             ways.append(("attention", "ffn"))
         with self._walk.layer(i) as layer:
             for sublayers in ways:

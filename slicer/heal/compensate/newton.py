@@ -9,8 +9,9 @@ matrix W [d, f] with inputs z and loss gradients g of its outputs a multiple of
 where G takes the g of tokens drawn from q, so that G (x) A is the Fisher information. With some ten thousand tokens
 the noise of dL/dW in the flat directions outweighs what a full Newton step gains there: p parameters cost p / 2N nats
 on N tokens. Hence the large a and b. All matrices step together, and the length is searched on the sequences held out.
-A length at which KL(p || q) there is above what least squares left is refused: the text must not lead the model away
-from the source. There is no learning rate: a step is one pass forward and back, and two Cholesky solves a matrix.
+A length at which KL(p || q) there is more than `SLACK` above what least squares left is refused: the text must not
+lead the model away from the source. There is no learning rate: a step is one pass forward and back, and two Cholesky
+solves a matrix.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ STEPS = 3
 DAMPING = (0.1, 1.0)  # a and b, in units of the mean of the diagonal of A and G
 PARTS = 3  # each step takes another such part of the sequences, interleaved
 DRAWN = 4  # one batch in so many gives G
+SLACK = 0.01  # of KL(p || q), which a few sequences do not give more exactly
 _FIRST = 0.02  # length that is tried first: the largest change of a matrix, relative
 _HALVINGS = 5
 
@@ -57,27 +59,28 @@ class Newton:
             for name, module in run.walk.layers[i].named_modules()
             if _stays(run, i, name) and _steps(run.walk.layers[i], name, module) and holds(i, name, module)
         )
-        self._matrices = list(_affordable(found, run.walk.device, written))
+        self.matrices = list(_affordable(found, run.walk.device, written))
         self._size = _FIRST
-        self._loss, self._limit = self.judge()
+        self._loss, far = self.judge()
+        self._limit = (1 + SLACK) * far
 
     def __enter__(self) -> Newton:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for matrix in self._matrices:
+        for matrix in self.matrices:
             matrix.restore()
 
     def step(self, number: int) -> bool:
         """Take step `number` (the first gathers A and G) if it lowers the loss on the sequences held out."""
-        if not self._matrices:
+        if not self.matrices:
             return False
-        self._gather(number % PARTS, curvature=number == 0)
-        if not all(bool(matrix.gradient.isfinite().all()) for matrix in self._matrices):
+        self.gather(number % PARTS, curvature=number == 0)
+        if not all(bool(matrix.gradient.isfinite().all()) for matrix in self.matrices):
             return False
-        directions = [matrix.direction() for matrix in self._matrices]
+        directions = [matrix.direction() for matrix in self.matrices]
         length, self._loss = self._search(directions)
-        for matrix, direction in zip(self._matrices, directions, strict=True):
+        for matrix, direction in zip(self.matrices, directions, strict=True):
             if length > 0:
                 matrix.delta.add_(direction, alpha=length)
             matrix.put(matrix.delta)
@@ -85,16 +88,16 @@ class Newton:
 
     def stepped(self) -> list[Matrix]:
         """The matrices that have changed."""
-        return [matrix for matrix in self._matrices if bool(matrix.delta.any())]
+        return [matrix for matrix in self.matrices if bool(matrix.delta.any())]
 
     def judge(self) -> tuple[float, float]:
         """L and KL(p || q) on the sequences held out."""
         with torch.no_grad():
             return self._objective.judge((b, self._run.run(b)) for b in self._run.held)
 
-    def _gather(self, part: int, *, curvature: bool) -> None:
+    def gather(self, part: int, *, curvature: bool) -> None:
         """dL/dW of every matrix on a part of the sequences fitted; with `curvature` also A and G."""
-        for matrix in self._matrices:
+        for matrix in self.matrices:
             matrix.gradient.zero_()
         generator = torch.Generator().manual_seed(0)
         fitted = [b for b in range(len(self._run.origin)) if b not in self._run.held]
@@ -104,9 +107,7 @@ class Newton:
                 draws = curvature and at % DRAWN == 0
                 last = self._run.run(b, gradient=True)
                 asked, drawn = self._objective.slopes(b, last.detach(), generator if draws else None)
-                seen = [
-                    matrix for matrix in self._matrices if matrix.u is not None and matrix.u.requires_grad
-                ]
+                seen = [matrix for matrix in self.matrices if matrix.u is not None and matrix.u.requires_grad]
                 outputs = [matrix.u for matrix in seen if matrix.u is not None]
                 slopes = torch.autograd.grad(last, outputs, asked, retain_graph=draws, allow_unused=True)
                 for matrix, slope in zip(seen, slopes, strict=True):
@@ -126,26 +127,26 @@ class Newton:
 
             return hook
 
-        handles = [matrix.module.register_forward_hook(watch(matrix)) for matrix in self._matrices]
+        handles = [matrix.module.register_forward_hook(watch(matrix)) for matrix in self.matrices]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            for matrix in self._matrices:
+            for matrix in self.matrices:
                 matrix.z = matrix.u = None
 
     def _search(self, directions: Sequence[torch.Tensor]) -> tuple[float, float]:
         """(length, L): doubled or halved from a first guess as long as the loss on the sequences held out falls."""
         largest = max(
             float(direction.norm() / matrix.weight.float().norm().clamp_min(1e-12))
-            for matrix, direction in zip(self._matrices, directions, strict=True)
+            for matrix, direction in zip(self.matrices, directions, strict=True)
         )
         tried = {0.0: self._loss}
 
         def loss(length: float) -> float:
             if length not in tried:
-                for matrix, direction in zip(self._matrices, directions, strict=True):
+                for matrix, direction in zip(self.matrices, directions, strict=True):
                     matrix.put(matrix.delta + length * direction)
                 found, far = self.judge()
                 tried[length] = found if far <= self._limit else float("inf")
@@ -159,6 +160,8 @@ class Newton:
             if loss(length) < self._loss and loss(length) <= loss(length / 2):
                 break
             length /= 2
+        # Between a length that lowers the loss and its double, which does not.
+        loss((1.75 if loss(1.5 * length) < loss(length) else 1.25) * length)
         best = min(tried, key=lambda tried_length: tried[tried_length])
         self._size = best * largest or _FIRST
         return best, tried[best]

@@ -6,7 +6,15 @@ import numpy
 import pytest
 import torch
 
-from slicer.heal.least_squares import STRENGTHS, NormalEquations, ridge, solve
+from slicer.errors import HealError
+from slicer.heal.compensate.regression import (
+    STRENGTHS,
+    NormalEquations,
+    reduced_rank,
+    ridge,
+    solve,
+    split,
+)
 
 
 def data(tokens: int, f: int = 300, d: int = 7, noise: float = 0.0) -> tuple[torch.Tensor, ...]:
@@ -81,3 +89,39 @@ def test_pure_noise_is_left_alone() -> None:
 
 def test_features_that_are_all_zero_change_nothing() -> None:
     assert solve(gathered(torch.zeros(400, 5), torch.randn(400, 3))) is None
+
+
+def test_a_higher_rank_leaves_no_larger_error_on_what_it_is_fitted_to() -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(400, 12, generator=generator)
+    z[:, -1] = 1
+    truth = torch.randn(10, 12, generator=generator)
+    r = z @ truth.T + 0.1 * torch.randn(400, 10, generator=generator)
+    equations = NormalEquations(12, 10)
+    equations.add(z[:300], r[:300])
+    equations.add(z[300:], r[300:], held_out=True)
+    solution = solve(equations)
+    assert solution is not None
+    errors = []
+    for rank in (1, 3, 6, 10):
+        down, up, c = reduced_rank(solution, equations, rank)
+        assert torch.linalg.matrix_rank(up @ down) == rank
+        errors.append(equations.error(torch.cat([up @ down, c[:, None]], 1)))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] == pytest.approx(equations.error(solution.delta), rel=1e-6)
+
+
+@pytest.mark.parametrize(("sequences", "held"), [(4, 1), (16, 1), (40, 2), (64, 4)])
+def test_every_sequence_is_fitted_or_held_out(sequences: int, held: int) -> None:
+    tokens = torch.arange(sequences)[:, None].expand(-1, 20)
+    data = split(list(tokens.split(4)))
+    numbers = [int(row[0]) for batch in data.batches for row in batch]
+    assert sorted(numbers) == list(range(sequences))
+    assert sum(len(data.batches[b]) for b in data.held) == held
+    assert data.held.stop == len(data.batches) > data.held.start
+
+
+def test_too_few_sequences_to_hold_any_out() -> None:
+    for tokens in (torch.zeros(3, 20), torch.zeros(8, 8)):
+        with pytest.raises(HealError, match="too few"):
+            split([tokens])

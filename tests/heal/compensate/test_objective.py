@@ -1,4 +1,4 @@
-"""A part of the vocabulary stands for all of it: the slopes of the loss are nearly those over the whole."""
+"""The objective over a part of the vocabulary: its gradients are nearly those over the whole."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from typing import Any
 import pytest
 import torch
 
-from slicer.heal import vocabulary
-from slicer.heal.objective import Objective
-from slicer.heal.vocabulary import choose, narrowed
+from slicer.heal.compensate import objective
+from slicer.heal.compensate.objective import Objective, choose, narrowed
 from slicer.model.walk import Walk
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vocabulary, "LIKELY", 400)
-    monkeypatch.setattr(vocabulary, "SAMPLE", 100)
+    monkeypatch.setattr(objective, "LIKELY", 400)
+    monkeypatch.setattr(objective, "SAMPLE", 100)
 
 
-def test_every_token_is_stood_for(small: None) -> None:
+def test_every_token_counts(small: None) -> None:
     likelihood = torch.rand(5000, generator=torch.Generator().manual_seed(1))
     wanted = torch.tensor([[7, 4999], [7, 0]])
     chosen = choose(likelihood, wanted)
@@ -61,7 +60,7 @@ def test_slopes_over_a_part_are_nearly_those_over_all(
     walk.run(states, range(walk.depth))
     last = states[0] + 0.5 * torch.randn(states[0].shape, generator=torch.Generator().manual_seed(0))
     part, _ = Objective(walk, states, range(3, 4)).slopes(0, last, None)
-    monkeypatch.setattr(vocabulary, "LIKELY", 10**6)
+    monkeypatch.setattr(objective, "LIKELY", 10**6)
     whole, _ = Objective(walk, states, range(3, 4)).slopes(0, last, None)
     assert not torch.equal(part, whole)
     assert float(torch.cosine_similarity(part.flatten(), whole.flatten(), dim=0)) > 0.95
