@@ -22,7 +22,7 @@ from slicer.data.calibration import TokenBatches, sample_tokens
 from slicer.data.packing import Packer, batched, mark_of, open_tokenizer
 from slicer.data.sources import DEFAULT_DATASET, TextSpec, is_streamed, mixed, sources_of
 from slicer.errors import CalibrationError, HealError
-from slicer.plan.records import CorpusRecord, TextRecord
+from slicer.plan.records import CorpusRecord
 from slicer.progress import Progress
 from slicer.runtime.files import atomic_file, write_atomically
 
@@ -111,18 +111,7 @@ class Corpus:
             if len(pieces) >= spec.samples:
                 break
         tokens = torch.stack(pieces[: spec.samples])
-        return TokenBatches(
-            list(torch.split(tokens, spec.batch_size)),
-            TextRecord(
-                self.record.source,
-                samples=len(tokens),
-                seq_len=length,
-                batch_size=spec.batch_size,
-                seed=spec.seed,
-                column=spec.column,
-                sha256=hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
-            ),
-        )
+        return TokenBatches.of(tokens, replace(spec, source=self.record.source))
 
 
 def prepare(
