@@ -362,7 +362,7 @@ def _from_file(
         try:
             values[str(parameter.name)] = parameter.type.convert(text, parameter, context)
         except click.BadParameter as error:
-            raise UsageError(f"{where}: {key.value}: {error.message}") from None
+            raise UsageError(f"{where}: {key.value}: {error.message.rstrip('.')}") from None
     context.default_map = values
     return file
 
