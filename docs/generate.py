@@ -250,9 +250,12 @@ def error_classes() -> list[str]:
 
 
 def training() -> list[str]:
-    shown = {"name": "model", "rank": "rank", "lr": "peak learning rate", "seq_len": "tokens in a sequence"}
-    rows = [[f"{getattr(row, name):g}" if name == "lr" else str(getattr(row, name)) for name in shown]
-            for row in settings.PAPER]  # fmt: skip
+    shown = {"name": "model", "lora_r": "rank", "learning_rate": "peak learning rate",
+             "seq_len": "tokens in a sequence"}  # fmt: skip
+    rows = [
+        [f"{value:g}" if isinstance(value := getattr(row, name), float) else str(value) for name in shown]
+        for row in settings.PAPER
+    ]
     return [
         "# Settings of training",
         generated(f"`{source_of(settings.Training)}` and `{source_of(memory.ModelShape)}`"),
@@ -263,9 +266,8 @@ def training() -> list[str]:
         "The values of the paper (Gromov et al., appendix A.1). A model that is not listed gets the row of the model "
         "closest in size, and a note is printed. `full` uses a tenth of the learning rate.",
         table(list(shown.values()), rows),
-        f"For every model: {settings.STEPS} steps of {settings.BATCH_SIZE} sequences, scheduler "
-        f"`{settings.SCHEDULER}`, {settings.WARMUP} warm-up steps (at most a tenth of the steps), alpha equal to the "
-        f"rank, dropout {settings.DROPOUT:g}.",
+        f"For every model: {settings.WARMUP} warm-up steps (at most a tenth of the steps) and alpha equal to the rank, "
+        "beside the defaults above.",
         "## Memory by formula",
         "GB for each GPU, by the formula in [Train on several devices](../guide/scaling.md#how-much-memory), with "
         "the values of the paper, one sequence in a pass and gradient checkpointing. Printed by "

@@ -6,17 +6,19 @@ import re
 import shlex
 from pathlib import Path
 
-from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import Sizes
 from slicer.plan.amounts import spell_layers
 from slicer.plan.plan import METRIC, Plan, spell_dropped
-from slicer.plan.records import HealingRecord, TrainingRecord
+from slicer.plan.records import HealingRecord, MergeRecord, TrainingRecord
 
 _KEPT_FIELDS = ("license", "license_name", "license_link", "language")
 
 
-def for_slice(checkpoint: Checkpoint, plan: Plan, before: Sizes, after: Sizes, *, figures: bool) -> str:
-    """The README.md of the output: front matter, then prose. The same card for the same plan."""
+def for_plan(origin: Path, plan: Plan, before: Sizes, after: Sizes, *, figures: bool) -> str:
+    """The README.md of the output: front matter, then prose. The same card for the same plan.
+
+    `origin`: directory whose card has the licence. `figures`: whether those of the distances are there.
+    """
     base = plan.source or "unknown"
     local = Path(base).exists()
     name = Path(base).resolve().name if local else base
@@ -30,7 +32,7 @@ def for_slice(checkpoint: Checkpoint, plan: Plan, before: Sizes, after: Sizes, *
         "- slicer",
         "- depth-pruning",
     ]
-    lines += _inherited(checkpoint.path) + ["---", ""]
+    lines += _inherited(origin) + ["---", ""]
     repair = plan.healing
     kept = f", cast to {plan.dtype}" if plan.dtype else " bit for bit"
     if plan.below_layers:
@@ -106,6 +108,11 @@ def for_slice(checkpoint: Checkpoint, plan: Plan, before: Sizes, after: Sizes, *
     if not local and (commands := _commands(plan)):
         lines += ["```sh", *commands, "```", ""]
     return "\n".join(lines)
+
+
+def merged(record: MergeRecord) -> str:
+    """What is added to the card of a checkpoint that an adapter was merged into."""
+    return f"\nA LoRA adapter was merged into {len(record.tensors)} of its matrices with slicer.\n"
 
 
 def _commands(plan: Plan) -> list[str]:
@@ -252,8 +259,8 @@ def _trained(record: HealingRecord, training: TrainingRecord) -> str:
         "full": "all weights, trained",
     }[record.method]
     adapters = (
-        f"Rank {values['rank']}, alpha {values['alpha']:g}, dropout {values['dropout']:g}, "
-        if "rank" in values
+        f"Rank {values['lora_r']}, alpha {values['lora_alpha']:g}, dropout {values['lora_dropout']:g}, "
+        if "lora_r" in values
         else ""
     )
     start = {"fold": "the weights solved again in closed form", "cut": "the bare cut"}.get(
@@ -262,7 +269,7 @@ def _trained(record: HealingRecord, training: TrainingRecord) -> str:
     return (
         f"By training (`{record.method}`), from {start}: {kind}. {adapters}"
         f"{record.steps} steps of {values['batch_size']} sequences of {values['seq_len']} tokens, learning rate "
-        f"{values['lr']:g} ({values['scheduler']}, {values['warmup']} steps of warm-up), seed {values['seed']}; the "
+        f"{values['learning_rate']:g} ({values['lr_scheduler_type']}, {values['warmup_steps']} steps of warm-up), seed {values['seed']}; the "
         f"weights are those of step {record.best_step}. Data: {_file(corpus.source)}; learned: {corpus.learned}. Loss "
         f"in nats a token on {corpus.held_out_sequences} sequences that were not trained on:"
     )

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,13 @@ def expand_config(path: Path, *, trust_remote_code: bool = False) -> dict[str, A
 
     Raises SourceError with transformers' reason if it rejects the config.
     """
+    read: dict[str, Any] = _copy(_expanded(path, (path / "config.json").read_bytes(), trust_remote_code))
+    return read
+
+
+@lru_cache(maxsize=4)  # asked of every cut that is tried
+def _expanded(path: Path, content: bytes, trust_remote_code: bool) -> dict[str, Any]:
+    """What transformers makes of config.json in `path`, whose `content` tells whether it was read before."""
     from transformers import AutoConfig
 
     try:
@@ -195,6 +203,15 @@ def expand_config(path: Path, *, trust_remote_code: bool = False) -> dict[str, A
                 f"{path}: needs the checkpoint's own code; review it, then pass --trust-remote-code"
             ) from None
         raise SourceError(f"{path}/config.json: transformers rejects it: {reason[:300]}") from None
+
+
+def why_not(checkpoint: Checkpoint, plan: Plan, *, trust_remote_code: bool = False) -> str | None:
+    """The reason why config.json cannot express the cut of `plan`; None where it can. Raises as `sliced_config`."""
+    try:
+        sliced_config(checkpoint, plan, trust_remote_code=trust_remote_code)
+    except ArchitectureError as error:
+        return str(error)
+    return None
 
 
 def sliced_config(
@@ -260,6 +277,6 @@ def _check_expressed(
         try:
             again = expand_config(Path(scratch), trust_remote_code=trust_remote_code)
         except SourceError as error:
-            reason = str(error).rsplit("refuses it: ", 1)[-1]
+            reason = str(error).rsplit("rejects it: ", 1)[-1]
             raise ArchitectureError(f"transformers rejects the config of this cut: {reason}") from None
     check_rewritten(expanded, again, kept)

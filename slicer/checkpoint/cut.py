@@ -1,86 +1,73 @@
-"""`slicer heal`: a sliced checkpoint and its source -> the sliced checkpoint with the cut closed, verified."""
+"""A checkpoint that slicer made, beside the source it was made of: opened together, and checked to belong together."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 
 from slicer.checkpoint import hub, tensors
-from slicer.checkpoint.export import check_output
-from slicer.checkpoint.reader import Checkpoint, refuse_quantized
+from slicer.checkpoint.hub import Source, open_source
+from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sublayers import new_keys, tensors_of
 from slicer.checkpoint.tensors import TensorSpan
 from slicer.errors import HealError, PlanError
 from slicer.plan.plan import Plan
-from slicer.runtime.files import check_space
 
 
-def source_of(
-    cut: Checkpoint, plan: Plan, name: str, source: str | None, out: Path, *, force: bool
-) -> Checkpoint:
-    """What `cut`, called `name`, was sliced from: `source`, or else what its plan says; checked to be that.
+@dataclass(frozen=True)
+class CutOnDisk:
+    """A cut of whole or joined layers, and the source that it was sliced from.
 
-    Raises PlanError where the plan names none, HealError where it is another model, OutputError where a result of the
-    size of `cut` cannot be written to `out`.
+    Every tensor of `checkpoint` is that of `source.checkpoint` under `plan`, but for those that `plan` records as
+    repaired or merged.
     """
+
+    checkpoint: Checkpoint
+    plan: Plan
+    source: Source
+
+
+def open_cut(cut: str, source: str | None = None) -> CutOnDisk:
+    """Open `cut` (Hub id or directory) and its `source`; None: the one that its plan names.
+
+    Raises PlanError where there is no plan or it names no source, HealError where `source` is another model or layers
+    of the cut lack attention or feed-forward, SourceError where one of them cannot be opened.
+    """
+    checkpoint = Checkpoint.open(hub.resolve(cut).path)
+    plan = Plan.load(checkpoint.path)
+    if not plan.complete:
+        raise HealError(
+            f"{cut}: lacks attention or feed-forward of some layers; such a cut is repaired while it is made: use "
+            "slicer convert --heal fold, bias or linear"
+        )
     origin = source or plan.source
     if origin is None:
-        raise PlanError(f"{name}: its plan names no source; give it with --from")
-    whole = Checkpoint.open(hub.resolve(origin).path)
-    refuse_quantized(whole)
-    for path in (cut.path, whole.path):
-        check_output(out, path, force=force)
-    check_source(cut, whole, plan)
-    check_space(out, cut.total_bytes)
-    return whole
+        raise PlanError(f"{cut}: its plan names no source; pass it with --base-model")
+    whole = open_source(origin)
+    _check_source(checkpoint, whole.checkpoint, plan)
+    return CutOnDisk(checkpoint, plan, whole)
 
 
-def check_source(cut: Checkpoint, whole: Checkpoint, plan: Plan) -> None:
-    """Raise HealError unless every tensor of `cut` is that of `whole` under its plan (or was healed, or merged)."""
+def _check_source(cut: Checkpoint, whole: Checkpoint, plan: Plan) -> None:
+    """Raise HealError unless every tensor of `cut` is that of `whole` under its plan, or was repaired or merged."""
     if plan.depth != whole.depth or len(plan.kept) != cut.depth:
         raise HealError(
             f"{cut.path}: sliced from {plan.depth} layers to {len(plan.kept)}, but {whole.path} has {whole.depth}; "
-            "give the source it was sliced from with --from"
+            "pass the source it was sliced from with --base-model"
         )
     expected = tensors_of(whole, plan)
-    before = _healed_before(cut, whole) | _merged(plan)
-    other = sorted(expected.keys() ^ cut.tensors.keys())
-    if other:
+    changed = set(new_keys(whole, plan, plan.healing.tensors if plan.healing else ()).values())
+    changed |= {key for record in plan.merged for key in record.tensors}
+    if other := sorted(expected.keys() ^ cut.tensors.keys()):
         raise HealError(f"{whole.path}: is not the source of {cut.path}: tensor {other[0]} is in one only")
     for key, span in cut.tensors.items():
-        if key in before:
-            continue
-        if span.shape != expected[key].shape or not _alike(span, expected[key]):
+        same = span.shape == expected[key].shape and (key in changed or _alike(span, expected[key]))
+        if not same:
             raise HealError(
-                f"{whole.path}: is not the source of {cut.path}: tensor {key} differs; give the source it was sliced "
-                "from with --from"
+                f"{whole.path}: is not the source of {cut.path}: tensor {key} differs; pass the source it was sliced "
+                "from with --base-model"
             )
 
 
 def _alike(a: TensorSpan, b: TensorSpan) -> bool:
     """Whether two tensors of one shape begin alike (their first millions of elements), in the dtype of the first."""
     return next(tensors.chunks(a, a.dtype), b"") == next(tensors.chunks(b, a.dtype), b"")
-
-
-def _healed_before(cut: Checkpoint, whole: Checkpoint) -> set[str]:
-    """Keys of the sliced checkpoint whose tensors an earlier healing wrote."""
-    plan = Plan.load(cut.path)
-    return set(new_keys(whole, plan, plan.healing.tensors if plan.healing else ()).values())
-
-
-def _merged(plan: Plan) -> set[str]:
-    """Keys of the sliced checkpoint that adapters were merged into."""
-    return {key for record in plan.merged for key in record.tensors}
-
-
-def as_before(cut: Checkpoint, whole: Checkpoint) -> dict[str, TensorSpan]:
-    """What an earlier healing changed, as it was in the source: the new one starts from there.
-
-    Raises HealError where an adapter was merged into such a tensor, which would be lost.
-    """
-    if both := sorted(_healed_before(cut, whole) & _merged(Plan.load(cut.path))):
-        raise HealError(
-            f"{cut.path}: {both[0]} was healed and then an adapter was merged into it; the cut as it was cannot be had "
-            "without losing the adapter: train with --start fold"
-        )
-    fresh = tensors_of(whole, Plan.load(cut.path))
-    return {key: fresh[key] for key in _healed_before(cut, whole) if key in fresh}

@@ -1,4 +1,4 @@
-"""Writes the sliced checkpoint: kept tensors under new names, rewritten config, companion files.
+"""What a checkpoint directory holds (`Contents`), and writing it: tensors, config, companion files.
 
 Builds no model. Tensor bytes are copied unchanged; config.json keeps every field that does not refer to layers.
 """
@@ -7,96 +7,113 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from slicer.checkpoint import sublayers
-from slicer.checkpoint.config import sliced_config
 from slicer.checkpoint.hub import COMPANIONS
 from slicer.checkpoint.reader import BIN_INDEX, INDEX, Checkpoint, inside
 from slicer.checkpoint.tensors import DTYPES, TensorSpan
 from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES, Progress, write_tensors
 from slicer.errors import OutputError
 from slicer.plan.plan import Plan
-from slicer.runtime.files import atomic_directory, check_space
+from slicer.runtime.files import check_space
+
+if TYPE_CHECKING:
+    import torch
+
+_NOTHING: Mapping[str, TensorSpan] = MappingProxyType({})
 
 
-def export(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    out: Path,
-    *,
-    dtype: str | None = None,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    force: bool = False,
-    trust_remote_code: bool = False,
-) -> Path:
-    """Write the checkpoint that keeps `plan.kept`, with its plan, atomically; returns `out`.
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint directory is to hold.
 
-    Raises PlanError, ArchitectureError, SourceError or OutputError, and then leaves `out` unchanged.
+    Attributes:
+        tensors: key -> tensor, in the order in which they are written.
+        config: of config.json.
+        origin: directory whose companion files (tokenizer, code, licence) are copied.
+        metadata: of the safetensors files.
+        changed: key -> maker of the tensor that must be there bit for bit, of those that are in memory.
+        cast: safetensors dtype that floating-point tensors are written in; None: as they are.
+        continues: whether `origin` is a cut that is changed again: the files of its slicer/ are copied too.
     """
-    check_output(out, checkpoint.path, force=force)
-    config = sliced_config(checkpoint, plan, dtype=dtype, trust_remote_code=trust_remote_code)
-    with atomic_directory(out, replace=force) as directory:
-        write_checkpoint(checkpoint, plan, config, directory, dtype=dtype, max_shard_bytes=max_shard_bytes)
-    return out
+
+    tensors: Mapping[str, TensorSpan]
+    config: Mapping[str, Any]
+    origin: Path
+    metadata: Mapping[str, str]
+    changed: Mapping[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
+    cast: str | None = None
+    continues: bool = False
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors as they are written."""
+        return sum(span.cast(self.cast)[1] for span in self.tensors.values())
 
 
-def write_checkpoint(
+def sliced(
     checkpoint: Checkpoint,
     plan: Plan,
     config: Mapping[str, Any],
-    directory: Path,
-    *,
-    dtype: str | None = None,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    progress: Progress | None = None,
-    replaced: Mapping[str, TensorSpan] | None = None,
-    added: Mapping[str, TensorSpan] | None = None,
-) -> None:
-    """Fill the empty `directory`: weights, config.json, companion files and slicer/plan.json.
+    replaced: Mapping[str, TensorSpan] = _NOTHING,
+    added: Mapping[str, TensorSpan] = _NOTHING,
+) -> Contents:
+    """The cut of `plan` from the source `checkpoint`, written in the dtype of the plan.
 
-    `replaced`: raw source key -> tensor to write in its place; `added`: result key -> tensor that the source lacks.
+    `config`: its config.json (`slicer.checkpoint.config.sliced_config`). `replaced`: raw key of the source -> tensor in
+    its place; `added`: key of the result -> tensor that the source lacks. Raises SourceError for a replaced tensor of
+    another shape.
     """
-    tensors = {**sublayers.tensors_of(checkpoint.replacing(replaced or {}), plan), **(added or {})}
-    cast = DTYPES[dtype] if dtype else None
-    check_space(directory, sum(span.cast(cast)[1] for span in tensors.values()) + (1 << 20))
-    copy_companions(checkpoint.path, directory)
-    (directory / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    (directory / "slicer").mkdir()
-    (directory / "slicer" / "plan.json").write_text(plan.to_json(), "utf-8")
-    write_tensors(
-        directory, tensors, checkpoint.metadata, cast=cast, max_shard_bytes=max_shard_bytes, progress=progress
-    )
+    tensors = {**sublayers.tensors_of(checkpoint.replacing(replaced), plan), **added}
+    names = sublayers.new_keys(checkpoint, plan, replaced)
+    repaired = {**{new: replaced[key] for key, new in names.items()}, **added}
+    changed = {key: span.make for key, span in repaired.items() if span.make is not None}
+    cast = DTYPES[plan.dtype] if plan.dtype else None
+    return Contents(tensors, config, checkpoint.path, checkpoint.metadata, changed, cast)
 
 
-def copy_unchanged(
-    checkpoint: Checkpoint,
+def unchanged(checkpoint: Checkpoint, replaced: Mapping[str, TensorSpan] = _NOTHING) -> Contents:
+    """`checkpoint` itself, with its slicer/, but for the tensors `replaced` (by raw key)."""
+    tensors = checkpoint.replacing(replaced).tensors
+    return Contents(tensors, checkpoint.config, checkpoint.path, checkpoint.metadata, continues=True)
+
+
+def write(
+    contents: Contents,
     directory: Path,
     *,
-    replaced: Mapping[str, TensorSpan],
-    dtype: str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
-    """Fill the empty `directory` with a copy of `checkpoint` and its slicer/, except for the tensors `replaced`."""
-    tensors = checkpoint.replacing(replaced).tensors
-    cast = DTYPES[dtype] if dtype else None
-    check_space(directory, sum(span.cast(cast)[1] for span in tensors.values()) + (1 << 20))
-    copy_companions(checkpoint.path, directory)
-    shutil.copyfile(inside(checkpoint.path, "config.json"), directory / "config.json")
-    for file in sorted((checkpoint.path / "slicer").glob("*")):
-        if file.is_file() and inside(checkpoint.path, f"slicer/{file.name}"):
+    """Fill the empty `directory` with weights, config.json and companion files. `progress` gets the bytes of pieces.
+
+    Raises OutputError where the space does not suffice.
+    """
+    check_space(directory, contents.total_bytes + (1 << 20))
+    _copy_companions(contents.origin, directory)
+    text = json.dumps(contents.config, indent=2, ensure_ascii=False) + "\n"
+    (directory / "config.json").write_text(text, "utf-8")
+    for file in sorted((contents.origin / "slicer").glob("*")) if contents.continues else ():
+        if inside(contents.origin, f"slicer/{file.name}").is_file():
             (directory / "slicer").mkdir(exist_ok=True)
             shutil.copyfile(file, directory / "slicer" / file.name)
     write_tensors(
-        directory, tensors, checkpoint.metadata, cast=cast, max_shard_bytes=max_shard_bytes, progress=progress
+        directory,
+        contents.tensors,
+        contents.metadata,
+        cast=contents.cast,
+        max_shard_bytes=max_shard_bytes,
+        progress=progress,
     )
 
 
-def copy_companions(source: Path, directory: Path) -> None:
+def _copy_companions(source: Path, directory: Path) -> None:
     """Copy tokenizer, chat template, generation config, code and licence; not weights or the model card."""
     skipped = {"config.json", "README.md", INDEX, BIN_INDEX}
     for file in sorted(source.rglob("*")):
@@ -117,7 +134,7 @@ def copy_companions(source: Path, directory: Path) -> None:
         shutil.copyfile(file, target)
 
 
-def check_output(out: Path, source: Path, *, force: bool = False) -> None:
+def check_output(out: Path, source: Path, *, overwrite: bool = False) -> None:
     """Raise OutputError if `out` may not be written: occupied, not replaceable, or overlapping with `source`."""
     real, real_source = out.resolve(), source.resolve()
     if real == real_source or real.is_relative_to(real_source):
@@ -127,11 +144,11 @@ def check_output(out: Path, source: Path, *, force: bool = False) -> None:
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise OutputError(f"{out}: not a directory; choose another one with -o")
     if out.is_dir() and any(out.iterdir()):
-        if not force:
+        if not overwrite:
             raise OutputError(
-                f"{out}: not empty; choose another directory with -o, or replace it with --force"
+                f"{out}: not empty; choose another directory with -o, or replace it with --overwrite"
             )
         if not (out / "config.json").is_file():
             raise OutputError(
-                f"{out}: --force replaces only checkpoints, and this has no config.json; remove it yourself"
+                f"{out}: --overwrite replaces only checkpoints, and this has no config.json; remove it yourself"
             )

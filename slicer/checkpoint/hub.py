@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from slicer.checkpoint.reader import BIN, BIN_INDEX, INDEX, SINGLE
+from slicer.checkpoint.reader import BIN, BIN_INDEX, INDEX, SINGLE, Checkpoint, refuse_quantized
 from slicer.errors import HubError, SourceError
 
 # All files of a checkpoint except its weights; export copies the same files.
@@ -24,27 +24,46 @@ _IGNORED = ("original/*", "onnx/*", ".*")
 
 
 @dataclass(frozen=True)
-class Source:
-    """A resolved source: name as given, local directory, and Hub commit if it came from there."""
+class Location:
+    """Where a source lies: name as given, local directory, and Hub commit if it came from there."""
 
     name: str
     path: Path
     revision: str | None = None
 
 
-def resolve(source: str, *, weights: bool = True) -> Source:
+@dataclass(frozen=True)
+class Source(Location):
+    """A source to work on, opened and checked."""
+
+    checkpoint: Checkpoint = field(kw_only=True)
+
+
+def open_source(name: str) -> Source:
+    """Find or download `name` and open it, without reading a tensor: config, headers, and a tensor for every layer.
+
+    Raises SourceError, also for quantized weights, HubError, or ArchitectureError for an unknown model type.
+    """
+    found = resolve(name)
+    checkpoint = Checkpoint.open(found.path)
+    refuse_quantized(checkpoint)
+    checkpoint.check_layers()
+    return Source(found.name, found.path, found.revision, checkpoint=checkpoint)
+
+
+def resolve(source: str, *, weights: bool = True) -> Location:
     """Find or download `source`: "demo", a local directory, or `org/name[@revision]` on the Hub.
 
     "demo" is always the embedded model; write "./demo" for a directory of that name. `weights=False` fetches only
     config and companion files. Raises SourceError or HubError.
     """
     if source == "demo":
-        return Source("demo", DEMO)
+        return Location("demo", DEMO)
     path = Path(source).expanduser()
     if path.exists():
         parts = path.resolve().parts
         revision = parts[-1] if len(parts) > 1 and parts[-2] == "snapshots" else None
-        return Source(source, path, revision)
+        return Location(source, path, revision)
     match = re.fullmatch(r"([\w.-]+/)?([\w.-]+)(?:@([\w./-]+))?", source)
     if match is None or source.startswith((".", "/", "~")) or (match[1] is None and match[3] is None):
         raise SourceError(f"{source}: no such directory, and not a Hub id like org/name or org/name@revision")
@@ -52,7 +71,7 @@ def resolve(source: str, *, weights: bool = True) -> Source:
     return _download(repo, revision, weights)
 
 
-def _download(repo: str, revision: str | None, weights: bool) -> Source:
+def _download(repo: str, revision: str | None, weights: bool) -> Location:
     path = _snapshot(repo, revision, COMPANIONS)
     if weights:
         # An index among the companions lists the shards; without one, try the single file of either format.
@@ -66,7 +85,7 @@ def _download(repo: str, revision: str | None, weights: bool) -> Source:
         if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
             raise HubError(f"{repo}: no safetensors or .bin weights on the Hub; choose another repository")
     commit = path.name if re.fullmatch(r"[0-9a-f]{40}", path.name) else revision
-    return Source(repo + (f"@{revision}" if revision else ""), path, commit)
+    return Location(repo + (f"@{revision}" if revision else ""), path, commit)
 
 
 def _indexed(index: Path) -> list[str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from slicer.checkpoint import hub, sublayers
+from slicer.checkpoint import hub
 from slicer.checkpoint.architectures import table as architectures
+from slicer.checkpoint.export import Contents
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.tensors import TensorSpan
 from slicer.plan.plan import Plan
@@ -70,16 +71,11 @@ def measure_sizes(
     )
 
 
-def sizes_after(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    config: dict[str, Any],
-    cast: str | None = None,
-    added: Mapping[str, TensorSpan] | None = None,
-) -> Sizes:
-    """Sizes of the result of `plan`, including the tensors `added`; `config`: the result's config.json."""
-    tensors = {**sublayers.tensors_of(checkpoint, plan), **(added or {})}
-    return measure_sizes(replace(checkpoint, config=config, tensors=tensors), cast=cast)
+def sizes_of(contents: Contents) -> Sizes:
+    """Sizes of a checkpoint that is still to be written."""
+    tensors = dict(contents.tensors)
+    written = Checkpoint(contents.origin, dict(contents.config), tensors, dict(contents.metadata))
+    return measure_sizes(written, cast=contents.cast)
 
 
 def _expert_share(config: Mapping[str, Any]) -> float:

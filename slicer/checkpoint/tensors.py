@@ -67,8 +67,7 @@ def chunks(span: TensorSpan, dtype: str) -> Iterator[bytes]:
     import torch
 
     if span.key is not None:
-        tensor = load(span.file)[span.key] if span.make is None else span.make()
-        flat = tensor.detach().contiguous().flatten()
+        flat = _content(span).flatten()
         for start in range(0, flat.numel(), _CHUNK):
             piece = flat[start : start + _CHUNK].to(torch_dtype(dtype))
             yield piece.view(torch.uint8).numpy().tobytes()
@@ -84,12 +83,19 @@ def chunks(span: TensorSpan, dtype: str) -> Iterator[bytes]:
             )
 
 
+def _content(span: TensorSpan) -> torch.Tensor:
+    """A tensor that does not lie in a safetensors file: the one place where what is written comes to the CPU."""
+    assert span.key is not None
+    tensor = load(span.file)[span.key] if span.make is None else span.make()
+    return tensor.detach().cpu().contiguous()
+
+
 def read(span: TensorSpan) -> torch.Tensor:
     """Read the tensor into memory, in its stored dtype and shape."""
     import torch
 
     if span.key is not None:
-        return load(span.file)[span.key].detach().clone()
+        return _content(span).clone()
     block = bytearray(b"".join(chunks(span, span.dtype)))
     return torch.frombuffer(block, dtype=torch_dtype(span.dtype)).view(span.shape)
 

@@ -9,29 +9,49 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from slicer.checkpoint.architectures.table import text_config
+from slicer.checkpoint.reader import Checkpoint
 from slicer.data.calibration import TokenBatches, sample_tokens
 from slicer.data.packing import Packer, batched, mark_of, open_tokenizer
 from slicer.data.sources import DEFAULT_DATASET, TextSpec, is_streamed, mixed, sources_of
 from slicer.errors import CalibrationError, HealError
-from slicer.heal.finetune.settings import TrainingSettings
 from slicer.plan.records import CorpusRecord
 from slicer.progress import Progress
 from slicer.runtime.files import atomic_file, write_atomically
 
-APART = (
-    16,
-    4,
-    2,
-)  # one document in this many is held out; the next value is used if that gives no full sequence
+# One document in this many is held out; the next value is used if that gives no full sequence.
+APART = (16, 4, 2)
 _OF_SAME = "one document in {} of the same source"
 _SAMPLED = 1024  # maximum number of sequences sampled from the model; longer trainings repeat them
 IGNORED = -100
+
+
+@dataclass(frozen=True)
+class CorpusSize:
+    """How much text a training needs.
+
+    Attributes:
+        steps: of the training; batch_size: sequences of a step.
+        seq_len: tokens of a sequence.
+        validation_samples: sequences that are held out.
+    """
+
+    steps: int
+    batch_size: int
+    seq_len: int
+    validation_samples: int
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of all steps together."""
+        return self.steps * self.batch_size
 
 
 class Sequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -52,9 +72,7 @@ class Sequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         stored = self._tokens[index].long()
         learned = stored >= 0
-        tokens = torch.where(
-            learned, stored, -1 - stored
-        )  # tokens that are not learned are stored as -1 - token
+        tokens = torch.where(learned, stored, -1 - stored)  # -1 - token stands for one that is not learned
         labels = torch.where(learned, tokens, torch.full_like(tokens, IGNORED))
         return {"input_ids": tokens, "labels": labels, "index": torch.tensor(index)}
 
@@ -77,6 +95,12 @@ class Corpus:
     held_out: Sequences
     record: CorpusRecord
 
+    def held_out_batches(self, batch_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(tokens, labels) of the held-out sequences, int64 [batch, seq_len] each."""
+        rows = [self.held_out[i] for i in range(len(self.held_out))]
+        tokens, labels = (torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels"))
+        return list(zip(torch.split(tokens, batch_size), torch.split(labels, batch_size), strict=True))
+
     def to_fold_on(self, spec: TextSpec) -> TokenBatches:
         """Batches of the training text, as many as `spec` requests: a fold must not use held-out text."""
         length = min(spec.seq_len, len(self.train[0]["input_ids"]))
@@ -92,127 +116,125 @@ class Corpus:
 
 def prepare(
     spec: TextSpec,
-    settings: TrainingSettings,
-    validation: str | None,
-    path: Path,
+    size: CorpusSize,
+    checkpoint: Checkpoint,
     directory: Path,
-    *,
-    sampler: Any = None,
-    trust_remote_code: bool = False,
     progress: Progress | None = None,
+    *,
+    validation: str | None = None,
+    sampler: Callable[[], Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> Corpus:
-    """Tokenize the text of `spec` for the checkpoint at `path`; reuses what an earlier run left in `directory`.
+    """Tokenize the text of `spec` for `checkpoint` into `directory`; reuses what an earlier run left there.
 
-    Makes as many sequences as the training needs, or all there are, which are then repeated. `sampler` returns the
-    model for `self`. Raises CalibrationError for missing or too little text, HealError if a held-out sequence is among
-    the training sequences.
+    Makes as many sequences as the training needs, or all there are, which are then repeated. `validation`: text to hold
+    out, named as in `spec`; None: documents of the same text. `sampler` returns the model for the source `self`. Raises
+    CalibrationError for missing or too little text, or a tokenizer of another model; HealError if a held-out sequence
+    is among the training sequences.
     """
     progress = progress or Progress()
     done = directory / "corpus.json"
     if not done.is_file():
         directory.mkdir(parents=True, exist_ok=True)
-        wanted = settings.steps * settings.batch_size
         if spec.source == "self":
+            assert sampler is not None
             progress.stage("Sampling text from the model")
-            record = _sample(spec, settings, directory, wanted, sampler())
+            record = _sample(spec, size, directory, sampler())
         else:
-            progress.stage("Tokenizing", wanted, "sequences")
-            tokenizer = open_tokenizer(path, trust_remote_code)
+            progress.stage("Tokenizing", size.sequences, "sequences")
+            tokenizer = open_tokenizer(checkpoint.path, trust_remote_code)
             for share in APART:
-                record = _tokenize(spec, settings, validation, share, tokenizer, directory, wanted, progress)
-                if record["held_out_sequences"]:
+                record = _tokenize(spec, size, validation, share, tokenizer, directory, progress)
+                if record.held_out_sequences:
                     break
-        record["train_sequences"] -= (twice := _without_held_out(directory, settings.seq_len))
-        record["train_sequences_left_out_as_held_out"] = twice
-        write_atomically(done, json.dumps(record))
-    record = json.loads(done.read_text("utf-8"))
-    if record["train_sequences"] < settings.batch_size or record["held_out_sequences"] < 1:
+        twice = _without_held_out(directory, size.seq_len)
+        record = replace(record, train_sequences=record.train_sequences - twice, left_out=twice)
+        write_atomically(done, json.dumps(record.to_dict()))
+        if (times := size.sequences / max(1, record.train_sequences)) > 1.5:
+            progress.note(
+                f"the text has {record.train_sequences} training sequences: each is used {times:.0f} times"
+            )
+    record = CorpusRecord.of(json.loads(done.read_text("utf-8")))
+    if record.train_sequences < size.batch_size or record.held_out_sequences < 1:
         done.unlink()
         raise CalibrationError(
-            f"{record['source']}: too short: {record['train_sequences']} training sequences of {settings.seq_len} "
-            f"tokens (one step needs {settings.batch_size}), {record['held_out_sequences']} held out (at least 1); "
-            "pass more text, or lower --train-seq-len or --train-batch-size"
+            f"{record.source}: too short: {record.train_sequences} training sequences of {size.seq_len} tokens (one "
+            f"step needs {size.batch_size}), {record.held_out_sequences} held out (at least 1); pass more text, or "
+            "lower --train-seq-len or --train-batch-size"
         )
-    train, held_out = (
-        Sequences(directory / f"{name}.bin", settings.seq_len) for name in ("train", "held-out")
-    )
+    train, held_out = (Sequences(directory / f"{name}.bin", size.seq_len) for name in ("train", "held-out"))
     if set(train.digests()) & set(held_out.digests()):
         raise HealError(
-            f"{record['source']}: held-out sequences are among the training sequences; pass other --validation text"
+            f"{record.source}: held-out sequences are among the training sequences; pass other --validation text"
         )
-    return Corpus(train, held_out, CorpusRecord.of(record))
+    vocabulary = text_config(checkpoint.config).get("vocab_size")
+    largest = max(train.largest, held_out.largest)
+    if vocabulary is not None and largest >= vocabulary:
+        raise CalibrationError(
+            f"{checkpoint.path}: the tokenizer gives token {largest}, but the vocabulary has {vocabulary} tokens; use "
+            "the tokenizer of this model"
+        )
+    return Corpus(train, held_out, record)
 
 
 def _tokenize(
     spec: TextSpec,
-    settings: TrainingSettings,
+    size: CorpusSize,
     validation: str | None,
     share: int,
     tokenizer: Any,
     directory: Path,
-    wanted: int,
     progress: Progress,
-) -> dict[str, Any]:
+) -> CorpusRecord:
     """Write both files; one document in `share` is held out, unless there is separate validation text."""
-    source = spec.source or ":".join(DEFAULT_DATASET)
+    source, most = spec.source or ":".join(DEFAULT_DATASET), size.validation_samples
     known: set[str] = set()
     count = left_out = 0
     with (
-        Packer(directory / "held-out.bin", tokenizer, settings.seq_len) as held,
-        Packer(directory / "train.bin", tokenizer, settings.seq_len) as train,
+        Packer(directory / "held-out.bin", tokenizer, size.seq_len) as held,
+        Packer(directory / "train.bin", tokenizer, size.seq_len) as train,
     ):
         if validation is not None:
             endless = any(is_streamed(name) for name in sources_of(validation))
-            for batch in batched(mixed(replace(spec, source=validation)), settings.seq_len):
+            for batch in batched(mixed(replace(spec, source=validation)), size.seq_len):
                 known.update(mark_of(text) for text, _ in batch)
-                held.add(batch, validation, most=settings.validation_samples)
-                if endless and len(held) >= settings.validation_samples:
+                held.add(batch, validation, most=most)
+                if endless and len(held) >= most:
                     break  # the training text must leave out all validation documents, so read them all
-        for batch in batched(mixed(spec), settings.seq_len):
+        for batch in batched(mixed(spec), size.seq_len):
             count += len(batch)
             marks = [mark_of(text) for text, _ in batch]
             if validation is None:
                 apart = [int(mark[:8], 16) % share == 0 for mark in marks]
-                held.add(
-                    [b for b, a in zip(batch, apart, strict=True) if a],
-                    source,
-                    most=settings.validation_samples,
-                )
+                held.add([b for b, a in zip(batch, apart, strict=True) if a], source, most=most)
             else:
                 apart = [mark in known for mark in marks]
                 left_out += sum(apart)
             before = len(train)
-            train.add([b for b, a in zip(batch, apart, strict=True) if not a], source, most=wanted)
+            train.add([b for b, a in zip(batch, apart, strict=True) if not a], source, most=size.sequences)
             progress.advance(len(train) - before)
-            if len(train) >= wanted and (validation is not None or len(held) >= settings.validation_samples):
+            if len(train) >= size.sequences and (validation is not None or len(held) >= most):
                 break
     if count == 0:
         raise CalibrationError(f"{source}: no text in it; pass a file with text")
-    return _record(spec, source, train, held, validation or _OF_SAME.format(share)) | {
-        "documents": count, "documents_left_out_as_validation": left_out,
-        "learned": "answers" if train.talks else "all tokens",
-    }  # fmt: skip
+    return CorpusRecord(
+        source, len(train), len(held), "answers" if train.talks else "all tokens",
+        validation or _OF_SAME.format(share), count, left_out, seed=spec.seed, column=spec.column,
+    )  # fmt: skip
 
 
-def _sample(
-    spec: TextSpec, settings: TrainingSettings, directory: Path, wanted: int, model: Any
-) -> dict[str, Any]:
-    count = min(wanted, _SAMPLED) + settings.validation_samples
-    drawn = sample_tokens(model, replace(spec, samples=count, seq_len=settings.seq_len))
-    rows: dict[bytes, torch.Tensor] = {row.numpy().tobytes(): row for row in drawn}
-    unique = list(rows.values())
-    parts = {
-        "held-out": unique[: settings.validation_samples],
-        "train": unique[settings.validation_samples :],
-    }
-    for name, part in parts.items():
-        data = (
-            torch.stack(part).to(torch.int32).numpy() if part else torch.zeros(0, dtype=torch.int32).numpy()
-        )
-        (directory / f"{name}.bin").write_bytes(data.tobytes())
-    return _record(spec, "self", parts["train"], parts["held-out"], "sampled alike") | {
-        "learned": "all tokens"
-    }
+def _sample(spec: TextSpec, size: CorpusSize, directory: Path, model: Any) -> CorpusRecord:
+    held = size.validation_samples
+    count = min(size.sequences, _SAMPLED) + held
+    drawn = sample_tokens(model, replace(spec, samples=count, seq_len=size.seq_len))
+    unique = list({row.numpy().tobytes(): row for row in drawn}.values())
+    for name, rows in (("held-out", unique[:held]), ("train", unique[held:])):
+        data = b"".join(row.to(torch.int32).numpy().tobytes() for row in rows)
+        (directory / f"{name}.bin").write_bytes(data)
+    return CorpusRecord(
+        "self", max(0, len(unique) - held), min(held, len(unique)), validation="sampled alike",
+        seed=spec.seed, column=spec.column,
+    )  # fmt: skip
 
 
 def _without_held_out(directory: Path, seq_len: int) -> int:
@@ -231,14 +253,3 @@ def _without_held_out(directory: Path, seq_len: int) -> int:
                 if i not in twice:
                     out.write(row)
     return len(twice)
-
-
-def _record(spec: TextSpec, source: str, train: Any, held: Any, validation: str | None) -> dict[str, Any]:
-    return {
-        "source": source,
-        "validation": validation,
-        "column": spec.column,
-        "seed": spec.seed,
-        "train_sequences": len(train),
-        "held_out_sequences": len(held),
-    }

@@ -6,10 +6,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from slicer import demo
-from slicer.data.sources import TextSpec
+from slicer.checkpoint.hub import DEMO
 from slicer.jobs.convert import convert
-from slicer.jobs.options import Options, Summary
+from slicer.jobs.output import Written
+from slicer.jobs.request import ConvertRequest, Output, Text
 from slicer.plan.amounts import Goal, parse_amount
 from slicer.progress import Progress
 
@@ -20,7 +20,7 @@ PROMPT = "The captain of the ship"
 class Shown:
     """The result of the demonstration: the conversion, and a continuation by each model."""
 
-    summary: Summary
+    written: Written
     prompt: str
     original: str
     sliced: str
@@ -30,13 +30,16 @@ def show(drop: str, out: Path | None, progress: Progress) -> Shown:
     """Convert the embedded model and generate a line with both models; without `out`, delete the result."""
     with tempfile.TemporaryDirectory(prefix="slicer-demo-") as scratch:
         target = out or Path(scratch) / "sliced"
-        options = Options(
-            calibration=TextSpec(source="self", samples=64, seq_len=128),  # enough, and takes seconds
+        request = ConvertRequest(
+            "demo",
+            Goal(drop=parse_amount(drop)),
+            text=Text("self", samples=64, seq_len=128),  # enough, and takes seconds
+            output=Output(target),
             command=f"slicer convert demo --drop {drop} --samples 64 --seq-len 128",
         )
-        summary = convert("demo", Goal(drop=parse_amount(drop)), target, options, progress=progress)
+        written = convert(request, progress)
         progress.stage("Generating a line with each model")
-        return Shown(summary, PROMPT, _continue(demo.path()), _continue(target))
+        return Shown(written, PROMPT, _continue(DEMO), _continue(target))
 
 
 def _continue(path: Path, new_tokens: int = 40) -> str:

@@ -20,14 +20,12 @@ from slicer.checkpoint import blockwise, tensors
 from slicer.checkpoint.architectures import table as architectures
 from slicer.checkpoint.architectures.table import ATTENTION_OUTPUTS, EXPERT_OUTPUTS, FEED_FORWARD_OUTPUTS
 from slicer.checkpoint.reader import Checkpoint
-from slicer.checkpoint.sublayers import new_keys
 from slicer.checkpoint.tensors import TensorSpan
 from slicer.errors import ArchitectureError, UsageError
 from slicer.model.pruned import Edits, Replacement
 from slicer.plan.plan import Plan
-from slicer.plan.records import HealingRecord, Losses, SolvedMatrix, TextRecord
+from slicer.plan.records import MAPS, HealingRecord, Losses, SolvedMatrix, TextRecord
 
-MAPS = ("bias", "linear")  # methods that add something behind sublayers; a fold changes weights
 _BIASES = {
     "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     "ffn": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
@@ -84,12 +82,6 @@ class Patch:
             new["block_configs"][at].update(fields)
         return new
 
-    def tensors(self, checkpoint: Checkpoint, plan: Plan) -> dict[str, torch.Tensor]:
-        """Key of the result -> the tensor that must be there, bit for bit. `checkpoint` is the source."""
-        names = new_keys(checkpoint, plan, self.replaced)
-        spans = {new: self.replaced[key] for key, new in names.items()} | dict(self.added)
-        return {key: span.make() for key, span in spans.items() if span.make is not None}
-
 
 NONE = Patch()
 
@@ -97,7 +89,7 @@ NONE = Patch()
 def check_method(method: str, rank: int | None, width: int) -> None:
     """Raise UsageError unless `rank` suits the method and the model's width."""
     if method not in MAPS:
-        raise UsageError(f"emulate {method!r}: choose one of {', '.join(MAPS)}")
+        raise UsageError(f"method {method!r}: choose one of {', '.join(MAPS)}")
     if method == "linear" and (rank is None or not 1 <= rank <= width):
         raise UsageError(f"--rank {rank}: must lie between 1 and the model's width, {width}")
 
@@ -124,8 +116,7 @@ def form_for(checkpoint: Checkpoint, plan: Plan, method: str | None, rank: int |
         what = "a bias" if method == "bias" else "a linear map"
         kind = f"{name} checkpoint in the zeroed form" if plan.form == "zeroed" else f"{name} checkpoint"
         raise ArchitectureError(
-            f"--emulate {method}: a {kind} has no place for "
-            f"{what} behind every part; use --heal fold, or no --emulate"
+            f"--heal {method}: a {kind} has no place for {what} behind every sublayer; use --heal fold or none"
         )
     return replace(plan, form="blockwise")
 
@@ -269,7 +260,7 @@ class _Placing:
         self.added[prefix + name] = self._span(prefix + name, tensor, first.cast(self._cast)[0])
 
     def _span(self, key: str, tensor: torch.Tensor, dtype: str) -> TensorSpan:
-        """The one place where tensors of a repair come to the CPU, in the dtype they are written in."""
+        """`tensor` on the CPU, so that the device's memory is free, in the dtype it is written in."""
         ready = tensor.detach().to("cpu", tensors.torch_dtype(dtype)).contiguous()
         return TensorSpan(
             self._checkpoint.path, dtype, tuple(ready.shape), 0, ready.nbytes, key, lambda: ready

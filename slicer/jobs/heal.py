@@ -1,162 +1,172 @@
-"""`slicer heal`: a sliced checkpoint and its source -> the sliced checkpoint with the cut closed, verified."""
+"""`slicer heal`: repairs a cut on disk, in closed form or by training, and writes what was verified."""
 
 from __future__ import annotations
 
-import gc
-from dataclasses import dataclass, field, replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from slicer.checkpoint import card, hub
-from slicer.checkpoint.architectures import table as architectures
-from slicer.checkpoint.cut import as_before, source_of
-from slicer.checkpoint.export import copy_unchanged
+from slicer.checkpoint.cut import CutOnDisk, open_cut
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import measure_sizes
-from slicer.checkpoint.sublayers import new_keys
-from slicer.checkpoint.tensors import DTYPES
-from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES
-from slicer.data.calibration import TokenBatches, token_batches
-from slicer.data.sources import TextSpec
-from slicer.errors import HealError, UsageError
-from slicer.jobs.repair import Compensation, repair
-from slicer.model import verify
-from slicer.model.load import load_model
-from slicer.model.pruned import pruned_logits
-from slicer.model.walk import Walk
+from slicer.data.calibration import read_text
+from slicer.errors import HealError
+from slicer.heal.finetune.memory import to_finish
+from slicer.heal.patch import NONE
+from slicer.jobs.output import Result, Written, write_verified
+from slicer.jobs.recipe import Recipe
+from slicer.jobs.repair import repair
+from slicer.jobs.request import HealRequest, Output
+from slicer.model.load import Model, load_model
+from slicer.model.verify import Expected, expected_logits
+from slicer.model.walk import open_walk
 from slicer.plan.plan import Plan
+from slicer.plan.records import TextRecord
 from slicer.progress import Progress
-from slicer.runtime import memory
-from slicer.runtime.files import atomic_directory
+from slicer.runtime.distributed import Processes
+from slicer.runtime.files import write_atomically
+from slicer.runtime.memory import within_memory
+from slicer.runtime.workdir import beside, claimed
+
+if TYPE_CHECKING:
+    from slicer.data.corpus import Corpus
 
 
-@dataclass(frozen=True)
-class HealOptions:
-    """How to heal; every default of the command line lives here.
+def heal(request: HealRequest, progress: Progress | None = None) -> Written | None:
+    """Repair a cut that slicer made: solve the weights around it again, or train it.
 
-    Attributes:
-        fold: the solver, one of `slicer.heal.compensate.fold.SOLVERS`.
-        verify: "none", "load", "logits", or "auto": logits while the source fits in memory, load otherwise.
+    In a distributed run every process calls this; the first one writes, and the others return None. Nothing appears at
+    the output directory unless everything succeeded; a training that was stopped, or fails, leaves its work directory
+    beside it, from which the same request resumes. Raises SlicerError children; see `slicer.errors`.
     """
-
-    fold: str = "resolve"
-    calibration: TextSpec = field(default_factory=TextSpec)
-    verify: str = "auto"
-    device: str = "auto"
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES
-    force: bool = False
-    trust_remote_code: bool = False
-    command: str | None = None
-
-
-@dataclass(frozen=True)
-class Healed:
-    """What `heal` did."""
-
-    out: Path
-    plan: Plan
-    verified: str
-    logits_error: float | None
-    helps: bool
-    rounding_error: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """For `--json`."""
-        return {
-            "out": str(self.out),
-            "source": self.plan.source,
-            "dropped": list(self.plan.dropped),
-            "healing": self.plan.healing and self.plan.healing.to_dict(),
-            "verified": self.verified,
-            "logits_error": self.logits_error,
-            "rounding_error": self.rounding_error,
-        }
-
-
-def heal(
-    sliced: str,
-    source: str | None,
-    out: Path,
-    options: HealOptions | None = None,
-    *,
-    data: TokenBatches | None = None,
-    progress: Progress | None = None,
-) -> Healed:
-    """Heal `sliced`, which slicer made of `source` (None: what its plan names), into the directory `out`.
-
-    `data`, where given, is what it is folded on, instead of what `options.calibration` names.
-
-    Nothing appears at `out` unless everything succeeded. Raises SlicerError children: PlanError where `sliced` has
-    no plan, HealError where `source` is not what it was sliced from.
-    """
-    options, progress = options or HealOptions(), progress or Progress()
-    if options.verify not in ("auto", "none", "load", "logits"):
-        raise UsageError(f"verify {options.verify!r}: choose auto, none, load or logits")
+    progress = progress or Progress()
     progress.stage("Opening the checkpoints")
-    cut = Checkpoint.open(hub.resolve(sliced).path)
-    plan = Plan.load(cut.path)
-    if not plan.complete:
-        raise HealError(
-            f"{sliced}: lacks parts of layers, which are healed as they are dropped: slicer convert --heal fold or "
-            "--emulate"
-        )
-    if plan.merged:
-        raise HealError(
-            f"{sliced}: an adapter was merged into it, and the fold is solved on the source, without it; fold before "
-            "merging, or train on: --method lora"
-        )
-    whole = source_of(cut, plan, sliced, source, out, force=options.force)
-    dtype = plan.dtype or "auto"
-    fits = memory.fits(whole.bytes_as(dtype), options.device)
-    remote = options.trust_remote_code
-    if fits:
-        progress.stage("Loading the source")
-        model = load_model(whole.path, dtype=dtype, device=options.device, trust_remote_code=remote)
-        walk = Walk.in_memory(model)
-    else:
-        walk = Walk.out_of_core(whole, dtype=dtype, device=options.device, trust_remote_code=remote)
-        model = walk.model
-    if data is None:
-        progress.stage("Calibration data")
-        data = token_batches(options.calibration, whole.path, model, trust_remote_code=remote)
-    cast = DTYPES[plan.dtype] if plan.dtype else None
-    patch = repair(whole, walk, plan, data, Compensation(solver=options.fold), cast=cast, progress=progress)
-    assert patch.record is not None
-    helps = patch.record.loss.falls
-    plan = replace(plan, healing=replace(patch.record, command=options.command))
-    checked = options.verify if options.verify != "auto" else "logits" if fits else "load"
-    probe = None
-    if checked == "logits":
-        progress.stage("Reference logits of the source, healed, with those layers bypassed")
-        vocabulary = architectures.text_config(whole.config).get("vocab_size") or model.config.vocab_size
-        tokens = verify.probe_tokens(vocabulary)
-        probe = tokens, pruned_logits(walk, tokens, plan, patch.edits)
-    del model, walk
-    gc.collect()
-    error: float | None = None
-    with atomic_directory(out, replace=options.force) as directory:
-        progress.stage("Writing", cut.total_bytes, "bytes")
-        names = new_keys(whole, plan, patch.replaced)
-        healed_spans = {names[key]: span for key, span in patch.replaced.items()}
-        copy_unchanged(
-            cut,
-            directory,
-            replaced={**as_before(cut, whole), **healed_spans},
-            dtype=plan.dtype,
-            max_shard_bytes=options.max_shard_bytes,
-            progress=progress.advance,
-        )
-        (directory / "slicer" / "plan.json").write_text(plan.to_json(), "utf-8")
-        figures = (directory / "slicer" / "distances.png").is_file()
-        text = card.for_slice(whole, plan, measure_sizes(whole), measure_sizes(cut), figures=figures)
-        (directory / "README.md").write_text(text, "utf-8")
-        if checked != "none":
-            progress.stage("Checking every key and shape")
-            verify.check_load(directory, trust_remote_code=remote)
-        verify.check_tensors(directory, patch.tensors(whole, plan))
-        if probe is not None:
-            progress.stage("Comparing logits")
-            error = verify.check_logits(
-                directory, probe[1], probe[0], dtype=dtype, device=options.device, trust_remote_code=remote
+    cut = open_cut(request.cut, request.source)  # the cut, its plan, its source: checked to belong together
+    recipe = Recipe.of_heal(request, cut)
+    recipe.announce(progress)
+    if recipe.settings is None:
+        result, expected = folded(cut, recipe, progress)
+        return write_verified(result, expected, request.output, recipe.compute, progress)
+    from slicer.heal.finetune.trainer import resumable
+
+    assert request.output.out is not None  # or the recipe is refused
+    processes, place = Processes.of_environment(), beside(request.output.out)
+    with claimed(
+        place, processes, overwrite=request.output.overwrite, resumable=lambda: resumable(place), **recipe.marks(cut)
+    ) as work:  # fmt: skip
+        result, expected = trained(cut, recipe, work.path, processes, progress)
+        written = processes.first(lambda: _write_trained(result, expected, request, recipe, progress))
+    return written if processes.is_first else None
+
+
+def folded(cut: CutOnDisk, recipe: Recipe, progress: Progress) -> tuple[Result, Expected | None]:
+    """The cut with the weights around it solved again, and the logits that it must have.
+
+    Written from the source by the plan of the cut, so an earlier repair is undone; companion files and figures are
+    those of the cut.
+    """
+    source, plan = cut.source, cut.plan
+    with open_walk(source.checkpoint, recipe.compute, loads=recipe.loads) as walk:
+        text = read_text(recipe.text, source.path, walk, progress)
+        patch = repair(source.checkpoint, walk, plan, text, recipe, progress)
+        expected = expected_logits(walk, plan, patch.edits, recipe.verify, progress)
+    if patch.record is not None:
+        patch = replace(patch, record=replace(patch.record, command=recipe.command))
+    trusted, origin = recipe.compute.trust_remote_code, cut.checkpoint.path
+    return Result.of_cut(source, plan, patch, origin=origin, trust_remote_code=trusted), expected
+
+
+def trained(
+    cut: CutOnDisk, recipe: Recipe, work: Path, processes: Processes, progress: Progress
+) -> tuple[Result, Expected | None]:
+    """The cut, trained, and what it must have; `work`: directory of this training alone, where a stopped one resumes.
+
+    Every process of a launch calls this; only in the first one are the two complete.
+    """
+    from slicer.data.corpus import prepare
+    from slicer.heal.finetune.run import finetune
+
+    spec, settings, compute = recipe.text, recipe.settings, recipe.compute
+    assert spec is not None and settings is not None
+
+    def sampler() -> Model:
+        return load_model(cut.source.path, device=compute.device, trust_remote_code=compute.trust_remote_code)
+
+    def corpus_of() -> Corpus:
+        with within_memory("sampling text from the source", ["--calibration DATA", "--device cpu"]):
+            return prepare(
+                spec, settings.size, cut.checkpoint, work / "corpus", progress,
+                validation=settings.asked.validation, sampler=sampler, trust_remote_code=compute.trust_remote_code,
+            )  # fmt: skip
+
+    corpus = processes.first_then_all(corpus_of)
+    base = processes.first_then_all(lambda: start(cut, recipe, corpus, work, progress))
+    patch, expected, history = finetune(
+        base, corpus, settings, compute, work, processes, progress, recipe.verify
+    )
+    if patch.record is not None:
+        text = TextRecord(**{**asdict(spec), "source": corpus.record.source})
+        record = replace(patch.record, text=text, solver=recipe.repair.solver, command=recipe.command)
+        patch = replace(patch, record=record)
+    before = measure_sizes(cut.source.checkpoint)
+    return Result.of_base(base.checkpoint, base.plan, patch, history, before), expected
+
+
+def start(cut: CutOnDisk, recipe: Recipe, corpus: Corpus, work: Path, progress: Progress) -> CutOnDisk:
+    """What a training starts from: the cut folded on the training text, or without an earlier repair, written into
+    `work`; or the cut as it is.
+
+    Decided once for all runs that resume each other. Raises HealError for a bare start of a cut that was repaired and
+    then had an adapter merged into it.
+    """
+    decided = work / "base.json"
+    if not decided.is_file():
+        write_atomically(decided, json.dumps(str(_start(cut, recipe, corpus, work / "base", progress))))
+    base = Checkpoint.open(Path(json.loads(decided.read_text("utf-8"))))
+    return CutOnDisk(base, Plan.load(base.path), cut.source)
+
+
+def _start(cut: CutOnDisk, recipe: Recipe, corpus: Corpus, base: Path, progress: Progress) -> Path:
+    """The directory of the weights to start from: `base`, written here, or that of the cut."""
+    source, plan, compute = cut.source, cut.plan, recipe.compute
+    assert recipe.settings is not None and recipe.text is not None
+    asked, patch = recipe.settings.asked, NONE
+    if asked.start == "cut" and plan.healing is not None:
+        if plan.merged:
+            raise HealError(
+                f"{cut.checkpoint.path}: was healed and then an adapter was merged into it; the bare cut would lose "
+                "the adapter: use --train-from fold, which starts from the weights as they are"
             )
-    return Healed(out, plan, checked, error, helps)
+    elif asked.start == "fold" and plan.healing is None and not plan.merged:
+        text, unasked = corpus.to_fold_on(recipe.text), replace(recipe, asked=False)
+        with (
+            within_memory("in the fold", ["--train-from cut", "--device cpu"]),
+            open_walk(source.checkpoint, compute, loads=recipe.loads) as walk,
+        ):
+            patch = repair(source.checkpoint, walk, plan, text, unasked, progress)
+        if patch.record is None:
+            progress.note("training starts from the bare cut")
+            return cut.checkpoint.path
+    else:
+        return cut.checkpoint.path
+    trusted = compute.trust_remote_code
+    result = Result.of_cut(source, plan, patch, origin=cut.checkpoint.path, trust_remote_code=trusted)
+    output = Output(base, overwrite=True, verify="load")
+    write_verified(result, None, output, compute, progress)
+    return base
+
+
+def _write_trained(
+    result: Result, expected: Expected | None, request: HealRequest, recipe: Recipe, progress: Progress
+) -> Written:
+    """Write the result, then the adapter, which belongs to a checkpoint that is in place."""
+    from slicer.heal.finetune.result import save_adapter
+
+    assert recipe.settings is not None and result.history is not None
+    with within_memory("verifying the result", to_finish(recipe.settings, recipe.verify)):
+        written = write_verified(result, expected, request.output, recipe.compute, progress)
+    if request.save_adapter is not None and written.out is not None:
+        base = Checkpoint.open(result.contents.origin)
+        save_adapter(request.save_adapter, result.history.weights, base, written.out, progress)
+    return written

@@ -1,133 +1,242 @@
-"""The plan -> the directory: reference logits, weights, figures and card, checks; it appears when all is well."""
+"""Writes a result: to a temporary path, with figures and card, checked there, then renamed into place."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from slicer.checkpoint.architectures import table as architectures
-from slicer.checkpoint.export import write_checkpoint
+from slicer.checkpoint import card, export
+from slicer.checkpoint import config as configs
+from slicer.checkpoint.export import Contents, check_output
+from slicer.checkpoint.hub import Source
 from slicer.checkpoint.reader import Checkpoint
-from slicer.errors import SourceError, VerificationError
-from slicer.jobs.materials import SourceModel
-from slicer.jobs.options import Options, Summary
+from slicer.checkpoint.sizes import Sizes, measure_sizes, sizes_of
+from slicer.heal.patch import Patch
+from slicer.jobs.request import Output
+from slicer.measure.analysis import Analysis
+from slicer.model.verify import Errors, Expected, check_contents
 from slicer.plan.plan import Plan
+from slicer.plan.records import MergeRecord
 from slicer.progress import Progress
-from slicer.runtime.files import atomic_directory
+from slicer.runtime.compute import Compute
+from slicer.runtime.files import atomic_directory, check_space
 
 if TYPE_CHECKING:
-    import torch
-
-    from slicer.heal.patch import Patch
-    from slicer.measure.analysis import Analysis
-    from slicer.model.walk import Walk
+    from slicer.heal.finetune.callbacks import TrainingHistory
 
 
-def write(
-    checkpoint: Checkpoint,
-    summary: Summary,
-    config: Mapping[str, Any],
-    measured: Analysis | None,
-    model: SourceModel,
-    patch: Patch | None,
-    options: Options,
-    progress: Progress,
-) -> Summary:
-    """Reference logits, then the directory, its figures and card, its checks; renamed into place at the end."""
-    assert summary.out is not None
-    probe: tuple[torch.Tensor, torch.Tensor] | None = None
-    if summary.verified == "logits":
-        progress.stage("Reference logits of the source with those layers bypassed")
-        probe = _reference(checkpoint, summary.plan, model.walk(), patch)
-    model.release()
-    with atomic_directory(summary.out, replace=options.force) as directory:
-        progress.stage("Writing", summary.after.total_bytes, "bytes")
-        write_checkpoint(
-            checkpoint,
-            summary.plan,
-            config,
+@dataclass(frozen=True)
+class Result:
+    """What is to be written, and what the card and the summary tell about it.
+
+    Attributes:
+        plan: of the result; written unless it drops nothing (a checkpoint that slicer did not make).
+        before: sizes of the source.
+        name: of the directory, where none is given.
+        analysis: what the cut was chosen by, to be drawn. history: of a training, to be drawn.
+        warnings: about checkpoints that load but do not work everywhere.
+        merge: the adapter that is merged in, to be entered with the outcome of the check.
+    """
+
+    contents: Contents
+    plan: Plan
+    before: Sizes
+    name: str
+    analysis: Analysis | None = None
+    history: TrainingHistory | None = None
+    warnings: tuple[str, ...] = ()
+    merge: MergeRecord | None = None
+
+    @classmethod
+    def of_cut(
+        cls,
+        source: Source,
+        plan: Plan,
+        patch: Patch,
+        analysis: Analysis | None = None,
+        origin: Path | None = None,
+        *,
+        trust_remote_code: bool = False,
+    ) -> Result:
+        """The cut of `plan` from `source`, repaired by `patch`.
+
+        `origin`: the same cut on disk, whose companion files and figures are kept; None: the source's companion files.
+        Raises ArchitectureError where config.json cannot express the cut.
+        """
+        checkpoint = source.checkpoint
+        config = configs.sliced_config(
+            checkpoint, plan, dtype=plan.dtype, trust_remote_code=trust_remote_code
+        )
+        contents = export.sliced(checkpoint, plan, patch.configured(config), patch.replaced, patch.added)
+        if origin is not None:
+            contents = replace(contents, origin=origin, continues=True)
+        # They are on how vLLM reads the source's own architecture.
+        native = plan.form != "blockwise" and len(plan.kept) < plan.depth
+        return cls(
+            contents,
+            replace(plan, healing=patch.record),
+            measure_sizes(checkpoint),
+            output_name(source.name, plan.size_name),
+            analysis,
+            warnings=tuple(configs.warnings(checkpoint.config, plan.kept, config)) if native else (),
+        )
+
+    @classmethod
+    def of_base(
+        cls,
+        base: Checkpoint,
+        plan: Plan,
+        patch: Patch,
+        history: TrainingHistory | None = None,
+        before: Sizes | None = None,
+        merge: MergeRecord | None = None,
+    ) -> Result:
+        """`base`, a checkpoint on disk, with the tensors of `patch.replaced` (keys of the base) in place.
+
+        `plan`: of the base; the record of `patch`, if any, becomes its `healing`. `before`: sizes of the source; None:
+        those of the base.
+        """
+        healing = patch.record or plan.healing
+        return cls(
+            export.unchanged(base, patch.replaced),
+            replace(plan, healing=healing),
+            before or measure_sizes(base),
+            output_name(str(base.path), plan.size_name),
+            history=history,
+            merge=merge,
+        )
+
+
+def output_name(source: str, size: str) -> str:
+    """The name of a result where none is given: "Llama-2-7b-hf-24L" of org/Llama-2-7b-hf@main and "24L"."""
+    name = source.rsplit("@", 1)[0] if not Path(source).exists() else str(Path(source).resolve())
+    return f"{Path(name).name or 'model'}-{size}"
+
+
+def check_place(result: Result, output: Output) -> None:
+    """Raise OutputError where `result` cannot be written: the place is taken, or the space does not suffice."""
+    out = output.out or Path(result.name)
+    check_output(out, result.contents.origin, overwrite=output.overwrite)
+    check_space(out, result.contents.total_bytes)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What convert, heal or merge did.
+
+    Attributes:
+        out: the directory; None: nothing was written (a dry run).
+        before, after: sizes of the source and of the result.
+        verified: how the result was checked: "none", "load", "logits", or "nothing written".
+        logits_error: largest difference from the expected logits, relative to the largest logit; rounding_error: the
+            part of it that rounding the weights makes.
+    """
+
+    out: Path | None
+    plan: Plan
+    before: Sizes
+    after: Sizes
+    verified: str
+    logits_error: float | None = None
+    rounding_error: float | None = None
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, object]:
+        """For `--json`: plain values, the plan under its own names."""
+        plan = self.plan
+        below = {
+            "no_attention": list(plan.no_attention),
+            "no_ffn": list(plan.no_ffn),
+            "joined": [list(pair) for pair in plan.joined],
+            "form": plan.form,
+        }
+        return {
+            "out": None if self.out is None else str(self.out),
+            "source": plan.source,
+            "revision": plan.revision,
+            "model_type": plan.model_type,
+            "strategy": plan.strategy,
+            "kept": list(plan.kept),
+            "dropped": list(plan.dropped),
+            **(below if plan.below_layers else {}),
+            "distance": plan.distance,
+            "runners_up": [other.to_dict() for other in plan.runners_up],
+            "before": self.before.to_dict(),
+            "after": self.after.to_dict(),
+            "healing": plan.healing and plan.healing.to_dict(),
+            "merged": [record.to_dict() for record in plan.merged],
+            "verified": self.verified,
+            "logits_error": self.logits_error,
+            "rounding_error": self.rounding_error,
+            "warnings": list(self.warnings),
+        }
+
+
+def write_verified(
+    result: Result, expected: Expected | None, output: Output, compute: Compute, progress: Progress
+) -> Written:
+    """Write `result` to `output.out` (None: a directory named after it), checked, whole or not at all.
+
+    `expected`: the logits to compare with, and the text to measure the loss on, which becomes the record's
+    `loss.after`; None: keys, shapes and changed tensors are checked alone. `output.verify` "none" skips the check of
+    keys and shapes. Raises OutputError, VerificationError.
+    """
+    out, after = output.out or Path(result.name), sizes_of(result.contents)
+    plan, errors = result.plan, Errors()
+    compared = expected is not None and expected.logits is not None
+    verified = "logits" if compared else "none" if output.verify == "none" else "load"
+    with atomic_directory(out, replace=output.overwrite) as directory:
+        progress.stage("Writing", after.total_bytes, "bytes")
+        export.write(
+            result.contents,
             directory,
-            dtype=options.dtype,
-            max_shard_bytes=options.max_shard_bytes,
+            max_shard_bytes=output.max_shard_bytes,
             progress=progress.advance,
-            replaced=patch.replaced if patch is not None else None,
-            added=patch.added if patch is not None else None,
         )
-        if measured is not None:
-            _draw(measured, summary.plan, directory / "slicer")
-        (directory / "README.md").write_text(_card(checkpoint, summary, measured is not None), "utf-8")
-        error = _check(checkpoint, directory, summary, model, patch, probe, options, progress)
-    return replace(summary, logits_error=error)
+        if verified != "none" or result.contents.changed or expected is not None:
+            errors = check_contents(
+                directory, result.contents, expected, compute, progress, load=verified != "none"
+            )
+            if errors.loss is not None and plan.healing is not None:
+                loss = replace(plan.healing.loss, after=errors.loss)
+                plan = replace(plan, healing=replace(plan.healing, loss=loss))
+        if result.merge is not None:
+            merge = replace(
+                result.merge, verified=verified, logits_error=errors.same, rounding_error=errors.rounding
+            )
+            plan = replace(plan, merged=(*plan.merged, merge))
+        _describe(replace(result, plan=plan), after, directory)
+    return Written(out, plan, result.before, after, verified, errors.same, errors.rounding, result.warnings)
 
 
-def _reference(
-    checkpoint: Checkpoint, plan: Plan, walk: Walk, patch: Patch | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A few tokens, and the logits that the result must have: those of the pruned source, repaired by `patch`."""
-    from slicer.model import verify
-    from slicer.model.pruned import pruned_logits
-
-    config = architectures.text_config(checkpoint.config)
-    tokens = verify.probe_tokens(config.get("vocab_size") or walk.model.config.vocab_size, seed=0)
-    return tokens, pruned_logits(walk, tokens, plan, patch.edits if patch is not None else None)
+def described(result: Result) -> Written:
+    """What would be written, of a dry run."""
+    after = sizes_of(result.contents)
+    return Written(None, result.plan, result.before, after, "nothing written", warnings=result.warnings)
 
 
-def _check(
-    checkpoint: Checkpoint,
-    directory: Path,
-    summary: Summary,
-    model: SourceModel,
-    patch: Patch | None,
-    probe: tuple[torch.Tensor, torch.Tensor] | None,
-    options: Options,
-    progress: Progress,
-) -> float | None:
-    """Check what was written as far as `summary.verified` says; returns how far its logits are off, where compared."""
-    if summary.verified == "none" and patch is None:
-        return None  # without torch, whose import takes longer than a small copy
-    from slicer.model import verify
-
-    if summary.verified != "none":
-        progress.stage("Checking every key and shape")
-        verify.check_load(directory, trust_remote_code=options.trust_remote_code)
-    if patch is not None:
-        verify.check_tensors(directory, patch.tensors(checkpoint, summary.plan))
-    if probe is None:
-        return None
-    progress.stage("Comparing logits")
-    tokens, reference = probe
-    if not model.fits:
-        return _check_walked(directory, reference, tokens, options)
-    return verify.check_logits(
-        directory,
-        reference,
-        tokens,
-        dtype=options.dtype or "auto",
-        device=options.device,
-        trust_remote_code=options.trust_remote_code,
-    )
-
-
-def _check_walked(out: Path, reference: torch.Tensor, tokens: torch.Tensor, options: Options) -> float:
-    """`verify.check_logits` with the result's layers read one at a time."""
-    from slicer.model import verify
-    from slicer.model.pruned import pruned_logits
-    from slicer.model.walk import Walk
-
-    try:
-        walk = Walk.out_of_core(
-            out,
-            dtype=options.dtype or "auto",
-            device=options.device,
-            memory_bytes=options.memory,
-            trust_remote_code=options.trust_remote_code,
-        )
-        logits = pruned_logits(walk, tokens)
-    except SourceError as error:
-        raise VerificationError(f"the written checkpoint does not load: {error}") from None
-    return verify.compare_logits(logits, reference)
+def _describe(result: Result, after: Sizes, directory: Path) -> None:
+    """Write plan, figures and model card."""
+    plan, origin, notes = result.plan, result.contents.origin, directory / "slicer"
+    if plan.gone != (
+        frozenset(),
+        frozenset(),
+    ):  # else slicer did not make the checkpoint, and there is no plan of it
+        notes.mkdir(exist_ok=True)
+        (notes / "plan.json").write_text(plan.to_json(), "utf-8")
+    if result.analysis is not None:
+        _draw(result.analysis, plan, notes)
+    if result.history is not None:
+        _draw_training(result.history, notes)
+    if result.merge is None:
+        figures = (notes / "distances.png").is_file()
+        text = card.for_plan(origin, plan, result.before, after, figures=figures)
+        (directory / "README.md").write_text(text, "utf-8")
+    elif (origin / "README.md").is_file():
+        text = (origin / "README.md").read_text("utf-8") + card.merged(result.merge)
+        (directory / "README.md").write_text(text, "utf-8")
 
 
 def _draw(measured: Analysis, plan: Plan, directory: Path) -> None:
@@ -143,7 +252,9 @@ def _draw(measured: Analysis, plan: Plan, directory: Path) -> None:
     layers.curves(distances, directory / "curves.png", chosen=chosen, offset=plan.half_offset)
 
 
-def _card(checkpoint: Checkpoint, summary: Summary, figures: bool) -> str:
-    from slicer.checkpoint import card
+def _draw_training(history: TrainingHistory, directory: Path) -> None:
+    from slicer.figures.training import loss_curve
 
-    return card.for_slice(checkpoint, summary.plan, summary.before, summary.after, figures=figures)
+    losses = {"train": history.train, "held_out": history.held_out, "best_step": history.best}
+    (directory / "training.json").write_text(json.dumps(losses, indent=1) + "\n", "utf-8")
+    loss_curve(history.train, history.held_out, history.best, directory / "training.png")

@@ -1,13 +1,12 @@
-"""`slicer merge`: merges a LoRA adapter into a checkpoint, tensor by tensor; loads a model only to verify.
+"""Where the products of a LoRA adapter belong in a checkpoint, the merged tensors, and the logits that they must give.
 
-W + (alpha / r) B A is computed in float32 from the stored W and rounded once to its dtype; all other tensors are
-copied. The adapter is merged into the full-precision checkpoint, even if it was trained on a quantized one.
+W + (alpha / r) B A is computed in float32 from the stored W and rounded once to its dtype. The adapter is merged into
+the full-precision checkpoint, even if it was trained on a quantized one.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,37 +18,17 @@ from torch import nn
 
 from slicer.checkpoint import tensors
 from slicer.checkpoint.adapter import CONFIG, PREFIX, WEIGHTS, Adapter
-from slicer.checkpoint.architectures import table as architectures
 from slicer.checkpoint.keys import KeyMap
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sublayers import FEED_FORWARD, part_of
 from slicer.checkpoint.tensors import TensorSpan
-from slicer.errors import HealError, SlicerError, VerificationError
-from slicer.model import layers, verify
-from slicer.model.layers import is_conv1d
+from slicer.errors import HealError
+from slicer.model.layers import is_conv1d, logits_of
 from slicer.model.load import build_on_meta, load_model, meta_tensors
+from slicer.model.verify import Expected, probe_tokens
 from slicer.plan.plan import Plan
 from slicer.runtime.compat import named_as_loaded, quiet_bitsandbytes
-
-# Maximum differences of logits relative to the largest, in float32: from the same weights (order of summation), and
-# from the unmerged adapter, because the merged weights are stored in this dtype.
-SAME = 1e-4
-ROUNDING = {"F64": 1e-5, "F32": 1e-5, "F16": 1e-2, "BF16": 5e-2}
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Reference logits for a merged checkpoint, computed in float32.
-
-    Attributes:
-        tokens: int64 [batch, seq].
-        exact: logits [batch, seq, V] of base and adapter, unmerged and unrounded.
-        rounded: logits of the merged weights, rounded to their stored dtype.
-    """
-
-    tokens: torch.Tensor
-    exact: torch.Tensor
-    rounded: torch.Tensor
+from slicer.runtime.compute import Compute
 
 
 def merged_spans(checkpoint: Checkpoint, adapter: Adapter, places: Iterable[Place]) -> dict[str, TensorSpan]:
@@ -68,14 +47,11 @@ def _merged(span: TensorSpan, adapter: Adapter, place: Place) -> torch.Tensor:
     return (old.float() + (delta.T if place.transposed else delta)).to(old.dtype)
 
 
-def reference_logits(
-    checkpoint: Checkpoint,
-    adapter: Adapter,
-    places: Sequence[Place],
-    device: str = "auto",
-    trust_remote_code: bool = False,
-) -> Probe:
-    """Logits of the checkpoint with the adapter applied by peft, and with it merged by peft; in float32.
+def adapter_logits(
+    checkpoint: Checkpoint, adapter: Adapter, places: Sequence[Place], compute: Compute
+) -> Expected:
+    """The logits, in float32, of the checkpoint with the adapter: merged by peft and rounded to the stored dtypes, and
+    exact, unmerged.
 
     Raises HealError if peft cannot apply it to the loaded model.
     """
@@ -94,9 +70,13 @@ def reference_logits(
         ) from None
     from safetensors.torch import save_file
 
-    model = load_model(checkpoint.path, dtype="float32", device=device, trust_remote_code=trust_remote_code)
-    vocabulary = architectures.text_config(checkpoint.config).get("vocab_size") or model.config.vocab_size
-    tokens = verify.probe_tokens(vocabulary)
+    model = load_model(
+        checkpoint.path,
+        dtype="float32",
+        device=compute.device,
+        trust_remote_code=compute.trust_remote_code,
+    )
+    tokens = probe_tokens(model.config.get_text_config().vocab_size)
     pairs = {str(place.module): adapter.pairs[place.origin] for place in places}
     with tempfile.TemporaryDirectory(prefix="slicer-adapter-") as scratch:
         again = {
@@ -128,38 +108,12 @@ def reference_logits(
                 f"{adapter.path}: peft cannot apply it to {checkpoint.path}: {reason}; use --verify load to merge "
                 "without comparing logits"
             ) from None
-        exact = layers.logits_of(adapted.eval(), tokens)
+        exact = logits_of(adapted.eval(), tokens)
         adapted.merge_adapter(safe_merge=True)
         for place in places:
             weight = model.get_submodule(str(place.module)).base_layer.weight
             weight.data = weight.data.to(tensors.torch_dtype(checkpoint.tensors[place.key].dtype)).float()
-        return Probe(tokens, exact, layers.logits_of(adapted, tokens))
-
-
-def check_merged(
-    checkpoint: Checkpoint,
-    directory: Path,
-    probe: Probe,
-    *,
-    device: str = "auto",
-    trust_remote_code: bool = False,
-) -> tuple[float, float]:
-    """Compare the logits of the merged checkpoint in `directory` with those of `probe`, in float32.
-
-    Returns max |a - b| / max |b| from the weights merged and rounded by peft (at most `SAME`, else the merge is wrong),
-    and from the unmerged adapter (the error of rounding; at most `ROUNDING`, but reported only for a mixture of
-    experts, where a tiny difference may change the router's choice). Raises VerificationError.
-    """
-    try:
-        model = load_model(directory, dtype="float32", device=device, trust_remote_code=trust_remote_code)
-    except SlicerError as error:
-        raise VerificationError(f"the written checkpoint does not load: {error}") from None
-    logits = layers.logits_of(model, probe.tokens)
-    same = verify.compare_logits(logits, probe.rounded, SAME)
-    limit = max(ROUNDING.get(span.dtype, 1e-5) for span in checkpoint.tensors.values())
-    if any("expert" in key for key in checkpoint.tensors):
-        limit = math.inf
-    return same, verify.compare_logits(logits, probe.exact, limit)
+        return Expected(tokens, logits_of(adapted, tokens), exact)
 
 
 @dataclass(frozen=True)

@@ -1,29 +1,131 @@
-"""Verifies a written checkpoint: its keys and shapes, and its logits against those of the bypassed source."""
+"""Verifies a written checkpoint: keys and shapes, the changed tensors, its logits, and its loss on held-out text."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from slicer.checkpoint import tensors
+from slicer.checkpoint.export import Contents
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import SlicerError, SourceError, VerificationError
 from slicer.model.layers import logits_of
-from slicer.model.load import build_on_meta, load_model, meta_tensors
+from slicer.model.load import Model, build_on_meta, load_model, meta_tensors
+from slicer.model.pruned import Edits, pruned_logits
+from slicer.model.walk import Walk
+from slicer.plan.plan import Plan
+from slicer.progress import Progress
+from slicer.runtime.compute import Compute
 
 # Maximum rounding difference: both runs do the same operations on the same weights, so only the order of summation may
 # differ by some units in the last place, while a wrong layer gives a large error.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# Maximum difference between rounded and exact weights, by the dtype that they are stored in.
+ROUNDING = {"F64": 1e-5, "F32": 1e-5, "F16": 1e-2, "BF16": 5e-2}
 PROBE_SHAPE = (2, 24)
+IGNORED = -100  # label of a token on which no loss is taken
 # Buffers stored by older transformers and no longer loaded (GPT-J, GPT-Neo, CodeGen, DistilGPT-2).
 _OLD_BUFFERS = re.compile(
     r"(attn|attention)\.(bias|masked_bias|causal_mask)$|(^|\.)(rotary(_emb)?\.inv_freq|position_ids)$"
     r"|(^|\.)(embed_positions\.weights|decoder\.version)$"
 )
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a written checkpoint is checked against, computed before it is written.
+
+    Attributes:
+        tokens: int64 [batch, seq], on which the logits were computed; None where no logits are compared.
+        logits: that the checkpoint must have, [batch, seq, V], on the CPU.
+        exact: those of weights that were not rounded to their stored dtype (adapters, training); None where nothing was
+            rounded. Where they are given, all logits are of float32 arithmetic.
+        text: (tokens, labels) int64 [batch, seq] of held-out text, labels `IGNORED` where no loss is taken: the loss on
+            it is measured on the written checkpoint.
+        loads: whether the checkpoint fits in memory; else its layers are read one at a time, and no loss is measured.
+        text_dtype: torch name of the precision in which that loss is measured.
+    """
+
+    tokens: torch.Tensor | None
+    logits: torch.Tensor | None
+    exact: torch.Tensor | None = None
+    text: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
+    loads: bool = True
+    text_dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Errors:
+    """What the checks of a written checkpoint measured.
+
+    Attributes:
+        same: largest difference from the expected logits, relative to the largest logit; None: not compared.
+        rounding: the same from the `exact` ones; None: there are none.
+        loss: nats a token on the held-out text; None: not measured.
+    """
+
+    same: float | None = None
+    rounding: float | None = None
+    loss: float | None = None
+
+
+def expected_logits(
+    walk: Walk | None, plan: Plan, edits: Edits, verify: str, progress: Progress | None = None
+) -> Expected | None:
+    """The logits of the source, pruned by `plan` with `edits`, on a few random tokens, from a loaded or streamed walk.
+
+    None unless `verify` is "logits".
+    """
+    if verify != "logits" or walk is None:
+        return None
+    if progress is not None:
+        progress.stage("Reference logits of the pruned source")
+    tokens = probe_tokens(walk.model.config.get_text_config().vocab_size)
+    return Expected(tokens, pruned_logits(walk, tokens, plan, edits), loads=walk.loaded)
+
+
+def check_contents(
+    directory: Path,
+    contents: Contents,
+    expected: Expected | None,
+    compute: Compute,
+    progress: Progress,
+    *,
+    load: bool = True,
+) -> Errors:
+    """Check what was written to `directory`: with `load`, every key and shape on the meta device; the changed tensors
+    bit for bit; then logits and loss, as far as they are `expected`.
+
+    `compute.dtype`: the precision of expected logits without `exact` ones; None: as stored. Raises VerificationError
+    naming what is wrong.
+    """
+    if load:
+        progress.stage("Checking every key and shape")
+        check_load(directory, trust_remote_code=compute.trust_remote_code)
+    check_tensors(directory, contents.changed)
+    errors = Errors()
+    if expected is None:
+        return errors
+    if expected.tokens is not None and expected.logits is not None:
+        progress.stage("Comparing logits")
+        dtype = compute.dtype if expected.exact is None else "float32"
+        logits = _logits(directory, expected.tokens, replace(compute, dtype=dtype), expected.loads)
+        errors = replace(errors, same=compare_logits(logits, expected.logits))
+        if expected.exact is not None:
+            rounding = compare_logits(logits, expected.exact, _rounding(contents))
+            errors = replace(errors, rounding=rounding)
+    if expected.text:
+        progress.stage("Measuring the loss after")
+        model = _loaded(directory, replace(compute, dtype=expected.text_dtype))
+        errors = replace(errors, loss=text_loss(model, expected.text))
+    return errors
 
 
 def check_load(path: Path, *, trust_remote_code: bool = False) -> None:
@@ -77,11 +179,11 @@ def _load_on_meta(
         raise VerificationError(str(error)) from None
 
 
-def check_tensors(path: Path, expected: Mapping[str, torch.Tensor]) -> None:
-    """Check that the tensors `expected` are on disk bit for bit. Raises VerificationError naming one that is not."""
-    written = Checkpoint.open(path).tensors
-    for key, tensor in expected.items():
-        if key not in written or not torch.equal(tensors.read(written[key]), tensor.cpu()):
+def check_tensors(path: Path, changed: Mapping[str, Callable[[], torch.Tensor]]) -> None:
+    """Check that the tensors `changed` are on disk bit for bit. Raises VerificationError naming one that is not."""
+    written = Checkpoint.open(path).tensors if changed else {}
+    for key, make in changed.items():
+        if key not in written or not torch.equal(tensors.read(written[key]), make().cpu()):
             raise VerificationError(
                 f"tensor {key} on disk differs from the healed weights; the output was discarded"
             )
@@ -93,29 +195,57 @@ def probe_tokens(vocab_size: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(vocab_size, PROBE_SHAPE, generator=generator)
 
 
-def check_logits(
-    out: Path,
-    reference: torch.Tensor,
-    tokens: torch.Tensor,
-    *,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    tolerance: float | None = None,
-) -> float:
-    """Load `out` and compare its logits with `reference` ([batch, seq, vocabulary]); returns max |a - b| / max |b|.
+@torch.inference_mode()
+def text_loss(model: Model, text: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Mean next-token cross entropy of a loaded model on (tokens, labels), int64 [batch, seq] each, nats a token."""
+    device = model.get_input_embeddings().weight.device
+    total = count = 0.0
+    for tokens, labels in text:
+        logits = model(input_ids=tokens.to(device), use_cache=False).logits[:, :-1].float().flatten(0, 1)
+        ahead = labels[:, 1:].flatten().to(logits.device)
+        total += float(functional.cross_entropy(logits, ahead, ignore_index=IGNORED, reduction="sum"))
+        count += int((ahead != IGNORED).sum())
+    return total / count
 
-    Raises VerificationError if that exceeds the tolerance (None: that of the dtype), or a value is not finite.
-    """
+
+def _loaded(directory: Path, compute: Compute) -> Model:
+    return load_model(
+        directory,
+        dtype=compute.dtype or "auto",
+        device=compute.device,
+        trust_remote_code=compute.trust_remote_code,
+    )
+
+
+def _logits(directory: Path, tokens: torch.Tensor, compute: Compute, loads: bool) -> torch.Tensor:
+    """Logits of the written checkpoint. Raises VerificationError where transformers cannot load it."""
     try:
-        model = load_model(out, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        if loads:
+            return logits_of(_loaded(directory, compute), tokens)
+        walk = Walk.out_of_core(
+            directory,
+            dtype=compute.dtype or "auto",
+            device=compute.device,
+            memory_bytes=compute.memory,
+            trust_remote_code=compute.trust_remote_code,
+        )
+        return pruned_logits(walk, tokens)
     except SlicerError as error:
         raise VerificationError(f"the written checkpoint does not load: {error}") from None
-    return compare_logits(logits_of(model, tokens), reference, tolerance)
+
+
+def _rounding(contents: Contents) -> float:
+    """The largest difference that rounding may make; unlimited for experts, where it may change the router's choice."""
+    if any("expert" in key for key in contents.tensors):
+        return math.inf
+    return max(ROUNDING.get(span.cast(contents.cast)[0], 1e-5) for span in contents.tensors.values())
 
 
 def compare_logits(logits: torch.Tensor, reference: torch.Tensor, tolerance: float | None = None) -> float:
-    """max |a - b| / max |b|. Raises VerificationError as `check_logits`."""
+    """max |a - b| / max |b| of logits [batch, seq, V].
+
+    Raises VerificationError if that exceeds the tolerance (None: that of the dtype), or a value is not finite.
+    """
     if logits.shape != reference.shape:
         raise VerificationError(
             f"the logits have shape {list(logits.shape)}, those of the source {list(reference.shape)}"

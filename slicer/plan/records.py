@@ -225,6 +225,12 @@ class RankRecord(Record):
     scores: Mapping[str, float | None]
 
 
+_SETTINGS = {  # what slicer 0.1 called them
+    "steps": "max_steps", "lr": "learning_rate", "scheduler": "lr_scheduler_type", "warmup": "warmup_steps",
+    "rank": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class TrainingRecord(Record):
     """How a cut was trained.
@@ -245,6 +251,14 @@ class TrainingRecord(Record):
     seconds: float = 0.0
     processes: int = 1
     rank_sweep: RankRecord | None = None
+
+    @classmethod
+    def upgraded(cls, record: dict[str, object]) -> dict[str, object]:
+        """0.1 had names of its own for settings that transformers and peft have too."""
+        for values in ("asked", "settings"):
+            given = cast(Mapping[str, object], record[values])
+            record[values] = {_SETTINGS.get(name, name): value for name, value in given.items()}
+        return record
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,10 @@ class Processes:
             return cls()
         import torch
 
+        if (
+            torch.cuda.is_available()
+        ):  # first: what is created before lands on the first GPU, for every process
+            torch.cuda.set_device(on_this_machine()[0] % torch.cuda.device_count())
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group(
                 "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE

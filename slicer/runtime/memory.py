@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -83,6 +84,15 @@ def fits(nbytes: int, device: str = "auto", memory: int | None = None) -> bool:
     spread = device == "auto" and target.index is None  # one process: over all GPUs
     gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if spread else [target]
     return needed < sum(map(free, gpus))
+
+
+def release() -> None:
+    """Free what nothing refers to any more, torch's unused GPU memory too, before other models or processes need it."""
+    import torch
+
+    gc.collect()  # models of transformers and peft are in reference cycles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -15,28 +15,39 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from slicer.checkpoint import hub
+from slicer.checkpoint.cut import CutOnDisk, open_cut
 from slicer.checkpoint.export import check_output
 from slicer.checkpoint.reader import Checkpoint
+from slicer.checkpoint.sizes import measure_sizes
 from slicer.errors import Diverged, EvaluationError, HealError, UsageError
-from slicer.heal.finetune.run import TrainOptions, train_cut
-from slicer.jobs.heal import Healed
-from slicer.model import verify
+from slicer.jobs.heal import heal
+from slicer.jobs.output import Written
+from slicer.jobs.recipe import Recipe
+from slicer.jobs.request import HealRequest
+from slicer.model.verify import check_load
 from slicer.plan.plan import Plan
 from slicer.plan.records import RankRecord
 from slicer.progress import Progress
+from slicer.runtime.compute import Compute
 from slicer.runtime.distributed import Processes
 from slicer.runtime.files import write_atomically
 from slicer.runtime.workdir import beside, claimed
 
 LOSS = "loss"
-Ask = Callable[[Path], tuple[float, float]]
+NONE = "none"  # the name under which the cut is scored as it is before training
+Score = tuple[float, float]  # value, higher is better, and its standard error
+Scorer = Callable[[Path], Score]
 
 
 @dataclass(frozen=True)
 class RankSearch:
-    """`ranks` to try, largest first; `metric`: an lm-eval task, or "loss" on the held-out text; `data` and `limit` of
-    that task, as in `slicer eval`."""
+    """Which rank to pick, and by what.
+
+    Attributes:
+        ranks: to try, the largest first.
+        metric: an lm-eval task, or "loss" on the held-out text.
+        data: local files of that task, limit: its number of items, as in `slicer eval`.
+    """
 
     ranks: tuple[int, ...]
     metric: str = "mmlu"
@@ -45,161 +56,156 @@ class RankSearch:
 
 
 def heal_with_best_rank(
-    sliced: str,
-    source: str | None,
-    out: Path,
-    options: TrainOptions,
-    sweep: RankSearch,
-    *,
-    progress: Progress | None = None,
-) -> Healed | None:
-    """Run `train_cut` for one rank after another, until the paper's rule is met; the best one becomes `out`.
+    request: HealRequest, search: RankSearch, progress: Progress | None = None
+) -> Written | None:
+    """Run `jobs.heal` for one rank after another, until the paper's rule is met; the best one becomes the output.
 
-    Each rank is trained and scored once, in `OUT.ranks`, so a stopped run can resume. A rank whose training diverges
-    scores below all others. Raises SlicerError children: OutputError if `OUT.ranks` holds another sweep, HealError if
-    every rank diverges.
+    Each rank is trained and scored once, in `OUT.ranks`, so a stopped search can resume. A rank whose training diverges
+    scores below all others. In a distributed run every process calls this, and those that are not the first get None.
+    Raises SlicerError children: OutputError if `OUT.ranks` holds another search, HealError if every rank diverges.
     """
-    progress = progress or Progress()
-    if options.training.method == "full":
-        raise UsageError("--rank-sweep: --method full has no rank; use --method qlora or lora")
-    if options.save_adapter is not None:
+    progress, output = progress or Progress(), request.output
+    if request.training is None or request.training.method == "full":
+        raise UsageError("--rank-sweep: only adapters have a rank; use --method qlora or lora")
+    if request.save_adapter is not None:
         raise UsageError(
             "--save-adapter: not possible with --rank-sweep; heal again with the rank that it picks"
         )
-    options.training.check()
-    cut = Checkpoint.open(hub.resolve(sliced).path)
-    check_output(out, cut.path, force=options.force)
-    ask = _judge(sweep, options, progress)
-    processes, work = Processes.of_environment(), beside(out, "ranks")
-
-    def trained(rank: int) -> bool:
-        """Train this rank unless it is done; returns whether there is a result."""
-        place = work / f"rank-{rank}"
-        there, scored = processes.first(
-            lambda: ((place / "config.json").is_file(), str(rank) in _scores(work))
-        )
-        if there or scored:
-            return there
-        progress.note(f"rank {rank}")
-        given = replace(options, training=replace(options.training, rank=rank), save_adapter=None, force=True)
-        try:
-            done = train_cut(sliced, source, place, given, progress=progress)
-        except Diverged as error:
-            progress.note(f"rank {rank}: {error}")
-            processes.first(partial(_enter, work, str(rank), (-math.inf, 0.0)))
-            return False
-        if done is not None:
-            told = json.dumps([done.verified, done.logits_error, done.rounding_error])
-            write_atomically(work / f"rank-{rank}.json", told)
-        return True
+    cut = open_cut(request.cut, request.source)
+    recipe = Recipe.of_heal(request, cut)
+    assert output.out is not None  # or the recipe is refused
+    scorer = _scorer(search, request.compute, progress)
+    processes, work = Processes.of_environment(), beside(output.out, "ranks")
 
     def resumable() -> bool:
         return any(work.glob("rank-*/config.json")) or any(work.glob("rank-*.training"))
 
     with claimed(
-        work, processes, what="an unfinished rank sweep", overwrite=options.force, resumable=resumable,
-        cut=cut.identity, text=options.calibration.identity, source=source, fold=options.fold,
-        training=replace(options.training, rank=None).lasting(), sweep=asdict(sweep),
-        verify=options.verify, shard=options.max_shard_bytes,
+        work, processes, what="an unfinished rank sweep", overwrite=output.overwrite, resumable=resumable,
+        **recipe.marks(cut), search=asdict(search), verify=output.verify, shard=output.max_shard_bytes,
     ):  # fmt: skip
-        for rank in sweep.ranks:
-            if not trained(rank):
+        for rank in search.ranks:
+            if not _train(request, rank, work, processes, progress):
                 continue
-            place = work / f"rank-{rank}"
-            processes.first(partial(_score, work, str(rank), place, ask))
-            processes.first(partial(_score, work, "none", cut.path, ask, start_of=place))
-            scores = processes.first(partial(_scores, work))
-            if rank == sweep.ranks[0] and sum(scores[str(rank)]) >= scores["none"][0]:
+            scores = processes.first(partial(_score, rank, cut.checkpoint.path, work, scorer))
+            if rank == search.ranks[0] and sum(scores[str(rank)]) >= scores[NONE][0]:
                 break  # the largest is within a standard error of none, or better
-        result = processes.first(lambda: _keep(cut, out, work, options, sweep))
-    return result if processes.is_first else None
+        written = processes.first(lambda: _pick(cut, request, search.metric, work))
+    return written if processes.is_first else None
 
 
-def _keep(cut: Checkpoint, out: Path, work: Path, options: TrainOptions, sweep: RankSearch) -> Healed:
+def _train(request: HealRequest, rank: int, work: Path, processes: Processes, progress: Progress) -> bool:
+    """Train this rank unless that is done; returns whether there is a result, in `work/rank-N`."""
+    assert request.training is not None
+    place = work / f"rank-{rank}"
+    there, scored = processes.first(lambda: ((place / "config.json").is_file(), str(rank) in _scores(work)))
+    if there or scored:
+        return there
+    progress.note(f"rank {rank}")
+    training, output = (
+        replace(request.training, lora_r=rank),
+        replace(request.output, out=place, overwrite=True),
+    )
+    try:
+        done = heal(replace(request, training=training, output=output), progress)
+    except Diverged as error:
+        progress.note(f"rank {rank}: {error}")
+        processes.first(lambda: _enter(work, str(rank), (-math.inf, 0.0)))
+        return False
+    if done is not None:
+        checked = [done.verified, done.logits_error, done.rounding_error]
+        write_atomically(place.with_suffix(".json"), json.dumps(checked))
+    return True
+
+
+def _pick(cut: CutOnDisk, request: HealRequest, metric: str, work: Path) -> Written:
     """Make the best rank the result. Raises HealError if there is none."""
-    scores = {name: value for name, (value, _) in _scores(work).items()}
-    ranks = {int(name): value for name, value in scores.items() if name != "none"}
+    output, scores = request.output, {name: value for name, (value, _) in _scores(work).items()}
+    ranks = {int(name): value for name, value in scores.items() if name != NONE}
     best = max(ranks, key=lambda rank: (ranks[rank], -rank))
     if ranks[best] == -math.inf:
         raise HealError(
-            f"the loss is not finite with any rank ({', '.join(map(str, sweep.ranks))}): lower --lr, or use --compute "
-            "float32"
+            f"the loss is not finite with any rank ({', '.join(map(str, ranks))}): lower --learning-rate, or use "
+            "--compute float32"
         )
-    place = work / f"rank-{best}"
-    verified, error, rounding = _checked(place, options)
+    place, out = work / f"rank-{best}", output.out
+    checked = _checked(place, output.verify, request.compute)
     plan = Plan.load(place)
-    healing = plan.healing
-    assert healing is not None and healing.training is not None
-    picked = RankRecord(
-        sweep.metric, best, {name: value if math.isfinite(value) else None for name, value in scores.items()}
-    )
-    healing = replace(healing, training=replace(healing.training, rank_sweep=picked))
-    plan = replace(plan, healing=healing)
+    assert out is not None and plan.healing is not None and plan.healing.training is not None
+    found = {name: value if math.isfinite(value) else None for name, value in scores.items()}
+    training = replace(plan.healing.training, rank_sweep=RankRecord(metric, best, found))
+    plan = replace(plan, healing=replace(plan.healing, training=training))
     write_atomically(place / "slicer" / "plan.json", plan.to_json())
-    check_output(out, cut.path, force=options.force)
+    check_output(out, cut.checkpoint.path, overwrite=output.overwrite)
     if out.is_dir():
         shutil.rmtree(out)
     place.rename(out)
-    return Healed(out, plan, verified, error, healing.measured.falls, rounding)
+    return Written(
+        out, plan, measure_sizes(cut.source.checkpoint), measure_sizes(Checkpoint.open(out)), *checked
+    )
 
 
-def _checked(place: Path, options: TrainOptions) -> tuple[str, float | None, float | None]:
+def _checked(place: Path, verify: str, compute: Compute) -> tuple[str, float | None, float | None]:
     """How the result at `place` was verified; checks its keys if a run stopped before recording that."""
-    file = place.with_name(place.name + ".json")
+    file = place.with_suffix(".json")
     if file.is_file():
         verified, error, rounding = json.loads(file.read_text("utf-8"))
         return verified, error, rounding
-    if options.verify == "none":
+    if verify == "none":
         return "none", None, None
-    verify.check_load(place, trust_remote_code=options.trust_remote_code)
+    check_load(place, trust_remote_code=compute.trust_remote_code)
     return "load", None, None
 
 
-def _judge(sweep: RankSearch, options: TrainOptions, progress: Progress) -> Ask | None:
-    """The function path -> (score, standard error), higher is better; None for the loss, which training measures.
-    Raises EvaluationError early if the task or its data is missing."""
-    if sweep.metric == LOSS:
+def _scorer(search: RankSearch, compute: Compute, progress: Progress) -> Scorer | None:
+    """The function that scores a checkpoint; None for the loss, which training measures.
+
+    Raises EvaluationError early if the task or its data is missing.
+    """
+    if search.metric == LOSS:
         return None
     from slicer.evaluate.suite import Suite, SuiteSpec, evaluate
 
-    asked = SuiteSpec(
-        tasks=(sweep.metric,),
-        data=sweep.data,
-        limit=sweep.limit,
+    spec = SuiteSpec(
+        tasks=(search.metric,),
+        data=search.data,
+        limit=search.limit,
         share_limit=True,
-        device=options.device,
-        trust_remote_code=options.trust_remote_code,
+        device=compute.device,
+        trust_remote_code=compute.trust_remote_code,
     )
-    suite = Suite(asked, progress)
+    suite = Suite(spec, progress)
 
-    def score(path: Path) -> tuple[float, float]:
-        found = evaluate(str(path), suite).primary(sweep.metric)
+    def score(path: Path) -> Score:
+        found = evaluate(str(path), suite).primary(search.metric)
         if found is None:
-            raise EvaluationError(f"{sweep.metric}: gives no score; choose another --rank-metric")
+            raise EvaluationError(f"{search.metric}: gives no score; choose another --rank-metric")
         sign = 1 if found.higher_is_better else -1
         return sign * found.value, found.standard_error or 0.0
 
     return score
 
 
-def _score(work: Path, name: str, path: Path, ask: Ask | None, *, start_of: Path | None = None) -> None:
-    """Record the score of `path` under `name`; with `start_of`, that of the weights this training started from."""
-    if name in _scores(work):
-        return
-    if ask is not None:
-        _enter(work, name, ask(path))
-        return
-    record = Plan.load(start_of or path).healing
-    assert record is not None
-    loss = record.measured.before if start_of else record.measured.after
-    _enter(work, name, (-math.inf if loss is None else -loss, 0.0))
+def _score(rank: int, cut: Path, work: Path, scorer: Scorer | None) -> dict[str, Score]:
+    """Score this rank, and the cut before training, unless that is done; returns all scores so far."""
+    place = work / f"rank-{rank}"
+    healing = Plan.load(place).healing
+    assert healing is not None
+    for name, path, loss in (
+        (str(rank), place, healing.measured.after),
+        (NONE, cut, healing.measured.before),
+    ):
+        if name not in _scores(work):
+            by_loss = (-math.inf if loss is None else -loss, 0.0)
+            _enter(work, name, by_loss if scorer is None else scorer(path))
+    return _scores(work)
 
 
-def _enter(work: Path, name: str, score: tuple[float, float]) -> None:
+def _enter(work: Path, name: str, score: Score) -> None:
     write_atomically(work / "scores.json", json.dumps({**_scores(work), name: score}))
 
 
-def _scores(work: Path) -> dict[str, tuple[float, float]]:
+def _scores(work: Path) -> dict[str, Score]:
     """Name -> (score, standard error) so far; -inf for a diverged training."""
     file = work / "scores.json"
     if not file.is_file():

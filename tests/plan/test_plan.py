@@ -195,7 +195,7 @@ def test_an_old_training_and_what_came_before_it() -> None:
     assert record.training is not None and record.training.start == "lora" and record.method == "full"
     assert record.training.corpus.documents == 196 and record.training.asked["steps"] == 1
     lora = record.earlier
-    assert lora is not None and lora.training is not None and lora.training.settings["rank"] == 2
+    assert lora is not None and lora.training is not None and lora.training.settings["lora_r"] == 2
     assert lora.training.held_out == {0: 4.252074, 1: 4.250752, 2: 4.250181} and lora.best_step == 2
     assert lora.earlier is not None and lora.earlier.method == "fold" and lora.earlier.solved
     swept = repair("rank-sweep")

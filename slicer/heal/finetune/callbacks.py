@@ -14,11 +14,10 @@ from transformers import TrainerCallback
 
 from slicer.errors import HealError
 from slicer.heal.finetune.model import packed, trainable, unpack
-from slicer.heal.finetune.settings import TrainingSettings
 from slicer.progress import Progress
 
-WHOLE = "whole"  # the last file written to a checkpoint: a stopped run may leave one without it
-UNMOVED = (
+COMPLETE = "complete"  # the last file written to a checkpoint: a stopped run may leave one without it
+NO_GRADIENT = (
     "no gradient reaches the weights to train, so training would change nothing; on a CPU with AVX512-BF16 the "
     "cause is bitsandbytes packing its 4-bit weights: use --method lora"
 )
@@ -60,28 +59,26 @@ class TrainingCallback(TrainerCallback):  # type: ignore[misc]
 
     trainer: Any
 
-    def __init__(
-        self, course: TrainingHistory, settings: TrainingSettings, work: Path, progress: Progress
-    ) -> None:
-        self._course, self._settings, self._work, self._progress = course, settings, work, progress
+    def __init__(self, history: TrainingHistory, patience: int, work: Path, progress: Progress) -> None:
+        self._history, self._patience, self._work, self._progress = history, patience, work, progress
         self._unchecked = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         for entry in state.log_history:  # history of the checkpoint that this run resumes
             self._enter(entry, entry["step"])
-        if self._course.best:
-            self._course.weights = self._work / f"best-{self._course.best}"
+        if self._history.best:
+            self._history.weights = self._work / f"best-{self._history.best}"
         self._progress.advance(state.global_step)
 
     def _enter(self, entry: dict[str, Any], step: int) -> None:
-        course = self._course
+        history = self._history
         if "loss" in entry:
-            course.train[step] = entry["loss"]
+            history.train[step] = entry["loss"]
         if "eval_loss" in entry:
             loss = entry["eval_loss"]
-            if course.held_out and loss < course.held_out[course.best] and step > course.best:
-                course.best = step
-            course.held_out[step] = loss
+            if history.held_out and loss < history.held_out[history.best] and step > history.best:
+                history.best = step
+            history.held_out[step] = loss
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if not self._unchecked:
@@ -93,7 +90,7 @@ class TrainingCallback(TrainerCallback):  # type: ignore[misc]
         accelerator = self.trainer.accelerator
         flags = accelerator.gather(torch.tensor([float(moved)], device=accelerator.device))
         if not bool(flags.any()):
-            raise HealError(UNMOVED)
+            raise HealError(NO_GRADIENT)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         self._progress.advance()
@@ -105,9 +102,9 @@ class TrainingCallback(TrainerCallback):  # type: ignore[misc]
         logs = logs or {}
         if "loss" in logs:
             self._enter(logs, state.global_step)
-            self._tell()
+            self._show()
             if not math.isfinite(logs["loss"]) or not math.isfinite(logs.get("grad_norm") or 0.0):
-                self._course.ended = "diverged"
+                self._history.ended = "diverged"
                 control.should_training_stop = True
                 control.should_save = control.should_evaluate = False
         return control
@@ -115,43 +112,43 @@ class TrainingCallback(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> Any:
         self._unchecked = True  # evaluation may pack weights: check the gradients of the next step
         unpack(self.trainer.model)
-        course, step = self._course, state.global_step
-        before = course.best
+        history, step = self._history, state.global_step
+        before = history.best
         self._enter(metrics, step)
-        if course.best == step != before:
+        if history.best == step != before:
             self._keep()
-        taken = [at for at in course.held_out if at > course.best]
+        since = [at for at in history.held_out if at > history.best]
         if not math.isfinite(metrics["eval_loss"]):
-            course.ended = "diverged"
+            history.ended = "diverged"
             control.should_training_stop, control.should_save = True, False
-        elif self._settings.patience and len(taken) >= self._settings.patience and step < state.max_steps:
-            course.ended = "early"
+        elif self._patience and len(since) >= self._patience and step < state.max_steps:
+            history.ended = "early"
             control.should_training_stop = True
-        self._tell()
+        self._show()
         return control
 
-    def _tell(self) -> None:
-        course = self._course
-        words = [f"loss {course.train[max(course.train)]:.3f}"] if course.train else []
-        if course.held_out:
-            words.append(f"held out {course.held_out[max(course.held_out)]:.4f}")
-            words.append(f"best {course.held_out[course.best]:.4f}")
+    def _show(self) -> None:
+        history = self._history
+        words = [f"loss {history.train[max(history.train)]:.3f}"] if history.train else []
+        if history.held_out:
+            words.append(f"held out {history.held_out[max(history.held_out)]:.4f}")
+            words.append(f"best {history.held_out[history.best]:.4f}")
         self._progress.detail(", ".join(words))
 
     def _keep(self) -> None:
         """Save the weights atomically; keeps the previous best, which a checkpoint may still refer to."""
-        new, best = self._work / "best.new", self._work / f"best-{self._course.best}"
+        new, best = self._work / "best.new", self._work / f"best-{self._history.best}"
         if self.trainer.is_world_process_zero():
             shutil.rmtree(new, ignore_errors=True)
         self.trainer.save_model(str(new))  # all processes take part if the model is sharded
         if self.trainer.is_world_process_zero():
             shutil.rmtree(best, ignore_errors=True)
             new.rename(best)
-        self._course.weights = best
+        self._history.weights = best
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
             for old in self._work.glob("best-*"):
-                if old != self._course.weights:
+                if old != self._history.weights:
                     shutil.rmtree(old)

@@ -18,8 +18,9 @@ from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.tensors import TensorSpan
 from slicer.errors import HealError
 from slicer.model import layers, verify
-from slicer.model.adapter import Probe
 from slicer.model.load import build_on_meta, load_model, meta_tensors
+from slicer.model.verify import Expected
+from slicer.runtime.compute import Compute
 
 Homes = Mapping[str, tuple[str, ...]]
 
@@ -85,16 +86,14 @@ def _rounded(old: TensorSpan, new: TensorSpan) -> TensorSpan:
     return old.made("trained", lambda: tensors.read(new).to(tensors.torch_dtype(old.dtype)))
 
 
-def probe_of(
-    base: Checkpoint,
-    trained: Checkpoint,
-    homes: Homes,
-    *,
-    device: str = "auto",
-    trust_remote_code: bool = False,
-) -> Probe:
-    """Logits of the trained weights, exact and rounded to the dtypes that `base` stores them in."""
-    model = load_model(trained.path, dtype="float32", device=device, trust_remote_code=trust_remote_code)
+def trained_logits(base: Checkpoint, trained: Checkpoint, homes: Homes, compute: Compute) -> Expected:
+    """Logits of the trained weights, exact and rounded to the dtypes that `base` stores them in, in float32."""
+    model = load_model(
+        trained.path,
+        dtype="float32",
+        device=compute.device,
+        trust_remote_code=compute.trust_remote_code,
+    )
     vocabulary = architectures.text_config(base.config).get("vocab_size") or model.config.vocab_size
     tokens = verify.probe_tokens(vocabulary)
     exact = layers.logits_of(model, tokens)
@@ -105,4 +104,4 @@ def probe_of(
         }
         if dtypes:  # the parts of one tensor have the same dtype in all known checkpoints
             parameter.data = parameter.data.to(min(dtypes, key=lambda dtype: dtype.itemsize)).float()
-    return Probe(tokens, exact, layers.logits_of(model, tokens))
+    return Expected(tokens, layers.logits_of(model, tokens), exact)

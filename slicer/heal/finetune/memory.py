@@ -112,34 +112,38 @@ def main() -> None:
                 print(f"| {name} | {method} | {gpus} | {figures} |")
 
 
-def to_load(settings: TrainingSettings, *, taught: bool) -> list[str]:
-    """What takes less where the model to train is loaded; `taught`: beside a teacher."""
+def to_load(settings: TrainingSettings, *, teacher: bool) -> list[str]:
+    """The options with which loading the model to train needs less memory; `teacher`: one is loaded alongside."""
     ways = _methods(settings)
-    return [*ways, *(["--teacher-4bit", "--teacher-cache DIR"] if taught else []), "--device cpu"]
+    return [*ways, *(["--teacher-4bit", "--teacher-cache DIR"] if teacher else []), "--device cpu"]
 
 
-def to_train(settings: TrainingSettings, *, taught: bool) -> list[str]:
-    """What takes less of a step. The first two may be given to a training that goes on."""
-    ways = [f"--micro-batch {_fewer(settings)}"] if settings.micro_batch > 1 else []
-    ways += [] if settings.gradient_checkpointing else ["--gradient-checkpointing"]
+def to_train(settings: TrainingSettings, *, teacher: bool) -> list[str]:
+    """The options with which a step needs less memory. The first two may be given to a training that is resumed."""
+    ways = _smaller_passes(settings)
+    ways += [] if settings.asked.gradient_checkpointing else ["--gradient-checkpointing"]
     ways += _methods(settings)
-    ways += ["--teacher-cache DIR"] if taught else []
+    ways += ["--teacher-cache DIR"] if teacher else []
     return [*ways, f"--train-seq-len {max(2, settings.seq_len // 2)}"]
 
 
 def to_finish(settings: TrainingSettings, verify: str) -> list[str]:
-    """What takes less where the result is measured and verified; the weights that were trained are taken up again."""
-    ways = [f"--micro-batch {_fewer(settings)}"] if settings.micro_batch > 1 else []
-    return [*ways, *(["--verify load"] if verify in ("auto", "logits") else []), "--device cpu"]
+    """The options with which measuring and verifying the result needs less memory; the trained weights are kept."""
+    return [
+        *_smaller_passes(settings),
+        *(["--verify load"] if verify == "logits" else []),
+        "--device cpu",
+    ]
 
 
 def _methods(settings: TrainingSettings) -> list[str]:
-    return {"full": ["--method lora"], "lora": ["--method qlora"], "qlora": []}[settings.method]
+    return {"full": ["--method lora"], "lora": ["--method qlora"], "qlora": []}[settings.asked.method]
 
 
-def _fewer(settings: TrainingSettings) -> int:
+def _smaller_passes(settings: TrainingSettings) -> list[str]:
     """About a quarter of the sequences of a pass, and still a divisor of those of a step."""
-    return divisor(settings.micro_batch, max(1, settings.micro_batch // 4))
+    size = settings.micro_batch
+    return [f"--micro-batch {divisor(size, max(1, size // 4))}"] if size > 1 else []
 
 
 if __name__ == "__main__":

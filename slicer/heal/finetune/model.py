@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from slicer.checkpoint.adapter import WEIGHTS
 from slicer.checkpoint.architectures import table as architectures
 from slicer.checkpoint.keys import KeyMap
 from slicer.checkpoint.reader import Checkpoint
@@ -23,13 +24,14 @@ from slicer.errors import HealError
 from slicer.heal.finetune.full import homes_of
 from slicer.heal.finetune.settings import TrainingSettings
 from slicer.model.layers import decoder_layers, is_conv1d
-from slicer.model.load import load_model
+from slicer.model.load import Model, load_model
 from slicer.model.sublayers import mlp_of
 from slicer.runtime.compat import named_as_loaded, quiet_bitsandbytes
+from slicer.runtime.compute import Compute
 from slicer.runtime.distributed import sharded
 
 # Feed-forward modules that route tokens and compute no features: the paper does not train them.
-_CHOOSING = {"gate", "router", "shared_expert_gate"}
+_ROUTERS = {"gate", "router", "shared_expert_gate"}
 
 
 def require(method: str) -> None:
@@ -45,10 +47,11 @@ def require(method: str) -> None:
         raise HealError(f"--method {method} needs {' and '.join(missing)}: pip install 'slicer-llm[heal]'")
 
 
-def nf4(compute: torch.dtype) -> Any:
-    """transformers' quantization config of NF4 with double quantization, with arithmetic in `compute`."""
+def nf4(dtype: str) -> Any:
+    """transformers' quantization config of NF4 with double quantization, with arithmetic in `dtype` (a torch name)."""
     from transformers import BitsAndBytesConfig
 
+    compute = getattr(torch, dtype)
     # FSDP shards the stored tensors, and needs all of them in one dtype.
     storage = {"bnb_4bit_quant_storage": compute} if sharded() else {}
     return BitsAndBytesConfig(
@@ -60,50 +63,48 @@ def nf4(compute: torch.dtype) -> Any:
     )
 
 
-def load(
-    path: Path, settings: TrainingSettings, *, device: str = "auto", trust_remote_code: bool = False
-) -> Any:
-    """The checkpoint at `path` as a model to train: with adapters that start at zero, or all weights (`full`).
+def load(base: Checkpoint, settings: TrainingSettings, compute: Compute) -> Model:
+    """`base` as a model to train: with adapters that start at zero, or all weights (`full`).
 
-    Full training uses float32 weights; adapters are float32 on weights in the compute precision. Raises HealError if no
-    feed-forward matrix can have an adapter, or if some weights could not be written afterwards.
+    Full training uses float32 weights; adapters are float32 on weights in the precision of the arithmetic. Raises
+    HealError if no feed-forward matrix can have an adapter, or if some weights could not be written afterwards.
     """
-    if settings.method == "full":
-        homes_of(Checkpoint.open(path), trust_remote_code=trust_remote_code)
-    compute = getattr(torch, settings.compute)
+    method, asked = settings.asked.method, settings.asked
+    if method == "full":
+        homes_of(base, trust_remote_code=compute.trust_remote_code)
     model = load_model(
-        path,
-        dtype="float32" if settings.method == "full" else settings.compute,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        quantization=nf4(compute) if settings.method == "qlora" else None,
+        base.path,
+        dtype="float32" if method == "full" else settings.compute,
+        device=compute.pinned().device,
+        trust_remote_code=compute.trust_remote_code,
+        quantization=nf4(settings.compute) if method == "qlora" else None,
         sharded=sharded(),
     )
     model.config.use_cache = False
-    if settings.gradient_checkpointing:
+    if asked.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if settings.method == "full":
+    if method == "full":
         model.requires_grad_(True)
         return model
     import peft
 
-    names = targets(model, Checkpoint.open(path))
+    names = targets(model, base)
     config = peft.LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=asked.lora_dropout,
         target_modules=names,
         fan_in_fan_out=any(is_conv1d(model.get_submodule(name)) for name in names),
         bias="none",
         task_type="CAUSAL_LM",
     )
-    torch.manual_seed(settings.seed)  # A is random, B is zero
+    torch.manual_seed(asked.seed)  # A is random, B is zero
     unpack(model)
     with named_as_loaded():
         return peft.get_peft_model(model, config, autocast_adapter_dtype=not sharded())
 
 
-def targets(model: Any, checkpoint: Checkpoint) -> list[str]:
+def targets(model: Model, checkpoint: Checkpoint) -> list[str]:
     """Names of the matrices that get an adapter: the linear ones of every layer's feed-forward part.
 
     Found by structure with `slicer.model.sublayers.mlp_of`: gate, up and down projections of Llama and similar models,
@@ -117,7 +118,7 @@ def targets(model: Any, checkpoint: Checkpoint) -> list[str]:
     for i, layer in enumerate(layers):
         every = [name for name, module in layer.named_modules() if _linear(module)]
         for name in list(_feed_forward(layer)) or every:
-            if _CHOOSING & set(name.split(".")) or _read_past(layer, name):
+            if _ROUTERS & set(name.split(".")) or _read_past(layer, name):
                 continue
             full = f"{prefix}.{i}.{name}"
             key = known.key(f"{full}.weight")
@@ -140,7 +141,7 @@ def _feed_forward(layer: nn.Module) -> Iterator[str]:
         return
     own = next(name for name, child in layer.named_children() if child is part)
     for name, module in part.named_modules():
-        if _linear(module) and not _CHOOSING & set(name.split(".")):
+        if _linear(module) and not _ROUTERS & set(name.split(".")):
             yield f"{own}.{name}"
 
 
@@ -190,11 +191,10 @@ def most_tokens(config: dict[str, Any]) -> int | None:
     return limit if isinstance(limit, int) else None
 
 
-WEIGHTS = "adapter_model.safetensors"
 _ADAPTER = "default"  # peft's default adapter name
 
 
-def wraps_adapter(model: Any) -> bool:
+def wraps_adapter(model: Model) -> bool:
     """Whether `model` is a peft model wrapped by FSDP."""
     from peft import PeftModel
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -202,7 +202,7 @@ def wraps_adapter(model: Any) -> bool:
     return isinstance(model, FullyShardedDataParallel) and isinstance(model.module, PeftModel)
 
 
-def save_adapter(model: Any, state: Mapping[str, torch.Tensor], path: Path) -> None:
+def save_adapter(model: Model, state: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write the adapter of a wrapped `model` as peft does; `state`: the gathered state dict of the whole model."""
     path.mkdir(parents=True, exist_ok=True)
     mark = f".{_ADAPTER}."
@@ -211,7 +211,7 @@ def save_adapter(model: Any, state: Mapping[str, torch.Tensor], path: Path) -> N
     model.module.peft_config[_ADAPTER].save_pretrained(str(path))
 
 
-def load_adapter(model: Any, path: Path) -> None:
+def load_adapter(model: Model, path: Path) -> None:
     """Load an adapter written by `save_adapter` into a wrapped `model`; every process reads the file."""
     from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 

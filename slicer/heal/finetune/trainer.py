@@ -1,8 +1,8 @@
 """Trains with transformers' Trainer on packed sequences: measures held-out loss, is resumable, keeps the best weights.
 
-    work/run/checkpoint-N   weights, optimizer, random states; complete if it contains the file `WHOLE`
+    work/run/checkpoint-N   weights, optimizer, random states; complete if it contains the file `COMPLETE`
     work/best-N             the weights of the best measurement, at step N
-    work/course.json        the finished training's history
+    work/history.json       the finished training's history
 
 With the same seed, a stopped and resumed run has the same losses as an uninterrupted one: all randomness comes from
 seeds and states in the checkpoints, and files are used only when complete.
@@ -25,61 +25,122 @@ from transformers.utils import logging
 from slicer.data.corpus import IGNORED, Corpus
 from slicer.errors import Diverged, HealError
 from slicer.heal.finetune import model as adapters
-from slicer.heal.finetune.callbacks import UNMOVED, WHOLE, TrainingCallback, TrainingHistory
+from slicer.heal.finetune.callbacks import COMPLETE, NO_GRADIENT, TrainingCallback, TrainingHistory
 from slicer.heal.finetune.distillation import DistillationLoss
 from slicer.heal.finetune.memory import to_train
 from slicer.heal.finetune.settings import TrainingSettings
+from slicer.model.load import Model
 from slicer.progress import Progress
 from slicer.runtime.distributed import first_process, sharded, world
 from slicer.runtime.files import write_atomically
 from slicer.runtime.memory import within_memory
 
+HISTORY = "history.json"
 _KEPT = 2  # number of checkpoints
 
 
 def train(
-    model: Any,
+    model: Model,
     corpus: Corpus,
     settings: TrainingSettings,
     work: Path,
-    *,
-    lessons: DistillationLoss | None = None,
-    report_to: str = "none",
     progress: Progress | None = None,
+    *,
+    distillation: DistillationLoss | None = None,
 ) -> TrainingHistory:
-    """Train `model` (from `slicer.heal.finetune.model.load`) on the corpus, from the last complete checkpoint
-    in `work`, if any.
+    """Train `model` (from `slicer.heal.finetune.model.load`) on the corpus, from the last complete checkpoint in
+    `work`, if any.
 
     Raises HealError if no gradient reaches the trained weights; Diverged if the loss becomes non-finite before it
     improved; OutOfMemory, with the options that need less memory.
     """
     progress = progress or Progress()
-    over = work / "course.json"
-    if over.is_file():
-        return TrainingHistory.from_json(over.read_text("utf-8"))
     logging.set_verbosity_error()
-    last = _last_whole(work / "run")
-    processes = world()
+    last = _last_complete(work / "run")
     device = next(model.parameters()).device
-    if processes == 1 and device.type == "cuda":
+    if world() == 1 and device.type == "cuda":
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
+    history = TrainingHistory()
+    callback = TrainingCallback(history, settings.asked.patience, work, progress)
+    # Only complete steps: the sequences left out then do not depend on the micro-batch size.
+    batch = settings.asked.batch_size
+    complete = range(len(corpus.train) // batch * batch)
+    ways = to_train(settings, teacher=distillation is not None and distillation.alongside)
+    with _deterministic(settings.asked.seed), within_memory("in training", ways):
+        try:
+            trainer = _Trainer(
+                model=model,
+                args=_arguments(settings, work / "run", device, resumed=last is not None),
+                train_dataset=torch.utils.data.Subset(corpus.train, complete),
+                eval_dataset=corpus.held_out,
+                data_collator=_collate,
+                callbacks=[callback],
+            )
+        except (ImportError, RuntimeError, ValueError) as error:
+            if settings.asked.report_to == "none":
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise HealError(f"--report-to {settings.asked.report_to}: {reason}") from None
+        if trainer.is_fsdp_enabled and "FULL" not in str(
+            trainer.accelerator.state.fsdp_plugin.state_dict_type
+        ):
+            raise HealError("FSDP: set fsdp_state_dict_type to FULL_STATE_DICT, to store the best weights")
+        trainer.distillation = distillation
+        _quiet(trainer)
+        callback.trainer = trainer
+        progress.stage("Training", settings.asked.max_steps, "steps")
+        with distillation.recording(model) if distillation is not None else contextlib.nullcontext():
+            try:
+                trainer.train(resume_from_checkpoint=str(last) if last else None)
+            except RuntimeError as error:
+                if "does not require grad" in str(error):
+                    raise HealError(NO_GRADIENT) from None
+                raise
+    if history.ended == "diverged" and history.weights is None:
+        if trainer.is_world_process_zero():
+            shutil.rmtree(work / "run", ignore_errors=True)  # nothing to resume from
+        raise Diverged(
+            f"the loss is not finite at step {max(history.train, default=0)} before any improvement: lower "
+            f"--learning-rate (it is {settings.learning_rate:g}), or use --compute float32"
+        )
+    if trainer.is_world_process_zero():
+        write_atomically(work / HISTORY, history.to_json())
+    return history
+
+
+def finished(work: Path) -> TrainingHistory | None:
+    """The history of a training that is finished in the directory `work`."""
+    file = work / HISTORY
+    return TrainingHistory.from_json(file.read_text("utf-8")) if file.is_file() else None
+
+
+def resumable(work: Path) -> bool:
+    """Whether a training in the directory `work` left something to resume from."""
+    return (work / HISTORY).is_file() or any(work.glob(f"run/checkpoint-*/{COMPLETE}"))
+
+
+def _arguments(
+    settings: TrainingSettings, output: Path, device: torch.device, *, resumed: bool
+) -> TrainingArguments:
+    """The Trainer's arguments; `output`: directory of its checkpoints."""
+    asked = settings.asked
     arguments = TrainingArguments(
-        output_dir=str(work / "run"),
-        max_steps=settings.steps,
+        output_dir=str(output),
+        max_steps=asked.max_steps,
         per_device_train_batch_size=settings.micro_batch,
         per_device_eval_batch_size=settings.micro_batch,
-        gradient_accumulation_steps=settings.batch_size // settings.micro_batch // processes,
-        learning_rate=settings.lr,
-        lr_scheduler_type=settings.scheduler,
-        warmup_steps=settings.warmup,
-        weight_decay=settings.weight_decay,
+        gradient_accumulation_steps=asked.batch_size // settings.micro_batch // world(),
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=asked.lr_scheduler_type,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=asked.weight_decay,
         bf16=settings.compute == "bfloat16",
         use_cpu=device.type == "cpu" and not (sharded() and torch.cuda.is_available()),
-        seed=settings.seed,
-        data_seed=settings.seed,
+        seed=asked.seed,
+        data_seed=asked.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        eval_on_start=last is None,
+        eval_on_start=not resumed,
         eval_strategy="steps",
         eval_steps=settings.eval_every,
         save_strategy="steps",
@@ -91,64 +152,18 @@ def train(
         dataloader_drop_last=True,
         dataloader_pin_memory=device.type == "cuda",
         ddp_find_unused_parameters=False,
-        report_to=report_to.split(","),
+        report_to=asked.report_to.split(","),
         disable_tqdm=True,
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # one GPU per process: no data parallelism by threads
-    course = TrainingHistory()
-    watch = TrainingCallback(course, settings, work, progress)
-    beside = lessons is not None and lessons.beside
-    # Only complete steps: the sequences left out then do not depend on the micro-batch size.
-    whole = range(len(corpus.train) // settings.batch_size * settings.batch_size)
-    with (
-        _deterministic(settings.seed),
-        within_memory("in training", to_train(settings, taught=beside)),
-    ):
-        try:
-            trainer = _Trainer(
-                model=model,
-                args=arguments,
-                train_dataset=torch.utils.data.Subset(corpus.train, whole),
-                eval_dataset=corpus.held_out,
-                data_collator=_collate,
-                callbacks=[watch],
-            )
-        except (ImportError, RuntimeError, ValueError) as error:
-            if report_to == "none":
-                raise
-            raise HealError(f"--report-to {report_to}: {' '.join(str(error).split())[:200]}") from None
-        if trainer.is_fsdp_enabled and "FULL" not in str(
-            trainer.accelerator.state.fsdp_plugin.state_dict_type
-        ):
-            raise HealError("FSDP: set fsdp_state_dict_type to FULL_STATE_DICT, to store the best weights")
-        trainer.lessons = lessons
-        _quiet(trainer)
-        watch.trainer = trainer
-        progress.stage("Training", settings.steps, "steps")
-        with lessons.listening(model) if lessons is not None else contextlib.nullcontext():
-            try:
-                trainer.train(resume_from_checkpoint=str(last) if last else None)
-            except RuntimeError as error:
-                if "does not require grad" in str(error):
-                    raise HealError(UNMOVED) from None
-                raise
-    if course.ended == "diverged" and course.weights is None:
-        if trainer.is_world_process_zero():
-            shutil.rmtree(work / "run", ignore_errors=True)  # nothing to resume from
-        raise Diverged(
-            f"the loss is not finite at step {max(course.train, default=0)} before any improvement: lower --lr "
-            f"(it is {settings.lr:g}), or use --compute float32"
-        )
-    if trainer.is_world_process_zero():
-        write_atomically(over, course.to_json())
-    return course
+    return arguments
 
 
 class _Trainer(Trainer):  # type: ignore[misc]
     """Trainer with the loss summed over all target tokens of a step, whatever the micro-batches, plus distillation."""
 
     loss_is_scaled_for_ga = True
-    lessons: DistillationLoss | None = None
+    distillation: DistillationLoss | None = None
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
@@ -179,11 +194,12 @@ class _Trainer(Trainer):  # type: ignore[misc]
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         tokens, labels = inputs["input_ids"], inputs["labels"]
-        outputs = model(input_ids=tokens)
-        loss = cross_entropy(outputs.logits, labels) / num_items_in_batch * self.accelerator.num_processes
-        if self.lessons is not None and model.training:
-            aside = self.lessons.loss(outputs.logits, tokens, inputs["index"], labels[:, 1:] != IGNORED)
-            loss = loss + aside / self.current_gradient_accumulation_steps
+        logits = model(input_ids=tokens).logits
+        loss = cross_entropy(logits, labels) / num_items_in_batch * self.accelerator.num_processes
+        if self.distillation is not None and model.training:
+            targets = labels[:, 1:] != IGNORED
+            added = self.distillation.loss(logits, tokens, inputs["index"], targets)
+            loss = loss + added / self.current_gradient_accumulation_steps
         return (loss, {"loss": loss}) if return_outputs else loss
 
 
@@ -194,29 +210,15 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     )
 
 
-@torch.inference_mode()
-def held_out_loss(model: Any, corpus: Corpus, batch_size: int) -> float:
-    """Loss of `model` (any transformers model) on the held-out sequences, nats per token."""
-    device = model.get_input_embeddings().weight.device
-    total = count = 0.0
-    for start in range(0, len(corpus.held_out), batch_size):
-        rows = [corpus.held_out[i] for i in range(start, min(start + batch_size, len(corpus.held_out)))]
-        batch = {name: tensor.to(device) for name, tensor in _collate(rows).items()}
-        logits = model(input_ids=batch["input_ids"], use_cache=False).logits
-        total += float(cross_entropy(logits, batch["labels"]))
-        count += int((batch["labels"][:, 1:] != IGNORED).sum())
-    return total / count
-
-
-def _last_whole(run: Path) -> Path | None:
+def _last_complete(run: Path) -> Path | None:
     """The last complete checkpoint; removes incomplete ones."""
-    whole = []
+    complete = []
     for path in run.glob("checkpoint-*"):
-        if (path / WHOLE).exists():
-            whole.append(path)
+        if (path / COMPLETE).exists():
+            complete.append(path)
         elif first_process():
             shutil.rmtree(path, ignore_errors=True)
-    return max(whole, key=lambda path: int(path.name.split("-")[-1]), default=None)
+    return max(complete, key=lambda path: int(path.name.split("-")[-1]), default=None)
 
 
 def _collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -234,21 +236,21 @@ def _quiet(trainer: Any) -> None:
 @contextlib.contextmanager
 def _deterministic(seed: int) -> Iterator[None]:
     """Inside the block, all randomness comes from `seed`, and deterministic kernels are used."""
+    deterministic: Any = torch.utils.deterministic
+    cudnn = torch.backends.cudnn
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    deterministic: Any = torch.utils.deterministic
-    fill = deterministic.fill_uninitialized_memory
+    kernels, fill = (cudnn.deterministic, cudnn.benchmark), deterministic.fill_uninitialized_memory
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     set_seed(seed)
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        cudnn.deterministic, cudnn.benchmark = True, False
         deterministic.fill_uninitialized_memory = False  # not needed: uninitialised memory is never read here
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+        cudnn.deterministic, cudnn.benchmark = kernels
         deterministic.fill_uninitialized_memory = fill

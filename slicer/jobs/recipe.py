@@ -1,0 +1,333 @@
+"""What a command does, decided once from its request: the repair, the text, the checks, where the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+
+from slicer.checkpoint import sublayers
+from slicer.checkpoint.config import sliced_config
+from slicer.checkpoint.cut import CutOnDisk
+from slicer.checkpoint.export import check_output
+from slicer.checkpoint.hub import Source
+from slicer.checkpoint.reader import Checkpoint
+from slicer.checkpoint.sizes import measure_sizes
+from slicer.checkpoint.tensors import DTYPES
+from slicer.data.sources import TextSpec
+from slicer.errors import ArchitectureError, HealError, PlanError, UsageError
+from slicer.heal.finetune.settings import Training, TrainingSettings, resolve
+from slicer.jobs.request import SOLVERS, Compensation, ConvertRequest, HealRequest, Selection, check_choice
+from slicer.plan.amounts import Goal
+from slicer.plan.plan import Plan
+from slicer.progress import Progress
+from slicer.runtime.compute import Compute
+from slicer.runtime.distributed import Processes
+from slicer.runtime.files import check_space
+from slicer.runtime.memory import fits
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a command does. Made by `Recipe.of` or `Recipe.of_heal`; nothing decides again later.
+
+    Attributes:
+        goal, plan: how much to drop, or the plan that is replayed (or, of heal, that of the cut): one of the two.
+        repair: weight compensation in closed form; its method is "none", "fold", "bias" or "linear".
+        asked: False for a fold that nobody asked for: it may fail, and is left out where it does not help.
+        text: the text that is measured, repaired or trained on; None: none is read.
+        halves: whether to measure within the layers too: needed, not wanted, or (None) where it can be done.
+        compute: where models run, in the precision of the result.
+        loads: whether the source fits in memory; else its layers are read one at a time.
+        verify: "none", "load" or "logits"; of a training also "auto": logits where they can be had.
+        writes: False for a dry run.
+        training, settings: as asked, and every value used; None: nothing is trained.
+        notes: for the user.
+    """
+
+    goal: Goal | None
+    plan: Plan | None
+    selection: Selection
+    repair: Compensation
+    asked: bool
+    text: TextSpec | None
+    halves: bool | None
+    compute: Compute
+    loads: bool
+    verify: str
+    writes: bool = True
+    training: Training | None = None
+    settings: TrainingSettings | None = None
+    notes: tuple[str, ...] = ()
+    command: str | None = None
+
+    @property
+    def measures(self) -> bool:
+        """Whether the source is measured to choose the cut."""
+        return self.goal is not None and self.goal.measured(self.selection.strategy)
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether the source is run: to measure, to repair, or for its logits."""
+        return self.measures or (self.writes and (self.repair.method != "none" or self.verify == "logits"))
+
+    @classmethod
+    def of(cls, request: ConvertRequest, source: Source) -> Recipe:
+        """Of a conversion of `source`.
+
+        Raises UsageError for options that contradict each other, PlanError for a goal out of reach or a plan of another
+        model, ArchitectureError for a cut that cannot be written, OutputError for a place that is taken.
+        """
+        checkpoint, output, compute = source.checkpoint, request.output, request.compute
+        check_choice("--dtype", compute.dtype, tuple(DTYPES))
+        if output.out is not None and not output.dry_run:
+            check_output(output.out, source.path, overwrite=output.overwrite)
+        _check_goal(request, checkpoint)
+        plan, notes = _replayed(request, checkpoint), []
+        if plan is not None and plan.merged:
+            notes.append(
+                "an adapter was merged into that plan's checkpoint; slicer merge does it again to this one"
+            )
+        measures = request.goal is not None and request.goal.measured(request.selection.strategy)
+        repair, asked, why = _repair(request, plan, measures)
+        text = _text(request, plan, reads=measures or repair.method != "none")
+        runs = measures or (
+            not output.dry_run and (repair.method != "none" or output.verify in ("auto", "logits"))
+        )
+        loads = runs and fits(checkpoint.bytes_as(compute.dtype), compute.device, compute.memory)
+        recipe = cls(
+            request.goal,
+            plan,
+            request.selection,
+            repair,
+            asked,
+            text if measures or not output.dry_run else None,
+            _halves(request, repair, checkpoint),
+            compute,
+            loads,
+            _verify(output.verify, loads) if not output.dry_run else "none",
+            writes=not output.dry_run,
+            command=request.command,
+        )
+        return replace(recipe, notes=(*notes, *why, *_memory_notes(recipe, checkpoint, output.verify)))
+
+    @classmethod
+    def of_heal(cls, request: HealRequest, cut: CutOnDisk) -> Recipe:
+        """Of a repair or a training of a cut on disk.
+
+        Raises UsageError for options that contradict each other, HealError for a cut that cannot be repaired so,
+        OutputError for a place that is taken.
+        """
+        source, plan, output = cut.source.checkpoint, cut.plan, request.output
+        if output.out is None:
+            raise UsageError("--output-dir: say where the healed checkpoint goes")
+        for path in (cut.checkpoint.path, cut.source.path):
+            check_output(output.out, path, overwrite=output.overwrite)
+        check_space(output.out, cut.checkpoint.total_bytes)
+        compute = replace(request.compute, dtype=plan.dtype)
+        loads = fits(source.bytes_as(compute.dtype), compute.device, compute.memory)
+        recipe = cls(
+            None,
+            plan,
+            Selection(form=plan.form),
+            replace(request.compensation, solver=request.compensation.solver or SOLVERS[0]),
+            True,
+            request.text.over(TextSpec()),
+            False,
+            compute,
+            loads,
+            _verify(output.verify, loads),
+            command=request.command,
+        )
+        if request.training is not None:
+            return _trained(recipe, request.training, request, cut)
+        if request.compensation.method != "fold":
+            raise UsageError(
+                f"--method {request.compensation.method}: a cut on disk is healed by fold or by training"
+            )
+        if plan.merged:
+            raise HealError(
+                f"{request.cut}: an adapter was merged into it, and a fold would be solved without the adapter; fold "
+                "before merging, or train on: --method lora"
+            )
+        return replace(recipe, notes=_memory_notes(recipe, source, output.verify))
+
+    def announce(self, progress: Progress) -> None:
+        """Pass on the notes, and what takes time first."""
+        for note in self.notes:
+            progress.note(note)
+        if self.needs_model:
+            progress.stage("Loading the model" if self.loads else "Reading what lies outside the layers")
+
+    def marks(self, cut: CutOnDisk) -> Mapping[str, object]:
+        """JSON values that a training must share with the one whose work it resumes."""
+        return {
+            "cut": cut.checkpoint.identity,
+            "text": self.text and self.text.identity,
+            "training": self.training and self.training.identity,
+            "fold": self.repair.solver,
+            "source": cut.source.name,
+        }
+
+
+def _check_goal(request: ConvertRequest, checkpoint: Checkpoint) -> None:
+    """Raise PlanError or ArchitectureError, before anything is measured, for a goal that no cut reaches."""
+    goal = request.goal
+    if request.selection.offset == "half":
+        sublayers.check_joinable(checkpoint)
+    if goal is None:
+        return
+    goal.count(checkpoint.depth)
+    if goal.budget:
+        cast = DTYPES[request.compute.dtype] if request.compute.dtype else None
+        whole = measure_sizes(checkpoint, cast=cast)
+        if goal.met(whole.parameters, whole.total_bytes):
+            raise PlanError(
+                f"{goal}: the model already meets it with all {whole.depth} layers; nothing to drop"
+            )
+        lightest = min(range(whole.depth), key=whole.layer_bytes.__getitem__)
+        one = measure_sizes(checkpoint, (lightest,), cast)
+        if not goal.met(one.parameters, one.total_bytes):
+            raise PlanError(
+                f"{goal}: out of reach; one layer alone still has {one.parameters} parameters and {one.total_bytes} "
+                "bytes"
+            )
+
+
+def _replayed(request: ConvertRequest, checkpoint: Checkpoint) -> Plan | None:
+    """The saved plan, in the form that is asked for. Raises PlanError or ArchitectureError where it does not fit."""
+    plan = request.plan
+    if plan is None:
+        return None
+    if plan.depth != checkpoint.depth:
+        raise PlanError(
+            f"the plan is for a model of {plan.depth} layers but {checkpoint.path} has {checkpoint.depth}; "
+            "make a plan for this one with --dry-run"
+        )
+    if request.selection.form is not None:
+        plan = plan.in_form(request.selection.form)
+    sliced_config(checkpoint, plan, trust_remote_code=request.compute.trust_remote_code)
+    return plan
+
+
+def _repair(
+    request: ConvertRequest, plan: Plan | None, measures: bool
+) -> tuple[Compensation, bool, tuple[str, ...]]:
+    """(the repair, whether it was asked for, why there is none).
+
+    What was asked; else what the replayed plan had; else a fold, where text is named or measured anyway and every layer
+    keeps both sublayers; else none.
+    """
+    said, none = request.compensation, Compensation("none")
+    solver = said.solver or SOLVERS[0]
+    if said.method not in (None, "auto"):
+        return replace(said, solver=solver), True, ()
+    record = None if plan is None else plan.healing
+    if said.method is None and record is not None:
+        if record.training is None:
+            solver = said.solver or record.solver or solver
+            return Compensation(record.method, solver, record.rank, record.steps), True, ()
+        words = f"the plan was healed by training, which convert does not repeat: slicer heal --method {record.method}"
+        return none, True, (f"not healed: {words}",)
+    missing = bool(plan is not None and (plan.no_attention or plan.no_ffn))
+    missing = missing or bool(request.goal is not None and request.goal.sublayers)
+    if not measures and request.text.source is None:
+        words = "there is no calibration text; --calibration DATA heals the cut"
+        return none, True, (f"not healed: {words}",) if plan is None or said.method else ()
+    if missing and said.method is None:
+        words = "attention or feed-forward of some layers is missing; --heal fold, bias or linear heals such a cut"
+        return none, True, (f"not healed: {words}",)
+    return Compensation("fold", solver), False, ()
+
+
+def _text(request: ConvertRequest, plan: Plan | None, *, reads: bool) -> TextSpec | None:
+    """The text to read: what is said, over what the replayed plan recorded.
+
+    Raises UsageError where a replay reads none and something is said about it.
+    """
+    recorded = None
+    if plan is not None:
+        recorded = plan.healing.text if plan.healing is not None else plan.calibration
+    if reads:
+        return request.text.over(TextSpec() if recorded is None else TextSpec.of_record(recorded))
+    said = [name for name, value in asdict(request.text).items() if value is not None]
+    if said and plan is not None and request.compensation.method != "none":
+        raise UsageError(
+            f"{_TEXT_OPTIONS[said[0]]}: this plan was not healed in closed form, so no text is read; also pass "
+            "--calibration DATA or --heal fold"
+        )
+    return None
+
+
+_TEXT_OPTIONS = {
+    "source": "--calibration",
+    "samples": "--samples",
+    "seq_len": "--seq-len",
+    "batch_size": "--batch-size",
+    "seed": "--seed",
+    "column": "--text-column",
+}
+
+
+def _halves(request: ConvertRequest, repair: Compensation, checkpoint: Checkpoint) -> bool | None:
+    """Whether to measure within the layers too: needed, not wanted, or (None) where it can be done, as it may win."""
+    goal, offset = request.goal, request.selection.offset
+    if offset == "half" or (goal is not None and goal.sublayers):
+        return True
+    folds = repair.method == "fold"
+    if offset == "whole" or (
+        folds and not (repair.solver == "resolve" and sublayers.adds_directly(checkpoint))
+    ):
+        return False
+    try:
+        sublayers.check_joinable(checkpoint)
+    except ArchitectureError:
+        return False
+    return None
+
+
+def _verify(asked: str, loads: bool) -> str:
+    return asked if asked != "auto" else "logits" if loads else "load"
+
+
+def _memory_notes(recipe: Recipe, checkpoint: Checkpoint, verify: str) -> tuple[str, ...]:
+    """What follows where the model does not fit in memory."""
+    notes = []
+    if recipe.writes and verify == "auto" and recipe.verify == "load":
+        notes.append("the model does not fit in memory: its keys and shapes are checked, its logits are not")
+    if recipe.needs_model and not recipe.loads:
+        pickled = ", out of pickled .bin files" if checkpoint.is_bin else ""
+        notes.append(
+            f"the model does not fit in memory: its layers are read from disk one at a time{pickled}"
+        )
+    return tuple(notes)
+
+
+def _trained(recipe: Recipe, training: Training, request: HealRequest, cut: CutOnDisk) -> Recipe:
+    """`recipe` with the settings of a training."""
+    from slicer.heal.finetune.model import most_tokens, require
+    from slicer.heal.finetune.result import check_adapter_output
+
+    require(training.method)
+    output, sources = request.output, (cut.checkpoint.path, cut.source.path)
+    if output.out is not None:
+        check_adapter_output(
+            request.save_adapter, training.method, output.out, sources, overwrite=output.overwrite
+        )
+    if training.validation == "self" or (training.validation and request.text.source == "self"):
+        raise UsageError(
+            "--validation: pass a file or data set, and do not combine it with --calibration self"
+        )
+    source = cut.source.checkpoint
+    settings, words = resolve(
+        training,
+        cut.plan.source or cut.source.name,
+        source.parameters,
+        most_tokens=most_tokens(source.config),
+        on_gpu=request.compute.torch_device().type == "cuda",
+        processes=Processes.of_environment().world,
+    )
+    verify = output.verify
+    if verify == "auto" and not fits(4 * cut.checkpoint.parameters, request.compute.device):  # in float32
+        verify = "load"
+    text = request.text.over(TextSpec(seed=training.seed))
+    return replace(recipe, text=text, verify=verify, training=training, settings=settings, notes=tuple(words))
