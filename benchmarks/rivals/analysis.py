@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from slicer.checkpoint.hub import DEMO
-from slicer.measure.distances import measure, summarise
+from slicer.measure.distances import measure_loaded, summarise
 from slicer.measure.metrics import points_affordable
 from slicer.measure.recorder import record
 from slicer.model.load import load_model
@@ -67,7 +67,7 @@ def main() -> None:
 
     work = {
         "bare forward": bare,
-        "measure": lambda: measure(model, batches),
+        "measure": lambda: measure_loaded(model, batches),
         "all metrics": everything,
         "one pass per n, a single n": lambda: one_n(model, batches, depth // 4),
     }

@@ -29,7 +29,7 @@ from slicer.runtime.distributed import Processes
 Listener = Callable[[int, torch.Tensor], None]
 
 
-def measure_text(walk: Walk, text: TokenBatches, halves: bool | None, progress: Progress) -> Analysis:
+def measure(walk: Walk, text: TokenBatches, halves: bool | None, progress: Progress) -> Analysis:
     """The angular distances of last tokens over `text`, in one pass.
 
     `halves`: between half-layers too; None: where the layers can be run within. Raises as `measure_halves`.
@@ -46,7 +46,7 @@ def measure_text(walk: Walk, text: TokenBatches, halves: bool | None, progress: 
             layers = measure_walk(walk, batches, Path(work), progress=progress)
     elif not sublayers:
         progress.stage("Measuring layers", len(batches), "batches")
-        layers = measure(walk.model, batches, progress=lambda done, total: progress.advance())
+        layers = measure_loaded(walk.model, batches, progress=lambda done, total: progress.advance())
     return Analysis(
         layers.depth,
         layers.samples,
@@ -117,7 +117,7 @@ def _last(states: torch.Tensor) -> torch.Tensor:
     return states[:, -1].detach().cpu().clone()
 
 
-def measure(
+def measure_loaded(
     model: Any, batches: Iterable[torch.Tensor], *, progress: Callable[[int, int], None] | None = None
 ) -> Distances:
     """Measure every d(l, l+n) of a loaded model in one pass over `batches` (int64 [batch, seq] each, no padding).

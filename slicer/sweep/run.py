@@ -322,7 +322,7 @@ class Sweep:
 
     def distances(self) -> Distances:
         """Measured once a sweep, and kept."""
-        from slicer.measure.distances import measure
+        from slicer.measure.distances import measure_loaded
 
         if self._distances is None:
             file = self.journal.directory / "distances.json"
@@ -333,7 +333,7 @@ class Sweep:
                         continue
                     data = self._calibration()
                     self.progress.stage("Measuring layers")
-                    text = measure(self.model(), data.batches).to_json()
+                    text = measure_loaded(self.model(), data.batches).to_json()
                     write_atomically(file, text)
                     self.journal.put("distances", {"distances": text, "provenance": data.record.to_dict()})
             self._distances = Distances.from_json(kept["distances"])
