@@ -61,8 +61,8 @@ docs: $(VENV)/.core
 	$(BIN)/python docs/generate.py
 
 bench: $(VENV)/.core
-	$(BIN)/python -m slicer.benchmarks.export $(ARGS)
-	$(BIN)/python -m slicer.benchmarks.analysis $(ARGS)
+	$(BIN)/python -m slicer.benchmarks.rivals.export $(ARGS)
+	$(BIN)/python -m slicer.benchmarks.rivals.analysis $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

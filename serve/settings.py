@@ -101,7 +101,7 @@ def environment(settings: ServerSettings) -> dict[str, str]:
     chosen = {"VLLM_HOST_IP": "127.0.0.1"}  # vLLM's processes communicate locally, not over the network
     if settings.on_cpu and (os.cpu_count() or 1) <= 4:
         chosen["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"  # the default leaves one core idle
-    if any(word in settings.arguments for word in ("--distributed-executor-backend", "--nnodes")):
+    if flag(settings.arguments, "--distributed-executor-backend", "--nnodes") is not None:
         del chosen["VLLM_HOST_IP"]  # several machines: the user chooses the address
     return {name: value for name, value in chosen.items() if name not in os.environ}
 

@@ -108,7 +108,7 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace, scratch: P
             for row in range(len(batch)):
                 logits = held_walk.head(batch[row : row + 1], states[b][row : row + 1])[0, :-1].float()
                 sums[b * len(held) // len(held_batches)] += float(
-                    torch.nn.functional.cross_entropy(logits, batch[row, 1:])
+                    torch.nn.functional.cross_entropy(logits, batch[row, 1:].to(logits.device))
                 )
         return [total / options.held_out_samples for total in sums]
 

@@ -30,10 +30,7 @@ _FEED_FORWARD_NORMS = {
     *("ffn_norm", "pre_ff_layernorm", "post_mlp_layernorm", "feedforward_layernorm", "channel_pre_norm"),
     *("ln_mlp",),
 }
-_FEED_FORWARD = {
-    *("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc1", "fc2", "mlp_block", "shared_mlp"),
-    *("emulated_end",),
-}
+_FEED_FORWARD = {*architectures.FEED_FORWARDS, "fc1", "emulated_end"}
 # Config fields for attention and feed-forward parts that read the same input (parallel); the first one, GPT-NeoX's,
 # is true if absent.
 _PARALLEL = ("use_parallel_residual", "parallel_attn", "new_decoder_architecture")

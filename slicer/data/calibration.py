@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from slicer.data.packing import open_tokenizer, pack
-from slicer.data.sources import DEFAULT_DATASET, TextSpec, documents, parts_of
+from slicer.data.sources import TextSpec, documents, parts_of
 from slicer.errors import CalibrationError
+from slicer.plan.records import TextRecord
+from slicer.progress import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -19,12 +20,42 @@ if TYPE_CHECKING:
 _SAMPLED_TOGETHER = 16  # decoding a few sequences costs about as much as one
 
 
+class Loaded(Protocol):
+    """The part of `slicer.model.walk.Walk` that is needed to make text for its model, or by it."""
+
+    model: Any
+    trust_remote_code: bool
+
+    @property
+    def streamed(self) -> bool: ...
+
+
 @dataclass(frozen=True)
 class TokenBatches:
-    """`batches`: int64 tensors [batch, seq_len]. `provenance`: the record of their source."""
+    """`batches`: int64 tensors [batch, seq_len]; `record`: where they come from, for plan.json and analysis.json."""
 
     batches: list[torch.Tensor]
-    provenance: dict[str, Any]
+    record: TextRecord
+
+    @classmethod
+    def of(cls, tokens: torch.Tensor, spec: TextSpec) -> TokenBatches:
+        """The sequences `tokens`, int64 [samples, seq_len], in the batches of `spec`."""
+        import torch
+
+        return cls(list(torch.split(tokens, spec.batch_size)), spec.record(tokens))
+
+
+def read_text(
+    spec: TextSpec | None, path: Path, walk: Loaded | None, progress: Progress
+) -> TokenBatches | None:
+    """The text of `spec` as tokens for the model of `walk`, whose checkpoint is at `path`; None where none is asked
+    for. Raises CalibrationError as `token_batches`."""
+    if spec is None or walk is None:
+        return None
+    progress.stage("Calibration data")
+    return token_batches(
+        spec, path, walk.model, streamed=walk.streamed, trust_remote_code=walk.trust_remote_code
+    )
 
 
 def token_batches(
@@ -44,32 +75,21 @@ def token_batches(
     import torch
 
     _check_length(spec, model)
-    parts = [_part(part, path, model, streamed, trust_remote_code) for part in parts_of(spec)]
-    tokens = torch.cat(parts)
-    source = spec.source or ":".join(DEFAULT_DATASET)
+    tokens = torch.cat([_part(part, path, model, streamed, trust_remote_code) for part in parts_of(spec)])
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if int(tokens.max()) >= vocabulary:
         raise CalibrationError(
             f"{path}: the tokenizer gives token {int(tokens.max())}, but the vocabulary has {vocabulary} tokens; "
             "use the tokenizer of this model"
         )
-    provenance = {
-        "source": source,
-        "samples": spec.samples,
-        "seq_len": spec.seq_len,
-        "batch_size": spec.batch_size,
-        "seed": spec.seed,
-        "column": spec.column,
-        "tokens_sha256": hashlib.sha256(tokens.to(torch.int64).numpy().tobytes()).hexdigest(),
-    }
-    return TokenBatches(list(torch.split(tokens, spec.batch_size)), provenance)
+    return TokenBatches.of(tokens, spec)
 
 
 def _part(spec: TextSpec, path: Path, model: Any, streamed: bool, trust_remote_code: bool) -> torch.Tensor:
     """The tokens of one source, int64 [samples, seq_len]."""
     if spec.source != "self":
         tokenizer = open_tokenizer(path, trust_remote_code)
-        return pack(documents(spec), tokenizer, spec, spec.source or ":".join(DEFAULT_DATASET))
+        return pack(documents(spec), tokenizer, spec)
     if streamed:
         raise CalibrationError(
             "--calibration self: the model does not fit in memory, and sampling reads all of it for each token; "

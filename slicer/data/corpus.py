@@ -20,9 +20,9 @@ from slicer.checkpoint.architectures.table import text_config
 from slicer.checkpoint.reader import Checkpoint
 from slicer.data.calibration import TokenBatches, sample_tokens
 from slicer.data.packing import Packer, batched, mark_of, open_tokenizer
-from slicer.data.sources import DEFAULT_DATASET, TextSpec, is_streamed, mixed, sources_of
+from slicer.data.sources import TextSpec, is_streamed, mixed, sources_of
 from slicer.errors import CalibrationError, HealError
-from slicer.plan.records import CorpusRecord, TextRecord
+from slicer.plan.records import CorpusRecord
 from slicer.progress import Progress
 from slicer.runtime.files import atomic_file, write_atomically
 
@@ -111,18 +111,7 @@ class Corpus:
             if len(pieces) >= spec.samples:
                 break
         tokens = torch.stack(pieces[: spec.samples])
-        return TokenBatches(
-            list(torch.split(tokens, spec.batch_size)),
-            TextRecord(
-                self.record.source,
-                samples=len(tokens),
-                seq_len=length,
-                batch_size=spec.batch_size,
-                seed=spec.seed,
-                column=spec.column,
-                sha256=hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
-            ),
-        )
+        return TokenBatches.of(tokens, replace(spec, source=self.record.source))
 
 
 def prepare(
@@ -198,7 +187,7 @@ def _tokenize(
     progress: Progress,
 ) -> CorpusRecord:
     """Write both files; one document in `share` is held out, unless there is separate validation text."""
-    source, most = spec.source or ":".join(DEFAULT_DATASET), size.validation_samples
+    source, most = spec.name, size.validation_samples
     known: set[str] = set()
     count = left_out = 0
     with (

@@ -1,11 +1,12 @@
-"""Packs documents into sequences of tokens in a file, and marks which tokens of conversations are learned."""
+"""Packs documents into sequences of tokens, in memory or in a file; marks which tokens of conversations are learned."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -17,20 +18,92 @@ from slicer.errors import CalibrationError
 
 _PIECE = 64  # a document longer than this many characters per token of a sequence is split
 _TOGETHER = 256  # documents tokenized per call
+Piece = tuple[Document, bool]  # a document or a part of one, and whether the document ends with it
+
+
+class TokenStream:
+    """Joins documents with an end-of-text token and cuts them into sequences of `seq_len` tokens.
+
+    Each sequence starts with BOS if the tokenizer adds it.
+
+    Attributes:
+        mark_prompts: whether tokens of conversations outside the answers are given as -1 - token.
+        talks: whether there was a conversation.
+        count: tokens so far, without BOS.
+        body: tokens of a sequence, without BOS.
+    """
+
+    def __init__(self, tokenizer: Any, seq_len: int, *, mark_prompts: bool = False) -> None:
+        self._tokenizer, self._bos, self._end = tokenizer, leading_token(tokenizer), tokenizer.eos_token_id
+        self.mark_prompts, self.talks, self.count = mark_prompts, False, 0
+        self.body = seq_len - (self._bos is not None)
+        self._waiting: list[int] = []
+
+    def add(self, pieces: Sequence[Piece], source: str) -> Iterator[list[int]]:
+        """Append `pieces`; gives each sequence that is full. Raises CalibrationError naming `source`."""
+        texts = [text for text, _ in pieces if isinstance(text, str)]
+        plain = iter(self._ids(texts)) if texts else iter(())
+        for text, ends in pieces:
+            if isinstance(text, str):
+                new = next(plain)
+                if ends and self._end is not None:
+                    new = [*new, self._end]
+            else:  # the chat template ends a conversation
+                self.talks = True
+                new = self._conversation(text, source)
+            self.count += len(new)
+            self._waiting += new
+            full = len(self._waiting) // self.body * self.body
+            rows, self._waiting = self._waiting[:full], self._waiting[full:]
+            for at in range(0, full, self.body):
+                yield ([] if self._bos is None else [self._bos]) + rows[at : at + self.body]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def _conversation(self, messages: Conversation, source: str) -> list[int]:
+        if not self.mark_prompts:
+            with _template_errors(source):
+                return self._ids([str(self._tokenizer.apply_chat_template(messages, tokenize=False))])[0]
+        ids: list[int] = []
+        for text, learned in answers(messages, self._tokenizer, source):
+            (part,) = self._ids([text])
+            ids += part if learned else [-1 - i for i in part]
+        return ids
+
+
+def pack(documents: Iterable[Document], tokenizer: Any, spec: TextSpec) -> torch.Tensor:
+    """The first `spec.samples` sequences of `documents`: int64 [samples, seq_len].
+
+    Raises CalibrationError if there is too little text.
+    """
+    stream, rows, found = TokenStream(tokenizer, spec.seq_len), list[list[int]](), False
+    for document in documents:
+        if isinstance(document, str) and not document.strip():
+            continue
+        found = True
+        rows += islice(stream.add([(document, True)], spec.name), spec.samples - len(rows))
+        if len(rows) == spec.samples:
+            return torch.tensor(rows, dtype=torch.int64)
+    if not found:
+        raise CalibrationError(f"{spec.name}: no text in it; pass a file with text, or --calibration self")
+    remedy = f", or use --samples {len(rows)} or fewer" if rows else ""
+    raise CalibrationError(
+        f"{spec.name}: too short: {stream.count} tokens; {spec.samples} sequences of {spec.seq_len} need "
+        f"{spec.samples * stream.body}; pass more text{remedy}"
+    )
 
 
 class Packer:
-    """Joins documents with an end-of-text token, cuts them into sequences and writes these to `file`.
+    """Packs documents into sequences and writes them to `file`, int32 [sequences, seq_len].
 
-    Each sequence starts with BOS if the tokenizer adds it. Sequences without learned tokens are left out.
+    Tokens that are not learned are written as -1 - token; sequences without a learned token are left out.
     """
 
     def __init__(self, file: Path, tokenizer: Any, seq_len: int) -> None:
-        self._file, self._tokenizer, self._len = file, tokenizer, seq_len
-        self._bos, self._end = leading_token(tokenizer), tokenizer.eos_token_id
-        self._waiting: list[int] = []
+        self._file, self._stream = file, TokenStream(tokenizer, seq_len, mark_prompts=True)
         self._count = 0
-        self.talks = False
 
     def __enter__(self) -> Packer:
         self._out: IO[bytes] = open(self._file, "wb")
@@ -42,42 +115,22 @@ class Packer:
     def __len__(self) -> int:
         return self._count
 
-    def add(self, pieces: list[tuple[Document, bool]], source: str, *, most: int) -> None:
-        """Append (document, whether it ends here) pairs until there are `most` sequences."""
-        if self._count >= most or not pieces:
-            return
-        texts = [text for text, _ in pieces if isinstance(text, str)]
-        plain = iter(
-            self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ()
-        )
-        for text, ends in pieces:
-            if isinstance(text, str):
-                self._waiting += next(plain)
-                if ends and self._end is not None:
-                    self._waiting.append(self._end)
-            else:
-                self.talks = True
-                self._waiting += self._conversation(text, source)
-            self._flush(most)
+    @property
+    def talks(self) -> bool:
+        """Whether there was a conversation."""
+        return self._stream.talks
 
-    def _flush(self, most: int) -> None:
-        body = self._len - (self._bos is not None)
-        while len(self._waiting) >= body and self._count < most:
-            row, self._waiting = self._waiting[:body], self._waiting[body:]
-            if max(row[1:] if self._bos is None else row) >= 0:
-                row = ([] if self._bos is None else [self._bos]) + row
-                self._out.write(torch.tensor(row, dtype=torch.int32).numpy().tobytes())
-                self._count += 1
+    def add(self, pieces: Sequence[Piece], source: str, *, most: int) -> None:
+        """Append `pieces` until there are `most` sequences."""
         if self._count >= most:
-            self._waiting = []
-
-    def _conversation(self, messages: Conversation, source: str) -> list[int]:
-        """Token ids; -1 - id for tokens outside the answers."""
-        ids: list[int] = []
-        for text, learned in answers(messages, self._tokenizer, source):
-            part = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            ids += part if learned else [-1 - i for i in part]
-        return ids
+            return
+        for row in self._stream.add(pieces, source):
+            if max(row[1:]) < 0:  # the first token is BOS, or has nothing before it: it is not predicted
+                continue
+            self._out.write(torch.tensor(row, dtype=torch.int32).numpy().tobytes())
+            self._count += 1
+            if self._count >= most:
+                return
 
 
 def answers(messages: Conversation, tokenizer: Any, source: str) -> list[tuple[str, bool]]:
@@ -92,7 +145,7 @@ def answers(messages: Conversation, tokenizer: Any, source: str) -> list[tuple[s
             tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
         )
 
-    try:
+    with _template_errors(source):
         whole, at, parts = written(len(messages)), 0, list[tuple[str, bool]]()
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -107,23 +160,30 @@ def answers(messages: Conversation, tokenizer: Any, source: str) -> list[tuple[s
             parts += [(whole[at : len(before)], False), (whole[len(before) : len(after)], True)]
             at = len(after)
         parts.append((whole[at:], False))
+    return [part for part in parts if part[0]]
+
+
+@contextlib.contextmanager
+def _template_errors(source: str) -> Iterator[None]:
+    """Raise CalibrationError where the chat template rejects a conversation of `source`."""
+    try:
+        yield
     except Exception as error:  # templates raise many kinds, also if there is none
         reason = " ".join(str(error).split())[:160]
         raise CalibrationError(
             f"{source}: contains conversations, but the chat template fails on them ({reason}); use plain text, or "
             "name its column with --text-column"
         ) from None
-    return [part for part in parts if part[0]]
 
 
-def batched(texts: Iterable[Document], seq_len: int) -> Iterator[list[tuple[Document, bool]]]:
-    """Documents in batches, long ones split: (text, whether the document ends with it)."""
+def batched(texts: Iterable[Document], seq_len: int) -> Iterator[list[Piece]]:
+    """Documents in batches, with long ones split."""
     pieces = _pieces(texts, _PIECE * seq_len)
     while batch := list(islice(pieces, _TOGETHER)):
         yield batch
 
 
-def _pieces(texts: Iterable[Document], size: int) -> Iterator[tuple[Document, bool]]:
+def _pieces(texts: Iterable[Document], size: int) -> Iterator[Piece]:
     for text in texts:
         if not isinstance(text, str):
             yield text, True
@@ -138,11 +198,13 @@ def _pieces(texts: Iterable[Document], size: int) -> Iterator[tuple[Document, bo
 
 
 def mark_of(document: Document) -> str:
+    """SHA-256 of a document's text, the same for any spacing: equal for copies."""
     text = document if isinstance(document, str) else json.dumps(document, sort_keys=True)
     return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()
 
 
 def open_tokenizer(path: Path, trust_remote_code: bool) -> Any:
+    """The tokenizer of the checkpoint at `path`. Raises CalibrationError."""
     from transformers import AutoTokenizer
 
     try:
@@ -153,53 +215,6 @@ def open_tokenizer(path: Path, trust_remote_code: bool) -> Any:
         reason = " ".join(str(error).split())[:160]
         raise CalibrationError(
             f"{path}: no usable tokenizer ({reason}); use --calibration self, or name the layers to drop"
-        ) from None
-
-
-def pack(documents: Iterable[Document], tokenizer: Any, spec: TextSpec, source: str) -> torch.Tensor:
-    import torch
-
-    bos = leading_token(tokenizer)
-    end = tokenizer.eos_token_id
-    body = spec.seq_len - (bos is not None)
-    needed = spec.samples * body
-    stream: list[int] = []
-    count = 0
-    for document in documents:
-        talk = not isinstance(document, str)
-        text = document if isinstance(document, str) else _conversation(document, tokenizer, source)
-        if not text.strip():
-            continue
-        count += 1
-        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if end is not None and not talk:  # the chat template ends a conversation
-            stream.append(end)
-        if len(stream) >= needed:
-            break
-    if count == 0:
-        raise CalibrationError(f"{source}: no text in it; pass a file with text, or --calibration self")
-    if len(stream) < needed:
-        fits = len(stream) // body
-        remedy = f", or use --samples {fits} or fewer" if fits else ""
-        raise CalibrationError(
-            f"{source}: too short: {len(stream)} tokens; {spec.samples} sequences of {spec.seq_len} need "
-            f"{needed}; pass more text{remedy}"
-        )
-    tokens = torch.tensor(stream[:needed], dtype=torch.int64).view(spec.samples, body)
-    if bos is not None:
-        tokens = torch.cat([torch.full((spec.samples, 1), bos, dtype=torch.int64), tokens], dim=1)
-    return tokens
-
-
-def _conversation(messages: Conversation, tokenizer: Any, source: str) -> str:
-    """The messages in the model's chat template. Raises CalibrationError."""
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # templates raise many kinds, also if there is none
-        reason = " ".join(str(error).split())[:160]
-        raise CalibrationError(
-            f"{source}: contains conversations, but the chat template fails on them ({reason}); "
-            "use plain text, or name its column with --text-column"
         ) from None
 
 

@@ -1,85 +1,23 @@
-"""Prompts and correct answers of an lm-eval task as calibration text. Needs the `eval` extra."""
+"""Documents of text, from where a `TextSpec` names them: local files, the Hub's data sets, prompts of lm-eval tasks."""
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import random
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from slicer.errors import CalibrationError
+from slicer.plan.records import TextRecord
 
-
-def prompts(name: str) -> Iterator[str]:
-    """Each document of the task as text: prompt, then answer. `name`: an lm-eval task, or DIRECTORY/TASK for own YAML
-    files. Uses training documents if the task has them, so the scored ones stay unseen.
-
-    Raises CalibrationError if lm-eval, the task or its data is missing.
-    """
-    try:
-        import datasets
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise CalibrationError(
-            f"task:{name}: lm-eval is not installed; pip install slicer-llm[eval]"
-        ) from None
-    datasets.disable_progress_bars()
-    directory, _, short = name.rpartition("/")
-    if directory and not Path(directory).is_dir():
-        raise CalibrationError(f"task:{name}: no directory {directory}; use task:TASK or task:DIRECTORY/TASK")
-    try:
-        found = TaskManager(include_path=directory or None).load(short)
-        for task in found["tasks"].values():  # all tasks of a group
-            for doc in _documents(task):
-                yield _text(task, doc)
-    except Exception as error:  # lm-eval, datasets and the task's own code raise many kinds
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise CalibrationError(
-            f"task:{name}: cannot load its prompts ({reason}); `lm-eval ls tasks` lists the names"
-        ) from None
-
-
-def _documents(task: Any) -> Any:
-    if task.has_training_docs():
-        return task.training_docs()
-    return task.validation_docs() if task.has_validation_docs() else task.test_docs()
-
-
-def _text(task: Any, doc: Any) -> str:
-    answer = task.doc_to_target(doc)
-    if isinstance(answer, int) and task.config.doc_to_choice is not None:
-        answer = task.doc_to_choice(doc)[answer]
-    answer = answer[0] if isinstance(answer, list) else answer
-    return f"{task.doc_to_text(doc)}{task.config.target_delimiter}{answer}"
-
-
-def mixed(spec: TextSpec) -> Iterator[Document]:
-    """The documents of `spec`; several sources are interleaved by amount of text, until each ends."""
-    streams = [documents(replace(spec, source=name)) for name in sources_of(spec.source)]
-    taken = [0] * len(streams)
-    while streams:
-        at = taken.index(min(taken))
-        document = next(streams[at], None)
-        if document is None:
-            del streams[at], taken[at]
-            continue
-        taken[at] += len(document) if isinstance(document, str) else sum(len(m["content"]) for m in document)
-        yield document
-
-
-def sources_of(source: str | None) -> list[str | None]:
-    """The sources in a comma-separated list. Raises CalibrationError for an empty name."""
-    if source is None or "," not in source or Path(source).exists():
-        return [source]
-    names: list[str | None] = [name.strip() for name in source.split(",")]
-    if "" in names or "self" in names:
-        raise CalibrationError(f"{source}: write one name between commas, and use self only alone")
-    return names
+if TYPE_CHECKING:
+    import torch
 
 
 DEFAULT_DATASET = ("allenai/c4", "en")
@@ -116,6 +54,21 @@ class TextSpec:
     column: str = "text"
 
     @property
+    def name(self) -> str:
+        """The source in words: the default data set where none is given."""
+        return self.source or ":".join(DEFAULT_DATASET)
+
+    @classmethod
+    def of_record(cls, record: TextRecord) -> TextSpec:
+        """The text that a record describes, to read it again."""
+        return cls(**{f.name: getattr(record, f.name) for f in fields(cls)})
+
+    def record(self, tokens: torch.Tensor) -> TextRecord:
+        """The record of `tokens`, int64 [samples, seq_len], which were made of this text."""
+        given = {**asdict(self), "source": self.name, "samples": len(tokens), "seq_len": tokens.shape[1]}
+        return TextRecord(**given, sha256=hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest())
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to resume another: the values, and sizes and dates of local files."""
         files = [(path.stat().st_size, path.stat().st_mtime_ns) for path in local_files(self)]
@@ -135,20 +88,31 @@ def local_files(spec: TextSpec) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
+def sources_of(source: str | None) -> list[str | None]:
+    """The sources in a comma-separated list. Raises CalibrationError for an empty name."""
+    if source is None or "," not in source or Path(source).exists():
+        return [source]
+    names: list[str | None] = [name.strip() for name in source.split(",")]
+    if "" in names:
+        raise CalibrationError(f"{source}: name one source between two commas")
+    return names
+
+
 def parts_of(spec: TextSpec) -> list[TextSpec]:
     """One spec per source of `spec`; they share the samples, and the first ones get the remainder."""
-    if spec.source is None or "," not in spec.source or Path(spec.source).exists():
+    names = sources_of(spec.source)
+    if len(names) == 1:
         return [spec]
-    names = [name.strip() for name in spec.source.split(",")]
-    if "" in names or len(names) > spec.samples:
+    if len(names) > spec.samples:
         raise CalibrationError(
-            f"--calibration {spec.source}: {len(names)} sources; name each one, and pass --samples {len(names)} or more"
+            f"--calibration {spec.source}: {len(names)} sources; pass --samples {len(names)} or more"
         )
     share, over = divmod(spec.samples, len(names))
     return [replace(spec, source=name, samples=share + (at < over)) for at, name in enumerate(names)]
 
 
 def documents(spec: TextSpec) -> Iterator[Document]:
+    """The documents of one source, shuffled with the seed. Raises CalibrationError if it cannot be read."""
     if spec.source is not None and spec.source.startswith("task:"):
         texts: list[Document] = list(prompts(spec.source.removeprefix("task:")))
         random.Random(spec.seed).shuffle(texts)
@@ -159,6 +123,26 @@ def documents(spec: TextSpec) -> Iterator[Document]:
         random.Random(spec.seed).shuffle(texts)
         return iter(texts)
     return stream_hub(spec)
+
+
+def mixed(spec: TextSpec) -> Iterator[Document]:
+    """The documents of `spec`; several sources are interleaved by amount of text, until each ends.
+
+    Raises CalibrationError if one of several is "self", or cannot be read.
+    """
+    names = sources_of(spec.source)
+    if len(names) > 1 and "self" in names:
+        raise CalibrationError(f"{spec.source}: use self only alone")
+    streams = [documents(replace(spec, source=name)) for name in names]
+    taken = [0] * len(streams)
+    while streams:
+        at = taken.index(min(taken))
+        document = next(streams[at], None)
+        if document is None:
+            del streams[at], taken[at]
+            continue
+        taken[at] += len(document) if isinstance(document, str) else sum(len(m["content"]) for m in document)
+        yield document
 
 
 def is_streamed(source: str | None) -> bool:
@@ -288,3 +272,46 @@ def stream_hub(spec: TextSpec, split: str = "train") -> Iterator[Document]:
     except Exception as error:  # the network, the Hub and the data set's format raise different kinds
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise CalibrationError(f"{name}: cannot be streamed ({reason}); {_REMEDY}") from None
+
+
+def prompts(name: str) -> Iterator[str]:
+    """Each document of the task as text: prompt, then answer. `name`: an lm-eval task, or DIRECTORY/TASK for own YAML
+    files. Uses training documents if the task has them, so the scored ones stay unseen.
+
+    Raises CalibrationError if lm-eval, the task or its data is missing.
+    """
+    try:
+        import datasets
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise CalibrationError(
+            f"task:{name}: lm-eval is not installed; pip install slicer-llm[eval]"
+        ) from None
+    datasets.disable_progress_bars()
+    directory, _, short = name.rpartition("/")
+    if directory and not Path(directory).is_dir():
+        raise CalibrationError(f"task:{name}: no directory {directory}; use task:TASK or task:DIRECTORY/TASK")
+    try:
+        found = TaskManager(include_path=directory or None).load(short)
+        for task in found["tasks"].values():  # all tasks of a group
+            for doc in _documents(task):
+                yield _text(task, doc)
+    except Exception as error:  # lm-eval, datasets and the task's own code raise many kinds
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise CalibrationError(
+            f"task:{name}: cannot load its prompts ({reason}); `lm-eval ls tasks` lists the names"
+        ) from None
+
+
+def _documents(task: Any) -> Any:
+    if task.has_training_docs():
+        return task.training_docs()
+    return task.validation_docs() if task.has_validation_docs() else task.test_docs()
+
+
+def _text(task: Any, doc: Any) -> str:
+    answer = task.doc_to_target(doc)
+    if isinstance(answer, int) and task.config.doc_to_choice is not None:
+        answer = task.doc_to_choice(doc)[answer]
+    answer = answer[0] if isinstance(answer, list) else answer
+    return f"{task.doc_to_text(doc)}{task.config.target_delimiter}{answer}"

@@ -110,6 +110,13 @@ def load_vllm(path: Path, compute: Compute, batch_size: str, seed: int) -> tuple
     return without_bars(lm), int(config["vocab_size"])
 
 
+def release(lm: Any) -> None:
+    """End the vLLM engine of an lm-eval model, if it has one, so that the next model finds its memory free."""
+    engine = getattr(getattr(lm, "model", None), "llm_engine", None)
+    if engine is not None:
+        engine.engine_core.shutdown()
+
+
 def encoded(lm: Any, requests: Sequence[Any]) -> list[tuple[list[int], list[int]]]:
     """(context tokens, continuation tokens) of each of lm-eval's log-likelihood requests."""
     found: list[tuple[list[int], list[int]]] = []

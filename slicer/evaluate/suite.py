@@ -171,10 +171,12 @@ def evaluate(source: str, suite: Suite) -> Evaluation:
         lm = backends.wrap(model, path, options.batch_size, trust_remote_code=options.trust_remote_code)
         vocabulary = backends.vocabulary_of(model)
         del model
-    result = suite.run(lm, source, vocabulary)
-    del lm
-    gc.collect()  # lm-eval's models are in reference cycles, and the next model needs the memory
-    return result
+    try:
+        return suite.run(lm, source, vocabulary)
+    finally:
+        backends.release(lm)
+        del lm
+        gc.collect()  # lm-eval's models are in reference cycles, and the next model needs the memory
 
 
 def describe(options: SuiteSpec) -> dict[str, Any]:

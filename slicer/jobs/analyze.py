@@ -6,6 +6,7 @@ analysis.json + amount -> Plan, without the model
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -153,7 +154,8 @@ def _measure(
     from slicer.measure.distances import summarise
     from slicer.measure.metrics import points_affordable
     from slicer.measure.recorder import record
-    from slicer.model.walk import Walk
+    from slicer.model.walk import open_walk
+    from slicer.runtime.compute import Compute
 
     loaded = memory.fits(checkpoint.bytes_as(options.dtype), options.device, options.memory)
     progress.stage("Loading the model" if loaded else "Reading what lies outside the layers")
@@ -162,14 +164,8 @@ def _measure(
             "the model does not fit in memory: layers are read from disk one at a time"
             + (", from pickled .bin files" if checkpoint.is_bin else "")
         )
-    walk = Walk.fitting(
-        checkpoint,
-        dtype=options.dtype,
-        device=options.device,
-        memory_bytes=options.memory,
-        directory=work,
-        trust_remote_code=options.trust_remote_code,
-    )
+    compute = Compute(options.device, options.dtype, options.memory, options.trust_remote_code)
+    walk = contextlib.ExitStack().enter_context(open_walk(checkpoint, compute, loads=loaded, directory=work))
     progress.stage("Calibration data")
     batches, provenance = _batches(checkpoint, options, walk, work, processes)
     samples, seq_len = sum(len(b) for b in batches), batches[0].shape[1]
@@ -261,8 +257,8 @@ def _batches(
         tokens = torch.cat(data.batches)
         with atomic_file(saved) as part:
             save_file({"tokens": tokens}, part)
-        write_atomically(about, json.dumps(data.provenance))
-        return tokens, data.provenance
+        write_atomically(about, json.dumps(data.record.to_dict()))
+        return tokens, data.record.to_dict()
 
     tokens, provenance = processes.first(drawn)
     return list(tokens.split(options.calibration.batch_size)), provenance

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING
 from slicer.checkpoint.cut import CutOnDisk, open_cut
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import measure_sizes
+from slicer.data.calibration import read_text
 from slicer.errors import HealError
 from slicer.heal.finetune.memory import to_finish
 from slicer.heal.patch import NONE
-from slicer.jobs.bridge import open_walk, read_text
 from slicer.jobs.output import Result, Written, write_verified
 from slicer.jobs.recipe import Recipe
 from slicer.jobs.repair import repair
 from slicer.jobs.request import HealRequest, Output
 from slicer.model.load import Model, load_model
 from slicer.model.verify import Expected, expected_logits
+from slicer.model.walk import open_walk
 from slicer.plan.plan import Plan
 from slicer.plan.records import TextRecord
 from slicer.progress import Progress

@@ -53,7 +53,7 @@ def measure_text(walk: Walk, text: TokenBatches, halves: bool | None, progress: 
         layers.seq_len,
         {METRIC: layers},
         sublayers=sublayers,
-        calibration=text.provenance,
+        calibration=text.record.to_dict(),
     )
 
 

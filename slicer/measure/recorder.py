@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from slicer.measure.metrics import check_finite
+from slicer.model.layers import hidden_of
 from slicer.model.states import States
 from slicer.model.sublayers import mlp_of
 from slicer.model.walk import Walk
@@ -132,9 +133,8 @@ def _advance(trace: Recording, walk: Walk, i: int, states: States) -> None:
         kept.append(new[:, at].cpu())
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        output = output[0] if isinstance(output, tuple) else output
         tokens = states.tokens[len(outputs)]
-        outputs.append(output.reshape(*tokens.shape, -1)[:, inner].cpu())
+        outputs.append(hidden_of(output).reshape(*tokens.shape, -1)[:, inner].cpu())
 
     with ExitStack() as stack:
         layer = stack.enter_context(walk.layer(i))

@@ -1,4 +1,4 @@
-"""A checkpoint as a transformers model: load it, find its layers, tap its residual stream, bypass layers.
+"""The decoder layers of a transformers model: find them, tap the residual stream, bypass or replace layers.
 
 Uses only hooks, so every class of the table works unchanged: a layer takes its hidden states as the first argument or
 by keyword, and returns them alone or first in a tuple.
@@ -32,10 +32,47 @@ def decoder_layers(model: Model) -> nn.ModuleList:
     return min(text, key=lambda item: item[0].count("."))[1]
 
 
-def _states_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+def hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The hidden states [batch, seq, d] among the arguments of a layer."""
     states = args[0] if args else kwargs["hidden_states"]
     assert isinstance(states, torch.Tensor)
     return states
+
+
+def hidden_of(output: Any) -> torch.Tensor:
+    """The hidden states that a module returned, alone or first in a tuple."""
+    states = output[0] if isinstance(output, tuple) else output
+    assert isinstance(states, torch.Tensor)
+    return states
+
+
+def with_hidden(output: Any, states: torch.Tensor) -> Any:
+    """What a module returned, with `states` as its hidden states."""
+    return (states, *output[1:]) if isinstance(output, tuple) else states
+
+
+def on_hidden(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[nn.Module, Any, Any], Any]:
+    """A forward hook that replaces the hidden states h which a module returns by `change(h)`."""
+    return lambda module, args, output: with_hidden(output, change(hidden_of(output)))
+
+
+@contextlib.contextmanager
+def replaced_forwards(
+    layers: Iterable[nn.Module], instead: Callable[[int, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Inside the block, a call of layer i runs `instead(i, its own forward)` in place of its forward."""
+    layers = list(layers)
+    before = [layer.__dict__.get("forward") for layer in layers]
+    try:
+        for i, layer in enumerate(layers):
+            layer.forward = instead(i, layer.forward)
+        yield
+    finally:
+        for layer, old in zip(layers, before, strict=True):
+            if old is None:
+                del layer.forward
+            else:
+                layer.forward = old
 
 
 @contextlib.contextmanager
@@ -48,10 +85,10 @@ def watch(model: Model, listener: Callable[[int, torch.Tensor], None]) -> Iterat
     handles = []
 
     def entering(index: int) -> Callable[..., None]:
-        return lambda module, args, kwargs: listener(index, _states_in(args, kwargs))
+        return lambda module, args, kwargs: listener(index, hidden_in(args, kwargs))
 
     def leaving(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        listener(len(layers), output[0] if isinstance(output, tuple) else output)
+        listener(len(layers), hidden_of(output))
 
     try:
         for index, layer in enumerate(layers):
@@ -90,8 +127,7 @@ def bypass(model: Model, dropped: Iterable[int]) -> Iterator[None]:
     layers = decoder_layers(model)
 
     def skip(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        states = _states_in(args, kwargs)
-        return (states, *output[1:]) if isinstance(output, tuple) else states
+        return with_hidden(output, hidden_in(args, kwargs))
 
     handles = [layers[i].register_forward_hook(skip, with_kwargs=True) for i in dropped]
     try:
@@ -106,8 +142,13 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
+def norm_eps(model: Model) -> float:
+    """The epsilon of the model's RMS norms."""
+    return float(getattr(model.config.get_text_config(), "rms_norm_eps", 1e-6) or 1e-6)
+
+
 @torch.inference_mode()
-def logits_of(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+def logits_of(model: Model, tokens: torch.Tensor) -> torch.Tensor:
     """The logits of every position, [batch, seq, vocabulary], on the CPU."""
     device = model.get_input_embeddings().weight.device
     logits: torch.Tensor = model(input_ids=tokens.to(device), use_cache=False).logits

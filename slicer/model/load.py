@@ -1,8 +1,4 @@
-"""A checkpoint as a transformers model: load it, find its layers, tap its residual stream, bypass layers.
-
-Uses only hooks, so every class of the table works unchanged: a layer takes its hidden states as the first argument or
-by keyword, and returns them alone or first in a tuple.
-"""
+"""Builds transformers models: a checkpoint with its weights, or the structure alone on the meta device."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ import torch
 
 from slicer.checkpoint.architectures import table as architectures
 from slicer.checkpoint.reader import Checkpoint, read_config
-from slicer.checkpoint.tensors import TensorSpan
+from slicer.checkpoint.tensors import TensorSpan, torch_dtype
 from slicer.errors import SlicerError, SourceError
 from slicer.runtime import memory
 from slicer.runtime.compute import Compute
@@ -83,14 +79,10 @@ def auto_classes(path: Path) -> list[Any]:
     return [transformers.AutoModelForImageTextToText] * wrapped + [transformers.AutoModelForCausalLM]
 
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
-
-
 def meta_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """Raw key -> meta tensor with the stored shape and dtype, for all tensors."""
     return {
-        key: torch.empty(span.shape, dtype=_DTYPES.get(span.dtype, torch.float32), device="meta")
+        key: torch.empty(span.shape, dtype=torch_dtype(span.dtype), device="meta")
         for key, span in checkpoint.tensors.items()
     }
 

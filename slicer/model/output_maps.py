@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from slicer.checkpoint.architectures.table import ATTENTION_OUTPUTS, EXPERT_MODULES, FEED_FORWARD_OUTPUTS
+from slicer.model.layers import hidden_of, is_conv1d, on_hidden
 
 _PROPORTIONAL = 0.05  # a change that arrives no further from a multiple of itself is passed on directly
 
@@ -42,7 +43,7 @@ class Output:
     @property
     def transposed(self) -> bool:
         """Whether the weight is stored [f, d], as GPT-2's Conv1D has it."""
-        return type(self.module).__name__ == "Conv1D"
+        return is_conv1d(self.module)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -75,7 +76,7 @@ def watching(layer: nn.Module, output: Output) -> Iterator[Observed]:
         seen.features = args[0]
 
     def out_of(module: nn.Module, args: Any, result: Any) -> None:
-        seen.output = result[0] if isinstance(result, tuple) else result
+        seen.output = hidden_of(result)
 
     def out_of_norm(module: nn.Module, args: Any, result: Any) -> None:
         seen.normed = result
@@ -151,7 +152,7 @@ def _norm_after(layer: nn.Module, output: Output, run: Callable[[], torch.Tensor
     followers: list[str] = []
 
     def out_of(module: nn.Module, args: Any, result: Any) -> None:
-        last.append(result[0] if isinstance(result, tuple) else result)
+        last.append(hidden_of(result))
 
     def into(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
@@ -184,15 +185,13 @@ def arriving(output: Output, run: Callable[[], torch.Tensor]) -> tuple[torch.Ten
     base = run().float()
     generator = torch.Generator().manual_seed(0)
 
-    def push(module: nn.Module, args: Any, result: Any) -> Any:
-        states = result[0] if isinstance(result, tuple) else result
+    def push(states: torch.Tensor) -> torch.Tensor:
         if not pushed:
             noise = torch.randn(states.shape, generator=generator).to(states.device)
             pushed.append(noise.view(base.shape) * base.square().mean(-1, keepdim=True).sqrt())
-        new = states + pushed[0].view(states.shape).to(states.dtype)
-        return (new, *result[1:]) if isinstance(result, tuple) else new
+        return states + pushed[0].view(states.shape).to(states.dtype)
 
-    handle = output.module.register_forward_hook(push)
+    handle = output.module.register_forward_hook(on_hidden(push))
     try:
         arrived = run().float() - base
     finally:

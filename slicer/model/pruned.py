@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from slicer.errors import ArchitectureError
-from slicer.model.layers import decoder_layers, logits_of
+from slicer.model.layers import decoder_layers, hidden_in, logits_of, norm_eps, on_hidden
 from slicer.model.load import Model
 from slicer.model.states import States
 from slicer.model.sublayers import attention_outputs, bypass_sublayers, ffn_outputs, without_sublayers
@@ -70,11 +70,6 @@ Edits = Mapping[int, LayerEdit]  # by layer of the source
 Gone = tuple[frozenset[int], frozenset[int]]  # (attention, feed-forward sublayers) that a plan removes
 
 
-def norm_eps(model: Any) -> float:
-    """The epsilon of the model's RMS norms."""
-    return float(getattr(model.config.get_text_config(), "rms_norm_eps", 1e-6) or 1e-6)
-
-
 @contextlib.contextmanager
 def edited(layer: nn.Module, edit: LayerEdit | None, eps: float = 1e-6) -> Iterator[None]:
     """Inside the block `layer` is changed by `edit`; afterwards it has its own tensors again.
@@ -88,7 +83,7 @@ def edited(layer: nn.Module, edit: LayerEdit | None, eps: float = 1e-6) -> Itera
             stack.callback(partial(setattr, own[name], "data", own[name].data))
             own[name].data = value.to(own[name])
         for name, matrix in edit.transforms.items():
-            hook = _on_output(partial(_multiplied, matrix))
+            hook = on_hidden(partial(_multiplied, matrix))
             stack.callback(layer.get_submodule(name).register_forward_hook(hook).remove)
         for sublayer, replacement in edit.behind.items():
             for handle in _hooks(layer, sublayer, replacement, eps):
@@ -210,9 +205,8 @@ def shortened(
     parent, name = _place_of(model, layers)
     old = model.config.get_text_config()
     fields = dict(old.__dict__)
-    with tempfile.TemporaryDirectory(
-        prefix="slicer-config-"
-    ) as scratch:  # read as transformers reads the file
+    # Read as transformers reads the file.
+    with tempfile.TemporaryDirectory(prefix="slicer-config-") as scratch:
         (Path(scratch) / "config.json").write_text(json.dumps(config), "utf-8")
         new = type(model.config).from_pretrained(scratch).get_text_config()
     changed = {key: value for key, value in new.__dict__.items() if not key.startswith("_")}
@@ -252,17 +246,6 @@ def _place_of(model: Model, child: nn.Module) -> tuple[nn.Module, str]:
     raise ArchitectureError(f"{type(model).__name__}: the decoder layers are not part of it")
 
 
-def _on_output(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[nn.Module, Any, Any], Any]:
-    """A forward hook that replaces the states a module returns, bare or first in a tuple."""
-
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (change(output[0]), *output[1:])
-        return change(output)
-
-    return hook
-
-
 def _multiplied(matrix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     return (states.float() @ matrix.to(states.device).T).to(states.dtype)
 
@@ -271,17 +254,15 @@ def _hooks(layer: nn.Module, sublayer: str, replacement: Replacement, eps: float
     """The handles of the hooks that add `replacement` behind a sublayer of `layer`."""
     outputs = attention_outputs(layer) if sublayer == "attention" else ffn_outputs(layer)
     if replacement.down is None:
-        hook = _on_output(lambda states: states + replacement.bias.to(states))
+        hook = on_hidden(lambda states: states + replacement.bias.to(states))
         return [outputs[0].register_forward_hook(hook)]
     if sublayer == "ffn":
-        hook = _on_output(lambda states: states + replacement.update(states, eps))
+        hook = on_hidden(lambda states: states + replacement.update(states, eps))
         return [layer.register_forward_hook(hook)]
-    entering: list[
-        torch.Tensor
-    ] = []  # the stream behind the attention is the layer's input plus what it adds
+    entering: list[torch.Tensor] = []  # the stream after the attention: the layer's input plus its output
 
     def into(module: nn.Module, args: Any, kwargs: Any) -> None:
-        entering[:] = [args[0] if args else kwargs["hidden_states"]]
+        entering[:] = [hidden_in(args, kwargs)]
 
-    hook = _on_output(lambda states: states + replacement.update(entering[0] + states, eps))
+    hook = on_hidden(lambda states: states + replacement.update(entering[0] + states, eps))
     return [layer.register_forward_pre_hook(into, with_kwargs=True), outputs[0].register_forward_hook(hook)]

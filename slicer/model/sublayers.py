@@ -12,12 +12,11 @@ from torch import nn
 
 from slicer.checkpoint.architectures import table as architectures
 from slicer.errors import ArchitectureError
-from slicer.model.layers import bypass, decoder_layers
+from slicer.model.layers import bypass, decoder_layers, on_hidden
 from slicer.model.load import Model
 from slicer.model.walk import Walk
 
 Run = Callable[[], torch.Tensor]
-_FEED_FORWARDS = ("mlp", "feed_forward", "ffn", "mlp_block", "block_sparse_moe", "shared_mlp", "fc2")
 
 
 def attention_outputs(layer: nn.Module) -> list[nn.Module]:
@@ -27,21 +26,18 @@ def attention_outputs(layer: nn.Module) -> list[nn.Module]:
 
 def ffn_outputs(layer: nn.Module) -> list[nn.Module]:
     """The same for its feed-forward sublayer."""
-    return [module for name, module in layer.named_children() if name in _FEED_FORWARDS]
+    return [module for name, module in layer.named_children() if name in architectures.FEED_FORWARDS]
 
 
 @contextlib.contextmanager
 def silenced(modules: Iterable[nn.Module], update: torch.Tensor | None = None) -> Iterator[None]:
     """Inside the block the `modules` return zeros, or `update` [d] for every token."""
 
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        states = output[0] if isinstance(output, tuple) else output
-        new = torch.zeros_like(states)
-        if update is not None:
-            new += update.to(new)
-        return (new, *output[1:]) if isinstance(output, tuple) else new
+    def changed(states: torch.Tensor) -> torch.Tensor:
+        zeros = torch.zeros_like(states)
+        return zeros if update is None else zeros + update.to(zeros)
 
-    handles = [module.register_forward_hook(hook) for module in modules]
+    handles = [module.register_forward_hook(on_hidden(changed)) for module in modules]
     try:
         yield
     finally:
@@ -85,13 +81,11 @@ def without_sublayers(
         yield
 
 
-_MLP_NAMES = ("mlp", "feed_forward", "ffn", "mlp_block", "block_sparse_moe", "fc2", "mixer")
-
-
 def mlp_of(layer: nn.Module) -> nn.Module | None:
     """The feed-forward submodule of `layer`; None if it has none."""
     children = dict(layer.named_children())
-    return next((children[name] for name in _MLP_NAMES if name in children), None)
+    names = (*architectures.FEED_FORWARDS, "mixer")  # Nemotron-H: in place of either sublayer
+    return next((children[name] for name in names if name in children), None)
 
 
 class MidLayerTap:

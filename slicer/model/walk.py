@@ -8,18 +8,21 @@ states.
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
 from torch import nn
 
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import ArchitectureError, PlanError
-from slicer.model.layers import decoder_layers
+from slicer.model.layers import decoder_layers, hidden_in, hidden_of, replaced_forwards
+from slicer.model.load import load_model
 from slicer.model.states import StateBudget, States
 from slicer.runtime import memory
 from slicer.runtime.compute import Compute
@@ -48,7 +51,7 @@ class _Call:
 
 
 class Walk:
-    """Runs the decoder layers of a model one by one. Create with `in_memory` or `out_of_core`.
+    """Runs the decoder layers of a model one by one. Create with `open_walk`, `in_memory` or `out_of_core`.
 
         walk = Walk.out_of_core(path)
         states = walk.start(batches)              # x(0)
@@ -64,14 +67,16 @@ class Walk:
         layers: its decoder layers.
         depth: L.
         bytes_read, read_seconds: bytes of layers read from disk, and the time for it.
+        prefetch: whether the next layer is read ahead.
+        trust_remote_code: whether the checkpoint's own Python code may run, for its tokenizer too.
     """
 
-    def __init__(self, model: Any, lazy: OffloadedModel | None, room: StateBudget) -> None:
-        self.model, self._lazy, self._room = model, lazy, room
+    def __init__(self, model: Any, offloaded: OffloadedModel | None, budget: StateBudget) -> None:
+        self.model, self._offloaded, self._budget = model, offloaded, budget
         self.layers = decoder_layers(model)
         self.depth = len(self.layers)
         self.bytes_read, self.read_seconds = 0, 0.0
-        self.prefetch = True
+        self.prefetch, self.trust_remote_code = True, False
         self._order: tuple[int, ...] = tuple(range(self.depth))
         self._calls: list[list[_Call]] = []  # by batch, then by layer
         self._known: dict[tuple[Any, ...], list[torch.Tensor]] = {}
@@ -107,47 +112,26 @@ class Walk:
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = Checkpoint.open(checkpoint)
         target = Compute(device).torch_device()
-        lazy = OffloadedModel(checkpoint, dtype=dtype, device=target, trust_remote_code=trust_remote_code)
-        largest = max(lazy.layer_bytes(i) for i in range(len(lazy.layers)))
+        offloaded = OffloadedModel(
+            checkpoint, dtype=dtype, device=target, trust_remote_code=trust_remote_code
+        )
+        largest = max(map(offloaded.layer_bytes, range(len(offloaded.layers))))
         ahead = memory_bytes is None or memory_bytes >= 3 * largest
         limit = None if memory_bytes is None else max(0, memory_bytes - (2 if ahead else 1) * largest)
-        walk = cls(lazy.model, lazy, StateBudget(limit, directory))
+        walk = cls(offloaded.model, offloaded, StateBudget(limit, directory))
         walk.prefetch = ahead
         return walk
 
-    @classmethod
-    def fitting(
-        cls,
-        checkpoint: Checkpoint,
-        *,
-        dtype: str | None = None,
-        device: str = "auto",
-        memory_bytes: int | None = None,
-        directory: Path | None = None,
-        trust_remote_code: bool = False,
-    ) -> Walk:
-        """`in_memory` if the model fits into `memory_bytes` (None: the free memory), else `out_of_core`."""
-        from slicer.model.load import load_model
-
-        total, room = checkpoint.bytes_as(dtype), memory.budget(memory_bytes)
-        if memory.fits(total, device, memory_bytes):
-            model = load_model(
-                checkpoint.path, dtype=dtype or "auto", device=device, trust_remote_code=trust_remote_code
-            )
-            return cls.in_memory(model, memory_bytes=max(0, room - total), directory=directory)
-        return cls.out_of_core(
-            checkpoint,
-            dtype=dtype or "auto",
-            device=device,
-            memory_bytes=room,
-            directory=directory,
-            trust_remote_code=trust_remote_code,
-        )
+    def close(self) -> None:
+        """Let the model go: a closed walk runs nothing, and keeps no memory under whatever name it still has."""
+        if self._reader is not None:
+            self._reader.shutdown()
+        self.__dict__.clear()
 
     @property
     def streamed(self) -> bool:
         """Whether layers are read from disk."""
-        return self._lazy is not None
+        return self._offloaded is not None
 
     @property
     def device(self) -> torch.device:
@@ -157,7 +141,7 @@ class Walk:
 
     def layer_bytes(self, i: int) -> int:
         """Bytes to read from disk for layer i; 0 for a loaded model."""
-        return self._lazy.layer_bytes(i) if self._lazy is not None else 0
+        return self._offloaded.layer_bytes(i) if self._offloaded is not None else 0
 
     @contextlib.contextmanager
     def along(self, order: Sequence[int]) -> Iterator[None]:
@@ -173,7 +157,7 @@ class Walk:
 
         Raises ArchitectureError if the layers pass each other more than hidden states.
         """
-        states = States(list(batches), self._room)
+        states = States(list(batches), self._budget)
         self._calls, self._known = [], {}
         with torch.no_grad():
             for at, tokens in enumerate(batches):
@@ -187,20 +171,20 @@ class Walk:
     @contextlib.contextmanager
     def layer(self, i: int) -> Iterator[nn.Module]:
         """Layer i with its weights on the device; they are freed when the outermost block for i ends."""
-        if self._lazy is not None and not self._open.get(i):
-            self._lazy.place(i, self._fetch(i))
+        if self._offloaded is not None and not self._open.get(i):
+            self._offloaded.place(i, self._fetch(i))
         self._open[i] = self._open.get(i, 0) + 1
         try:
             yield self.layers[i]
         finally:
             self._open[i] -= 1
-            if self._lazy is not None and not self._open[i]:
-                self._lazy.release(i)
+            if self._offloaded is not None and not self._open[i]:
+                self._offloaded.release(i)
 
     @property
     def loaded(self) -> bool:
         """Whether the full model is in memory, so that running a layer again needs no reading."""
-        return self._lazy is None
+        return self._offloaded is None
 
     def advance(
         self,
@@ -235,8 +219,7 @@ class Walk:
         with self.layer(i) as layer, torch.set_grad_enabled(gradient):
             device = next((p.device for p in layer.parameters()), self.device)
             output = self._calls[batch][i](layer, states.to(device, non_blocking=True))
-            new: torch.Tensor = output[0] if isinstance(output, tuple) else output
-            return new
+            return hidden_of(output)
 
     def run(self, states: States, layers: Sequence[int]) -> States:
         """Advance through `layers` (ascending), reading ahead along them."""
@@ -254,15 +237,23 @@ class Walk:
         model does there. With `gradient`, they are differentiable."""
         shape = self._shape = self._shape or self._learn_shape(tokens)
         device = self.device
-        given = last.to(device)
-        with torch.set_grad_enabled(gradient), self._forwards(lambda i, args, kwargs: shape(given)):
+        output = shape(last.to(device))
+        passing = replaced_forwards(self.layers, lambda i, _: lambda *args, **kwargs: output)
+        with torch.set_grad_enabled(gradient), passing:
             logits: torch.Tensor = self.model(input_ids=tokens.to(device), use_cache=False).logits
         return logits
+
+    def log_probabilities(
+        self, tokens: torch.Tensor, last: torch.Tensor, *, gradient: bool = False
+    ) -> torch.Tensor:
+        """Log probabilities [seq, vocabulary], float32, of the token after each one of a sequence [1, seq], from `last`
+        [1, seq, d] taken as its x(L)."""
+        return self.head(tokens, last, gradient=gradient)[0].float().log_softmax(-1)
 
     # --- reading ------------------------------------------------------------------------------------------------
 
     def _fetch(self, i: int) -> dict[str, torch.Tensor]:
-        assert self._lazy is not None
+        assert self._offloaded is not None
         if self._coming is not None and self._coming[0] == i:
             stored = self._coming[1].result()
         else:
@@ -277,53 +268,34 @@ class Walk:
         return stored
 
     def _timed_read(self, i: int) -> dict[str, torch.Tensor]:
-        assert self._lazy is not None
+        assert self._offloaded is not None
         started = time.perf_counter()
-        stored = self._lazy.read(i)
+        stored = self._offloaded.read(i)
         self.read_seconds += time.perf_counter() - started
-        self.bytes_read += self._lazy.layer_bytes(i)
+        self.bytes_read += self._offloaded.layer_bytes(i)
         return stored
 
     # --- capturing ----------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _forwards(self, instead: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
-        """Inside the block, a call of layer i is `instead(i, args, kwargs)`."""
-        before = [layer.__dict__.get("forward") for layer in self.layers]
-
-        def replacement(i: int) -> Callable[..., Any]:
-            return lambda *args, **kwargs: instead(i, args, kwargs)
-
-        try:
-            for i, layer in enumerate(self.layers):
-                layer.forward = replacement(i)
-            yield
-        finally:
-            for layer, old in zip(self.layers, before, strict=True):
-                if old is None:
-                    del layer.forward
-                else:
-                    layer.forward = old
 
     def _learn_shape(self, tokens: torch.Tensor) -> Callable[[torch.Tensor], Any]:
         """Find out from the first layer, on a few tokens, whether layers return states alone or first in a tuple."""
         found: list[Any] = []
 
-        def first(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def record(*args: Any, **kwargs: Any) -> Any:
             found.append((args, kwargs))
             raise _Captured
 
         few = tokens[:1, : min(8, tokens.shape[1])]
         with torch.no_grad():
-            with self._forwards(first), contextlib.suppress(_Captured):
+            with replaced_forwards(self.layers, lambda i, _: record), contextlib.suppress(_Captured):
                 self._decoder(few)
             args, kwargs = found[0]
-            if self._lazy is not None and not self._open.get(0):
+            if self._offloaded is not None and not self._open.get(0):
                 ready: Future[dict[str, torch.Tensor]] = Future()
                 ready.set_result(self._timed_read(0))
-                self._lazy.place(0, ready.result())
+                self._offloaded.place(0, ready.result())
                 output = self.layers[0](*args, **kwargs)
-                self._lazy.release(0)
+                self._offloaded.release(0)
                 self._coming = (0, ready)  # keep it: layer 0 is most likely used next
             else:
                 output = self.layers[0](*args, **kwargs)
@@ -340,15 +312,15 @@ class Walk:
         shape = self._shape
         assert shape is not None
 
-        def record(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            states = args[0] if args else kwargs["hidden_states"]
+        def record(i: int, *args: Any, **kwargs: Any) -> Any:
+            states = hidden_in(args, kwargs)
             first.append(states)
             calls.append(self._call(args, kwargs))
             if i == self.depth - 1:
                 raise _Captured
             return shape(states)
 
-        with self._forwards(record), contextlib.suppress(_Captured):
+        with replaced_forwards(self.layers, lambda i, _: partial(record, i)), contextlib.suppress(_Captured):
             self._decoder(tokens)
         if len(calls) != self.depth:
             raise ArchitectureError(
@@ -387,24 +359,87 @@ class Walk:
         return self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
 
 
+@overload
+def open_walk(
+    checkpoint: Checkpoint,
+    compute: Compute,
+    *,
+    loads: bool,
+    wanted: Literal[True] = True,
+    directory: Path | None = None,
+) -> contextlib.AbstractContextManager[Walk]: ...
+@overload
+def open_walk(
+    checkpoint: Checkpoint, compute: Compute, *, loads: bool, wanted: bool, directory: Path | None = None
+) -> contextlib.AbstractContextManager[Walk | None]: ...
+@contextlib.contextmanager
+def open_walk(
+    checkpoint: Checkpoint,
+    compute: Compute,
+    *,
+    loads: bool,
+    wanted: bool = True,
+    directory: Path | None = None,
+) -> Iterator[Any]:
+    """A walk over the model of `checkpoint`, in the precision and on the device of `compute`; None unless `wanted`.
+
+    `loads`: whether the whole model is loaded; else its layers are read from disk one at a time. Weights and states
+    take up to `compute.memory` bytes; further states go to files in `directory`. The walk is closed when the block
+    ends, so a name that outlives the block keeps no model. Raises SourceError.
+    """
+    if not wanted:
+        yield None
+        return
+    precision, limit = compute.dtype or "auto", memory.budget(compute.memory)
+    if loads:
+        model = load_model(
+            checkpoint.path,
+            dtype=precision,
+            device=compute.device,
+            trust_remote_code=compute.trust_remote_code,
+        )
+        left = max(0, limit - checkpoint.bytes_as(compute.dtype))
+        walk = Walk.in_memory(model, memory_bytes=left, directory=directory)
+        del model
+    else:
+        walk = Walk.out_of_core(
+            checkpoint,
+            dtype=precision,
+            device=compute.device,
+            memory_bytes=limit,
+            directory=directory,
+            trust_remote_code=compute.trust_remote_code,
+        )
+    walk.trust_remote_code = compute.trust_remote_code
+    try:
+        yield walk
+    finally:
+        walk.close()
+        gc.collect()  # models contain reference cycles
+
+
+def next_token_loss(
+    log_probabilities: torch.Tensor, tokens: torch.Tensor, reduction: str = "mean"
+) -> torch.Tensor:
+    """Cross entropy in nats of the tokens of one sequence [seq] after its first, from log probabilities
+    [seq, vocabulary] of the token after each: the mean over tokens, or their "sum"."""
+    following = tokens[1:].to(log_probabilities.device)
+    return nn.functional.nll_loss(log_probabilities[:-1], following, reduction=reduction)
+
+
 def walk_loss(
     walk: Walk, tokens: Sequence[torch.Tensor], last: Callable[[int], torch.Tensor], batches: Iterable[int]
 ) -> float:
     """Mean next-token cross entropy of these `batches` of `tokens`, nats, from `last(b)`, [batch, seq, d], taken as
-    x(L) of batch b."""
-    sums = [cross_entropy(walk, tokens[b], last(b)) for b in batches]
-    return sum(total for total, _ in sums) / sum(count for _, count in sums)
-
-
-def cross_entropy(walk: Walk, tokens: torch.Tensor, last: torch.Tensor) -> tuple[float, int]:
-    """(sum over the next tokens, nats; their number) of `tokens` [batch, seq], from `last` [batch, seq, d] taken as
-    x(L). One sequence at a time: the logits are large."""
-    total = 0.0
-    for row in range(len(tokens)):
-        one = tokens[row : row + 1]
-        logits = walk.head(one, last[row : row + 1])[0, :-1].float()
-        total += float(nn.functional.cross_entropy(logits, one[0, 1:].to(logits.device), reduction="sum"))
-    return total, len(tokens) * (tokens.shape[1] - 1)
+    x(L) of batch b. Computes the logits of one sequence at a time, because they are large."""
+    total, count = 0.0, 0
+    for b in batches:
+        states, nats = last(b), 0.0
+        for row in range(len(states)):
+            chances = walk.log_probabilities(tokens[b][row : row + 1], states[row : row + 1])
+            nats += float(next_token_loss(chances, tokens[b][row], "sum"))
+        total, count = total + nats, count + len(states) * (states.shape[1] - 1)
+    return total / count
 
 
 class SourceActivations:

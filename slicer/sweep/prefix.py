@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slicer.model.layers import decoder_layers
+from slicer.model.layers import decoder_layers, replaced_forwards
 from slicer.runtime.memory import KEPT_SHARE, available
 
 
@@ -73,7 +73,7 @@ class Prefix:
 
             return forward
 
-        with _forwards(self._layers[:start], instead):
+        with replaced_forwards(self._layers[:start], instead):
             hook = self._model.register_forward_pre_hook(before, with_kwargs=True)
             try:
                 yield
@@ -109,32 +109,16 @@ class Prefix:
 
         run = self._model.forward  # not the model: its hook calls this function
         with torch.no_grad():
-            with _forwards(self._layers[:start], noting):
+            with replaced_forwards(self._layers[:start], noting):
                 expected = run(*args, **given).logits
             if len(found) != 1 or _bytes(found[0]) is None:
                 return False
             try:
-                with _forwards(self._layers[:start], handing_on):
+                with replaced_forwards(self._layers[:start], handing_on):
                     got = run(*args, **given).logits
             except Exception:  # remote code raises many kinds
                 return False
         return bool(torch.equal(got, expected))
-
-
-@contextlib.contextmanager
-def _forwards(layers: list[nn.Module], instead: Any) -> Iterator[None]:
-    """Inside the block, a call of layer i is `instead(i, its forward)`."""
-    before = [layer.__dict__.get("forward") for layer in layers]
-    try:
-        for i, layer in enumerate(layers):
-            layer.forward = instead(i, layer.forward)
-        yield
-    finally:
-        for layer, old in zip(layers, before, strict=True):
-            if old is None:
-                del layer.forward
-            else:
-                layer.forward = old
 
 
 def _name(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

@@ -335,7 +335,7 @@ class Sweep:
                     self.progress.stage("Measuring layers")
                     text = measure(self.model(), data.batches).to_json()
                     write_atomically(file, text)
-                    self.journal.put("distances", {"distances": text, "provenance": data.provenance})
+                    self.journal.put("distances", {"distances": text, "provenance": data.record.to_dict()})
             self._distances = Distances.from_json(kept["distances"])
             self._provenance = kept["provenance"]
         return self._distances

@@ -41,7 +41,7 @@ def test_sequences_are_full_and_packed(path: Path, model: Any, tmp_path: Path) -
     ids = torch.cat(found.batches)
     assert ids.dtype == torch.int64 and ids.shape == (10, 24)
     assert (ids[:, 0] == BOS).all() and not (ids[:, 1:] == BOS).any()
-    assert found.provenance["samples"] == 10 and found.provenance["source"] == str(text)
+    assert found.record.samples == 10 and found.record.source == str(text)
 
 
 def test_documents_follow_each_other_with_an_end_between(path: Path, model: Any, tmp_path: Path) -> None:

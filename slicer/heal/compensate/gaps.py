@@ -15,7 +15,8 @@ import torch
 
 from slicer.errors import ArchitectureError
 from slicer.heal.compensate.regression import Split
-from slicer.model.pruned import norm_eps, pruned_layer
+from slicer.model.layers import norm_eps
+from slicer.model.pruned import pruned_layer
 from slicer.model.states import States
 from slicer.model.sublayers import MidLayerTap
 from slicer.model.walk import SourceActivations, Walk, walk_loss

@@ -40,8 +40,9 @@ from slicer.heal.compensate.regression import (
     token_weights,
 )
 from slicer.heal.patch import Solved, check_method
+from slicer.model.layers import norm_eps
 from slicer.model.load import in_float32
-from slicer.model.pruned import Edits, LayerEdit, PrunedRun, Replacement, norm_eps
+from slicer.model.pruned import Edits, LayerEdit, PrunedRun, Replacement
 from slicer.model.states import States
 from slicer.model.walk import Walk
 from slicer.plan.plan import Plan

@@ -27,6 +27,7 @@ from torch import nn
 from slicer.checkpoint.architectures.table import ATTENTION_OUTPUTS, FEED_FORWARD_OUTPUTS
 from slicer.heal.compensate.objective import Objective
 from slicer.heal.patch import Holds
+from slicer.model.layers import is_conv1d
 from slicer.model.output_maps import Output
 from slicer.model.pruned import PrunedRun
 from slicer.runtime.memory import COPY_SHARE, free
@@ -175,7 +176,7 @@ def _stays(run: PrunedRun, i: int, name: str) -> bool:
 def _steps(layer: nn.Module, name: str, module: nn.Module) -> bool:
     """Whether the module is a plain matrix (nn.Linear, GPT-2's Conv1D), and no shared expert: these are multiplied by
     the map of all experts' sum."""
-    plain = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    plain = isinstance(module, nn.Linear) or is_conv1d(module)
     return plain and not hasattr(layer.get_submodule(name.rpartition(".")[0].partition(".")[0]), "experts")
 
 
