@@ -1,181 +1,229 @@
-"""The command line: options in, one line of error or a summary out. What a command needs is imported when it runs."""
+"""The command `slicer convert`. A cut that is trained is two jobs, composed here: the bare cut, then its training."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from slicer.cli.groups import (
-    calibration_options,
-    rank_options,
-    rank_sweep_of,
-    recorded_command,
-    training_of,
-    training_options,
+from slicer.cli import groups
+from slicer.cli.groups import expert, group, option
+from slicer.errors import HealError
+from slicer.heal.finetune.settings import METHODS, of_record
+from slicer.jobs.request import (
+    COMPENSATIONS,
+    OFFSETS,
+    SOLVERS,
+    STRATEGIES,
+    Compensation,
+    ConvertRequest,
+    HealRequest,
+    Selection,
 )
+from slicer.plan.amounts import parse_goal
+from slicer.plan.plan import FORMS, Plan
 
-# Options that do not change what is written stay out of the recorded command, so the same work has the same record.
-_UNRECORDED = {"out", "force", "as_json", "dry_run", "debug", "device", "verify", "source", "memory"}
+if TYPE_CHECKING:
+    from slicer.jobs.output import Written
+    from slicer.progress import Progress
+    from slicer.sweep.ranks import RankSearch
+
+_AMOUNTS = ("drop", "keep_layers", "max_params", "max_bytes", "drop_attention", "drop_ffn", "drop_sublayers")
 
 
-@click.command()
+@groups.command()
 @click.argument("source")
-@click.option(
-    "--drop", metavar="AMOUNT", help="Fraction 0.4, count 8, block 24-31 (inclusive) or list 3,7,9-12."
+@group(
+    "How much to drop",
+    option("--drop", metavar="AMOUNT", help="Layers: fraction 0.4, count 8, block 24-31 (inclusive) or list 3,7,9-12."),
+    option("--keep-layers", type=int, metavar="N", help="Keep this many layers."),
+    option("--max-params", metavar="SIZE", help="Drop the fewest layers that leave at most SIZE parameters, e.g. 5B."),
+    option("--max-bytes", metavar="SIZE", help="Drop the fewest layers that leave at most SIZE of weights, e.g. 16GB."),
+    option("--drop-attention", metavar="AMOUNT", help="Attention of this many layers, beside --drop or alone."),
+    option("--drop-ffn", metavar="AMOUNT", help="Feed-forward of this many layers, likewise."),
+    option("--drop-sublayers", metavar="AMOUNT",
+           help="This many sublayers of either kind, least important first."),
+    option("--plan", "plan_file", **groups.FILE, help="Replay a saved plan.json, with its healing."),
 )
-@click.option("--keep", type=int, metavar="LAYERS", help="Keep this many layers.")
-@click.option(
-    "--max-params", metavar="SIZE", help="Drop as few layers as bring the parameters to SIZE, e.g. 5B."
+@group(
+    "How to choose",
+    option("--strategy", type=click.Choice(STRATEGIES), default=Selection.strategy,
+           help="similarity: the block whose ends lie closest (angular distance). deepest: the last layers before the "
+           "final one. tail: the last layers."),
+    expert("--offset", type=click.Choice(OFFSETS), default=Selection.offset,
+           help="whole: blocks of whole layers. half: from after one attention to after another. auto: the closer of "
+           "both (whole for --solver transform and training)."),
+    expert("--format", type=click.Choice(FORMS), show_default="native; blockwise if a sublayer is missing",
+           help="How layers without attention or feed-forward are written. blockwise: as vLLM's DeciLM (Llama, "
+           "Mistral, Qwen2); transformers needs 'import slicer'. zeroed: output matrix zero; loads everywhere, saves "
+           "nothing."),
 )
-@click.option(
-    "--max-bytes", metavar="SIZE", help="Drop as few layers as bring the weights to SIZE, e.g. 16GB."
+@groups.text_options()
+@group(
+    "How to heal the cut",
+    option("--heal", type=click.Choice([*COMPENSATIONS, *METHODS]), show_default="auto, or as in --plan",
+           help="none: keep every byte. fold: solve existing matrices again in closed form. auto: fold if there is text "
+           "and it helps. bias, linear: add a constant or a low-rank map. qlora, lora, full: fold, then train."),
+    option("--rank", type=groups.POSITIVE, help="Rank of the maps of --heal linear."),
+    expert("--solver", type=click.Choice(SOLVERS), show_default=SOLVERS[0],
+           help="Of a fold. resolve: the output matrices, by ridge regression. transform: one linear map behind the "
+           "feed-forward (ReplaceMe)."),
+    expert("--heal-steps", type=click.IntRange(min=0), metavar="N", show_default="0",
+           help="Then train what bias or linear added, and nothing else, for N steps."),
+    groups.CONFIG,
+    *groups.training_options(),
+    *groups.rank_options(visible=False),
 )
-@click.option(
-    "--drop-attention",
-    metavar="AMOUNT",
-    help="Attention of so many layers (as in --drop), beside --drop or alone: their keys and values are not cached.",
+@group(
+    "Output",
+    groups.output_dir("Output directory.", show_default="SOURCE's name and the layers left, e.g. model-24L"),
+    groups.OVERWRITE,
+    option("--dry-run", default=False, help="Show the plan and the sizes; write nothing."),
+    groups.dtype_option("Cast the weights, and measure with them.", show_default="as stored, bit for bit"),
+    groups.SHARDS,
+    groups.VERIFY,
+    groups.JSON,
 )
-@click.option("--drop-ffn", metavar="AMOUNT", help="Feed-forward part of so many layers, likewise.")
-@click.option("--drop-sublayers", metavar="AMOUNT", help="So many of either, whichever changes least.")
-@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Replay a saved plan.json.")
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help="Output directory  [default: SOURCE's name-LAYERSL]"
-)
-@click.option(
-    "--strategy",
-    type=click.Choice(["similarity", "deepest", "tail"]),
-    default="similarity",
-    show_default=True,
-    help="similarity: the block whose ends lie closest (angular distance). deepest: the last layers but the final "
-    "one. tail: the last layers.",
-)
-@click.option(
-    "--offset",
-    type=click.Choice(["auto", "whole", "half"]),
-    default="auto",
-    show_default=True,
-    help="Cut whole layers, or half-offset: from after one attention to after another, joined to the "
-    "feed-forward part that follows. auto: whichever is closer (whole for --fold transform and training).",
-)
-@click.option(
-    "--format",
-    type=click.Choice(["native", "blockwise", "zeroed"]),
-    help="How layers without attention or feed-forward part are written. blockwise: vLLM's DeciLM form (Llama, "
-    "Mistral, Qwen2); transformers needs 'import slicer'. zeroed: output matrix zero; loads everywhere, saves nothing  "
-    "[default: native, blockwise where a part is missing]",
-)
-@calibration_options
-@click.option(
-    "--heal",
-    type=click.Choice(["none", "auto", "fold", "qlora", "lora", "full"]),
-    help="Close the cut: fold solves the weights around it again, in closed form, on the calibration data; auto does "
-    "so where there is such data and it helps; qlora, lora and full train from there, as in heal. none: keep every "
-    "byte  [default: auto, or as --plan was]",
-)
-@click.option(
-    "--fold",
-    type=click.Choice(["resolve", "transform"]),
-    default="resolve",
-    show_default=True,
-    help="resolve: the output matrices themselves, by ridge regression. transform: only a linear map behind the "
-    "feed-forward part (ReplaceMe).",
-)
-@training_options
-@rank_options
-@click.option(
-    "--emulate",
-    type=click.Choice(["bias", "linear"]),
-    help="Let something small stand for what is removed, solved in closed form on the calibration data: a constant "
-    "(bias) or a low-rank map (linear, needs --rank).",
-)
-@click.option(
-    "--emulate-steps",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    metavar="N",
-    help="Then train that, and nothing else, for so many steps; the best by held-out loss is kept.",
-)
-@click.option(
-    "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest weight file."
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="Cast the weights (and measure with them)  [default: as stored, bit for bit]",
-)
-@click.option(
-    "--device", default="auto", show_default=True, help="Where the model runs: auto, cpu, cuda, cuda:1."
-)
-@click.option(
-    "--memory",
-    metavar="SIZE",
-    help="Memory for the weights, e.g. 8GB; a larger model is read from disk layer by layer  [default: what is free]",
-)
-@click.option(
-    "--verify",
-    type=click.Choice(["auto", "none", "load", "logits"]),
-    default="auto",
-    show_default=True,
-    help="Check before the output appears: every key and shape (load), and the logits against the source with those "
-    "layers bypassed (logits). auto: logits while the model fits in memory.",
-)
-@click.option("--dry-run", is_flag=True, help="Show the plan, sizes and FLOPs a token; write nothing.")
-@click.option("--force", is_flag=True, help="Replace the output directory if it holds a checkpoint.")
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-@click.option("--trust-remote-code", is_flag=True, help="Run the checkpoint's own Python code.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@group("Machine", groups.DEVICE, groups.MEMORY, groups.TRUST)
 def convert(source: str, **given: Any) -> None:
     """Drop layers of SOURCE and write a standard checkpoint.
 
     SOURCE is a directory, a Hub id (org/name or org/name@revision), or "demo", the embedded model.
+
+    \b
+    slicer convert demo --drop 3 -o demo-9L
+    slicer convert meta-llama/Llama-2-7b-hf --drop 0.25
+    slicer convert meta-llama/Llama-2-7b-hf --drop 10 --heal qlora -o llama-22L
+    slicer convert qwen2.5-0.5b --plan analysis/plan.json
     """
     from slicer.cli.render import progress as bars
     from slicer.cli.render import written
-    from slicer.data.sources import TextSpec
     from slicer.jobs.convert import convert as run
-    from slicer.jobs.options import Options
-    from slicer.plan.amounts import parse_goal, parse_size
-    from slicer.plan.plan import Plan
 
-    whole = ("drop", "keep", "max_params", "max_bytes")
-    goal = parse_goal(
-        **{name: given[name] for name in (*whole, "drop_attention", "drop_ffn", "drop_sublayers")}
-    )
-    saved = Plan.load(given["plan_file"]) if given["plan_file"] is not None else None
-    calibration = given["calibration"] or ("self" if source == "demo" and saved is None else None)
-    chosen = {
-        k: given[k] for k in ("samples", "seq_len", "batch_size", "seed", "column") if given[k] is not None
-    }
-    options = Options(
-        strategy=given["strategy"],
-        calibration=TextSpec(source=calibration, **chosen),
-        verify=given["verify"],
-        dtype=given["dtype"],
-        device=given["device"],
-        memory=parse_size(given["memory"], "--memory") if given["memory"] is not None else None,
-        heal=given["heal"],
-        fold=given["fold"],
-        training=training_of({**given, "rank": None} if given["emulate"] else given, given["heal"], "--heal"),
-        save_adapter=given["save_adapter"],
-        rank_sweep=rank_sweep_of(given) if given["rank_sweep"] is not None else None,
-        format=given["format"],
-        offset=given["offset"],
-        emulate=given["emulate"],
-        rank=given["rank"] if given["emulate"] else None,
-        emulate_steps=given["emulate_steps"],
-        max_shard_bytes=parse_size(given["max_shard_size"], "--max-shard-size"),
-        force=given["force"],
-        dry_run=given["dry_run"],
-        trust_remote_code=given["trust_remote_code"],
-        command=recorded_command(_UNRECORDED),
-    )
+    if given["heal"] in METHODS and given["rank"] is not None:
+        click.echo("note: --rank of adapters is now --lora-r; the old name goes in slicer 0.3", err=True)
+        given["training_lora_r"], given["rank"] = given["rank"], None
+    request = request_of(source, given)
+    healing = healing_of(request, given)
+    search = groups.rank_search_of(given)
     with bars.progress() as progress:
-        summary = run(source, goal, given["out"], options, plan=saved, progress=progress)
-    if given["as_json"]:
-        click.echo(json.dumps(summary.to_dict(), indent=2))
-    else:
-        written.print_summary(summary)
+        if healing is None:
+            done: Written | None = run(request, progress)
+        elif request.output.dry_run:
+            done = run(bare(request), progress)
+        else:
+            done = convert_then_heal(request, healing, progress, search)
+    written.report(done, given["as_json"])
+
+
+def request_of(source: str, given: Mapping[str, Any]) -> ConvertRequest:
+    """What the options of the command ask for, training apart."""
+    amounts = {name: given[name] for name in _AMOUNTS}
+    goal = parse_goal(keep=amounts.pop("keep_layers"), **amounts)
+    plan = Plan.load(given["plan_file"]) if given["plan_file"] is not None else None
+    method = given["heal"] if given["heal"] in COMPENSATIONS else None
+    return ConvertRequest(
+        source,
+        goal,
+        plan,
+        Selection(given["strategy"], given["offset"], given["format"]),
+        Compensation(method, given["solver"], given["rank"], given["heal_steps"]),
+        groups.text_of(given, source if plan is None else None),
+        groups.output_of(given),
+        groups.compute_of(given),
+        groups.recorded_command(),
+    )
+
+
+def healing_of(request: ConvertRequest, given: Mapping[str, Any]) -> HealRequest | None:
+    """The training that the options ask for, or that the replayed plan had where no --heal is given; None: none.
+
+    Its `cut` is not known yet. What is said goes before what the plan records.
+    """
+    record = request.plan.healing if request.plan is not None else None
+    method, recorded, text, solver = given["heal"], None, request.text, request.compensation.solver
+    if method is None and record is not None and record.training is not None:
+        method, recorded = record.method, of_record(record.training.asked)
+        text, solver = groups.recorded_text(text, record), solver or record.solver
+    training = groups.training_of(given, method, "--heal", recorded)
+    if training is None:
+        return None
+    return HealRequest(
+        "",
+        request.source,
+        training,
+        Compensation("fold", solver),
+        text,
+        request.output,
+        request.compute,
+        given["save_adapter"],
+        request.command,
+    )
+
+
+def bare(request: ConvertRequest) -> ConvertRequest:
+    """The same cut without repair, of whole layers: training takes no others. Raises HealError for a request for them.
+
+    (A bare cut may otherwise be a half-offset one, where that is closer.)
+    """
+    goal, plan = request.goal, request.plan
+    below = (goal is not None and bool(goal.sublayers)) or (plan is not None and not plan.complete)
+    if below or request.selection.offset == "half":
+        raise HealError(
+            f"{request.source}: training takes whole layers; heal cuts below the layer with --heal fold, bias or linear"
+        )
+    return replace(
+        request,
+        compensation=Compensation("none"),
+        selection=replace(request.selection, offset="whole"),
+        command=None,
+    )
+
+
+def convert_then_heal(
+    request: ConvertRequest, healing: HealRequest, progress: Progress, search: RankSearch | None = None
+) -> Written | None:
+    """The bare cut of `request`, then the training that `healing` asks for; None in all processes but the first.
+
+    The cut lies in OUT.cut until the training is done, so that the same request resumes. Without a directory for the
+    result it is SOURCE.cut, and the result is named after the cut. `search`: how to pick the rank of the adapters.
+    """
+    from slicer.checkpoint.export import check_output
+    from slicer.checkpoint.hub import open_source
+    from slicer.heal.finetune.model import require
+    from slicer.jobs.convert import convert
+    from slicer.jobs.heal import heal
+    from slicer.jobs.output import output_name
+    from slicer.runtime.distributed import Processes
+    from slicer.runtime.workdir import SIGN, beside, check_owner, owned
+    from slicer.sweep.ranks import heal_with_best_rank
+
+    assert healing.training is not None
+    cut = bare(request)
+    require(healing.training.method)
+    out = request.output.out
+    if out is not None:  # before the cut is made, which may take long
+        check_output(out, open_source(request.source).path, force=request.output.overwrite)
+    place = out or Path(output_name(request.source))
+    later = [beside(place, kind) for kind in ("training", "ranks")]
+    for directory in later:
+        check_owner(directory)
+    processes = Processes.of_environment()
+    with owned(
+        beside(place, "cut"), processes, what="the cut of an unfinished training", overwrite=request.output.overwrite,
+        resumable=lambda: any((directory / SIGN).is_file() for directory in later), convert=request.identity,
+    ) as work:  # fmt: skip
+        path = work.path / "cut"
+        made = replace(cut, output=replace(request.output, out=path, overwrite=True, verify="load"))
+        processes.first(lambda: None if path.is_dir() else convert(made, progress))
+        name = out or Path(output_name(request.source, Plan.load(path).size_name))
+        asked = replace(healing, cut=str(path), output=replace(request.output, out=name))
+        done = heal(asked, progress) if search is None else heal_with_best_rank(asked, search, progress)
+        processes.meet()
+        if processes.is_first:
+            work.remove()
+    processes.leave()
+    return done

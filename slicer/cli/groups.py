@@ -1,196 +1,424 @@
-"""`slicer heal` and `slicer merge`: options in, a summary or one line of error out."""
+"""What the commands share: the command class, groups of options, old names, settings files, and requests from options.
+
+Options of a group are visible, or `expert`: shown by --help-all only. Their defaults come from the values they fill.
+"""
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import re
 import shlex
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
+import cloup
+from click.core import ParameterSource
 
-if TYPE_CHECKING:
-    from slicer.heal.finetune.settings import Training
-    from slicer.sweep.ranks import RankSearch
+from slicer.checkpoint.tensors import DTYPES
+from slicer.data.sources import TextSpec
+from slicer.errors import UsageError
+from slicer.heal.finetune.settings import COMPUTE, METHODS, SCHEDULERS, STARTS, Training
+from slicer.jobs.request import VERIFICATIONS, Output, Text
+from slicer.plan.amounts import parse_size
+from slicer.plan.records import HealingRecord
+from slicer.runtime.compute import Compute
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+# Names of slicer 0.1, accepted until 0.3, and their present names: of several, the one that the command has. A command
+# that has the old name itself keeps it. An empty entry: the option had one value; it is ignored.
+OLD_NAMES: dict[str, tuple[str, ...]] = {
+    "--out": ("--output-dir", "--output-file"),
+    "--force": ("--overwrite",),
+    "--from": ("--base-model",),
+    "--keep": ("--keep-layers", "--retain"),
+    "--text-column": ("--column",),
+    "--fold": ("--solver",),
+    "--emulate": ("--heal",),
+    "--emulate-steps": ("--heal-steps",),
+    "--start": ("--train-from",),
+    "--steps": ("--max-steps",),
+    "--lr": ("--learning-rate",),
+    "--scheduler": ("--lr-scheduler-type",),
+    "--warmup": ("--warmup-steps",),
+    "--rank": ("--lora-r",),
+    "--alpha": ("--lora-alpha",),
+    "--dropout": ("--lora-dropout",),
+    "--preset": (),
+    "--config": ("--model-config",),
+}
+# Options that do not change what is written stay out of the recorded command, so the same work has the same record.
+UNRECORDED = {
+    "output_dir", "output_file", "overwrite", "dry_run", "verify", "device", "memory", "save_adapter", "config", "grid",
+    "as_json", "debug",
+}  # fmt: skip
+_TRAINS = "training_"  # what the names of the parameters of training begin with
 
 
-_POSITIVE, _COUNT, _FLOAT = click.IntRange(min=1), click.IntRange(min=0), click.FLOAT
-# option, the field of Training (None: of another name than the option's), its type, its help
-_TRAINING: tuple[tuple[str, str | None, Any, str], ...] = (
-    ("--start", None, click.Choice(["fold", "cut"]), "Train from the folded weights, or from the source's own  "
-     "[default: fold, where the cut can be folded]"),
-    ("--preset", None, click.Choice(["paper"]), "Values not given: the paper's table by model; for others that of the "
-     "nearest by size  [default: paper]"),
-    ("--steps", None, _POSITIVE, "Optimizer steps  [default: 5000]"),
-    ("--train-batch-size", "batch_size", _POSITIVE, "Sequences of a step, over all processes  [default: 16]"),
-    ("--micro-batch", None, _POSITIVE, "Sequences of one pass; the rest of a step is accumulated  [default: as many as "
-     "have 4096 tokens]"),
-    ("--train-seq-len", "seq_len", click.IntRange(min=2), "Tokens in each sequence  [default: 2048, or 4096 from 13B]"),
-    ("--lr", None, _FLOAT, "Peak learning rate  [default: by model]"),
-    ("--scheduler", None, click.Choice(["cosine", "linear", "constant", "constant_with_warmup"]),
-     "How the learning rate falls  [default: cosine]"),
-    ("--warmup", None, _COUNT, "Steps in which it rises  [default: 100, at most a tenth of the steps]"),
-    ("--weight-decay", None, _FLOAT, "AdamW's  [default: 0]"),
-    ("--rank", None, _POSITIVE, "Rank of the adapters  [default: by model]; of the maps of --emulate linear"),
-    ("--alpha", None, _FLOAT, "Scale of the adapters, in units of the rank  [default: the rank]"),
-    ("--dropout", None, _FLOAT, "Dropout of the adapters' input  [default: 0.05]"),
-    ("--validation", None, str, "Text to measure the loss on, as --calibration; never trained on  [default: one "
-     "document in 16 of the training text, set apart]"),
-    ("--validation-samples", None, _POSITIVE, "Sequences of it  [default: 16]"),
-    ("--eval-every", None, _POSITIVE, "Steps between two measurements, and two checkpoints  [default: a tenth of all]"),
-    ("--patience", None, _COUNT, "Stop after so many measurements without a new best; 0: never  [default: 5]"),
-    ("--compute", None, click.Choice(["auto", "float32", "bfloat16"]), "Precision of the arithmetic  [default: float32 "
-     "on a CPU, bfloat16 on a GPU]"),
-    ("--teacher", None, str, "A model to learn from as well  [default: the source, where a weight below is given]"),
-    ("--mismatch-weight", None, _FLOAT, "Weight of the paper's equation 8: the distance to the teacher's residual "
-     "stream behind each cut  [default: 0]"),
-    ("--kl-weight", None, _FLOAT, "Weight of the divergence from the teacher's predictions  [default: 0]"),
-    ("--teacher-cache", None, str, "Directory: let the teacher answer beforehand, once, from disk layer by layer where "
-     "it does not fit  [default: it runs beside]"),
-    ("--report-to", None, str, "Trackers of the Trainer, such as tensorboard or wandb  [default: none]"),
+# --- commands and options ---------------------------------------------------------------------------------------------
+
+
+class Command(cloup.Command):
+    """A command with groups of options; the old names of its options are accepted with a note."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(context, self._renamed(args))
+
+    def _renamed(self, args: list[str]) -> list[str]:
+        known = {name for parameter in self.params for name in parameter.opts}
+        at = args.index("--") if "--" in args else len(args)
+        words, found = iter(args[:at]), []
+        for word in words:
+            old, equals, value = word.partition("=")
+            if old not in OLD_NAMES or old in known:
+                found.append(word)
+                continue
+            new = next((name for name in OLD_NAMES[old] if name in known), None)
+            if new is not None:
+                click.echo(f"note: {old} is now {new}; the old name goes in slicer 0.3", err=True)
+                found.append(new + equals + value)
+            elif OLD_NAMES[old]:
+                found.append(word)  # this command never had it
+            else:
+                click.echo(f"note: {old} is ignored: it had one value; it goes in slicer 0.3", err=True)
+                if not equals:
+                    next(words, None)
+        return found + args[at:]
+
+
+def command(name: str | None = None, cls: type[Command] = Command, **settings: Any) -> Decorator:
+    """A command with the options that all commands have."""
+    last = [
+        click.option("--debug", is_flag=True, hidden=True, help="Show the traceback of an error."),
+        click.option("--help-all", is_flag=True, is_eager=True, expose_value=False, callback=_help_all,
+                     help="Show all options, also those for experts, and exit."),
+    ]  # fmt: skip
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        for add in reversed(last):
+            function = _below(function, add)
+        return cloup.command(name, cls=cls, **settings)(function)
+
+    return decorate
+
+
+def _below(function: Callable[..., Any], add: Decorator) -> Callable[..., Any]:
+    """Add an option behind those that the function has; decorators add theirs before."""
+    others = list(getattr(function, "__click_params__", []))
+    function.__click_params__ = []  # type: ignore[attr-defined]
+    add(function)
+    function.__click_params__ = [*function.__click_params__, *others]  # type: ignore[attr-defined]
+    return function
+
+
+def _help_all(context: click.Context, _parameter: click.Parameter, asked: bool) -> None:
+    if not asked or context.resilient_parsing or not isinstance(context.command, Command):
+        return
+    options = [p for p in context.command.params if isinstance(p, click.Option) and p.hidden]
+    groups = [group for group in context.command.option_groups if group.hidden]
+    for shown in (*options, *groups):
+        shown.hidden = False
+    text = context.get_help()
+    for hidden in (*options, *groups):
+        hidden.hidden = True
+    click.echo(text)
+    context.exit()
+
+
+def option(*names: str, **settings: Any) -> Decorator:
+    """An option; a flag where its default is False."""
+    if settings.get("default") is False:
+        settings["is_flag"] = True
+    return cloup.option(*names, **settings)
+
+
+expert = partial(option, hidden=True)
+group = cloup.option_group
+DIRECTORY = {"type": click.Path(path_type=Path), "metavar": "DIR"}
+FILE = {"type": click.Path(path_type=Path), "metavar": "FILE"}
+POSITIVE = click.IntRange(min=1)
+JSON = option("--json", "as_json", default=False, help="Print the result as JSON.")
+TRUST = expert("--trust-remote-code", default=False, help="Run the checkpoint's own Python code.")
+DEVICE = option("--device", default=Compute.device, help="Where models run: auto, cpu, cuda, cuda:1.")
+OVERWRITE = option("--overwrite", default=False, help="Replace what lies at the output, if slicer can tell that it made it.")
+VERIFY = expert(
+    "--verify", type=click.Choice(VERIFICATIONS), default=Output.verify,
+    help="Check before the output appears. load: every key and shape. logits: also the logits, against the source with "
+    "the dropped layers bypassed. auto: logits if the model fits in memory.",
+)  # fmt: skip
+SHARDS = expert(
+    "--max-shard-size", metavar="SIZE", default=f"{Output.max_shard_bytes // 10**9}GB", help="Largest weight file."
+)
+MEMORY = expert(
+    "--memory", metavar="SIZE", show_default="what is free",
+    help="Memory for weights and states, e.g. 8GB. A larger model is read from disk layer by layer.",
 )  # fmt: skip
 
 
-def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of healing that trains: of convert and heal alike."""
-    more = {"--start": ("--train-from", "start")}  # torchrun takes --start for an option of its own
-    words = {"--validation": "DATA", "--teacher": "SOURCE", "--teacher-cache": "DIR", "--report-to": "NAMES"}
-    options = [
-        click.option(name, *more.get(name, ()), type=kind, help=text, metavar=words.get(name))
-        for name, _, kind, text in _TRAINING
+def output_dir(help_text: str, **settings: Any) -> Decorator:
+    """The option for the directory of the result."""
+    return option("-o", "--output-dir", **DIRECTORY, help=help_text, **settings)
+
+
+def output_file(help_text: str, **settings: Any) -> Decorator:
+    """The option for the file of the result."""
+    return option("-o", "--output-file", **FILE, help=help_text, **settings)
+
+
+def dtype_option(help_text: str, **settings: Any) -> Decorator:
+    """The option for the precision of weights."""
+    return option("--dtype", type=click.Choice(list(DTYPES)), help=help_text, **settings)
+
+
+def text_options(default: str = "allenai/c4, streamed; self for the demo model") -> Decorator:
+    """Calibration text, of convert, analyze and heal."""
+    spec = TextSpec()
+    return group(
+        "Text",
+        option("--calibration", metavar="DATA", show_default=default,
+               help="Text to measure and heal on: a Hub data set, a .jsonl, .txt or .parquet file, task:NAME for the "
+               "prompts of an lm-eval task, or self: text sampled from the model. Separate several by commas."),
+        option("--samples", type=POSITIVE, show_default=str(spec.samples), help="Number of sequences."),
+        option("--seq-len", type=click.IntRange(min=2), show_default=str(spec.seq_len), help="Tokens per sequence."),
+        option("--seed", type=click.IntRange(min=0), show_default=str(spec.seed),
+               help="Seed of the choice of text and of training."),
+        expert("--batch-size", type=POSITIVE, show_default=str(spec.batch_size), help="Sequences per forward pass."),
+        expert("--column", metavar="NAME", show_default=spec.column, help="Column of the data that holds the text."),
+    )  # fmt: skip
+
+
+def attributes(cls: type[Any]) -> tuple[str, dict[str, str]]:
+    """The docstring of a dataclass, in two parts: the text before "Attributes:", and field name -> meaning.
+
+    An entry is "name: text", "name, name: text" or "name: text; name: text".
+    """
+    about, _, listed = (inspect.getdoc(cls) or "").partition("Attributes:\n")
+    names = {f.name for f in fields(cls)}
+    entries = re.sub(r"\n {8,}", " ", listed)  # a line that is indented further continues the entry
+    parts = [
+        part for entry in entries.splitlines() for part in re.split(r"; (?=\w+(?:, \w+)*: )", entry.strip())
     ]
-    options += [
-        click.option("--teacher-4bit", is_flag=True, help="Run the teacher in NF4."),
-        click.option(
-            "--gradient-checkpointing",
-            is_flag=True,
-            help="Compute activations twice: less memory, a third more time.",
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    found: dict[str, str] = {}
+    last: list[str] = []
+    for part in parts:
+        head, colon, text = part.partition(": ")
+        named = head.split(", ")
+        if colon and names.issuperset(named):
+            found.update(dict.fromkeys(named, text))
+            last = named
+        else:  # a semicolon within a text
+            found.update({name: f"{found[name]}; {part}" for name in last if part})
+    return " ".join(about.split()), found
 
 
-def rank_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of healing that trains which a sweep has in its grid: of convert and heal."""
-    options = [
-        click.option(
-            "--rank-sweep",
-            metavar="RANKS",
-            help="Pick the rank among these, such as 2,8,64, as the paper did: the largest, unless healing with it is "
-            "significantly worse than none; then the best of all.",
-        ),
-        click.option(
-            "--rank-metric",
-            metavar="TASK",
-            help="What to pick it by: an lm-eval task, or loss  [default: mmlu]",
-        ),
-        click.option(
-            "--rank-data",
-            type=click.Path(path_type=Path),
-            metavar="DIR",
-            help="Local files of that task, as in eval.",
-        ),
-        click.option("--rank-limit", type=_POSITIVE, metavar="N", help="N items of that task."),
-        click.option(
-            "--save-adapter",
-            type=click.Path(path_type=Path),
-            metavar="DIR",
-            help="Keep the adapter here as well, and in DIR/base the weights it belongs to, where it was trained on a "
-            "fold.",
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+_NAMES = {"start": "--train-from", "seq_len": "--train-seq-len", "batch_size": "--train-batch-size"}
+_CHOICES = {"start": STARTS, "lr_scheduler_type": SCHEDULERS, "compute": COMPUTE}
+_LEAST = {"seq_len": 2, "warmup_steps": 0, "patience": 0}
+_METAVARS = {"validation": "DATA", "teacher": "SOURCE", "teacher_cache": "DIR", "report_to": "NAMES"}
 
 
-def training_of(given: dict[str, Any], method: str | None, option: str) -> Training | None:
-    """What the options of `training_options` ask for; None where `method` does not train. Raises UsageError where they
-    are given although it does not."""
-    from slicer.errors import UsageError
-    from slicer.heal.finetune.settings import METHODS, Training
+def training_options(visible: Collection[str] = ()) -> list[Decorator]:
+    """An option for every field of `Training` but `method` and `seed`, which are options of their own.
 
-    names = {name.lstrip("-").replace("-", "_"): field for name, field, _, _ in _TRAINING}
-    chosen = {field or name: given[name] for name, field in names.items() if given[name] is not None}
-    flags = {name: given[name] for name in ("teacher_4bit", "gradient_checkpointing")}
+    The help is the docstring of the field; the fields in `visible` are not for experts only.
+    """
+    made, meaning = [], attributes(Training)[1]
+    for field in fields(Training):
+        if field.name in ("method", "seed"):
+            continue
+        text, _, otherwise = meaning.get(field.name, "").rstrip(".").partition("; None: ")
+        kind = str(field.type).removesuffix(" | None")
+        types: dict[str, Any] = {"int": click.IntRange(min=_LEAST.get(field.name, 1)), "float": click.FLOAT}
+        settings: dict[str, Any] = {
+            "type": types.get(kind, click.STRING),
+            "show_default": otherwise or ("by model" if field.default is None else str(field.default)),
+        }
+        if field.name in _CHOICES:
+            settings["type"] = click.Choice(_CHOICES[field.name])
+        if kind == "bool":
+            settings = {"default": False}
+        made.append(
+            option(
+                _NAMES.get(field.name, "--" + field.name.replace("_", "-")),
+                _TRAINS + field.name,
+                hidden=field.name not in visible,
+                metavar=_METAVARS.get(field.name),
+                help=f"{text[:1].upper()}{text[1:]}.",
+                **settings,
+            )
+        )
+    return made
+
+
+CONFIG = option(
+    "--config", **FILE, is_eager=True, callback=lambda *given: _from_file(*given, _fields_of_training),
+    help="YAML file with settings of training by their names in docs/reference/training.md; options override it.",
+)  # fmt: skip
+GRID = option(
+    "--grid", **FILE, is_eager=True, callback=lambda *given: _from_file(*given, _options_by_name),
+    help="YAML file with values for the options of this command, by name; options override it.",
+)  # fmt: skip
+
+
+def rank_options(visible: bool) -> list[Decorator]:
+    """How to pick the rank of adapters, and whether to keep the adapter: of convert and heal."""
+    return [
+        option("--rank-sweep", metavar="RANKS", hidden=not visible,
+               help="Pick the rank among these, such as 2,8,64, as the paper does: the largest, unless it is worse than "
+               "no healing; then the best of all."),
+        expert("--rank-metric", metavar="TASK", show_default="mmlu",
+               help="What to pick the rank by: an lm-eval task, or loss."),
+        expert("--rank-data", **DIRECTORY, help="Directory of local files of that task, as in eval."),
+        expert("--rank-limit", type=POSITIVE, metavar="N", help="Use N items of that task."),
+        option("--save-adapter", **DIRECTORY, hidden=not visible,
+               help="Also save the adapter here and, if it was trained on a fold, the folded weights in DIR/base."),
+    ]  # fmt: skip
+
+
+# --- settings files ---------------------------------------------------------------------------------------------------
+
+
+def _fields_of_training(command: click.Command) -> dict[str, click.Parameter]:
+    by_name = {p.name: p for p in command.params}
+    found = {f.name: by_name.get(_TRAINS + f.name) or by_name.get(f.name) for f in fields(Training)}
+    found["method"] = by_name.get("method") or by_name["heal"]
+    return {name: parameter for name, parameter in found.items() if parameter is not None}
+
+
+def _options_by_name(command: click.Command) -> dict[str, click.Parameter]:
+    return {
+        p.opts[-1].lstrip("-").replace("-", "_"): p
+        for p in command.params
+        if isinstance(p, click.Option) and p.expose_value and not p.is_eager
+    }
+
+
+def _from_file(
+    context: click.Context,
+    _parameter: click.Parameter,
+    file: Path | None,
+    known: Callable[[click.Command], Mapping[str, click.Parameter]],
+) -> Path | None:
+    """Make the values of a YAML file the defaults of `known` options. Raises UsageError with the key and the line."""
+    if file is None or context.resilient_parsing:
+        return None
+    import yaml
+
+    try:
+        node = yaml.compose(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UsageError(f"{file} line {line}: not valid YAML ({error.problem})") from None
+    if node is not None and not isinstance(node, yaml.MappingNode):
+        raise UsageError(f"{file} line 1: write one 'name: value' a line")
+    parameters, values = known(context.command), dict(context.default_map or {})
+    for key, value in node.value if node is not None else ():
+        where, name = f"{file} line {key.start_mark.line + 1}", str(key.value).replace("-", "_")
+        parameter = parameters.get(name)
+        if parameter is None or isinstance(value, yaml.MappingNode):
+            near = difflib.get_close_matches(name, parameters, 1)
+            raise UsageError(
+                f"{where}: {key.value} is not a setting" + (f"; did you mean {near[0]}?" if near else "")
+                if parameter is None else f"{where}: {key.value} takes one value or a list"
+            )  # fmt: skip
+        if value.tag == "tag:yaml.org,2002:null":
+            continue
+        text = value.value if isinstance(value, yaml.ScalarNode) else ",".join(v.value for v in value.value)
+        try:
+            values[str(parameter.name)] = parameter.type.convert(text, parameter, context)
+        except click.BadParameter as error:
+            raise UsageError(f"{where}: {key.value}: {error.message}") from None
+    context.default_map = values
+    return file
+
+
+# --- from options to requests -----------------------------------------------------------------------------------------
+
+
+def text_of(given: Mapping[str, Any], source: str | None = None) -> Text:
+    """The text asked for. The demo model gets text of its own where none is named: it needs no network."""
+    names = ("samples", "seq_len", "batch_size", "seed", "column")
+    return Text(given["calibration"] or ("self" if source == "demo" else None), **{k: given[k] for k in names})
+
+
+def output_of(given: Mapping[str, Any]) -> Output:
+    """Where the result goes, and how it is checked."""
+    return Output(
+        given["output_dir"], given["overwrite"], given["verify"],
+        parse_size(given["max_shard_size"], "--max-shard-size"), given.get("dry_run", False),
+    )  # fmt: skip
+
+
+def compute_of(given: Mapping[str, Any]) -> Compute:
+    """Where models run; options that a command does not have are at their defaults."""
+    memory = given.get("memory")
+    return Compute(
+        given["device"], given.get("dtype"), None if memory is None else parse_size(memory, "--memory"),
+        given["trust_remote_code"],
+    )  # fmt: skip
+
+
+def training_of(
+    given: Mapping[str, Any], method: str | None, option: str, recorded: Training | None = None
+) -> Training | None:
+    """The training asked for, over the `recorded` one of a plan that is replayed; None if `method` does not train.
+
+    Raises UsageError where options of training are given and nothing is trained.
+    """
+    said = {f.name: given.get(_TRAINS + f.name) for f in fields(Training)}
+    said = {name: value for name, value in said.items() if value not in (None, False)}
     if method not in METHODS:
-        for name in (*names, *flags, "save_adapter", "rank_sweep", "rank_metric", "rank_data", "rank_limit"):
-            if given.get(name) not in (None, False):
-                or_emulate = ", or with --emulate linear" if name == "rank" and "emulate" in given else ""
-                raise UsageError(
-                    f"--{name.replace('_', '-')}: give it with {option} {', '.join(METHODS)}{or_emulate}"
-                )
+        others = [name for name in ("save_adapter", "rank_sweep", *_OF_RANK) if given.get(name) is not None]
+        for name in [*(_NAMES.get(n, n) for n in said), *others]:
+            raise UsageError(f"--{name.lstrip('-').replace('_', '-')}: give it with {option} {', '.join(METHODS)}")
         return None
     if given.get("rank_sweep") is None:
-        for name in ("rank_metric", "rank_data", "rank_limit"):
+        for name in _OF_RANK:
             if given.get(name) is not None:
                 raise UsageError(f"--{name.replace('_', '-')}: give it with --rank-sweep")
-    elif given["rank"] is not None:
-        raise UsageError("--rank: give it or --rank-sweep, not both")
+    elif "lora_r" in said:
+        raise UsageError("--lora-r: give it or --rank-sweep, not both")
     elif given["save_adapter"] is not None:
         raise UsageError("--save-adapter: not with --rank-sweep; heal again with the rank that it picks")
-    return Training(method=method, seed=given["seed"] or 0, **chosen, **flags)
+    seed = {} if given["seed"] is None else {"seed": given["seed"]}
+    if recorded is None:
+        return Training(method=method, **seed, **said)
+    return replace(recorded, method=method, **seed, **said)
 
 
-def rank_sweep_of(given: dict[str, Any]) -> RankSearch:
-    """What the options of `training_options` say of picking a rank."""
-    from slicer.plan.amounts import parse_counts
-    from slicer.sweep.ranks import RankSearch
-
-    chosen = {
-        name: given[f"rank_{name}"]
-        for name in ("metric", "data", "limit")
-        if given[f"rank_{name}"] is not None
-    }
-    ranks = sorted(parse_counts(given["rank_sweep"], "--rank-sweep"), reverse=True)  # the largest first
-    return RankSearch(tuple(ranks), **chosen)
+_OF_RANK = ("rank_metric", "rank_data", "rank_limit")
 
 
-def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The calibration text options, shared by convert, analyze and heal."""
-    options = [
-        click.option(
-            "--calibration",
-            metavar="DATA",
-            help="Text to measure and heal on: a Hub data set, a .jsonl, .txt or .parquet file (conversations go "
-            "through the chat template), task:NAME for the prompts of an lm-eval task, or 'self' (text sampled from "
-            "the model); several, separated by commas, get equal shares  [default: allenai/c4, streamed; self for the "
-            "demo model]",
-        ),
-        click.option("--samples", type=click.IntRange(min=1), help="Calibration sequences."),
-        click.option("--seq-len", type=click.IntRange(min=2), help="Tokens per calibration sequence."),
-        click.option("--batch-size", type=click.IntRange(min=1), help="Sequences per forward pass."),
-        click.option(
-            "--seed", type=click.IntRange(min=0), help="Seed of the calibration sample and of training."
-        ),  # fmt: skip
-        click.option(
-            "--text-column",
-            "column",
-            metavar="NAME",
-            help="Column of the calibration data that holds the text.",
-        ),  # fmt: skip
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+def recorded_text(said: Text, record: HealingRecord) -> Text:
+    """The text that a repair was made on, overlaid by what is said."""
+    text = record.text
+    if text is None or said.source is not None:
+        return said
+    spec = TextSpec(text.source, text.samples, text.seq_len, text.batch_size, text.seed, text.column)
+    return Text.of(said.over(spec))
 
 
-def recorded_command(unrecorded: Collection[str]) -> str:
-    """The current command line, in the order of the help, without `unrecorded` options."""
+def recorded_command(unrecorded: Iterable[str] = UNRECORDED, *, defaults: bool = False) -> str:
+    """The current command line, in the order of the help, without `unrecorded` options.
+
+    `defaults`: also options that were given with their default value.
+    """
     context = click.get_current_context()
     arguments = [p for p in context.command.params if isinstance(p, click.Argument)]
     words = ["slicer", context.info_name or "", *(str(context.params[p.name or ""]) for p in arguments)]
     for parameter in context.command.params:
-        value = context.params.get(parameter.name or "")
-        default = parameter.get_default(context)
-        if (
-            parameter in arguments
-            or parameter.name in unrecorded
-            or value in (None, False)
-            or value == default
-        ):
+        name = parameter.name or ""
+        source, value = context.get_parameter_source(name), context.params.get(name)
+        said = source in (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
+        if parameter in arguments or name in unrecorded or value in (None, False) or not said:
             continue
-        words += [parameter.opts[-1]] if value is True else [parameter.opts[-1], str(value)]
+        if defaults or value != parameter.default:
+            words += [parameter.opts[-1]] if value is True else [parameter.opts[-1], str(value)]
     return shlex.join(words)

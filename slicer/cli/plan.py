@@ -1,51 +1,45 @@
-"""The commands `slicer analyze` and `slicer plan`."""
+"""The command `slicer plan`."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
-from slicer.cli.analyze import UNRECORDED
-from slicer.cli.groups import recorded_command
+from slicer.cli import groups
+from slicer.cli.groups import group, option
+from slicer.plan.plan import METRIC
 
 METRICS = (
-    "angular_last_token", "angular_mean", "block_influence", "relative_l1", "relative_l2", "cka", "fold_residual",
+    METRIC, "angular_mean", "block_influence", "relative_l1", "relative_l2", "cka", "fold_residual",
     "loss", "kl", "taylor", "greedy", "healed_loss", "shapley", "shapley_score",
 )  # fmt: skip
 
 
-@click.command()
+@groups.command()
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--drop", metavar="AMOUNT", help="Layers to drop: fraction 0.4 or count 8.")
-@click.option("--drop-attention", metavar="AMOUNT", help="Number or fraction of attention sublayers to drop.")
-@click.option("--drop-ffn", metavar="AMOUNT", help="Number or fraction of feed-forward sublayers to drop.")
-@click.option("--drop-sublayers", metavar="AMOUNT",
-              help="Number or fraction of sublayers of either kind to drop, least important first.")  # fmt: skip
-@click.option("--metric", type=click.Choice(METRICS), default="angular_last_token", show_default=True,
-              help="Metric to choose by.")  # fmt: skip
-@click.option("--blocks", type=click.IntRange(min=1), default=1, show_default=True,
-              help="Maximum number of separate blocks; the optimum is exact.")  # fmt: skip
-@click.option("--protect", metavar="LAYERS", help="Layers to keep, e.g. 0,1,-1 (from the end) or 0-3.")
-@click.option("-o", "--out", type=click.Path(path_type=Path),
-              help="Plan file  [default: plan.json in DIRECTORY]")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def plan(
-    directory: Path,
-    drop: str | None,
-    drop_attention: str | None,
-    drop_ffn: str | None,
-    drop_sublayers: str | None,
-    metric: str,
-    blocks: int,
-    protect: str | None,
-    out: Path | None,
-    as_json: bool,
-    debug: bool,
-) -> None:
-    """Choose layers to drop from the analysis in DIRECTORY. Needs no model.
+@group(
+    "How much to drop",
+    option("--drop", metavar="AMOUNT", help="Layers: fraction 0.4 or count 8."),
+    option("--drop-attention", metavar="AMOUNT", help="Attention of this many layers."),
+    option("--drop-ffn", metavar="AMOUNT", help="Feed-forward of this many layers."),
+    option("--drop-sublayers", metavar="AMOUNT",
+           help="This many sublayers of either kind, least important first."),
+)
+@group(
+    "How to choose",
+    option("--metric", type=click.Choice(METRICS), default=METRIC, help="Metric to choose by."),
+    option("--blocks", type=groups.POSITIVE, default=1,
+           help="Largest number of separate blocks; the optimum is exact."),
+    option("--protect", metavar="LAYERS", help="Layers to keep, e.g. 0,1,-1 (from the end) or 0-3."),
+)
+@group("Output", groups.output_file("Plan file.", show_default="plan.json in DIRECTORY"), groups.JSON)
+def plan(directory: Path, **given: Any) -> None:
+    """Choose layers to drop from the analysis in DIRECTORY.
+
+    This needs no model.
 
     \b
     slicer plan analysis --drop 8 --blocks 3 --protect 0,1,-1
@@ -59,14 +53,20 @@ def plan(
     from slicer.runtime.files import write_atomically
 
     analysis = Analysis.load(directory)
-    goal = parse_goal(drop, drop_attention=drop_attention, drop_ffn=drop_ffn, drop_sublayers=drop_sublayers)
+    goal = parse_goal(**{k: given[k] for k in ("drop", "drop_attention", "drop_ffn", "drop_sublayers")})
     if goal is None:
         raise UsageError("say how much to drop: --drop, --drop-attention, --drop-ffn or --drop-sublayers")
     if goal.named or any(amount.layers for amount in goal.sublayers.values()):
         raise UsageError("give fractions or counts; slicer convert takes named layers without a plan")
-    stay = parse_protected(protect, analysis.depth) if protect is not None else frozenset()
+    protect = given["protect"]
     chosen = choose(
-        goal, analysis.depth, analysis, lambda plan: None, metric=metric, blocks=blocks, protect=stay
+        goal,
+        analysis.depth,
+        analysis,
+        lambda plan: None,
+        metric=given["metric"],
+        blocks=given["blocks"],
+        protect=parse_protected(protect, analysis.depth) if protect is not None else frozenset(),
     )
     made = replace(
         chosen.plan,
@@ -74,11 +74,11 @@ def plan(
         revision=analysis.revision,
         model_type=analysis.model_type,
         versions=analysis.versions,
-        command=recorded_command(UNRECORDED),
+        command=groups.recorded_command(),
     )
-    file = out or (directory if directory.is_dir() else directory.parent) / "plan.json"
+    file = given["output_file"] or (directory if directory.is_dir() else directory.parent) / "plan.json"
     write_atomically(file, made.to_json())
-    if as_json:
+    if given["as_json"]:
         click.echo(made.to_json(), nl=False)
     else:
         layers.print_chosen(replace(chosen, plan=made), analysis.samples, file)
