@@ -9,15 +9,17 @@ from slicer.checkpoint.config import why_not
 from slicer.checkpoint.hub import Source, open_source
 from slicer.checkpoint.sizes import measure_sizes
 from slicer.checkpoint.tensors import DTYPES
+from slicer.data.calibration import read_text
 from slicer.errors import PlanError
 from slicer.heal.patch import NONE, form_for
-from slicer.jobs.bridge import measure, open_walk, read_text
 from slicer.jobs.output import Result, Written, check_place, described, write_verified
 from slicer.jobs.recipe import Recipe
 from slicer.jobs.repair import repair
 from slicer.jobs.request import ConvertRequest
 from slicer.measure.analysis import Analysis
+from slicer.measure.distances import measure_text as measure
 from slicer.model.verify import expected_logits
+from slicer.model.walk import open_walk
 from slicer.plan.amounts import Amount, Goal
 from slicer.plan.choose import Chosen, choose
 from slicer.plan.plan import Plan
@@ -39,7 +41,7 @@ def convert(request: ConvertRequest, progress: Progress | None = None) -> Writte
     trusted = recipe.compute.trust_remote_code
     with open_walk(source.checkpoint, recipe.compute, loads=recipe.loads, wanted=recipe.needs_model) as walk:
         text = read_text(recipe.text, source.path, walk, progress)
-        analysis = measure(walk, text, recipe.halves, progress) if recipe.measures else None
+        analysis = measure(walk, text, recipe.halves, progress) if recipe.measures and walk and text else None
         plan = chosen_plan(source, recipe, analysis, progress)
         bare = Result.of_cut(source, plan, NONE, analysis, trust_remote_code=trusted)
         if request.output.dry_run:
