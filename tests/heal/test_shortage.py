@@ -53,9 +53,9 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
             ["loading the teacher", "--teacher-4bit"],
         ),
         (
-            "slicer.heal.finetune.distillation.ask_beforehand",
+            "slicer.heal.finetune.distillation.cache_teacher",
             ["--kl-weight", 1, "--teacher-cache", "C"],
-            ["asking"],
+            ["teacher's outputs"],
         ),
         ("slicer.data.corpus.sample_tokens", ["--calibration", "self"], ["sampling text", "--device cpu"]),
     ],
