@@ -165,7 +165,7 @@ def serve() -> None:
             alive.discard(pid)
             answer = os.waitstatus_to_exitcode(status) if pid else None
         else:
-            for name in ("slicer.cli", *request["modules"]):
+            for name in ("slicer.cli.main", *request["modules"]):
                 importlib.import_module(name)
             gc.freeze()  # no collection in a fork copies what was imported
             answer = os.fork()
