@@ -11,6 +11,7 @@ import click
 
 from slicer.cli import groups
 from slicer.cli.groups import expert, group, option
+from slicer.data.sources import TextSpec
 from slicer.errors import HealError
 from slicer.heal.finetune.settings import METHODS, of_record
 from slicer.jobs.request import (
@@ -186,14 +187,12 @@ def healing_of(request: ConvertRequest, given: Mapping[str, Any]) -> HealRequest
 
     Its `cut` is not known yet. What is said goes before what the plan records.
     """
-    from slicer.jobs.recipe import recorded_text
-
     record = request.plan.healing if request.plan is not None else None
     method, recorded, text, solver = given["heal"], None, request.text, request.compensation.solver
     if method is None and record is not None and record.training is not None:
         method, recorded = record.method, of_record(record.training.asked)
         if record.text is not None:
-            text = Text.of(text.over(recorded_text(record.text)))
+            text = Text.of(text.over(TextSpec.of_record(record.text)))
         solver = solver or record.solver
     training = groups.training_of(given, method, "--heal", recorded)
     if training is None:
