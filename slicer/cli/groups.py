@@ -78,7 +78,7 @@ class Command(cloup.Command):
             if new is not None:
                 click.echo(f"note: {old} is now {new}; the old name goes in slicer 0.3", err=True)
                 found.append(new + equals + value)
-            elif OLD_NAMES[old]:
+            elif OLD_NAMES[old] or "--lora-r" not in known:
                 found.append(word)  # this command never had it
             else:
                 click.echo(f"note: {old} is ignored: it had one value; it goes in slicer 0.3", err=True)
