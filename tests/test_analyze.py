@@ -23,8 +23,8 @@ from slicer.data.sources import TextSpec
 from slicer.errors import CalibrationError, OutputError
 from slicer.jobs.analyze import analyze
 from slicer.jobs.convert import convert
-from slicer.jobs.options import Options
-from slicer.jobs.request import AnalyzeRequest, Measures, Text
+from slicer.jobs.output import Written
+from slicer.jobs.request import AnalyzeRequest, Compensation, ConvertRequest, Measures, Output, Text
 from slicer.measure.analysis import Analysis
 from slicer.model.load import load_model
 from slicer.plan.amounts import Goal, parse_amount
@@ -137,11 +137,23 @@ def test_from_disk_it_is_the_same(path: Path, text: Path, done: Path, tmp_path: 
     assert found is not None and apart(found, Analysis.load(done)) <= 1e-6
 
 
+def converted(path: Path, out: Path, text: Path, heal: str, *, memory: int | None, verify: str) -> Written:
+    return convert(
+        ConvertRequest(
+            str(path),
+            Goal(drop=parse_amount("2")),
+            compensation=Compensation(heal),
+            text=Text.of(spec(text)),
+            output=Output(out, verify=verify),
+            compute=Compute("cpu", memory=memory),
+        )
+    )
+
+
 def test_convert_reads_from_disk_when_it_must(path: Path, text: Path, tmp_path: Path) -> None:
     results = []
     for name, memory, verify in (("a", None, "logits"), ("b", 300_000, "logits"), ("c", 300_000, "auto")):
-        options = Options(calibration=spec(text), verify=verify, device="cpu", memory=memory, heal="none")
-        results.append(convert(str(path), Goal(drop=parse_amount("2")), tmp_path / name, options))
+        results.append(converted(path, tmp_path / name, text, "none", memory=memory, verify=verify))
     distances = [json.loads((tmp_path / n / "slicer" / "distances.json").read_text()) for n in "ab"]
     for n, row in distances[0]["distances"].items():
         assert distances[1]["distances"][n] == pytest.approx(row, abs=1e-6)
@@ -152,8 +164,7 @@ def test_convert_reads_from_disk_when_it_must(path: Path, text: Path, tmp_path: 
 
 
 def test_a_healed_cut_from_disk(path: Path, text: Path, tmp_path: Path) -> None:
-    options = Options(calibration=spec(text), verify="logits", device="cpu", memory=300_000, heal="fold")
-    done = convert(str(path), Goal(drop=parse_amount("2")), tmp_path / "out", options)
+    done = converted(path, tmp_path / "out", text, "fold", memory=300_000, verify="logits")
     assert done.plan.healing is not None and done.verified == "logits"
 
 
