@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,8 @@ import pytest
 import sources
 import torch
 from click.testing import CliRunner
+from commands import slicer
+from processes import ForkServer
 
 from slicer.cli.main import main
 from slicer.data.calibration import token_batches
@@ -170,24 +170,28 @@ def test_a_healed_cut_from_disk(path: Path, text: Path, tmp_path: Path) -> None:
 
 def command(path: Path, text: Path, out: Path) -> list[str]:
     return [
-        *(sys.executable, "-m", "slicer", "analyze", str(path), "-o", str(out), "--calibration", str(text)),
-        *("--samples", "8", "--seq-len", "24", "--batch-size", "2", "--positions", "6", "--device", "cpu"),
-        *("--memory", "300KB"),
+        *(
+            "analyze",
+            str(path),
+            "-o",
+            str(out),
+            "--calibration",
+            str(text),
+            "--samples",
+            "8",
+            "--seq-len",
+            "24",
+        ),
+        *("--batch-size", "2", "--positions", "6", "--device", "cpu", "--memory", "300KB"),
     ]
 
 
-def test_killed_it_goes_on(path: Path, text: Path, done: Path, tmp_path: Path) -> None:
+def test_killed_it_goes_on(forks: ForkServer, path: Path, text: Path, done: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    mark = out / ".partial" / "0" / "layer-003.safetensors"
-    victim = subprocess.Popen(command(path, text, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not mark.exists() and victim.poll() is None:
-        time.sleep(0.001)
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
+    forks.start(*command(path, text, out), hold=("os.rename", "layer-004.safetensors")).kill_held()
     assert not (out / "analysis.json").exists()
-    again = subprocess.run(command(path, text, out), capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert "resuming after layer" in again.stderr
+    again = slicer(*command(path, text, out))
+    assert again.exit_code == 0 and "resuming after layer" in again.stderr, again.output
     assert apart(Analysis.load(out), Analysis.load(done)) <= 1e-6
     assert not (out / ".partial").exists()
 
@@ -208,8 +212,8 @@ def test_two_processes_are_one(path: Path, text: Path, done: Path, tmp_path: Pat
     """gloo on the CPU, as torchrun starts them: equal to one process to the last bit but for matrix products."""
     out = tmp_path / "out"
     run = subprocess.run(
-        [*(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-         *command(path, text, out)[1:]],
+        [*(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "slicer"),
+         *command(path, text, out)],
         capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import files
 import pytest
 import sources
 from commands import slicer, succeeds
+from processes import ForkServer
 
 
 @pytest.fixture(scope="module")
@@ -314,20 +312,16 @@ def test_configs_that_cannot_be_sliced(
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_a_kill_at_any_moment_leaves_no_output(source: Path, tmp_path: Path, how: signal.Signals) -> None:
+@pytest.mark.parametrize("at", ["shard", "rename"])
+def test_a_kill_leaves_no_output(
+    forks: ForkServer, source: Path, tmp_path: Path, at: str, how: signal.Signals
+) -> None:
+    """While the weights are written, and when all is written and verified."""
     out = tmp_path / "out"
-    for wait in (0.5, 2.0, 4.0):
-        child = subprocess.Popen(
-            [sys.executable, "-m", "slicer", "convert", str(source), "--drop", "1-2", "-o", str(out)],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        time.sleep(wait)
-        child.send_signal(how)
-        code = child.wait()
-        if out.exists():
-            assert (out / "README.md").exists() and (out / "slicer" / "plan.json").exists()
-            assert len(files.read_tensors(out)) == len(files.read_tensors(source)) - 18
-            break
-        assert code != 0
-        if how == signal.SIGTERM:
-            assert not os.listdir(tmp_path)
+    hold = {"shard": ("open", "/.out.slicer-"), "rename": ("os.rename", "/.out.slicer-")}[at]
+    run = forks.start("convert", source, "--drop", "1-2", "-o", out, hold=hold)
+    assert run.kill_held(how) != 0
+    assert not out.exists()
+    left = list(tmp_path.glob("*")) + list(tmp_path.glob(".*/*"))
+    assert bool(left) == (how == signal.SIGKILL)
+    assert any(file.name == "README.md" for file in left) == (how == signal.SIGKILL and at == "rename")

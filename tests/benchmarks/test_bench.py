@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,13 +16,14 @@ import tiny
 from click.testing import CliRunner
 
 from slicer import demo
-from slicer.benchmarks import contestants, machine, transformers_engine, workload
+from slicer.benchmarks import contestants, machine, speculative, transformers_engine, workload
 from slicer.benchmarks.bench import ROUNDS, Request, bench
 from slicer.benchmarks.harness import RUNS, Store, run_rounds
 from slicer.checkpoint.export import export
 from slicer.checkpoint.reader import Checkpoint
 from slicer.cli.main import main
 from slicer.errors import BenchError, OutputError, SlicerError, UsageError
+from slicer.model.load import load_model
 from slicer.plan.plan import Plan
 from slicer.progress import Progress
 from slicer.runtime import memory
@@ -159,6 +161,12 @@ def test_a_stopped_run_goes_on_where_it_was(
         bench(sweep(output_len=9), tmp_path / "out")
     bench(sweep(output_len=9), tmp_path / "out", force=True)
     assert len(ideal) == 15
+
+
+def test_every_depth_is_measured_several_times_unless_told_otherwise(ideal: list[str]) -> None:
+    result = bench(Request(base="demo", drops=("0", "3", "6"), engine="transformers"))
+    (times,) = set(Counter(ideal).values())
+    assert times > 1 and len(result["runs"]) == 3 * times and result["rounds"] == times
 
 
 def test_each_round_has_an_order_of_its_own() -> None:
@@ -317,6 +325,16 @@ def test_vllm_measures_and_leaves_no_process(tmp_path: Path) -> None:
 
 @needs_vllm
 def test_a_draft_is_measured_against_its_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a draft vLLM writes what the original alone writes, here asked of transformers."""
+    by_vllm = speculative.measure
+
+    def measure(original: contestants.Contestant, draft: Any, work: workload.Workload, *more: Any) -> Any:
+        if draft is not None:
+            return by_vllm(original, draft, work, *more)
+        texts = [written(Path(original.path), prompt, work.output_len) for prompt in more[0]]
+        return {"output_tokens_per_second": 1.0, "texts": texts, "spec_decode": {}}
+
+    monkeypatch.setattr(speculative, "measure", measure)
     draft = export(Checkpoint.open(demo.path()), Plan.dropping(12, (5, 6)), tmp_path / "demo-10L")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("And the LORD said unto\nThe captain of the ship\n")
@@ -327,7 +345,18 @@ def test_a_draft_is_measured_against_its_original(tmp_path: Path, monkeypatch: p
     result = bench(request, tmp_path / "out")
     alone, drafted = result["speculative"]["rows"]
     assert alone["draft"] is None and alone["speed_up"] == 1
-    assert drafted["draft"] == "demo-10L" and drafted["outputs_identical"]
+    assert drafted["draft"] == "demo-10L" and drafted["outputs_identical"] and drafted["prompts"] == 2
     assert len(drafted["acceptance_by_position"]) == 2
     assert all(0 <= rate <= 1 for rate in drafted["acceptance_by_position"])
+    assert drafted["mean_accepted_length"] > 1, "it is a cut of the original: it guesses some tokens"
     assert (tmp_path / "out" / "bench.svg").is_file() and ROUNDS > 1
+
+
+def written(path: Path, prompt: str, tokens: int) -> str:
+    """What transformers writes after the prompt."""
+    from transformers import AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(path), load_model(path, dtype="float32", device="cpu")
+    given = tokenizer(prompt, return_tensors="pt")
+    made = model.generate(**given, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+    return str(tokenizer.decode(made[0, given["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -39,7 +39,7 @@ def test_what_is_not_slicers_is_neither_used_nor_removed(tmp_path: Path, force: 
 def test_a_cut_whose_making_was_stopped_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import slicer.convert as module
+    import slicer.jobs.convert as module
 
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt

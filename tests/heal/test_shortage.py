@@ -53,9 +53,9 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
             ["loading the teacher", "--teacher-4bit"],
         ),
         (
-            "slicer.heal.finetune.distillation.ask_beforehand",
+            "slicer.heal.finetune.distillation.cache_teacher",
             ["--kl-weight", 1, "--teacher-cache", "C"],
-            ["asking"],
+            ["teacher's outputs"],
         ),
         ("slicer.data.corpus.sample_tokens", ["--calibration", "self"], ["sampling text", "--device cpu"]),
     ],
@@ -79,7 +79,7 @@ def test_it_goes_on_with_what_was_advised_and_has_the_same_losses(
     given: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Out of memory in the middle, then at the end."""
-    from slicer.heal.finetune import run, trainer
+    from slicer.heal.finetune import result, trainer
 
     succeeds(*given, "-o", tmp_path / "undisturbed")
     honest, steps = trainer.cross_entropy, []
@@ -92,7 +92,7 @@ def test_it_goes_on_with_what_was_advised_and_has_the_same_losses(
     result = slicer(*given, "-o", tmp_path / "out")
     assert result.exit_code == 1 and "--micro-batch 1, --gradient-checkpointing" in result.stderr
     monkeypatch.setattr(trainer, "cross_entropy", honest)
-    write = run.write
+    write = result.write
     monkeypatch.setattr(run, "write", fails)
     less = ["--micro-batch", 1, "--gradient-checkpointing"]
     result = slicer(*given, *less, "-o", tmp_path / "out")

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ import pytest
 import sources
 import torch
 from commands import slicer, succeeds
+from processes import TRAINING, ForkServer
 
 from slicer.plan.plan import Plan
 
@@ -217,18 +214,15 @@ def test_all_weights_can_be_trained(sliced: Path, text: list[object], tmp_path: 
     assert files.read_tensors(tmp_path / "folded") == files.read_tensors(tmp_path / "expected")
 
 
-def test_a_killed_run_goes_on_with_the_same_losses(sliced: Path, text: list[object], tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_with_the_same_losses(
+    forks: ForkServer, sliced: Path, text: list[object], tmp_path: Path
+) -> None:
     given = ["heal", sliced, "--method", "lora", *QUICK, *text, *FEW, "--steps", 24, "--eval-every", 4]
     given += ["--patience", 0, "--dropout", 0.1]
     succeeds(*given, "-o", tmp_path / "undisturbed")
-    command = [sys.executable, "-m", "slicer", *map(str, given), "-o", str(tmp_path / "killed")]
     work = tmp_path / "killed.training"
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
-        until = time.monotonic() + 120
-        while not any(work.glob("run/checkpoint-*/whole")):
-            assert run.poll() is None and time.monotonic() < until, run.stderr and run.stderr.read()
-            time.sleep(0.002)
-        run.send_signal(signal.SIGKILL)
+    run = forks.start(*given, "-o", tmp_path / "killed", modules=TRAINING)
+    run.kill_when(lambda: any(work.glob("run/checkpoint-*/whole")))
     assert not (tmp_path / "killed").exists() and work.is_dir()
     other = slicer(*given, "--lr", 1e-4, "-o", tmp_path / "killed")
     assert other.exit_code == 1 and "unfinished training" in other.output
@@ -238,27 +232,14 @@ def test_a_killed_run_goes_on_with_the_same_losses(sliced: Path, text: list[obje
     assert not work.exists()
 
 
-def test_two_processes_train_as_one(sliced: Path, text: list[object], tmp_path: Path) -> None:
+def test_two_processes_train_as_one(
+    forks: ForkServer, sliced: Path, text: list[object], tmp_path: Path
+) -> None:
     given = ["heal", sliced, "--method", "lora", "--train-from", "cut", "--verify", "none", *text, *FEW]
     given += ["--dropout", 0, "--micro-batch", 2]
     succeeds(*given, "-o", tmp_path / "one")
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--rdzv-backend",
-        "c10d",
-    ]
-    launch += ["--rdzv-endpoint", "127.0.0.1:0", "-m", "slicer", *map(str, given)]
-    result = subprocess.run(
-        [*launch, "-o", str(tmp_path / "two")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    for run in forks.start_group(2, *given, "-o", tmp_path / "two", modules=TRAINING):
+        run.succeeds()
     one, two = history_of(tmp_path / "one"), history_of(tmp_path / "two")
     for kind in ("train", "held_out"):
         assert one[kind].keys() == two[kind].keys()

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from processes import EVALUATION, ForkServer
 
 from slicer import demo
 from slicer.checkpoint.export import export
@@ -26,7 +22,7 @@ from slicer.sweep.table import read_table
 
 GRID = [
     "--drop",
-    "0,2,4",
+    "0,4",
     "--strategies",
     "similarity,random",
     "--limit",
@@ -53,7 +49,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_cell_is_what_the_exported_cut_scores(swept: Path, tmp_path: Path) -> None:
     table = read_table(swept)
-    assert table.missing == 0 and len(table.rows) == 9
+    assert table.missing == 0 and len(table.rows) == 5
     row = next(r for r in table.rows if r.n == 4 and r.strategy == "similarity" and r.heal == "none")
     export(Checkpoint.open(demo.path()), Plan.dropping(12, row.dropped), tmp_path / "cut")
     text = demo.path().parent / "heldout.txt"
@@ -71,46 +67,26 @@ def test_healing_lowers_the_loss(swept: Path) -> None:
     assert healed.loss.nats_per_token < bare.loss.nats_per_token
 
 
-def test_a_killed_sweep_ends_with_the_same_table(swept: Path, tmp_path: Path) -> None:
+def test_a_killed_sweep_ends_with_the_same_table(forks: ForkServer, swept: Path, tmp_path: Path) -> None:
     directory = tmp_path / "s"
-    arguments = [sys.executable, "-m", "slicer", "sweep", "demo", *GRID, *FIXED, "--heal", "none,fold"]
-    process = subprocess.Popen(
-        [*arguments, "-o", str(directory)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while (
-        not list(directory.glob("cells/0*.json")) and time.monotonic() < deadline and process.poll() is None
-    ):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    arguments = ["sweep", "demo", *GRID, *FIXED, "--heal", "none,fold", "-o", directory]
+    forks.start(*arguments, modules=EVALUATION, hold=("os.rename", "-fold")).kill_held()
     done = set(directory.glob("cells/0*.json"))
-    assert 0 < len(done) < 8
+    assert 0 < len(done) < 4
     stamps = {file: file.stat().st_mtime_ns for file in done}
     assert sweep(directory, "--heal", "none,fold").exit_code == 0
     assert (directory / "table.csv").read_bytes() == (swept / "table.csv").read_bytes()
     assert {file: file.stat().st_mtime_ns for file in done} == stamps, "finished cells were run again"
 
 
-def test_two_processes_share_the_cells(swept: Path, tmp_path: Path) -> None:
+def test_two_processes_share_the_cells(forks: ForkServer, swept: Path, tmp_path: Path) -> None:
     directory = tmp_path / "s"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "slicer",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "sweep", "demo", *GRID, *FIXED, "--heal", "none,fold", "-o", str(directory)],
-        capture_output=True, text=True, env=environment, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("12 layers") == 1, "only the first process speaks"
+    arguments = ["sweep", "demo", *GRID, *FIXED, "--heal", "none,fold", "-o", directory]
+    group = forks.start_group(2, *arguments, modules=EVALUATION)
+    for run in group:
+        run.succeeds()
+    said = [run.output.read_text() for run in group]
+    assert "12 layers" in said[0] and not said[1], "only the first process speaks"
     assert (directory / "table.csv").read_bytes() == (swept / "table.csv").read_bytes()
 
 
@@ -258,6 +234,6 @@ def test_a_cell_is_trained_with_its_own_seed_and_rank(tmp_path: Path) -> None:
 def test_a_damaged_cell_is_measured_again(swept: Path, tmp_path: Path) -> None:
     directory = tmp_path / "s"
     shutil.copytree(swept, directory)
-    (directory / "cells" / "002-similarity-none.json").write_text('{"cell": ')
+    (directory / "cells" / "004-similarity-none.json").write_text('{"cell": ')
     assert sweep(directory, "--heal", "none,fold").exit_code == 0
     assert (directory / "table.csv").read_bytes() == (swept / "table.csv").read_bytes()

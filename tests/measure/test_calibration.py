@@ -158,6 +158,7 @@ def test_a_model_without_a_template(path: Path, model: Any, tmp_path: Path) -> N
         tokens(plain, model, talk)
 
 
+@pytest.mark.usefixtures("own_tasks_read_once")
 def test_a_tasks_prompts_and_answers(path: Path, model: Any, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     rows = [{"q": f"is {i} even", "a": i % 2} for i in range(40)]
