@@ -16,10 +16,9 @@ from slicer.checkpoint import tensors
 from slicer.checkpoint.export import Contents
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import SlicerError, SourceError, VerificationError
-from slicer.model.layers import logits_of
-from slicer.model.load import Model, build_on_meta, load_model, meta_tensors
+from slicer.model.load import Model, build_on_meta, meta_tensors
 from slicer.model.pruned import Edits, pruned_logits
-from slicer.model.walk import Walk
+from slicer.model.walk import Walk, open_walk
 from slicer.plan.plan import Plan
 from slicer.progress import Progress
 from slicer.runtime.compute import Compute
@@ -123,8 +122,9 @@ def check_contents(
             errors = replace(errors, rounding=rounding)
     if expected.text:
         progress.stage("Measuring the loss after")
-        model = _loaded(directory, replace(compute, dtype=expected.text_dtype))
-        errors = replace(errors, loss=text_loss(model, expected.text))
+        precision = replace(compute, dtype=expected.text_dtype)
+        with open_walk(Checkpoint.open(directory), precision, loads=True) as walk:
+            errors = replace(errors, loss=text_loss(walk.model, expected.text))
     return errors
 
 
@@ -208,28 +208,11 @@ def text_loss(model: Model, text: Sequence[tuple[torch.Tensor, torch.Tensor]]) -
     return total / count
 
 
-def _loaded(directory: Path, compute: Compute) -> Model:
-    return load_model(
-        directory,
-        dtype=compute.dtype or "auto",
-        device=compute.device,
-        trust_remote_code=compute.trust_remote_code,
-    )
-
-
 def _logits(directory: Path, tokens: torch.Tensor, compute: Compute, loads: bool) -> torch.Tensor:
     """Logits of the written checkpoint. Raises VerificationError where transformers cannot load it."""
     try:
-        if loads:
-            return logits_of(_loaded(directory, compute), tokens)
-        walk = Walk.out_of_core(
-            directory,
-            dtype=compute.dtype or "auto",
-            device=compute.device,
-            memory_bytes=compute.memory,
-            trust_remote_code=compute.trust_remote_code,
-        )
-        return pruned_logits(walk, tokens)
+        with open_walk(Checkpoint.open(directory), compute, loads=loads) as walk:
+            return pruned_logits(walk, tokens)
     except SlicerError as error:
         raise VerificationError(f"the written checkpoint does not load: {error}") from None
 
