@@ -202,7 +202,7 @@ def test_an_unfinished_run_of_something_else_is_kept(path: Path, text: Path, tmp
         (work.path / "layer-001.safetensors").write_text("hours of work")
         with pytest.raises(OutputError, match="another run"):
             analyze(request(path, out, spec(text), overwrite=True))
-    with pytest.raises(OutputError, match="unfinished analysis .*--force"):
+    with pytest.raises(OutputError, match="unfinished analysis .*--overwrite"):
         analyze(request(path, out, spec(text)))
     assert (out / ".partial" / "0" / "layer-001.safetensors").read_text() == "hours of work"
     assert analyze(request(path, out, spec(text), overwrite=True)) is not None

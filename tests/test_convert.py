@@ -129,7 +129,7 @@ def test_strategies_that_read_nothing(
 
 @pytest.mark.parametrize(
     ("budget", "layers"),
-    [(["--keep", 4], 4), (["--max-params", "110K"], None), (["--max-bytes", "300KB"], None)],
+    [(["--keep-layers", 4], 4), (["--max-params", "110K"], None), (["--max-bytes", "300KB"], None)],
 )
 def test_budgets_take_the_smallest_cut(source: Path, budget: list[object], layers: int | None) -> None:
     def look(n: int) -> dict[str, int]:
@@ -210,12 +210,12 @@ def test_force_replaces_a_checkpoint_only(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     succeeds("convert", source, "--drop", "1-2", "-o", out)
     assert slicer("convert", source, "--drop", "1-3", "-o", out).exit_code == 1
-    succeeds("convert", source, "--drop", "1-3", "-o", out, "--force")
+    succeeds("convert", source, "--drop", "1-3", "-o", out, "--overwrite")
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 3
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("x")
-    assert slicer("convert", source, "--drop", "1-3", "-o", precious, "--force").exit_code == 1
+    assert slicer("convert", source, "--drop", "1-3", "-o", precious, "--overwrite").exit_code == 1
     assert os.listdir(precious) == ["thesis.txt"]
 
 
@@ -246,8 +246,8 @@ BAD: list[tuple[str, Callable[[Path], list[object]], int, str]] = [
     ("drop everything", lambda _: ["--drop", "6"], 1, "at most 5"),
     ("block outside", lambda _: ["--drop", "4-9"], 1, "layer 6"),
     ("no amount", lambda _: [], 2, "--drop"),
-    ("two amounts", lambda _: ["--drop", "1", "--keep", "3"], 2, "exactly one"),
-    ("keep everything", lambda _: ["--keep", "6"], 1, "--keep"),
+    ("two amounts", lambda _: ["--drop", "1", "--keep-layers", "3"], 2, "exactly one"),
+    ("keep everything", lambda _: ["--keep-layers", "6"], 1, "--keep-layers"),
     ("impossible budget", lambda _: ["--max-bytes", "1KB", "--strategy", "tail"], 1, "out of reach"),
     # before anything is measured: no calibration data can be had here
     ("impossible budget, unmeasured", lambda _: ["--max-params", "1K"], 1, "out of reach"),
@@ -284,7 +284,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 @pytest.mark.parametrize("place", ["", "inside", ".."])
 def test_an_output_that_would_touch_the_source_is_refused(source: Path, tmp_path: Path, place: str) -> None:
     before = tree(source)
-    result = slicer("convert", source, "--drop", "1-2", "-o", source / place, "--force")
+    result = slicer("convert", source, "--drop", "1-2", "-o", source / place, "--overwrite")
     assert result.exit_code == 1 and "source" in result.output
     assert tree(source) == before
 

@@ -112,7 +112,7 @@ def analyze(source: str, **given: Any) -> None:
     from slicer.cli.render import progress as bars
     from slicer.jobs.analyze import analyze as run
 
-    counts = {
+    counts: dict[str, Any] = {
         name: parse_counts(given[name], f"--{name}")
         for name in ("losses", "healed")
         if given[name] is not None

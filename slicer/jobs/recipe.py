@@ -264,7 +264,7 @@ _TEXT_OPTIONS = {
     "seq_len": "--seq-len",
     "batch_size": "--batch-size",
     "seed": "--seed",
-    "column": "--text-column",
+    "column": "--column",
 }
 
 

@@ -224,8 +224,8 @@ def test_what_does_not_fit_in_memory_is_refused(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        ([], 2, "--config"),
-        (["demo", "--config", "c.json"], 2, "not both"),
+        ([], 2, "--model-config"),
+        (["demo", "--model-config", "c.json"], 2, "not both"),
         (["demo", "demo", "--drop", "0,2"], 2, "not both"),
         (["demo", "--drop", "0,x"], 2, "'x'"),
         (["demo", "--drop", "0,12"], 1, "12 layers"),
@@ -233,7 +233,7 @@ def test_what_does_not_fit_in_memory_is_refused(monkeypatch: pytest.MonkeyPatch)
         (["demo", "--speculative"], 2, "SLICED"),
         (["demo", "--kv-cache", "much"], 2, "not a size"),
         (["demo", "--input-len", "600"], 1, "context of 512"),
-        (["--config", "{tmp}/none.json"], 1, "No such file"),
+        (["--model-config", "{tmp}/none.json"], 1, "No such file"),
         (["{tmp}"], 1, "no config.json"),
         (["demo", "-o", "{tmp}/file"], 1, "not a directory"),
         (["demo", "-o", "{tmp}/full"], 1, "not created by slicer"),

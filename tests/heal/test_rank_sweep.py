@@ -43,8 +43,17 @@ def test_it_begins_with_the_largest_and_tries_the_others_where_that_hurts(
     whole = sources.save_llama(tmp_path / "whole")
     text = demo.path().parent / "heldout.txt"
     assert slicer("convert", whole, "--drop", "2-3", "--heal", "none", "-o", tmp_path / "cut").exit_code == 0
-    given: list[Any] = ["heal", tmp_path / "cut", "--method", "lora", "--start", "cut", "--calibration", text]
-    given += ["--steps", 2, "--train-batch-size", 4, "--train-seq-len", 16, "--verify", "load"]
+    given: list[Any] = [
+        "heal",
+        tmp_path / "cut",
+        "--method",
+        "lora",
+        "--train-from",
+        "cut",
+        "--calibration",
+        text,
+    ]
+    given += ["--max-steps", 2, "--train-batch-size", 4, "--train-seq-len", 16, "--verify", "load"]
     result = slicer(*given, "--rank-sweep", "2,8,4", "-o", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)["healing"]
@@ -55,7 +64,7 @@ def test_it_begins_with_the_largest_and_tries_the_others_where_that_hurts(
     assert sorted(os.listdir(tmp_path)) == ["cut", "out", "whole"]
     again = slicer(*given, "--rank-sweep", "2", "-o", tmp_path / "out")
     assert again.exit_code == 1 and "not empty" in again.output
-    for more in (["--rank-sweep", "2,x"], ["--rank-sweep", "2", "--rank", 4], ["--rank-metric", "loss"]):
+    for more in (["--rank-sweep", "2,x"], ["--rank-sweep", "2", "--lora-r", 4], ["--rank-metric", "loss"]):
         assert slicer(*given, *more, "-o", tmp_path / "again").exit_code == 2
 
 

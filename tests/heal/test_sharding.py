@@ -36,14 +36,14 @@ FEW: list[object] = [
     "cut",
     "--verify",
     "none",
-    "--dropout",
+    "--lora-dropout",
     0,
-    "--lr",
+    "--learning-rate",
     3e-3,
     "--micro-batch",
     2,
 ]
-FEW += ["--steps", 6, "--train-batch-size", 4, "--train-seq-len", 32, "--eval-every", 2, "--patience", 0]
+FEW += ["--max-steps", 6, "--train-batch-size", 4, "--train-seq-len", 32, "--eval-every", 2, "--patience", 0]
 FEW += ["--validation-samples", 4]
 
 
@@ -62,7 +62,7 @@ def given(sliced: Path, held_out_file: Path) -> list[object]:
 
 
 def lora(given: list[object]) -> list[object]:
-    return [*given, "--method", "lora", "--rank", 4]
+    return [*given, "--method", "lora", "--lora-r", 4]
 
 
 def start(forks: ForkServer, given: list[object], out: Path) -> list[Run]:
@@ -123,7 +123,7 @@ def test_sharded_processes_train_as_one(
 def test_so_they_do_with_every_method(
     method: str, forks: ForkServer, given: list[object], sliced: Path, tmp_path: Path
 ) -> None:
-    given = [*given, "--method", method, *(["--rank", 4] if method == "qlora" else [])]
+    given = [*given, "--method", method, *(["--lora-r", 4] if method == "qlora" else [])]
     succeeds(*given, "-o", tmp_path / "one")
     finishes(start(forks, given, tmp_path / "two"))
     assert train_as_one(tmp_path / "one", tmp_path / "two", sliced)

@@ -35,17 +35,29 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
         "lora",
         "--calibration",
         text,
-        "--start",
+        "--train-from",
         "cut",
     ]
-    options += ["--steps", 60, "--train-batch-size", 4, "--train-seq-len", 16, "--eval-every", 20]
-    return [*options, "--dropout", 0, "--patience", 0, "--rank", 4, "--lr", 3e-3, "--verify", "load"]
+    options += ["--max-steps", 60, "--train-batch-size", 4, "--train-seq-len", 16, "--eval-every", 20]
+    return [
+        *options,
+        "--lora-dropout",
+        0,
+        "--patience",
+        0,
+        "--lora-r",
+        4,
+        "--learning-rate",
+        3e-3,
+        "--verify",
+        "load",
+    ]
 
 
 @pytest.mark.parametrize(
     ("where", "more", "words"),
     [
-        ("slicer.heal.finetune.run.heal", ["--start", "fold"], ["in the fold", "--train-from cut"]),
+        ("slicer.heal.finetune.run.heal", ["--train-from", "fold"], ["in the fold", "--train-from cut"]),
         ("slicer.heal.finetune.run.adapters.load", [], ["loading the model", "--method qlora"]),
         (
             "slicer.heal.finetune.distillation.load_model",

@@ -115,9 +115,9 @@ def test_asked_beforehand_it_says_the_same(whole: Path, tmp_path: Path, memory: 
 def test_it_takes_part_in_training(whole: Path, tmp_path: Path) -> None:
     text = sources.save_text(tmp_path / "t.jsonl", 60)
     assert slicer("convert", whole, "--drop", "2-3", "--heal", "none", "-o", tmp_path / "cut").exit_code == 0
-    given = ["heal", tmp_path / "cut", "--method", "lora", "--start", "cut", "--calibration", text]
-    given += ["--steps", 6, "--train-batch-size", 4, "--micro-batch", 2, "--train-seq-len", 16]
-    given += ["--lr", 3e-3, "--rank", 4, "--verify", "none"]
+    given = ["heal", tmp_path / "cut", "--method", "lora", "--train-from", "cut", "--calibration", text]
+    given += ["--max-steps", 6, "--train-batch-size", 4, "--micro-batch", 2, "--train-seq-len", 16]
+    given += ["--learning-rate", 3e-3, "--lora-r", 4, "--verify", "none"]
     losses = {}
     for name, more in {
         "plain": [],

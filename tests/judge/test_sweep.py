@@ -115,7 +115,7 @@ def test_a_cell_has_one_worker(tmp_path: Path) -> None:
 
 def test_keep_writes_a_plan_that_convert_takes(tmp_path: Path) -> None:
     directory = tmp_path / "s"
-    result = sweep(directory, "--keep", "0.9", "--metric", "c4", "--json")
+    result = sweep(directory, "--retain", "0.9", "--metric", "c4", "--json")
     assert result.exit_code == 0, result.output
     plan = Plan.load(directory / "plan.json")
     assert plan.strategy == "similarity" and 0 < len(plan.dropped) < 12
@@ -128,7 +128,7 @@ def test_keep_writes_a_plan_that_convert_takes(tmp_path: Path) -> None:
 
 def test_what_keep_found_is_healed_again_as_it_was_measured(tmp_path: Path) -> None:
     text = ["--calibration", str(demo.path().parent / "heldout.txt")]
-    result = sweep(tmp_path / "s", *text, "--keep", "0.9", "--metric", "c4", "--heal", "fold")
+    result = sweep(tmp_path / "s", *text, "--retain", "0.9", "--metric", "c4", "--heal", "fold")
     assert result.exit_code == 0, result.output
     given = ["convert", "demo", "--plan", str(tmp_path / "s" / "plan.json"), "-o", str(tmp_path / "out")]
     made = CliRunner().invoke(main, given)
@@ -178,13 +178,13 @@ def test_other_data_is_another_sweep(data: Path, tmp_path: Path) -> None:
 
 def test_one_line_for_what_cannot_be(swept: Path, tmp_path: Path) -> None:
     for arguments, code, words in (
-        (["--keep", "0.9", "--metric", "mmlu"], 1, "not measured"),
-        (["--metric", "c4"], 2, "--keep"),
+        (["--retain", "0.9", "--metric", "mmlu"], 1, "not measured"),
+        (["--metric", "c4"], 2, "--retain"),
         (["--drop", "0,40"], 1, "at most 11"),
         (["--heal", "prayer"], 2, "choose from"),
         (["--strategies", "similarity@3"], 2, "choose from"),
         (["--calibration", "none.txt"], 1, "no such file"),
-        (["--steps", "5"], 2, "--heal"),
+        (["--max-steps", "5"], 2, "--heal"),
         (["--seeds", "a"], 2, "whole numbers"),
         (["--ablate", "seed"], 2, "--suite paper"),
     ):
@@ -207,15 +207,15 @@ def test_a_cell_is_trained_with_its_own_seed_and_rank(tmp_path: Path) -> None:
         "deepest",
     ]
     few = [
-        "--steps",
+        "--max-steps",
         "4",
         "--train-batch-size",
         "2",
         "--train-seq-len",
         "32",
-        "--start",
+        "--train-from",
         "cut",
-        "--lr",
+        "--learning-rate",
         "1e-3",
     ]
     given = [*text, *few, "--heal", "qlora@2", "--seeds", "1"]
@@ -227,7 +227,7 @@ def test_a_cell_is_trained_with_its_own_seed_and_rank(tmp_path: Path) -> None:
     assert (settings := record["healing"]["training"]["settings"])["rank"] == 2 and settings["seed"] == 1
     assert record["evaluation"]["loss"]["nats_per_token"] > 0
     assert not (tmp_path / "s" / "training").exists()
-    other = sweep(tmp_path / "s", *given, "--lr", "1e-4")
+    other = sweep(tmp_path / "s", *given, "--learning-rate", "1e-4")
     assert other.exit_code == 1 and "trained with other options" in other.output
 
 

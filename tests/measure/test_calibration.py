@@ -114,7 +114,7 @@ def _write(file: Path, content: str) -> Path:
         ("e.txt", "\n\n  \n\n", "no text"),
         ("s.txt", "too short", "more text$"),
         ("m.txt", "not too short for a few " * 4, "--samples [1-9]"),
-        ("c.jsonl", '{"body": "a"}\n', "--text-column"),
+        ("c.jsonl", '{"body": "a"}\n', "--column"),
         ("b.jsonl", '{"text": "a"}\n{"text": \n', "line 2"),
         ("n.jsonl", '{"text": 4}\n', "has no text"),
         ("x.parquet", "not parquet", "not a parquet file"),
