@@ -41,7 +41,7 @@ def convert(request: ConvertRequest, progress: Progress | None = None) -> Writte
     trusted = recipe.compute.trust_remote_code
     with open_walk(source.checkpoint, recipe.compute, loads=recipe.loads, wanted=recipe.needs_model) as walk:
         text = read_text(recipe.text, source.path, walk, progress)
-        analysis = measure(walk, text, recipe.halves, progress) if walk and text and recipe.measures else None
+        analysis = measure(walk, text, recipe.halves, progress) if recipe.measures and walk and text else None
         plan = chosen_plan(source, recipe, analysis, progress)
         bare = Result.of_cut(source, plan, NONE, analysis, trust_remote_code=trusted)
         if request.output.dry_run:

@@ -25,6 +25,7 @@ from slicer.measure.analysis import Analysis, Distances
 from slicer.plan.amounts import Amount, Goal
 from slicer.plan.choose import choose
 from slicer.plan.plan import METRIC, Plan
+from slicer.plan.records import TextRecord
 from slicer.progress import Progress
 from slicer.runtime import memory
 from slicer.runtime.compute import Compute
@@ -189,7 +190,7 @@ class Sweep:
                 distances.samples,
                 distances.seq_len,
                 {METRIC: distances},
-                calibration=self._provenance,
+                calibration=TextRecord.of(self._provenance),
             )
         return choose(goal, self.depth, measured, why_not, strategy=cell.strategy, seed=cell.seed).plan
 

@@ -14,6 +14,8 @@ from slicer.errors import PlanError
 from slicer.measure.analysis import Analysis, Distances
 from slicer.measure.distances import measure_loaded
 from slicer.model.load import load_model
+from slicer.plan.records import TextRecord
+from slicer.progress import Progress
 
 LAYERS = 5
 
@@ -68,9 +70,18 @@ def test_the_size_of_a_batch_does_not_matter(model: Any) -> None:
 
 
 def test_progress_counts_batches(model: Any) -> None:
-    seen: list[tuple[int, int]] = []
-    measure_loaded(model, batches(), progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    class Counting(Progress):
+        total, done = 0, 0
+
+        def stage(self, name: str, total: int = 0, unit: str = "") -> None:
+            self.total += total
+
+        def advance(self, count: int = 1) -> None:
+            self.done += count
+
+    progress = Counting()
+    measure_loaded(model, batches(), progress)
+    assert progress.total == progress.done == 3
 
 
 def test_json_there_and_back(model: Any) -> None:
@@ -89,7 +100,7 @@ def test_an_analysis_comes_back_from_json(model: Any) -> None:
     holes = Distances(LAYERS, 6, 10, {1: [math.nan] + [0.1] * 4}, {1: [0.0] * 5}, "healed_loss")
     whole = Analysis(
         LAYERS, 6, 10, {table.metric: table, "healed_loss": holes}, source="org/name",
-        greedy=({"layer": 3, "loss": 2.0},), calibration={"source": "text"}, positions=(4, 9),
+        greedy=({"layer": 3, "loss": 2.0},), calibration=TextRecord("text", 6, 10), positions=(4, 9),
     )  # fmt: skip
     again = Analysis.from_json(whole.to_json())
     assert again.to_json() == whole.to_json() and again.distances() == whole.distances()

@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from slicer.errors import ArchitectureError
-from slicer.measure.distances import measure_loaded, measure_halves, record_halves, tables_of_halves
+from slicer.measure.distances import measure_halves, measure_loaded, record_halves, tables_of_halves
 from slicer.model.layers import decoder_layers
 from slicer.model.sublayers import MidLayerTap
 from slicer.model.walk import Walk
