@@ -403,7 +403,7 @@ def training_of(
     Raises UsageError where options of training are given and nothing is trained.
     """
     values: dict[str, Any] = {f.name: given.get(_TRAINS + f.name) for f in fields(Training)}
-    values = {name: value for name, value in values.items() if value not in (None, False)}
+    values = {name: value for name, value in values.items() if value is not None and value is not False}
     if method not in METHODS:
         others = [name for name in ("save_adapter", "rank_sweep", *_OF_RANK) if given.get(name) is not None]
         for name in [*(_NAMES.get(n, n) for n in values), *others]:
@@ -454,7 +454,13 @@ def recorded_command(unrecorded: Iterable[str] = UNRECORDED, *, defaults: bool =
     for parameter in context.command.params:
         name = parameter.name or ""
         value = context.params.get(name)
-        if parameter in arguments or name not in given or name in unrecorded or value in (None, False):
+        if (
+            parameter in arguments
+            or name not in given
+            or name in unrecorded
+            or value is None
+            or value is False
+        ):
             continue
         if defaults or value != parameter.default:
             words += [parameter.opts[-1]] if value is True else [parameter.opts[-1], str(value)]

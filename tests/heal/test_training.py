@@ -233,7 +233,7 @@ def test_a_killed_run_goes_on_with_the_same_losses(
     succeeds(*given, "-o", tmp_path / "undisturbed")
     work = tmp_path / "killed.training"
     run = forks.start(*given, "-o", tmp_path / "killed", modules=TRAINING)
-    run.kill_when(lambda: any(work.glob("run/checkpoint-*/whole")))
+    run.kill_when(lambda: any(work.glob("run/checkpoint-*/complete")))
     assert not (tmp_path / "killed").exists() and work.is_dir()
     other = slicer(*given, "--learning-rate", 1e-4, "-o", tmp_path / "killed")
     assert other.exit_code == 1 and "unfinished training" in other.output
