@@ -11,14 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slicer.checkpoint import tensors
-from slicer.checkpoint.export import copy_unchanged
+from slicer.checkpoint.export import unchanged, write
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import HealError
 from slicer.heal.finetune import model as adapters
-from slicer.heal.finetune.full import homes_of, probe_of, spans_of
+from slicer.heal.finetune.full import homes_of, spans_of, trained_logits
 from slicer.heal.finetune.settings import Training, resolve
-from slicer.model.adapter import check_merged
 from slicer.model.load import load_model
+from slicer.model.verify import check_contents
+from slicer.progress import Progress
+from slicer.runtime.compute import Compute
 
 State = dict[str, torch.Tensor]
 
@@ -92,10 +94,11 @@ def test_the_written_checkpoint_has_the_trained_weights(
     trained = Checkpoint.open(tmp_path / "trained")
     spans = spans_of(base, trained, homes)
     assert spans.keys() == state.keys() - ignored
+    contents, expected = unchanged(base, spans), trained_logits(base, trained, homes, Compute("cpu"))
     (tmp_path / "out").mkdir()
-    copy_unchanged(base, tmp_path / "out", replaced=spans)
-    same, _ = check_merged(base, tmp_path / "out", probe_of(base, trained, homes))
-    assert same < 1e-5
+    write(contents, tmp_path / "out")
+    same = check_contents(tmp_path / "out", contents, expected, Compute("cpu"), Progress()).same
+    assert same is not None and same < 1e-5
     out = Checkpoint.open(tmp_path / "out").tensors
     assert {key: span.dtype for key, span in out.items()} == {key: s.dtype for key, s in base.tensors.items()}
     if change in (twice, two_of_one):

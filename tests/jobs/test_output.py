@@ -71,18 +71,24 @@ def test_a_changed_tensor_that_is_not_there_bit_for_bit_is_found(
     count = itertools.count()
     patch = patched(source, lambda: weight(source, next(count)))  # another one whenever it is made
     with pytest.raises(VerificationError, match=KEY):
-        write_verified(Result.of_cut(source, PLAN, patch), None, Output(tmp_path / "o", verify=verify), CPU, QUIET)
+        write_verified(
+            Result.of_cut(source, PLAN, patch), None, Output(tmp_path / "o", verify=verify), CPU, QUIET
+        )
     assert not os.listdir(tmp_path)
 
 
-def test_the_logits_of_loaded_and_streamed_walks_are_those_of_the_result(source: Source, tmp_path: Path) -> None:
+def test_the_logits_of_loaded_and_streamed_walks_are_those_of_the_result(
+    source: Source, tmp_path: Path
+) -> None:
     model = load_model(source.path, device="cpu")
     for walk in (Walk.in_memory(model), Walk.out_of_core(source.path, device="cpu")):
         expected = expected_logits(walk, PLAN, {}, "logits")
         assert expected is not None and expected.loads is walk.loaded
         out = Output(tmp_path / f"loaded-{walk.loaded}")
         written = write_verified(Result.of_cut(source, PLAN, NONE), expected, out, CPU, QUIET)
-        assert written.verified == "logits" and written.logits_error is not None and written.logits_error < 1e-5
+        assert (
+            written.verified == "logits" and written.logits_error is not None and written.logits_error < 1e-5
+        )
         wrong = replace(expected, logits=expected.logits * 1.01)
         with pytest.raises(VerificationError, match="logits differ"):
             write_verified(Result.of_cut(source, PLAN, NONE), wrong, Output(tmp_path / "wrong"), CPU, QUIET)
@@ -95,9 +101,7 @@ def test_rounded_weights_are_compared_twice(source: Source, tmp_path: Path) -> N
     expected = expected_logits(Walk.in_memory(model), PLAN, {}, "logits")
     assert expected is not None and expected.logits is not None
     rounded = replace(expected, exact=expected.logits * (1 + 5e-6))
-    written = write_verified(
-        Result.of_cut(source, PLAN, NONE), rounded, Output(tmp_path / "out"), CPU, QUIET
-    )
+    written = write_verified(Result.of_cut(source, PLAN, NONE), rounded, Output(tmp_path / "out"), CPU, QUIET)
     assert written.rounding_error == pytest.approx(5e-6, rel=0.2)
     off = replace(expected, exact=expected.logits * (1 + 1e-3))
     with pytest.raises(VerificationError):
@@ -166,8 +170,11 @@ def test_what_a_dry_run_tells_is_what_is_written(source: Source, tmp_path: Path)
     assert told.out is None and told.verified == "nothing written"
     written = write_verified(result, None, Output(tmp_path / "out"), CPU, QUIET)
     weights = sum(len(data) for data in files.read_tensors(tmp_path / "out").values())
-    assert told.after == written.after and weights == told.after.total_bytes == told.before.total_bytes // 2 - (
-        told.before.layer_bytes[2] // 2
+    assert (
+        told.after == written.after
+        and weights
+        == told.after.total_bytes
+        == told.before.total_bytes // 2 - (told.before.layer_bytes[2] // 2)
     )
     assert told.to_dict() == {**written.to_dict(), "out": None, "verified": "nothing written"}
 
