@@ -161,7 +161,7 @@ def _engine_on_cpu(request: Request) -> bool:
 
 def _check(request: Request) -> None:
     if (request.base is None) == (request.config is None):
-        raise UsageError("pass BASE, a checkpoint, or --config, a config.json" + (
+        raise UsageError("pass BASE, a checkpoint, or --model-config, a config.json" + (
             "; not both" if request.base is not None else ""))  # fmt: skip
     if request.sliced and request.drops is not None:
         raise UsageError("pass either --drop or SLICED checkpoints, not both")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,16 +17,20 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from click import Context
+
 from slicer import errors
 from slicer.checkpoint.architectures.table import ARCHITECTURES, Architecture
 from slicer.checkpoint.architectures.vllm import Unserved
+from slicer.cli.groups import OLD_NAMES, attributes
+from slicer.cli.main import main as main_command
 from slicer.heal.finetune import memory, settings
 from slicer.plan import records
 from slicer.plan.plan import Plan
 
 REFERENCE = Path(__file__).resolve().parent / "reference"
 # argv[0] is what click prints as the program's name
-RUN = ("-c", "import sys; sys.argv[0] = 'slicer'; from slicer.cli.main.main import main; main()")
+RUN = ("-c", "import sys; sys.argv[0] = 'slicer'; from slicer.cli.main import main; main()")
 
 
 def pages() -> dict[str, Callable[[], list[str]]]:
@@ -45,23 +48,27 @@ def pages() -> dict[str, Callable[[], list[str]]]:
 
 
 def cli() -> list[str]:
-    return ["# Command line", generated("the `--help` of each command"), *sections()]
+    """The help of every command with all its options, those for experts too."""
+    commands = [
+        name for section in main_command.list_sections(Context(main_command)) for name in section.commands
+    ]
+    return [
+        "# Command line",
+        generated("the `--help-all` of each command"),
+        "`--help` shows the options that most people need, `--help-all` those for experts too.",
+        *help_of(),
+        *(block for name in commands for block in help_of(name, all_options=True)),
+        "## Old names",
+        "These names of slicer 0.1 are accepted until 0.3, with a note on stderr.",
+        table(["old", "now"], [(f"`{old}`", " or ".join(f"`{name}`" for name in new) or "ignored")
+                               for old, new in OLD_NAMES.items()]),
+    ]  # fmt: skip
 
 
-def sections(command: tuple[str, ...] = ()) -> list[str]:
-    """The sections of a command and of the commands below it. Expert options are shown where a command hides them."""
-    text = output(*RUN, *command, "--help")
-    if "--help-all" in text:
-        text = output(*RUN, *command, "--help-all")
-    name = " ".join(("slicer", *command))
-    below = [block for child in subcommands(text) for block in sections((*command, child))]
-    return [f"## `{name}`", f"```text\n{text}\n```", *below]
-
-
-def subcommands(text: str) -> list[str]:
-    """Names under click's "Commands:" heading, in its order."""
-    _, heading, rest = text.partition("\nCommands:\n")
-    return re.findall(r"^  (\S+)(?:  |$)", rest, flags=re.MULTILINE) if heading else []
+def help_of(*command: str, all_options: bool = False) -> list[str]:
+    """The section of a command."""
+    text = output(*RUN, *command, "--help-all" if all_options else "--help")
+    return [f"## `{' '.join(('slicer', *command))}`", f"```text\n{text}\n```"]
 
 
 def output(*arguments: str) -> str:
@@ -184,30 +191,6 @@ def described(cls: type[Any]) -> list[str]:
         (f"`{f.name}`", f"`{f.type}`", default(f), meaning.get(f.name, "").rstrip(".")) for f in fields(cls)
     ]
     return [f"## {cls.__name__}", about, table(["field", "type", "default", "meaning"], rows)]
-
-
-def attributes(cls: type[Any]) -> tuple[str, dict[str, str]]:
-    """The docstring of a dataclass, in two parts: the text before "Attributes:", and field name -> meaning.
-
-    An entry is "name: text", "name, name: text" or "name: text; name: text".
-    """
-    about, _, listed = (inspect.getdoc(cls) or "").partition("Attributes:\n")
-    names = {f.name for f in fields(cls)}
-    entries = re.sub(r"\n {8,}", " ", listed)  # a line that is indented further continues the entry
-    parts = [
-        part for entry in entries.splitlines() for part in re.split(r"; (?=\w+(?:, \w+)*: )", entry.strip())
-    ]
-    found: dict[str, str] = {}
-    last: list[str] = []
-    for part in parts:
-        head, colon, text = part.partition(": ")
-        named = head.split(", ")
-        if colon and names.issuperset(named):
-            found.update(dict.fromkeys(named, text))
-            last = named
-        else:  # a semicolon within a text
-            found.update({name: f"{found[name]}; {part}" for name in last if part})
-    return " ".join(about.split()), found
 
 
 def default(field: Any) -> str:

@@ -8,9 +8,12 @@ large   runs with SLICER_TEST_MODELS=DIRECTORY, the directory that holds real mo
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from processes import ForkServer
 
 if os.environ.get("SLICER_TEST_HUB") != "1":
     # Before huggingface_hub is imported anywhere: a test that reaches for the network fails at once.
@@ -45,3 +48,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def models() -> Path:
     """Directory of real models, for tests marked `large`."""
     return Path(os.environ["SLICER_TEST_MODELS"])
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """Starts slicer's command in processes of its own."""
+    server = ForkServer(tmp_path_factory.mktemp("forks"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def own_tasks_read_once() -> Iterator[None]:
+    """lm-eval reads the 14,000 files of its own tasks once, and not for each of its task managers."""
+    manager = pytest.importorskip("lm_eval.tasks.manager")
+    index: Any = manager.TaskIndex
+    root = Path(manager.__file__).parent
+    own: dict[str, Any] = {}
+
+    class ReadOnce(index):  # type: ignore[misc]
+        @staticmethod
+        def build(paths: Any, **given: Any) -> dict[str, Any]:
+            if root in paths and not own:
+                own.update(index.build([root], **given))
+            more = index.build([path for path in paths if path != root], **given)
+            return {**(own if root in paths else {}), **more}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manager, "TaskIndex", ReadOnce)
+        yield

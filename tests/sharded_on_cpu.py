@@ -7,12 +7,13 @@ Run by torchrun, as `sharded_on_cpu.py heal SLICED ...`.
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import Any
 from unittest import mock
 
 import torch
 from accelerate import state
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, dataclasses
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import _init_utils
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 
@@ -33,11 +34,12 @@ def _sharded(self: Any, *given: Any, fsdp_plugin: Any = None, **named: Any) -> N
 
 
 def _on_cpu(self: Any) -> None:
-    with (
-        mock.patch.object(dataclasses, "is_cuda_available", lambda: True),
-        mock.patch("torch.cuda.current_device", lambda: "cpu"),
-    ):
+    """What accelerate does where it loads on one process and sends to the others, which it refuses without a GPU."""
+    apart = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_SYNC_MODULE_STATES": "false"}
+    with mock.patch.dict(os.environ, apart):
         _post_init(self)
+    self.cpu_ram_efficient_loading = self.sync_module_states = True
+    self.param_init_fn = lambda module: module.to_empty(device="cpu", recurse=False)
 
 
 setattr(state.AcceleratorState, "__init__", _sharded)  # noqa: B010

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +14,22 @@ import pytest
 import sources
 import torch
 from click.testing import CliRunner
+from commands import slicer
+from processes import ForkServer
 
 from slicer.cli.main import main
 from slicer.data.calibration import token_batches
 from slicer.data.sources import TextSpec
 from slicer.errors import CalibrationError, OutputError
-from slicer.jobs.analyze import AnalyzeOptions, analyze
+from slicer.jobs.analyze import analyze
 from slicer.jobs.convert import convert
-from slicer.jobs.options import Options
+from slicer.jobs.output import Written
+from slicer.jobs.request import AnalyzeRequest, Compensation, ConvertRequest, Measures, Output, Text
 from slicer.measure.analysis import Analysis
 from slicer.model.load import load_model
 from slicer.plan.amounts import Goal, parse_amount
 from slicer.plan.plan import Plan
+from slicer.runtime.compute import Compute
 from slicer.runtime.workdir import owned
 
 LAYERS = 6
@@ -52,6 +54,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sources.save_text(tmp_path_factory.mktemp("text") / "t.jsonl")
 
 
+def request(path: Path | str, out: Path, text: TextSpec, *, positions: int = 16, **given: Any) -> AnalyzeRequest:
+    return AnalyzeRequest(str(path), out, Measures(positions), text=Text.of(text), **given)
+
+
 def spec(text: Path, **changes: Any) -> TextSpec:
     return TextSpec(**{"source": str(text), "samples": 8, "seq_len": 24, "batch_size": 2, **changes})
 
@@ -59,7 +65,7 @@ def spec(text: Path, **changes: Any) -> TextSpec:
 @pytest.fixture(scope="module")
 def done(path: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("analysis") / "out"
-    analyze(str(path), out, AnalyzeOptions(spec(text), positions=6, device="cpu"))
+    analyze(request(path, out, spec(text), positions=6, compute=Compute("cpu")))
     return out
 
 
@@ -126,17 +132,28 @@ def test_everything_is_there(done: Path) -> None:
 
 def test_from_disk_it_is_the_same(path: Path, text: Path, done: Path, tmp_path: Path) -> None:
     """With states spilled to a file too: the memory holds no more than a layer or two."""
-    found = analyze(
-        str(path), tmp_path / "out", AnalyzeOptions(spec(text), positions=6, device="cpu", memory=300_000)
-    )
+    compute = Compute("cpu", memory=300_000)
+    found = analyze(request(path, tmp_path / "out", spec(text), positions=6, compute=compute))
     assert found is not None and apart(found, Analysis.load(done)) <= 1e-6
+
+
+def converted(path: Path, out: Path, text: Path, heal: str, *, memory: int | None, verify: str) -> Written:
+    return convert(
+        ConvertRequest(
+            str(path),
+            Goal(drop=parse_amount("2")),
+            compensation=Compensation(heal),
+            text=Text.of(spec(text)),
+            output=Output(out, verify=verify),
+            compute=Compute("cpu", memory=memory),
+        )
+    )
 
 
 def test_convert_reads_from_disk_when_it_must(path: Path, text: Path, tmp_path: Path) -> None:
     results = []
     for name, memory, verify in (("a", None, "logits"), ("b", 300_000, "logits"), ("c", 300_000, "auto")):
-        options = Options(calibration=spec(text), verify=verify, device="cpu", memory=memory, heal="none")
-        results.append(convert(str(path), Goal(drop=parse_amount("2")), tmp_path / name, options))
+        results.append(converted(path, tmp_path / name, text, "none", memory=memory, verify=verify))
     distances = [json.loads((tmp_path / n / "slicer" / "distances.json").read_text()) for n in "ab"]
     for n, row in distances[0]["distances"].items():
         assert distances[1]["distances"][n] == pytest.approx(row, abs=1e-6)
@@ -147,31 +164,34 @@ def test_convert_reads_from_disk_when_it_must(path: Path, text: Path, tmp_path: 
 
 
 def test_a_healed_cut_from_disk(path: Path, text: Path, tmp_path: Path) -> None:
-    options = Options(calibration=spec(text), verify="logits", device="cpu", memory=300_000, heal="fold")
-    done = convert(str(path), Goal(drop=parse_amount("2")), tmp_path / "out", options)
+    done = converted(path, tmp_path / "out", text, "fold", memory=300_000, verify="logits")
     assert done.plan.healing is not None and done.verified == "logits"
 
 
 def command(path: Path, text: Path, out: Path) -> list[str]:
     return [
-        *(sys.executable, "-m", "slicer", "analyze", str(path), "-o", str(out), "--calibration", str(text)),
-        *("--samples", "8", "--seq-len", "24", "--batch-size", "2", "--positions", "6", "--device", "cpu"),
-        *("--memory", "300KB"),
+        *(
+            "analyze",
+            str(path),
+            "-o",
+            str(out),
+            "--calibration",
+            str(text),
+            "--samples",
+            "8",
+            "--seq-len",
+            "24",
+        ),
+        *("--batch-size", "2", "--positions", "6", "--device", "cpu", "--memory", "300KB"),
     ]
 
 
-def test_killed_it_goes_on(path: Path, text: Path, done: Path, tmp_path: Path) -> None:
+def test_killed_it_goes_on(forks: ForkServer, path: Path, text: Path, done: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    mark = out / ".partial" / "0" / "layer-003.safetensors"
-    victim = subprocess.Popen(command(path, text, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not mark.exists() and victim.poll() is None:
-        time.sleep(0.001)
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
+    forks.start(*command(path, text, out), hold=("os.rename", "layer-004.safetensors")).kill_held()
     assert not (out / "analysis.json").exists()
-    again = subprocess.run(command(path, text, out), capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert "resuming after layer" in again.stderr
+    again = slicer(*command(path, text, out))
+    assert again.exit_code == 0 and "resuming after layer" in again.stderr, again.output
     assert apart(Analysis.load(out), Analysis.load(done)) <= 1e-6
     assert not (out / ".partial").exists()
 
@@ -181,19 +201,19 @@ def test_an_unfinished_run_of_something_else_is_kept(path: Path, text: Path, tmp
     with owned(out / ".partial" / "0", what="an unfinished analysis", source="another") as work:
         (work.path / "layer-001.safetensors").write_text("hours of work")
         with pytest.raises(OutputError, match="another run"):
-            analyze(str(path), out, AnalyzeOptions(spec(text), force=True))
-    with pytest.raises(OutputError, match="unfinished analysis .*--force"):
-        analyze(str(path), out, AnalyzeOptions(spec(text)))
+            analyze(request(path, out, spec(text), overwrite=True))
+    with pytest.raises(OutputError, match="unfinished analysis .*--overwrite"):
+        analyze(request(path, out, spec(text)))
     assert (out / ".partial" / "0" / "layer-001.safetensors").read_text() == "hours of work"
-    assert analyze(str(path), out, AnalyzeOptions(spec(text), force=True)) is not None
+    assert analyze(request(path, out, spec(text), overwrite=True)) is not None
 
 
 def test_two_processes_are_one(path: Path, text: Path, done: Path, tmp_path: Path) -> None:
     """gloo on the CPU, as torchrun starts them: equal to one process to the last bit but for matrix products."""
     out = tmp_path / "out"
     run = subprocess.run(
-        [*(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-         *command(path, text, out)[1:]],
+        [*(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "slicer"),
+         *command(path, text, out)],
         capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
@@ -269,7 +289,7 @@ def test_states_that_are_not_finite_name_the_layer(path: Path, text: Path, tmp_p
             tensors[key].fill_(float("inf"))
             save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(CalibrationError, match="entering layer 3"):
-        analyze(str(model), tmp_path / "out", AnalyzeOptions(spec(text)))
+        analyze(request(model, tmp_path / "out", spec(text)))
     assert not (tmp_path / "out" / "analysis.json").exists()
 
 
@@ -284,8 +304,7 @@ def test_the_known_blocks_of_a_real_model(
         pytest.skip("set SLICER_TEST_TEXT to WikiText-2 validation text (.txt)")
     out = tmp_path_factory.getbasetemp() / "known"
     if not (out / "analysis.json").exists():
-        options = AnalyzeOptions(TextSpec(file, samples=24, seq_len=512))
-        analyze(str(models / "qwen2.5-coder-0.5b"), out, options)
+        analyze(request(models / "qwen2.5-coder-0.5b", out, TextSpec(file, samples=24, seq_len=512)))
     row = Analysis.load(out).distances().block(n)
     assert min(range(len(row)), key=lambda i: row[i]) == start
     assert row[start] == pytest.approx(distance, abs=0.003)

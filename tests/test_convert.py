@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import files
 import pytest
 import sources
 from commands import slicer, succeeds
+from processes import ForkServer
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +129,7 @@ def test_strategies_that_read_nothing(
 
 @pytest.mark.parametrize(
     ("budget", "layers"),
-    [(["--keep", 4], 4), (["--max-params", "110K"], None), (["--max-bytes", "300KB"], None)],
+    [(["--keep-layers", 4], 4), (["--max-params", "110K"], None), (["--max-bytes", "300KB"], None)],
 )
 def test_budgets_take_the_smallest_cut(source: Path, budget: list[object], layers: int | None) -> None:
     def look(n: int) -> dict[str, int]:
@@ -212,12 +210,12 @@ def test_force_replaces_a_checkpoint_only(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     succeeds("convert", source, "--drop", "1-2", "-o", out)
     assert slicer("convert", source, "--drop", "1-3", "-o", out).exit_code == 1
-    succeeds("convert", source, "--drop", "1-3", "-o", out, "--force")
+    succeeds("convert", source, "--drop", "1-3", "-o", out, "--overwrite")
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 3
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("x")
-    assert slicer("convert", source, "--drop", "1-3", "-o", precious, "--force").exit_code == 1
+    assert slicer("convert", source, "--drop", "1-3", "-o", precious, "--overwrite").exit_code == 1
     assert os.listdir(precious) == ["thesis.txt"]
 
 
@@ -248,8 +246,8 @@ BAD: list[tuple[str, Callable[[Path], list[object]], int, str]] = [
     ("drop everything", lambda _: ["--drop", "6"], 1, "at most 5"),
     ("block outside", lambda _: ["--drop", "4-9"], 1, "layer 6"),
     ("no amount", lambda _: [], 2, "--drop"),
-    ("two amounts", lambda _: ["--drop", "1", "--keep", "3"], 2, "exactly one"),
-    ("keep everything", lambda _: ["--keep", "6"], 1, "--keep"),
+    ("two amounts", lambda _: ["--drop", "1", "--keep-layers", "3"], 2, "exactly one"),
+    ("keep everything", lambda _: ["--keep-layers", "6"], 1, "--keep-layers"),
     ("impossible budget", lambda _: ["--max-bytes", "1KB", "--strategy", "tail"], 1, "out of reach"),
     # before anything is measured: no calibration data can be had here
     ("impossible budget, unmeasured", lambda _: ["--max-params", "1K"], 1, "out of reach"),
@@ -286,7 +284,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 @pytest.mark.parametrize("place", ["", "inside", ".."])
 def test_an_output_that_would_touch_the_source_is_refused(source: Path, tmp_path: Path, place: str) -> None:
     before = tree(source)
-    result = slicer("convert", source, "--drop", "1-2", "-o", source / place, "--force")
+    result = slicer("convert", source, "--drop", "1-2", "-o", source / place, "--overwrite")
     assert result.exit_code == 1 and "source" in result.output
     assert tree(source) == before
 
@@ -314,20 +312,16 @@ def test_configs_that_cannot_be_sliced(
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_a_kill_at_any_moment_leaves_no_output(source: Path, tmp_path: Path, how: signal.Signals) -> None:
+@pytest.mark.parametrize("at", ["shard", "rename"])
+def test_a_kill_leaves_no_output(
+    forks: ForkServer, source: Path, tmp_path: Path, at: str, how: signal.Signals
+) -> None:
+    """While the weights are written, and when all is written and verified."""
     out = tmp_path / "out"
-    for wait in (0.5, 2.0, 4.0):
-        child = subprocess.Popen(
-            [sys.executable, "-m", "slicer", "convert", str(source), "--drop", "1-2", "-o", str(out)],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        time.sleep(wait)
-        child.send_signal(how)
-        code = child.wait()
-        if out.exists():
-            assert (out / "README.md").exists() and (out / "slicer" / "plan.json").exists()
-            assert len(files.read_tensors(out)) == len(files.read_tensors(source)) - 18
-            break
-        assert code != 0
-        if how == signal.SIGTERM:
-            assert not os.listdir(tmp_path)
+    hold = {"shard": ("open", "/.out.slicer-"), "rename": ("os.rename", "/.out.slicer-")}[at]
+    run = forks.start("convert", source, "--drop", "1-2", "-o", out, hold=hold)
+    assert run.kill_held(how) != 0
+    assert not out.exists()
+    left = list(tmp_path.glob("*")) + list(tmp_path.glob(".*/*"))
+    assert bool(left) == (how == signal.SIGKILL)
+    assert any(file.name == "README.md" for file in left) == (how == signal.SIGKILL and at == "rename")

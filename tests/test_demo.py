@@ -18,7 +18,7 @@ from slicer.cli.main import main
 from slicer.data.calibration import token_batches
 from slicer.data.sources import TextSpec
 from slicer.measure.analysis import Distances
-from slicer.measure.distances import measure
+from slicer.measure.distances import measure_loaded
 from slicer.model.layers import bypass
 from slicer.model.load import load_model
 from slicer.plan.blocks import select
@@ -43,7 +43,7 @@ def held_out() -> torch.Tensor:
 def distances(model: Any) -> Distances:
     """Measured on the model's own text: the held-out text takes no part in the choice."""
     spec = TextSpec(source="self", samples=32, seq_len=64, batch_size=32)
-    return measure(model, token_batches(spec, demo.path(), model).batches)
+    return measure_loaded(model, token_batches(spec, demo.path(), model).batches)
 
 
 def loss(model: Any, tokens: torch.Tensor, dropped: Iterable[int] = ()) -> float:

@@ -468,6 +468,8 @@ def test_nothing_is_left_behind() -> None:
     from transformers.utils import is_torch_cuda_available
 
     with fake_cuda(1) as first:
+        with pytest.raises(RuntimeError, match="within"), fake_cuda(1):
+            pass
         assert is_torch_cuda_available() and is_cuda_available()
         kept = torch.zeros(3, device="cuda")
     assert not torch.cuda.is_available() and not is_torch_cuda_available() and not is_cuda_available()

@@ -85,10 +85,10 @@ def test_a_half_offset_cut_is_native_and_taken_where_it_wins(
 @pytest.mark.parametrize(
     "ways",
     [
-        ["--drop-attention", "2", "--emulate", "bias"],
-        ["--drop-ffn", "2", "--emulate", "linear", "--rank", "4"],
-        ["--drop", "2", "--emulate", "bias"],
-        ["--drop-attention", "2", "--emulate", "linear", "--rank", "4", "--emulate-steps", "6"],
+        ["--drop-attention", "2", "--heal", "bias"],
+        ["--drop-ffn", "2", "--heal", "linear", "--rank", "4"],
+        ["--drop", "2", "--heal", "bias"],
+        ["--drop-attention", "2", "--heal", "linear", "--rank", "4", "--heal-steps", "6"],
         ["--drop-sublayers", "3", "--heal", "fold"],
         ["--drop", "2", "--offset", "half", "--heal", "fold"],
     ],
@@ -97,7 +97,7 @@ def test_what_stands_for_removed_parts_is_verified(
     source: Path, text: Path, tmp_path: Path, ways: list[str], memory: str | None
 ) -> None:
     more = [] if memory is None else ["--memory", memory, "--verify", "logits"]
-    if "--emulate-steps" in ways and memory is not None:
+    if "--heal-steps" in ways and memory is not None:
         refused = slicer("convert", source, *ways, *more, *calibrated(text), "-o", tmp_path / "out")
         assert refused.exit_code == 1 and "in memory" in refused.output and not (tmp_path / "out").exists()
         return
@@ -109,7 +109,7 @@ def test_what_stands_for_removed_parts_is_verified(
     assert record["loss"]["source"] > 0 and record["method"] in ("bias", "linear", "fold")
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"{record['loss']['source']:.4f}" in card
-    assert ("trained alone for 6 steps" in card) == ("--emulate-steps" in ways)
+    assert ("trained alone for 6 steps" in card) == ("--heal-steps" in ways)
     if memory is None:
         succeeds("convert", source, "--plan", tmp_path / "out" / "slicer" / "plan.json", "-o", tmp_path / "2")
         assert files.read_tensors(tmp_path / "2") == files.read_tensors(tmp_path / "out")
@@ -158,12 +158,11 @@ BAD = {
     "a layer that is not there": (["--drop-ffn", "9-9"], 1, "layer 9 is not in the model"),
     "more than there are": (["--drop-attention", "7"], 1, "not so many"),
     "a list of sublayers": (["--drop-sublayers", "3,4"], 2, "--drop-attention and --drop-ffn"),
-    "rank 0": (["--drop", "2-3", "--emulate", "linear", "--rank", "0"], 2, "'--rank': 0 is not"),
-    "a rank beyond the width": (["--drop", "2-3", "--emulate", "linear", "--rank", "65"], 2, "width, 64"),
-    "no rank": (["--drop", "2-3", "--emulate", "linear"], 2, "needs --rank"),
-    "a rank for nothing": (["--drop", "2-3", "--rank", "4"], 2, "or with --emulate linear"),
-    "steps of nothing": (["--drop", "2-3", "--emulate-steps", "4"], 2, "--emulate"),
-    "emulated and healed": (["--drop", "2-3", "--emulate", "bias", "--heal", "fold"], 2, "one of them"),
+    "rank 0": (["--drop", "2-3", "--heal", "linear", "--rank", "0"], 2, "'--rank': 0 is not"),
+    "a rank beyond the width": (["--drop", "2-3", "--heal", "linear", "--rank", "65"], 2, "width, 64"),
+    "no rank": (["--drop", "2-3", "--heal", "linear"], 2, "needs --rank"),
+    "a rank for nothing": (["--drop", "2-3", "--rank", "4"], 2, "--heal linear"),
+    "steps of nothing": (["--drop", "2-3", "--heal-steps", "4"], 2, "--heal"),
     "native without attention": (["--drop-attention", "3-3", "--format", "native"], 1, "--format native"),
     "half-offset by a heuristic": (
         ["--drop", "2", "--offset", "half", "--strategy", "tail"],
@@ -231,7 +230,7 @@ def test_a_half_offset_block_is_closed_like_whole_layers(tmp_path: Path) -> None
         "heal", tmp_path / "healed", *text, "-o", tmp_path / "again"
     )  # from the source's weights, not from these
     assert files.read_tensors(tmp_path / "again") == wanted
-    whole = json.loads(succeeds(*given, "--fold", "transform", "--dry-run", "--json").stdout)
+    whole = json.loads(succeeds(*given, "--solver", "transform", "--dry-run", "--json").stdout)
     assert not whole.get("joined")
 
 

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 
 from slicer.checkpoint.hub import DEMO
-from slicer.measure.distances import measure, summarise
+from slicer.measure.distances import distance_tables, measure_loaded
 from slicer.measure.metrics import points_affordable
-from slicer.measure.recorder import record
+from slicer.measure.recorder import Portion, record
 from slicer.model.load import load_model
 from slicer.model.walk import Walk
-from slicer.runtime.distributed import Processes
+from slicer.progress import Progress
 
 
 def main() -> None:
@@ -62,12 +62,13 @@ def main() -> None:
             width = model.config.get_text_config().hidden_size
             inside = sum(p.numel() for p in walk.layers.parameters())
             points = points_affordable(depth + 1, width, options.samples, tokens.numel(), inside)
-            trace = record(walk, batches, Path(scratch), points=points, resumable=True)
-            summarise(trace, Processes(), 0, options.samples, points, options.seq_len)
+            portion = Portion.of(batches)
+            found = record(walk, portion, Path(scratch), positions=16, points=points, resumable=True)
+            distance_tables(found, portion, Progress())
 
     work = {
         "bare forward": bare,
-        "measure": lambda: measure(model, batches),
+        "measure": lambda: measure_loaded(model, batches),
         "all metrics": everything,
         "one pass per n, a single n": lambda: one_n(model, batches, depth // 4),
     }

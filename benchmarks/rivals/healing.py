@@ -3,7 +3,7 @@
     python -m slicer.benchmarks.rivals.healing --model DIR --calibration A.jsonl --calibration B.txt \
         --held-out wiki=wiki.test.txt --held-out c4=docs.jsonl [--drop 2,4,6,8] [--samples 64] [--seq-len 512]
 
-Baselines in the same run, on the same tokens: the bare cut, and ReplaceMe's transform (`--fold transform`). Layers are
+Baselines in the same run, on the same tokens: the bare cut, and ReplaceMe's transform (`--solver transform`). Layers are
 chosen by angular distance on the calibration text, as in `slicer convert`. The share removed is
 (bare - healed) / (bare - all layers) in nats per token, averaged over the held-out texts; new tensors are rounded to
 the checkpoint's dtypes. The source's activations are computed once for all depths and methods; their time is listed
@@ -29,13 +29,14 @@ from slicer.heal.compensate.fold import fold
 from slicer.heal.compensate.regression import split
 from slicer.heal.patch import holds, written_dtype
 from slicer.measure.analysis import Distances
-from slicer.measure.metrics import AngularDistance
+from slicer.measure.distances import table
+from slicer.measure.metrics import angles
 from slicer.model.load import load_model
 from slicer.model.pruned import Edits, edited
 from slicer.model.walk import SourceActivations, Walk
 from slicer.plan.amounts import parse_amount, spell_layers
 from slicer.plan.blocks import select
-from slicer.plan.plan import Plan
+from slicer.plan.plan import METRIC, Plan
 
 
 def main() -> None:
@@ -153,23 +154,12 @@ def show(
 
 def angular(walk: Walk, batches: list[torch.Tensor], course: SourceActivations) -> Distances:
     """Angular distances of the last tokens; fills the activation cache that the folds use."""
-    angles = AngularDistance(walk.depth)
     states = walk.start(batches)
-    ends = [[state[:, -1].clone() for state in states]]
+    ends = [torch.cat([state[:, -1] for state in states])]
     for i in range(walk.depth):
         course.advance(walk, i, states)
-        ends.append([state[:, -1].clone() for state in states])
-    for b in range(len(batches)):
-        angles.add(torch.stack([layer[b] for layer in ends]))
-    mean, error = angles.mean(), angles.standard_error()
-    rows = range(1, walk.depth + 1)
-    return Distances(
-        walk.depth,
-        angles.count,
-        batches[0].shape[1],
-        {n: mean.diagonal(n).tolist() for n in rows},
-        {n: error.diagonal(n).tolist() for n in rows},
-    )
+        ends.append(torch.cat([state[:, -1] for state in states]))
+    return table(METRIC, angles(torch.stack(ends)), seq_len=batches[0].shape[1])
 
 
 if __name__ == "__main__":

@@ -137,12 +137,11 @@ def work(model: Path, out: Path, tokens: int, layers: int, memory: str) -> dict[
     """The walk itself, in its own process; prints the result as one line of JSON."""
     import torch
 
-    from slicer.measure.distances import summarise
-    from slicer.measure.recorder import record
+    from slicer.measure.distances import distance_tables
+    from slicer.measure.recorder import Portion, record
     from slicer.model.walk import Walk
     from slicer.plan.amounts import parse_size
     from slicer.progress import Progress
-    from slicer.runtime.distributed import Processes
 
     class Watch(Progress):
         """Records where the run began and when the walk ended."""
@@ -179,9 +178,10 @@ def work(model: Path, out: Path, tokens: int, layers: int, memory: str) -> dict[
                 spent += time.perf_counter() - started
         return {"advance_seconds": spent}
     began = time.perf_counter()
-    trace = record(walk, [batch], out, points=16, resumable=True, progress=watch)
+    portion = Portion.of([batch])
+    found = record(walk, portion, out, positions=16, points=16, resumable=True, progress=watch)
     walked = time.perf_counter() - began
-    summarise(trace, Processes(), 0, 1, 16, tokens)
+    distance_tables(found, portion, Progress())
     done.set()
     sampler.join()
     return {

@@ -160,7 +160,7 @@ def _choices(
     depth = walk.depth
 
     def values() -> dict[str, Any]:
-        coalitions = Coalitions(walk, fitted, parts=True)
+        coalitions = Coalitions(walk, fitted, sublayers=True)
         alone = leave_one_out(coalitions)
         together = shapley(coalitions, given.shapley)
         return {

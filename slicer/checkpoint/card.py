@@ -269,9 +269,9 @@ def _trained(record: HealingRecord, training: TrainingRecord) -> str:
     return (
         f"By training (`{record.method}`), from {start}: {kind}. {adapters}"
         f"{record.steps} steps of {values['batch_size']} sequences of {values['seq_len']} tokens, learning rate "
-        f"{values['learning_rate']:g} ({values['lr_scheduler_type']}, {values['warmup_steps']} steps of warm-up), seed {values['seed']}; the "
-        f"weights are those of step {record.best_step}. Data: {_file(corpus.source)}; learned: {corpus.learned}. Loss "
-        f"in nats a token on {corpus.held_out_sequences} sequences that were not trained on:"
+        f"{values['learning_rate']:g} ({values['lr_scheduler_type']}, {values['warmup_steps']} steps of warm-up), seed "
+        f"{values['seed']}; the weights are those of step {record.best_step}. Data: {_file(corpus.source)}; learned: "
+        f"{corpus.learned}. Loss in nats a token on {corpus.held_out_sequences} sequences that were not trained on:"
     )
 
 

@@ -11,8 +11,12 @@ from typing import Any
 
 import click
 
+from slicer.checkpoint.tensors import DTYPES
+from slicer.cli import groups
+from slicer.cli.groups import group, option
 
-class _Passing(click.Command):
+
+class _Passing(groups.Command):
     """Separates the arguments after --, which are vLLM's own flags."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
@@ -21,49 +25,89 @@ class _Passing(click.Command):
         return super().parse_args(context, args[:at])
 
 
-@click.command(cls=_Passing, options_metavar="[OPTIONS]", epilog="Pass vLLM's own flags after --.")
+@groups.command(cls=_Passing, options_metavar="[OPTIONS]", epilog="Pass vLLM's own flags after --.")
 @click.argument("base", required=False)
 @click.argument("sliced", nargs=-1)
-@click.option("--drop", metavar="LIST",
-              help="Measure BASE without this many layers: 0,4,8,12 or 0,0.25,0.5. Needs only the config; writes no "
-              "checkpoint  [default, without SLICED: 0, 1/6, 1/3 and 1/2 of them]")  # fmt: skip
-@click.option("--config", type=click.Path(path_type=Path), help="A config.json instead of BASE.")
-@click.option("--engine", type=click.Choice(["vllm", "transformers"]), default="vllm", show_default=True)
-@click.option("--concurrency", metavar="LIST",
-              help="Concurrent requests  [default: 1,4 on a CPU, 1,8,32 on GPUs]")  # fmt: skip
-@click.option("--input-len", type=click.IntRange(min=1),
-              help="Tokens per prompt  [default: 128 on a CPU, 512 on GPUs]")  # fmt: skip
-@click.option("--output-len", type=click.IntRange(min=2),
-              help="Tokens to generate  [default: 32 on a CPU, 128 on GPUs]")  # fmt: skip
-@click.option("--seconds", type=click.FloatRange(min=0, min_open=True),
-              help="Approximate seconds per concurrency  [default: 4 on a CPU, 10 on GPUs]")  # fmt: skip
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True,
-              help="Number of times each model is started and measured.")  # fmt: skip
-@click.option("--kv-cache", metavar="SIZE", help="KV cache of each model, e.g. 1GiB  [default: 1 GiB on a "
-              "CPU with enough memory, 4 GiB on GPUs]")  # fmt: skip
-@click.option(
-    "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True
+@group(
+    "Models",
+    option(
+        "--drop",
+        metavar="LIST",
+        show_default="without SLICED: 0, 1/6, 1/3 and 1/2 of the layers",
+        help="Measure BASE without this many layers: 0,4,8,12 or 0,0.25,0.5. Needs only the config.",
+    ),
+    option("--model-config", **groups.FILE, help="A config.json instead of BASE."),
+    option(
+        "--engine", type=click.Choice(["vllm", "transformers"]), default="vllm", help="What runs the models."
+    ),
+    option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", help="Precision of the models."),
+    option(
+        "--kv-cache",
+        metavar="SIZE",
+        show_default="4 GiB on GPUs, 1 GiB on a CPU with enough memory",
+        help="KV cache of each model, e.g. 1GiB.",
+    ),
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--speculative", is_flag=True,
-              help="Compare BASE alone with BASE and each SLICED as its draft model.")  # fmt: skip
-@click.option("--num-speculative-tokens", type=click.IntRange(min=1), default=3, show_default=True,
-              help="Tokens to draft per step.")  # fmt: skip
-@click.option("--prompts", type=click.Path(path_type=Path), help="Prompts for --speculative, one per line.")
-@click.option("-o", "--out", type=click.Path(path_type=Path),
-              help="Directory for bench.json, .csv, .md, .png and .svg. Finished runs are stored in it: the same "
-              "command resumes.")  # fmt: skip
-@click.option("--force", is_flag=True, help="Discard the runs in --out.")
-@click.option("--json", "as_json", is_flag=True, help="Print the content of bench.json.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@group(
+    "Load",
+    option(
+        "--concurrency",
+        metavar="LIST",
+        show_default="1,8,32 on GPUs, 1,4 on a CPU",
+        help="Concurrent requests.",
+    ),
+    option(
+        "--input-len",
+        type=groups.POSITIVE,
+        show_default="512 on GPUs, 128 on a CPU",
+        help="Tokens per prompt.",
+    ),
+    option(
+        "--output-len",
+        type=click.IntRange(min=2),
+        show_default="128 on GPUs, 32 on a CPU",
+        help="Tokens to generate.",
+    ),
+    option(
+        "--seconds",
+        type=click.FloatRange(min=0, min_open=True),
+        show_default="10 on GPUs, 4 on a CPU",
+        help="Approximate seconds per concurrency.",
+    ),
+    option(
+        "--rounds",
+        type=groups.POSITIVE,
+        default=3,
+        help="Number of times each model is started and measured.",
+    ),
+    option("--seed", type=click.IntRange(min=0), default=0, help="Seed of prompts and random weights."),
+)
+@group(
+    "Speculative decoding",
+    option(
+        "--speculative",
+        default=False,
+        help="Compare BASE alone with BASE and each SLICED as its draft model.",
+    ),
+    groups.DRAFTED,
+    option("--prompts", **groups.FILE, help="Prompts, one per line."),
+)
+@group(
+    "Output",
+    groups.output_dir(
+        "Directory of bench.json, .csv, .md, .png and .svg, and of finished runs: the same command resumes."
+    ),
+    option("--overwrite", default=False, help="Discard the runs in the output directory."),
+    groups.JSON,
+)
 @click.pass_context
 def bench(context: click.Context, /, base: str | None, sliced: tuple[str, ...], **given: Any) -> None:
     """Measure time and memory by depth, and fit straight lines.
 
     \b
-    slicer bench BASE SLICED...              these checkpoints
-    slicer bench BASE --drop 0,4,8,12        shapes of cuts of BASE with random weights
-    slicer bench --config config.json        the same from a config alone
+    slicer bench BASE SLICED...                these checkpoints
+    slicer bench BASE --drop 0,4,8,12          shapes of cuts of BASE with random weights
+    slicer bench --model-config config.json    the same from a config alone
     """
     from slicer.benchmarks.bench import Request
     from slicer.benchmarks.bench import bench as run
@@ -75,7 +119,7 @@ def bench(context: click.Context, /, base: str | None, sliced: tuple[str, ...], 
         base=base,
         sliced=sliced,
         drops=given["drop"],
-        config=given["config"],
+        config=given["model_config"],
         engine=given["engine"],
         dtype=given["dtype"],
         input_len=given["input_len"],
@@ -93,11 +137,11 @@ def bench(context: click.Context, /, base: str | None, sliced: tuple[str, ...], 
         arguments=context.meta["vllm"],
         command=shlex.join(["slicer", *sys.argv[1:]]),
     )
-    out: Path | None = given["out"]
+    out: Path | None = given["output_dir"]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job would ignore it
     with bars.progress() as progress:
         try:
-            result = run(request, out, force=given["force"], progress=progress)
+            result = run(request, out, force=given["overwrite"], progress=progress)
         except KeyboardInterrupt:
             progress.close()
             kept = f"; finished runs are in {out}: run the same command to resume" if out is not None else ""

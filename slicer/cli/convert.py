@@ -11,6 +11,7 @@ import click
 
 from slicer.cli import groups
 from slicer.cli.groups import expert, group, option
+from slicer.data.sources import TextSpec
 from slicer.errors import HealError
 from slicer.heal.finetune.settings import METHODS, of_record
 from slicer.jobs.request import (
@@ -22,6 +23,7 @@ from slicer.jobs.request import (
     ConvertRequest,
     HealRequest,
     Selection,
+    Text,
 )
 from slicer.plan.amounts import parse_goal
 from slicer.plan.plan import FORMS, Plan
@@ -38,41 +40,83 @@ _AMOUNTS = ("drop", "keep_layers", "max_params", "max_bytes", "drop_attention", 
 @click.argument("source")
 @group(
     "How much to drop",
-    option("--drop", metavar="AMOUNT", help="Layers: fraction 0.4, count 8, block 24-31 (inclusive) or list 3,7,9-12."),
+    option(
+        "--drop",
+        metavar="AMOUNT",
+        help="Layers: fraction 0.4, count 8, block 24-31 (inclusive) or list 3,7,9-12.",
+    ),
     option("--keep-layers", type=int, metavar="N", help="Keep this many layers."),
-    option("--max-params", metavar="SIZE", help="Drop the fewest layers that leave at most SIZE parameters, e.g. 5B."),
-    option("--max-bytes", metavar="SIZE", help="Drop the fewest layers that leave at most SIZE of weights, e.g. 16GB."),
-    option("--drop-attention", metavar="AMOUNT", help="Attention of this many layers, beside --drop or alone."),
+    option(
+        "--max-params",
+        metavar="SIZE",
+        help="Drop the fewest layers that leave at most SIZE parameters, e.g. 5B.",
+    ),
+    option(
+        "--max-bytes",
+        metavar="SIZE",
+        help="Drop the fewest layers that leave at most SIZE of weights, e.g. 16GB.",
+    ),
+    option(
+        "--drop-attention", metavar="AMOUNT", help="Attention of this many layers, beside --drop or alone."
+    ),
     option("--drop-ffn", metavar="AMOUNT", help="Feed-forward of this many layers, likewise."),
-    option("--drop-sublayers", metavar="AMOUNT",
-           help="This many sublayers of either kind, least important first."),
+    option(
+        "--drop-sublayers",
+        metavar="AMOUNT",
+        help="This many sublayers of either kind, least important first.",
+    ),
     option("--plan", "plan_file", **groups.FILE, help="Replay a saved plan.json, with its healing."),
 )
 @group(
     "How to choose",
-    option("--strategy", type=click.Choice(STRATEGIES), default=Selection.strategy,
-           help="similarity: the block whose ends lie closest (angular distance). deepest: the last layers before the "
-           "final one. tail: the last layers."),
-    expert("--offset", type=click.Choice(OFFSETS), default=Selection.offset,
-           help="whole: blocks of whole layers. half: from after one attention to after another. auto: the closer of "
-           "both (whole for --solver transform and training)."),
-    expert("--format", type=click.Choice(FORMS), show_default="native; blockwise if a sublayer is missing",
-           help="How layers without attention or feed-forward are written. blockwise: as vLLM's DeciLM (Llama, "
-           "Mistral, Qwen2); transformers needs 'import slicer'. zeroed: output matrix zero; loads everywhere, saves "
-           "nothing."),
+    option(
+        "--strategy",
+        type=click.Choice(STRATEGIES),
+        default=Selection.strategy,
+        help="similarity: the block whose ends lie closest (angular distance). deepest: the last layers before the "
+        "final one. tail: the last layers.",
+    ),
+    expert(
+        "--offset",
+        type=click.Choice(OFFSETS),
+        default=Selection.offset,
+        help="whole: blocks of whole layers. half: from after one attention to after another. auto: the closer of "
+        "both (whole for --solver transform and training).",
+    ),
+    expert(
+        "--format",
+        type=click.Choice(FORMS),
+        show_default="native; blockwise if a sublayer is missing",
+        help="How layers without attention or feed-forward are written. blockwise: as vLLM's DeciLM (Llama, "
+        "Mistral, Qwen2); transformers needs 'import slicer'. zeroed: output matrix zero; loads everywhere, saves "
+        "nothing.",
+    ),
 )
 @groups.text_options()
 @group(
     "How to heal the cut",
-    option("--heal", type=click.Choice([*COMPENSATIONS, *METHODS]), show_default="auto, or as in --plan",
-           help="none: keep every byte. fold: solve existing matrices again in closed form. auto: fold if there is text "
-           "and it helps. bias, linear: add a constant or a low-rank map. qlora, lora, full: fold, then train."),
+    option(
+        "--heal",
+        type=click.Choice([*COMPENSATIONS, *METHODS]),
+        show_default="auto, or as in --plan",
+        help="none: keep every byte. fold: solve existing matrices again in closed form. auto: fold if there is text "
+        "and it helps. bias, linear: add a constant or a low-rank map. qlora, lora, full: fold, then train.",
+    ),
     option("--rank", type=groups.POSITIVE, help="Rank of the maps of --heal linear."),
-    expert("--solver", type=click.Choice(SOLVERS), show_default=SOLVERS[0],
-           help="Of a fold. resolve: the output matrices, by ridge regression. transform: one linear map behind the "
-           "feed-forward (ReplaceMe)."),
-    expert("--heal-steps", type=click.IntRange(min=0), metavar="N", show_default="0",
-           help="Then train what bias or linear added, and nothing else, for N steps."),
+    expert(
+        "--solver",
+        type=click.Choice(SOLVERS),
+        show_default=SOLVERS[0],
+        help="Of a fold. resolve: the output matrices, by ridge regression. transform: one linear map behind the "
+        "feed-forward (ReplaceMe).",
+    ),
+    expert(
+        "--heal-steps",
+        type=click.IntRange(min=0),
+        metavar="N",
+        show_default="0",
+        help="Then train what bias or linear added, and nothing else, for N steps.",
+    ),
     groups.CONFIG,
     *groups.training_options(),
     *groups.rank_options(visible=False),
@@ -147,7 +191,9 @@ def healing_of(request: ConvertRequest, given: Mapping[str, Any]) -> HealRequest
     method, recorded, text, solver = given["heal"], None, request.text, request.compensation.solver
     if method is None and record is not None and record.training is not None:
         method, recorded = record.method, of_record(record.training.asked)
-        text, solver = groups.recorded_text(text, record), solver or record.solver
+        if record.text is not None:
+            text = Text.of(text.over(TextSpec.of_record(record.text)))
+        solver = solver or record.solver
     training = groups.training_of(given, method, "--heal", recorded)
     if training is None:
         return None
@@ -189,41 +235,46 @@ def convert_then_heal(
     """The bare cut of `request`, then the training that `healing` asks for; None in all processes but the first.
 
     The cut lies in OUT.cut until the training is done, so that the same request resumes. Without a directory for the
-    result it is SOURCE.cut, and the result is named after the cut. `search`: how to pick the rank of the adapters.
+    result it is SOURCE-cut, and the result is named after the cut. `search`: how to pick the rank of the adapters.
     """
     from slicer.checkpoint.export import check_output
     from slicer.checkpoint.hub import open_source
     from slicer.heal.finetune.model import require
+    from slicer.heal.finetune.result import check_adapter_output
     from slicer.jobs.convert import convert
     from slicer.jobs.heal import heal
     from slicer.jobs.output import output_name
     from slicer.runtime.distributed import Processes
-    from slicer.runtime.workdir import SIGN, beside, check_owner, owned
+    from slicer.runtime.workdir import SIGN, beside, check_owner, claimed
     from slicer.sweep.ranks import heal_with_best_rank
 
     assert healing.training is not None
+    out, overwrite, method = request.output.out, request.output.overwrite, healing.training.method
     cut = bare(request)
-    require(healing.training.method)
-    out = request.output.out
+    require(method)
+    source = open_source(request.source).path
     if out is not None:  # before the cut is made, which may take long
-        check_output(out, open_source(request.source).path, force=request.output.overwrite)
-    place = out or Path(output_name(request.source))
-    later = [beside(place, kind) for kind in ("training", "ranks")]
-    for directory in later:
+        check_output(out, source, overwrite=overwrite)
+        check_adapter_output(healing.save_adapter, method, out, [source], overwrite=overwrite)
+    place = beside(out, "cut") if out is not None else Path(output_name(request.source, "cut"))
+    path = place / "cut"
+
+    def result() -> Path:
+        return out or Path(output_name(request.source, Plan.load(path).size_name))
+
+    def later() -> list[Path]:
+        return [beside(result(), kind) for kind in ("training", "ranks")] if out or path.is_dir() else []
+
+    for directory in later():
         check_owner(directory)
     processes = Processes.of_environment()
-    with owned(
-        beside(place, "cut"), processes, what="the cut of an unfinished training", overwrite=request.output.overwrite,
-        resumable=lambda: any((directory / SIGN).is_file() for directory in later), convert=request.identity,
-    ) as work:  # fmt: skip
-        path = work.path / "cut"
-        made = replace(cut, output=replace(request.output, out=path, overwrite=True, verify="load"))
-        processes.first(lambda: None if path.is_dir() else convert(made, progress))
-        name = out or Path(output_name(request.source, Plan.load(path).size_name))
-        asked = replace(healing, cut=str(path), output=replace(request.output, out=name))
+    with claimed(
+        place, processes, what="the cut of an unfinished training", overwrite=overwrite,
+        resumable=lambda: any((directory / SIGN).is_file() for directory in later()), convert=request.identity,
+    ):  # fmt: skip
+        output = replace(request.output, out=path, overwrite=True, verify="load")
+        processes.first(lambda: None if path.is_dir() else convert(replace(cut, output=output), progress))
+        asked = replace(healing, cut=str(path), output=replace(request.output, out=result()))
         done = heal(asked, progress) if search is None else heal_with_best_rank(asked, search, progress)
-        processes.meet()
-        if processes.is_first:
-            work.remove()
     processes.leave()
     return done

@@ -1,16 +1,18 @@
-"""The commands `slicer eval` and `slicer report`. Heavy imports happen when a command runs."""
+"""The command `slicer eval`, and the options of what to measure that sweep has too."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import click
 
+from slicer.checkpoint.tensors import DTYPES
+from slicer.cli import groups
+from slicer.cli.groups import Decorator, group, option
 from slicer.errors import EvaluationError, UsageError
-
-RESULTS = click.Path(path_type=Path)
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -18,57 +20,70 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-@click.command("eval")
+def measured_options(hidden: Collection[str] = ()) -> Decorator:
+    """What to measure, of eval and sweep; the options in `hidden` are for experts."""
+
+    def one(name: str, *more: str, **settings: Any) -> Decorator:
+        return option(name, *more, hidden=name in hidden, **settings)
+
+    return group(
+        "What to measure",
+        one("--tasks", metavar="NAMES", show_default="mmlu,boolq,c4; c4 for the demo model",
+            help="lm-eval tasks or groups, comma-separated, with an optional number of few-shot examples (mmlu@5); c4 "
+            "is the loss on text."),
+        one("--data", **groups.DIRECTORY, show_default="the Hub's",
+            help="Directory of local files: mmlu/dev and mmlu/test (CSV), boolq/dev.jsonl, TASK/SPLIT.jsonl of any "
+            "task, and c4*.jsonl, .txt or .parquet for the loss."),
+        one("--text", **groups.FILE, help="Measure the loss on this .jsonl, .txt or .parquet file."),
+        one("--column", metavar="NAME", show_default="text", help="Column of the files that holds the text."),
+        one("--num-fewshot", type=click.IntRange(min=0), metavar="N", show_default="the task's",
+            help="Few-shot examples per question."),
+        one("--limit", type=groups.POSITIVE, metavar="N",
+            help="Use N items of each task and N excerpts of text. eval takes the first N of each subtask of a group, "
+            "as lm_eval; sweep divides N among the subtasks."),
+        one("--seed", type=click.IntRange(min=0), default=0,
+            help="Seed of the text, of few-shot examples and of shared limits; 0 gives lm_eval's examples."),
+    )  # fmt: skip
+
+
+def machine_options(hidden: Collection[str] = ()) -> list[Decorator]:
+    """Where and how models run, of eval and sweep."""
+    return [
+        option("--batch-size", default="auto", hidden="--batch-size" in hidden,
+               help="Requests per forward pass; auto: as many as fit on a GPU, 1 on a CPU."),
+        option("--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", hidden="--dtype" in hidden,
+               help="Precision to run in; auto: as stored, for a sweep float32 on a CPU where that is faster."),
+        groups.DEVICE,
+        groups.TRUST,
+    ]  # fmt: skip
+
+
+@groups.command("eval")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL [OTHER]...")
-@click.option(
-    "--tasks",
-    metavar="NAMES",
-    help="lm-eval tasks or groups, comma-separated, with an optional number of few-shot examples (mmlu@5); "
-    "c4 is the loss on text  [default: mmlu,boolq,c4; c4 for the demo model]",
+@measured_options()
+@group(
+    "Output",
+    groups.output_file("Write the results, with the value of every item, to FILE."),
+    option(
+        "--write-tasks",
+        **groups.DIRECTORY,
+        help="Keep the task files made from --data in DIR, for lm_eval --include_path DIR.",
+    ),
+    groups.JSON,
 )
-@click.option(
-    "--data", type=RESULTS, metavar="DIR",
-    help="Directory of local files to use instead of the Hub: mmlu/dev and mmlu/test (CSV), boolq/dev.jsonl, "
-    "TASK/SPLIT.jsonl of any task, and c4*.jsonl, .txt or .parquet for the loss.",
-)  # fmt: skip
-@click.option("--text", type=RESULTS, metavar="FILE",
-              help="Measure the loss on this .jsonl, .txt or .parquet file.")  # fmt: skip
-@click.option("--text-column", "column", metavar="NAME",
-              help="Column of that file that holds the text  [default: text]")  # fmt: skip
-@click.option("--num-fewshot", type=click.IntRange(min=0),
-              help="Few-shot examples per question  [default: the task's]")  # fmt: skip
-@click.option(
-    "--limit", type=click.IntRange(min=1), metavar="N",
-    help="Use the first N items of each task (as in lm_eval: of each subtask of a group) and N excerpts of text.",
-)  # fmt: skip
-@click.option("--backend", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True,
-              help="Engine that runs the model.")  # fmt: skip
-@click.option(
-    "--batch-size", default="auto", show_default=True,
-    help="Requests per forward pass; auto: as many as fit on a GPU, 1 on a CPU.",
-)  # fmt: skip
-@click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True,
-    help="Seed of the text and of few-shot examples; 0 selects the same examples as lm_eval.",
-)  # fmt: skip
-@click.option("--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto",
-              show_default=True, help="Precision to run in; auto: as stored.")  # fmt: skip
-@click.option("--device", default="auto", show_default=True,
-              help="Device to run on: auto, cpu, cuda, cuda:1.")  # fmt: skip
-@click.option("-o", "--out", type=RESULTS, metavar="FILE",
-              help="Write the results, with the value of every item, to FILE.")  # fmt: skip
-@click.option("--write-tasks", type=RESULTS, metavar="DIR",
-              help="Keep the task files made from --data in DIR, for lm_eval --include_path DIR.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
-@click.option("--trust-remote-code", is_flag=True, help="Run the checkpoint's own Python code.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@group(
+    "Machine",
+    option("--backend", type=click.Choice(["hf", "vllm"]), default="hf", help="Engine that runs the model."),
+    *machine_options(),
+)
 def evaluate(models: tuple[str, ...], **given: Any) -> None:
-    """Evaluate MODEL: lm-eval tasks, the loss on text, and the health of generated text.
+    """Evaluate MODEL: lm-eval tasks, loss on text, generated text.
 
     MODEL is a directory, a Hub id, "demo", or a result file of an earlier run (.json). If several are given, each is
     compared with the first, item by item, and each difference is marked as significant or within noise.
 
     \b
+    slicer eval demo --limit 20
     slicer eval qwen2.5-0.5b qwen-20L --tasks mmlu@5,boolq,c4
     slicer eval before.json after.json
     """
@@ -83,14 +98,12 @@ def evaluate(models: tuple[str, ...], **given: Any) -> None:
 
     stored = [model for model in models if model.endswith(".json")]
     to_run = [model for model in models if model not in stored]
-    out = given["out"]
+    out = given["output_file"]
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
         raise EvaluationError(f"{out}: cannot be written; pass a file in an existing directory")
     tasks, text = given["tasks"], given["text"]
     if "demo" in to_run and given["data"] is None and text is None:
-        from slicer import demo
-
-        text = demo.path().parent / "heldout.txt"
+        text = hub.DEMO.parent / "heldout.txt"
         tasks = tasks or "c4"
     if given["write_tasks"] is not None and given["data"] is None:
         raise UsageError("--write-tasks needs --data: only tasks made from local files are written")

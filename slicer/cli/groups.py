@@ -13,20 +13,23 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import cloup
 from click.core import ParameterSource
+from click.types import OptionHelpExtra
 
 from slicer.checkpoint.tensors import DTYPES
 from slicer.data.sources import TextSpec
 from slicer.errors import UsageError
 from slicer.heal.finetune.settings import COMPUTE, METHODS, SCHEDULERS, STARTS, Training
 from slicer.jobs.request import VERIFICATIONS, Output, Text
-from slicer.plan.amounts import parse_size
-from slicer.plan.records import HealingRecord
+from slicer.plan.amounts import parse_counts, parse_size
 from slicer.runtime.compute import Compute
+
+if TYPE_CHECKING:
+    from slicer.sweep.ranks import RankSearch
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -57,6 +60,7 @@ UNRECORDED = {
     "output_dir", "output_file", "overwrite", "dry_run", "verify", "device", "memory", "save_adapter", "config", "grid",
     "as_json", "debug",
 }  # fmt: skip
+_OF_RANK = ("rank_metric", "rank_data", "rank_limit")
 _TRAINS = "training_"  # what the names of the parameters of training begin with
 
 
@@ -91,7 +95,7 @@ class Command(cloup.Command):
         return found + args[at:]
 
 
-def command(name: str | None = None, cls: type[Command] = Command, **settings: Any) -> Decorator:
+def command(name: str | None = None, cls: type[Command] = Command, **settings: Any) -> Callable[..., Command]:
     """A command with the options that all commands have."""
     last = [
         click.option("--debug", is_flag=True, hidden=True, help="Show the traceback of an error."),
@@ -99,7 +103,7 @@ def command(name: str | None = None, cls: type[Command] = Command, **settings: A
                      help="Show all options, also those for experts, and exit."),
     ]  # fmt: skip
 
-    def decorate(function: Callable[..., Any]) -> Any:
+    def decorate(function: Callable[..., Any]) -> Command:
         for add in reversed(last):
             function = _below(function, add)
         return cloup.command(name, cls=cls, **settings)(function)
@@ -120,21 +124,34 @@ def _help_all(context: click.Context, _parameter: click.Parameter, asked: bool) 
     if not asked or context.resilient_parsing or not isinstance(context.command, Command):
         return
     options = [p for p in context.command.params if isinstance(p, click.Option) and p.hidden]
-    groups = [group for group in context.command.option_groups if group.hidden]
-    for shown in (*options, *groups):
-        shown.hidden = False
+    hidden: list[Any] = [*options, *(group for group in context.command.option_groups if group.hidden)]
+    for item in hidden:
+        item.hidden = False
     text = context.get_help()
-    for hidden in (*options, *groups):
-        hidden.hidden = True
+    for item in hidden:
+        item.hidden = True
     click.echo(text)
     context.exit()
+
+
+class Option(cloup.Option):
+    """An option whose help shows its real default, and no range."""
+
+    def get_help_extra(self, context: click.Context) -> OptionHelpExtra:
+        extra = super().get_help_extra(context)
+        extra.pop("range", None)
+        if isinstance(self.show_default, str):
+            extra["default"] = self.show_default
+        return extra
 
 
 def option(*names: str, **settings: Any) -> Decorator:
     """An option; a flag where its default is False."""
     if settings.get("default") is False:
         settings["is_flag"] = True
-    return cloup.option(*names, **settings)
+    if isinstance(settings.get("type"), click.IntRange) and settings.get("metavar") is None:
+        settings["metavar"] = "N"
+    return cloup.option(*names, cls=Option, **settings)
 
 
 expert = partial(option, hidden=True)
@@ -144,20 +161,30 @@ FILE = {"type": click.Path(path_type=Path), "metavar": "FILE"}
 POSITIVE = click.IntRange(min=1)
 JSON = option("--json", "as_json", default=False, help="Print the result as JSON.")
 TRUST = expert("--trust-remote-code", default=False, help="Run the checkpoint's own Python code.")
-DEVICE = option("--device", default=Compute.device, help="Where models run: auto, cpu, cuda, cuda:1.")
-OVERWRITE = option("--overwrite", default=False, help="Replace what lies at the output, if slicer can tell that it made it.")
+DEVICE = option(
+    "--device", metavar="DEVICE", default=Compute.device, help="Where models run: auto, cpu, cuda, cuda:1."
+)
+OVERWRITE = option(
+    "--overwrite", default=False, help="Replace what lies at the output, if slicer can tell that it made it."
+)
 VERIFY = expert(
     "--verify", type=click.Choice(VERIFICATIONS), default=Output.verify,
     help="Check before the output appears. load: every key and shape. logits: also the logits, against the source with "
     "the dropped layers bypassed. auto: logits if the model fits in memory.",
 )  # fmt: skip
 SHARDS = expert(
-    "--max-shard-size", metavar="SIZE", default=f"{Output.max_shard_bytes // 10**9}GB", help="Largest weight file."
+    "--max-shard-size",
+    metavar="SIZE",
+    default=f"{Output.max_shard_bytes // 10**9}GB",
+    help="Largest weight file.",
 )
 MEMORY = expert(
     "--memory", metavar="SIZE", show_default="what is free",
     help="Memory for weights and states, e.g. 8GB. A larger model is read from disk layer by layer.",
 )  # fmt: skip
+DRAFTED = option(
+    "--num-speculative-tokens", type=POSITIVE, metavar="N", default=3, help="Tokens to draft per step."
+)
 
 
 def output_dir(help_text: str, **settings: Any) -> Decorator:
@@ -247,7 +274,7 @@ def training_options(visible: Collection[str] = ()) -> list[Decorator]:
                 _NAMES.get(field.name, "--" + field.name.replace("_", "-")),
                 _TRAINS + field.name,
                 hidden=field.name not in visible,
-                metavar=_METAVARS.get(field.name),
+                metavar=_METAVARS.get(field.name, "X" if kind == "float" else None),
                 help=f"{text[:1].upper()}{text[1:]}.",
                 **settings,
             )
@@ -256,11 +283,11 @@ def training_options(visible: Collection[str] = ()) -> list[Decorator]:
 
 
 CONFIG = option(
-    "--config", **FILE, is_eager=True, callback=lambda *given: _from_file(*given, _fields_of_training),
+    "--config", **FILE, is_eager=True, callback=lambda context, _, file: _from_file(context, file, _fields_of_training),
     help="YAML file with settings of training by their names in docs/reference/training.md; options override it.",
 )  # fmt: skip
 GRID = option(
-    "--grid", **FILE, is_eager=True, callback=lambda *given: _from_file(*given, _options_by_name),
+    "--grid", **FILE, is_eager=True, callback=lambda context, _, file: _from_file(context, file, _options_by_name),
     help="YAML file with values for the options of this command, by name; options override it.",
 )  # fmt: skip
 
@@ -269,8 +296,8 @@ def rank_options(visible: bool) -> list[Decorator]:
     """How to pick the rank of adapters, and whether to keep the adapter: of convert and heal."""
     return [
         option("--rank-sweep", metavar="RANKS", hidden=not visible,
-               help="Pick the rank among these, such as 2,8,64, as the paper does: the largest, unless it is worse than "
-               "no healing; then the best of all."),
+               help="Pick the rank among these, such as 2,8,64, as the paper does: the largest, unless it is worse "
+               "than no healing; then the best of all."),
         expert("--rank-metric", metavar="TASK", show_default="mmlu",
                help="What to pick the rank by: an lm-eval task, or loss."),
         expert("--rank-data", **DIRECTORY, help="Directory of local files of that task, as in eval."),
@@ -300,7 +327,6 @@ def _options_by_name(command: click.Command) -> dict[str, click.Parameter]:
 
 def _from_file(
     context: click.Context,
-    _parameter: click.Parameter,
     file: Path | None,
     known: Callable[[click.Command], Mapping[str, click.Parameter]],
 ) -> Path | None:
@@ -312,7 +338,9 @@ def _from_file(
     try:
         node = yaml.compose(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
+        raise UsageError(
+            f"{file}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})"
+        ) from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UsageError(f"{file} line {line}: not valid YAML ({error.problem})") from None
@@ -334,7 +362,7 @@ def _from_file(
         try:
             values[str(parameter.name)] = parameter.type.convert(text, parameter, context)
         except click.BadParameter as error:
-            raise UsageError(f"{where}: {key.value}: {error.message}") from None
+            raise UsageError(f"{where}: {key.value}: {error.message.rstrip('.')}") from None
     context.default_map = values
     return file
 
@@ -345,7 +373,9 @@ def _from_file(
 def text_of(given: Mapping[str, Any], source: str | None = None) -> Text:
     """The text asked for. The demo model gets text of its own where none is named: it needs no network."""
     names = ("samples", "seq_len", "batch_size", "seed", "column")
-    return Text(given["calibration"] or ("self" if source == "demo" else None), **{k: given[k] for k in names})
+    return Text(
+        given["calibration"] or ("self" if source == "demo" else None), **{k: given[k] for k in names}
+    )
 
 
 def output_of(given: Mapping[str, Any]) -> Output:
@@ -372,37 +402,45 @@ def training_of(
 
     Raises UsageError where options of training are given and nothing is trained.
     """
-    said = {f.name: given.get(_TRAINS + f.name) for f in fields(Training)}
-    said = {name: value for name, value in said.items() if value not in (None, False)}
+    values: dict[str, Any] = {f.name: given.get(_TRAINS + f.name) for f in fields(Training)}
+    values = {name: value for name, value in values.items() if value is not None and value is not False}
     if method not in METHODS:
         others = [name for name in ("save_adapter", "rank_sweep", *_OF_RANK) if given.get(name) is not None]
-        for name in [*(_NAMES.get(n, n) for n in said), *others]:
-            raise UsageError(f"--{name.lstrip('-').replace('_', '-')}: give it with {option} {', '.join(METHODS)}")
+        for name in [*(_NAMES.get(n, n) for n in values), *others]:
+            raise UsageError(
+                f"--{name.lstrip('-').replace('_', '-')}: give it with {option} {', '.join(METHODS)}"
+            )
         return None
     if given.get("rank_sweep") is None:
         for name in _OF_RANK:
             if given.get(name) is not None:
                 raise UsageError(f"--{name.replace('_', '-')}: give it with --rank-sweep")
-    elif "lora_r" in said:
+    elif "lora_r" in values:
         raise UsageError("--lora-r: give it or --rank-sweep, not both")
     elif given["save_adapter"] is not None:
         raise UsageError("--save-adapter: not with --rank-sweep; heal again with the rank that it picks")
-    seed = {} if given["seed"] is None else {"seed": given["seed"]}
+    if given["seed"] is not None:
+        values["seed"] = given["seed"]
     if recorded is None:
-        return Training(method=method, **seed, **said)
-    return replace(recorded, method=method, **seed, **said)
+        return Training(**{**values, "method": method})
+    return replace(recorded, **{**values, "method": method})
 
 
-_OF_RANK = ("rank_metric", "rank_data", "rank_limit")
+def rank_search_of(given: Mapping[str, Any]) -> RankSearch | None:
+    """How to pick the rank of the adapters; None where it is not asked for."""
+    if given["rank_sweep"] is None:
+        return None
+    from slicer.sweep.ranks import RankSearch
+
+    ranks = sorted(parse_counts(given["rank_sweep"], "--rank-sweep"), reverse=True)  # the largest first
+    chosen = {name.removeprefix("rank_"): given[name] for name in _OF_RANK if given[name] is not None}
+    return RankSearch(tuple(ranks), **chosen)
 
 
-def recorded_text(said: Text, record: HealingRecord) -> Text:
-    """The text that a repair was made on, overlaid by what is said."""
-    text = record.text
-    if text is None or said.source is not None:
-        return said
-    spec = TextSpec(text.source, text.samples, text.seq_len, text.batch_size, text.seed, text.column)
-    return Text.of(said.over(spec))
+def said() -> set[str]:
+    """The parameters that the command line, or a settings file, gives."""
+    context, sources = click.get_current_context(), (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
+    return {name for name in context.params if context.get_parameter_source(name) in sources}
 
 
 def recorded_command(unrecorded: Iterable[str] = UNRECORDED, *, defaults: bool = False) -> str:
@@ -410,14 +448,19 @@ def recorded_command(unrecorded: Iterable[str] = UNRECORDED, *, defaults: bool =
 
     `defaults`: also options that were given with their default value.
     """
-    context = click.get_current_context()
+    context, given = click.get_current_context(), said()
     arguments = [p for p in context.command.params if isinstance(p, click.Argument)]
     words = ["slicer", context.info_name or "", *(str(context.params[p.name or ""]) for p in arguments)]
     for parameter in context.command.params:
         name = parameter.name or ""
-        source, value = context.get_parameter_source(name), context.params.get(name)
-        said = source in (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
-        if parameter in arguments or name in unrecorded or value in (None, False) or not said:
+        value = context.params.get(name)
+        if (
+            parameter in arguments
+            or name not in given
+            or name in unrecorded
+            or value is None
+            or value is False
+        ):
             continue
         if defaults or value != parameter.default:
             words += [parameter.opts[-1]] if value is True else [parameter.opts[-1], str(value)]

@@ -16,14 +16,27 @@ from slicer.jobs.request import SOLVERS, Compensation, HealRequest
 @click.argument("sliced")
 @group(
     "How to heal the cut",
-    option("--base-model", "source", metavar="SOURCE", show_default="as in SLICED's plan",
-           help="What SLICED was sliced from."),
-    option("--method", type=click.Choice(["fold", *METHODS]), default="fold",
-           help="fold: solve existing matrices again in closed form. qlora, lora: train adapters on the feed-forward, "
-           "on 4-bit weights or those as stored, and merge them. full: train all weights."),
-    expert("--solver", type=click.Choice(SOLVERS), show_default=SOLVERS[0],
-           help="Of a fold. resolve: the output matrices, by ridge regression. transform: one linear map behind the "
-           "feed-forward (ReplaceMe)."),
+    option(
+        "--base-model",
+        "source",
+        metavar="SOURCE",
+        show_default="as in SLICED's plan",
+        help="What SLICED was sliced from.",
+    ),
+    option(
+        "--method",
+        type=click.Choice(["fold", *METHODS]),
+        default="fold",
+        help="fold: solve existing matrices again in closed form. qlora, lora: train adapters on the feed-forward, "
+        "on 4-bit weights or those as stored, and merge them. full: train all weights.",
+    ),
+    expert(
+        "--solver",
+        type=click.Choice(SOLVERS),
+        show_default=SOLVERS[0],
+        help="Of a fold. resolve: the output matrices, by ridge regression. transform: one linear map behind the "
+        "feed-forward (ReplaceMe).",
+    ),
     groups.CONFIG,
     *groups.training_options(visible=("max_steps", "learning_rate", "lora_r", "batch_size", "seq_len")),
     *groups.rank_options(visible=True),

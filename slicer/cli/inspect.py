@@ -1,4 +1,4 @@
-"""The command line: options in, one line of error or a summary out. What a command needs is imported when it runs."""
+"""The command `slicer inspect`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,21 @@ import json
 
 import click
 
+from slicer.cli import groups
 
-@click.command()
+
+@groups.command()
 @click.argument("source")
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@groups.JSON
 def inspect(source: str, as_json: bool, debug: bool) -> None:
-    """Show what SOURCE is: architecture, depth, sizes, costs, and what was sliced off it."""
+    """Show the architecture, sizes and costs of SOURCE.
+
+    Of a sliced checkpoint also what was dropped and how it was healed.
+
+    \b
+    slicer inspect demo
+    slicer inspect qwen-20L
+    """
     from slicer.checkpoint.sizes import inspect as look
     from slicer.cli.render import written
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import click
+import cloup
 
 from slicer.cli.analyze import analyze
 from slicer.cli.bench import bench
@@ -25,7 +26,7 @@ from slicer.cli.sweep import sweep
 from slicer.errors import SlicerError
 
 
-class _Group(click.Group):
+class _Group(cloup.Group):
     """Reports every SlicerError as one line; a traceback only with --debug."""
 
     def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:  # type: ignore[override]
@@ -73,10 +74,23 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=_Group,
+    sections=[
+        cloup.Section("Look and choose", [inspect, analyze, plan]),
+        cloup.Section("Cut and repair", [convert, heal, merge]),
+        cloup.Section("Judge and use", [evaluate, sweep, report, bench, serve]),
+        cloup.Section("Try it", [demo]),
+    ],
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        "show_default": True,
+    },
+)
 @click.version_option(package_name="slicer-llm", prog_name="slicer")
 def main() -> None:
-    """Make a large language model shallower and leave it a standard checkpoint.
+    """Make a large language model shallower and write a standard checkpoint.
 
     \b
     slicer convert meta-llama/Llama-2-70b-hf --drop 0.4
@@ -84,7 +98,3 @@ def main() -> None:
     slicer plan analysis --drop 0.4 --blocks 2
     slicer inspect Llama-2-70b-hf-48L
     """
-
-
-for _command in (convert, inspect, demo, analyze, plan, heal, evaluate, sweep, report, merge, serve, bench):
-    main.add_command(_command)

@@ -15,8 +15,11 @@ from slicer.jobs.request import MergeRequest
 @groups.command()
 @click.argument("sliced")
 @click.argument("adapter", type=click.Path(path_type=Path))
-@option("--renumber", default=False,
-        help="ADAPTER was trained on the unsliced model: renumber its layers and leave out the dropped ones.")  # fmt: skip
+@option(
+    "--renumber",
+    default=False,
+    help="ADAPTER was trained on the unsliced model: renumber its layers and leave out the dropped ones.",
+)
 @group(
     "Output",
     groups.output_dir("Directory of the merged checkpoint.", required=True),

@@ -1,4 +1,4 @@
-"""The commands `slicer eval` and `slicer report`. Heavy imports happen when a command runs."""
+"""The command `slicer report`."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from pathlib import Path
 
 import click
 
-from slicer.cli.eval import RESULTS
+from slicer.cli import groups
 
 
-@click.command()
-@click.argument("directory", type=RESULTS, metavar="DIR")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@groups.command()
+@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
 def report(directory: Path, debug: bool) -> None:
-    """Write DIR/report.html, one self-contained page, and DIR/report.md.
+    """Write report.html, one self-contained page, and report.md.
 
-    The report covers what DIR contains: a sweep, layer distances, a benchmark, a sliced checkpoint with its healing.
+    They lie in DIR and cover what DIR contains: a sweep, layer distances, a benchmark, a sliced checkpoint.
+
+    \b
+    slicer report qwen2.5-0.5b-sweep
     """
     from slicer.report.page import write_report
 

@@ -8,23 +8,27 @@ from ipaddress import ip_address
 
 import click
 
+from slicer.cli import groups
+from slicer.cli.groups import group, option
 
-@click.command()
+
+@groups.command()
 @click.argument("source")
 @click.argument("vllm_flags", nargs=-1, type=click.UNPROCESSED)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True,
-              help="Port to listen on; 0: a free one.")  # fmt: skip
-@click.option("--api-key", help="Key that clients must send  [default: VLLM_API_KEY of the environment]")
-@click.option("--no-auth", is_flag=True, help="Allow access from other machines without a key.")
-@click.option("--name", help="Model name for clients  [default: SOURCE's]")
-@click.option("--draft", metavar="SLICED",
-              help="A cut of SOURCE as its draft model for speculative decoding.")  # fmt: skip
-@click.option("--num-speculative-tokens", type=click.IntRange(min=1), default=3, show_default=True,
-              help="Tokens to draft per step.")  # fmt: skip
-@click.option("--timeout", type=click.IntRange(min=1), default=1800, show_default=True,
-              help="Maximum startup time in seconds.")  # fmt: skip
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@group(
+    "Endpoint",
+    option("--host", default="127.0.0.1", help="Address to listen on."),
+    option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0: a free one."),
+    option("--api-key", show_default="VLLM_API_KEY of the environment", help="Key that clients must send."),
+    option("--no-auth", default=False, help="Allow access from other machines without a key."),
+    option("--name", show_default="SOURCE's", help="Model name for clients."),
+    option("--timeout", type=groups.POSITIVE, metavar="SECONDS", default=1800, help="Maximum startup time."),
+)
+@group(
+    "Speculative decoding",
+    option("--draft", metavar="SLICED", help="A cut of SOURCE as its draft model."),
+    groups.DRAFTED,
+)
 def serve(
     source: str,
     vllm_flags: tuple[str, ...],
@@ -33,16 +37,17 @@ def serve(
     api_key: str | None,
     no_auth: bool,
     name: str | None,
+    timeout: int,
     draft: str | None,
     num_speculative_tokens: int,
-    timeout: int,
     debug: bool,
 ) -> None:
-    """Serve SOURCE with vLLM behind an OpenAI-compatible endpoint.
+    """Serve SOURCE with vLLM, with an OpenAI-compatible endpoint.
 
     SOURCE is a directory, a Hub id or "demo". Pass vLLM's own flags after --:
 
     \b
+    slicer serve qwen-20L --port 8000
     slicer serve qwen-20L -- --max-model-len 4096 --tensor-parallel-size 2
     """
     from slicer.cli.render import progress as bars

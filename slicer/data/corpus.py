@@ -20,7 +20,7 @@ from slicer.checkpoint.architectures.table import text_config
 from slicer.checkpoint.reader import Checkpoint
 from slicer.data.calibration import TokenBatches, sample_tokens
 from slicer.data.packing import Packer, batched, mark_of, open_tokenizer
-from slicer.data.sources import DEFAULT_DATASET, TextSpec, is_streamed, mixed, sources_of
+from slicer.data.sources import TextSpec, is_streamed, mixed, sources_of
 from slicer.errors import CalibrationError, HealError
 from slicer.plan.records import CorpusRecord
 from slicer.progress import Progress
@@ -187,7 +187,7 @@ def _tokenize(
     progress: Progress,
 ) -> CorpusRecord:
     """Write both files; one document in `share` is held out, unless there is separate validation text."""
-    source, most = spec.source or ":".join(DEFAULT_DATASET), size.validation_samples
+    source, most = spec.name, size.validation_samples
     known: set[str] = set()
     count = left_out = 0
     with (

@@ -172,7 +172,7 @@ def _template_errors(source: str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:160]
         raise CalibrationError(
             f"{source}: contains conversations, but the chat template fails on them ({reason}); use plain text, or "
-            "name its column with --text-column"
+            "name its column with --column"
         ) from None
 
 

@@ -215,7 +215,7 @@ def _read_parquet(file: Path, column: str) -> list[Document]:
         wanted = column if column in names else next((c for c in _CONVERSATIONS if c in names), None)
         if wanted is None:
             raise CalibrationError(
-                f"{file}: no column {column!r} (columns: {', '.join(names)}); name it with --text-column"
+                f"{file}: no column {column!r} (columns: {', '.join(names)}); name it with --column"
             )
         rows = parquet.read_table(file, columns=[wanted])[wanted].to_pylist()
         return [_text_of({wanted: row}, column, str(file)) for row in rows if row]
@@ -236,8 +236,8 @@ def _text_of(row: Any, column: str, where: str | None) -> Document:
         return messages
     if not isinstance(row, dict) or column not in row:
         names = ", ".join(row) if isinstance(row, dict) else "none"
-        raise CalibrationError(f"{where}: no column {column!r} ({names}); name it with --text-column")
-    raise CalibrationError(f"{where}: column {column!r} has no text; name another one with --text-column")
+        raise CalibrationError(f"{where}: no column {column!r} ({names}); name it with --column")
+    raise CalibrationError(f"{where}: column {column!r} has no text; name another one with --column")
 
 
 def _messages(found: list[Any]) -> Conversation:

@@ -67,7 +67,7 @@ def write_task(
             f"{data}: {name} is scored on its {config.get('test_split') or config.get('validation_split')} split, "
             f"but only {', '.join(files)} was found; add the file"
         )
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     directory.mkdir(parents=True, exist_ok=True)
     (directory / f"{name}.yaml").write_text(yaml.safe_dump(record, sort_keys=False), "utf-8")

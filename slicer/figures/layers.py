@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from slicer.errors import PlanError
 from slicer.figures.style import BLUE, BOTH, ORANGE, canvas, plot, save
+from slicer.measure.metrics import title_of
 
 if TYPE_CHECKING:
     from slicer.measure.analysis import Analysis, Distances
@@ -103,8 +104,7 @@ def _singles(table: Distances) -> Distances:
 def _text(analysis: Analysis, metric: str) -> str:
     if metric == "shapley_score":
         return str((analysis.shapley or {}).get("against", "task"))
-    source = str((analysis.calibration or {}).get("source", "calibration text"))
-    return Path(source).name
+    return Path(analysis.calibration.source).name if analysis.calibration else "calibration text"
 
 
 _CURVES = 6
@@ -271,9 +271,7 @@ def _label_grid(places: list[Any], upright: str, level: str, columns: int = 3) -
 
 def analysis_title(metric: str) -> str:
     """The name of a metric as a figure title."""
-    from slicer.measure.analysis import TITLES
-
-    title = TITLES.get(metric, metric)
+    title = title_of(metric)
     return title[0].upper() + title[1:]
 
 

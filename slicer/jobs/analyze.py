@@ -1,296 +1,334 @@
-"""`slicer analyze` and `slicer plan`: measure a source by every metric, and make plans from the results.
+"""`slicer analyze`: measure the layers of a source by every metric that is asked for, into analysis.json and figures.
 
-resolve -> Checkpoint.open -> Walk -> calibrate -> record (resumable) -> summarise -> analysis.json, figures
-analysis.json + amount -> Plan, without the model
+Every process of a launch measures its portion of the sequences. A stopped run resumes: the text, the recording of each
+layer and each pass that was finished are kept in a work directory inside the output directory.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
-from slicer.checkpoint import hub
-from slicer.checkpoint.reader import Checkpoint, refuse_quantized
+from slicer.checkpoint.hub import Source, open_source
+from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.tensors import DTYPES
+from slicer.data.calibration import TokenBatches, read_text
 from slicer.data.sources import TextSpec
 from slicer.errors import HealError, OutputError, UsageError
 from slicer.heal.compensate.fold import fold
 from slicer.heal.patch import holds, written_dtype
+from slicer.jobs.request import AnalyzeRequest, check_choice
 from slicer.measure.analysis import Analysis, Distances
-from slicer.model.walk import Walk
+from slicer.measure.distances import distance_tables, record_halves, tables_of_halves
+from slicer.measure.losses import Questions, block_losses, greedy_order, taylor_table
+from slicer.measure.metrics import points_affordable
+from slicer.measure.recorder import Portion, Recording, record
+from slicer.measure.shapley import AGAINST, Coalitions, leave_one_out, shapley, table_of
+from slicer.model.walk import Walk, open_walk
 from slicer.plan.blocks import rank
 from slicer.plan.plan import METRIC, Plan
+from slicer.plan.records import TextRecord
 from slicer.progress import Progress
-from slicer.runtime import memory
+from slicer.runtime import distributed
 from slicer.runtime.distributed import Processes
 from slicer.runtime.files import atomic_file, write_atomically
+from slicer.runtime.memory import fits
 from slicer.runtime.versions import versions
 from slicer.runtime.workdir import Notebook, claimed
 
-POSITIONS = 16
-QUESTIONS = 64
-_PARTIAL = ".partial"  # work directories of an analysis, one a process; gone when it is done
+CANDIDATES = 4  # closest blocks of a size that are compared by their loss after a fold
+_PARTIAL = ".partial"  # holds one work directory a process; removed at the end
 
 
-@dataclass(frozen=True)
-class AnalyzeOptions:
-    """Options of an analysis; the defaults of the command line are defined here.
+def analyze(request: AnalyzeRequest, progress: Progress | None = None) -> Analysis | None:
+    """Measure a source into the directory `request.out`: analysis.json and figures.
 
-    Attributes:
-        memory: bytes for weights and states; None: a safe share of the free memory.
-        positions: evenly spaced tokens of each sequence for metrics that average over tokens.
-        losses: block sizes for which every block is scored by the loss without it; needs extra passes.
-        greedy: number of layers to remove one by one by re-measured loss (SLEB); 0 for none.
-        taylor: whether to measure |gradient x weight|.
-        sublayers: whether to measure attention and feed-forward sublayers separately, and half-offset cuts: one extra
-            pass, and with `losses` the loss and the KL divergence without each sublayer.
-        shapley: forward passes for Shapley values of layers (of sublayers with `sublayers`); 0: none.
-        against: the cost of the Shapley values: "loss" or "kl" on the calibration text, or "task:NAME", the score of an
-            lm-eval task.
-        questions: number of questions of that task.
-        data: local files of that task, see `slicer.evaluate.local_tasks`; None uses the Hub.
-        beside: another analysis of the same model (a directory) on other text, to plot against this one.
-        healed: block sizes whose closest blocks are also healed in closed form and compared by loss.
+    If stopped, the same request resumes after the last finished layer or pass. In a distributed run every process
+    calls this, and all but the first return None. Raises SlicerError children; see `slicer.errors`.
     """
-
-    calibration: TextSpec = field(default_factory=TextSpec)
-    dtype: str | None = None
-    device: str = "auto"
-    memory: int | None = None
-    positions: int = POSITIONS
-    losses: tuple[int, ...] = ()
-    greedy: int = 0
-    taylor: bool = False
-    healed: tuple[int, ...] = ()
-    sublayers: bool = False
-    shapley: float = 0
-    against: str = "loss"
-    questions: int = QUESTIONS
-    data: Path | None = None
-    beside: Path | None = None
-    force: bool = False
-    trust_remote_code: bool = False
-    command: str | None = None
-
-
-def analyze(
-    source: str, out: Path, options: AnalyzeOptions | None = None, *, progress: Progress | None = None
-) -> Analysis | None:
-    """Measure `source` (Hub id, directory or "demo") into the directory `out`: analysis.json and figures.
-
-    If stopped, the same call resumes after the last finished layer. In a distributed run each process measures its
-    share of the samples, and all but rank 0 return None. Raises SlicerError children.
-    """
-    options, progress = options or AnalyzeOptions(), progress or Progress()
-    if options.dtype is not None and options.dtype not in DTYPES:
-        raise UsageError(f"dtype {options.dtype!r}: choose from {', '.join(DTYPES)}")
+    progress = progress or Progress()
     progress.stage("Opening the checkpoint")
-    found = hub.resolve(source)
-    checkpoint = Checkpoint.open(found.path)
-    refuse_quantized(checkpoint)
-    checkpoint.check_layers()
-    _check_sizes(options, checkpoint.depth)
-    other = None if options.beside is None else Analysis.load(options.beside)
+    source = open_source(request.source)
+    _check(request, source.checkpoint.depth)
+    other = None if request.beside is None else Analysis.load(request.beside)
+    compute, text = request.compute, request.text.over(TextSpec())
+    loads = fits(source.checkpoint.bytes_as(compute.dtype), compute.device, compute.memory)
     processes = Processes.of_environment()
-    if options.healed and processes.world > 1:
-        raise UsageError("--healed: solved by one process; run it without torchrun")
-    if (options.sublayers or options.shapley) and processes.world > 1:
-        raise UsageError("--sublayers and --shapley: measured by one process; run them without torchrun")
     try:
-        _check_place(out, force=options.force)
+        _check_place(request.out, overwrite=request.overwrite)
         # Each process has a directory of its own, which need not be on the same disk.
         with claimed(
-            out / _PARTIAL / str(processes.rank), what="an unfinished analysis", overwrite=options.force,
-            checkpoint=checkpoint.identity, text=options.calibration.identity, source=source, dtype=options.dtype,
-            positions=options.positions, processes=processes.world, versions=versions(),
+            request.out / _PARTIAL / str(processes.rank), what="an unfinished analysis", overwrite=request.overwrite,
+            checkpoint=source.checkpoint.identity, text=text.identity, source=request.source, dtype=compute.dtype,
+            positions=request.measures.positions, processes=processes.world, versions=versions(),
         ) as work:  # fmt: skip
-            analysis = _measure(checkpoint, options, work.path, processes, progress)
-            analysis = Analysis(
-                **{
-                    **{k: getattr(analysis, k) for k in analysis.__dataclass_fields__},
-                    "source": source,
-                    "revision": found.revision,
-                    "model_type": checkpoint.config.get("model_type"),
-                    "versions": versions(),
-                    "command": options.command,
-                }
-            )
+            _announce(source.checkpoint, loads, progress)
+            with open_walk(source.checkpoint, compute, loads=loads, directory=work.path) as walk:
+                batches = _shared_text(text, source.path, walk, work.path, processes, progress)
+                portion = Portion.of(batches.batches, processes)
+                run = _Run(request, source, walk, batches.record, portion, work.path, progress)
+                analysis = run.measured()
             if not processes.is_first:
                 return None
             progress.stage("Drawing")
-            _publish(analysis, other, out, progress)
-        shutil.rmtree(out / _PARTIAL, ignore_errors=True)
+            _publish(analysis, other, request.out, progress)
+        shutil.rmtree(request.out / _PARTIAL, ignore_errors=True)
         return analysis
     finally:
         processes.leave()
 
 
-def _check_place(out: Path, *, force: bool) -> None:
-    """Raise OutputError where `out` holds a finished analysis (which gives way to `force`), or something else."""
-    if (out / _PARTIAL).is_dir() or not out.is_dir():  # what else is in the way is found when it is made
+@dataclass(frozen=True)
+class _Run:
+    """One analysis under way: what is asked, the source and a walk over it, this process's sequences, and the work
+    directory that finished passes are kept in."""
+
+    request: AnalyzeRequest
+    source: Source
+    walk: Walk
+    text: TextRecord
+    portion: Portion
+    work: Path
+    progress: Progress
+
+    def measured(self) -> Analysis:
+        """Everything that is asked for, each table by one function."""
+        wanted, walk, portion, progress = self.request.measures, self.walk, self.portion, self.progress
+        book = Notebook(self.work / "passes.json")
+        questions = self.questions()  # before any measurement, so that errors show early
+        recording = self.recording()
+        layers, sublayers = distance_tables(recording, portion, progress), dict[str, Distances]()
+        base: float | None = None
+        if wanted.losses:
+            found = block_losses(walk, portion, wanted.losses, book, progress)
+            base = found.base
+            layers |= found.tables
+        greedy: tuple[dict[str, float], ...] = ()
+        if wanted.greedy:
+            greedy, base = greedy_order(walk, portion, wanted.greedy, book, progress)
+        if wanted.taylor:
+            layers["taylor"] = taylor_table(walk, portion, book, progress)
+        if wanted.healed:
+            layers["healed_loss"] = self.healed_table(layers[METRIC], book)
+        if wanted.sublayers:
+            sublayers |= tables_of_halves(
+                record_halves(walk, portion.batches, progress=progress), portion.seq_len
+            )
+            sublayers |= {against: self.single_sublayers(against) for against in AGAINST if wanted.losses}
+        about: Mapping[str, Any] | None = None
+        if wanted.shapley:
+            table, about = self.shapley_table(questions)
+            (sublayers if wanted.sublayers else layers)[table.metric] = table
+        return Analysis(
+            walk.depth,
+            portion.samples,
+            portion.seq_len,
+            metrics=layers,
+            sublayers=sublayers,
+            source=self.request.source,
+            revision=self.source.revision,
+            model_type=self.source.checkpoint.config.get("model_type"),
+            dtype=str(walk.model.dtype).removeprefix("torch."),
+            positions=recording.positions,
+            points=recording.point_count,
+            calibration=self.text,
+            base_loss=base,
+            greedy=greedy,
+            shapley=about,
+            versions=versions(),
+            command=self.request.command,
+        )
+
+    def recording(self) -> Recording:
+        """The residual stream of this process's sequences, with as many points for CKA as are cheap."""
+        checkpoint, portion = self.source.checkpoint, self.portion
+        points = points_affordable(
+            self.walk.depth + 1,
+            self.walk.model.config.get_text_config().hidden_size,
+            portion.samples,
+            portion.samples * portion.seq_len,
+            sum(s.numel for key, s in checkpoint.tensors.items() if key.startswith(checkpoint.layer_prefix)),
+        )
+        return record(
+            self.walk,
+            portion,
+            self.work,
+            positions=self.request.measures.positions,
+            points=points,
+            resumable=True,
+            progress=self.progress,
+        )
+
+    def questions(self) -> Questions | None:
+        """The questions of --against task:NAME."""
+        wanted = self.request.measures
+        if not wanted.against.startswith("task:"):
+            return None
+        from slicer.evaluate import lm_tasks
+
+        self.progress.stage("Drawing questions")
+        return lm_tasks.draw(
+            wanted.against.removeprefix("task:"),
+            wanted.questions,
+            self.walk.model,
+            self.source.path,
+            data=wanted.data,
+            seed=self.text.seed,
+            trust_remote_code=self.request.compute.trust_remote_code,
+        )
+
+    def healed_table(self, distances: Distances, book: Notebook) -> Distances:
+        """The rise of the held-out loss over the full model's, nats a token, of the closest blocks by `distances` after
+        a fold. NaN for blocks that were not tried or cannot be folded. It has no standard errors."""
+
+        def increase(dropped: Sequence[int]) -> float | None:
+            try:
+                loss = fold(
+                    self.walk,
+                    self.portion.batches,
+                    Plan.dropping(self.walk.depth, dropped),
+                    holds=holds(self.source.checkpoint),
+                    written=written_dtype(self.source.checkpoint, None),
+                    progress=self.progress,
+                ).losses
+            except HealError:
+                return None
+            assert loss.after is not None and loss.source is not None
+            return loss.after - loss.source
+
+        rows: dict[int, list[float]] = {}
+        for n in self.request.measures.healed:
+            row = [math.nan] * (distances.depth - n + 1)
+            for block in rank(distances, n)[:CANDIDATES]:
+                value = book.take(f"healed-{block.start}+{n}", partial(increase, block.dropped))
+                row[block.start] = math.nan if value is None else value
+            if not all(map(math.isnan, row)):
+                rows[n] = row
+        if not rows:
+            raise HealError("none of the closest blocks can be healed; leave --healed out")
+        unknown = {n: [math.nan] * len(row) for n, row in rows.items()}
+        return Distances(
+            distances.depth, distances.samples, distances.seq_len, rows, unknown, "healed_loss", dict(unknown)
+        )
+
+    def single_sublayers(self, against: str) -> Distances:
+        """The loss or the KL divergence without each single sublayer."""
+        coalitions = Coalitions(self.walk, self.portion.batches, sublayers=True, against=against)
+        values = leave_one_out(coalitions, self.progress)
+        return table_of(against, values, self.portion.seq_len, self.portion.samples, 1)
+
+    def shapley_table(self, questions: Questions | None) -> tuple[Distances, Mapping[str, Any]]:
+        """The Shapley values of layers, or of sublayers where these are measured, and their settings."""
+        wanted, progress = self.request.measures, self.progress
+        against = wanted.against if questions is None else AGAINST[0]
+        coalitions = Coalitions(
+            self.walk, questions or self.portion.batches, sublayers=wanted.sublayers, against=against
+        )
+        about: dict[str, Any] = {"against": wanted.against}
+        if questions is not None:
+            count, score = len(questions.right), 1 - float(coalitions.base.mean())
+            about |= {"questions": count, "score": score, "guessing": 1 - questions.guessing}
+            noise = "; not better than chance, so the Shapley values are noise"
+            progress.note(
+                f"{wanted.against}: {score:.1%} of {count} questions right with all layers, chance is "
+                f"{about['guessing']:.1%}{noise if coalitions.ceiling > 1 else ''}"
+            )
+        values = shapley(coalitions, wanted.shapley, seed=self.text.seed, progress=progress)
+        pairs, passes = len(values.samples), values.passes
+        progress.note(
+            f"Shapley values: {pairs} pair{'s' if pairs > 1 else ''} of orders, {passes:.0f} forward passes"
+        )
+        name = "shapley" if questions is None else "shapley_score"
+        table = table_of(name, values, self.portion.seq_len, self.portion.samples)
+        return table, {**about, "pairs": pairs, "passes": round(passes, 2)}
+
+
+def _shared_text(
+    spec: TextSpec, path: Path, walk: Walk, work: Path, processes: Processes, progress: Progress
+) -> TokenBatches:
+    """The same text in every process and after a restart: the first process makes and stores it."""
+    tokens_file, record_file = work / "tokens.safetensors", work / "tokens.json"
+
+    def made() -> tuple[torch.Tensor, TextRecord]:
+        if tokens_file.is_file() and record_file.is_file():
+            return load_file(tokens_file)["tokens"], TextRecord.of(json.loads(record_file.read_text("utf-8")))
+        text = read_text(spec, path, walk, progress)
+        assert text is not None
+        tokens = torch.cat(text.batches)
+        with atomic_file(tokens_file) as part:
+            save_file({"tokens": tokens}, part)
+        write_atomically(record_file, json.dumps(text.record.to_dict()))
+        return tokens, text.record
+
+    tokens, about = processes.first(made)
+    return TokenBatches(list(torch.split(tokens, spec.batch_size)), about)
+
+
+def _announce(checkpoint: Checkpoint, loads: bool, progress: Progress) -> None:
+    if loads:
+        progress.stage("Loading the model")
+        return
+    progress.stage("Reading what lies outside the layers")
+    bins = ", from pickled .bin files" if checkpoint.is_bin else ""
+    progress.note(f"the model does not fit in memory: layers are read from disk one at a time{bins}")
+
+
+def _check(request: AnalyzeRequest, depth: int) -> None:
+    """Raise UsageError for options that contradict each other or do not fit the model."""
+    wanted, task = request.measures, request.measures.against.startswith("task:")
+    check_choice("--dtype", request.compute.dtype, tuple(DTYPES))
+    for name, sizes in (("losses", wanted.losses), ("healed", wanted.healed)):
+        for n in sizes:
+            if not 0 < n < depth:
+                raise UsageError(
+                    f"--{name} {n}: the model has {depth} layers; pass sizes between 1 and {depth - 1}"
+                )
+    if not 0 <= wanted.greedy < depth:
+        raise UsageError(
+            f"--greedy {wanted.greedy}: the model has {depth} layers; remove at most {depth - 1}"
+        )
+    if wanted.against not in AGAINST and (not task or wanted.against == "task:"):
+        raise UsageError(f"--against {wanted.against}: choose from {', '.join(AGAINST)}, task:NAME")
+    if task and not wanted.shapley:
+        raise UsageError(
+            f"--against {wanted.against}: also pass the number of forward passes: --shapley PASSES"
+        )
+    if wanted.data is not None and not task:
+        raise UsageError("--data needs a task: pass --against task:NAME")
+    if wanted.questions < 1:
+        raise UsageError(f"--questions {wanted.questions}: pass at least 1")
+    if wanted.shapley < 0:
+        raise UsageError(f"--shapley {wanted.shapley}: pass a number of forward passes of at least 1")
+    if distributed.world() > 1 and (wanted.healed or wanted.sublayers or wanted.shapley):
+        raise UsageError(
+            "--healed, --sublayers and --shapley: measured by one process; run them without torchrun"
+        )
+
+
+def _check_place(out: Path, *, overwrite: bool) -> None:
+    """Raise OutputError where `out` holds a finished analysis that may not be replaced, or something else."""
+    if (out / _PARTIAL).is_dir() or not out.is_dir():  # the work directory is checked when it is claimed
         return
     if (out / "analysis.json").exists():
-        if not force:
+        if not overwrite:
             raise OutputError(
-                f"{out}: holds an analysis already; choose another place with -o, or --force to replace it"
+                f"{out}: holds an analysis already; choose another place with -o, or --overwrite to replace it"
             )
     elif strange := sorted(p.name for p in out.iterdir()):
         raise OutputError(f"{out}: holds {strange[0]}, which is no analysis; choose another place with -o")
 
 
-def _measure(
-    checkpoint: Checkpoint, options: AnalyzeOptions, work: Path, processes: Processes, progress: Progress
-) -> Analysis:
-    from slicer.measure import losses as importance
-    from slicer.measure.distances import summarise
-    from slicer.measure.metrics import points_affordable
-    from slicer.measure.recorder import record
-    from slicer.model.walk import open_walk
-    from slicer.runtime.compute import Compute
-
-    loaded = memory.fits(checkpoint.bytes_as(options.dtype), options.device, options.memory)
-    progress.stage("Loading the model" if loaded else "Reading what lies outside the layers")
-    if not loaded:
-        progress.note(
-            "the model does not fit in memory: layers are read from disk one at a time"
-            + (", from pickled .bin files" if checkpoint.is_bin else "")
-        )
-    compute = Compute(options.device, options.dtype, options.memory, options.trust_remote_code)
-    walk = contextlib.ExitStack().enter_context(open_walk(checkpoint, compute, loads=loaded, directory=work))
-    progress.stage("Calibration data")
-    batches, provenance = _batches(checkpoint, options, walk, work, processes)
-    samples, seq_len = sum(len(b) for b in batches), batches[0].shape[1]
-    own, first = processes.of(batches)
-    questions = questions_of(checkpoint, options, walk, progress)
-    prefix = checkpoint.layer_prefix
-    points = points_affordable(
-        walk.depth + 1,
-        walk.model.config.get_text_config().hidden_size,
-        samples,
-        samples * seq_len,
-        sum(span.numel for key, span in checkpoint.tensors.items() if key.startswith(prefix)),
-    )
-    trace = record(
-        walk,
-        own,
-        work,
-        positions=options.positions,
-        points=points,
-        samples=samples,
-        resumable=True,
-        progress=progress,
-    )
-    progress.stage("Comparing layers", trace.samples, "sequences")
-    tables = summarise(trace, processes, first, samples, points, seq_len, progress)
-    losses = importance.measure(
-        walk,
-        own,
-        processes,
-        first,
-        samples,
-        sizes=options.losses,
-        greedy=options.greedy,
-        taylor=options.taylor,
-        notebook=work / "losses.json",
-        progress=progress,
-    )
-    if options.healed:
-        healed = rank_after_healing(
-            checkpoint,
-            walk,
-            own,
-            tables[METRIC],
-            options.healed,
-            notebook=work / "healed.json",
-            progress=progress,
-        )
-        losses.tables["healed_loss"] = healed
-    halves, about = measure_parts(walk, own, questions, options, losses.tables, progress)
-    each = len(trace.point_positions)
-    return Analysis(
-        depth=walk.depth,
-        samples=samples,
-        seq_len=seq_len,
-        metrics={**tables, **losses.tables},
-        dtype=str(walk.model.dtype).removeprefix("torch."),
-        positions=trace.positions,
-        points=each * min(samples, max(1, points // each)) if each else 0,
-        calibration=provenance,
-        base_loss=losses.base,
-        greedy=losses.greedy,
-        sublayers=halves,
-        shapley=about,
-    )
-
-
-def _batches(
-    checkpoint: Checkpoint, options: AnalyzeOptions, walk: Any, work: Path, processes: Processes
-) -> tuple[list[Any], dict[str, Any]]:
-    """The same batches in every process and after a restart: rank 0 makes and stores them."""
-    from safetensors.torch import load_file, save_file
-
-    from slicer.data.calibration import token_batches
-
-    saved, about = work / "tokens.safetensors", work / "tokens.json"
-
-    def drawn() -> tuple[Any, dict[str, Any]]:
-        if saved.is_file() and about.is_file():
-            return load_file(saved)["tokens"], json.loads(about.read_text("utf-8"))
-        import torch
-
-        data = token_batches(
-            options.calibration,
-            checkpoint.path,
-            walk.model,
-            streamed=walk.streamed,
-            trust_remote_code=options.trust_remote_code,
-        )
-        tokens = torch.cat(data.batches)
-        with atomic_file(saved) as part:
-            save_file({"tokens": tokens}, part)
-        write_atomically(about, json.dumps(data.record.to_dict()))
-        return tokens, data.record.to_dict()
-
-    tokens, provenance = processes.first(drawn)
-    return list(tokens.split(options.calibration.batch_size)), provenance
-
-
-def _check_sizes(options: AnalyzeOptions, depth: int) -> None:
-    for name, n in [*(("losses", n) for n in options.losses), *(("healed", n) for n in options.healed)]:
-        if not 0 < n < depth:
-            raise UsageError(
-                f"--{name} {n}: the model has {depth} layers; pass sizes between 1 and {depth - 1}"
-            )
-    task = options.against.startswith("task:")
-    if options.against not in ("loss", "kl") and not (task and options.against != "task:"):
-        raise UsageError(f"--against {options.against}: choose from loss, kl, task:NAME")
-    if task and not options.shapley:
-        raise UsageError(
-            f"--against {options.against}: also pass the number of forward passes: --shapley PASSES"
-        )
-    if options.data is not None and not task:
-        raise UsageError("--data needs a task: pass --against task:NAME")
-    if options.questions < 1:
-        raise UsageError(f"--questions {options.questions}: pass at least 1")
-    if options.shapley < 0:
-        raise UsageError(f"--shapley {options.shapley:g}: pass a number of forward passes of at least 1")
-    if not 0 <= options.greedy < depth:
-        raise UsageError(
-            f"--greedy {options.greedy}: the model has {depth} layers; remove at most {depth - 1}"
-        )
-
-
 def _publish(analysis: Analysis, other: Analysis | None, out: Path, progress: Progress) -> None:
-    """Write the figures, then analysis.json: if it exists, everything does."""
+    """Write the figures, then analysis.json: if that exists, everything does."""
     from slicer.figures import layers
 
     layers.analysis_figures(analysis, out)
@@ -298,122 +336,5 @@ def _publish(analysis: Analysis, other: Analysis | None, out: Path, progress: Pr
         layers.parts(analysis, out / "parts.png+svg")
     if other is not None:
         agreement = layers.trade_off(analysis, other, out / "trade-off.png+svg")
-        progress.note(
-            f"trade-off.png sets the two texts against each other: rank correlation {agreement:.2f}"
-        )
+        progress.note(f"trade-off.png compares the two texts: rank correlation {agreement:.2f}")
     write_atomically(out / "analysis.json", analysis.to_json())
-
-
-def questions_of(checkpoint: Checkpoint, options: AnalyzeOptions, walk: Any, progress: Progress) -> Any:
-    """The questions of --against task:NAME; drawn before any measurement, so that errors show early."""
-    if not options.against.startswith("task:"):
-        return None
-    from slicer.evaluate import lm_tasks
-
-    progress.stage("Drawing questions")
-    return lm_tasks.draw(
-        options.against.removeprefix("task:"),
-        options.questions,
-        walk.model,
-        checkpoint.path,
-        data=options.data,
-        seed=options.calibration.seed,
-        trust_remote_code=options.trust_remote_code,
-    )
-
-
-def measure_parts(
-    walk: Any,
-    batches: list[Any],
-    questions: Any,
-    options: AnalyzeOptions,
-    tables: dict[str, Any],
-    progress: Progress,
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """(tables of sublayers, settings of the Shapley values); adds tables of whole layers to `tables`."""
-    from slicer.measure import distances
-    from slicer.measure.shapley import Coalitions, leave_one_out, shapley, table_of
-
-    found: dict[str, Any] = {}
-    samples, seq_len = sum(len(b) for b in batches), batches[0].shape[1]
-    if options.sublayers:
-        stacked = distances.record_halves(walk, batches, progress=progress)
-        found |= distances.tables_of_halves(stacked, seq_len)
-        for against in ("loss", "kl") if options.losses else ():
-            coalitions = Coalitions(walk, batches, parts=True, against=against)
-            found[against] = table_of(against, leave_one_out(coalitions, progress), seq_len, samples, 1)
-    if not options.shapley:
-        return found, None
-    about: dict[str, Any] = {"against": options.against}
-    if questions is None:
-        coalitions = Coalitions(walk, batches, parts=options.sublayers, against=options.against)
-    else:
-        coalitions = Coalitions(walk, questions, parts=options.sublayers)
-        count, score = len(questions.right), 1 - float(coalitions.base.mean())
-        about |= {"questions": count, "score": score, "guessing": 1 - questions.guessing}
-        progress.note(
-            f"{options.against}: {score:.1%} of {count} questions right with all layers, chance is "
-            f"{1 - questions.guessing:.1%}"
-            + ("; not better than chance, so the Shapley values are noise" if coalitions.ceiling > 1 else "")
-        )
-    values = shapley(coalitions, options.shapley, seed=options.calibration.seed, progress=progress)
-    name = "shapley" if questions is None else "shapley_score"
-    target = found if options.sublayers else tables
-    target[name] = table_of(name, values, seq_len, samples)
-    pairs = len(values.samples)
-    progress.note(
-        f"Shapley values: {pairs} pair{'s' if pairs > 1 else ''} of orders, {values.passes:.0f} forward passes"
-    )
-    return found, {**about, "pairs": pairs, "passes": round(values.passes, 2)}
-
-
-CANDIDATES = 4
-
-
-def rank_after_healing(
-    checkpoint: Checkpoint,
-    walk: Walk,
-    batches: Sequence[torch.Tensor],
-    distances: Distances,
-    sizes: Sequence[int],
-    *,
-    candidates: int = CANDIDATES,
-    notebook: Path | None = None,
-    progress: Progress | None = None,
-) -> Distances:
-    """For each n of `sizes`: the `candidates` closest blocks by `distances`, healed by least squares.
-
-    The table "healed_loss" has the increase over the whole model's loss, nats a token on the sequences that the solver
-    held out; NaN for blocks that were not tried, or that cannot be healed. It has no standard errors. Finished
-    candidates are kept in `notebook`.
-    """
-    book = Notebook(notebook)
-
-    def increase(dropped: Sequence[int]) -> float | None:
-        try:
-            loss = fold(
-                walk,
-                batches,
-                Plan.dropping(walk.depth, dropped),
-                holds=holds(checkpoint),
-                written=written_dtype(checkpoint, None),
-                progress=progress,
-            ).losses
-        except HealError:
-            return None
-        assert loss.after is not None and loss.source is not None
-        return loss.after - loss.source
-
-    rows: dict[int, list[float]] = {}
-    for n in sizes:
-        rows[n] = [math.nan] * (distances.depth - n + 1)
-        for block in rank(distances, n)[:candidates]:
-            value = book.take(f"{block.start}+{n}", partial(increase, block.dropped))
-            rows[n][block.start] = math.nan if value is None else value
-    rows = {n: row for n, row in rows.items() if not all(map(math.isnan, row))}
-    if not rows:
-        raise HealError("none of the closest blocks can be healed; leave --healed out")
-    unknown = {n: [math.nan] * len(row) for n, row in rows.items()}
-    return Distances(
-        distances.depth, distances.samples, distances.seq_len, rows, unknown, "healed_loss", dict(unknown)
-    )

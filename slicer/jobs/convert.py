@@ -17,7 +17,7 @@ from slicer.jobs.recipe import Recipe
 from slicer.jobs.repair import repair
 from slicer.jobs.request import ConvertRequest
 from slicer.measure.analysis import Analysis
-from slicer.measure.distances import measure_text as measure
+from slicer.measure.distances import measure
 from slicer.model.verify import expected_logits
 from slicer.model.walk import open_walk
 from slicer.plan.amounts import Amount, Goal

@@ -229,7 +229,12 @@ def _describe(result: Result, after: Sizes, directory: Path) -> None:
     if result.analysis is not None:
         _draw(result.analysis, plan, notes)
     if result.history is not None:
+        import yaml
+
         _draw_training(result.history, notes)
+        if plan.healing is not None and plan.healing.training is not None:  # `--config` takes the file
+            settings = yaml.safe_dump(dict(plan.healing.training.settings), sort_keys=False)
+            (notes / "training.yaml").write_text(settings, "utf-8")
     if result.merge is None:
         figures = (notes / "distances.png").is_file()
         text = card.for_plan(origin, plan, result.before, after, figures=figures)

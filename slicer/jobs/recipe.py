@@ -19,7 +19,6 @@ from slicer.heal.finetune.settings import Training, TrainingSettings, resolve
 from slicer.jobs.request import SOLVERS, Compensation, ConvertRequest, HealRequest, Selection, check_choice
 from slicer.plan.amounts import Goal
 from slicer.plan.plan import Plan
-from slicer.plan.records import TextRecord
 from slicer.progress import Progress
 from slicer.runtime.compute import Compute
 from slicer.runtime.distributed import Processes
@@ -170,13 +169,6 @@ class Recipe:
         }
 
 
-def recorded_text(record: TextRecord) -> TextSpec:
-    """The request for the text of a record."""
-    return TextSpec(
-        record.source, record.samples, record.seq_len, record.batch_size, record.seed, record.column
-    )
-
-
 def _check_goal(request: ConvertRequest, checkpoint: Checkpoint) -> None:
     """Raise PlanError or ArchitectureError, before anything is measured, for a goal that no cut reaches."""
     goal = request.goal
@@ -256,7 +248,7 @@ def _text(request: ConvertRequest, plan: Plan | None, *, reads: bool) -> TextSpe
     if plan is not None:
         recorded = plan.healing.text if plan.healing is not None else plan.calibration
     if reads:
-        return request.text.over(TextSpec() if recorded is None else recorded_text(recorded))
+        return request.text.over(TextSpec() if recorded is None else TextSpec.of_record(recorded))
     said = [name for name, value in asdict(request.text).items() if value is not None]
     if said and plan is not None and request.compensation.method != "none":
         raise UsageError(
@@ -272,7 +264,7 @@ _TEXT_OPTIONS = {
     "seq_len": "--seq-len",
     "batch_size": "--batch-size",
     "seed": "--seed",
-    "column": "--text-column",
+    "column": "--column",
 }
 
 

@@ -1,6 +1,7 @@
 """Results of an analysis: how much every block of layers changes the residual stream, by every metric.
 
-`Distances` is the table of one metric, `Analysis` all tables with their provenance: plain data with JSON in and out.
+`Distances` is the table of one metric, `Analysis` all tables and what they were measured on: plain data with JSON in
+and out.
 """
 
 from __future__ import annotations
@@ -13,25 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from slicer.errors import PlanError
+from slicer.measure.metrics import title_of
 from slicer.plan.plan import METRIC
+from slicer.plan.records import TextRecord, plain
 
 FORMAT = 1
-# metric -> title of its figures and tables; in display order
-TITLES = {
-    "angular_last_token": "angular distance, last token (units of pi)",
-    "angular_mean": "angular distance, mean over tokens (units of pi)",
-    "block_influence": "block influence, 1 - cosine",
-    "relative_l1": "relative L1 change",
-    "relative_l2": "relative L2 change",
-    "cka": "1 - linear CKA",
-    "fold_residual": "residual of a fold, relative L2",
-    "loss": "loss without the block (nats per token, increase)",
-    "kl": "KL divergence to the full model (nats per token)",
-    "taylor": "Taylor importance, |gradient x weight|",
-    "shapley": "Shapley value (nats per token)",
-    "shapley_score": "Shapley value (share of questions answered wrongly)",
-    "healed_loss": "loss after closed-form healing (nats per token, increase)",
-}
 
 
 @dataclass(frozen=True)
@@ -44,7 +31,7 @@ class Distances:
         seq_len: tokens per sequence.
         mean: n -> [d(0, n), d(1, 1+n), ..., d(L-n, L)]; angular distances in units of pi. NaN if not measured.
         standard_error: of `mean` over samples, in the same form.
-        metric: a key of `TITLES`.
+        metric: its name in `slicer.measure.metrics.METRICS`.
         difference_error: n -> standard errors of d(l, l+n) minus the smallest d of that n, paired by sample.
     """
 
@@ -117,7 +104,7 @@ def _rows_in(rows: Mapping[str, Sequence[float | None]]) -> dict[int, list[float
 def _tables_out(tables: Mapping[str, Distances]) -> dict[str, Any]:
     return {
         name: {
-            "what": TITLES.get(name, name),
+            "what": title_of(name),
             "distances": _rows_out(table.mean),
             "standard_error": _rows_out(table.standard_error),
             "difference_error": _rows_out(table.difference_error),
@@ -145,6 +132,7 @@ class Analysis:
         sublayers: name -> a table over the model's 2L sublayers: 2i is attention i, 2i + 1 is feed-forward i; a block
             of even size with an odd start is a half-offset cut.
         base_loss: nats per token of the full model on the calibration text, if losses were measured.
+        calibration: the text measured on.
         shapley: settings of the Shapley values: "against" (loss, kl or task:NAME), "pairs" of orders, "passes" of the
             full model; for a task also "questions", its "score" with all layers, and the score of "guessing".
     """
@@ -159,7 +147,7 @@ class Analysis:
     dtype: str | None = None
     positions: tuple[int, ...] = ()
     points: int = 0
-    calibration: Mapping[str, Any] | None = None
+    calibration: TextRecord | None = None
     base_loss: float | None = None
     shapley: Mapping[str, Any] | None = None
     greedy: tuple[Mapping[str, float], ...] = ()
@@ -187,7 +175,7 @@ class Analysis:
         """As JSON; equal data gives equal bytes."""
         record: dict[str, Any] = {
             "format": FORMAT,
-            **{k: getattr(self, k) for k in _PLAIN},
+            **{k: plain(getattr(self, k)) for k in _PLAIN},
             "positions": list(self.positions),
             "greedy": [dict(step) for step in self.greedy],
             "metrics": _tables_out(self.metrics),
@@ -209,13 +197,11 @@ class Analysis:
             for table in (*metrics.values(), *sublayers.values()):
                 if any(len(row) != table.depth - n + 1 for n, row in table.mean.items()):
                     raise ValueError(f"{table.metric} has rows of the wrong length")
-            return cls(
-                metrics=metrics,
-                sublayers=sublayers,
-                positions=tuple(record.get("positions") or ()),
-                greedy=tuple(record.get("greedy") or ()),
-                **{k: record[k] for k in _PLAIN if k in record},
-            )
+            given = {k: record[k] for k in _PLAIN if k in record}
+            if given.get("calibration") is not None:
+                given["calibration"] = TextRecord.of(given["calibration"], f"{where}: calibration")
+            positions, greedy = (tuple(record.get(k) or ()) for k in ("positions", "greedy"))
+            return cls(metrics=metrics, sublayers=sublayers, positions=positions, greedy=greedy, **given)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(
                 f"{where}: not an analysis file of slicer ({error}); run slicer analyze again"

@@ -1,13 +1,13 @@
-"""Distances between sublayers: the residual stream is also tapped after every attention, all in one pass.
+"""Distances between layers, and between sublayers: the residual stream is also tapped after every attention.
 
-The model is seen as 2L sublayers: 2l is the attention of layer l, 2l+1 its feed-forward part. A block of even size that
-starts at an odd one is a half-offset cut.
+A model of L layers has 2L sublayers: 2l is the attention of layer l, 2l + 1 its feed-forward sublayer. A block of even
+size that starts at an odd one is a half-offset cut.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,32 @@ import torch
 
 from slicer.data.calibration import TokenBatches
 from slicer.errors import ArchitectureError
-from slicer.measure import metrics
 from slicer.measure.analysis import Analysis, Distances
-from slicer.measure.metrics import angles, check_finite, per_sequence, standard_error
-from slicer.measure.recorder import Recording, record
+from slicer.measure.metrics import (
+    METRICS,
+    angles,
+    check_finite,
+    cka,
+    fold_residual,
+    per_sequence,
+    standard_error,
+)
+from slicer.measure.recorder import Portion, Recording, record
 from slicer.model.layers import watch
+from slicer.model.load import Model
 from slicer.model.sublayers import MidLayerTap
 from slicer.model.walk import Walk
 from slicer.plan.plan import METRIC
 from slicer.progress import Progress
-from slicer.runtime.distributed import Processes
 
-Listener = Callable[[int, torch.Tensor], None]
+_AT_ONCE = 4  # sequences whose states are in memory at a time
 
 
-def measure_text(walk: Walk, text: TokenBatches, halves: bool | None, progress: Progress) -> Analysis:
-    """The angular distances of last tokens over `text`, in one pass.
+def measure(walk: Walk, text: TokenBatches, halves: bool | None, progress: Progress) -> Analysis:
+    """The angular distances of last tokens over `text`, in one pass: an analysis with one metric.
 
-    `halves`: between half-layers too; None: where the layers can be run within. Raises as `measure_halves`.
+    `halves`: between sublayers too; None: where the layers can be run within. Raises CalibrationError for states that
+    are not finite, ArchitectureError where `halves` are asked for and a layer lacks a sublayer, or cannot be run alone.
     """
     batches, sublayers = text.batches, {}
     if halves is not False:
@@ -41,33 +49,68 @@ def measure_text(walk: Walk, text: TokenBatches, halves: bool | None, progress: 
         except ArchitectureError:
             if halves:
                 raise
-    if not sublayers and walk.streamed:
-        with tempfile.TemporaryDirectory(prefix="slicer-") as work:
-            layers = measure_walk(walk, batches, Path(work), progress=progress)
-    elif not sublayers:
-        progress.stage("Measuring layers", len(batches), "batches")
-        layers = measure(walk.model, batches, progress=lambda done, total: progress.advance())
+    if not sublayers:
+        layers = measure_layers(walk, batches, progress)
     return Analysis(
         layers.depth,
         layers.samples,
         layers.seq_len,
         {METRIC: layers},
         sublayers=sublayers,
-        calibration=text.record.to_dict(),
+        calibration=text.record,
     )
+
+
+def measure_layers(walk: Walk, batches: Sequence[torch.Tensor], progress: Progress) -> Distances:
+    """The angular distances of last tokens between layers. Raises CalibrationError for states that are not finite."""
+    if not walk.streamed:
+        return measure_loaded(walk.model, batches, progress)
+    with tempfile.TemporaryDirectory(prefix="slicer-") as work:
+        recording = record(walk, Portion.of(batches), Path(work), positions=1, progress=progress)
+        last = recording.sequences(0, recording.samples)[:, :, -1]
+    return table(METRIC, angles(last.float()), seq_len=batches[0].shape[1])
+
+
+@torch.inference_mode()
+def measure_loaded(
+    model: Model, batches: Sequence[torch.Tensor], progress: Progress | None = None
+) -> Distances:
+    """The same of a loaded model, for classes whose layers cannot be run one by one too; `batches`: int64 [batch, seq]
+    each, no padding.
+
+    Keeps only the last token's states, [L+1, batch, d], and skips the logits.
+    """
+    progress = progress or Progress()
+    progress.stage("Measuring layers", len(batches), "batches")
+    found: list[torch.Tensor] = []
+    last: list[torch.Tensor] = []
+    device = model.get_input_embeddings().weight.device
+
+    def listener(index: int, states: torch.Tensor) -> None:
+        last.append(states[:, -1].detach().to(device, torch.float32))
+
+    with watch(model, listener):
+        for batch in batches:
+            last.clear()
+            model.base_model(input_ids=batch.to(device), use_cache=False)
+            stacked = torch.stack(last)
+            check_finite(stacked)
+            found.append(angles(stacked).cpu())
+            progress.advance()
+    return table(METRIC, torch.cat(found), seq_len=batches[0].shape[1])
 
 
 def measure_halves(
     walk: Walk, batches: Sequence[torch.Tensor], *, progress: Progress | None = None
 ) -> tuple[Distances, Distances]:
-    """Measure the angular distances of last tokens between layers (as in `summary.measure`) and between sublayers (a
-    table of depth 2L), in one pass over `batches` (int64 [batch, seq] each, no padding).
+    """The angular distances of last tokens between layers, and between sublayers (a table of depth 2L), in one pass
+    over `batches` (int64 [batch, seq] each, no padding).
 
     Raises CalibrationError for states that are not finite, ArchitectureError for a layer without attention or
-    feed-forward part, or if the layers cannot be run one by one.
+    feed-forward sublayer, or if the layers cannot be run one by one.
     """
     stacked = record_halves(walk, batches, progress=progress)
-    values = torch.cat([angles(some.float()).cpu() for some in torch.split(stacked, 4, 1)])
+    values = torch.cat([angles(some.float()).cpu() for some in torch.split(stacked, _AT_ONCE, 1)])
     length = batches[0].shape[1]
     return table(METRIC, values[:, ::2, ::2], seq_len=length), table(METRIC, values, seq_len=length)
 
@@ -78,9 +121,8 @@ def tables_of_halves(stacked: torch.Tensor, seq_len: int) -> dict[str, Distances
     found: dict[str, list[torch.Tensor]] = {}
     for one in torch.split(stacked, 1, 1):
         for name, value in per_sequence(one[:, :, None]).items():
-            if name == "angular_mean":
-                continue  # with one token the same as angular_last_token
-            found.setdefault(name, []).append(value)
+            if METRICS[name].single:
+                found.setdefault(name, []).append(value)
     return {name: table(name, torch.cat(values), seq_len=seq_len) for name, values in found.items()}
 
 
@@ -117,105 +159,60 @@ def _last(states: torch.Tensor) -> torch.Tensor:
     return states[:, -1].detach().cpu().clone()
 
 
-def measure(
-    model: Any, batches: Iterable[torch.Tensor], *, progress: Callable[[int, int], None] | None = None
-) -> Distances:
-    """Measure every d(l, l+n) of a loaded model in one pass over `batches` (int64 [batch, seq] each, no padding).
-
-    Keeps only the last token's states, [L+1, batch, d], and skips the logits if the class allows it. Calls
-    `progress(done, total)` after each batch. Raises CalibrationError for states that are not finite.
-    """
-    batches = list(batches)
-    found: list[torch.Tensor] = []
-    last: list[torch.Tensor] = []
-    device = model.get_input_embeddings().weight.device
-
-    def listener(index: int, states: torch.Tensor) -> None:
-        last.append(states[:, -1].detach().to(device, torch.float32))
-
-    decoder = model.base_model  # without the head: logits are not needed
-    with torch.inference_mode(), watch(model, listener):
-        for done, batch in enumerate(batches, 1):
-            last.clear()
-            decoder(input_ids=batch.to(device), use_cache=False)
-            stacked = torch.stack(last)
-            check_finite(stacked)
-            found.append(angles(stacked).cpu())
-            if progress is not None:
-                progress(done, len(batches))
-    values = torch.cat(found)
-    return table(METRIC, values, seq_len=batches[0].shape[1])
-
-
-def measure_walk(
-    walk: Walk, batches: Sequence[torch.Tensor], directory: Path, *, progress: Any = None
-) -> Distances:
-    """The same distances as `measure`, for a model run layer by layer; temporary files go to `directory`."""
-    trace = record(walk, batches, directory, positions=1, progress=progress)
-    last = trace.sequences(0, trace.samples)[:, :, -1]
-    return table(METRIC, angles(last.float()), seq_len=batches[0].shape[1])
-
-
-def summarise(
-    trace: Recording,
-    processes: Processes,
-    first: int,
-    samples: int,
-    points: int,
-    seq_len: int,
-    progress: Any = None,
-) -> dict[str, Distances]:
-    """Every one-pass metric of a trace; `first`: number of its first sample among all `samples`.
-
-    `points`: maximum number of tokens for CKA and the fold residual.
-    """
-    found: dict[str, list[torch.Tensor]] = {name: [] for name in metrics.PER_SEQUENCE}
-    for at in range(0, trace.samples, _AT_ONCE):
-        until = min(at + _AT_ONCE, trace.samples)
-        for name, value in metrics.per_sequence(trace.sequences(at, until)).items():
-            found[name].append(value)
-        if progress is not None:
-            progress.advance(until - at)
-    parts = [torch.cat(values) for values in found.values()]
-    each = len(trace.point_positions)
-    sequences = min(samples, max(1, points // each)) if each else 0
-    taken: Sequence[torch.Tensor] = _Lazy(trace.depth + 1, lambda i: trace.points(i, sequences))
-    mlp: Sequence[torch.Tensor] = _Lazy(trace.depth, lambda i: trace.mlp(i, sequences))
-    if processes.world > 1 and each:
-        own = trace.samples
-        parts.append(
-            torch.stack([_by_sequence(trace.points(i, own), own) for i in range(trace.depth + 1)], 1)
-        )
-        if trace.has_mlp:
-            parts.append(torch.stack([_by_sequence(trace.mlp(i, own), own) for i in range(trace.depth)], 1))
-    joined = processes.join(parts, first, samples)
-    if processes.world > 1 and each:
-        gathered = joined[len(found) :]
-        taken = list(gathered[0][:sequences].transpose(0, 1).flatten(1, 2))
-        if trace.has_mlp:
-            mlp = list(gathered[1][:sequences].transpose(0, 1).flatten(1, 2))
+def distance_tables(recording: Recording, portion: Portion, progress: Progress) -> dict[str, Distances]:
+    """Every metric of one pass, from what each process recorded of its portion."""
+    progress.stage("Comparing layers", recording.samples, "sequences")
+    found: dict[str, list[torch.Tensor]] = {}
+    for at in range(0, recording.samples, _AT_ONCE):
+        until = min(at + _AT_ONCE, recording.samples)
+        for name, value in per_sequence(recording.sequences(at, until)).items():
+            found.setdefault(name, []).append(value)
+        progress.advance(until - at)
+    joined = portion.join(*(torch.cat(values) for values in found.values()))
     tables = {
-        name: table(name, values, seq_len=seq_len, samples=samples)
-        for name, values in zip(found, joined, strict=False)
+        name: table(name, values, seq_len=portion.seq_len, samples=portion.samples)
+        for name, values in zip(found, joined, strict=True)
     }
-    if each and sequences * each > 1:
-        value, pseudo = metrics.cka(taken, sequences)
-        tables["cka"] = table("cka", pseudo, seq_len=seq_len, samples=samples, mean=value)
-        if trace.has_mlp:
-            residual = metrics.fold_residual(taken, mlp, sequences)
-            tables["fold_residual"] = table("fold_residual", residual, seq_len=seq_len, samples=samples)
+    return {**tables, **_point_tables(recording, portion)}
+
+
+def _point_tables(recording: Recording, portion: Portion) -> dict[str, Distances]:
+    """CKA and the fold residual, which compare tokens of many sequences together."""
+    depth, sequences = recording.depth, recording.point_sequences
+    points: Sequence[torch.Tensor] = _Computed(depth + 1, lambda i: recording.points(i, sequences))
+    mlp: Sequence[torch.Tensor] = _Computed(depth, lambda i: recording.mlp(i, sequences))
+    if portion.processes.world > 1 and sequences:
+        points = _gathered(recording.points, depth + 1, recording, portion)
+        mlp = _gathered(recording.mlp, depth, recording, portion) if recording.has_mlp else ()
+    tables = {}
+    if recording.point_count > 1:
+        value, pseudo = cka(points, sequences)
+        tables["cka"] = table("cka", pseudo, seq_len=portion.seq_len, samples=portion.samples, mean=value)
+        if recording.has_mlp:
+            residual = fold_residual(points, mlp, sequences)
+            tables["fold_residual"] = table(
+                "fold_residual", residual, seq_len=portion.seq_len, samples=portion.samples
+            )
     return tables
 
 
-_AT_ONCE = 4  # sequences whose states are in memory at a time
+def _gathered(
+    read: Callable[[int, int], torch.Tensor], layers: int, recording: Recording, portion: Portion
+) -> list[torch.Tensor]:
+    """`read(i, sequences)` [N, d] for every layer i, of the first sequences of all processes together."""
+    own = recording.samples
+    mine = torch.stack(
+        [
+            read(i, own).view(own, recording.point_count // recording.point_sequences, -1)
+            for i in range(layers)
+        ],
+        1,
+    )
+    (whole,) = portion.join(mine)  # [samples, layers, points of a sequence, d]
+    return list(whole[: recording.point_sequences].transpose(0, 1).flatten(1, 2))
 
 
-def _by_sequence(points: torch.Tensor, sequences: int) -> torch.Tensor:
-    """[N, d] -> [sequences, N / sequences, d]."""
-    return points.view(sequences, -1, points.shape[-1])
-
-
-class _Lazy(Sequence[Any]):
+class _Computed(Sequence[Any]):
     """`make(i)` for i < length, computed on access."""
 
     def __init__(self, length: int, make: Callable[[int], Any]) -> None:

@@ -6,91 +6,82 @@ model's states at their cut. Each layer is read once per pass and run once for e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from slicer.measure.analysis import Distances
 from slicer.measure.distances import table_of_rows
+from slicer.measure.recorder import Portion
 from slicer.model.states import States
-from slicer.model.walk import Walk
+from slicer.model.walk import Walk, next_token_loss
 from slicer.progress import Progress
-from slicer.runtime.distributed import Processes
 from slicer.runtime.workdir import Notebook
 
 
 @dataclass(frozen=True)
 class LossTables:
-    """Results: tables by metric, loss of the full model (nats per token), SLEB's removal order."""
+    """The tables "loss" and "kl" of blocks left out; `base`: loss of the full model, nats per token."""
 
-    tables: dict[str, Distances] = field(default_factory=dict)
-    base: float | None = None
-    greedy: tuple[dict[str, float], ...] = ()
+    tables: Mapping[str, Distances]
+    base: float
 
 
-def measure(
-    walk: Walk,
-    batches: Sequence[torch.Tensor],
-    processes: Processes,
-    first: int,
-    samples: int,
-    *,
-    sizes: Sequence[int] = (),
-    greedy: int = 0,
-    taylor: bool = False,
-    notebook: Path | None = None,
-    progress: Progress | None = None,
+def block_losses(
+    walk: Walk, portion: Portion, sizes: Sequence[int], book: Notebook, progress: Progress
 ) -> LossTables:
-    """Measure the requested metrics. `batches` are this process's; `first`: number of its first sample among `samples`.
+    """The rise of the loss without each block of the `sizes` (at least one), and the KL divergence from the full model.
 
-    `sizes`: block sizes n to leave out ("loss" and "kl"). `greedy`: layers to remove one by one. The results of
-    finished passes are stored in `notebook` and reused by later calls.
+    Passes that `book` holds from an earlier run are not run again.
     """
-    progress = progress or Progress()
-    book = Notebook(notebook)
-    depth, seq_len = walk.depth, batches[0].shape[1]
+    depth = walk.depth
     rows: dict[str, dict[int, torch.Tensor]] = {"loss": {}, "kl": {}}
-    base: torch.Tensor | None = None
     for n in sizes:
-        starts = [frozenset(range(l, l + n)) for l in range(depth - n + 1)]  # noqa: E741
+        blocks = [frozenset(range(start, start + n)) for start in range(depth - n + 1)]
         progress.stage(f"Loss without each block of {n}", depth, "layers")
-        whole, loss, kl = _taken(
-            book, f"leave-{n}", partial(leave_out, walk, batches, starts, progress=progress)
-        )
-        whole, loss, kl = processes.join([whole, loss, kl], first, samples)
-        rows["loss"][n], rows["kl"][n], base = loss - whole[:, None], kl, whole
+        make = partial(leave_out, walk, portion.batches, blocks, progress=progress)
+        base, loss, kl = portion.join(*_taken(book, f"leave-{n}", make))
+        rows["loss"][n], rows["kl"][n] = loss - base[:, None], kl
     tables = {
-        name: table_of_rows(name, found, depth, seq_len=seq_len, samples=samples)
+        name: table_of_rows(name, found, depth, seq_len=portion.seq_len, samples=portion.samples)
         for name, found in rows.items()
-        if found
     }
+    return LossTables(tables, float(base.mean()))
+
+
+def greedy_order(
+    walk: Walk, portion: Portion, count: int, book: Notebook, progress: Progress
+) -> tuple[tuple[dict[str, float], ...], float]:
+    """SLEB: (the `count` layers to remove one after another, "layer" and the "loss" without it and those before; loss
+    of the full model), nats per token. Each step removes the layer without which the loss is least."""
     steps: list[dict[str, float]] = []
     removed: list[int] = []
-    for number in range(greedy):
-        left = [i for i in range(depth) if i not in removed]
-        progress.stage(f"Greedy removal, {number + 1} of {greedy}", depth, "layers")
-        candidates = [frozenset((i,)) for i in left]
-        whole, loss, kl = _taken(
-            book,
-            f"greedy-{','.join(map(str, removed))}",
-            partial(leave_out, walk, batches, candidates, frozenset(removed), progress=progress),
-        )
-        whole, loss = processes.join([whole, loss], first, samples)
-        base = whole if base is None and not removed else base
+    whole = math.nan
+    for number in range(count):
+        left = [i for i in range(walk.depth) if i not in removed]
+        progress.stage(f"Greedy removal, {number + 1} of {count}", walk.depth, "layers")
+        candidates, gone = [frozenset((i,)) for i in left], frozenset(removed)
+        make = partial(leave_out, walk, portion.batches, candidates, gone, progress=progress)
+        base, loss, _ = portion.join(*_taken(book, f"greedy-{','.join(map(str, removed))}", make))
+        whole = whole if removed else float(base.mean())
         mean = loss.mean(0)
         best = int(mean.argmin())
         removed.append(left[best])
         steps.append({"layer": left[best], "loss": float(mean[best])})
-    if taylor:
-        progress.stage("Gradients", 2 * depth, "layers")
-        (scores,) = _taken(book, "taylor", lambda: (taylor_scores(walk, batches, progress=progress),))
-        (scores,) = processes.join([scores], first, samples)
-        sums = {n: scores.unfold(1, n, 1).sum(-1) for n in range(1, depth + 1)}
-        tables["taylor"] = table_of_rows("taylor", sums, depth, seq_len=seq_len, samples=samples)
-    return LossTables(tables, None if base is None else float(base.mean()), tuple(steps))
+    return tuple(steps), whole
+
+
+def taylor_table(walk: Walk, portion: Portion, book: Notebook, progress: Progress) -> Distances:
+    """The first-order importance of every block: the sum of its layers' `taylor_scores`."""
+    depth = walk.depth
+    progress.stage("Gradients", 2 * depth, "layers")
+    make = partial(taylor_scores, walk, portion.batches, progress=progress)
+    (scores,) = portion.join(*_taken(book, "taylor", lambda: (make(),)))
+    sums = {n: scores.unfold(1, n, 1).sum(-1) for n in range(1, depth + 1)}
+    return table_of_rows("taylor", sums, depth, seq_len=portion.seq_len, samples=portion.samples)
 
 
 def _taken(book: Notebook, name: str, make: Callable[[], Sequence[torch.Tensor]]) -> list[torch.Tensor]:
@@ -132,13 +123,13 @@ def leave_out(
     for b, tokens in enumerate(states.tokens):
         for s in range(len(tokens)):
             row = tokens[s : s + 1]
-            full = walk.head(row, states[b][s : s + 1])[0].float().log_softmax(-1)
-            base.append(_loss(full, row[0]))
+            full = walk.log_probabilities(row, states[b][s : s + 1])
+            base.append(float(next_token_loss(full, row[0])))
             mine, apart = [], []
             for c in range(len(candidates)):
-                cut = walk.head(row, streams[c][b][s : s + 1])[0].float().log_softmax(-1)
-                mine.append(_loss(cut, row[0]))
-                apart.append(float((full.exp() * (full - cut)).sum(-1).mean()))
+                cut = walk.log_probabilities(row, streams[c][b][s : s + 1])
+                mine.append(float(next_token_loss(cut, row[0])))
+                apart.append(kl_divergence(full, cut))
             losses.append(mine)
             divergences.append(apart)
     return (
@@ -148,9 +139,9 @@ def leave_out(
     )
 
 
-def _loss(chances: torch.Tensor, tokens: torch.Tensor) -> float:
-    """Nats per token; `chances` [seq, vocabulary]: log probabilities of the next token."""
-    return float(torch.nn.functional.nll_loss(chances[:-1], tokens[1:].to(chances.device)))
+def kl_divergence(full: torch.Tensor, cut: torch.Tensor) -> float:
+    """KL(full || cut), nats per token, of log probabilities [seq, vocabulary]."""
+    return float((full.exp() * (full - cut)).sum(-1).mean())
 
 
 def taylor_scores(
@@ -173,8 +164,7 @@ def taylor_scores(
     for b, tokens in enumerate(rows):
         last = states[b].to(walk.device).requires_grad_()
         with torch.enable_grad():
-            chances = walk.head(tokens, last, gradient=True)[0].float().log_softmax(-1)
-            loss = torch.nn.functional.nll_loss(chances[:-1], tokens[0, 1:].to(chances.device))
+            loss = next_token_loss(walk.log_probabilities(tokens, last, gradient=True), tokens[0])
         gradients.append(torch.autograd.grad(loss, last)[0].cpu())
     scores = torch.zeros(len(rows), walk.depth, dtype=torch.float64)
     backwards = range(walk.depth - 1, -1, -1)

@@ -1,32 +1,123 @@
-"""Distances between the residual stream entering layer l and layer m, for all pairs at once, one value per sequence.
+"""Every metric of an analysis, and those that compare the residual stream entering layer l and layer m, for all pairs.
 
-`per_sequence` covers averages over the tokens of a sequence; `PointMetrics` covers metrics that need tokens of many
-sequences together (CKA, the fold residual). All are 0 for a block that changes nothing and grow with the change.
-Computed in float64 on the states in the model's precision.
+`METRICS` is the one list: the command line, tables and figures take names and titles from it. A metric that averages
+over tokens is one entry, with its comparison. `cka` and `fold_residual` need tokens of many sequences together; the
+rest is measured by `measure/losses`, `measure/shapley` and `jobs/analyze`. All are 0 for a block that changes nothing
+and grow with the change. Comparisons are in float64, of states in the model's precision. Torch is imported only where
+it is used: names and titles are read without it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-
-import torch
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from slicer.errors import CalibrationError
+from slicer.plan.plan import METRIC
 
-ANGULAR = "angular_last_token"
-PER_SEQUENCE = (ANGULAR, "angular_mean", "block_influence", "relative_l1", "relative_l2")
-POINTS = ("cka", "fold_residual")
-METRICS = (*PER_SEQUENCE, *POINTS)
+if TYPE_CHECKING:
+    import torch
+
+
 SKETCH = 32  # dimensions of the random projection used for the fold residual
 RIDGES = (1e-3, 1e-1)  # relative to the mean eigenvalue; the better one on left-out sequences is used
-_TINY = torch.finfo(torch.float64).tiny
+_TINY = sys.float_info.min
+
+
+class TokenStates:
+    """Residual streams u = x(l) and v = x(m) of some sequences at some tokens, with what several metrics share.
+
+    `states`: x(0)..x(L) [L+1, batch, positions, d]; the last position is the last token of its sequence. All
+    products are float64 [batch, positions, L+1, L+1], with entry (l, m).
+    """
+
+    def __init__(self, states: torch.Tensor) -> None:
+        self.last = states[:, :, -1]  # [L+1, batch, d]
+        self.plain = states.permute(1, 2, 0, 3).contiguous().float()  # [batch, positions, L+1, d]
+
+    @cached_property
+    def gram(self) -> torch.Tensor:
+        """u . v"""
+        tokens = self.plain.double()
+        return tokens @ tokens.mT
+
+    @cached_property
+    def square(self) -> torch.Tensor:
+        """|u|^2, [batch, positions, L+1]"""
+        return self.gram.diagonal(dim1=-2, dim2=-1).clamp_min(_TINY)
+
+    @cached_property
+    def cosine(self) -> torch.Tensor:
+        """u . v / |u| |v|"""
+        norm = self.square.sqrt()
+        return (self.gram / (norm[..., :, None] * norm[..., None, :])).clamp_(-1, 1)
+
+    def relative_l1(self) -> torch.Tensor:
+        """|v - u|_1 / |u|_1"""
+        import torch
+
+        length = self.plain.abs().sum(-1).double().clamp_min(_TINY)
+        return torch.cdist(self.plain, self.plain, p=1).double() / length[..., None]
+
+    def relative_l2(self) -> torch.Tensor:
+        """|v - u|_2 / |u|_2"""
+        square = self.square
+        apart = (square[..., :, None] + square[..., None, :] - 2 * self.gram).clamp_min_(0).sqrt_()
+        return apart / square.sqrt()[..., None]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of blocks of layers.
+
+    Attributes:
+        title: of its figures and tables.
+        compare: [batch, L+1, L+1] of some sequences, for a metric that averages over the tokens of a sequence.
+        single: whether it is worth measuring at one token alone.
+    """
+
+    title: str
+    compare: Callable[[TokenStates], torch.Tensor] | None = None
+    single: bool = True
+
+
+METRICS = {
+    METRIC: Metric("angular distance, last token (units of pi)", lambda x: angles(x.last)),
+    "angular_mean": Metric(
+        "angular distance, mean over tokens (units of pi)",
+        lambda x: (x.cosine.arccos() / math.pi).mean(1),
+        single=False,  # the same as at the last token
+    ),
+    "block_influence": Metric(
+        "block influence, 1 - cosine", lambda x: (1 - x.cosine).mean(1)
+    ),  # ShortGPT, equation 1
+    "relative_l1": Metric("relative L1 change", lambda x: x.relative_l1().mean(1)),
+    "relative_l2": Metric("relative L2 change", lambda x: x.relative_l2().mean(1)),
+    "cka": Metric("1 - linear CKA"),
+    "fold_residual": Metric("residual of a fold, relative L2"),
+    "loss": Metric("loss without the block (nats per token, increase)"),
+    "kl": Metric("KL divergence to the full model (nats per token)"),
+    "taylor": Metric("Taylor importance, |gradient x weight|"),
+    "shapley": Metric("Shapley value (nats per token)"),
+    "shapley_score": Metric("Shapley value (share of questions answered wrongly)"),
+    "healed_loss": Metric("loss after closed-form healing (nats per token, increase)"),
+}
+
+
+def title_of(name: str) -> str:
+    """The title of a metric; its name where it is unknown, as in an analysis of another version."""
+    return METRICS[name].title if name in METRICS else name
 
 
 def check_finite(states: torch.Tensor, first: int = 0) -> None:
     """`states`: x(first), x(first + 1), ..., [layers, ...]. Raises CalibrationError if one is not finite."""
-    if not torch.isfinite(states).all():
-        layer = first + int((~torch.isfinite(states)).flatten(1).any(1).nonzero()[0])
+    finite = states.isfinite()
+    if not finite.all():
+        layer = first + int((~finite).flatten(1).any(1).nonzero()[0])
         raise CalibrationError(
             f"the residual stream entering layer {layer} has infinite or NaN values; "
             "measure in another dtype (--dtype float32)"
@@ -39,7 +130,9 @@ def angles(states: torch.Tensor) -> torch.Tensor:
     d = arccos(u . v / |u| |v|) / pi, in [0, 1], computed as 2 atan2(|u - v|, |u + v|) of the unit vectors: arccos loses
     half the digits near 0.
     """
-    unit = states.to(torch.float64).transpose(0, 1)
+    import torch
+
+    unit = states.double().transpose(0, 1)
     unit = unit / unit.norm(dim=-1, keepdim=True).clamp_min(_TINY)
     apart = torch.cdist(unit, unit, compute_mode="donot_use_mm_for_euclid_dist")
     together = torch.cdist(unit, -unit, compute_mode="donot_use_mm_for_euclid_dist")
@@ -47,65 +140,15 @@ def angles(states: torch.Tensor) -> torch.Tensor:
 
 
 def per_sequence(states: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The metrics of `PER_SEQUENCE`: [L+1, batch, positions, d] -> name -> [batch, L+1, L+1], float64.
-
-    Entry (l, m) compares u = x(l) with v = x(m) at the same token, averaged over the positions (the last position is
-    the sequence's last token):
-
-        angular_last_token  arccos(cos(u, v)) / pi, last position only (the paper)
-        angular_mean        the same, mean over positions
-        block_influence     1 - cos(u, v), mean over positions (ShortGPT, equation 1)
-        relative_l1         |v - u|_1 / |u|_1, mean over positions
-        relative_l2         |v - u|_2 / |u|_2, mean over positions
-    """
-    plain = states.permute(1, 2, 0, 3).contiguous().to(torch.float32)  # [batch, positions, L+1, d]
-    tokens = plain.to(torch.float64)
-    gram = tokens @ tokens.mT
-    square = gram.diagonal(dim1=-2, dim2=-1).clamp_min(_TINY)  # [batch, positions, L+1]
-    norm = square.sqrt()
-    cosine = (gram / (norm[..., :, None] * norm[..., None, :])).clamp_(-1, 1)
-    apart = (square[..., :, None] + square[..., None, :] - 2 * gram).clamp_min_(0).sqrt_()
-    taxi = torch.cdist(plain, plain, p=1).to(torch.float64)
-    length = plain.abs().sum(-1).to(torch.float64).clamp_min(_TINY)
-    return {
-        ANGULAR: angles(states[:, :, -1]),
-        "angular_mean": (torch.arccos(cosine) / math.pi).mean(1),
-        "block_influence": (1 - cosine).mean(1),
-        "relative_l1": (taxi / length[..., None]).mean(1),
-        "relative_l2": (apart / norm[..., None]).mean(1),
-    }
-
-
-class AngularDistance:
-    """Mean over sequences of d(l, l+n), the angular distance of last-token states, for every pair of layers."""
-
-    def __init__(self, depth: int) -> None:
-        self.depth = depth
-        self._values: list[torch.Tensor] = []
-
-    @property
-    def count(self) -> int:
-        """Sequences so far."""
-        return len(self._values)
-
-    def add(self, last: torch.Tensor) -> None:
-        """`last`: the last token's states, [L+1, batch, d]. Raises CalibrationError if they are not finite."""
-        check_finite(last)
-        self._values += angles(last).cpu().unbind(0)
-
-    def mean(self) -> torch.Tensor:
-        """[L+1, L+1]: entry (l, m) is the mean of d(l, m)."""
-        return torch.stack(self._values).mean(0)
-
-    def standard_error(self) -> torch.Tensor:
-        """[L+1, L+1]: the standard error of each mean over sequences; 0 for a single one."""
-        return standard_error(torch.stack(self._values))
+    """Every metric that averages over tokens: [L+1, batch, positions, d] -> name -> [batch, L+1, L+1], float64."""
+    shared = TokenStates(states)
+    return {name: metric.compare(shared) for name, metric in METRICS.items() if metric.compare is not None}
 
 
 def standard_error(values: torch.Tensor) -> torch.Tensor:
     """[samples, ...] -> [...]: the standard error of the mean; 0 for a single sample."""
     if len(values) < 2:
-        return torch.zeros_like(values[0])
+        return values[0] * 0
     return values.std(0, correction=1) / math.sqrt(len(values))
 
 
@@ -116,6 +159,8 @@ def cka(points: Sequence[torch.Tensor], groups: int) -> tuple[torch.Tensor, torc
     sequences of equal length. Returns the value over all N tokens [L+1, L+1], and the jackknife pseudo-values of
     leaving out one sequence [groups, L+1, L+1], whose standard error is that of the value.
     """
+    import torch
+
     layers, count = len(points), len(points[0])
     share = count // groups
     kernels = torch.empty(layers, count, count)
@@ -160,6 +205,8 @@ def fold_residual(points: Sequence[torch.Tensor], mlp: Sequence[torch.Tensor], g
     better of two ridges for each l). Comparable with relative_l2. The change is projected to 32 fixed random
     directions. For l = 0 there is no layer before, and nothing is explained.
     """
+    import torch
+
     layers, (count, width) = len(points), points[0].shape
     share = count // groups
     generator = torch.Generator().manual_seed(0)
@@ -186,6 +233,8 @@ def fold_residual(points: Sequence[torch.Tensor], mlp: Sequence[torch.Tensor], g
 
 def _left_out(kernel: torch.Tensor, change: torch.Tensor, groups: int, ridge: float) -> torch.Tensor:
     """Residuals of each group predicted from the others: (A_gg)^-1 (A Y)_g with A = (K + ridge)^-1."""
+    import torch
+
     count = len(kernel)
     share = count // groups
     unit = torch.eye(count)

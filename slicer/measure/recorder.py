@@ -1,4 +1,4 @@
-"""Records the residual stream of some tokens at every layer, one file per layer, for the metrics.
+"""Which sequences this process measures, and a recording of their residual stream: one file per layer, for the metrics.
 
 A recording can be resumable: the states of all tokens are saved after each layer, and a run in the same directory
 continues after the last finished layer.
@@ -22,9 +22,41 @@ from slicer.model.states import States
 from slicer.model.sublayers import mlp_of
 from slicer.model.walk import Walk
 from slicer.progress import Progress
+from slicer.runtime.distributed import Processes
 from slicer.runtime.files import atomic_file
 
 STATES = "states.safetensors"
+
+
+@dataclass(frozen=True)
+class Portion:
+    """The sequences that this process measures, of those that all processes of a launch measure together.
+
+    Attributes:
+        batches: int64 [batch, seq] each, all of one length.
+        first: number of its first sequence.
+        samples: sequences of all processes.
+    """
+
+    batches: Sequence[torch.Tensor]
+    first: int
+    samples: int
+    processes: Processes = Processes()
+
+    @classmethod
+    def of(cls, batches: Sequence[torch.Tensor], processes: Processes = Processes()) -> Portion:  # noqa: B008
+        """This process's portion of all `batches`. Raises UsageError where some process gets none."""
+        own, first = processes.of(batches)
+        return cls(own, first, sum(map(len, batches)), processes)
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a sequence."""
+        return int(self.batches[0].shape[1])
+
+    def join(self, *parts: torch.Tensor) -> list[torch.Tensor]:
+        """Tensors [own sequences, ...] of every process as tensors [samples, ...], in each of them."""
+        return self.processes.join(parts, self.first, self.samples)
 
 
 @dataclass(frozen=True)
@@ -37,6 +69,7 @@ class Recording:
         samples: sequences S.
         positions: recorded tokens of each sequence, ascending; the last one is the sequence's last token.
         point_positions: those used by CKA and the fold residual, as indices into `positions`.
+        point_sequences: sequences, of all processes together, whose points these two use.
         has_mlp: whether every layer has a feed-forward part; its output at the points is recorded then.
     """
 
@@ -45,11 +78,17 @@ class Recording:
     samples: int
     positions: tuple[int, ...]
     point_positions: tuple[int, ...]
+    point_sequences: int
     has_mlp: bool
 
     def sequences(self, first: int, last: int) -> torch.Tensor:
         """x(0)..x(L) of the sequences first <= s < last at the positions: [L+1, last-first, P, d]."""
         return torch.stack([self._read(i, "states", first, last) for i in range(self.depth + 1)])
+
+    @property
+    def point_count(self) -> int:
+        """Tokens that CKA and the fold residual use."""
+        return len(self.point_positions) * self.point_sequences
 
     def points(self, layer: int, sequences: int) -> torch.Tensor:
         """x(layer) at the points of the first `sequences`: [N, d], sequence by sequence."""
@@ -76,42 +115,41 @@ def spread(length: int, count: int) -> tuple[int, ...]:
 
 def record(
     walk: Walk,
-    batches: Sequence[torch.Tensor],
+    portion: Portion,
     directory: Path,
     *,
-    positions: int = 16,
+    positions: int,
     points: int = 0,
-    samples: int | None = None,
     resumable: bool = False,
     progress: Progress | None = None,
 ) -> Recording:
-    """Run all `batches` (int64 [batch, seq], one length) through all layers and record x(l) at `positions` tokens of
-    each sequence.
+    """Run `portion` through all layers and record x(l) at `positions` tokens of each sequence.
 
-    At `points` of these tokens (equally many of each of `samples` sequences; 0: none) the feed-forward output is
+    At `points` of these tokens (equally many of each sequence of all processes; 0: none) the feed-forward output is
     recorded too. With `resumable`, states are saved after every layer and a stopped recording continues; the caller
     must use the same model and batches. Raises CalibrationError for states that are not finite, OutputError.
     """
     progress = progress or Progress()
-    own = sum(len(batch) for batch in batches)
-    at = spread(batches[0].shape[1], positions)
-    each = max(1, points // (samples or own)) if points else 0
-    inner = spread(len(at), each) if each else ()
+    batches = portion.batches
+    at = spread(portion.seq_len, positions)
+    inner = spread(len(at), max(1, points // portion.samples)) if points else ()
+    sequences = min(portion.samples, max(1, points // len(inner))) if inner else 0
     has_mlp = bool(inner) and all(mlp_of(layer) is not None for layer in walk.layers)
-    trace = Recording(directory, walk.depth, own, at, inner, has_mlp)
+    own = sum(map(len, batches))
+    recording = Recording(directory, walk.depth, own, at, inner, sequences, has_mlp)
     states = walk.start(batches)
-    if resumable and not _resume(trace, states):
+    if resumable and not _resume(recording, states):
         states = walk.start(batches)
     if states.layer == 0:
         kept = torch.cat([state[:, list(at)] for state in states])
-        _write(trace, 0, {"states": kept})
+        _write(recording, 0, {"states": kept})
     progress.stage("Measuring layers", walk.depth, "layers")
     if states.layer:
         progress.note(f"resuming after layer {states.layer - 1}")
         progress.advance(states.layer)
     for i in range(states.layer, walk.depth):
         before, started = walk.bytes_read, time.perf_counter()
-        _advance(trace, walk, i, states)
+        _advance(recording, walk, i, states)
         if resumable:
             states.save(directory / STATES)
         seconds = time.perf_counter() - started
@@ -119,13 +157,13 @@ def record(
         disk = f"{read / seconds / 1e6:,.0f} MB/s, " if read else ""
         progress.detail(f"{disk}{states.token_count / seconds:,.0f} tokens/s per layer")
         progress.advance()
-    return trace
+    return recording
 
 
-def _advance(trace: Recording, walk: Walk, i: int, states: States) -> None:
+def _advance(recording: Recording, walk: Walk, i: int, states: States) -> None:
     """Replace x(i) by x(i+1) and write its recorded parts."""
-    at = list(trace.positions)
-    inner = [trace.positions[p] for p in trace.point_positions]
+    at = list(recording.positions)
+    inner = [recording.positions[p] for p in recording.point_positions]
     kept: list[torch.Tensor] = []
     outputs: list[torch.Tensor] = []
 
@@ -138,35 +176,35 @@ def _advance(trace: Recording, walk: Walk, i: int, states: States) -> None:
 
     with ExitStack() as stack:
         layer = stack.enter_context(walk.layer(i))
-        part = mlp_of(layer) if trace.has_mlp else None
+        part = mlp_of(layer) if recording.has_mlp else None
         if part is not None:
             handle = part.register_forward_hook(hook)
             stack.callback(handle.remove)
         walk.advance(i, states, keep)
     tensors = {"states": torch.cat(kept)}
     check_finite(tensors["states"][None], first=i + 1)
-    if trace.has_mlp:
+    if recording.has_mlp:
         tensors["mlp"] = torch.cat(outputs)
-    _write(trace, i + 1, tensors)
+    _write(recording, i + 1, tensors)
 
 
 def _file(directory: Path, layer: int) -> Path:
     return directory / f"layer-{layer:03d}.safetensors"
 
 
-def _write(trace: Recording, layer: int, tensors: dict[str, torch.Tensor]) -> None:
+def _write(recording: Recording, layer: int, tensors: dict[str, torch.Tensor]) -> None:
     from safetensors.torch import save_file
 
-    with atomic_file(_file(trace.directory, layer)) as part:
+    with atomic_file(_file(recording.directory, layer)) as part:
         save_file({k: v.contiguous() for k, v in tensors.items()}, part)
 
 
-def _resume(trace: Recording, states: States) -> bool:
+def _resume(recording: Recording, states: States) -> bool:
     """Load the states of the last finished layer; False if they, or the recordings before them, are incomplete."""
-    saved = trace.directory / STATES
+    saved = recording.directory / STATES
     if not saved.is_file():
         return True
     with suppress(OSError, ValueError):
         states.restore(saved)
-        return all(_file(trace.directory, i).is_file() for i in range(states.layer + 1))
+        return all(_file(recording.directory, i).is_file() for i in range(states.layer + 1))
     return False

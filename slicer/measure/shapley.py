@@ -24,10 +24,10 @@ import torch
 from slicer.errors import ArchitectureError, UsageError
 from slicer.measure.analysis import Distances
 from slicer.measure.distances import table_of_rows
-from slicer.measure.losses import Questions
+from slicer.measure.losses import Questions, kl_divergence
 from slicer.model.states import States
 from slicer.model.sublayers import attention_outputs, ffn_outputs, without_sublayers
-from slicer.model.walk import Walk
+from slicer.model.walk import Walk, next_token_loss
 from slicer.progress import Progress
 
 AGAINST = ("loss", "kl")
@@ -64,7 +64,7 @@ class Values:
 class Coalitions:
     """Costs of the model without some players: loss or KL divergence on batches, or errors on `Questions`.
 
-    `parts`: whether the players are sublayers: 2i is attention i, 2i + 1 is feed-forward i.
+    `sublayers`: whether the players are sublayers: 2i is attention i, 2i + 1 is feed-forward i.
 
     Attributes:
         players: number of players.
@@ -80,16 +80,16 @@ class Coalitions:
         walk: Walk,
         of: Sequence[torch.Tensor] | Questions,
         *,
-        parts: bool,
+        sublayers: bool,
         against: str = "loss",
     ) -> None:
         if against not in AGAINST:
-            raise UsageError(f"against {against!r}: choose from {', '.join(AGAINST)}")
+            raise UsageError(f"--against {against!r}: choose from {', '.join(AGAINST)}")
         self._questions = of if isinstance(of, Questions) else None
         batches = of.batches if isinstance(of, Questions) else of
-        self._walk, self._parts, self._against = walk, parts, against
-        self.players = walk.depth * (2 if parts else 1)
-        if parts:
+        self._walk, self._sublayers, self._against = walk, sublayers, against
+        self.players = walk.depth * (2 if sublayers else 1)
+        if sublayers:
             for i, layer in enumerate(walk.layers):
                 if not attention_outputs(layer) or not ffn_outputs(layer):
                     raise ArchitectureError(
@@ -127,7 +127,7 @@ class Coalitions:
         if not self._gone <= gone:
             self._trail, self._gone = list(self._whole), frozenset()
         if new:
-            self._run(gone, min(p // 2 if self._parts else p for p in new))
+            self._run(gone, min(p // 2 if self._sublayers else p for p in new))
             self._gone = gone
         return self._costs(self._trail[-1])
 
@@ -138,7 +138,7 @@ class Coalitions:
         with walk.along(range(first, walk.depth)):
             for i in range(first, walk.depth):
                 no_attention, no_ffn = (
-                    (2 * i in gone, 2 * i + 1 in gone) if self._parts else (i in gone, i in gone)
+                    (2 * i in gone, 2 * i + 1 in gone) if self._sublayers else (i in gone, i in gone)
                 )
                 if no_attention and no_ffn:
                     self._trail.append(self._trail[-1])  # shared: states in the trail are never written to
@@ -153,7 +153,7 @@ class Coalitions:
 
     def _costs(self, last: States) -> torch.Tensor:
         def following(b: int, n: int) -> torch.Tensor:
-            return self._walk.head(last.tokens[b][:, -n:], last[b][:, -n:])[0].float().log_softmax(-1)
+            return self._walk.log_probabilities(last.tokens[b][:, -n:], last[b][:, -n:])
 
         if self._questions is not None:
             return self._questions.errors(following)
@@ -161,16 +161,15 @@ class Coalitions:
         for b, tokens in enumerate(last.tokens):
             for s in range(len(tokens)):
                 row = tokens[s : s + 1]
-                chances = self._walk.head(row, last[b][s : s + 1])[0].float().log_softmax(-1)
+                chances = self._walk.log_probabilities(row, last[b][s : s + 1])
                 if self._against == "kl":
                     if last is self._last:
                         found.append(0.0)
                         continue
-                    full = self._walk.head(row, self._last[b][s : s + 1])[0].float().log_softmax(-1)
-                    found.append(float((full.exp() * (full - chances)).sum(-1).mean()))
+                    full = self._walk.log_probabilities(row, self._last[b][s : s + 1])
+                    found.append(kl_divergence(full, chances))
                 else:
-                    target = row[0, 1:].to(chances.device)
-                    found.append(float(torch.nn.functional.nll_loss(chances[:-1], target)))
+                    found.append(float(next_token_loss(chances, row[0])))
         return torch.tensor(found, dtype=torch.float64)
 
 

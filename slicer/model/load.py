@@ -33,8 +33,8 @@ def load_model(
 
     `dtype` is "auto" (as stored) or a torch name; `device` as in `Compute`: with "auto" the model is spread over
     several GPUs when one is too small, accelerate is installed and no other process is at work. `quantization` is
-    transformers' config of one, applied while loading. A model that is to be `sharded` over processes stays where
-    transformers puts it. Raises SourceError with the reason.
+    transformers' config of one, applied while loading. A model that is to be `sharded` over processes stays on
+    the CPU, or quantized on the GPU of its process. Raises SourceError with the reason.
     """
     import transformers
 
@@ -50,9 +50,8 @@ def load_model(
     spread = alone and not sharded and _needs_several(path, dtype, target)
     if spread:
         arguments["device_map"] = "auto"
-    elif quantization is not None and not sharded:
-        arguments["device_map"] = {"": target}
     if quantization is not None:
+        arguments.setdefault("device_map", {"": target})  # also where it is sharded: on this process's own GPU
         arguments["quantization_config"] = quantization
     failure: Exception | None = None
     for auto in auto_classes(path):

@@ -76,13 +76,13 @@ class Goal:
         given = sum(v is not None for v in (self.drop, self.keep, self.max_params, self.max_bytes))
         if given > 1 or (not given and not self.sublayers):
             raise UsageError(
-                "say how much to drop with exactly one of --drop, --keep, --max-params and --max-bytes"
+                "say how much to drop with exactly one of --drop, --keep-layers, --max-params and --max-bytes"
                 + ("" if given > 1 else ", or with --drop-attention, --drop-ffn or --drop-sublayers")
             )
         if self.sublayers and self.budget:
             raise UsageError(
                 "a budget (--max-params, --max-bytes) counts whole layers; give --drop-attention and the like alone, "
-                "or beside --drop or --keep"
+                "or beside --drop or --keep-layers"
             )
         if self.drop_sublayers is not None and self.drop_sublayers.layers is not None:
             raise UsageError(
@@ -122,7 +122,7 @@ class Goal:
         if self.keep is not None:
             if not 0 < self.keep < depth:
                 raise PlanError(
-                    f"--keep {self.keep}: the model has {depth} layers; keep between 1 and {depth - 1}"
+                    f"--keep-layers {self.keep}: the model has {depth} layers; keep between 1 and {depth - 1}"
                 )
             return depth - self.keep
         return int(self.budget)

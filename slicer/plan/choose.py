@@ -37,7 +37,7 @@ class Measurements(Protocol):
     """What choosing needs of an analysis."""
 
     @property
-    def calibration(self) -> TextRecord | Mapping[str, object] | None:
+    def calibration(self) -> TextRecord | None:
         """The text measured on."""
 
     @property
@@ -177,8 +177,7 @@ def _because(
     plan: Plan, distance: float, others: Iterable[_Candidate], metric: str, measured: Measurements | None
 ) -> Plan:
     """`plan` with why it was chosen, and before which others."""
-    given = measured.calibration if measured is not None else None
-    text = None if given is None else TextRecord.of(given, "the analysis: calibration")
+    text = measured.calibration if measured is not None else None
     return replace(
         plan,
         strategy="similarity",

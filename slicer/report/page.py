@@ -142,7 +142,7 @@ def _distances(directory: Path) -> Distances | None:
 
 
 def _promise(directory: Path) -> str | None:
-    """The target and the result of `slicer sweep --keep` as a sentence."""
+    """The target and the result of `slicer sweep --retain` as a sentence."""
     record = _json(directory / "promise.json")
     if record is None:
         return None

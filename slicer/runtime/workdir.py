@@ -123,7 +123,7 @@ class Workdir:
         if found is not None and found["identity"] != identity:
             if not alone or not (self.overwrite or not self.resumable()):
                 key, before, now = _difference(found["identity"], identity)
-                again = "" if self.overwrite is None else ", or --force to start over"
+                again = "" if self.overwrite is None else ", or --overwrite to start over"
                 raise OutputError(
                     f"{self.path}: holds {self.what} with {key} {before}, not {now}; give the same options again, "
                     f"choose another place with -o{again}"

@@ -113,7 +113,7 @@ class Deepest:
 def check(keep: float, metric: str | None, tasks: tuple[str, ...]) -> str:
     """The task to measure. Raises UsageError for an invalid share, EvaluationError if the task is not measured."""
     if not 0 < keep <= 1:
-        raise UsageError(f"--keep {keep:g}: pass a share of the unpruned score, 0 to 1, as in 0.98")
+        raise UsageError(f"--retain {keep:g}: pass a share of the unpruned score, 0 to 1, as in 0.98")
     metric = metric or tasks[0]
     if metric not in tasks:
         near = next((task for task in tasks if task.split("@")[0] == metric), None)

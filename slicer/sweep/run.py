@@ -25,6 +25,7 @@ from slicer.measure.analysis import Analysis, Distances
 from slicer.plan.amounts import Amount, Goal
 from slicer.plan.choose import choose
 from slicer.plan.plan import METRIC, Plan
+from slicer.plan.records import TextRecord
 from slicer.progress import Progress
 from slicer.runtime import memory
 from slicer.runtime.compute import Compute
@@ -189,7 +190,7 @@ class Sweep:
                 distances.samples,
                 distances.seq_len,
                 {METRIC: distances},
-                calibration=self._provenance,
+                calibration=TextRecord.of(self._provenance),
             )
         return choose(goal, self.depth, measured, why_not, strategy=cell.strategy, seed=cell.seed).plan
 
@@ -322,7 +323,7 @@ class Sweep:
 
     def distances(self) -> Distances:
         """Measured once a sweep, and kept."""
-        from slicer.measure.distances import measure
+        from slicer.measure.distances import measure_loaded
 
         if self._distances is None:
             file = self.journal.directory / "distances.json"
@@ -333,7 +334,7 @@ class Sweep:
                         continue
                     data = self._calibration()
                     self.progress.stage("Measuring layers")
-                    text = measure(self.model(), data.batches).to_json()
+                    text = measure_loaded(self.model(), data.batches).to_json()
                     write_atomically(file, text)
                     self.journal.put("distances", {"distances": text, "provenance": data.record.to_dict()})
             self._distances = Distances.from_json(kept["distances"])

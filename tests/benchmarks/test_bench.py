@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,12 +17,13 @@ from click.testing import CliRunner
 from cuts import export
 
 from slicer import demo
-from slicer.benchmarks import contestants, machine, transformers_engine, workload
+from slicer.benchmarks import contestants, machine, speculative, transformers_engine, workload
 from slicer.benchmarks.bench import ROUNDS, Request, bench
 from slicer.benchmarks.harness import RUNS, Store, run_rounds
 from slicer.checkpoint.reader import Checkpoint
 from slicer.cli.main import main
 from slicer.errors import BenchError, OutputError, SlicerError, UsageError
+from slicer.model.load import load_model
 from slicer.plan.plan import Plan
 from slicer.progress import Progress
 from slicer.runtime import memory
@@ -161,6 +163,12 @@ def test_a_stopped_run_goes_on_where_it_was(
     assert len(ideal) == 15
 
 
+def test_every_depth_is_measured_several_times_unless_told_otherwise(ideal: list[str]) -> None:
+    result = bench(Request(base="demo", drops=("0", "3", "6"), engine="transformers"))
+    (times,) = set(Counter(ideal).values())
+    assert times > 1 and len(result["runs"]) == 3 * times and result["rounds"] == times
+
+
 def test_each_round_has_an_order_of_its_own() -> None:
     order: list[tuple[str, int]] = []
 
@@ -216,8 +224,8 @@ def test_what_does_not_fit_in_memory_is_refused(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        ([], 2, "--config"),
-        (["demo", "--config", "c.json"], 2, "not both"),
+        ([], 2, "--model-config"),
+        (["demo", "--model-config", "c.json"], 2, "not both"),
         (["demo", "demo", "--drop", "0,2"], 2, "not both"),
         (["demo", "--drop", "0,x"], 2, "'x'"),
         (["demo", "--drop", "0,12"], 1, "12 layers"),
@@ -225,7 +233,7 @@ def test_what_does_not_fit_in_memory_is_refused(monkeypatch: pytest.MonkeyPatch)
         (["demo", "--speculative"], 2, "SLICED"),
         (["demo", "--kv-cache", "much"], 2, "not a size"),
         (["demo", "--input-len", "600"], 1, "context of 512"),
-        (["--config", "{tmp}/none.json"], 1, "No such file"),
+        (["--model-config", "{tmp}/none.json"], 1, "No such file"),
         (["{tmp}"], 1, "no config.json"),
         (["demo", "-o", "{tmp}/file"], 1, "not a directory"),
         (["demo", "-o", "{tmp}/full"], 1, "not created by slicer"),
@@ -317,6 +325,16 @@ def test_vllm_measures_and_leaves_no_process(tmp_path: Path) -> None:
 
 @needs_vllm
 def test_a_draft_is_measured_against_its_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a draft vLLM writes what the original alone writes, here asked of transformers."""
+    by_vllm = speculative.measure
+
+    def measure(original: contestants.Contestant, draft: Any, work: workload.Workload, *more: Any) -> Any:
+        if draft is not None:
+            return by_vllm(original, draft, work, *more)
+        texts = [written(Path(original.path), prompt, work.output_len) for prompt in more[0]]
+        return {"output_tokens_per_second": 1.0, "texts": texts, "spec_decode": {}}
+
+    monkeypatch.setattr(speculative, "measure", measure)
     draft = export(Checkpoint.open(demo.path()), Plan.dropping(12, (5, 6)), tmp_path / "demo-10L")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("And the LORD said unto\nThe captain of the ship\n")
@@ -327,7 +345,18 @@ def test_a_draft_is_measured_against_its_original(tmp_path: Path, monkeypatch: p
     result = bench(request, tmp_path / "out")
     alone, drafted = result["speculative"]["rows"]
     assert alone["draft"] is None and alone["speed_up"] == 1
-    assert drafted["draft"] == "demo-10L" and drafted["outputs_identical"]
+    assert drafted["draft"] == "demo-10L" and drafted["outputs_identical"] and drafted["prompts"] == 2
     assert len(drafted["acceptance_by_position"]) == 2
     assert all(0 <= rate <= 1 for rate in drafted["acceptance_by_position"])
+    assert drafted["mean_accepted_length"] > 1, "it is a cut of the original: it guesses some tokens"
     assert (tmp_path / "out" / "bench.svg").is_file() and ROUNDS > 1
+
+
+def written(path: Path, prompt: str, tokens: int) -> str:
+    """What transformers writes after the prompt."""
+    from transformers import AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(path), load_model(path, dtype="float32", device="cpu")
+    given = tokenizer(prompt, return_tensors="pt")
+    made = model.generate(**given, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+    return str(tokenizer.decode(made[0, given["input_ids"].shape[1] :], skip_special_tokens=True))

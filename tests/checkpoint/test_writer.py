@@ -13,6 +13,7 @@ import pytest
 from slicer.checkpoint import writer
 from slicer.checkpoint.reader import Checkpoint, read_header
 from slicer.errors import OutputError
+from slicer.runtime import files as runtime_files
 
 
 @pytest.mark.parametrize("shards", [1, 3])

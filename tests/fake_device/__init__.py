@@ -37,7 +37,7 @@ from unittest import mock
 import pytest
 import torch
 
-from fake_device.kernels import indexed, register, run_with
+from fake_device.kernels import in_block, indexed, register, run_with
 from fake_device.streams import Clocks, Event, Stream, as_device, current_stream, default_stream, set_stream
 
 _PINNED = 8  # the place of pinned host memory among the counters of device.cpp
@@ -63,7 +63,7 @@ needs_fake_cuda = pytest.mark.skipif(why_not() is not None, reason=str(why_not()
 def fake_cuda(
     devices: int = 2, memory: float = 80e9, *, reported: float | None = None, pageable: bool = False
 ) -> Iterator[FakeCuda]:
-    """Inside it this process has so many CUDA devices of `memory` bytes each. Not reentrant; nothing of it may be kept.
+    """Inside it this process has so many CUDA devices of `memory` bytes each; no tensor on them is of use afterwards.
 
     `reported` is what a device tells of its size, where that should be less than it really takes: a small model is
     then spread over several, and its activations still have room. With `pageable`, `non_blocking` copies from and to
@@ -73,6 +73,8 @@ def fake_cuda(
     `torch.manual_seed` seeds the devices as well. Libraries that remember whether there is CUDA (transformers,
     accelerate) are made to forget it on entry and on exit. Backward passes run in the calling thread.
     """
+    if in_block():
+        raise RuntimeError("fake_cuda within fake_cuda")
     for name in ("torch._dynamo", "transformers.modeling_utils", "accelerate", "peft"):
         if find_spec(name.partition(".")[0]):  # what they find at import is for the whole process
             import_module(name)

@@ -20,6 +20,10 @@ def running() -> Any:
     return _active[-1]
 
 
+def in_block() -> bool:
+    return bool(_active)
+
+
 def run_with(fake: Any | None) -> None:
     """Make `fake` the one whose devices compute, or none."""
     _active[:] = [] if fake is None else [fake]

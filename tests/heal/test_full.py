@@ -23,6 +23,7 @@ from slicer.progress import Progress
 from slicer.runtime.compute import Compute
 
 State = dict[str, torch.Tensor]
+CPU = Compute("cpu")
 
 
 def old_rotary(state: State) -> None:
@@ -94,11 +95,12 @@ def test_the_written_checkpoint_has_the_trained_weights(
     trained = Checkpoint.open(tmp_path / "trained")
     spans = spans_of(base, trained, homes)
     assert spans.keys() == state.keys() - ignored
-    contents, expected = unchanged(base, spans), trained_logits(base, trained, homes, Compute("cpu"))
     (tmp_path / "out").mkdir()
+    contents = unchanged(base, spans)
     write(contents, tmp_path / "out")
-    same = check_contents(tmp_path / "out", contents, expected, Compute("cpu"), Progress()).same
-    assert same is not None and same < 1e-5
+    expected = trained_logits(base, trained, homes, CPU)
+    errors = check_contents(tmp_path / "out", contents, expected, CPU, Progress())
+    assert errors.same is not None and errors.same < 1e-5
     out = Checkpoint.open(tmp_path / "out").tensors
     assert {key: span.dtype for key, span in out.items()} == {key: s.dtype for key, s in base.tensors.items()}
     if change in (twice, two_of_one):
@@ -113,4 +115,4 @@ def test_weights_that_cannot_be_written_are_not_trained(tmp_path: Path) -> None:
     save_file(state, path / "model.safetensors", metadata={"format": "pt"})
     settings = resolve(Training(method="full", seq_len=32), "llama", 10**6, most_tokens=128, on_gpu=False)[0]
     with pytest.raises(HealError, match=r"model\.norm\.weight: .* does not hold it; use --method lora"):
-        adapters.load(path, settings, device="cpu")
+        adapters.load(Checkpoint.open(path), settings, CPU)

@@ -69,7 +69,7 @@ def test_it_is_recorded_with_figures(bare: Path, folded: Path) -> None:
 def test_heal_by_hand_gives_the_same_weights(
     bare: Path, folded: Path, text: list[object], tmp_path: Path
 ) -> None:
-    result = succeeds("heal", bare, "--from", "demo", *text, "-o", tmp_path / "out", "--json")
+    result = succeeds("heal", bare, "--base-model", "demo", *text, "-o", tmp_path / "out", "--json")
     assert json.loads(result.stdout)["verified"] == "logits"
     assert files.read_tensors(tmp_path / "out") == files.read_tensors(folded)
     for name in ("config.json", "tokenizer.json"):
@@ -80,8 +80,8 @@ def test_healing_again_starts_from_the_source(
     bare: Path, folded: Path, text: list[object], tmp_path: Path
 ) -> None:
     """The source is the one its plan names; what the first healing changed is first put back."""
-    succeeds("heal", folded, "--fold", "transform", *text, "-o", tmp_path / "a")
-    succeeds("heal", bare, "--fold", "transform", *text, "-o", tmp_path / "b")
+    succeeds("heal", folded, "--solver", "transform", *text, "-o", tmp_path / "a")
+    succeeds("heal", bare, "--solver", "transform", *text, "-o", tmp_path / "b")
     a, b, old = (files.read_tensors(path) for path in (tmp_path / "a", tmp_path / "b", bare))
     assert a == b and {key for key in a if a[key] != old[key]} == {"model.layers.3.mlp.down_proj.weight"}
 
@@ -98,7 +98,7 @@ def test_a_cast_comes_with_the_healing(text: list[object], tmp_path: Path) -> No
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    succeeds("heal", tmp_path / "out", "--fold", "transform", *text, "-o", tmp_path / "again")
+    succeeds("heal", tmp_path / "out", "--solver", "transform", *text, "-o", tmp_path / "again")
 
 
 @pytest.mark.parametrize("given", [["--strategy", "tail", "--drop", 2], ["--drop", "4-5"]])
@@ -114,7 +114,7 @@ def test_without_calibration_data_nothing_is_healed_and_it_says_so(
 def test_a_cut_that_cannot_be_healed_is_written_bare_unless_healing_was_asked_for(
     text: list[object], tmp_path: Path
 ) -> None:
-    given = ["convert", "demo", "--drop", "0-1", "--fold", "transform", *text]
+    given = ["convert", "demo", "--drop", "0-1", "--solver", "transform", *text]
     result = succeeds(*given, "--heal", "auto", "-o", tmp_path / "bare")
     assert "not healed: no weights next to the cut" in " ".join(result.stderr.split())
     result = slicer(*given, "--heal", "fold", "-o", tmp_path / "out")
@@ -171,8 +171,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(bare: Path, text: list[object]
     (twin / "model.safetensors").write_bytes(content)
     out = tmp_path / "out"
     cases: list[tuple[list[object], str]] = [
-        ([bare, "--from", tiny, *text], "6"),
-        ([bare, "--from", twin, *text], "differs"),
+        ([bare, "--base-model", tiny, *text], "6"),
+        ([bare, "--base-model", twin, *text], "differs"),
         ([tiny, *text], "plan"),
         ([bare, *text[:2], "--samples", 2, "--seq-len", 16], "too few"),
         ([bare, *text[:2], "--samples", 100000], "too short"),

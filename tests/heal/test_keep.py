@@ -13,7 +13,18 @@ from commands import slicer, succeeds
 
 pytest.importorskip("peft")
 
-FEW = ["--steps", 6, "--train-batch-size", 4, "--train-seq-len", 16, "--lr", 3e-3, "--rank", 4]
+FEW = [
+    "--max-steps",
+    6,
+    "--train-batch-size",
+    4,
+    "--train-seq-len",
+    16,
+    "--learning-rate",
+    3e-3,
+    "--lora-r",
+    4,
+]
 FEW += ["--verify", "load", "--validation-samples", 4]
 
 
@@ -31,7 +42,18 @@ def test_a_cut_that_convert_made_on_the_way_is_kept_with_its_adapter(
     whole: Path, text: Path, tmp_path: Path
 ) -> None:
     out, adapter = tmp_path / "out", tmp_path / "kept" / "adapter"
-    given = ["convert", whole, "--drop", "2-3", "--heal", "lora", "--start", "cut", "--calibration", text]
+    given = [
+        "convert",
+        whole,
+        "--drop",
+        "2-3",
+        "--heal",
+        "lora",
+        "--train-from",
+        "cut",
+        "--calibration",
+        text,
+    ]
     succeeds(*given, *FEW, "--save-adapter", adapter, "-o", out)
     place = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert place == str(adapter / "base") and place in (adapter / "README.md").read_text()
@@ -43,7 +65,7 @@ def test_a_cut_that_convert_made_on_the_way_is_kept_with_its_adapter(
     # An adapter that is there is replaced when asked, and by no other training.
     again = slicer(*given, *FEW, "--save-adapter", adapter, "-o", tmp_path / "again")
     assert again.exit_code == 1 and "not empty" in again.output
-    succeeds(*given, *FEW, "--seed", 1, "--force", "--save-adapter", adapter, "-o", tmp_path / "again")
+    succeeds(*given, *FEW, "--seed", 1, "--overwrite", "--save-adapter", adapter, "-o", tmp_path / "again")
     (adapter / "slicer.json").write_text("{}")
     result = slicer("merge", place, adapter, "-o", tmp_path / "unchecked")
     assert result.exit_code == 1 and "remove it" in result.output
@@ -56,7 +78,7 @@ def test_where_it_cannot_be_kept_nothing_is_begun(whole: Path, text: Path, tmp_p
     out = tmp_path / "out"
     for place, more, words, code in (
         (theirs, [], "not empty", 1),
-        (theirs, ["--force"], "replaces only adapters", 1),
+        (theirs, ["--overwrite"], "replaces only adapters", 1),
         (theirs / "diary.txt", [], "not a directory", 1),
         (theirs / "diary.txt" / "adapter", [], "not writable", 1),
         (out / "adapter", [], "overlaps", 1),

@@ -10,10 +10,10 @@ import sources
 from commands import slicer, succeeds
 
 pytest.importorskip("peft")
-FEW = ["--steps", 6, "--train-seq-len", 16, "--train-batch-size", 2]
+FEW = ["--max-steps", 6, "--train-seq-len", 16, "--train-batch-size", 2]
 
 
-@pytest.mark.parametrize("force", [[], ["--force"]])
+@pytest.mark.parametrize("force", [[], ["--overwrite"]])
 def test_what_is_not_slicers_is_neither_used_nor_removed(tmp_path: Path, force: list[str]) -> None:
     whole, text = sources.save_llama(tmp_path / "whole"), sources.save_text(tmp_path / "t.jsonl", 60)
     succeeds("convert", whole, "--drop", "2-3", "--heal", "none", "-o", tmp_path / "cut")
@@ -39,13 +39,24 @@ def test_what_is_not_slicers_is_neither_used_nor_removed(tmp_path: Path, force: 
 def test_a_cut_whose_making_was_stopped_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import slicer.convert as module
+    import slicer.jobs.convert as module
 
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
     whole, text = sources.save_llama(tmp_path / "whole"), sources.save_text(tmp_path / "t.jsonl", 60)
-    given = ["convert", whole, "--drop", "2-3", "--heal", "lora", "--start", "cut", "--calibration", text]
+    given = [
+        "convert",
+        whole,
+        "--drop",
+        "2-3",
+        "--heal",
+        "lora",
+        "--train-from",
+        "cut",
+        "--calibration",
+        text,
+    ]
     given += [*FEW, "--validation-samples", 4]
     with monkeypatch.context() as patch:
         patch.setattr(module, "write", stopped)

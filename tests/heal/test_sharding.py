@@ -6,17 +6,13 @@ On a CPU, by `tests/sharded_on_cpu.py`.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from commands import succeeds
+from processes import TRAINING, ForkServer, Run
 from safetensors.torch import load_file
 
 pytest.importorskip("peft")
@@ -40,15 +36,23 @@ FEW: list[object] = [
     "cut",
     "--verify",
     "none",
-    "--dropout",
+    "--lora-dropout",
     0,
-    "--lr",
+    "--learning-rate",
     3e-3,
     "--micro-batch",
     2,
 ]
-FEW += ["--steps", 8, "--train-batch-size", 4, "--train-seq-len", 32, "--eval-every", 2, "--patience", 0]
+FEW += ["--max-steps", 6, "--train-batch-size", 4, "--train-seq-len", 32, "--eval-every", 2, "--patience", 0]
 FEW += ["--validation-samples", 4]
+
+
+@pytest.fixture(scope="module")
+def sliced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four layers of the embedded model, in float32."""
+    out = tmp_path_factory.mktemp("models") / "sliced"
+    succeeds("convert", "demo", "--drop", "2-9", "--heal", "none", "--dtype", "float32", "-o", out)
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -57,21 +61,25 @@ def given(sliced: Path, held_out_file: Path) -> list[object]:
     return ["heal", sliced, "--calibration", held_out_file, "--samples", 32, "--seq-len", 32, *FEW]
 
 
-def sharded(given: list[object], out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(LAUNCHER)]
-    return subprocess.Popen(
-        [*command, *map(str, given), "-o", str(out)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **FSDP, "OMP_NUM_THREADS": "1"},
-    )
+def lora(given: list[object]) -> list[object]:
+    return [*given, "--method", "lora", "--lora-r", 4]
 
 
-def finishes(run: subprocess.Popen[str]) -> None:
-    _, errors = run.communicate(timeout=300)
-    assert run.returncode == 0, errors[-3000:]
+def start(forks: ForkServer, given: list[object], out: Path) -> list[Run]:
+    return forks.start_group(2, *given, "-o", out, modules=TRAINING, environment=FSDP, script=LAUNCHER)
+
+
+def finishes(group: list[Run]) -> None:
+    for run in group:
+        run.succeeds()
+
+
+@pytest.fixture(scope="module")
+def trained(forks: ForkServer, given: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA, by two processes."""
+    out = tmp_path_factory.mktemp("sharded") / "out"
+    finishes(start(forks, lora(given), out))
+    return out
 
 
 def history_of(path: Path) -> dict[str, Any]:
@@ -97,34 +105,37 @@ def weights_apart(one: Path, two: Path) -> float:
     return max(float((a[k] - b[k]).abs().max() / a[k].abs().max()) for k in a)
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
-def test_sharded_processes_train_as_one(
-    method: str, given: list[object], sliced: Path, tmp_path: Path
-) -> None:
-    given = [*given, "--method", method, *(["--rank", 4] if method != "full" else [])]
-    succeeds(*given, "-o", tmp_path / "one")
-    finishes(sharded(given, tmp_path / "two"))
-    one, two = tmp_path / "one", tmp_path / "two"
+def train_as_one(one: Path, two: Path, start: Path) -> bool:
+    """Whether both have the same losses, and weights that moved far from `start` and to the same place."""
     assert losses_apart(one, two) < 1e-3
-    assert history_of(two)["held_out"]["8"] < history_of(two)["held_out"]["0"]
-    # What was trained is what was written: it moved far from where it began, and both to the same place.
-    assert weights_apart(one, two) < 0.1 * weights_apart(sliced, two)
+    assert history_of(two)["held_out"]["6"] < history_of(two)["held_out"]["0"]
+    return weights_apart(one, two) < 0.1 * weights_apart(start, two)
 
 
-def test_a_killed_sharded_training_goes_on(given: list[object], tmp_path: Path) -> None:
-    given = [*given, "--method", "lora", "--rank", 4]
-    finishes(sharded(given, tmp_path / "undisturbed"))
-    run = sharded(given, tmp_path / "killed")
-    until = time.monotonic() + 120
-    while not any((tmp_path / "killed.training").glob("run/checkpoint-*/whole")):
-        assert run.poll() is None and time.monotonic() < until
-        time.sleep(0.002)
-    workers = psutil.Process(run.pid).children(recursive=True)  # torchrun gives each a session of its own
-    for worker in workers:
-        worker.kill()
-    run.kill()
-    run.communicate()
+def test_sharded_processes_train_as_one(
+    given: list[object], sliced: Path, trained: Path, tmp_path: Path
+) -> None:
+    succeeds(*lora(given), "-o", tmp_path / "one")
+    assert train_as_one(tmp_path / "one", trained, sliced)
+
+
+@pytest.mark.parametrize("method", ["qlora", "full"])
+def test_so_they_do_with_every_method(
+    method: str, forks: ForkServer, given: list[object], sliced: Path, tmp_path: Path
+) -> None:
+    given = [*given, "--method", method, *(["--lora-r", 4] if method == "qlora" else [])]
+    succeeds(*given, "-o", tmp_path / "one")
+    finishes(start(forks, given, tmp_path / "two"))
+    assert train_as_one(tmp_path / "one", tmp_path / "two", sliced)
+
+
+def test_a_killed_sharded_training_goes_on(
+    forks: ForkServer, given: list[object], trained: Path, tmp_path: Path
+) -> None:
+    first, second = start(forks, lora(given), tmp_path / "killed")
+    first.kill_when(lambda: any((tmp_path / "killed.training").glob("run/checkpoint-*/complete")))
+    second.kill()
     assert not (tmp_path / "killed").exists()
-    finishes(sharded(given, tmp_path / "killed"))
-    assert losses_apart(tmp_path / "undisturbed", tmp_path / "killed") == 0
-    assert weights_apart(tmp_path / "undisturbed", tmp_path / "killed") == 0
+    finishes(start(forks, lora(given), tmp_path / "killed"))
+    assert losses_apart(trained, tmp_path / "killed") == 0
+    assert weights_apart(trained, tmp_path / "killed") == 0

@@ -35,27 +35,39 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
         "lora",
         "--calibration",
         text,
-        "--start",
+        "--train-from",
         "cut",
     ]
-    options += ["--steps", 60, "--train-batch-size", 4, "--train-seq-len", 16, "--eval-every", 20]
-    return [*options, "--dropout", 0, "--patience", 0, "--rank", 4, "--lr", 3e-3, "--verify", "load"]
+    options += ["--max-steps", 60, "--train-batch-size", 4, "--train-seq-len", 16, "--eval-every", 20]
+    return [
+        *options,
+        "--lora-dropout",
+        0,
+        "--patience",
+        0,
+        "--lora-r",
+        4,
+        "--learning-rate",
+        3e-3,
+        "--verify",
+        "load",
+    ]
 
 
 @pytest.mark.parametrize(
     ("where", "more", "words"),
     [
-        ("slicer.heal.finetune.run.heal", ["--start", "fold"], ["in the fold", "--train-from cut"]),
-        ("slicer.heal.finetune.run.adapters.load", [], ["loading the model", "--method qlora"]),
+        ("slicer.jobs.heal.repair", ["--train-from", "fold"], ["in the fold", "--train-from cut"]),
+        ("slicer.heal.finetune.run.load", [], ["loading the model", "--method qlora"]),
         (
             "slicer.heal.finetune.distillation.load_model",
             ["--kl-weight", 1],
             ["loading the teacher", "--teacher-4bit"],
         ),
         (
-            "slicer.heal.finetune.distillation.ask_beforehand",
+            "slicer.heal.finetune.distillation.cache_teacher",
             ["--kl-weight", 1, "--teacher-cache", "C"],
-            ["asking"],
+            ["caching the teacher"],
         ),
         ("slicer.data.corpus.sample_tokens", ["--calibration", "self"], ["sampling text", "--device cpu"]),
     ],
@@ -79,7 +91,8 @@ def test_it_goes_on_with_what_was_advised_and_has_the_same_losses(
     given: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Out of memory in the middle, then at the end."""
-    from slicer.heal.finetune import run, trainer
+    from slicer.heal.finetune import trainer
+    from slicer.jobs import heal as job
 
     succeeds(*given, "-o", tmp_path / "undisturbed")
     honest, steps = trainer.cross_entropy, []
@@ -92,12 +105,12 @@ def test_it_goes_on_with_what_was_advised_and_has_the_same_losses(
     result = slicer(*given, "-o", tmp_path / "out")
     assert result.exit_code == 1 and "--micro-batch 1, --gradient-checkpointing" in result.stderr
     monkeypatch.setattr(trainer, "cross_entropy", honest)
-    write = run.write
-    monkeypatch.setattr(run, "write", fails)
+    write = job.write_verified
+    monkeypatch.setattr(job, "write_verified", fails)
     less = ["--micro-batch", 1, "--gradient-checkpointing"]
     result = slicer(*given, *less, "-o", tmp_path / "out")
     assert result.exit_code == 1 and "verifying" in result.stderr
-    monkeypatch.setattr(run, "write", write)
+    monkeypatch.setattr(job, "write_verified", write)
     monkeypatch.setattr(trainer._Trainer, "train", fails)  # it was trained to its end
     succeeds(*given, *less, "-o", tmp_path / "out")
     a, b = (
@@ -112,5 +125,5 @@ def test_fewer_sequences_of_a_pass_still_divide_those_of_a_step() -> None:
     for micro, advised in ((9, 1), (12, 3), (8, 2), (2, 1)):
         asked = Training(method="full", micro_batch=micro, batch_size=2 * micro)
         settings, _ = resolve(asked, "phi-2", 10**9, most_tokens=None, on_gpu=True)
-        assert to_train(settings, taught=False)[0] == f"--micro-batch {advised}"
-        assert to_load(settings, taught=False) == ["--method lora", "--device cpu"]
+        assert to_train(settings, teacher=False)[0] == f"--micro-batch {advised}"
+        assert to_load(settings, teacher=False) == ["--method lora", "--device cpu"]

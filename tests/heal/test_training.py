@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +12,27 @@ import pytest
 import sources
 import torch
 from commands import slicer, succeeds
+from processes import TRAINING, ForkServer
 
 from slicer.plan.plan import Plan
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 
-FEW: list[object] = ["--steps", 12, "--train-batch-size", 4, "--train-seq-len", 32, "--rank", 4, "--lr", 3e-3]
+FEW: list[object] = [
+    "--max-steps",
+    12,
+    "--train-batch-size",
+    4,
+    "--train-seq-len",
+    32,
+    "--lora-r",
+    4,
+    "--learning-rate",
+    3e-3,
+]
 FEW += ["--eval-every", 3, "--validation-samples", 4]
-QUICK: list[object] = ["--start", "cut", "--verify", "none"]
+QUICK: list[object] = ["--train-from", "cut", "--verify", "none"]
 
 
 def record_of(path: Path) -> dict[str, Any]:
@@ -107,7 +115,7 @@ def test_merging_the_kept_adapter_by_hand_gives_the_same_bytes(
     given = [
         "--method",
         "lora",
-        "--start",
+        "--train-from",
         "cut",
         *text,
         *FEW,
@@ -121,7 +129,7 @@ def test_merging_the_kept_adapter_by_hand_gives_the_same_bytes(
     assert files.read_tensors(tmp_path / "a") == files.read_tensors(tmp_path / "b")
     assert record_of(tmp_path / "a")["training"]["start"] == "cut"
     # What was merged can be trained on, from the weights as they are.
-    more = ["--method", "lora", *text, *FEW, "--steps", 2, "--verify", "none"]
+    more = ["--method", "lora", *text, *FEW, "--max-steps", 2, "--verify", "none"]
     succeeds("heal", tmp_path / "b", *more, "-o", tmp_path / "further")
     assert record_of(tmp_path / "further")["loss"]["before"] == pytest.approx(
         done["healing"]["loss"]["after"]
@@ -131,7 +139,7 @@ def test_merging_the_kept_adapter_by_hand_gives_the_same_bytes(
 
 
 def test_gradient_checkpointing_changes_no_loss(sliced: Path, text: list[object], tmp_path: Path) -> None:
-    given = ["heal", sliced, "--method", "lora", *QUICK, *text, *FEW, "--steps", 4, "--micro-batch", 2]
+    given = ["heal", sliced, "--method", "lora", *QUICK, *text, *FEW, "--max-steps", 4, "--micro-batch", 2]
     given += ["--validation-samples", 1]  # fewer than a pass takes
     succeeds(*given, "-o", tmp_path / "a")
     succeeds(*given, "--gradient-checkpointing", "-o", tmp_path / "b")
@@ -169,7 +177,7 @@ def test_bfloat16_weights_are_rounded_once(
         "lora",
         *text,
         *FEW,
-        "--lr",
+        "--learning-rate",
         1e-3,
         "-o",
         tmp_path / "out",
@@ -194,8 +202,8 @@ def test_bfloat16_weights_are_rounded_once(
 
 def test_all_weights_can_be_trained(sliced: Path, text: list[object], tmp_path: Path) -> None:
     few = [*FEW]
-    del few[few.index("--rank") : few.index("--rank") + 2]
-    given = ["--method", "full", "--start", "cut", *text, *few, "--lr", 1e-3]
+    del few[few.index("--lora-r") : few.index("--lora-r") + 2]
+    given = ["--method", "full", "--train-from", "cut", *text, *few, "--learning-rate", 1e-3]
     done = json.loads(succeeds("heal", sliced, *given, "-o", tmp_path / "out", "--json").stdout)
     assert (
         done["logits_error"] < 1e-5 and done["healing"]["loss"]["after"] < done["healing"]["loss"]["before"]
@@ -204,7 +212,7 @@ def test_all_weights_can_be_trained(sliced: Path, text: list[object], tmp_path: 
     assert old.keys() == new.keys() and old["model.norm.weight"] != new["model.norm.weight"]
     assert "rank" not in done["healing"]["training"]["settings"]
     # It can be trained further, and healed again from the source's own bytes.
-    more = ["--method", "lora", *text, *FEW, "--steps", 2, "--verify", "none", "--json"]
+    more = ["--method", "lora", *text, *FEW, "--max-steps", 2, "--verify", "none", "--json"]
     further = json.loads(succeeds("heal", tmp_path / "out", *more, "-o", tmp_path / "further").stdout)[
         "healing"
     ]
@@ -217,20 +225,17 @@ def test_all_weights_can_be_trained(sliced: Path, text: list[object], tmp_path: 
     assert files.read_tensors(tmp_path / "folded") == files.read_tensors(tmp_path / "expected")
 
 
-def test_a_killed_run_goes_on_with_the_same_losses(sliced: Path, text: list[object], tmp_path: Path) -> None:
-    given = ["heal", sliced, "--method", "lora", *QUICK, *text, *FEW, "--steps", 24, "--eval-every", 4]
-    given += ["--patience", 0, "--dropout", 0.1]
+def test_a_killed_run_goes_on_with_the_same_losses(
+    forks: ForkServer, sliced: Path, text: list[object], tmp_path: Path
+) -> None:
+    given = ["heal", sliced, "--method", "lora", *QUICK, *text, *FEW, "--max-steps", 24, "--eval-every", 4]
+    given += ["--patience", 0, "--lora-dropout", 0.1]
     succeeds(*given, "-o", tmp_path / "undisturbed")
-    command = [sys.executable, "-m", "slicer", *map(str, given), "-o", str(tmp_path / "killed")]
     work = tmp_path / "killed.training"
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
-        until = time.monotonic() + 120
-        while not any(work.glob("run/checkpoint-*/whole")):
-            assert run.poll() is None and time.monotonic() < until, run.stderr and run.stderr.read()
-            time.sleep(0.002)
-        run.send_signal(signal.SIGKILL)
+    run = forks.start(*given, "-o", tmp_path / "killed", modules=TRAINING)
+    run.kill_when(lambda: any(work.glob("run/checkpoint-*/complete")))
     assert not (tmp_path / "killed").exists() and work.is_dir()
-    other = slicer(*given, "--lr", 1e-4, "-o", tmp_path / "killed")
+    other = slicer(*given, "--learning-rate", 1e-4, "-o", tmp_path / "killed")
     assert other.exit_code == 1 and "unfinished training" in other.output
     succeeds(*given, "-o", tmp_path / "killed")
     assert history_of(tmp_path / "killed") == history_of(tmp_path / "undisturbed")
@@ -238,27 +243,14 @@ def test_a_killed_run_goes_on_with_the_same_losses(sliced: Path, text: list[obje
     assert not work.exists()
 
 
-def test_two_processes_train_as_one(sliced: Path, text: list[object], tmp_path: Path) -> None:
+def test_two_processes_train_as_one(
+    forks: ForkServer, sliced: Path, text: list[object], tmp_path: Path
+) -> None:
     given = ["heal", sliced, "--method", "lora", "--train-from", "cut", "--verify", "none", *text, *FEW]
-    given += ["--dropout", 0, "--micro-batch", 2]
+    given += ["--lora-dropout", 0, "--micro-batch", 2]
     succeeds(*given, "-o", tmp_path / "one")
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--rdzv-backend",
-        "c10d",
-    ]
-    launch += ["--rdzv-endpoint", "127.0.0.1:0", "-m", "slicer", *map(str, given)]
-    result = subprocess.run(
-        [*launch, "-o", str(tmp_path / "two")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    for run in forks.start_group(2, *given, "-o", tmp_path / "two", modules=TRAINING):
+        run.succeeds()
     one, two = history_of(tmp_path / "one"), history_of(tmp_path / "two")
     for kind in ("train", "held_out"):
         assert one[kind].keys() == two[kind].keys()
@@ -276,7 +268,19 @@ def test_a_plan_that_was_trained_is_trained_again(trained: Path, tmp_path: Path)
 def test_a_half_offset_cut_that_was_trained_is_trained_again_on_the_same_text_or_another(
     text: list[object], tmp_path: Path
 ) -> None:
-    few = ["--steps", 2, "--train-batch-size", 4, "--train-seq-len", 32, "--rank", 4, "--seed", 3, *QUICK]
+    few = [
+        "--max-steps",
+        2,
+        "--train-batch-size",
+        4,
+        "--train-seq-len",
+        32,
+        "--lora-r",
+        4,
+        "--seed",
+        3,
+        *QUICK,
+    ]
     succeeds("convert", "demo", "--drop", 3, *text, "--heal", "none", "-o", tmp_path / "cut")
     succeeds("heal", tmp_path / "cut", "--method", "lora", *text, *few, "-o", tmp_path / "trained")
     assert Plan.load(tmp_path / "trained").joined
@@ -302,7 +306,7 @@ def test_early_stop_and_a_loss_that_is_not_finite_keep_the_best(
         sliced,
         "--method",
         "lora",
-        "--start",
+        "--train-from",
         "cut",
         *text,
         *FEW,
@@ -330,9 +334,18 @@ def test_early_stop_and_a_loss_that_is_not_finite_keep_the_best(
     )
     monkeypatch.setattr(train, "cross_entropy", spoilt(0))
     result = slicer(*given, "-o", tmp_path / "out")
-    assert result.exit_code == 1 and "not finite" in result.output and "--lr" in result.output
+    assert result.exit_code == 1 and "not finite" in result.output and "--learning-rate" in result.output
     monkeypatch.setattr(train, "cross_entropy", honest)
-    given += ["--lr", 3, "--warmup", 0, "--patience", 2, "--save-adapter", tmp_path / "adapter"]
+    given += [
+        "--learning-rate",
+        3,
+        "--warmup-steps",
+        0,
+        "--patience",
+        2,
+        "--save-adapter",
+        tmp_path / "adapter",
+    ]
     result = succeeds(*given, "-o", tmp_path / "early", "--json")
     done = json.loads(result.stdout)["healing"]
     assert "no adapter was kept" in result.stderr
@@ -364,13 +377,13 @@ def test_the_block_is_one_of_whole_layers(text: list[object], tmp_path: Path) ->
         "a half-offset block is no longer the closest here: choose another number of layers"
     )
     few = [
-        "--steps",
+        "--max-steps",
         2,
         "--train-batch-size",
         4,
         "--train-seq-len",
         32,
-        "--rank",
+        "--lora-r",
         4,
         "--validation-samples",
         4,
@@ -384,7 +397,9 @@ def test_the_block_is_one_of_whole_layers(text: list[object], tmp_path: Path) ->
     "asked", [["--drop-attention", "3"], ["--drop-ffn", "4-5"], ["--drop", "3", "--offset", "half"]]
 )
 def test_parts_of_layers_are_not_trained(asked: list[str], text: list[object], tmp_path: Path) -> None:
-    result = slicer("convert", "demo", *asked, *text, "--heal", "lora", "--steps", 2, "-o", tmp_path / "out")
+    result = slicer(
+        "convert", "demo", *asked, *text, "--heal", "lora", "--max-steps", 2, "-o", tmp_path / "out"
+    )
     assert result.exit_code == 1 and "convert --heal fold or --emulate" in result.output
     assert os.listdir(tmp_path) == []
 
@@ -419,7 +434,7 @@ def test_training_that_would_move_nothing_stops(
     sliced = tmp_path / "sliced"
     succeeds("convert", whole, "--drop", "2-3", "--heal", "none", "-o", sliced)
     compute = ["--compute", "bfloat16"] if where == "packed" else []
-    given = [*text, *FEW, "--eval-every", 3, "--start", "cut", *compute]
+    given = [*text, *FEW, "--eval-every", 3, "--train-from", "cut", *compute]
     result = slicer("heal", sliced, "--method", "qlora", *given, "-o", tmp_path / "out")
     assert result.exit_code == 1 and "no gradient reaches" in result.output, result.output
 
@@ -431,19 +446,19 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     short = tmp_path_factory.mktemp("short") / "short.txt"
     short.write_text("Too little.")
     cases: list[tuple[list[object], str, int]] = [
-        ([sliced, "--from", other, *text, *FEW], "12", 1),
+        ([sliced, "--base-model", other, *text, *FEW], "12", 1),
         ([other, *text, *FEW], "plan", 1),
         ([sliced, "--calibration", short, *FEW], "too short", 1),
         ([sliced, *text, *FEW, "--validation", short], "held out", 1),
         ([sliced, *text, *FEW, "--train-seq-len", 100_000], "512 tokens", 2),
         ([sliced, *text, *FEW, "--micro-batch", 3], "--micro-batch 3", 2),
         ([sliced, *text, *FEW, "--teacher", other], "--kl-weight", 2),
-        ([sliced, *text, *FEW, "--lr", -1], "--lr", 2),
+        ([sliced, *text, *FEW, "--learning-rate", -1], "--learning-rate", 2),
     ]
     for given, word, code in cases:
         result = slicer("heal", *given, "--method", "lora", "-o", tmp_path / "out")
         assert result.exit_code == code and word in result.output, (given, result.output)
         lines = [line for line in result.stderr.strip().splitlines() if line.startswith("slicer:")]
         assert len(lines) == 1 and not os.listdir(tmp_path)
-    result = slicer("heal", sliced, *text, "--steps", 3, "-o", tmp_path / "out")
-    assert result.exit_code == 2 and "--steps" in result.output and "--method" in result.output
+    result = slicer("heal", sliced, *text, "--max-steps", 3, "-o", tmp_path / "out")
+    assert result.exit_code == 2 and "--max-steps" in result.output and "--method" in result.output

@@ -10,10 +10,11 @@ import pytest
 import sources
 
 from slicer.checkpoint.hub import Source, open_source
+from slicer.data.sources import TextSpec
 from slicer.errors import ArchitectureError, OutputError, PlanError, UsageError
 from slicer.jobs import recipe as recipes
 from slicer.jobs.convert import convert
-from slicer.jobs.recipe import Recipe, recorded_text
+from slicer.jobs.recipe import Recipe
 from slicer.jobs.request import Compensation, ConvertRequest, Output, Selection, Text
 from slicer.plan.amounts import Goal, parse_amount
 from slicer.plan.plan import Plan
@@ -59,14 +60,14 @@ def asks_about_memory(monkeypatch: pytest.MonkeyPatch, *answers: bool) -> list[b
 
 
 def test_a_replay_reads_the_recorded_text(source: Source) -> None:
-    assert made(source, plan=plan(FOLD)).text == recorded_text(RECORDED)
+    assert made(source, plan=plan(FOLD)).text == TextSpec.of_record(RECORDED)
 
 
 @pytest.mark.parametrize("said", [{"seed": 0}, {"samples": 7}, {"seq_len": 9}, {"source": "new.txt"}])
 def test_what_is_said_on_a_replay_replaces_what_was_recorded(source: Source, said: dict[str, Any]) -> None:
     """Also a seed of 0, and also without a text: neither is taken as not said."""
     found = made(source, plan=plan(FOLD), text=Text(**said)).text
-    assert found == replace(recorded_text(RECORDED), **said)
+    assert found == replace(TextSpec.of_record(RECORDED), **said)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from processes import EVALUATION, VLLM, ForkServer
 
 from slicer import demo
 from slicer.cli.main import main
@@ -146,25 +145,15 @@ def test_the_loss_is_the_models_own(data: Path, result: Evaluation) -> None:
 
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")
-def test_vllm_scores_as_transformers_do(data: Path, result: Evaluation) -> None:
-    arguments = [
-        "eval",
-        "demo",
-        "--data",
-        str(data),
-        "--tasks",
-        "boolq,c4",
-        "--limit",
-        "8",
-        "--dtype",
-        "float32",
-    ]
-    done = subprocess.run(
-        [sys.executable, "-m", "slicer", *arguments, "--backend", "vllm", "--json"], capture_output=True, text=True,
-        timeout=300,
+def test_vllm_scores_as_transformers_do(forks: ForkServer, data: Path, result: Evaluation) -> None:
+    given = ["eval", "demo", "--data", data, "--tasks", "boolq,c4", "--limit", 8, "--dtype", "float32"]
+    run = forks.start(
+        *given, "--backend", "vllm", "--json", modules=(*EVALUATION, *VLLM),
+        environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = Evaluation.from_dict(json.loads(done.stdout[done.stdout.index("{") :])["results"][0])
+    run.succeeds()
+    said = run.output.read_text()
+    found = Evaluation.from_dict(json.loads(said[said.index("{") :])["results"][0])
     assert found.loss is not None and result.loss is not None
     assert found.loss.excerpts == result.loss.excerpts
     assert found.loss.nats_per_token == pytest.approx(result.loss.nats_per_token, abs=1e-3)

@@ -37,6 +37,7 @@ def test_a_bad_row_is_named(tmp_path: Path, rows: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("own_tasks_read_once")
 def test_what_is_missing_is_named(tmp_path: Path, data: Path) -> None:
     for tasks, message in (
         (("mmlu_anatomy",), "anatomy_test.csv: no such file"),
@@ -94,6 +95,7 @@ def test_the_same_text_for_the_same_seed(data: Path) -> None:
     assert len(a.texts) == 6 and all(len(text) == loss.CHARACTERS for text in a.texts)
 
 
+@pytest.mark.usefixtures("own_tasks_read_once")
 def test_a_bad_file_of_any_task_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "piqa"
     folder.mkdir()

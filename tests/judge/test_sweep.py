@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 from cuts import export
+from processes import EVALUATION, ForkServer
 
 from slicer import demo
 from slicer.checkpoint.reader import Checkpoint
@@ -26,7 +22,7 @@ from slicer.sweep.table import read_table
 
 GRID = [
     "--drop",
-    "0,2,4",
+    "0,4",
     "--strategies",
     "similarity,random",
     "--limit",
@@ -53,7 +49,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_cell_is_what_the_exported_cut_scores(swept: Path, tmp_path: Path) -> None:
     table = read_table(swept)
-    assert table.missing == 0 and len(table.rows) == 9
+    assert table.missing == 0 and len(table.rows) == 5
     row = next(r for r in table.rows if r.n == 4 and r.strategy == "similarity" and r.heal == "none")
     export(Checkpoint.open(demo.path()), Plan.dropping(12, row.dropped), tmp_path / "cut")
     text = demo.path().parent / "heldout.txt"
@@ -71,46 +67,26 @@ def test_healing_lowers_the_loss(swept: Path) -> None:
     assert healed.loss.nats_per_token < bare.loss.nats_per_token
 
 
-def test_a_killed_sweep_ends_with_the_same_table(swept: Path, tmp_path: Path) -> None:
+def test_a_killed_sweep_ends_with_the_same_table(forks: ForkServer, swept: Path, tmp_path: Path) -> None:
     directory = tmp_path / "s"
-    arguments = [sys.executable, "-m", "slicer", "sweep", "demo", *GRID, *FIXED, "--heal", "none,fold"]
-    process = subprocess.Popen(
-        [*arguments, "-o", str(directory)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while (
-        not list(directory.glob("cells/0*.json")) and time.monotonic() < deadline and process.poll() is None
-    ):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    arguments = ["sweep", "demo", *GRID, *FIXED, "--heal", "none,fold", "-o", directory]
+    forks.start(*arguments, modules=EVALUATION, hold=("os.rename", "-fold")).kill_held()
     done = set(directory.glob("cells/0*.json"))
-    assert 0 < len(done) < 8
+    assert 0 < len(done) < 4
     stamps = {file: file.stat().st_mtime_ns for file in done}
     assert sweep(directory, "--heal", "none,fold").exit_code == 0
     assert (directory / "table.csv").read_bytes() == (swept / "table.csv").read_bytes()
     assert {file: file.stat().st_mtime_ns for file in done} == stamps, "finished cells were run again"
 
 
-def test_two_processes_share_the_cells(swept: Path, tmp_path: Path) -> None:
+def test_two_processes_share_the_cells(forks: ForkServer, swept: Path, tmp_path: Path) -> None:
     directory = tmp_path / "s"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "slicer",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "sweep", "demo", *GRID, *FIXED, "--heal", "none,fold", "-o", str(directory)],
-        capture_output=True, text=True, env=environment, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("12 layers") == 1, "only the first process speaks"
+    arguments = ["sweep", "demo", *GRID, *FIXED, "--heal", "none,fold", "-o", directory]
+    group = forks.start_group(2, *arguments, modules=EVALUATION)
+    for run in group:
+        run.succeeds()
+    said = [run.output.read_text() for run in group]
+    assert "12 layers" in said[0] and not said[1], "only the first process speaks"
     assert (directory / "table.csv").read_bytes() == (swept / "table.csv").read_bytes()
 
 
@@ -139,7 +115,7 @@ def test_a_cell_has_one_worker(tmp_path: Path) -> None:
 
 def test_keep_writes_a_plan_that_convert_takes(tmp_path: Path) -> None:
     directory = tmp_path / "s"
-    result = sweep(directory, "--keep", "0.9", "--metric", "c4", "--json")
+    result = sweep(directory, "--retain", "0.9", "--metric", "c4", "--json")
     assert result.exit_code == 0, result.output
     plan = Plan.load(directory / "plan.json")
     assert plan.strategy == "similarity" and 0 < len(plan.dropped) < 12
@@ -152,7 +128,7 @@ def test_keep_writes_a_plan_that_convert_takes(tmp_path: Path) -> None:
 
 def test_what_keep_found_is_healed_again_as_it_was_measured(tmp_path: Path) -> None:
     text = ["--calibration", str(demo.path().parent / "heldout.txt")]
-    result = sweep(tmp_path / "s", *text, "--keep", "0.9", "--metric", "c4", "--heal", "fold")
+    result = sweep(tmp_path / "s", *text, "--retain", "0.9", "--metric", "c4", "--heal", "fold")
     assert result.exit_code == 0, result.output
     given = ["convert", "demo", "--plan", str(tmp_path / "s" / "plan.json"), "-o", str(tmp_path / "out")]
     made = CliRunner().invoke(main, given)
@@ -202,13 +178,13 @@ def test_other_data_is_another_sweep(data: Path, tmp_path: Path) -> None:
 
 def test_one_line_for_what_cannot_be(swept: Path, tmp_path: Path) -> None:
     for arguments, code, words in (
-        (["--keep", "0.9", "--metric", "mmlu"], 1, "not measured"),
-        (["--metric", "c4"], 2, "--keep"),
+        (["--retain", "0.9", "--metric", "mmlu"], 1, "not measured"),
+        (["--metric", "c4"], 2, "--retain"),
         (["--drop", "0,40"], 1, "at most 11"),
         (["--heal", "prayer"], 2, "choose from"),
         (["--strategies", "similarity@3"], 2, "choose from"),
         (["--calibration", "none.txt"], 1, "no such file"),
-        (["--steps", "5"], 2, "--heal"),
+        (["--max-steps", "5"], 2, "--heal"),
         (["--seeds", "a"], 2, "whole numbers"),
         (["--ablate", "seed"], 2, "--suite paper"),
     ):
@@ -231,15 +207,15 @@ def test_a_cell_is_trained_with_its_own_seed_and_rank(tmp_path: Path) -> None:
         "deepest",
     ]
     few = [
-        "--steps",
+        "--max-steps",
         "4",
         "--train-batch-size",
         "2",
         "--train-seq-len",
         "32",
-        "--start",
+        "--train-from",
         "cut",
-        "--lr",
+        "--learning-rate",
         "1e-3",
     ]
     given = [*text, *few, "--heal", "qlora@2", "--seeds", "1"]
@@ -251,13 +227,13 @@ def test_a_cell_is_trained_with_its_own_seed_and_rank(tmp_path: Path) -> None:
     assert (settings := record["healing"]["training"]["settings"])["rank"] == 2 and settings["seed"] == 1
     assert record["evaluation"]["loss"]["nats_per_token"] > 0
     assert not (tmp_path / "s" / "training").exists()
-    other = sweep(tmp_path / "s", *given, "--lr", "1e-4")
+    other = sweep(tmp_path / "s", *given, "--learning-rate", "1e-4")
     assert other.exit_code == 1 and "trained with other options" in other.output
 
 
 def test_a_damaged_cell_is_measured_again(swept: Path, tmp_path: Path) -> None:
     directory = tmp_path / "s"
     shutil.copytree(swept, directory)
-    (directory / "cells" / "002-similarity-none.json").write_text('{"cell": ')
+    (directory / "cells" / "004-similarity-none.json").write_text('{"cell": ')
     assert sweep(directory, "--heal", "none,fold").exit_code == 0
     assert (directory / "table.csv").read_bytes() == (swept / "table.csv").read_bytes()

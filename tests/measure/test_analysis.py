@@ -12,8 +12,10 @@ import torch
 
 from slicer.errors import PlanError
 from slicer.measure.analysis import Analysis, Distances
-from slicer.measure.distances import measure
+from slicer.measure.distances import measure_loaded
 from slicer.model.load import load_model
+from slicer.plan.records import TextRecord
+from slicer.progress import Progress
 
 LAYERS = 5
 
@@ -40,7 +42,7 @@ def stream_by_hand(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def test_every_block_is_measured_at_once(model: Any) -> None:
-    distances = measure(model, batches())
+    distances = measure_loaded(model, batches())
     x = torch.cat([stream_by_hand(model, tokens) for tokens in batches()], dim=1)
     for n in range(1, LAYERS + 1):
         assert len(distances.block(n)) == LAYERS - n + 1
@@ -51,30 +53,39 @@ def test_every_block_is_measured_at_once(model: Any) -> None:
 
 
 def test_the_final_norm_is_never_seen(model: Any) -> None:
-    before = measure(model, batches())
+    before = measure_loaded(model, batches())
     weight = model.model.norm.weight.data
     kept = weight.clone()
     weight.copy_(torch.linspace(-3, 5, len(weight)))
     try:
-        assert measure(model, batches()) == before
+        assert measure_loaded(model, batches()) == before
     finally:
         weight.copy_(kept)
 
 
 def test_the_size_of_a_batch_does_not_matter(model: Any) -> None:
-    one = measure(model, [row[None] for tokens in batches() for row in tokens])
-    for n, row in measure(model, batches()).mean.items():
+    one = measure_loaded(model, [row[None] for tokens in batches() for row in tokens])
+    for n, row in measure_loaded(model, batches()).mean.items():
         assert one.mean[n] == pytest.approx(row, abs=1e-6)
 
 
 def test_progress_counts_batches(model: Any) -> None:
-    seen: list[tuple[int, int]] = []
-    measure(model, batches(), progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    class Counting(Progress):
+        total, done = 0, 0
+
+        def stage(self, name: str, total: int = 0, unit: str = "") -> None:
+            self.total += total
+
+        def advance(self, count: int = 1) -> None:
+            self.done += count
+
+    progress = Counting()
+    measure_loaded(model, batches(), progress)
+    assert progress.total == progress.done == 3
 
 
 def test_json_there_and_back(model: Any) -> None:
-    distances = measure(model, batches())
+    distances = measure_loaded(model, batches())
     assert Distances.from_json(distances.to_json()) == distances
 
 
@@ -85,11 +96,11 @@ def test_other_json_is_refused(text: str) -> None:
 
 
 def test_an_analysis_comes_back_from_json(model: Any) -> None:
-    table = measure(model, batches())
+    table = measure_loaded(model, batches())
     holes = Distances(LAYERS, 6, 10, {1: [math.nan] + [0.1] * 4}, {1: [0.0] * 5}, "healed_loss")
     whole = Analysis(
         LAYERS, 6, 10, {table.metric: table, "healed_loss": holes}, source="org/name",
-        greedy=({"layer": 3, "loss": 2.0},), calibration={"source": "text"}, positions=(4, 9),
+        greedy=({"layer": 3, "loss": 2.0},), calibration=TextRecord("text", 6, 10), positions=(4, 9),
     )  # fmt: skip
     again = Analysis.from_json(whole.to_json())
     assert again.to_json() == whole.to_json() and again.distances() == whole.distances()

@@ -114,7 +114,7 @@ def _write(file: Path, content: str) -> Path:
         ("e.txt", "\n\n  \n\n", "no text"),
         ("s.txt", "too short", "more text$"),
         ("m.txt", "not too short for a few " * 4, "--samples [1-9]"),
-        ("c.jsonl", '{"body": "a"}\n', "--text-column"),
+        ("c.jsonl", '{"body": "a"}\n', "--column"),
         ("b.jsonl", '{"text": "a"}\n{"text": \n', "line 2"),
         ("n.jsonl", '{"text": 4}\n', "has no text"),
         ("x.parquet", "not parquet", "not a parquet file"),
@@ -158,6 +158,7 @@ def test_a_model_without_a_template(path: Path, model: Any, tmp_path: Path) -> N
         tokens(plain, model, talk)
 
 
+@pytest.mark.usefixtures("own_tasks_read_once")
 def test_a_tasks_prompts_and_answers(path: Path, model: Any, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     rows = [{"q": f"is {i} even", "a": i % 2} for i in range(40)]

@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from slicer.errors import ArchitectureError
-from slicer.measure.distances import measure, measure_halves, record_halves, tables_of_halves
+from slicer.measure.distances import measure_halves, measure_loaded, record_halves, tables_of_halves
 from slicer.model.layers import decoder_layers
 from slicer.model.sublayers import MidLayerTap
 from slicer.model.walk import Walk
@@ -44,7 +44,7 @@ def test_the_stream_after_attention_is_found(model_type: str, place: str | None)
 def test_layers_have_the_distances_of_a_plain_pass() -> None:
     model = tiny.tiny_model("qwen2")
     layers, halves = measure_halves(Walk.in_memory(model), batches())
-    plain = measure(model, batches())
+    plain = measure_loaded(model, batches())
     for n in plain.sizes:
         assert list(layers.block(n)) == pytest.approx(list(plain.block(n)), abs=1e-7)
         assert list(halves.block(2 * n)[::2]) == pytest.approx(list(plain.block(n)), abs=1e-7)

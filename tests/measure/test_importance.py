@@ -9,11 +9,13 @@ import pytest
 import sources
 import torch
 
-from slicer.measure import losses as importance
+from slicer.measure import losses
+from slicer.measure.recorder import Portion
 from slicer.model.layers import bypass
 from slicer.model.load import load_model
 from slicer.model.walk import Walk
-from slicer.runtime.distributed import Processes
+from slicer.progress import Progress
+from slicer.runtime.workdir import Notebook
 
 LAYERS = 4
 
@@ -36,19 +38,19 @@ def batches() -> list[torch.Tensor]:
 @torch.no_grad()
 def by_hand(model: Any, gone: set[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and log probabilities of every sequence, in one ordinary pass."""
-    losses, chances = [], []
+    nats, chances = [], []
     for row in torch.cat(batches()):
         with bypass(model, gone):
             logits = model(input_ids=row[None]).logits[0]
-        losses.append(torch.nn.functional.cross_entropy(logits[:-1], row[1:]))
+        nats.append(torch.nn.functional.cross_entropy(logits[:-1], row[1:]))
         chances.append(logits.log_softmax(-1))
-    return torch.stack(losses).double(), torch.stack(chances)
+    return torch.stack(nats).double(), torch.stack(chances)
 
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_blocks_left_out(path: Path, model: Any, streamed: bool) -> None:
     walk = Walk.out_of_core(path, device="cpu") if streamed else Walk.in_memory(model)
-    found = importance.measure(walk, batches(), Processes(), 0, 4, sizes=[2])
+    found = losses.block_losses(walk, Portion.of(batches()), [2], Notebook(None), Progress())
     whole, full = by_hand(model, set())
     assert found.base == pytest.approx(float(whole.mean()), abs=1e-5)
     for start in range(LAYERS - 1):
@@ -61,35 +63,35 @@ def test_blocks_left_out(path: Path, model: Any, streamed: bool) -> None:
 
 
 def test_greedy_removal_scores_again_after_each(model: Any, tmp_path: Path) -> None:
-    found = importance.measure(
-        Walk.in_memory(model), batches(), Processes(), 0, 4, greedy=2, notebook=tmp_path / "book"
+    book = tmp_path / "book"
+    order, base = losses.greedy_order(
+        Walk.in_memory(model), Portion.of(batches()), 2, Notebook(book), Progress()
     )
+    assert base == pytest.approx(float(by_hand(model, set())[0].mean()), abs=1e-5)
     gone: set[int] = set()
-    for step in found.greedy:
-        losses = {i: float(by_hand(model, gone | {i})[0].mean()) for i in range(LAYERS) if i not in gone}
-        best = min(losses, key=lambda i: losses[i])
-        assert step["layer"] == best and step["loss"] == pytest.approx(losses[best], abs=1e-5)
+    for step in order:
+        without = {i: float(by_hand(model, gone | {i})[0].mean()) for i in range(LAYERS) if i not in gone}
+        best = min(without, key=lambda i: without[i])
+        assert step["layer"] == best and step["loss"] == pytest.approx(without[best], abs=1e-5)
         gone.add(best)
 
     class Unwilling:
         depth = LAYERS
 
-    again = importance.measure(
+    again = losses.greedy_order(
         Unwilling(),  # type: ignore[arg-type]
-        batches(),
-        Processes(),
-        0,
-        4,
-        greedy=2,
-        notebook=tmp_path / "book",
+        Portion.of(batches()),
+        2,
+        Notebook(book),
+        Progress(),
     )
-    assert again.greedy == found.greedy, "finished passes are not run again"
+    assert again == (order, base), "finished passes are not run again"
 
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_taylor_is_gradient_times_weight(path: Path, model: Any, streamed: bool) -> None:
     walk = Walk.out_of_core(path, device="cpu") if streamed else Walk.in_memory(model)
-    scores = importance.taylor_scores(walk, batches())
+    scores = losses.taylor_scores(walk, batches())
     fresh = load_model(path, dtype="float32", device="cpu").requires_grad_(True)
     for at, row in enumerate(torch.cat(batches())):
         fresh.zero_grad()

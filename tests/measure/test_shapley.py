@@ -34,7 +34,7 @@ def batches(model: Any) -> list[torch.Tensor]:
 def test_sampling_approaches_the_mean_over_all_orders(
     model: Any, batches: list[torch.Tensor], against: str
 ) -> None:
-    coalitions = Coalitions(Walk.in_memory(model), batches, parts=False, against=against)
+    coalitions = Coalitions(Walk.in_memory(model), batches, sublayers=False, against=against)
     orders = list(itertools.permutations(range(3)))
     exact = torch.stack([_marginals(coalitions, order) for order in orders]).mean(0)
     found = shapley(coalitions, 60)
@@ -43,7 +43,7 @@ def test_sampling_approaches_the_mean_over_all_orders(
 
 
 def test_values_add_up_to_what_all_players_are_worth(model: Any, batches: list[torch.Tensor]) -> None:
-    coalitions = Coalitions(Walk.in_memory(model), batches, parts=True)
+    coalitions = Coalitions(Walk.in_memory(model), batches, sublayers=True)
     coalitions.ceiling = float("inf")  # no order is truncated
     found = shapley(coalitions, 40)
     everything = coalitions.without(frozenset(range(6))) - float(coalitions.base.mean())
@@ -57,21 +57,21 @@ def test_who_writes_nothing_is_worth_nothing(model: Any, batches: list[torch.Ten
 
     other = copy.deepcopy(model)
     other.model.layers[1].self_attn.o_proj.weight.data.zero_()
-    coalitions = Coalitions(Walk.in_memory(other), batches, parts=True)
+    coalitions = Coalitions(Walk.in_memory(other), batches, sublayers=True)
     found = shapley(coalitions, 30)
     assert found.mean[2] == pytest.approx(0, abs=1e-7) and abs(found.mean[0]) > 1e-6
 
 
 def test_leaving_out_one_is_what_importance_measures(model: Any, batches: list[torch.Tensor]) -> None:
     walk = Walk.in_memory(model)
-    found = leave_one_out(Coalitions(walk, batches, parts=False))
+    found = leave_one_out(Coalitions(walk, batches, sublayers=False))
     base, loss, _ = leave_out(walk, batches, [frozenset((i,)) for i in range(3)])
     assert torch.allclose(found.samples, loss - base[:, None], atol=1e-6)
 
 
 def test_an_order_ends_where_the_model_only_guesses() -> None:
     noise = [torch.randint(tiny.VOCAB, (16, 12), generator=torch.Generator().manual_seed(1))]
-    coalitions = Coalitions(Walk.in_memory(tiny.tiny_model("llama", seed=3)), noise, parts=False)
+    coalitions = Coalitions(Walk.in_memory(tiny.tiny_model("llama", seed=3)), noise, sublayers=False)
     assert float(coalitions.base.mean()) > coalitions.ceiling  # random weights: worse than guessing
     found = shapley(coalitions, 5)
     assert found.passes <= 2 and len(found.samples) == 5  # a pair counts as a pass even where nothing is run
@@ -79,7 +79,7 @@ def test_an_order_ends_where_the_model_only_guesses() -> None:
 
 def test_a_budget_of_nothing(model: Any, batches: list[torch.Tensor]) -> None:
     with pytest.raises(UsageError, match="forward passes"):
-        shapley(Coalitions(Walk.in_memory(model), batches, parts=False), 0)
+        shapley(Coalitions(Walk.in_memory(model), batches, sublayers=False), 0)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_values_of_a_score_are_those_of_brute_force(model: Any, questions: Quest
             ]
         return sum(wrong) / len(wrong)
 
-    coalitions = Coalitions(Walk.in_memory(model), questions, parts=False)
+    coalitions = Coalitions(Walk.in_memory(model), questions, sublayers=False)
     assert coalitions.base.tolist() == [0.0] * 6 + [1.0] * 2
     assert coalitions.ceiling == pytest.approx(2 / 3)
     coalitions.ceiling = float("inf")  # no order is truncated
@@ -140,7 +140,7 @@ def test_values_of_a_score_are_those_of_brute_force(model: Any, questions: Quest
 def test_no_order_of_a_model_that_guesses_is_cut_short(model: Any, questions: Questions) -> None:
     wrong = [frozenset(range(3)) - r for r in questions.right]  # what it does not choose: six of eight wrong
     guesser = Questions("guessed", questions.batches, questions.choices, [frozenset([min(w)]) for w in wrong])
-    coalitions = Coalitions(Walk.in_memory(model), guesser, parts=True)
+    coalitions = Coalitions(Walk.in_memory(model), guesser, sublayers=True)
     assert float(coalitions.base.mean()) >= guesser.guessing and coalitions.ceiling == float("inf")
     found = shapley(coalitions, 8)
     everything = coalitions.without(frozenset(range(6))) - float(coalitions.base.mean())

@@ -130,7 +130,7 @@ def test_a_goal_is_one_amount_of_layers_beside_those_of_sublayers() -> None:
     ):
         with pytest.raises(UsageError):
             parse_goal(**wrong)  # type: ignore[arg-type]
-    with pytest.raises(PlanError, match="--keep 12"):
+    with pytest.raises(PlanError, match="--keep-layers 12"):
         Goal(keep=12).count(12)
 
 

@@ -34,7 +34,7 @@ def analysis() -> Analysis:
     few = Distances(DEPTH, 16, 64, {1: losses.mean[1]}, {1: losses.standard_error[1]}, "loss")
     order = ({"layer": 6, "loss": 2.0}, {"layer": 3, "loss": 2.1})
     return Analysis(
-        DEPTH, 16, 64, {METRIC: table(), "loss": few}, source="org/name", greedy=order, calibration=TEXT.to_dict(),
+        DEPTH, 16, 64, {METRIC: table(), "loss": few}, source="org/name", greedy=order, calibration=TEXT,
         sublayers={METRIC: table(2, 2 * DEPTH)}, positions=(15, 63),
     )  # fmt: skip
 

@@ -123,3 +123,17 @@ def test_alone_a_process_is_not_one_of_several(monkeypatch: pytest.MonkeyPatch) 
         assert distributed.world() == 1 and distributed.first_process() and not distributed.sharded()
         raise RuntimeError
     assert distributed.world() == 4 and distributed.sharded()
+
+
+def test_each_process_takes_its_own_gpu_before_it_does_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What asks for the current device later, as quantizers and accelerate's sharding do, gets that one."""
+    for name, value in {"WORLD_SIZE": "8", "RANK": "6", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    done: list[object] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", done.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: done.append("joins"))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 6)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 8)
+    assert Processes.of_environment() == Processes(6, 8) and done == [2, "joins"]

@@ -112,13 +112,13 @@ def test_work_of_other_options_needs_permission(tmp_path: Path) -> None:
         assert (work / "hours").is_file()
     given = {"text": {"seed": 1, "files": [(1, 2)]}, "steps": 10}
     with (
-        pytest.raises(OutputError, match=r"an unfinished training with seed 0, not 1.*--force"),
+        pytest.raises(OutputError, match=r"an unfinished training with seed 0, not 1.*--overwrite"),
         owned(work, overwrite=False, **given),
     ):
         raise AssertionError("it was used")
     with pytest.raises(OutputError) as refused, owned(work, **given):
         raise AssertionError("it was used")
-    assert "--force" not in str(refused.value), "there is no such option here"
+    assert "--overwrite" not in str(refused.value), "there is no such option here"
     with (
         pytest.raises(OutputError, match="steps 10, not unknown"),
         owned(work, text=given["text"] | {"seed": 0}),

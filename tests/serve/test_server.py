@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -16,12 +14,13 @@ from typing import Any
 import psutil
 import pytest
 from cuts import export
+from processes import VLLM, ForkServer
 
 from slicer import demo
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import ServeError
 from slicer.plan.plan import Plan
-from slicer.serve import Server
+from slicer.serve import Server, launch
 
 pytestmark = pytest.mark.skipif(
     find_spec("vllm") is None, reason="vLLM is not installed: pip install slicer-llm[serve-cpu]"
@@ -113,16 +112,20 @@ def test_two_hundred_requests_at_once_are_all_answered(server: Server) -> None:
     assert len(answers) == 200 and all(answer.usage.completion_tokens > 0 for answer in answers)
 
 
-def test_a_foreign_client_measures_it(server: Server, sliced: Path, tmp_path: Path) -> None:
+def test_a_foreign_client_measures_it(
+    forks: ForkServer, server: Server, sliced: Path, tmp_path: Path
+) -> None:
     """vLLM's own `vllm bench serve`."""
-    command = [sys.executable, "-m", "slicer.serve.launch", "bench", "serve", "--base-url", server.root_url]
-    command += ["--model", server.model, "--tokenizer", str(sliced), "--dataset-name", "random"]
-    command += ["--random-input-len", "16", "--random-output-len", "4", "--num-prompts", "4", "--ignore-eos"]
-    command += ["--save-result", "--result-dir", str(tmp_path), "--result-filename", "result.json"]
-    environment = os.environ | {"OPENAI_API_KEY": KEY}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "result.json").is_file()
+    given: list[object] = ["bench", "serve", "--base-url", server.root_url, "--model", server.model]
+    given += ["--tokenizer", sliced, "--dataset-name", "random", "--random-input-len", 16, "--ignore-eos"]
+    given += ["--random-output-len", 4, "--num-prompts", 4, "--save-result", "--result-dir", tmp_path]
+    given += ["--result-filename", "result.json"]
+    run = forks.start(
+        *given, modules=VLLM, environment={"OPENAI_API_KEY": KEY}, script=Path(str(launch.__file__))
+    )
+    run.succeeds()
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["completed"] == 4 and result["total_output_tokens"] == 16
 
 
 def test_a_taken_port_is_refused_at_once(server: Server, sliced: Path) -> None:

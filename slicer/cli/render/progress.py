@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 
 from slicer.progress import Progress
+from slicer.runtime.distributed import first_process
 
 STDERR = Console(stderr=True, highlight=False)
 _QUIET_SECONDS = 20  # between progress lines if stderr is a file
@@ -80,7 +81,7 @@ class _Bars(Progress):
 @contextlib.contextmanager
 def progress() -> Iterator[Progress]:
     """A progress display on stderr; turns off the output of transformers and datasets."""
-    if os.environ.get("RANK", "0") != "0":  # in a distributed run, only rank 0 shows progress
+    if not first_process():  # in a distributed run, only rank 0 shows progress
         yield Progress()
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
 from rich.console import Console
 from rich.table import Table
 
@@ -19,9 +20,7 @@ from slicer.plan.records import HealingRecord
 if TYPE_CHECKING:
     from slicer.checkpoint.sizes import Inspection, Sizes
     from slicer.demo.show import Shown
-    from slicer.jobs.heal import Healed
-    from slicer.jobs.merge import Merged
-    from slicer.jobs.options import Summary
+    from slicer.jobs.output import Written
 
 
 def _size(count: float) -> str:
@@ -41,30 +40,49 @@ def _rows(sizes: Sizes) -> list[tuple[str, float, str]]:
     ]
 
 
-def print_summary(summary: Summary) -> None:
-    """Print the sizes before and after, the dropped layers, the checks and the warnings."""
+def report(done: Written | None, as_json: bool) -> None:
+    """Print what a command wrote; nothing in all processes but the first, which get None."""
+    if done is not None and as_json:
+        click.echo(json.dumps(done.to_dict(), indent=2))
+    elif done is not None:
+        print_written(done)
+
+
+def print_written(done: Written) -> None:
+    """Print the sizes before and after, what was dropped, repaired and merged, the checks and the warnings."""
     console = stdout()
-    plan = summary.plan
+    plan = done.plan
     table = Table(title=f"{plan.source}: {_change(plan)}", title_justify="left")
     for name in ("", "before", "after", "left"):
         table.add_column(name, justify="left" if not name else "right")
-    for (label, old, before), (_, new, after) in zip(
-        _rows(summary.before), _rows(summary.after), strict=True
-    ):
+    for (label, old, before), (_, new, after) in zip(_rows(done.before), _rows(done.after), strict=True):
         table.add_row(label, before, after, f"{new / old:.1%}" if old else "-")
-    console.print(table)
-    dropped = f"layers {spell_layers(plan.dropped)}" if not plan.below_layers else spell_dropped(plan)
-    console.print(f"dropped   {dropped} ({_why(plan)})", markup=False)
-    for other in plan.runners_up[:2]:
-        console.print(f"          next best {other.block} at {other.distance:.4f}")
-    if plan.healing is not None:
-        console.print(f"healed    {_healed(plan.healing)}")
+    lines = []
+    if plan.dropped or plan.below_layers:
+        console.print(table)
+        layers = "" if plan.below_layers else "layers "
+        lines.append(("dropped", f"{layers}{_dropped(plan)} ({_why(plan)})"))
+        lines += [("", f"next best {other.block} at {other.distance:.4f}") for other in plan.runners_up[:2]]
+    record = plan.healing
+    if record is not None and record.training is not None:
+        kept = f"step {record.best_step} kept" if record.best_step else "nothing was better than the start"
+        ends = {"early": ", stopped: no new best", "diverged": ", stopped: the loss was not finite"}
+        lines.append(("trained", f"{record.steps} steps{ends.get(record.training.ended, '')}; {kept}"))
+    if record is not None:
+        lines.append(("healed", _healed(record)))
+        if not record.loss.falls:
+            lines.append(("warning", "the loss did not fall; use the checkpoint without healing"))
+    if plan.merged:
+        merged = plan.merged[-1]
+        left = f", {len(merged.left_out)} of dropped layers left out" if merged.left_out else ""
+        lines.append(("merged", f"{len(merged.tensors)} matrices{left}"))
     if plan.form != "native":
-        console.print(f"form      {_FORMS[plan.form]}", markup=False)
-    console.print(f"verified  {summary.verified}{_errors(summary)}")
-    for warning in summary.warnings:
-        console.print(f"warning   {warning}")
-    console.print(f"written   {summary.out}" if summary.out else "written   nothing (dry run)")
+        lines.append(("form", _FORMS[plan.form]))
+    lines.append(("verified", f"{done.verified}{_errors(done)}"))
+    lines += [("warning", warning) for warning in done.warnings]
+    lines.append(("written", str(done.out) if done.out else "nothing (dry run)"))
+    for label, text in lines:
+        console.print(f"{label:<10}{text}", markup=False)
 
 
 _FORMS = {
@@ -84,33 +102,6 @@ def _change(plan: Plan) -> str:
     return words
 
 
-def print_healed(done: Healed) -> None:
-    """Print the solved layers, the losses and the check."""
-    console = stdout()
-    record = done.plan.healing
-    assert record is not None
-    for layer, module in dict.fromkeys((entry.layer, entry.module) for entry in record.solved):
-        console.print(f"solved    {module} of layer {layer} (counted in the source)")
-    if record.training is not None:
-        kept = f"step {record.best_step} kept" if record.best_step else "nothing was better than the start"
-        ends = {"early": ", stopped: no new best", "diverged": ", stopped: the loss was not finite"}
-        console.print(f"trained   {record.steps} steps{ends.get(record.training.ended, '')}; {kept}")
-    console.print(f"healed    {_healed(record)}")
-    if not done.helps:
-        console.print("warning   the loss did not fall; use the checkpoint without healing")
-    console.print(f"verified  {done.verified}{_errors(done)}")
-    console.print(f"written   {done.out}")
-
-
-def print_merged(done: Merged) -> None:
-    """Print the number of merged matrices, those left out, and the check."""
-    console = stdout()
-    left = f", {done.left_out} of dropped layers left out" if done.left_out else ""
-    console.print(f"merged    {len(done.tensors)} matrices{left}")
-    console.print(f"verified  {done.verified}{_errors(done)}")
-    console.print(f"written   {done.out}")
-
-
 def _healed(record: HealingRecord) -> str:
     loss = record.measured
     rank = f" of rank {record.rank}" if record.rank else ""
@@ -120,7 +111,7 @@ def _healed(record: HealingRecord) -> str:
     return f"{record.method}{rank}: held-out loss {words} nats a token{source}"
 
 
-def _errors(done: Summary | Healed | Merged) -> str:
+def _errors(done: Written) -> str:
     if done.logits_error is None:
         return ""
     rounding = (
@@ -173,8 +164,8 @@ def print_inspection(found: Inspection) -> None:
 
 
 def print_demo(shown: Shown) -> None:
-    """Print the summary and a line from each model."""
-    print_summary(shown.summary)
+    """Print what was written and a line from each model."""
+    print_written(shown.written)
     console = stdout()
     console.print()
     console.print(f"prompt    {shown.prompt}", markup=False)

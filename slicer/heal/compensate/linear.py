@@ -81,7 +81,7 @@ def linear(
         if gap.layer < 0:
             raise HealError(
                 f"nothing stands before the {'ffn' if gap.start % 2 else 'attention'} of layer {gap.start // 2}, so "
-                "its replacement has no place; keep the first layer, or use no --emulate"
+                "its replacement has no place; keep the first layer, or heal with --heal fold"
             )
         both.advance_cut(gap.layer)
         rows = partial(_rows, both.cut, target)
@@ -169,7 +169,7 @@ def train(
     would read it again.
     """
     if not walk.loaded:
-        raise HealError("--emulate-steps: training needs the model in memory; use --emulate without it")
+        raise HealError("--heal-steps: training needs the model in memory; leave it out")
     losses = replace(solved.losses, solved=solved.losses.after)
     if not solved.edits:
         return replace(solved, losses=losses, steps=steps)

@@ -65,7 +65,7 @@ class Training:
         batch_size: sequences of a step, over all processes.
         micro_batch: sequences of a forward and backward pass of one process; None: as many as have 4096 tokens.
         seq_len: tokens of a sequence.
-        learning_rate: its peak.
+        learning_rate: peak learning rate.
         lr_scheduler_type: how the learning rate falls: "cosine", "linear", "constant" or "constant_with_warmup".
         warmup_steps: steps in which the learning rate rises; None: 100, at most a tenth of all.
         weight_decay: of AdamW.
