@@ -94,7 +94,7 @@ def sweep(source: str, **given: Any) -> None:
     from slicer.runtime.files import write_atomically
     from slicer.sweep import bisect, grid
     from slicer.sweep.bisect import deepest_cut
-    from slicer.sweep.run import Sweep, SweepOptions, record_cells
+    from slicer.sweep.run import SweepRequest, open_sweep, record_cells, run_cells
     from slicer.sweep.table import read_table, to_csv, to_dict
 
     typed = groups.said()
@@ -134,14 +134,15 @@ def sweep(source: str, **given: Any) -> None:
     command = groups.recorded_command({"as_json", "debug", "grid"}, defaults=True)
     trains = any(heal.startswith("qlora") for heal in axes.heals)
     training = training_of(given, "qlora" if trains else None, "--heal") or Training()
-    settings = SweepOptions(options, TextSpec(source=calibration, **spec), training, command)
     directory = given["output_dir"] or Path(f"{Path(source).name or 'model'}-sweep")
+    text_spec = TextSpec(source=calibration, **spec)
+    request = SweepRequest(source, directory, options, text_spec, training, command)
     found = None
-    with bars.progress() as progress, Sweep(source, directory, settings, progress) as running:
+    with bars.progress() as progress, open_sweep(request, progress) as running:
         if metric is None:
             cells = grid.cells(axes, running.depth)
-            record_cells(running.journal, cells, command)
-            running.run(cells)
+            record_cells(running.store, cells, command)
+            run_cells(running, cells)
         elif first_process():  # bisection is sequential: there is nothing to share
             found = deepest_cut(running, given["retain"], metric, axes, command)
     if not first_process():

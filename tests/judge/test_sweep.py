@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from cuts import export
 from processes import EVALUATION, ForkServer
 
 from slicer import demo
-from slicer.checkpoint.export import export
 from slicer.checkpoint.reader import Checkpoint
 from slicer.cli.main import main
 from slicer.errors import OutputError
 from slicer.evaluate.suite import Suite, SuiteSpec, evaluate
 from slicer.plan.plan import Plan
-from slicer.sweep.store import Journal
+from slicer.sweep.store import Store
 from slicer.sweep.table import read_table
 
 GRID = [
@@ -91,26 +91,26 @@ def test_two_processes_share_the_cells(forks: ForkServer, swept: Path, tmp_path:
 
 
 def test_a_cell_has_one_worker(tmp_path: Path) -> None:
-    one, two = Journal(tmp_path / "j", {"a": 1}), Journal(tmp_path / "j", {"a": 1})
+    one, two = Store(tmp_path / "j", {"a": 1}), Store(tmp_path / "j", {"a": 1})
     with one.claim("x") as mine, two.claim("x") as yours, two.claim("y") as other:
         assert mine and not yours and other
         with pytest.raises(OutputError, match="a 1, not 2"):
-            Journal(tmp_path / "j", {"a": 2})
+            Store(tmp_path / "j", {"a": 2})
     with two.claim("x") as mine:
         assert mine
     with pytest.raises(OutputError, match="a 1, not 2"):
-        Journal(tmp_path / "j", {"a": 2})
+        Store(tmp_path / "j", {"a": 2})
     one.close()
     two.close()
-    Journal(tmp_path / "j", {"a": 2}).put("x", {})  # begun in vain before, and nobody has it open
+    Store(tmp_path / "j", {"a": 2}).put("x", {})  # begun in vain before, and nobody has it open
     with pytest.raises(OutputError, match="a 2, not 1"):
-        Journal(tmp_path / "j", {"a": 1})
+        Store(tmp_path / "j", {"a": 1})
     with pytest.raises(OutputError, match="b unknown, not 1"):
-        Journal(tmp_path / "j", {"a": 2, "b": 1})
+        Store(tmp_path / "j", {"a": 2, "b": 1})
     (tmp_path / "k").mkdir()
     (tmp_path / "k" / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match="not created by slicer"):
-        Journal(tmp_path / "k", {})
+        Store(tmp_path / "k", {})
 
 
 def test_keep_writes_a_plan_that_convert_takes(tmp_path: Path) -> None:
