@@ -51,7 +51,9 @@ def load_model(
     if spread:
         arguments["device_map"] = "auto"
     if quantization is not None:
-        arguments.setdefault("device_map", {"": target})  # also where it is sharded: on this process's own GPU
+        arguments.setdefault(
+            "device_map", {"": target}
+        )  # also where it is sharded: on this process's own GPU
         arguments["quantization_config"] = quantization
     failure: Exception | None = None
     for auto in auto_classes(path):
