@@ -21,23 +21,16 @@ from slicer.plan.plan import METRIC
     option("--drop", metavar="AMOUNT", help="Layers: fraction 0.4 or count 8."),
     option("--drop-attention", metavar="AMOUNT", help="Attention of this many layers."),
     option("--drop-ffn", metavar="AMOUNT", help="Feed-forward of this many layers."),
-    option(
-        "--drop-sublayers",
-        metavar="AMOUNT",
-        help="This many sublayers of either kind, least important first.",
-    ),
-)
+    option("--drop-sublayers", metavar="AMOUNT",
+           help="This many sublayers of either kind, least important first."),
+)  # fmt: skip
 @group(
     "How to choose",
     option("--metric", type=click.Choice([*METRICS, "greedy"]), default=METRIC, help="Metric to choose by."),
-    option(
-        "--blocks",
-        type=groups.POSITIVE,
-        default=1,
-        help="Largest number of separate blocks; the optimum is exact.",
-    ),
+    option("--blocks", type=groups.POSITIVE, default=1,
+           help="Largest number of separate blocks; the optimum is exact."),
     option("--protect", metavar="LAYERS", help="Layers to keep, e.g. 0,1,-1 (from the end) or 0-3."),
-)
+)  # fmt: skip
 @group("Output", groups.output_file("Plan file.", show_default="plan.json in DIRECTORY"), groups.JSON)
 def plan(directory: Path, **given: Any) -> None:
     """Choose layers to drop from the analysis in DIRECTORY.

@@ -30,7 +30,7 @@ from slicer.runtime.files import atomic_file, write_atomically
 APART = (16, 4, 2)
 _OF_SAME = "one document in {} of the same source"
 _SAMPLED = 1024  # maximum number of sequences sampled from the model; longer trainings repeat them
-IGNORED = -100
+IGNORED = -100  # the label that torch's cross entropy ignores
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import tiny
 from click.testing import CliRunner
+from cuts import export
 
 from slicer import demo
 from slicer.benchmarks import contestants, machine, speculative, transformers_engine, workload
 from slicer.benchmarks.bench import ROUNDS, Request, bench
 from slicer.benchmarks.harness import RUNS, Store, run_rounds
-from slicer.checkpoint.export import export
 from slicer.checkpoint.reader import Checkpoint
 from slicer.cli.main import main
 from slicer.errors import BenchError, OutputError, SlicerError, UsageError

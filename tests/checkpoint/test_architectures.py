@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 import tiny
+from cuts import export
 
 from slicer.checkpoint import config as configs
 from slicer.checkpoint.architectures import table as architectures
-from slicer.checkpoint.export import export
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import ArchitectureError
 from slicer.plan.plan import Plan

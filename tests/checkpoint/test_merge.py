@@ -6,6 +6,8 @@ import hashlib
 import json
 import re
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ import tiny
 import torch
 from commands import slicer, succeeds
 
-from slicer.checkpoint.cut import check_source
-from slicer.checkpoint.reader import Checkpoint
+from slicer.checkpoint.cut import open_cut
+from slicer.checkpoint.tensors import TensorSpan
+from slicer.jobs import merge as merge_job
 from slicer.plan.plan import Plan
 
 peft = pytest.importorskip("peft")
@@ -286,7 +289,7 @@ def test_every_merge_is_recorded_and_only_where_it_was_done(
     assert Plan.load(tmp_path / "again").merged == () and "slicer merge" in again.output
     assert files.read_tensors(tmp_path / "again") == files.read_tensors(sliced)
     # The source is known by what was not merged; a fold, which is solved on the source, would not see the adapter.
-    check_source(Checkpoint.open(twice), Checkpoint.open(whole), Plan.load(twice))
+    open_cut(str(twice), str(whole))  # but for what was merged, the cut is the source's
     result = slicer("heal", twice, "-o", tmp_path / "healed")
     assert result.exit_code == 1 and "an adapter was merged into it" in result.output
 
@@ -333,17 +336,27 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(whole: Path, sliced: P
         assert len(result.stderr.strip().splitlines()) == 1 and not out.exists()
 
 
+def _scaled(span: TensorSpan) -> torch.Tensor:
+    assert span.make is not None
+    tensor = span.make()
+    return (1.01 * tensor).to(tensor.dtype)
+
+
 def test_a_wrong_merge_never_appears(
     whole: Path, sliced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the weights are stored in bfloat16, whose rounding must not hide it."""
-    import slicer.checkpoint.merge as merging
-
     rounded = tmp_path / "rounded"
     given = ["convert", whole, "--drop", "2-3", "--heal", "none", "--dtype", "bfloat16", "-o", rounded]
     assert slicer(*given).exit_code == 0
-    honest: Any = merging._merged
-    monkeypatch.setattr(merging, "_merged", lambda *given: (1.01 * (t := honest(*given))).to(t.dtype))
+    honest = merge_job.merged_spans
+
+    def scaled(*given: Any) -> dict[str, TensorSpan]:
+        spans = honest(*given)
+        return {key: replace(span, make=partial(_scaled, span))
+                for key, span in spans.items()}  # fmt: skip
+
+    monkeypatch.setattr(merge_job, "merged_spans", scaled)
     for number, base in enumerate((sliced, rounded)):
         adapter = save_adapter(base, tmp_path / f"adapter{number}")
         result = slicer("merge", base, adapter, "-o", tmp_path / "out")

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from cuts import export
 
 from slicer.checkpoint.config import sliced_config
-from slicer.checkpoint.export import export
 from slicer.checkpoint.reader import Checkpoint
 from slicer.model.layers import bypass, decoder_layers, residual_stream
 from slicer.model.load import load_model

@@ -10,8 +10,8 @@ import files
 import pytest
 import tiny
 import torch
+from cuts import export
 
-from slicer.checkpoint.export import export
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sublayers import part_of
 from slicer.errors import ArchitectureError, PlanError

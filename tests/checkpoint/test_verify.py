@@ -12,9 +12,13 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from slicer.checkpoint.export import unchanged
+from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import VerificationError
 from slicer.model import layers, verify
 from slicer.model.load import load_model
+from slicer.progress import Progress
+from slicer.runtime.compute import Compute
 
 Tensors = dict[str, torch.Tensor]
 
@@ -72,18 +76,22 @@ def test_a_config_that_does_not_reload(checkpoint: Path) -> None:
         verify.check_load(checkpoint)
 
 
+def check(checkpoint: Path, tokens: torch.Tensor, reference: torch.Tensor) -> float | None:
+    contents = unchanged(Checkpoint.open(checkpoint))
+    expected = verify.Expected(tokens, reference)
+    return verify.check_contents(checkpoint, contents, expected, Compute("cpu"), Progress()).same
+
+
 def test_logits_of_another_model_are_caught(checkpoint: Path) -> None:
     tokens = verify.probe_tokens(258)
-    model = load_model(checkpoint, dtype="float32", device="cpu")
-    reference = layers.logits_of(model, tokens)
-    assert verify.check_logits(checkpoint, reference, tokens) <= 1e-6
+    reference = layers.logits_of(load_model(checkpoint, dtype="float32", device="cpu"), tokens)
+    assert (check(checkpoint, tokens, reference) or 0) <= 1e-6
     change(checkpoint, lambda t: t[NORM].mul_(1.01))
     with pytest.raises(VerificationError, match="logits differ"):
-        verify.check_logits(checkpoint, reference, tokens)
+        check(checkpoint, tokens, reference)
 
 
 def test_undefined_logits_are_no_proof(checkpoint: Path) -> None:
     tokens = verify.probe_tokens(258)
-    reference = torch.full((*tokens.shape, 258), float("nan"))
     with pytest.raises(VerificationError, match="not finite"):
-        verify.check_logits(checkpoint, reference, tokens)
+        check(checkpoint, tokens, torch.full((*tokens.shape, 258), float("nan")))

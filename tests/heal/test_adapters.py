@@ -17,6 +17,7 @@ from slicer.errors import HealError
 from slicer.heal.finetune import model as adapters
 from slicer.heal.finetune.settings import Training, resolve
 from slicer.model.load import load_model
+from slicer.runtime.compute import Compute
 
 GATED, ATTENTION = {"gate_proj", "up_proj", "down_proj"}, {"q_proj", "k_proj", "v_proj", "o_proj"}
 
@@ -59,14 +60,14 @@ def test_what_is_trained_in_four_bits_is_merged_where_it_was(
     pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
     path = tiny.save_tiny(model_type, tmp_path / "model")
-    asked = Training(method="qlora", rank=2, seq_len=32)
+    asked = Training(method="qlora", lora_r=2, seq_len=32)
     settings = resolve(asked, model_type, 10**6, most_tokens=128, on_gpu=False)[0]
-    model = adapters.load(path, replace(settings, compute="float32"), device="cpu")
+    model = adapters.load(Checkpoint.open(path), replace(settings, compute="float32"), Compute("cpu"))
     for parameter in adapters.trainable(model):
         torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(tmp_path / "adapter")
     done = json.loads(succeeds("merge", path, tmp_path / "adapter", "-o", tmp_path / "out", "--json").stdout)
-    assert len(done["tensors"]) == matrices and done["logits_error"] < 1e-5
+    assert len(done["merged"][0]["tensors"]) == matrices and done["logits_error"] < 1e-5
 
 
 def test_a_missing_library_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

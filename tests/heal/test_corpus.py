@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import sources
 import torch
 
-from slicer import demo
-from slicer.data.corpus import IGNORED, Corpus, prepare
+from slicer.checkpoint.hub import DEMO
+from slicer.checkpoint.reader import Checkpoint
+from slicer.data.corpus import IGNORED, Corpus, CorpusSize, prepare
 from slicer.data.packing import answers
 from slicer.data.sources import TextSpec, mixed
 from slicer.errors import CalibrationError
-from slicer.heal.finetune.settings import Training, resolve
 
 CHATML = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -23,17 +22,21 @@ CHATML = (
 )
 
 
-def corpus(source: Path | str, directory: Path, path: Path | None = None, **asked: Any) -> Corpus:
-    given: dict[str, Any] = {"steps": 10, "batch_size": 4, "seq_len": 32, "validation_samples": 4, **asked}
-    training = Training(**given)
-    settings, _ = resolve(training, "demo", 10**6, most_tokens=512, on_gpu=False)
-    return prepare(
-        TextSpec(source=str(source)), settings, training.validation, path or demo.path(), directory
-    )
+def corpus(
+    source: Path | str,
+    directory: Path,
+    path: Path | None = None,
+    *,
+    seq_len: int = 32,
+    validation: str | None = None,
+) -> Corpus:
+    size = CorpusSize(steps=10, batch_size=4, seq_len=seq_len, validation_samples=4)
+    checkpoint = Checkpoint.open(path or DEMO)
+    return prepare(TextSpec(source=str(source)), size, checkpoint, directory, validation=validation)
 
 
 def documents(path: Path, count: int, start: int = 0) -> Path:
-    words = (demo.path().parent / "heldout.txt").read_text("utf-8").split()
+    words = (DEMO.parent / "heldout.txt").read_text("utf-8").split()
     texts = [" ".join(words[i * 60 : i * 60 + 60]) for i in range(start, start + count)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
@@ -50,7 +53,7 @@ def test_nothing_held_out_is_trained_on(tmp_path: Path) -> None:
     assert not set(found.train.digests()) & set(found.held_out.digests())
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(demo.path())
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
     learned = " ".join(tokenizer.decode(found.train[i]["input_ids"]) for i in range(len(found.train)))
     kept = " ".join(tokenizer.decode(found.held_out[i]["input_ids"]) for i in range(len(found.held_out)))
     pieces = [row["text"][:40] for row in rows]
@@ -73,11 +76,11 @@ def test_validation_text_that_is_streamed_is_read_as_far_as_needed(
 ) -> None:
     import itertools
 
-    import slicer.measure.calibration as calibration
+    import slicer.data.sources as texts
 
-    words = (demo.path().parent / "heldout.txt").read_text("utf-8").split()
+    words = (DEMO.parent / "heldout.txt").read_text("utf-8").split()
     endless = (f"{i} " + " ".join(words[i % 900 : i % 900 + 60]) for i in itertools.count())
-    monkeypatch.setattr(calibration, "_stream_hub", lambda spec: endless)
+    monkeypatch.setattr(texts, "stream_hub", lambda spec: endless)
     found = corpus(documents(tmp_path / "a.jsonl", 60), tmp_path / "work", validation="org/data")
     assert len(found.held_out) == 4 and next(endless).startswith("256 ")  # one batch of documents
 
@@ -95,7 +98,7 @@ def test_several_sources_share_the_text(tmp_path: Path) -> None:
             assert 0.8 < sizes[True] / sizes[False] < 1.25
     record = corpus(f"{a},{b}", tmp_path / "work").record
     assert record.train_sequences + record.left_out == 40
-    with pytest.raises(CalibrationError, match="only by itself"):
+    with pytest.raises(CalibrationError, match="self only alone"):
         list(mixed(TextSpec(source=f"{a},self")))
 
 
@@ -108,7 +111,7 @@ def test_a_short_text_is_seen_again_and_one_too_short_refused(tmp_path: Path) ->
 
 def test_one_long_document_can_be_split(tmp_path: Path) -> None:
     file = tmp_path / "book.txt"
-    file.write_text((demo.path().parent / "heldout.txt").read_text("utf-8").replace("\n", " "))
+    file.write_text((DEMO.parent / "heldout.txt").read_text("utf-8").replace("\n", " "))
     found = corpus(file, tmp_path / "work")
     assert len(found.train) == 40 and len(found.held_out) >= 1
 

@@ -11,16 +11,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slicer.checkpoint import tensors
-from slicer.checkpoint.export import copy_unchanged
+from slicer.checkpoint.export import unchanged, write
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import HealError
 from slicer.heal.finetune import model as adapters
-from slicer.heal.finetune.full import homes_of, probe_of, spans_of
+from slicer.heal.finetune.full import homes_of, spans_of, trained_logits
 from slicer.heal.finetune.settings import Training, resolve
-from slicer.model.adapter import check_merged
 from slicer.model.load import load_model
+from slicer.model.verify import check_contents
+from slicer.progress import Progress
+from slicer.runtime.compute import Compute
 
 State = dict[str, torch.Tensor]
+CPU = Compute("cpu")
 
 
 def old_rotary(state: State) -> None:
@@ -93,9 +96,11 @@ def test_the_written_checkpoint_has_the_trained_weights(
     spans = spans_of(base, trained, homes)
     assert spans.keys() == state.keys() - ignored
     (tmp_path / "out").mkdir()
-    copy_unchanged(base, tmp_path / "out", replaced=spans)
-    same, _ = check_merged(base, tmp_path / "out", probe_of(base, trained, homes))
-    assert same < 1e-5
+    contents = unchanged(base, spans)
+    write(contents, tmp_path / "out")
+    expected = trained_logits(base, trained, homes, CPU)
+    errors = check_contents(tmp_path / "out", contents, expected, CPU, Progress())
+    assert errors.same is not None and errors.same < 1e-5
     out = Checkpoint.open(tmp_path / "out").tensors
     assert {key: span.dtype for key, span in out.items()} == {key: s.dtype for key, s in base.tensors.items()}
     if change in (twice, two_of_one):
@@ -110,4 +115,4 @@ def test_weights_that_cannot_be_written_are_not_trained(tmp_path: Path) -> None:
     save_file(state, path / "model.safetensors", metadata={"format": "pt"})
     settings = resolve(Training(method="full", seq_len=32), "llama", 10**6, most_tokens=128, on_gpu=False)[0]
     with pytest.raises(HealError, match=r"model\.norm\.weight: .* does not hold it; use --method lora"):
-        adapters.load(path, settings, device="cpu")
+        adapters.load(Checkpoint.open(path), settings, CPU)

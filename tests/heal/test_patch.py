@@ -10,17 +10,16 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from cuts import changed, export
 from torch import nn
 
-from slicer.checkpoint.config import sliced_config
-from slicer.checkpoint.export import write_checkpoint
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import ArchitectureError, UsageError
 from slicer.heal.patch import NONE, Solved, form_for, holds, place
 from slicer.model.layers import decoder_layers, logits_of
 from slicer.model.load import load_model
 from slicer.model.pruned import LayerEdit, Replacement, pruned_logits, shortened
-from slicer.model.verify import check_load, check_tensors, probe_tokens
+from slicer.model.verify import check_load, probe_tokens
 from slicer.model.walk import Walk
 from slicer.plan.plan import Plan
 from slicer.plan.records import Losses, SolvedMatrix, TextRecord
@@ -114,12 +113,8 @@ def test_the_written_checkpoint_is_the_pruned_source(name: str, tmp_path: Path) 
     model = load_model(source.path, device="cpu")
     edits = case.edits(model)
     patch = place(source, case.plan, Solved(edits, Losses(), "fold"), None)
-    out = tmp_path / "out"
-    out.mkdir()
-    config = patch.configured(sliced_config(source, case.plan))
-    write_checkpoint(source, case.plan, config, out, replaced=patch.replaced, added=patch.added)
+    out = export(source, case.plan, tmp_path / "out", patch)
     check_load(out)
-    check_tensors(out, patch.tensors(source, case.plan))
     tokens = probe_tokens(tiny.VOCAB)
     written = logits_of(load_model(out, device="cpu"), tokens)
     loaded, streamed = Walk.in_memory(model), Walk.out_of_core(source, device="cpu")
@@ -129,6 +124,7 @@ def test_the_written_checkpoint_is_the_pruned_source(name: str, tmp_path: Path) 
     assert apart(written, bare) > 1e-3, "the edits do nothing"
     assert torch.equal(pruned_logits(loaded, tokens, case.plan), bare), "an edit was left behind"
     if not case.plan.below_layers:
+        config = patch.configured(sliced_config(source, case.plan))
         with shortened(model, case.plan, config, edits):
             assert apart(logits_of(model, tokens), written) < 1e-5
         assert torch.equal(pruned_logits(loaded, tokens, case.plan), bare)
@@ -141,7 +137,7 @@ def test_tensors_are_written_on_the_cpu_in_the_dtype_of_the_output(tmp_path: Pat
     edits = {2: LayerEdit({"mlp.down_proj.weight": weight}, behind={"ffn": Replacement(torch.ones(64))})}
     patch = place(source, plan, Solved(edits, Losses(), "fold"), None, "BF16")
     assert patch.added and patch.config == {"mlp_bias": True}
-    for key, tensor in patch.tensors(source, plan).items():
+    for key, tensor in changed(source, plan, patch).items():
         assert tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu", key
         assert tensor.is_contiguous() and not tensor.requires_grad
     assert torch.equal(

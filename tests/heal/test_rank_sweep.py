@@ -13,14 +13,18 @@ import pytest
 import sources
 from commands import slicer, succeeds
 
-from slicer import demo
+from slicer.checkpoint.hub import DEMO
+from slicer.checkpoint.reader import Checkpoint
+from slicer.checkpoint.sizes import measure_sizes
 from slicer.errors import Diverged, HealError, OutputError
-from slicer.heal.finetune.run import TrainOptions
 from slicer.heal.finetune.settings import Training
-from slicer.jobs.heal import Healed
+from slicer.jobs.output import Written
+from slicer.jobs.request import HealRequest, Output
 from slicer.plan.plan import Plan
 from slicer.plan.records import CorpusRecord, HealingRecord, Losses, TrainingRecord
-from slicer.sweep import ranks as rank_search
+from slicer.progress import Progress
+from slicer.runtime.compute import Compute
+from slicer.sweep import ranks
 from slicer.sweep.ranks import RankSearch, heal_with_best_rank
 
 pytest.importorskip("peft")
@@ -36,12 +40,12 @@ pytest.importorskip("peft")
 def test_it_begins_with_the_largest_and_tries_the_others_where_that_hurts(
     scores: dict[str, float], trained: set[str], picked: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def ask(path: Path) -> tuple[float, float]:
+    def score(path: Path) -> tuple[float, float]:
         return scores[path.name.removeprefix("rank-") if path.name != "cut" else "none"], 0.02
 
-    monkeypatch.setattr(rank_search, "_judge", lambda *_: ask)
+    monkeypatch.setattr(ranks, "_scorer", lambda *_: score)
     whole = sources.save_llama(tmp_path / "whole")
-    text = demo.path().parent / "heldout.txt"
+    text = DEMO.parent / "heldout.txt"
     assert slicer("convert", whole, "--drop", "2-3", "--heal", "none", "-o", tmp_path / "cut").exit_code == 0
     given: list[Any] = [
         "heal",
@@ -57,9 +61,9 @@ def test_it_begins_with_the_largest_and_tries_the_others_where_that_hurts(
     result = slicer(*given, "--rank-sweep", "2,8,4", "-o", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)["healing"]
-    ranks = record["training"]["rank_sweep"]
-    assert ranks["picked"] == picked == record["training"]["settings"]["rank"]
-    assert set(ranks["scores"]) == trained | {"none"}
+    found = record["training"]["rank_sweep"]
+    assert found["picked"] == picked == record["training"]["settings"]["lora_r"]
+    assert set(found["scores"]) == trained | {"none"}
     assert json.loads((tmp_path / "out" / "slicer" / "plan.json").read_text())["healing"] == record
     assert sorted(os.listdir(tmp_path)) == ["cut", "out", "whole"]
     again = slicer(*given, "--rank-sweep", "2", "-o", tmp_path / "out")
@@ -69,28 +73,29 @@ def test_it_begins_with_the_largest_and_tries_the_others_where_that_hurts(
 
 
 class Trainer:
-    """Stands for `train_cut`: makes a result at once, diverges with the ranks `diverging`, is killed once if told."""
+    """Stands for `jobs.heal`: makes a result at once, diverges with the ranks `diverging`, is killed once if told."""
 
     def __init__(self, diverging: tuple[int, ...] = (), *, killed: bool = False) -> None:
         self.asked: list[int | None] = []
         self._diverging, self._killed = diverging, killed
 
-    def __call__(
-        self, sliced: str, source: str | None, place: Path, options: TrainOptions, **_: Any
-    ) -> Healed:
-        rank = options.training.rank
+    def __call__(self, request: HealRequest, progress: Progress) -> Written:
+        place = request.output.out
+        assert request.training is not None and place is not None
+        rank = request.training.lora_r
         self.asked.append(rank)
         if rank in self._diverging:
             raise Diverged("the loss is not finite at step 1")
-        shutil.copytree(sliced, place)
-        training = TrainingRecord("cut", {}, {"rank": rank}, CorpusRecord("text", 8, 2))
+        shutil.copytree(request.cut, place)
+        training = TrainingRecord("cut", {}, {"lora_r": rank}, CorpusRecord("text", 8, 2))
         losses = Losses(before=2.0, after=1.0 + (rank or 0))
         healing = HealingRecord("lora", None, losses, best_step=1, training=training)
         plan = replace(Plan.load(place), healing=healing)
         (place / "slicer" / "plan.json").write_text(plan.to_json())
         if self._killed:
             raise KeyboardInterrupt
-        return Healed(place, plan, "logits", 0.0, True)
+        sizes = measure_sizes(Checkpoint.open(place))
+        return Written(place, plan, sizes, sizes, "logits", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -101,48 +106,60 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "cut"
 
 
-OPTIONS = TrainOptions(Training(method="lora"))
-BY_LOSS = RankSearch((8, 4), rank_search.LOSS)
+BY_LOSS = RankSearch((8, 4), ranks.LOSS)
+ONE = RankSearch((8,), ranks.LOSS)
+
+
+def request(cut: Path, out: Path, *, overwrite: bool = False, **asked: Any) -> HealRequest:
+    training = Training(method="lora", **asked)
+    return HealRequest(
+        str(cut), training=training, output=Output(out, overwrite=overwrite), compute=Compute("cpu")
+    )
 
 
 def test_a_rank_that_diverges_is_the_worst(
     cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rank_search, "train_cut", Trainer((8,)))
-    done = heal_with_best_rank(str(cut), None, tmp_path / "out", OPTIONS, BY_LOSS)
-    assert done is not None and done.plan.healing is not None
-    told = json.loads((tmp_path / "out" / "slicer" / "plan.json").read_text())["healing"]["training"][
-        "rank_sweep"
-    ]
-    assert told == {"metric": "loss", "scores": {"8": None, "4": -5.0, "none": -2.0}, "picked": 4}
-    monkeypatch.setattr(rank_search, "train_cut", Trainer((8, 4)))
+    monkeypatch.setattr(ranks, "heal", Trainer((8,)))
+    done = heal_with_best_rank(request(cut, tmp_path / "out"), BY_LOSS)
+    assert done is not None and done.plan.healing is not None and done.verified == "logits"
+    assert done.before.depth == 6 and done.after.depth == 4
+    record = json.loads((tmp_path / "out" / "slicer" / "plan.json").read_text())["healing"]["training"]
+    assert record["rank_sweep"] == {
+        "metric": "loss",
+        "scores": {"8": None, "4": -5.0, "none": -2.0},
+        "picked": 4,
+    }
+    monkeypatch.setattr(ranks, "heal", Trainer((8, 4)))
     with pytest.raises(HealError, match="any rank"):
-        heal_with_best_rank(str(cut), None, tmp_path / "none", OPTIONS, BY_LOSS)
+        heal_with_best_rank(request(cut, tmp_path / "none"), BY_LOSS)
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_what_was_trained_is_taken_up_by_the_same_sweep_only(
+def test_a_stopped_search_is_resumed_by_the_same_request_only(
     cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the run was killed when the first result was there and nothing had been noted of it."""
     out = tmp_path / "out"
 
     def killed() -> None:
-        monkeypatch.setattr(rank_search, "train_cut", Trainer(killed=True))
+        monkeypatch.setattr(ranks, "heal", Trainer(killed=True))
         with pytest.raises(KeyboardInterrupt):
-            heal_with_best_rank(str(cut), None, out, OPTIONS, RankSearch((8,), rank_search.LOSS))
+            heal_with_best_rank(request(cut, out), ONE)
 
     killed()
     again = Trainer()
-    monkeypatch.setattr(rank_search, "train_cut", again)
-    other = replace(OPTIONS, training=replace(OPTIONS.training, lr=1e-4))
-    for options, sweep in ((other, RankSearch((8,), rank_search.LOSS)), (OPTIONS, BY_LOSS)):
+    monkeypatch.setattr(ranks, "heal", again)
+    for asked, search in (
+        (request(cut, out, learning_rate=1e-4), ONE),
+        (request(cut, out), BY_LOSS),
+    ):
         with pytest.raises(OutputError, match="unfinished"):
-            heal_with_best_rank(str(cut), None, out, options, sweep)
-    done = heal_with_best_rank(str(cut), None, out, OPTIONS, RankSearch((8,), rank_search.LOSS))
+            heal_with_best_rank(asked, search)
+    done = heal_with_best_rank(request(cut, out), ONE)
     assert not again.asked and done is not None and done.verified == "load"
     shutil.rmtree(out)
     killed()
-    monkeypatch.setattr(rank_search, "train_cut", again)
-    heal_with_best_rank(str(cut), None, out, replace(other, force=True), RankSearch((8,), rank_search.LOSS))
+    monkeypatch.setattr(ranks, "heal", again)
+    heal_with_best_rank(request(cut, out, learning_rate=1e-4, overwrite=True), ONE)
     assert again.asked == [8] and os.listdir(tmp_path) == ["out"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from slicer.errors import UsageError
-from slicer.heal.finetune.settings import Training, TrainingSettings, resolve
+from slicer.heal.finetune.settings import Training, TrainingSettings, of_record, resolve
 
 
 def settings(source: str, parameters: float, **asked: Any) -> TrainingSettings:
@@ -29,42 +29,63 @@ def settings(source: str, parameters: float, **asked: Any) -> TrainingSettings:
 )
 def test_the_paper(source: str, parameters: float, rank: int, lr: float, seq_len: int) -> None:
     found, words = resolve(Training(), source, int(parameters), most_tokens=4096, on_gpu=True)
-    assert (found.rank, found.alpha, found.lr, found.seq_len) == (rank, rank, lr, seq_len) and not words
-    assert (found.steps, found.batch_size, found.warmup, found.scheduler) == (5000, 16, 100, "cosine")
-    assert found.dropout == 0.05 and found.micro_batch * seq_len == 4096
+    assert (found.lora_r, found.lora_alpha, found.learning_rate, found.seq_len) == (
+        rank,
+        rank,
+        lr,
+        seq_len,
+    ) and not words
+    assert found.warmup_steps == 100 and found.asked == Training()
+    assert found.micro_batch * seq_len == 4096
 
 
 def test_a_model_that_is_not_in_it_gets_the_nearest_by_size_and_a_word() -> None:
     found, words = resolve(Training(), "Qwen/Qwen2.5-0.5B", int(0.5e9), most_tokens=512, on_gpu=False)
-    assert found.rank == 64 and found.lr == 2e-4 and found.compute == "float32"
+    assert found.lora_r == 64 and found.learning_rate == 2e-4 and found.compute == "float32"
     assert "Phi-2" in words[0] and found.seq_len == 512 and "512" in words[1]
 
 
 def test_what_is_given_wins() -> None:
-    found = settings("phi-2", 2.8e9, rank=3, lr=1e-5, steps=50, batch_size=6, dropout=0.0, seq_len=1024)
-    assert (found.rank, found.alpha, found.lr, found.steps, found.dropout) == (3, 3, 1e-5, 50, 0)
-    assert found.warmup == 5 and found.eval_every == 5 and found.micro_batch == 3
+    found = settings(
+        "phi-2",
+        2.8e9,
+        lora_r=3,
+        learning_rate=1e-5,
+        max_steps=50,
+        batch_size=6,
+        lora_dropout=0.0,
+        seq_len=1024,
+    )
+    assert (found.lora_r, found.lora_alpha, found.learning_rate) == (3, 3, 1e-5)
+    assert found.warmup_steps == 5 and found.eval_every == 5 and found.micro_batch == 3
 
 
 def test_values_that_contradict_each_other_are_refused() -> None:
     for asked, word in (
-        ({"steps": 5, "batch_size": 6, "micro_batch": 4}, "--micro-batch"),
+        ({"max_steps": 5, "batch_size": 6, "micro_batch": 4}, "--micro-batch"),
         ({"seq_len": 5000}, "4096 tokens"),
-        ({"dropout": 1.0}, "--dropout"),
+        ({"lora_dropout": 1.0}, "--lora-dropout"),
         ({"teacher": "x"}, "--kl-weight"),
         ({"teacher_4bit": True}, "--kl-weight"),
         ({"teacher_4bit": True, "teacher_cache": "x", "kl_weight": 1.0}, "--teacher-cache"),
         ({"kl_weight": math.nan}, "--kl-weight nan"),
         ({"mismatch_weight": math.inf}, "--mismatch-weight inf"),
-        ({"lr": math.nan}, "--lr nan"),
-        ({"alpha": 0.0}, "--alpha 0"),
-        ({"dropout": math.nan}, "--dropout nan"),
+        ({"learning_rate": math.nan}, "--learning-rate nan"),
+        ({"lora_alpha": 0.0}, "--lora-alpha 0"),
+        ({"lora_dropout": math.nan}, "--lora-dropout nan"),
         ({"weight_decay": -0.1}, "--weight-decay -0.1"),
-        ({"method": "full", "rank": 4}, "--rank"),
-        ({"method": "full", "alpha": 4.0}, "--alpha"),
-        ({"method": "full", "dropout": 0.1}, "--dropout"),
+        ({"method": "full", "lora_r": 4}, "--lora-r"),
+        ({"method": "full", "lora_alpha": 4.0}, "--lora-alpha"),
+        ({"method": "full", "lora_dropout": 0.1}, "--lora-dropout"),
     ):
         with pytest.raises(UsageError, match=word):
             settings("phi-2", 2.8e9, **asked)
     with pytest.raises(UsageError, match="3 processes"):
         resolve(Training(), "phi-2", 10**9, most_tokens=None, on_gpu=True, processes=3)
+
+
+def test_what_was_asked_can_be_asked_again_from_its_record() -> None:
+    asked = Training(method="lora", max_steps=7, lora_dropout=0.0, validation="text.jsonl", seed=3)
+    assert of_record({**asked.chosen, "preset": "paper"}) == asked and len(asked.chosen) == 5
+    recorded = settings("phi-2", 2.8e9, method="full", max_steps=7).to_dict()
+    assert recorded["max_steps"] == 7 and recorded["seq_len"] == 2048 and "lora_r" not in recorded

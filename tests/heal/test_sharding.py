@@ -133,7 +133,7 @@ def test_a_killed_sharded_training_goes_on(
     forks: ForkServer, given: list[object], trained: Path, tmp_path: Path
 ) -> None:
     first, second = start(forks, lora(given), tmp_path / "killed")
-    first.kill_when(lambda: any((tmp_path / "killed.training").glob("run/checkpoint-*/whole")))
+    first.kill_when(lambda: any((tmp_path / "killed.training").glob("run/checkpoint-*/complete")))
     second.kill()
     assert not (tmp_path / "killed").exists()
     finishes(start(forks, lora(given), tmp_path / "killed"))

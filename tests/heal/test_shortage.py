@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,8 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
 @pytest.mark.parametrize(
     ("where", "more", "words"),
     [
-        ("slicer.heal.finetune.run.heal", ["--train-from", "fold"], ["in the fold", "--train-from cut"]),
-        ("slicer.heal.finetune.run.adapters.load", [], ["loading the model", "--method qlora"]),
+        ("slicer.jobs.heal.repair", ["--train-from", "fold"], ["in the fold", "--train-from cut"]),
+        ("slicer.heal.finetune.run.load", [], ["loading the model", "--method qlora"]),
         (
             "slicer.heal.finetune.distillation.load_model",
             ["--kl-weight", 1],
@@ -67,7 +68,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
         (
             "slicer.heal.finetune.distillation.cache_teacher",
             ["--kl-weight", 1, "--teacher-cache", "C"],
-            ["teacher's outputs"],
+            ["caching the teacher"],
         ),
         ("slicer.data.corpus.sample_tokens", ["--calibration", "self"], ["sampling text", "--device cpu"]),
     ],
@@ -80,7 +81,8 @@ def test_wherever_it_runs_out_one_line_says_what_helps(
     more: list[object],
     words: list[str],
 ) -> None:
-    monkeypatch.setattr(where, fails)
+    module, _, name = where.rpartition(".")
+    monkeypatch.setattr(import_module(module), name, fails)
     result = slicer(*given, *more, "-o", tmp_path / "out")
     said = [line for line in result.stderr.splitlines() if line.startswith("slicer:")]
     assert result.exit_code == 1 and len(said) == 1 and not os.listdir(tmp_path)
@@ -91,7 +93,8 @@ def test_it_goes_on_with_what_was_advised_and_has_the_same_losses(
     given: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Out of memory in the middle, then at the end."""
-    from slicer.heal.finetune import result, trainer
+    from slicer.heal.finetune import trainer
+    from slicer.jobs import heal as job
 
     succeeds(*given, "-o", tmp_path / "undisturbed")
     honest, steps = trainer.cross_entropy, []
@@ -104,12 +107,12 @@ def test_it_goes_on_with_what_was_advised_and_has_the_same_losses(
     result = slicer(*given, "-o", tmp_path / "out")
     assert result.exit_code == 1 and "--micro-batch 1, --gradient-checkpointing" in result.stderr
     monkeypatch.setattr(trainer, "cross_entropy", honest)
-    write = result.write
-    monkeypatch.setattr(run, "write", fails)
+    write = job.write_verified
+    monkeypatch.setattr(job, "write_verified", fails)
     less = ["--micro-batch", 1, "--gradient-checkpointing"]
     result = slicer(*given, *less, "-o", tmp_path / "out")
     assert result.exit_code == 1 and "verifying" in result.stderr
-    monkeypatch.setattr(run, "write", write)
+    monkeypatch.setattr(job, "write_verified", write)
     monkeypatch.setattr(trainer._Trainer, "train", fails)  # it was trained to its end
     succeeds(*given, *less, "-o", tmp_path / "out")
     a, b = (
@@ -124,5 +127,5 @@ def test_fewer_sequences_of_a_pass_still_divide_those_of_a_step() -> None:
     for micro, advised in ((9, 1), (12, 3), (8, 2), (2, 1)):
         asked = Training(method="full", micro_batch=micro, batch_size=2 * micro)
         settings, _ = resolve(asked, "phi-2", 10**9, most_tokens=None, on_gpu=True)
-        assert to_train(settings, taught=False)[0] == f"--micro-batch {advised}"
-        assert to_load(settings, taught=False) == ["--method lora", "--device cpu"]
+        assert to_train(settings, teacher=False)[0] == f"--micro-batch {advised}"
+        assert to_load(settings, teacher=False) == ["--method lora", "--device cpu"]

@@ -12,21 +12,21 @@ import torch
 from commands import slicer
 
 from slicer.checkpoint.reader import Checkpoint
-from slicer.data.corpus import prepare
+from slicer.data.corpus import CorpusSize, prepare
 from slicer.data.sources import TextSpec
 from slicer.errors import HealError
 from slicer.heal.finetune.distillation import (
     DistillationLoss,
     Junction,
-    Live,
+    LiveTeacher,
     TeacherOutputs,
     cache_teacher,
     junctions,
     kl_loss,
 )
-from slicer.heal.finetune.settings import Training, resolve
 from slicer.model.layers import bypass, residual_stream
 from slicer.model.load import load_model
+from slicer.runtime.compute import Compute
 
 pytest.importorskip("peft")
 
@@ -47,23 +47,23 @@ def test_equation_8_and_the_divergence_are_what_they_say(whole: Path) -> None:
     tokens = torch.randint(258, (2, 16), generator=torch.Generator().manual_seed(0))
     index, learned = torch.arange(2), torch.ones(2, 15, dtype=torch.bool)
     learned[0, :5] = False
-    teacher = Live(model, [Junction(2, 4)], streams=True, logits=True)
-    answer = teacher.answer(tokens, index)
+    teacher = LiveTeacher(model, [Junction(2, 4)], states=True, logits=True)
+    outputs = teacher.outputs(tokens, index)
     with residual_stream(model) as tap, torch.no_grad():
         its = model(tokens).logits
     stream = tap.states[4]
-    assert torch.equal(answer.streams[0], stream)
+    assert torch.equal(outputs.states[0], stream)
     embeddings = model.get_input_embeddings().weight.requires_grad_(True)
-    lessons = DistillationLoss(teacher, [Junction(2, 4)], mismatch_weight=2.0, kl_weight=0.5)
+    distillation = DistillationLoss(teacher, [Junction(2, 4)], mismatch_weight=2.0, kl_weight=0.5)
     with bypass(model, [2, 3]):
         with residual_stream(model) as tap:
             model(tokens)
         mine = tap.states[4]
-        # the student's own numbering has its layer 2 where the source has layer 4, so listen there
-        with lessons.listening(model):
+        with distillation.recording(
+            model
+        ):  # x(2) of the student, which is x(4) of the source with these bypassed
             logits = model(tokens).logits
-            lessons._seen[2] = lessons._seen[2] * 0 + mine
-    loss = lessons.loss(logits, tokens, index, learned)
+    loss = distillation.loss(logits, tokens, index, learned)
     mismatch = ((mine - stream).square().sum(-1) / stream.square().sum(-1)).mean()
     p, q = its[:, :-1].softmax(-1), logits[:, :-1].softmax(-1)
     kl = ((p * (p / q).log()).sum(-1))[learned].mean()
@@ -77,39 +77,37 @@ def test_equation_8_and_the_divergence_are_what_they_say(whole: Path) -> None:
 def test_asked_beforehand_it_says_the_same(whole: Path, tmp_path: Path, memory: int | None) -> None:
     """Of a vocabulary of 258 the 64 likeliest tokens and the rest: a little less than the whole divergence."""
     text = sources.save_text(tmp_path / "t.jsonl", 60)
-    training = Training(steps=4, batch_size=2, seq_len=16, validation_samples=2)
-    settings, _ = resolve(training, "tiny", 10**6, most_tokens=256, on_gpu=False)
-    train = prepare(TextSpec(source=str(text)), settings, None, whole, tmp_path / "corpus").train
+    size = CorpusSize(steps=4, batch_size=2, seq_len=16, validation_samples=2)
+    source, cache = Checkpoint.open(whole), tmp_path / "cache"
+    train = prepare(TextSpec(source=str(text)), size, source, tmp_path / "corpus").train
     at = [Junction(2, 4), Junction(3, 6)]
-    asked: dict[str, Any] = {"streams": True, "logits": True}
-    cached = cache_teacher(
-        Checkpoint.open(whole), train, at, tmp_path / "cache", memory_bytes=memory, **asked
-    )
+    both: dict[str, Any] = {"states": True, "logits": True}
+    cached = cache_teacher(source, train, at, cache, Compute("cpu", memory=memory), **both)
     batch = [train[i] for i in (1, 3)]
     tokens = torch.stack([row["input_ids"] for row in batch])
     index = torch.stack([row["index"] for row in batch])
-    live = Live(load_model(whole), at, **asked).answer(tokens, index)
-    found = cached.answer(tokens, index)
-    for a, b in zip(found.streams, live.streams, strict=True):
+    live = LiveTeacher(load_model(whole), at, **both).outputs(tokens, index)
+    found = cached.outputs(tokens, index)
+    for a, b in zip(found.states, live.states, strict=True):
         assert torch.allclose(a.float(), b, rtol=1e-2, atol=1e-2)
     learned = torch.ones(2, 15, dtype=torch.bool)
     student = torch.randn(2, 16, 258, generator=torch.Generator().manual_seed(0))
     full, part = kl_loss(student, live, learned), kl_loss(student, found, learned)
     assert 0 < part <= full * 1.01 and part > 0.7 * full
     kept = [file.clone() for file in cached.files]
-    again = cache_teacher(Checkpoint.open(whole), train, at, tmp_path / "cache", **asked)
+    again = cache_teacher(source, train, at, cache, Compute("cpu"), **both)
     assert all(torch.equal(a, b) for a, b in zip(kept, again.files, strict=True))
-    # What is not there is asked for again; answers at other cuts, or of another kind, are not taken for these.
-    (tmp_path / "cache" / "stream-6").unlink()
-    again = cache_teacher(Checkpoint.open(whole), train, at, tmp_path / "cache", **asked)
+    # What is missing is computed again; outputs for other cuts, or of another kind, are not taken for these.
+    (cache / "stream-6").unlink()
+    again = cache_teacher(source, train, at, cache, Compute("cpu"), **both)
     assert all(torch.equal(a, b) for a, b in zip(kept, again.files, strict=True))
-    for cut, other in (
-        (at[:1], asked),
-        (at, {**asked, "logits": False}),
-        (at, {**asked, "dtype": "bfloat16"}),
+    for places, dtype, kind in (
+        (at[:1], None, both),
+        (at, None, {**both, "logits": False}),
+        (at, "bfloat16", both),
     ):
         with pytest.raises(HealError, match="--teacher-cache"):
-            cache_teacher(Checkpoint.open(whole), train, cut, tmp_path / "cache", **other)
+            cache_teacher(source, train, places, cache, Compute("cpu", dtype), **kind)
 
 
 def test_it_takes_part_in_training(whole: Path, tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from cuts import export
 from processes import EVALUATION, ForkServer
 
 from slicer import demo
-from slicer.checkpoint.export import export
 from slicer.checkpoint.reader import Checkpoint
 from slicer.cli.main import main
 from slicer.errors import OutputError

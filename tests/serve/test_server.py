@@ -13,10 +13,10 @@ from typing import Any
 
 import psutil
 import pytest
+from cuts import export
 from processes import VLLM, ForkServer
 
 from slicer import demo
-from slicer.checkpoint.export import export
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import ServeError
 from slicer.plan.plan import Plan

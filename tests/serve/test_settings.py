@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import tiny
 from click.testing import CliRunner
+from cuts import export
 
 from slicer import demo
-from slicer.checkpoint.export import export
 from slicer.checkpoint.reader import Checkpoint
 from slicer.cli.main import main
 from slicer.errors import ServeError

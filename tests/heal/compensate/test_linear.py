@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from cuts import export
 
-from slicer.checkpoint.config import sliced_config
-from slicer.checkpoint.export import write_checkpoint
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import HealError, UsageError
 from slicer.heal.compensate.linear import Training, linear, rate, train
@@ -99,10 +98,7 @@ def test_a_sublayer_that_adds_a_constant_is_replaced_exactly(tmp_path: Path) -> 
     source = Checkpoint.open(tmp_path / "source")
     plan = Plan.cutting(tiny.DEPTH, attention=[3], form="blockwise")
     solved = linear(Walk.in_memory(model), batches(), plan, "bias")
-    patch, out = place(source, plan, solved, None), tmp_path / "out"
-    out.mkdir()
-    config = patch.configured(sliced_config(source, plan))
-    write_checkpoint(source, plan, config, out, replaced=patch.replaced, added=patch.added)
+    out = export(source, plan, tmp_path / "out", place(source, plan, solved, None))
     tokens = probe_tokens(tiny.VOCAB)
     wanted, result = logits_of(model, tokens), logits_of(load_model(out, device="cpu"), tokens)
     assert float((result - wanted).abs().max() / wanted.abs().max()) < 1e-4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cuts import changed
 
 from slicer import demo
 from slicer.checkpoint.reader import Checkpoint
@@ -33,7 +34,7 @@ def test_a_16_bit_model_is_folded_as_in_float32(text: list[torch.Tensor]) -> Non
     )
     assert found.losses == expected.losses and found.precision == "float32"
     patches = [place(checkpoint, PLAN, solved, None, "BF16") for solved in (found, expected)]
-    one, other = (patch.tensors(checkpoint, PLAN) for patch in patches)
+    one, other = (changed(checkpoint, PLAN, patch) for patch in patches)
     assert one.keys() == other.keys() and all(torch.equal(t, other[key]) for key, t in one.items())
     assert {t.dtype for e in found.edits.values() for t in e.parameters.values()} == {torch.bfloat16}
     assert all(p.data_ptr() == before[name] for name, p in half.named_parameters())
