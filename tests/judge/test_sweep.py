@@ -224,7 +224,7 @@ def test_a_cell_is_trained_with_its_own_seed_and_rank(tmp_path: Path) -> None:
     cells = {row.seed: row for row in read_table(tmp_path / "s").rows if row.heal == "qlora@2"}
     assert cells.keys() == {1}
     record = json.loads((tmp_path / "s" / "cells" / "003-deepest-qlora2-s1.json").read_text())
-    assert (settings := record["healing"]["training"]["settings"])["rank"] == 2 and settings["seed"] == 1
+    assert (settings := record["healing"]["training"]["settings"])["lora_r"] == 2 and settings["seed"] == 1
     assert record["evaluation"]["loss"]["nats_per_token"] > 0
     assert not (tmp_path / "s" / "training").exists()
     other = sweep(tmp_path / "s", *given, "--learning-rate", "1e-4")
