@@ -45,6 +45,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if reason := why_skipped(item):
             item.add_marker(pytest.mark.skip(reason=reason))
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))  # its fixtures are made once
 
 
 @pytest.fixture(scope="session")
