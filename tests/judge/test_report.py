@@ -19,7 +19,8 @@ from slicer.evaluate.loss import TextLoss
 from slicer.evaluate.results import Evaluation, Score
 from slicer.measure.analysis import Distances
 from slicer.plan.plan import Plan
-from slicer.report.page import _chosen, write_report
+from slicer.report import figures
+from slicer.report.page import write_report
 from slicer.sweep.grid import UNPRUNED, Cell
 from slicer.sweep.run import record_cells
 from slicer.sweep.store import Store
@@ -230,11 +231,28 @@ def test_a_browser_shows_it_without_complaint(swept: Path, tmp_path: Path, width
     assert "CONSOLE" not in shown.stderr
 
 
-def test_a_half_offset_cut_is_no_block_of_whole_layers() -> None:
-    half = Plan(12, tuple(i for i in range(12) if i not in (5, 6)), distance=0.09, joined=((4, 6),))
-    assert _chosen(None, half) is None and half.half_offset == (4, 6, 0.09)
-    whole = replace(Plan.dropping(12, (5, 6)), distance=0.1)
-    assert _chosen(None, whole) == (5, 2) and whole.half_offset is None
+@pytest.mark.parametrize(
+    ("plan", "block", "offset"),
+    [
+        (Plan(8, (0, 1, 2, 3, 4, 7), distance=0.09, joined=((4, 6),)), None, (4, 6, 0.09)),
+        (replace(Plan.dropping(8, (5, 6)), distance=0.1), (5, 2), None),
+        (Plan.dropping(8, (1, 6)), None, None),
+    ],
+)
+def test_the_figures_mark_the_cut(
+    swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: Plan, block: object, offset: object
+) -> None:
+    """A block of whole layers, or a half-offset one; what is neither has no mark."""
+    (tmp_path / "slicer").mkdir()
+    shutil.copyfile(swept / "distances.json", tmp_path / "slicer" / "distances.json")
+    (tmp_path / "slicer" / "plan.json").write_text(plan.to_json())
+    marked: list[object] = []
+    honest = figures.distance_figures
+    monkeypatch.setattr(
+        figures, "distance_figures", lambda *given: marked.extend(given[1:]) or honest(*given)
+    )
+    write_report(tmp_path)
+    assert marked == [block, offset]
 
 
 def test_seeds_are_one_line_that_shows_their_spread(swept: Path) -> None:
