@@ -127,15 +127,15 @@ def test_a_wrong_write_never_appears(
     text: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
     """The healed tensors are compared bit for bit, and the logits with those of the pruned source that has them."""
-    from slicer.heal import patch
-    from slicer.jobs import output
+    from slicer.checkpoint import export
+    from slicer.jobs import repair
 
     if wrong == "bytes":
-        write: Any = output.write_checkpoint
-        monkeypatch.setattr(output, "write_checkpoint", lambda *a, **k: _flipped(a[3], write(*a, **k)))
+        write: Any = export.write
+        monkeypatch.setattr(export, "write", lambda *a, **k: _flipped(a[1], write(*a, **k)))
     else:
-        place: Any = patch.place
-        monkeypatch.setattr(patch, "place", lambda *given: _scaled(place(*given)))
+        place: Any = repair.place
+        monkeypatch.setattr(repair, "place", lambda *given: _scaled(place(*given)))
     result = slicer("convert", "demo", "--drop", "4-6", "--heal", "fold", *text, "-o", tmp_path / "out")
     assert result.exit_code == 1, result.output
     assert ("healed weights" if wrong == "bytes" else "logits") in result.output
