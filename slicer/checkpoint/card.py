@@ -14,6 +14,51 @@ from slicer.plan.records import HealingRecord, MergeRecord, TrainingRecord
 _KEPT_FIELDS = ("license", "license_name", "license_link", "language")
 
 
+_CARD = """{front}
+# {name}, {left}
+
+{what}
+
+| | before | after |
+|---|---|---|
+{sizes}
+
+## How the layers were chosen
+
+{reason}
+
+{repair}{merged}{figures}## How to load it
+
+{loading}
+
+```python
+{load_first}from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+```sh
+vllm serve PATH
+```
+
+## Limits
+
+Dropping layers costs ability, and not evenly. Reasoning suffers first: mathematics, code and long chains of thought \
+break down after few layers and do not fully come back by healing, while questions of knowledge hold much longer. \
+Short answers can look well while long generations repeat or wander. Measure on your own task before you rely on it.
+
+## How it was made
+
+With [slicer](https://pypi.org/project/slicer-llm/){version}; `slicer/plan.json` has every setting.
+{commands}"""
+_FIGURES = """![Angular distance across every block](slicer/distances.png)
+
+![Angular distance by the layer where the block starts](slicer/curves.png)
+
+"""
+
+
 def for_plan(origin: Path, plan: Plan, before: Sizes, after: Sizes, *, figures: bool) -> str:
     """The README.md of the output: front matter, then prose. The same card for the same plan.
 
@@ -22,92 +67,51 @@ def for_plan(origin: Path, plan: Plan, before: Sizes, after: Sizes, *, figures: 
     base = plan.source or "unknown"
     local = Path(base).exists()
     name = Path(base).resolve().name if local else base
-    lines = ["---"]
+    front = ["---"]
     if not local and "/" in base:
-        lines += [f"base_model: {base.split('@')[0]}", "base_model_relation: finetune"]
-    lines += [
+        front += [f"base_model: {base.split('@')[0]}", "base_model_relation: finetune"]
+    front += [
         "library_name: transformers",
         "pipeline_tag: text-generation",
         "tags:",
         "- slicer",
         "- depth-pruning",
     ]
-    lines += _inherited(origin) + ["---", ""]
-    repair = plan.healing
-    kept = f", cast to {plan.dtype}" if plan.dtype else " bit for bit"
+    kept = f"their weights{f', cast to {plan.dtype}' if plan.dtype else ' bit for bit'}"
+    kept += "; nothing was trained or healed." if plan.healing is None else ", but for the repair (below)."
     if plan.below_layers:
-        what = f"{name} without {_without(plan)} (counted from 0). All that is left keeps its weights{kept}"
+        what = f"{name} without {_without(plan)} (counted from 0). The tensors that are left keep {kept}"
     else:
-        what = (
-            f"{name} without its decoder layers {spell_layers(plan.dropped)} (counted from 0). The other layers keep "
-            f"their weights{kept}"
-        )
-    lines += [
-        f"# {name}, {_left(plan)}",
-        "",
-        what + ("; nothing was trained or healed." if repair is None else ", but for the repair (below)."),
-        "",
-        "| | before | after |",
-        "|---|---|---|",
-        f"| layers | {before.depth} | {after.depth} |",
-        f"| parameters | {before.parameters:,} | {after.parameters:,} |",
-        f"| bytes of weights | {before.total_bytes:,} | {after.total_bytes:,} |",
-        f"| FLOPs a token | {before.flops_per_token:,} | {after.flops_per_token:,} |",
-        f"| KV-cache bytes a token | {before.kv_bytes_per_token:,} | {after.kv_bytes_per_token:,} |",
-        "",
-        "## How the layers were chosen",
-        "",
-        _reason(plan),
-        "",
-    ]
-    if repair is not None:
-        title = "## What was added for the removed parts" if repair.adds_maps else "## How the cut was healed"
-        lines += [title, "", *_repair(repair), ""]
-    if plan.merged:
-        matrices = {key for record in plan.merged for key in record.tensors}
-        lines += [
-            f"LoRA adapters merged into it: {len(plan.merged)}, into {len(matrices)} of its matrices.",
-            "",
-        ]
-    if figures:
-        lines += [
-            "![Angular distance across every block](slicer/distances.png)",
-            "",
-            "![Angular distance by the layer where the block starts](slicer/curves.png)",
-            "",
-        ]
-    lines += [
-        "## How to load it",
-        "",
-        *_loading(plan),
-        "",
-        "```python",
-        *(["import slicer"] if plan.form == "blockwise" else []),
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")',
-        'tokenizer = AutoTokenizer.from_pretrained("PATH")',
-        "```",
-        "",
-        "```sh",
-        "vllm serve PATH",
-        "```",
-        "",
-        "## Limits",
-        "",
-        "Dropping layers costs ability, and not evenly. Reasoning suffers first: mathematics, code and long chains of "
-        "thought break down after few layers and do not fully come back by healing, while questions of knowledge hold "
-        "much longer. Short answers can look well while long generations repeat or wander. Measure on your own task "
-        "before you rely on it.",
-        "",
-        "## How it was made",
-        "",
-        f"With [slicer](https://pypi.org/project/slicer-llm/){_version(plan)}; `slicer/plan.json` has every setting.",
-        "",
-    ]
-    if not local and (commands := _commands(plan)):
-        lines += ["```sh", *commands, "```", ""]
-    return "\n".join(lines)
+        gone = spell_layers(plan.dropped)
+        what = f"{name} without its decoder layers {gone} (counted from 0). The other layers keep {kept}"
+    rows = (
+        ("layers", before.depth, after.depth),
+        ("parameters", before.parameters, after.parameters),
+        ("bytes of weights", before.total_bytes, after.total_bytes),
+        ("FLOPs per token", before.flops_per_token, after.flops_per_token),
+        ("KV-cache bytes per token", before.kv_bytes_per_token, after.kv_bytes_per_token),
+    )
+    merged_into = {key for record in plan.merged for key in record.tensors}
+    adapters = (
+        f"LoRA adapters merged into it: {len(plan.merged)}, into {len(merged_into)} of its matrices.\n\n"
+    )
+    commands = [] if local else _commands(plan)
+    version = plan.versions.get("slicer-llm")
+    return _CARD.format(
+        front="\n".join([*front, *_inherited(origin), "---", ""]),
+        name=name,
+        left=_left(plan),
+        what=what,
+        sizes="\n".join(f"| {label} | {old:,} | {new:,} |" for label, old, new in rows),
+        reason=_reason(plan),
+        repair=_repair(plan.healing) if plan.healing is not None else "",
+        merged=adapters if plan.merged else "",
+        figures=_FIGURES if figures else "",
+        loading=_LOADING[plan.form],
+        load_first="import slicer\n" if plan.form == "blockwise" else "",
+        version=f" {version}" if version else "",
+        commands="\n".join(["", "```sh", *commands, "```", ""]) if commands else "",
+    )
 
 
 def merged(record: MergeRecord) -> str:
@@ -152,20 +156,15 @@ def _without(plan: Plan) -> str:
     return text
 
 
-def _loading(plan: Plan) -> list[str]:
-    if plan.form == "zeroed":
-        return [
-            "It is an ordinary checkpoint of its architecture. The removed parts are still there, with their output "
-            "matrices set to zero: it loads everywhere, and **saves neither memory nor time**.",
-        ]
-    if plan.form == "blockwise":
-        return [
-            "Some layers lack a part, which no class of transformers' own runs. vLLM has such a class, which "
-            "keeps no key-value cache for a layer without attention; slicer makes the checkpoint known to both: "
-            "`pip install slicer-llm` beside them. vLLM then serves it; in transformers, `import slicer` first. "
-            "No remote code is run. Give the path or id of this directory:",
-        ]
-    return ["It is an ordinary checkpoint of its architecture. Give the path or id of this directory:"]
+_LOADING = {
+    "native": "It is an ordinary checkpoint of its architecture. Give the path or id of this directory:",
+    "zeroed": "It is an ordinary checkpoint of its architecture. The removed sublayers are still there, with their "
+    "output matrices set to zero: it loads everywhere, and **saves neither memory nor time**.",
+    "blockwise": "Some layers lack attention or feed-forward, which no class of transformers supports. vLLM has such a "
+    "class, which keeps no key-value cache for a layer without attention; slicer registers the checkpoint with both: "
+    "`pip install slicer-llm`. vLLM then serves it; in transformers, `import slicer` first. No remote code is run. "
+    "Give the path or id of this directory:",
+}
 
 
 def _reason(plan: Plan) -> str:
@@ -205,49 +204,49 @@ def _file(source: str) -> str:
     return Path(source).name if Path(source).exists() else source
 
 
-def _repair(record: HealingRecord) -> list[str]:
-    """What was solved, added or trained, on what text, and the losses."""
-    if record.training is not None:
-        lines = [_trained(record, record.training)]
+def _repair(record: HealingRecord) -> str:
+    """How the cut was repaired, on what text, and the losses."""
+    text, training, loss = record.text, record.training, record.loss
+    if training is not None:
+        done, held_out = (
+            _trained(record, training),
+            f"{training.corpus.held_out_sequences} held-out sequences",
+        )
     else:
-        text = record.text
-        layers = dict.fromkeys((entry.layer, entry.module) for entry in record.solved)
+        solved = dict.fromkeys((entry.layer, entry.module) for entry in record.solved)
         if record.adds_maps:
+            behind = ", ".join(f"the {module} of layer {layer}" for layer, module in solved) or "nothing"
             what = f"A linear map of rank {record.rank} and a constant" if record.rank else "A constant"
-            behind = ", ".join(f"the {module} of layer {layer}" for layer, module in layers) or "nothing"
             done = f"{what} is added to the residual stream behind {behind} (numbered as in the original), solved"
         else:
-            names = ", ".join(f"`{module}` of layer {layer}" for layer, module in sorted(layers))
+            names = ", ".join(f"`{module}` of layer {layer}" for layer, module in sorted(solved))
             done = (
                 f"{names} (numbered as in the original) were solved again by ridge regression (`{record.method}`, "
                 f"`{record.solver}`), so that the residual stream behind the cut is as it was in the original,"
             )
-        steps = (
-            f", then trained alone for {record.steps} steps, of which step {record.best_step} was kept"
-            if record.steps
-            else ""
-        )
-        on = (
-            f" on {text.samples} sequences of {text.seq_len} tokens, seed {text.seed}, source: {_file(text.source)}"
-            if text
-            else ""
-        )
-        held_out = len(text.held_out) if text else 0
-        lines = [
-            f"{done} in closed form{on}{steps}. Loss in nats a token on {held_out} of these sequences that took no "
-            "part in that:"
-        ]
-    loss = record.loss
+        done += " in closed form"
+        if text is not None:
+            done += f" on {text.samples} sequences of {text.seq_len} tokens, seed {text.seed}"
+            done += f", source: {_file(text.source)}"
+        if record.steps:
+            done += (
+                f", then trained alone for {record.steps} steps, of which step {record.best_step} was kept"
+            )
+        held_out = f"{len(text.held_out) if text else 0} of these sequences that were not fitted"
     shown = {"original": loss.source, "cut": loss.before, "as solved": loss.solved, "repaired": loss.after}
     known = {name: value for name, value in shown.items() if value is not None}
+    lines = [
+        "## What was added for the removed sublayers" if record.adds_maps else "## How the cut was healed",
+        "",
+        f"{done}. Loss in nats per token on {held_out}:",
+        "",
+    ]
     if known:
-        lines += ["", f"| {' | '.join(known)} |", "|---" * len(known) + "|"]
-        lines += [f"| {' | '.join(f'{value:.4f}' for value in known.values())} |"]
-    return (
-        lines
-        if record.training is None
-        else [*lines, "", "![Loss while it was trained](slicer/training.png)"]
-    )
+        values = (f"{value:.4f}" for value in known.values())
+        lines += [f"| {' | '.join(known)} |", "|---" * len(known) + "|", f"| {' | '.join(values)} |", ""]
+    if training is not None:
+        lines += ["![Loss while it was trained](slicer/training.png)", ""]
+    return "\n".join([*lines, ""])
 
 
 def _trained(record: HealingRecord, training: TrainingRecord) -> str:
@@ -258,20 +257,17 @@ def _trained(record: HealingRecord, training: TrainingRecord) -> str:
         "lora": "LoRA adapters on its feed-forward matrices, trained and merged into the weights",
         "full": "all weights, trained",
     }[record.method]
-    adapters = (
-        f"Rank {values['lora_r']}, alpha {values['lora_alpha']:g}, dropout {values['lora_dropout']:g}, "
-        if "lora_r" in values
-        else ""
-    )
+    adapters = "rank {lora_r}, alpha {lora_alpha:g}, dropout {lora_dropout:g}, " if "lora_r" in values else ""
     start = {"fold": "the weights solved again in closed form", "cut": "the bare cut"}.get(
         training.start, f"weights that were healed before (`{training.start}`)"
     )
+    settings = (
+        adapters + "{batch_size} sequences of {seq_len} tokens per step, learning rate {learning_rate:g} "
+        "({lr_scheduler_type}, {warmup_steps} steps of warm-up), seed {seed}"
+    )
     return (
-        f"By training (`{record.method}`), from {start}: {kind}. {adapters}"
-        f"{record.steps} steps of {values['batch_size']} sequences of {values['seq_len']} tokens, learning rate "
-        f"{values['learning_rate']:g} ({values['lr_scheduler_type']}, {values['warmup_steps']} steps of warm-up), seed "
-        f"{values['seed']}; the weights are those of step {record.best_step}. Data: {_file(corpus.source)}; learned: "
-        f"{corpus.learned}. Loss in nats a token on {corpus.held_out_sequences} sequences that were not trained on:"
+        f"By training (`{record.method}`), from {start}: {kind}. {record.steps} steps with "
+        f"{settings.format(**values)}; the weights are those of step {record.best_step}. Data: {_file(corpus.source)}; learned: {corpus.learned}"
     )
 
 
@@ -289,8 +285,3 @@ def _inherited(source: Path) -> list[str]:
         if keeping:
             lines.append(line)
     return lines
-
-
-def _version(plan: Plan) -> str:
-    version = plan.versions.get("slicer-llm")
-    return f" {version}" if version else ""

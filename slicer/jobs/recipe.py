@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
 from slicer.checkpoint import sublayers
-from slicer.checkpoint.config import sliced_config
+from slicer.checkpoint.config import kept_config, sliced_config
 from slicer.checkpoint.cut import CutOnDisk
 from slicer.checkpoint.export import check_output
 from slicer.checkpoint.hub import Source
@@ -172,6 +172,8 @@ class Recipe:
 def _check_goal(request: ConvertRequest, checkpoint: Checkpoint) -> None:
     """Raise PlanError or ArchitectureError, before anything is measured, for a goal that no cut reaches."""
     goal = request.goal
+    # A config that contradicts itself cannot be sliced, whatever is dropped.
+    kept_config(checkpoint, range(checkpoint.depth), trust_remote_code=request.compute.trust_remote_code)
     if request.selection.offset == "half":
         sublayers.check_joinable(checkpoint)
     if goal is None:

@@ -23,9 +23,8 @@ def make(path: Path, **fields: Any) -> tuple[dict[str, Any], str]:
     )
     checkpoint = Checkpoint.open(path)
     plan = Plan(4, (0, 3), **fields)
-    text = card.for_slice(
-        checkpoint, plan, measure_sizes(checkpoint), measure_sizes(checkpoint, plan.kept), figures=True
-    )
+    before, after = measure_sizes(checkpoint), measure_sizes(checkpoint, plan.kept)
+    text = card.for_plan(path, plan, before, after, figures=True)
     _, front, body = text.split("---\n", 2)
     return yaml.safe_load(front), body
 
@@ -43,7 +42,10 @@ def test_front_matter(tmp_path: Path) -> None:
 
 def test_every_command_is_told_in_order(tmp_path: Path) -> None:
     """Of a checkpoint that was folded and then trained by hand; where its files lay stays private."""
-    settings = {"batch_size": 4, "seq_len": 16, "lr": 1e-4, "scheduler": "cosine", "warmup": 0, "seed": 0}
+    settings = {
+        "batch_size": 4, "seq_len": 16, "learning_rate": 1e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0,
+        "seed": 0,
+    }  # fmt: skip
     training = TrainingRecord("fold", {}, settings, CorpusRecord("text", 9, 4))
     command = f"slicer heal {tmp_path}/folded --method full --calibration '{tmp_path}/a b.jsonl,org/text'"
     fold = HealingRecord("fold", None, Losses(), command=f"slicer heal {tmp_path}/cut")

@@ -92,14 +92,14 @@ def test_it_is_what_peft_makes_of_it(sliced: Path, tmp_path: Path, changes: dict
     result = slicer("merge", sliced, adapter, "-o", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.output
     done = json.loads(result.stdout)
-    assert done["verified"] == "logits" and done["logits_error"] < 1e-5 and len(done["tensors"]) == 8
+    assert done["verified"] == "logits" and done["logits_error"] < 1e-5 and len(done["merged"][-1]["tensors"]) == 8
     expected, found = by_peft(sliced, adapter), tensors(tmp_path / "out")
     assert all(torch.allclose(found[key], expected[key], atol=1e-6) for key in found)
     old, new = files.read_tensors(sliced), files.read_tensors(tmp_path / "out")
-    assert {key for key in old if old[key] != new[key]} == set(done["tensors"])
+    assert {key for key in old if old[key] != new[key]} == set(done["merged"][-1]["tensors"])
     assert (tmp_path / "out" / "config.json").read_bytes() == (sliced / "config.json").read_bytes()
     plan = json.loads((tmp_path / "out" / "slicer" / "plan.json").read_text())
-    assert plan["dropped"] == [2, 3] and plan["merged"][0]["tensors"] == done["tensors"]
+    assert plan["dropped"] == [2, 3] and plan["merged"][0]["tensors"] == done["merged"][-1]["tensors"]
     assert slicer("inspect", tmp_path / "out").exit_code == 0
 
 
@@ -111,7 +111,7 @@ def test_an_adapter_of_the_whole_model_is_renumbered_when_asked(
     assert refused.exit_code == 1 and "--renumber" in refused.output
     result = slicer("merge", sliced, adapter, "--renumber", "-o", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["left_out"] == 4
+    assert len(json.loads(result.stdout)["merged"][-1]["left_out"]) == 4
     expected, found = by_peft(whole, adapter), tensors(tmp_path / "out")
     for new, old in enumerate([0, 1, 4, 5]):
         key = "model.layers.{}.mlp.down_proj.weight"
@@ -173,7 +173,7 @@ def test_other_towers_keep_their_numbers(tmp_path: Path) -> None:
     succeeds("convert", whole, "--drop", "0,2-5", "--heal", "none", "--verify", "none", "-o", cut)
     adapter = save_adapter(whole, tmp_path / "adapter", target_modules=["q_proj"])
     done = json.loads(succeeds("merge", cut, adapter, "--renumber", "-o", tmp_path / "a", "--json").stdout)
-    assert done["verified"] == "logits" and done["left_out"] == 5 and len(done["tensors"]) == 2 + 3
+    assert done["verified"] == "logits" and len(done["merged"][-1]["left_out"]) == 5 and len(done["merged"][-1]["tensors"]) == 2 + 3
     expected = by_peft(whole, adapter)
     found = AutoModelForImageTextToText.from_pretrained(tmp_path / "a").state_dict()
     kept = {str(old): str(new) for new, old in enumerate((1, 6))}
@@ -187,7 +187,7 @@ def test_other_towers_keep_their_numbers(tmp_path: Path) -> None:
     assert compared == 5
     own = save_adapter(cut, tmp_path / "own", target_modules=["q_proj"])
     done = json.loads(succeeds("merge", cut, own, "-o", tmp_path / "b", "--json").stdout)
-    assert done["verified"] == "logits" and len(done["tensors"]) == 5
+    assert done["verified"] == "logits" and len(done["merged"][-1]["tensors"]) == 5
 
 
 def test_how_it_was_made_does_not_matter_where_it_is_plain(whole: Path, sliced: Path, tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_how_it_was_made_does_not_matter_where_it_is_plain(whole: Path, sliced: 
     done = json.loads(
         succeeds("merge", sliced, adapter, "--renumber", "-o", tmp_path / "out", "--json").stdout
     )
-    assert done["verified"] == "logits" and len(done["tensors"]) == 8 and done["left_out"] == 2
+    assert done["verified"] == "logits" and len(done["merged"][-1]["tensors"]) == 8 and len(done["merged"][-1]["left_out"]) == 2
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga", "loftq"])
@@ -244,7 +244,7 @@ def test_experts_that_are_loaded_as_one_tensor_are_merged_one_by_one(tmp_path: P
     pair = {"A": torch.randn(2, columns), "B": torch.randn(rows, 2)}
     adapter = save_pairs(tmp_path / "adapter", {name: pair}, r=2, lora_alpha=4)
     done = json.loads(succeeds("merge", base, adapter, "-o", tmp_path / "out", "--json").stdout)
-    assert done["verified"] == "load" and done["tensors"] == [f"{name}.weight"]
+    assert done["verified"] == "load" and done["merged"][-1]["tensors"] == [f"{name}.weight"]
     found = tensors(tmp_path / "out")[f"{name}.weight"]
     assert torch.allclose(found, old + 2 * pair["B"] @ pair["A"], atol=1e-5)
     result = slicer("merge", base, adapter, "--verify", "logits", "-o", tmp_path / "again")
@@ -274,12 +274,12 @@ def test_every_merge_is_recorded_and_only_where_it_was_done(
     succeeds("merge", sliced, of_whole, "--renumber", "-o", once)
     done = json.loads(succeeds("merge", once, own, "-o", twice, "--json").stdout)
     first, second = Plan.load(twice).merged
-    assert first["renumber"] and not second["renumber"]
-    assert [first["adapter"], second["adapter"]] == [str(of_whole), str(own)]
+    assert first.renumber and not second.renumber
+    assert [first.adapter, second.adapter] == [str(of_whole), str(own)]
     digest = hashlib.sha256((own / "adapter_model.safetensors").read_bytes()).hexdigest()
-    assert second["sha256"] == digest != first["sha256"] and second["command"] == f"slicer merge {once} {own}"
-    assert first["command"] == f"slicer merge {sliced} {of_whole} --renumber"
-    assert second["tensors"] == done["tensors"] and second["logits_error"] == done["logits_error"]
+    assert second.sha256 == digest != first.sha256 and second.command == f"slicer merge {once} {own}"
+    assert first.command == f"slicer merge {sliced} {of_whole} --renumber"
+    assert list(second.tensors) == done["merged"][-1]["tensors"] and second.logits_error == done["logits_error"]
     # As written when there was one record.
     file = twice / "slicer" / "plan.json"
     plan = json.loads(file.read_text())
