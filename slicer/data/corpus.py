@@ -72,7 +72,7 @@ class Sequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         stored = self._tokens[index].long()
         learned = stored >= 0
-        tokens = torch.where(learned, stored, -1 - stored)  # -1 - token stands for one that is not learned
+        tokens = torch.where(learned, stored, -1 - stored)  # stored as -1 - token: not learned
         labels = torch.where(learned, tokens, torch.full_like(tokens, IGNORED))
         return {"input_ids": tokens, "labels": labels, "index": torch.tensor(index)}
 

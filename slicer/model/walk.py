@@ -8,7 +8,6 @@ states.
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -385,7 +384,7 @@ def open_walk(
         yield walk
     finally:
         walk.close()
-        gc.collect()  # models contain reference cycles
+        memory.release()
 
 
 def next_token_loss(

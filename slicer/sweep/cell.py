@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -51,7 +50,7 @@ class SharedModel:
         """Free the memory for a training, which reads from files."""
         for name in ("walk", "text", "prefix", "activations"):
             self.__dict__.pop(name, None)
-        gc.collect()
+        memory.release()
 
     @cached_property
     def walk(self) -> Walk:
