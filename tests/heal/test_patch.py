@@ -13,6 +13,7 @@ import torch
 from cuts import changed, export
 from torch import nn
 
+from slicer.checkpoint.config import sliced_config
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import ArchitectureError, UsageError
 from slicer.heal.patch import NONE, Solved, form_for, holds, place
