@@ -70,7 +70,7 @@ class Recording:
         positions: recorded tokens of each sequence, ascending; the last one is the sequence's last token.
         point_positions: those used by CKA and the fold residual, as indices into `positions`.
         point_sequences: sequences, of all processes together, whose points these two use.
-        has_mlp: whether every layer has a feed-forward part; its output at the points is recorded then.
+        has_mlp: whether every layer has a feed-forward sublayer; its output at the points is recorded then.
     """
 
     directory: Path

@@ -186,7 +186,7 @@ def _needs_several(path: Path, dtype: str, target: torch.device) -> bool:
 def in_float32(model: Any) -> Iterator[bool]:
     """Inside the block a loaded 16-bit `model` computes in float32, where there is memory for a copy of it.
 
-    Afterwards its parameters are the very tensors that they were.
+    Afterwards its parameters are the same tensors as before.
     """
     halves = [p for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
     needed: Counter[torch.device] = Counter()

@@ -114,7 +114,7 @@ class Walk:
         return cls(offloaded.model, offloaded, StateBudget(limit, directory))
 
     def close(self) -> None:
-        """Let the model go: a closed walk runs nothing, and keeps no memory under whatever name it still has."""
+        """Release the model. A closed walk cannot run; a name that still refers to it keeps no memory."""
         if self._offloaded is not None:
             self._offloaded.close()
         self.__dict__.clear()
