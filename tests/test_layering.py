@@ -68,10 +68,8 @@ ROOMS = {
         "slicer.heal.finetune",
         "slicer.model.adapter",
         "slicer.runtime.compat",
-        "slicer.benchmarks.rivals",
     ),
-    "bitsandbytes": ("slicer.heal.finetune", "slicer.benchmarks.rivals"),
-    "lm_eval": ("slicer.runtime.compat", "slicer.evaluate", "slicer.data.sources"),
+    "lm_eval": ("slicer.runtime.compat", "slicer.data.sources"),
     "jinja2": ("slicer.report.page",),
     "matplotlib": ("slicer.figures",),
 }

@@ -92,7 +92,11 @@ def test_it_is_what_peft_makes_of_it(sliced: Path, tmp_path: Path, changes: dict
     result = slicer("merge", sliced, adapter, "-o", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.output
     done = json.loads(result.stdout)
-    assert done["verified"] == "logits" and done["logits_error"] < 1e-5 and len(done["merged"][-1]["tensors"]) == 8
+    assert (
+        done["verified"] == "logits"
+        and done["logits_error"] < 1e-5
+        and len(done["merged"][-1]["tensors"]) == 8
+    )
     expected, found = by_peft(sliced, adapter), tensors(tmp_path / "out")
     assert all(torch.allclose(found[key], expected[key], atol=1e-6) for key in found)
     old, new = files.read_tensors(sliced), files.read_tensors(tmp_path / "out")
@@ -173,7 +177,11 @@ def test_other_towers_keep_their_numbers(tmp_path: Path) -> None:
     succeeds("convert", whole, "--drop", "0,2-5", "--heal", "none", "--verify", "none", "-o", cut)
     adapter = save_adapter(whole, tmp_path / "adapter", target_modules=["q_proj"])
     done = json.loads(succeeds("merge", cut, adapter, "--renumber", "-o", tmp_path / "a", "--json").stdout)
-    assert done["verified"] == "logits" and len(done["merged"][-1]["left_out"]) == 5 and len(done["merged"][-1]["tensors"]) == 2 + 3
+    assert (
+        done["verified"] == "logits"
+        and len(done["merged"][-1]["left_out"]) == 5
+        and len(done["merged"][-1]["tensors"]) == 2 + 3
+    )
     expected = by_peft(whole, adapter)
     found = AutoModelForImageTextToText.from_pretrained(tmp_path / "a").state_dict()
     kept = {str(old): str(new) for new, old in enumerate((1, 6))}
@@ -198,7 +206,11 @@ def test_how_it_was_made_does_not_matter_where_it_is_plain(whole: Path, sliced: 
     done = json.loads(
         succeeds("merge", sliced, adapter, "--renumber", "-o", tmp_path / "out", "--json").stdout
     )
-    assert done["verified"] == "logits" and len(done["merged"][-1]["tensors"]) == 8 and len(done["merged"][-1]["left_out"]) == 2
+    assert (
+        done["verified"] == "logits"
+        and len(done["merged"][-1]["tensors"]) == 8
+        and len(done["merged"][-1]["left_out"]) == 2
+    )
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga", "loftq"])
@@ -279,7 +291,9 @@ def test_every_merge_is_recorded_and_only_where_it_was_done(
     digest = hashlib.sha256((own / "adapter_model.safetensors").read_bytes()).hexdigest()
     assert second.sha256 == digest != first.sha256 and second.command == f"slicer merge {once} {own}"
     assert first.command == f"slicer merge {sliced} {of_whole} --renumber"
-    assert list(second.tensors) == done["merged"][-1]["tensors"] and second.logits_error == done["logits_error"]
+    assert (
+        list(second.tensors) == done["merged"][-1]["tensors"] and second.logits_error == done["logits_error"]
+    )
     # As written when there was one record.
     file = twice / "slicer" / "plan.json"
     plan = json.loads(file.read_text())
