@@ -34,7 +34,7 @@ MODULES = (
 EVALUATION = (*MODULES, "lm_eval.models.huggingface", "lm_eval.evaluator")
 TRAINING = (*MODULES, "peft", "transformers.trainer", "bitsandbytes", "accelerate")
 VLLM = ("vllm", "vllm.v1.engine.core")
-status: list[int] = []  # of a forked command that ended
+status: list[int] = []  # with which this process ends, once it is known
 
 
 @dataclass
@@ -162,9 +162,9 @@ def serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if "poll" in request:
-            pid, status = os.waitpid(request["poll"], os.WNOHANG)
+            pid, wait_status = os.waitpid(request["poll"], os.WNOHANG)
             alive.discard(pid)
-            answer = os.waitstatus_to_exitcode(status) if pid else None
+            answer = os.waitstatus_to_exitcode(wait_status) if pid else None
         else:
             for name in ("slicer.cli.main", *request["modules"]):
                 importlib.import_module(name)
@@ -177,6 +177,7 @@ def serve() -> None:
     for pid in alive:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+    status.append(0)
 
 
 def run(request: dict[str, Any]) -> NoReturn:
@@ -210,7 +211,7 @@ def run(request: dict[str, Any]) -> NoReturn:
 
 
 def leave() -> None:
-    """Run in a fork as the last of what Python does at exit: its copies of the modules need no tearing down."""
+    """The last of what Python does at exit: the modules need no tearing down, which takes long."""
     if status:
         sys.stdout.flush()
         sys.stderr.flush()
