@@ -1,7 +1,7 @@
 # slicer: `make demo` shows the main job; `make test` and `make lint` are what CI runs.
 #
 #   make demo    core install, then slice the embedded model, check it, let both write a line of text
-#   make test    full CPU install, then the test suite (ARGS="-k plan" goes to pytest)
+#   make test    full CPU install, then the test suite in two processes (ARGS="-k plan" goes to pytest, "-n 0": in one)
 #   make lint    ruff check, ruff format --check, mypy --strict, generated docs up to date
 #   make docs    write docs/reference/ from the code
 #   make bench   the benchmarks (ARGS goes to each)
@@ -44,7 +44,7 @@ demo: $(VENV)/.core
 	$(BIN)/slicer demo $(ARGS)
 
 test: $(VENV)/.full
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 # All four speak, then it fails if any did.
 lint: $(VENV)/.full

@@ -22,8 +22,9 @@ from click import Context
 from slicer import errors
 from slicer.checkpoint.architectures.table import ARCHITECTURES, Architecture
 from slicer.checkpoint.architectures.vllm import Unserved
-from slicer.cli.groups import OLD_NAMES, attributes
+from slicer.cli.groups import OLD_NAMES
 from slicer.cli.main import main as main_command
+from slicer.cli.training import attributes
 from slicer.heal.finetune import memory, settings
 from slicer.plan import records
 from slicer.plan.plan import Plan

@@ -156,6 +156,7 @@ class ForkServer:
 
 def serve() -> None:
     """Answer requests from stdin, a JSON object a line."""
+    gc.set_threshold(50_000, 20, 20)
     atexit.register(leave)  # first, so it is called last
     alive: set[int] = set()
     for line in sys.stdin:

@@ -54,7 +54,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sources.save_text(tmp_path_factory.mktemp("text") / "t.jsonl")
 
 
-def request(path: Path | str, out: Path, text: TextSpec, *, positions: int = 16, **given: Any) -> AnalyzeRequest:
+def request(
+    path: Path | str, out: Path, text: TextSpec, *, positions: int = 16, **given: Any
+) -> AnalyzeRequest:
     return AnalyzeRequest(str(path), out, Measures(positions), text=Text.of(text), **given)
 
 

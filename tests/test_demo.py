@@ -31,12 +31,12 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def held_out() -> torch.Tensor:
-    """int64 [12, 256]: text that the training never saw."""
+    """int64 [8, 128]: text that the training never saw."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(demo.path())
     ids = tokenizer((demo.path().parent / "heldout.txt").read_text("utf-8"), verbose=False)["input_ids"]
-    return torch.tensor(ids[: len(ids) // 256 * 256]).view(-1, 256)[::5][:12]
+    return torch.tensor(ids[: len(ids) // 128 * 128]).view(-1, 128)[::5][:8]
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,8 @@ def test_the_command_shows_it(tmp_path: Path) -> None:
 
 def test_demo_is_a_source(tmp_path: Path) -> None:
     out = tmp_path / "o"
-    result = CliRunner().invoke(main, ["convert", "demo", "--drop", "0.25", "--samples", "8", "-o", str(out)])
+    result = CliRunner().invoke(
+        main, ["convert", "demo", "--drop", "0.25", "--samples", "8", "--seq-len", "64", "-o", str(out)]
+    )
     assert result.exit_code == 0, result.output
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 9

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
+import shlex
 from functools import cache
 from pathlib import Path
 
+import click
 import pytest
+
+from slicer.cli.groups import OLD_NAMES
+from slicer.cli.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -24,8 +29,6 @@ FOREIGN = {
     "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port",
     "--config_file", "--nproc-per-node", "--include_path", "--max-model-len", "--tensor-parallel-size", "--start",
 }  # fmt: skip
-# True once every file is where docs/architecture.md lists it and every option has its final name.
-REBUILT = (ROOT / "slicer" / "cli").is_dir()
 
 
 def named(path: Path) -> str:
@@ -86,7 +89,6 @@ def test_experiments_are_dated(page: Path) -> None:
     assert not missing, f"{named(page)}: no date, commit or command in {missing}"
 
 
-@pytest.mark.skipif(not REBUILT, reason="the files are not yet where the page lists them")
 def test_the_list_of_files_is_complete() -> None:
     listed, folders = set(), [""]
     tree = (
@@ -109,7 +111,6 @@ def test_the_list_of_files_is_complete() -> None:
     assert listed == found, f"docs/architecture.md lacks {found - listed} and lists {listed - found}"
 
 
-@pytest.mark.skipif(not REBUILT, reason="the options do not have their final names yet")
 @pytest.mark.parametrize("page", GUIDES, ids=named)
 def test_options_exist(page: Path) -> None:
     known = set(re.findall(r"--[a-z][\w-]+", (DOCS / "reference" / "cli.md").read_text(encoding="utf-8")))
@@ -117,3 +118,33 @@ def test_options_exist(page: Path) -> None:
     assert not used - known - FOREIGN, (
         f"{named(page)} uses options that no command has: {used - known - FOREIGN}"
     )
+
+
+def commands(page: Path) -> list[str]:
+    """The command lines of slicer in the code blocks of a page; "..." stands for what is left out."""
+    blocks = re.findall(r"^```(?:sh|console)\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    found = [re.search(r"(?:^|\$ |-m )slicer ((?!-).+)", line) for line in lines if not line.startswith("#")]
+    return [match[1] for match in found if match and "..." not in match[1]]
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=named)
+def test_commands_are_understood(page: Path) -> None:
+    """Every command in a code block is one that the command line takes, by present names."""
+    for line in commands(page):
+        name, *words = shlex.split(line, comments=True)
+        found = main.commands[name]
+        old = [
+            word
+            for word in words
+            if word in OLD_NAMES and word not in {o for p in found.params for o in p.opts}
+        ]
+        assert not old, f"{named(page)}: slicer {line}"
+        try:
+            found.make_context(name, words)
+        except click.UsageError as error:
+            pytest.fail(f"{named(page)}: slicer {line}: {error.format_message()}")
+
+
+def test_the_commands_are_found() -> None:
+    assert sum(len(commands(page)) for page in GUIDES) > 40

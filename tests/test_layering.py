@@ -37,7 +37,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("jobs",),
     ("sweep",),
     ("report",),
-    ("serve", "benchmarks"),
+    ("serve",),
+    ("benchmarks",),
     ("demo",),
     ("cli",),
 )
@@ -62,7 +63,7 @@ ROOMS = {
         "slicer.demo",
     ),
     "datasets": ("slicer.data",),
-    "vllm": ("slicer.serve", "slicer.benchmarks", "slicer.runtime.compat", "slicer.evaluate.backends"),
+    "vllm": ("slicer.serve", "slicer.benchmarks"),
     "peft": (
         "slicer.heal.finetune",
         "slicer.model.adapter",

@@ -16,6 +16,7 @@ from slicer.jobs.options import Options
 from slicer.model.load import load_model
 from slicer.plan.amounts import Goal, parse_amount
 
+pytestmark = pytest.mark.xdist_group("vllm")  # one process loads vLLM for all
 PROMPTS = ["And the LORD said unto", "The captain of the"]
 TOKENS = 12
 # A native cut, one for vLLM's own DeciLMForCausalLM, and one for slicer's subclass of it.

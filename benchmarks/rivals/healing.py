@@ -3,8 +3,8 @@
     python -m slicer.benchmarks.rivals.healing --model DIR --calibration A.jsonl --calibration B.txt \
         --held-out wiki=wiki.test.txt --held-out c4=docs.jsonl [--drop 2,4,6,8] [--samples 64] [--seq-len 512]
 
-Baselines in the same run, on the same tokens: the bare cut, and ReplaceMe's transform (`--solver transform`). Layers are
-chosen by angular distance on the calibration text, as in `slicer convert`. The share removed is
+Baselines in the same run, on the same tokens: the bare cut, and ReplaceMe's transform (`--solver transform`). Layers
+are chosen by angular distance on the calibration text, as in `slicer convert`. The share removed is
 (bare - healed) / (bare - all layers) in nats per token, averaged over the held-out texts; new tensors are rounded to
 the checkpoint's dtypes. The source's activations are computed once for all depths and methods; their time is listed
 separately, and a single fold needs it too.

@@ -91,25 +91,26 @@ def _run(given: argparse.Namespace, way: str) -> dict[str, float]:
     from slicer.heal.finetune import model as adapters
     from slicer.heal.finetune.memory import ModelShape, needed
     from slicer.heal.finetune.settings import Training, resolve
+    from slicer.runtime.compute import Compute
 
     adapters.require(given.method)
     asked = Training(
-        method=given.method, steps=given.steps, batch_size=given.batch_size, micro_batch=given.batch_size,
-        seq_len=given.seq_len, rank=given.rank, lr=1e-4, compute=given.compute, validation_samples=1,
-        eval_every=given.steps, dropout=0.05, gradient_checkpointing=given.gradient_checkpointing,
+        method=given.method, max_steps=given.steps, batch_size=given.batch_size, micro_batch=given.batch_size,
+        seq_len=given.seq_len, lora_r=given.rank, learning_rate=1e-4, compute=given.compute, validation_samples=1,
+        eval_every=given.steps, gradient_checkpointing=given.gradient_checkpointing,
     )  # fmt: skip
     on_gpu = torch.cuda.is_available()
-    parameters = Checkpoint.open(given.model).parameters
-    settings, _ = resolve(asked, str(given.model), parameters, most_tokens=None, on_gpu=on_gpu)
-    corpus = prepare(TextSpec(given.calibration), settings, None, given.model, given.work / "corpus")
+    base = Checkpoint.open(given.model)
+    settings, _ = resolve(asked, str(given.model), base.parameters, most_tokens=None, on_gpu=on_gpu)
+    corpus = prepare(TextSpec(given.calibration), settings.size, base, given.work / "corpus")
     formula = needed(
-        ModelShape.of(Checkpoint.open(given.model).config), method=given.method, rank=given.rank,
+        ModelShape.of(base.config), method=given.method, rank=given.rank,
         micro_batch=settings.micro_batch, seq_len=given.seq_len,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing=given.gradient_checkpointing,
         bytes_a_value=getattr(torch, settings.compute).itemsize,
     )  # fmt: skip
     with _Memory() as memory:
-        model = adapters.load(given.model, settings)
+        model = adapters.load(base, settings, Compute())
         times = (
             _slicer(model, corpus, settings, given.work / f"run-{os.getpid()}")
             if way == "slicer"
@@ -167,7 +168,7 @@ def _slicer(model: Any, corpus: Any, settings: Any, work: Path) -> list[float]:
             self.times += [time.monotonic()] * amount
 
     clock = Clock()
-    train(model, corpus, settings, work, progress=clock)
+    train(model, corpus, settings, work, clock)
     return clock.times
 
 
@@ -175,11 +176,13 @@ def _bare(model: Any, corpus: Any, settings: Any) -> list[float]:
     import torch
 
     device = model.get_input_embeddings().weight.device
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=settings.lr)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=settings.learning_rate
+    )
     model.train()
-    times = []
-    for step in range(settings.steps):
-        rows = range(step * settings.batch_size, (step + 1) * settings.batch_size)
+    times, batch_size = [], settings.asked.batch_size
+    for step in range(settings.asked.max_steps):
+        rows = range(step * batch_size, (step + 1) * batch_size)
         tokens = torch.stack([corpus.train[i % len(corpus.train)]["input_ids"] for i in rows]).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.compute == "bfloat16"):
             loss = model(input_ids=tokens, labels=tokens).loss

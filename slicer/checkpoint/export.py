@@ -96,7 +96,7 @@ def write(
     Raises OutputError where the space does not suffice.
     """
     check_space(directory, contents.total_bytes + (1 << 20))
-    _copy_companions(contents.origin, directory)
+    copy_companions(contents.origin, directory)
     text = json.dumps(contents.config, indent=2, ensure_ascii=False) + "\n"
     (directory / "config.json").write_text(text, "utf-8")
     for file in sorted((contents.origin / "slicer").glob("*")) if contents.continues else ():
@@ -113,7 +113,7 @@ def write(
     )
 
 
-def _copy_companions(source: Path, directory: Path) -> None:
+def copy_companions(source: Path, directory: Path) -> None:
     """Copy tokenizer, chat template, generation config, code and licence; not weights or the model card."""
     skipped = {"config.json", "README.md", INDEX, BIN_INDEX}
     for file in sorted(source.rglob("*")):

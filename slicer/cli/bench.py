@@ -30,76 +30,38 @@ class _Passing(groups.Command):
 @click.argument("sliced", nargs=-1)
 @group(
     "Models",
-    option(
-        "--drop",
-        metavar="LIST",
-        show_default="without SLICED: 0, 1/6, 1/3 and 1/2 of the layers",
-        help="Measure BASE without this many layers: 0,4,8,12 or 0,0.25,0.5. Needs only the config.",
-    ),
+    option("--drop", metavar="LIST", show_default="without SLICED: 0, 1/6, 1/3 and 1/2 of the layers",
+           help="Measure BASE without this many layers: 0,4,8,12 or 0,0.25,0.5. Needs only the config."),
     option("--model-config", **groups.FILE, help="A config.json instead of BASE."),
-    option(
-        "--engine", type=click.Choice(["vllm", "transformers"]), default="vllm", help="What runs the models."
-    ),
+    option("--engine", type=click.Choice(["vllm", "transformers"]), default="vllm", help="What runs the models."),
     option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", help="Precision of the models."),
-    option(
-        "--kv-cache",
-        metavar="SIZE",
-        show_default="4 GiB on GPUs, 1 GiB on a CPU with enough memory",
-        help="KV cache of each model, e.g. 1GiB.",
-    ),
-)
+    option("--kv-cache", metavar="SIZE", show_default="4 GiB on GPUs, 1 GiB on a CPU with enough memory",
+           help="KV cache of each model, e.g. 1GiB."),
+)  # fmt: skip
 @group(
     "Load",
-    option(
-        "--concurrency",
-        metavar="LIST",
-        show_default="1,8,32 on GPUs, 1,4 on a CPU",
-        help="Concurrent requests.",
-    ),
-    option(
-        "--input-len",
-        type=groups.POSITIVE,
-        show_default="512 on GPUs, 128 on a CPU",
-        help="Tokens per prompt.",
-    ),
-    option(
-        "--output-len",
-        type=click.IntRange(min=2),
-        show_default="128 on GPUs, 32 on a CPU",
-        help="Tokens to generate.",
-    ),
-    option(
-        "--seconds",
-        type=click.FloatRange(min=0, min_open=True),
-        show_default="10 on GPUs, 4 on a CPU",
-        help="Approximate seconds per concurrency.",
-    ),
-    option(
-        "--rounds",
-        type=groups.POSITIVE,
-        default=3,
-        help="Number of times each model is started and measured.",
-    ),
+    option("--concurrency", metavar="LIST", show_default="1,8,32 on GPUs, 1,4 on a CPU", help="Concurrent requests."),
+    option("--input-len", type=groups.POSITIVE, show_default="512 on GPUs, 128 on a CPU", help="Tokens per prompt."),
+    option("--output-len", type=click.IntRange(min=2), show_default="128 on GPUs, 32 on a CPU",
+           help="Tokens to generate."),
+    option("--seconds", type=click.FloatRange(min=0, min_open=True), show_default="10 on GPUs, 4 on a CPU",
+           help="Approximate seconds per concurrency."),
+    option("--rounds", type=groups.POSITIVE, default=3, help="Number of times each model is started and measured."),
     option("--seed", type=click.IntRange(min=0), default=0, help="Seed of prompts and random weights."),
-)
+)  # fmt: skip
 @group(
     "Speculative decoding",
-    option(
-        "--speculative",
-        default=False,
-        help="Compare BASE alone with BASE and each SLICED as its draft model.",
-    ),
+    option("--speculative", default=False, help="Compare BASE alone with BASE and each SLICED as its draft model."),
     groups.DRAFTED,
     option("--prompts", **groups.FILE, help="Prompts, one per line."),
-)
+)  # fmt: skip
 @group(
     "Output",
-    groups.output_dir(
-        "Directory of bench.json, .csv, .md, .png and .svg, and of finished runs: the same command resumes."
-    ),
+    groups.output_dir("Directory of bench.json, .csv, .md, .png and .svg, and of finished runs: the same command "
+                      "resumes."),
     option("--overwrite", default=False, help="Discard the runs in the output directory."),
     groups.JSON,
-)
+)  # fmt: skip
 @click.pass_context
 def bench(context: click.Context, /, base: str | None, sliced: tuple[str, ...], **given: Any) -> None:
     """Measure time and memory by depth, and fit straight lines.

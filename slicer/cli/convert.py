@@ -11,13 +11,13 @@ import click
 
 from slicer.cli import groups
 from slicer.cli.groups import expert, group, option
+from slicer.cli.training import CONFIG, rank_options, rank_search_of, training_of, training_options
 from slicer.data.sources import TextSpec
 from slicer.errors import HealError
 from slicer.heal.finetune.settings import METHODS, of_record
 from slicer.jobs.request import (
     COMPENSATIONS,
     OFFSETS,
-    SOLVERS,
     STRATEGIES,
     Compensation,
     ConvertRequest,
@@ -40,87 +40,43 @@ _AMOUNTS = ("drop", "keep_layers", "max_params", "max_bytes", "drop_attention", 
 @click.argument("source")
 @group(
     "How much to drop",
-    option(
-        "--drop",
-        metavar="AMOUNT",
-        help="Layers: fraction 0.4, count 8, block 24-31 (inclusive) or list 3,7,9-12.",
-    ),
+    option("--drop", metavar="AMOUNT", help="Layers: fraction 0.4, count 8, block 24-31 (inclusive) or list 3,7,9-12."),
     option("--keep-layers", type=int, metavar="N", help="Keep this many layers."),
-    option(
-        "--max-params",
-        metavar="SIZE",
-        help="Drop the fewest layers that leave at most SIZE parameters, e.g. 5B.",
-    ),
-    option(
-        "--max-bytes",
-        metavar="SIZE",
-        help="Drop the fewest layers that leave at most SIZE of weights, e.g. 16GB.",
-    ),
-    option(
-        "--drop-attention", metavar="AMOUNT", help="Attention of this many layers, beside --drop or alone."
-    ),
+    option("--max-params", metavar="SIZE", help="Drop the fewest layers that leave at most SIZE parameters, e.g. 5B."),
+    option("--max-bytes", metavar="SIZE", help="Drop the fewest layers that leave at most SIZE of weights, e.g. 16GB."),
+    option("--drop-attention", metavar="AMOUNT", help="Attention of this many layers, beside --drop or alone."),
     option("--drop-ffn", metavar="AMOUNT", help="Feed-forward of this many layers, likewise."),
-    option(
-        "--drop-sublayers",
-        metavar="AMOUNT",
-        help="This many sublayers of either kind, least important first.",
-    ),
+    option("--drop-sublayers", metavar="AMOUNT",
+           help="This many sublayers of either kind, least important first."),
     option("--plan", "plan_file", **groups.FILE, help="Replay a saved plan.json, with its healing."),
-)
+)  # fmt: skip
 @group(
     "How to choose",
-    option(
-        "--strategy",
-        type=click.Choice(STRATEGIES),
-        default=Selection.strategy,
-        help="similarity: the block whose ends lie closest (angular distance). deepest: the last layers before the "
-        "final one. tail: the last layers.",
-    ),
-    expert(
-        "--offset",
-        type=click.Choice(OFFSETS),
-        default=Selection.offset,
-        help="whole: blocks of whole layers. half: from after one attention to after another. auto: the closer of "
-        "both (whole for --solver transform and training).",
-    ),
-    expert(
-        "--format",
-        type=click.Choice(FORMS),
-        show_default="native; blockwise if a sublayer is missing",
-        help="How layers without attention or feed-forward are written. blockwise: as vLLM's DeciLM (Llama, "
-        "Mistral, Qwen2); transformers needs 'import slicer'. zeroed: output matrix zero; loads everywhere, saves "
-        "nothing.",
-    ),
-)
+    option("--strategy", type=click.Choice(STRATEGIES), default=Selection.strategy,
+           help="similarity: the block whose ends lie closest (angular distance). deepest: the last layers before the "
+           "final one. tail: the last layers."),
+    expert("--offset", type=click.Choice(OFFSETS), default=Selection.offset,
+           help="whole: blocks of whole layers. half: from after one attention to after another. auto: the closer of "
+           "both (whole for --solver transform and training)."),
+    expert("--format", type=click.Choice(FORMS), show_default="native; blockwise if a sublayer is missing",
+           help="How layers without attention or feed-forward are written. blockwise: as vLLM's DeciLM (Llama, "
+           "Mistral, Qwen2); transformers needs 'import slicer'. zeroed: output matrix zero; loads everywhere, saves "
+           "nothing."),
+)  # fmt: skip
 @groups.text_options()
 @group(
     "How to heal the cut",
-    option(
-        "--heal",
-        type=click.Choice([*COMPENSATIONS, *METHODS]),
-        show_default="auto, or as in --plan",
-        help="none: keep every byte. fold: solve existing matrices again in closed form. auto: fold if there is text "
-        "and it helps. bias, linear: add a constant or a low-rank map. qlora, lora, full: fold, then train.",
-    ),
+    option("--heal", type=click.Choice([*COMPENSATIONS, *METHODS]), show_default="auto, or as in --plan",
+           help="none: keep every byte. fold: solve existing matrices again in closed form. auto: fold if there is "
+           "text and it helps. bias, linear: add a constant or a low-rank map. qlora, lora, full: fold, then train."),
     option("--rank", type=groups.POSITIVE, help="Rank of the maps of --heal linear."),
-    expert(
-        "--solver",
-        type=click.Choice(SOLVERS),
-        show_default=SOLVERS[0],
-        help="Of a fold. resolve: the output matrices, by ridge regression. transform: one linear map behind the "
-        "feed-forward (ReplaceMe).",
-    ),
-    expert(
-        "--heal-steps",
-        type=click.IntRange(min=0),
-        metavar="N",
-        show_default="0",
-        help="Then train what bias or linear added, and nothing else, for N steps.",
-    ),
-    groups.CONFIG,
-    *groups.training_options(),
-    *groups.rank_options(visible=False),
-)
+    groups.SOLVER,
+    expert("--heal-steps", type=click.IntRange(min=0), metavar="N", show_default="0",
+           help="Then train what bias or linear added, and nothing else, for N steps."),
+    CONFIG,
+    *training_options(),
+    *rank_options(visible=False),
+)  # fmt: skip
 @group(
     "Output",
     groups.output_dir("Output directory.", show_default="SOURCE's name and the layers left, e.g. model-24L"),
@@ -130,7 +86,7 @@ _AMOUNTS = ("drop", "keep_layers", "max_params", "max_bytes", "drop_attention", 
     groups.SHARDS,
     groups.VERIFY,
     groups.JSON,
-)
+)  # fmt: skip
 @group("Machine", groups.DEVICE, groups.MEMORY, groups.TRUST)
 def convert(source: str, **given: Any) -> None:
     """Drop layers of SOURCE and write a standard checkpoint.
@@ -152,7 +108,7 @@ def convert(source: str, **given: Any) -> None:
         given["training_lora_r"], given["rank"] = given["rank"], None
     request = request_of(source, given)
     healing = healing_of(request, given)
-    search = groups.rank_search_of(given)
+    search = rank_search_of(given)
     with bars.progress() as progress:
         if healing is None:
             done: Written | None = run(request, progress)
@@ -194,7 +150,7 @@ def healing_of(request: ConvertRequest, given: Mapping[str, Any]) -> HealRequest
         if record.text is not None:
             text = Text.of(text.over(TextSpec.of_record(record.text)))
         solver = solver or record.solver
-    training = groups.training_of(given, method, "--heal", recorded)
+    training = training_of(given, method, "--heal", recorded)
     if training is None:
         return None
     return HealRequest(

@@ -64,18 +64,15 @@ def machine_options(hidden: Collection[str] = ()) -> list[Decorator]:
 @group(
     "Output",
     groups.output_file("Write the results, with the value of every item, to FILE."),
-    option(
-        "--write-tasks",
-        **groups.DIRECTORY,
-        help="Keep the task files made from --data in DIR, for lm_eval --include_path DIR.",
-    ),
+    option("--write-tasks", **groups.DIRECTORY,
+           help="Keep the task files made from --data in DIR, for lm_eval --include_path DIR."),
     groups.JSON,
-)
+)  # fmt: skip
 @group(
     "Machine",
     option("--backend", type=click.Choice(["hf", "vllm"]), default="hf", help="Engine that runs the model."),
     *machine_options(),
-)
+)  # fmt: skip
 def evaluate(models: tuple[str, ...], **given: Any) -> None:
     """Evaluate MODEL: lm-eval tasks, loss on text, generated text.
 

@@ -7,40 +7,26 @@ from typing import Any
 import click
 
 from slicer.cli import groups
-from slicer.cli.groups import expert, group, option
+from slicer.cli.groups import group, option
+from slicer.cli.training import CONFIG, rank_options, rank_search_of, training_of, training_options
 from slicer.heal.finetune.settings import METHODS
-from slicer.jobs.request import SOLVERS, Compensation, HealRequest
+from slicer.jobs.request import Compensation, HealRequest
 
 
 @groups.command()
 @click.argument("sliced")
 @group(
     "How to heal the cut",
-    option(
-        "--base-model",
-        "source",
-        metavar="SOURCE",
-        show_default="as in SLICED's plan",
-        help="What SLICED was sliced from.",
-    ),
-    option(
-        "--method",
-        type=click.Choice(["fold", *METHODS]),
-        default="fold",
-        help="fold: solve existing matrices again in closed form. qlora, lora: train adapters on the feed-forward, "
-        "on 4-bit weights or those as stored, and merge them. full: train all weights.",
-    ),
-    expert(
-        "--solver",
-        type=click.Choice(SOLVERS),
-        show_default=SOLVERS[0],
-        help="Of a fold. resolve: the output matrices, by ridge regression. transform: one linear map behind the "
-        "feed-forward (ReplaceMe).",
-    ),
-    groups.CONFIG,
-    *groups.training_options(visible=("max_steps", "learning_rate", "lora_r", "batch_size", "seq_len")),
-    *groups.rank_options(visible=True),
-)
+    option("--base-model", "source", metavar="SOURCE", show_default="as in SLICED's plan",
+           help="What SLICED was sliced from."),
+    option("--method", type=click.Choice(["fold", *METHODS]), default="fold",
+           help="fold: solve existing matrices again in closed form. qlora, lora: train adapters on the feed-forward, "
+           "on 4-bit weights or those as stored, and merge them. full: train all weights."),
+    groups.SOLVER,
+    CONFIG,
+    *training_options(visible=("max_steps", "learning_rate", "lora_r", "batch_size", "seq_len")),
+    *rank_options(visible=True),
+)  # fmt: skip
 @groups.text_options("allenai/c4, streamed")
 @group(
     "Output",
@@ -49,7 +35,7 @@ from slicer.jobs.request import SOLVERS, Compensation, HealRequest
     groups.SHARDS,
     groups.VERIFY,
     groups.JSON,
-)
+)  # fmt: skip
 @group("Machine", groups.DEVICE, groups.MEMORY, groups.TRUST)
 def heal(sliced: str, **given: Any) -> None:
     """Close the cut in SLICED, a checkpoint that slicer made.
@@ -70,7 +56,7 @@ def heal(sliced: str, **given: Any) -> None:
     request = HealRequest(
         sliced,
         given["source"],
-        groups.training_of(given, given["method"], "--method"),
+        training_of(given, given["method"], "--method"),
         Compensation("fold", given["solver"]),
         groups.text_of(given),
         groups.output_of(given),
@@ -78,7 +64,7 @@ def heal(sliced: str, **given: Any) -> None:
         given["save_adapter"],
         groups.recorded_command(),
     )
-    search = groups.rank_search_of(given)
+    search = rank_search_of(given)
     with bars.progress() as progress:
         done = run(request, progress) if search is None else heal_with_best_rank(request, search, progress)
         if request.training is not None:

@@ -10,12 +10,8 @@ import click
 
 from slicer.cli import groups
 from slicer.cli.groups import group, option
+from slicer.measure.metrics import METRICS
 from slicer.plan.plan import METRIC
-
-METRICS = (
-    METRIC, "angular_mean", "block_influence", "relative_l1", "relative_l2", "cka", "fold_residual",
-    "loss", "kl", "taylor", "greedy", "healed_loss", "shapley", "shapley_score",
-)  # fmt: skip
 
 
 @groups.command()
@@ -25,23 +21,16 @@ METRICS = (
     option("--drop", metavar="AMOUNT", help="Layers: fraction 0.4 or count 8."),
     option("--drop-attention", metavar="AMOUNT", help="Attention of this many layers."),
     option("--drop-ffn", metavar="AMOUNT", help="Feed-forward of this many layers."),
-    option(
-        "--drop-sublayers",
-        metavar="AMOUNT",
-        help="This many sublayers of either kind, least important first.",
-    ),
-)
+    option("--drop-sublayers", metavar="AMOUNT",
+           help="This many sublayers of either kind, least important first."),
+)  # fmt: skip
 @group(
     "How to choose",
-    option("--metric", type=click.Choice(METRICS), default=METRIC, help="Metric to choose by."),
-    option(
-        "--blocks",
-        type=groups.POSITIVE,
-        default=1,
-        help="Largest number of separate blocks; the optimum is exact.",
-    ),
+    option("--metric", type=click.Choice([*METRICS, "greedy"]), default=METRIC, help="Metric to choose by."),
+    option("--blocks", type=groups.POSITIVE, default=1,
+           help="Largest number of separate blocks; the optimum is exact."),
     option("--protect", metavar="LAYERS", help="Layers to keep, e.g. 0,1,-1 (from the end) or 0-3."),
-)
+)  # fmt: skip
 @group("Output", groups.output_file("Plan file.", show_default="plan.json in DIRECTORY"), groups.JSON)
 def plan(directory: Path, **given: Any) -> None:
     """Choose layers to drop from the analysis in DIRECTORY.

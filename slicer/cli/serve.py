@@ -23,12 +23,12 @@ from slicer.cli.groups import group, option
     option("--no-auth", default=False, help="Allow access from other machines without a key."),
     option("--name", show_default="SOURCE's", help="Model name for clients."),
     option("--timeout", type=groups.POSITIVE, metavar="SECONDS", default=1800, help="Maximum startup time."),
-)
+)  # fmt: skip
 @group(
     "Speculative decoding",
     option("--draft", metavar="SLICED", help="A cut of SOURCE as its draft model."),
     groups.DRAFTED,
-)
+)  # fmt: skip
 def serve(
     source: str,
     vllm_flags: tuple[str, ...],

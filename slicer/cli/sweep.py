@@ -12,7 +12,8 @@ import click
 
 from slicer.cli import groups
 from slicer.cli.eval import check_batch, machine_options, measured_options, names
-from slicer.cli.groups import expert, group, option
+from slicer.cli.groups import FILE, expert, group, option
+from slicer.cli.training import from_file, training_of, training_options
 from slicer.data.sources import TextSpec
 from slicer.errors import EvaluationError, UsageError
 from slicer.plan.amounts import parse_counts
@@ -21,76 +22,55 @@ from slicer.plan.amounts import parse_counts
 _HIDDEN = ("--text", "--column", "--num-fewshot", "--seed", "--batch-size", "--dtype")
 
 
+def _options_by_name(command: click.Command) -> dict[str, click.Parameter]:
+    return {
+        p.opts[-1].lstrip("-").replace("-", "_"): p
+        for p in command.params
+        if isinstance(p, click.Option) and p.expose_value and not p.is_eager
+    }
+
+
+GRID = option(
+    "--grid", **FILE, is_eager=True, callback=lambda context, _, file: from_file(context, file, _options_by_name),
+    help="YAML file with values for the options of this command, by name; options override it.",
+)  # fmt: skip
+
+
 @groups.command()
 @click.argument("source")
 @group(
     "Grid",
-    groups.GRID,
-    option(
-        "--drop",
-        metavar="AMOUNTS",
-        default="0:0.5:0.05",
-        help="Layers to drop: fractions 0:0.5:0.05 or 0.1,0.25; counts 0,2,4 or 0:8:2.",
-    ),
-    option(
-        "--strategies",
-        metavar="NAMES",
-        default="similarity,deepest",
-        help="Comma-separated: similarity, deepest, tail, random.",
-    ),
-    option(
-        "--heal",
-        "heals",
-        metavar="NAMES",
-        default="none",
-        help="Comma-separated: none, fold (closed form), qlora, qlora@RANK.",
-    ),
-    option(
-        "--seeds", metavar="NUMBERS", default="0", help="Seeds of the random strategy and of trained healing."
-    ),
-    option(
-        "--retain",
-        type=float,
-        metavar="SHARE",
-        help="Instead of a grid: the deepest cut that keeps this share of --metric, as plan.json.",
-    ),
+    GRID,
+    option("--drop", metavar="AMOUNTS", default="0:0.5:0.05",
+           help="Layers to drop: fractions 0:0.5:0.05 or 0.1,0.25; counts 0,2,4 or 0:8:2."),
+    option("--strategies", metavar="NAMES", default="similarity,deepest",
+           help="Comma-separated: similarity, deepest, tail, random."),
+    option("--heal", "heals", metavar="NAMES", default="none",
+           help="Comma-separated: none, fold (closed form), qlora, qlora@RANK."),
+    option("--seeds", metavar="NUMBERS", default="0", help="Seeds of the random strategy and of trained healing."),
+    option("--retain", type=float, metavar="SHARE",
+           help="Instead of a grid: the deepest cut that keeps this share of --metric, as plan.json."),
     option("--metric", metavar="TASK", show_default="the first task", help="Task that --retain measures."),
-    expert(
-        "--suite",
-        type=click.Choice(["paper"]),
-        help="paper: both strategies, bare and healed; mmlu@5, boolq, c4 (figures 1d, 2, 3, 5, 6).",
-    ),
-    expert(
-        "--ablate",
-        type=click.Choice(["prompt", "shots", "seed", "rank"]),
-        help="With --suite paper: run figure 7 (prompt, shots), 8 (seed) or 9 (rank) instead.",
-    ),
-)
+    expert("--suite", type=click.Choice(["paper"]),
+           help="paper: both strategies, bare and healed; mmlu@5, boolq, c4 (figures 1d, 2, 3, 5, 6)."),
+    expert("--ablate", type=click.Choice(["prompt", "shots", "seed", "rank"]),
+           help="With --suite paper: run figure 7 (prompt, shots), 8 (seed) or 9 (rank) instead."),
+)  # fmt: skip
 @measured_options(_HIDDEN)
 @group(
     "Calibration and training",
-    option(
-        "--calibration",
-        metavar="DATA",
-        show_default="text of --data",
-        help="Text for similarity and healing, as in convert.",
-    ),
-    expert(
-        "--samples", type=groups.POSITIVE, show_default=str(TextSpec.samples), help="Calibration sequences."
-    ),
-    expert(
-        "--seq-len",
-        type=click.IntRange(min=2),
-        show_default=str(TextSpec.seq_len),
-        help="Tokens per calibration sequence.",
-    ),
-    *groups.training_options(),
-)
+    option("--calibration", metavar="DATA", show_default="text of --data",
+           help="Text for similarity and healing, as in convert."),
+    expert("--samples", type=groups.POSITIVE, show_default=str(TextSpec.samples), help="Calibration sequences."),
+    expert("--seq-len", type=click.IntRange(min=2), show_default=str(TextSpec.seq_len),
+           help="Tokens per calibration sequence."),
+    *training_options(),
+)  # fmt: skip
 @group(
     "Output",
     groups.output_dir("Directory of the sweep; a second run resumes it.", show_default="SOURCE's name-sweep"),
     groups.JSON,
-)
+)  # fmt: skip
 @group("Machine", *machine_options(_HIDDEN))
 def sweep(source: str, **given: Any) -> None:
     """Evaluate SOURCE at every depth, strategy and healing of a grid.
@@ -114,7 +94,7 @@ def sweep(source: str, **given: Any) -> None:
     from slicer.runtime.files import write_atomically
     from slicer.sweep import bisect, grid
     from slicer.sweep.bisect import deepest_cut
-    from slicer.sweep.run import Sweep, SweepOptions, record_cells
+    from slicer.sweep.run import SweepRequest, open_sweep, record_cells, run_cells
     from slicer.sweep.table import read_table, to_csv, to_dict
 
     typed = groups.said()
@@ -153,15 +133,16 @@ def sweep(source: str, **given: Any) -> None:
     spec = {k: given[k] for k in named if given[k] is not None}
     command = groups.recorded_command({"as_json", "debug", "grid"}, defaults=True)
     trains = any(heal.startswith("qlora") for heal in axes.heals)
-    training = groups.training_of(given, "qlora" if trains else None, "--heal") or Training()
-    settings = SweepOptions(options, TextSpec(source=calibration, **spec), training, command)
+    training = training_of(given, "qlora" if trains else None, "--heal") or Training()
     directory = given["output_dir"] or Path(f"{Path(source).name or 'model'}-sweep")
+    text_spec = TextSpec(source=calibration, **spec)
+    request = SweepRequest(source, directory, options, text_spec, training, command)
     found = None
-    with bars.progress() as progress, Sweep(source, directory, settings, progress) as running:
+    with bars.progress() as progress, open_sweep(request, progress) as running:
         if metric is None:
             cells = grid.cells(axes, running.depth)
-            record_cells(running.journal, cells, command)
-            running.run(cells)
+            record_cells(running.store, cells, command)
+            run_cells(running, cells)
         elif first_process():  # bisection is sequential: there is nothing to share
             found = deepest_cut(running, given["retain"], metric, axes, command)
     if not first_process():

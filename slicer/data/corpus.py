@@ -30,7 +30,7 @@ from slicer.runtime.files import atomic_file, write_atomically
 APART = (16, 4, 2)
 _OF_SAME = "one document in {} of the same source"
 _SAMPLED = 1024  # maximum number of sequences sampled from the model; longer trainings repeat them
-IGNORED = -100
+IGNORED = -100  # the label that torch's cross entropy ignores
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Sequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         stored = self._tokens[index].long()
         learned = stored >= 0
-        tokens = torch.where(learned, stored, -1 - stored)  # -1 - token stands for one that is not learned
+        tokens = torch.where(learned, stored, -1 - stored)  # stored as -1 - token: not learned
         labels = torch.where(learned, tokens, torch.full_like(tokens, IGNORED))
         return {"input_ids": tokens, "labels": labels, "index": torch.tensor(index)}
 

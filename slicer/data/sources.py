@@ -55,7 +55,7 @@ class TextSpec:
 
     @property
     def name(self) -> str:
-        """The source in words: the default data set where none is given."""
+        """The name of the source: that of the default data set if none is given."""
         return self.source or ":".join(DEFAULT_DATASET)
 
     @classmethod

@@ -6,7 +6,6 @@ on the same items.
 
 from __future__ import annotations
 
-import gc
 import tempfile
 import time
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from slicer.evaluate import backends, lm_tasks, loss
 from slicer.evaluate.lm_tasks import LOSS, LmTask
 from slicer.evaluate.results import Evaluation, Score
 from slicer.progress import Progress
+from slicer.runtime import memory
 from slicer.runtime.compute import Compute
 from slicer.runtime.versions import versions
 
@@ -176,7 +176,7 @@ def evaluate(source: str, suite: Suite) -> Evaluation:
     finally:
         backends.release(lm)
         del lm
-        gc.collect()  # lm-eval's models are in reference cycles, and the next model needs the memory
+        memory.release()  # before the next model is loaded
 
 
 def describe(options: SuiteSpec) -> dict[str, Any]:

@@ -89,8 +89,8 @@ def analyze(request: AnalyzeRequest, progress: Progress | None = None) -> Analys
 
 @dataclass(frozen=True)
 class _Run:
-    """One analysis under way: what is asked, the source and a walk over it, this process's sequences, and the work
-    directory that finished passes are kept in."""
+    """The inputs of all measurements: the request, the source and a walk over it, the text, this process's portion of
+    it, and the work directory, which keeps finished passes."""
 
     request: AnalyzeRequest
     source: Source

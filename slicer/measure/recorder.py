@@ -70,7 +70,7 @@ class Recording:
         positions: recorded tokens of each sequence, ascending; the last one is the sequence's last token.
         point_positions: those used by CKA and the fold residual, as indices into `positions`.
         point_sequences: sequences, of all processes together, whose points these two use.
-        has_mlp: whether every layer has a feed-forward part; its output at the points is recorded then.
+        has_mlp: whether every layer has a feed-forward sublayer; its output at the points is recorded then.
     """
 
     directory: Path
@@ -148,13 +148,12 @@ def record(
         progress.note(f"resuming after layer {states.layer - 1}")
         progress.advance(states.layer)
     for i in range(states.layer, walk.depth):
-        before, started = walk.bytes_read, time.perf_counter()
+        started = time.perf_counter()
         _advance(recording, walk, i, states)
         if resumable:
             states.save(directory / STATES)
         seconds = time.perf_counter() - started
-        read = walk.layer_bytes(i) if walk.bytes_read > before or walk.prefetch else 0
-        disk = f"{read / seconds / 1e6:,.0f} MB/s, " if read else ""
+        disk = f"{read / seconds / 1e6:,.0f} MB/s, " if (read := walk.layer_bytes(i)) else ""
         progress.detail(f"{disk}{states.token_count / seconds:,.0f} tokens/s per layer")
         progress.advance()
     return recording

@@ -197,7 +197,7 @@ def shapley(
     progress.stage("Shapley values", math.ceil(budget), "passes")
     draw, before = random.Random(seed), coalitions.passes
     pairs: list[torch.Tensor] = []
-    told = 0
+    reported = 0
     longest, spent = 1.0, 0.0
     while not pairs or spent + longest <= budget:
         started = coalitions.passes
@@ -207,8 +207,8 @@ def shapley(
         took = max(1.0, coalitions.passes - started)  # cached costs make a pair cheaper, but not every pair
         longest, spent = max(longest, took), spent + took
         now = min(int(spent), math.ceil(budget))
-        progress.advance(now - told)
-        told = now
+        progress.advance(now - reported)
+        reported = now
     return Values(torch.stack(pairs), float(coalitions.base.mean()), coalitions.passes - before)
 
 

@@ -1,11 +1,11 @@
-"""The configuration of the blockwise form: a Llama-like model whose layers may lack attention or feed-forward part.
+"""The configuration of the blockwise form: a Llama-like model whose layers may lack a sublayer.
 
 `block_configs` has one entry per layer, as vLLM's DeciLMForCausalLM reads it (by attribute) and as JSON:
 
     {"attention": {"no_op": false, "n_heads_in_group": 7}, "ffn": {"no_op": false, "intermediate_size": 4864}}
 
 A block may also have `"emulated_ranks": {"mid": r, "end": r}`: the ranks of low-rank replacements of removed sublayers,
-after its attention and after its feed-forward part.
+after its attention and after its feed-forward sublayer.
 """
 
 from __future__ import annotations

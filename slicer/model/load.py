@@ -51,7 +51,9 @@ def load_model(
     if spread:
         arguments["device_map"] = "auto"
     if quantization is not None:
-        arguments.setdefault("device_map", {"": target})  # also where it is sharded: on this process's own GPU
+        arguments.setdefault(
+            "device_map", {"": target}
+        )  # also where it is sharded: on this process's own GPU
         arguments["quantization_config"] = quantization
     failure: Exception | None = None
     for auto in auto_classes(path):
@@ -184,7 +186,7 @@ def _needs_several(path: Path, dtype: str, target: torch.device) -> bool:
 def in_float32(model: Any) -> Iterator[bool]:
     """Inside the block a loaded 16-bit `model` computes in float32, where there is memory for a copy of it.
 
-    Afterwards its parameters are the very tensors that they were.
+    Afterwards its parameters are the same tensors as before.
     """
     halves = [p for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
     needed: Counter[torch.device] = Counter()

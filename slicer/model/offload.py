@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ class OffloadedModel:
         model: the transformers model, in eval mode; parameters of absent layers are on the meta device.
         layers: its decoder layers.
         device: device of the weights.
+        reads_ahead: whether `fetch` reads the layer after while one is in use.
+        bytes_read: bytes of layers read from disk.
 
     Raises SourceError if tensors are missing or have wrong shapes.
     """
@@ -60,10 +63,11 @@ class OffloadedModel:
             index = key.removeprefix(prefix).split(".", 1)[0] if key.startswith(prefix) else ""
             if not index.isdigit():
                 outside[key] = span
-            elif int(index) < len(
-                self._spans
-            ):  # layers beyond the depth are for multi-token prediction and never run
+            elif int(index) < len(self._spans):  # those beyond are for multi-token prediction and never run
                 self._spans[int(index)][key] = span
+        self.reads_ahead, self.bytes_read = True, 0
+        self._coming: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
+        self._reader: ThreadPoolExecutor | None = None
         self._buffers = Buffers(max(room(spans.values()) for spans in self._spans))
         self.outside_bytes = sum(span.nbytes for span in outside.values())
         self._load({key: _mapped(span) for key, span in outside.items()})
@@ -76,12 +80,36 @@ class OffloadedModel:
         """Bytes of layer `index` on disk."""
         return sum(span.nbytes for span in self._spans[index].values())
 
-    def read(self, index: int) -> dict[str, torch.Tensor]:
-        """Read the stored tensors of layer `index`, by raw key. Thread-safe."""
+    def fetch(self, index: int, after: int | None) -> dict[str, torch.Tensor]:
+        """The stored tensors of layer `index`, by raw key; then layer `after` is read ahead, in another thread."""
+        if self._coming is not None and self._coming[0] == index:
+            stored = self._coming[1].result()
+        else:
+            self._coming = None  # free it before reading another
+            stored = self._read(index)
+        self._coming = None
+        if self.reads_ahead and after is not None:
+            self._reader = self._reader or ThreadPoolExecutor(1, thread_name_prefix="slicer-read")
+            self._coming = (after, self._reader.submit(self._read, after))
+        return stored
+
+    def keep(self, index: int, stored: dict[str, torch.Tensor]) -> None:
+        """Keep what `fetch` gave, for the next call of it."""
+        ready: Future[dict[str, torch.Tensor]] = Future()
+        ready.set_result(stored)
+        self._coming = (index, ready)
+
+    def close(self) -> None:
+        """End reading ahead."""
+        if self._reader is not None:
+            self._reader.shutdown()
+
+    def _read(self, index: int) -> dict[str, torch.Tensor]:
+        self.bytes_read += self.layer_bytes(index)
         return self._buffers.read(self._spans[index])
 
     def place(self, index: int, stored: dict[str, torch.Tensor]) -> nn.Module:
-        """Put weights (from `read`) into layer `index`, converted and on the device; returns the layer."""
+        """Put weights (from `fetch`) into layer `index`, converted and on the device; returns the layer."""
         self._load(stored)
         layer = self.layers[index]
         for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:

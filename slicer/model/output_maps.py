@@ -147,7 +147,7 @@ def _rounded(factor: float) -> float:
 
 
 def _norm_after(layer: nn.Module, output: Output, run: Callable[[], torch.Tensor]) -> str | None:
-    """The norm within the layer whose input is the very output of `output`."""
+    """The norm within the layer whose input is the tensor that `output` returns."""
     last: list[torch.Tensor] = []
     followers: list[str] = []
 

@@ -95,7 +95,7 @@ def edited(layer: nn.Module, edit: LayerEdit | None, eps: float = 1e-6) -> Itera
 def pruned_layer(layer: nn.Module, i: int, gone: Gone, edit: LayerEdit | None, eps: float) -> Iterator[None]:
     """Inside the block `layer`, number i of the source, lacks its sublayers in `gone` and is changed by `edit`.
 
-    Raises ArchitectureError where it has no such sublayer that is known.
+    Raises ArchitectureError if it has no known sublayer of the kind.
     """
     with without_sublayers(layer, i in gone[0], i in gone[1], i), edited(layer, edit, eps):
         yield

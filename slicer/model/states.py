@@ -65,10 +65,10 @@ class States:
         tokens: the input batches, int64 [batch, seq].
     """
 
-    def __init__(self, tokens: list[torch.Tensor], room: StateBudget) -> None:
+    def __init__(self, tokens: list[torch.Tensor], budget: StateBudget) -> None:
         self.layer = 0
         self.tokens = tokens
-        self._room = room
+        self._budget = budget
         self._held: list[torch.Tensor | None] = [None] * len(tokens)
 
     def __len__(self) -> int:
@@ -86,7 +86,7 @@ class States:
         """Replace a batch's states by `value` (on any device)."""
         held = self._held[batch]
         if held is None or held.shape != value.shape or held.dtype != value.dtype:
-            self._held[batch] = held = self._room.tensor(
+            self._held[batch] = held = self._budget.tensor(
                 value.shape, value.dtype, pin=value.device.type == "cuda"
             )
         held.copy_(value)
@@ -103,7 +103,7 @@ class States:
 
     def copy(self) -> States:
         """A copy that later calls of `advance` do not change."""
-        other = States(self.tokens, self._room)
+        other = States(self.tokens, self._budget)
         other.layer = self.layer
         for at, state in enumerate(self):
             other[at] = state

@@ -49,7 +49,7 @@ def silenced(modules: Iterable[nn.Module], update: torch.Tensor | None = None) -
 def bypass_sublayers(model: Model, attention: Iterable[int], ffn: Iterable[int]) -> Iterator[None]:
     """Inside the block the attention of some layers, and the feed-forward sublayer of some, add nothing to the stream.
 
-    A layer in both returns its input. Raises ArchitectureError where a layer has no such sublayer that is known.
+    A layer in both returns its input. Raises ArchitectureError for a layer without a known sublayer of the kind.
     """
     attention, ffn, layers = set(attention), set(ffn), decoder_layers(model)
     with contextlib.ExitStack() as stack:
@@ -65,18 +65,18 @@ def without_sublayers(
 ) -> Iterator[None]:
     """Inside the block the attention, or the feed-forward sublayer, of `layer` adds nothing to the stream.
 
-    Raises ArchitectureError where it has no such sublayer that is known; `number` is for the message.
+    Raises ArchitectureError if it has no known sublayer of the kind; `number` is for the message.
     """
     with contextlib.ExitStack() as stack:
         for gone, outputs, what in (
             (attention, attention_outputs, "attention"),
-            (ffn, ffn_outputs, "feed-forward part"),
+            (ffn, ffn_outputs, "feed-forward sublayer"),
         ):
             if gone:
                 modules = outputs(layer)
                 if not modules:
                     place = "a layer" if number is None else f"layer {number}"
-                    raise ArchitectureError(f"{place} ({type(layer).__name__}) has no {what} that is known")
+                    raise ArchitectureError(f"{place} ({type(layer).__name__}) has no known {what}")
                 stack.enter_context(silenced(modules))
         yield
 
@@ -91,8 +91,8 @@ def mlp_of(layer: nn.Module) -> nn.Module | None:
 class MidLayerTap:
     """Taps the residual stream inside a layer, after its attention.
 
-    The tap is the module whose input is that stream (in most models the norm before the feed-forward part). It is found
-    by running the layer with a silenced feed-forward part. If no module has that input (parallel attention and
+    The tap is the module whose input is that stream (in most models the norm before the feed-forward sublayer). It is
+    found by running the layer with that sublayer silenced. If no module has that input (parallel attention and
     feed-forward), every run is made twice.
     """
 
@@ -122,7 +122,7 @@ class MidLayerTap:
     def place(self, i: int, layer: nn.Module, run: Run) -> str | None:
         """Name of the module in layer i whose input is the stream after the attention; None if there is none.
 
-        Raises ArchitectureError for a layer without attention or feed-forward part.
+        Raises ArchitectureError for a layer without attention or feed-forward sublayer.
         """
         key = (type(layer), *(name for name, _ in layer.named_children()))
         if key not in self._places:

@@ -29,7 +29,6 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torc
 # Maximum difference between rounded and exact weights, by the dtype that they are stored in.
 ROUNDING = {"F64": 1e-5, "F32": 1e-5, "F16": 1e-2, "BF16": 5e-2}
 PROBE_SHAPE = (2, 24)
-IGNORED = -100  # label of a token on which no loss is taken
 # Buffers stored by older transformers and no longer loaded (GPT-J, GPT-Neo, CodeGen, DistilGPT-2).
 _OLD_BUFFERS = re.compile(
     r"(attn|attention)\.(bias|masked_bias|causal_mask)$|(^|\.)(rotary(_emb)?\.inv_freq|position_ids)$"
@@ -46,7 +45,7 @@ class Expected:
         logits: that the checkpoint must have, [batch, seq, V], on the CPU.
         exact: those of weights that were not rounded to their stored dtype (adapters, training); None where nothing was
             rounded. Where they are given, all logits are of float32 arithmetic.
-        text: (tokens, labels) int64 [batch, seq] of held-out text, labels `IGNORED` where no loss is taken: the loss on
+        text: (tokens, labels) int64 [batch, seq] of held-out text, labels below 0 where no loss is taken: the loss on
             it is measured on the written checkpoint.
         loads: whether the checkpoint fits in memory; else its layers are read one at a time, and no loss is measured.
         text_dtype: torch name of the precision in which that loss is measured.
@@ -201,11 +200,18 @@ def text_loss(model: Model, text: Sequence[tuple[torch.Tensor, torch.Tensor]]) -
     device = model.get_input_embeddings().weight.device
     total = count = 0.0
     for tokens, labels in text:
-        logits = model(input_ids=tokens.to(device), use_cache=False).logits[:, :-1].float().flatten(0, 1)
-        ahead = labels[:, 1:].flatten().to(logits.device)
-        total += float(functional.cross_entropy(logits, ahead, ignore_index=IGNORED, reduction="sum"))
-        count += int((ahead != IGNORED).sum())
+        total += float(cross_entropy(model(input_ids=tokens.to(device), use_cache=False).logits, labels))
+        count += int((labels[:, 1:] >= 0).sum())
     return total / count
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Summed next-token loss in nats, float32, of logits [batch, seq, V] and labels [batch, seq].
+
+    No loss is taken on the label that torch ignores, -100.
+    """
+    ahead = labels[:, 1:].flatten().to(logits.device)
+    return functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ahead, reduction="sum")
 
 
 def _logits(directory: Path, tokens: torch.Tensor, compute: Compute, loads: bool) -> torch.Tensor:

@@ -8,10 +8,7 @@ states.
 from __future__ import annotations
 
 import contextlib
-import gc
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
@@ -66,8 +63,6 @@ class Walk:
         model: the transformers model; out of core, only the layer in use has weights.
         layers: its decoder layers.
         depth: L.
-        bytes_read, read_seconds: bytes of layers read from disk, and the time for it.
-        prefetch: whether the next layer is read ahead.
         trust_remote_code: whether the checkpoint's own Python code may run, for its tokenizer too.
     """
 
@@ -75,14 +70,11 @@ class Walk:
         self.model, self._offloaded, self._budget = model, offloaded, budget
         self.layers = decoder_layers(model)
         self.depth = len(self.layers)
-        self.bytes_read, self.read_seconds = 0, 0.0
-        self.prefetch, self.trust_remote_code = True, False
+        self.trust_remote_code = False
         self._order: tuple[int, ...] = tuple(range(self.depth))
         self._calls: list[list[_Call]] = []  # by batch, then by layer
         self._known: dict[tuple[Any, ...], list[torch.Tensor]] = {}
         self._open: dict[int, int] = {}  # loaded layers -> number of `layer` blocks that use them
-        self._coming: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
-        self._reader: ThreadPoolExecutor | None = None
         self._shape: Callable[[torch.Tensor], Any] | None = None
         self._passed_on: list[int] = []  # ids of what a layer returns besides its states
 
@@ -118,20 +110,24 @@ class Walk:
         largest = max(map(offloaded.layer_bytes, range(len(offloaded.layers))))
         ahead = memory_bytes is None or memory_bytes >= 3 * largest
         limit = None if memory_bytes is None else max(0, memory_bytes - (2 if ahead else 1) * largest)
-        walk = cls(offloaded.model, offloaded, StateBudget(limit, directory))
-        walk.prefetch = ahead
-        return walk
+        offloaded.reads_ahead = ahead
+        return cls(offloaded.model, offloaded, StateBudget(limit, directory))
 
     def close(self) -> None:
-        """Let the model go: a closed walk runs nothing, and keeps no memory under whatever name it still has."""
-        if self._reader is not None:
-            self._reader.shutdown()
+        """Release the model. A closed walk cannot run; a name that still refers to it keeps no memory."""
+        if self._offloaded is not None:
+            self._offloaded.close()
         self.__dict__.clear()
 
     @property
     def streamed(self) -> bool:
         """Whether layers are read from disk."""
         return self._offloaded is not None
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of layers read from disk so far."""
+        return self._offloaded.bytes_read if self._offloaded is not None else 0
 
     @property
     def device(self) -> torch.device:
@@ -172,7 +168,8 @@ class Walk:
     def layer(self, i: int) -> Iterator[nn.Module]:
         """Layer i with its weights on the device; they are freed when the outermost block for i ends."""
         if self._offloaded is not None and not self._open.get(i):
-            self._offloaded.place(i, self._fetch(i))
+            after = self._order[self._order.index(i) + 1] if i in self._order[:-1] else None
+            self._offloaded.place(i, self._offloaded.fetch(i, after))
         self._open[i] = self._open.get(i, 0) + 1
         try:
             yield self.layers[i]
@@ -250,33 +247,6 @@ class Walk:
         [1, seq, d] taken as its x(L)."""
         return self.head(tokens, last, gradient=gradient)[0].float().log_softmax(-1)
 
-    # --- reading ------------------------------------------------------------------------------------------------
-
-    def _fetch(self, i: int) -> dict[str, torch.Tensor]:
-        assert self._offloaded is not None
-        if self._coming is not None and self._coming[0] == i:
-            stored = self._coming[1].result()
-        else:
-            self._coming = None  # free it before reading another
-            stored = self._timed_read(i)
-        self._coming = None
-        if self.prefetch and i in self._order[:-1]:
-            if self._reader is None:
-                self._reader = ThreadPoolExecutor(1, thread_name_prefix="slicer-read")
-            after = self._order[self._order.index(i) + 1]
-            self._coming = (after, self._reader.submit(self._timed_read, after))
-        return stored
-
-    def _timed_read(self, i: int) -> dict[str, torch.Tensor]:
-        assert self._offloaded is not None
-        started = time.perf_counter()
-        stored = self._offloaded.read(i)
-        self.read_seconds += time.perf_counter() - started
-        self.bytes_read += self._offloaded.layer_bytes(i)
-        return stored
-
-    # --- capturing ----------------------------------------------------------------------------------------------
-
     def _learn_shape(self, tokens: torch.Tensor) -> Callable[[torch.Tensor], Any]:
         """Find out from the first layer, on a few tokens, whether layers return states alone or first in a tuple."""
         found: list[Any] = []
@@ -291,12 +261,11 @@ class Walk:
                 self._decoder(few)
             args, kwargs = found[0]
             if self._offloaded is not None and not self._open.get(0):
-                ready: Future[dict[str, torch.Tensor]] = Future()
-                ready.set_result(self._timed_read(0))
-                self._offloaded.place(0, ready.result())
+                stored = self._offloaded.fetch(0, None)
+                self._offloaded.place(0, stored)
                 output = self.layers[0](*args, **kwargs)
                 self._offloaded.release(0)
-                self._coming = (0, ready)  # keep it: layer 0 is most likely used next
+                self._offloaded.keep(0, stored)  # layer 0 is most likely used next
             else:
                 output = self.layers[0](*args, **kwargs)
         if isinstance(output, torch.Tensor):
@@ -415,7 +384,7 @@ def open_walk(
         yield walk
     finally:
         walk.close()
-        gc.collect()  # models contain reference cycles
+        memory.release()
 
 
 def next_token_loss(

@@ -10,14 +10,15 @@ from dataclasses import asdict, dataclass, replace
 from slicer.errors import ArchitectureError, EvaluationError, PlanError, UsageError
 from slicer.evaluate.lm_tasks import LOSS
 from slicer.evaluate.results import Evaluation
+from slicer.plan.records import HealingRecord
 from slicer.runtime.files import write_atomically
 from slicer.sweep.grid import UNPRUNED, Cell, Grid, is_random
-from slicer.sweep.run import Sweep, record_cells
+from slicer.sweep.run import OpenSweep, check_text, plan_of, record_cells, run_cells
 
 PROMISE = "promise.json"
 
 
-def deepest_cut(sweep: Sweep, share: float, metric: str, grid: Grid, command: str | None) -> Deepest:
+def deepest_cut(sweep: OpenSweep, share: float, metric: str, grid: Grid, command: str | None) -> Deepest:
     """Find the deepest cut, with the grid's first strategy and healing, that retains `share` of `metric`.
 
     Writes its plan (with the healing of the cell) to plan.json in the sweep's directory, for `slicer convert --plan`,
@@ -37,36 +38,37 @@ def deepest_cut(sweep: Sweep, share: float, metric: str, grid: Grid, command: st
     def measure(n: int) -> Retained:
         cell = cell_of(n)
         cells.append(cell)
-        record_cells(sweep.journal, cells, command)
-        sweep.run([UNPRUNED, cell])
+        record_cells(sweep.store, cells, command)
+        run_cells(sweep, [UNPRUNED, cell])
         cut, whole = sweep.result(cell), sweep.result(UNPRUNED)
         if cut is None or whole is None:
-            reason = (sweep.journal.get(cell.name) or {}).get("error")
+            reason = (sweep.store.get(cell.name) or {}).get("error")
             return Retained(n, 0.0, -1.0, 0.0, error=str(reason))
         return kept(n, whole, cut, share, metric)
 
-    record_cells(sweep.journal, cells, command)
-    sweep.check_text([cell_of(1)])
-    sweep.run([UNPRUNED])
+    record_cells(sweep.store, cells, command)
+    check_text(sweep, [cell_of(1)])
+    run_cells(sweep, [UNPRUNED])
     found = bisect([n for n in range(1, sweep.depth) if _expressible(sweep, cell_of(n))], measure)
     if found.tried and all(kept.error for kept in found.tried):
         raise EvaluationError(f"--heal {heal}: no cut could be made: {found.tried[0].error}")
     record = {"share": share, "metric": metric, **asdict(found)}
-    write_atomically(sweep.journal.directory / PROMISE, json.dumps(record, indent=1) + "\n")
+    write_atomically(sweep.store.directory / PROMISE, json.dumps(record, indent=1) + "\n")
     if found.best is not None:
         cell = cell_of(found.best.n)
+        healing = (sweep.store.get(cell.name) or {}).get("healing")
         plan = replace(
-            sweep.plan(cell), source=sweep.source, revision=sweep.found.revision, command=command,
-            model_type=sweep.checkpoint.config.get("model_type"),
-            healing=(sweep.journal.get(cell.name) or {}).get("healing"),
+            plan_of(sweep, cell), source=sweep.source.name, revision=sweep.source.revision, command=command,
+            model_type=sweep.source.checkpoint.config.get("model_type"),
+            healing=healing and HealingRecord.of(healing, cell.name),
         )  # fmt: skip
-        write_atomically(sweep.journal.directory / "plan.json", plan.to_json())
+        write_atomically(sweep.store.directory / "plan.json", plan.to_json())
     return found
 
 
-def _expressible(sweep: Sweep, cell: Cell) -> bool:
+def _expressible(sweep: OpenSweep, cell: Cell) -> bool:
     try:
-        sweep.plan(cell)
+        plan_of(sweep, cell)
     except (ArchitectureError, PlanError):
         return False
     return True

@@ -1,28 +1,175 @@
-"""Trains the healing of one sweep cell: on files in the sweep directory, in a single process."""
+"""One cell of a sweep: a cut of the loaded source, healed or not, or a cut that is trained on disk; then evaluated."""
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slicer.checkpoint.export import export
-from slicer.checkpoint.reader import Checkpoint
+from slicer.checkpoint.config import sliced_config
+from slicer.checkpoint.hub import Source
+from slicer.data.sources import TextSpec
 from slicer.errors import EvaluationError, HealError, OutputError
+from slicer.evaluate import backends
+from slicer.evaluate.results import Evaluation
+from slicer.evaluate.suite import Suite
+from slicer.heal.finetune.settings import Training
+from slicer.jobs.request import Compensation, ConvertRequest, HealRequest, Output, Text
 from slicer.plan.plan import Plan
+from slicer.plan.records import HealingRecord
 from slicer.progress import Progress
+from slicer.runtime import memory
+from slicer.runtime.compute import Compute
 from slicer.runtime.distributed import alone
 from slicer.runtime.workdir import owned
+from slicer.sweep.grid import Cell
+from slicer.sweep.store import Store
 
 if TYPE_CHECKING:
-    from slicer.data.sources import TextSpec
-    from slicer.heal.finetune.settings import Training
-    from slicer.sweep.grid import Cell
-    from slicer.sweep.store import Journal
-
+    from slicer.data.calibration import TokenBatches
+    from slicer.model.walk import SourceActivations, Walk
+    from slicer.sweep.prefix import Prefix
 
 TRAINED = "qlora"
+
+
+class SharedModel:
+    """The source, loaded once for all cells in memory, with what they share: text, prefix, activations of the source.
+
+    Each part is made when a cell first needs it; `release` frees them all.
+    """
+
+    def __init__(self, source: Source, compute: Compute, text: TextSpec, progress: Progress) -> None:
+        self.source, self.compute, self._spec, self._progress = source, compute, text, progress
+
+    def release(self) -> None:
+        """Free the memory for a training, which reads from files."""
+        for name in ("walk", "text", "prefix", "activations"):
+            self.__dict__.pop(name, None)
+        memory.release()
+
+    @cached_property
+    def walk(self) -> Walk:
+        """Over the loaded source; in a distributed run, on this process's GPU."""
+        from slicer.model.load import load_model
+        from slicer.model.walk import Walk
+
+        self._progress.stage("Loading the model")
+        compute = self.compute
+        model = load_model(
+            self.source.path,
+            dtype=compute.dtype or "auto",
+            device=compute.device,
+            trust_remote_code=compute.trust_remote_code,
+        )
+        walk = Walk.in_memory(model)
+        walk.trust_remote_code = compute.trust_remote_code
+        return walk
+
+    @cached_property
+    def text(self) -> TokenBatches:
+        """The calibration text for similarity and healing."""
+        from slicer.data.calibration import read_text
+
+        found = read_text(self._spec, self.source.path, self.walk, self._progress)
+        assert found is not None
+        return found
+
+    @cached_property
+    def prefix(self) -> Prefix:
+        """Cache of the layers before the cuts."""
+        from slicer.sweep.prefix import Prefix
+
+        return Prefix(self.walk.model)
+
+    @cached_property
+    def activations(self) -> SourceActivations:
+        """Cache of the source's activations on the text, for all folds."""
+        from slicer.model.walk import SourceActivations
+
+        return SourceActivations(int(memory.ACTIVATIONS_SHARE * memory.available()))
+
+
+def evaluated(model: Any, path: Path, suite: Suite, name: str) -> Evaluation:
+    """`suite` on a loaded model, with the tokenizer at `path`."""
+    spec = suite.options
+    lm = backends.wrap(
+        model, path, spec.batch_size, trust_remote_code=spec.trust_remote_code, last_logits_only=True
+    )
+    return suite.run(lm, name, backends.vocabulary_of(model))
+
+
+def in_memory(
+    cell: Cell, plan: Plan, shared: SharedModel, suite: Suite, name: str, progress: Progress
+) -> tuple[Evaluation, HealingRecord | None]:
+    """A bare or folded cell. Raises ArchitectureError or HealError where the cut cannot be made or healed."""
+    from slicer.jobs.repair import repair
+    from slicer.model.pruned import shortened
+
+    checkpoint, compute = shared.source.checkpoint, shared.compute
+    config = sliced_config(checkpoint, plan, trust_remote_code=compute.trust_remote_code)
+    healing = Compensation(cell.heal)
+    text = shared.text if cell.heal != "none" else None
+    activations = shared.activations if cell.heal != "none" else None
+    patch = repair(checkpoint, shared.walk, plan, text, healing, progress, activations)
+    first = min(*plan.dropped, *patch.edits, plan.depth)
+    model = shared.walk.model
+    with shared.prefix.shared(first), shortened(model, plan, config, patch.edits):
+        return evaluated(model, shared.source.path, suite, name), patch.record
+
+
+def on_disk(
+    plan: Plan, training: Training, text: TextSpec, shared: SharedModel, directory: Path, progress: Progress
+) -> tuple[Path, HealingRecord]:
+    """A trained cell: the checkpoint in `directory`, and its record. Resumes a stopped training.
+
+    Raises SlicerError children.
+    """
+    from slicer.jobs.convert import convert
+    from slicer.jobs.heal import heal
+
+    cut, out = directory / "cut", directory / "healed"
+    name, compute = shared.source.name, replace(shared.compute, dtype=None)
+    with (
+        owned(directory, what="an unfinished training of a sweep", overwrite=True,
+              training=asdict(training), text=text.identity, dropped=plan.dropped),
+        alone(),
+    ):  # fmt: skip
+        if not cut.is_dir():
+            bare = Compensation("none")
+            output = Output(cut, verify="load")
+            convert(
+                ConvertRequest(name, plan=plan, compensation=bare, output=output, compute=compute), progress
+            )
+        if not out.is_dir():
+            output = Output(out, verify="load")
+            request = HealRequest(
+                str(cut), name, training, text=Text.of(text), output=output, compute=compute
+            )
+            heal(request, progress)
+    record = Plan.load(out).healing
+    assert record is not None
+    return out, record
+
+
+@contextlib.contextmanager
+def discarded(directory: Path) -> Any:
+    """Remove the directory of a trained cell when it has been evaluated."""
+    yield
+    shutil.rmtree(directory, ignore_errors=True)
+    with contextlib.suppress(OSError):  # not empty: another process trains in it
+        directory.parent.rmdir()
+
+
+def training_of(cell: Cell, training: Training) -> Training:
+    """The settings for a cell such as `qlora@8`: its own seed and rank, everything else from `training`."""
+    rank = cell.heal.partition("@")[2]
+    rank_of = int(rank) if rank else training.lora_r
+    return replace(training, method=TRAINED, seed=cell.seed, lora_r=rank_of)
 
 
 def require(heals: Iterable[str]) -> None:
@@ -36,58 +183,12 @@ def require(heals: Iterable[str]) -> None:
             raise EvaluationError(f"--heal {TRAINED}: {error}") from None
 
 
-def training_of(cell: Cell, training: Training) -> Training:
-    """The settings for a cell such as `qlora@8`: its own seed and rank, everything else from `training`."""
-    rank = cell.heal.partition("@")[2]
-    return replace(training, method=TRAINED, seed=cell.seed, rank=int(rank) if rank else training.rank)
-
-
-def check_alike(journal: Journal, cells: Iterable[Cell], training: Training) -> None:
+def check_alike(store: Store, cells: Iterable[Cell], training: Training) -> None:
     """Raise OutputError if an earlier run trained one of `cells` with other options: a table must not mix them."""
     for cell in cells:
-        before = (journal.get(cell.name) or {}).get("training")
+        before = (store.get(cell.name) or {}).get("training")
         if before is not None and before != asdict(training_of(cell, training)):
             raise OutputError(
-                f"{journal.directory}: cell {cell.name} was trained with other options; pass those again, or "
+                f"{store.directory}: cell {cell.name} was trained with other options; pass those again, or "
                 "choose another directory with -o"
             )
-
-
-def trained(
-    checkpoint: Checkpoint,
-    source: str,
-    plan: Plan,
-    training: Training,
-    calibration: TextSpec,
-    directory: Path,
-    *,
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-) -> tuple[Path, dict[str, Any]]:
-    """Cut by `plan`, then train. Returns (healed checkpoint in `directory`, its record); resumes a stopped training.
-
-    Raises SlicerError children.
-    """
-    from slicer.heal.finetune.run import TrainOptions, train_cut
-
-    bare, out = directory / "cut", directory / "healed"
-    with (
-        owned(directory, what="an unfinished training of a sweep", overwrite=True,
-              training=asdict(training), text=calibration.identity, dropped=plan.dropped),
-        alone(),
-    ):  # fmt: skip
-        if not bare.is_dir():
-            export(checkpoint, replace(plan, source=source), bare, trust_remote_code=trust_remote_code)
-        if not out.is_dir():
-            options = TrainOptions(
-                training=training,
-                calibration=calibration,
-                verify="load",
-                device=device,
-                trust_remote_code=trust_remote_code,
-            )
-            train_cut(str(bare), source, out, options, progress=progress)
-    record = Plan.load(out).healing
-    assert record is not None
-    return out, replace(record, tensors=()).to_dict()

@@ -25,7 +25,7 @@ def began_with(directory: Path) -> Mapping[str, Any]:
     return sign["identity"] if sign is not None and sign["what"] == _WHAT else {}
 
 
-class Journal:
+class Store:
     """A sweep directory: `sweep.json` (settings), `cells/` (results), locks.
 
     All cells share `settings`. Raises OutputError if the directory holds a sweep with other settings that has finished

@@ -29,6 +29,7 @@ from slicer.progress import Progress
 from slicer.runtime import memory
 from slicer.runtime.workdir import SIGN
 
+pytestmark = pytest.mark.xdist_group("vllm")  # one process loads vLLM for all
 needs_vllm = pytest.mark.skipif(
     find_spec("vllm") is None, reason="vLLM is not installed: pip install slicer-llm[serve-cpu]"
 )

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +20,23 @@ from slicer.model.buffers import Buffers, room
 from tests.tiny import save_tiny
 
 
+def without(flag: int, at: int, real: Callable[..., int]) -> Callable[..., int]:
+    """The call on a system that refuses this flag in argument number `at`."""
+
+    def call(*given: Any) -> int:
+        if len(given) > at and given[at] & flag:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(*given)
+
+    return call
+
+
 @pytest.fixture(params=["direct", "usual", "neither cached nor aligned"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "usual":
-        monkeypatch.setattr(buffers, "_open_direct", lambda file: None)
+        monkeypatch.setattr(os, "open", without(os.O_DIRECT, at=1, real=os.open))
     elif request.param.startswith("neither"):
-        monkeypatch.setattr(buffers, "_cached", lambda *_: 0)
+        monkeypatch.setattr(os, "preadv", without(os.RWF_NOWAIT, at=3, real=os.preadv))
         monkeypatch.setattr(buffers, "_BLOCK", 8192)
 
 

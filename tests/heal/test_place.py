@@ -59,7 +59,7 @@ def test_a_cut_whose_making_was_stopped_is_made_again(
     ]
     given += [*FEW, "--validation-samples", 4]
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write", stopped)
+        patch.setattr(module, "write_verified", stopped)
         assert slicer(*given, "-o", tmp_path / "out").exit_code == 130
     assert sorted(os.listdir(tmp_path)) == ["out.cut", "t.jsonl", "whole"]
     succeeds(*given, "-o", tmp_path / "out")

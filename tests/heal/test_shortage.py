@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ def test_wherever_it_runs_out_one_line_says_what_helps(
     more: list[object],
     words: list[str],
 ) -> None:
-    monkeypatch.setattr(where, fails)
+    module, _, name = where.rpartition(".")
+    monkeypatch.setattr(import_module(module), name, fails)
     result = slicer(*given, *more, "-o", tmp_path / "out")
     said = [line for line in result.stderr.splitlines() if line.startswith("slicer:")]
     assert result.exit_code == 1 and len(said) == 1 and not os.listdir(tmp_path)

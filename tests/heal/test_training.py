@@ -68,8 +68,8 @@ def test_it_is_recorded_and_the_loss_falls(sliced: Path, trained: Path) -> None:
         and record["earlier"]["solver"] == "resolve"
     )
     assert (
-        record["training"]["settings"]["rank"] == 4
-        and record["training"]["settings"]["alpha"] == 4
+        record["training"]["settings"]["lora_r"] == 4
+        and record["training"]["settings"]["lora_alpha"] == 4
         and record["training"]["settings"]["seed"] == 0
     )
     assert record["loss"]["after"] < record["loss"]["before"] and record["best_step"] > 0
@@ -155,11 +155,11 @@ def test_bfloat16_weights_are_rounded_once(
 ) -> None:
     """The embedded model is stored in bfloat16: what is left between its logits and the adapter's is rounding. And a
     conversion that is stopped while it trains goes on from there."""
-    import slicer.heal.train as train
-    import slicer.heal.trained as trained_module
-    import slicer.heal.watch as watch
+    from slicer.heal.finetune import run
+    from slicer.heal.finetune.callbacks import TrainingCallback
+    from slicer.jobs import heal as job
 
-    honest = watch.Watch.on_save
+    honest = TrainingCallback.on_save
 
     def stopped(*given: Any, **more: Any) -> None:
         honest(*given, **more)
@@ -182,17 +182,17 @@ def test_bfloat16_weights_are_rounded_once(
         "-o",
         tmp_path / "out",
     ]
-    monkeypatch.setattr(watch.Watch, "on_save", stopped)
+    monkeypatch.setattr(TrainingCallback, "on_save", stopped)
     assert slicer(*given).exit_code == 130 and sorted(os.listdir(tmp_path)) == [
         "out.cut",
         "out.training",
     ]
-    monkeypatch.setattr(watch.Watch, "on_save", honest)
-    writing: Any = trained_module.write
-    monkeypatch.setattr(trained_module, "write", stopped_writing)
+    monkeypatch.setattr(TrainingCallback, "on_save", honest)
+    writing: Any = job.write_verified
+    monkeypatch.setattr(job, "write_verified", stopped_writing)
     assert slicer(*given).exit_code == 130  # trained to its end, and not written
-    monkeypatch.setattr(trained_module, "write", writing)
-    monkeypatch.setattr(train._Trainer, "train", None)
+    monkeypatch.setattr(job, "write_verified", writing)
+    monkeypatch.setattr(run, "train", None)
     done = json.loads(succeeds(*given, "--json").stdout)
     assert done["verified"] == "logits" and done["logits_error"] < 1e-5 and 0 < done["rounding_error"] < 1e-2
     assert done["healing"]["loss"]["after"] < done["healing"]["loss"]["before"]
@@ -210,7 +210,7 @@ def test_all_weights_can_be_trained(sliced: Path, text: list[object], tmp_path: 
     )
     old, new = files.read_tensors(sliced), files.read_tensors(tmp_path / "out")
     assert old.keys() == new.keys() and old["model.norm.weight"] != new["model.norm.weight"]
-    assert "rank" not in done["healing"]["training"]["settings"]
+    assert "lora_r" not in done["healing"]["training"]["settings"]
     # It can be trained further, and healed again from the source's own bytes.
     more = ["--method", "lora", *text, *FEW, "--max-steps", 2, "--verify", "none", "--json"]
     further = json.loads(succeeds("heal", tmp_path / "out", *more, "-o", tmp_path / "further").stdout)[
@@ -298,7 +298,7 @@ def test_a_half_offset_cut_that_was_trained_is_trained_again_on_the_same_text_or
 def test_early_stop_and_a_loss_that_is_not_finite_keep_the_best(
     sliced: Path, text: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import slicer.heal.train as train
+    from slicer.heal.finetune import trainer as train
 
     honest = train.cross_entropy
     given = [
@@ -348,7 +348,7 @@ def test_early_stop_and_a_loss_that_is_not_finite_keep_the_best(
     ]
     result = succeeds(*given, "-o", tmp_path / "early", "--json")
     done = json.loads(result.stdout)["healing"]
-    assert "no adapter was kept" in result.stderr
+    assert "no adapter saved" in result.stderr
     assert done["training"]["ended"] == "early" and done["best_step"] == 0 and done["steps"] == 4
     assert files.read_tensors(tmp_path / "early") == files.read_tensors(sliced)  # nothing was better
     assert sorted(os.listdir(tmp_path)) == ["early", "nan"]
@@ -357,7 +357,7 @@ def test_early_stop_and_a_loss_that_is_not_finite_keep_the_best(
 def test_out_of_memory_says_what_helps(
     sliced: Path, text: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import slicer.heal.train as train
+    from slicer.heal.finetune import trainer as train
 
     def fails(*_: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
@@ -400,7 +400,7 @@ def test_parts_of_layers_are_not_trained(asked: list[str], text: list[object], t
     result = slicer(
         "convert", "demo", *asked, *text, "--heal", "lora", "--max-steps", 2, "-o", tmp_path / "out"
     )
-    assert result.exit_code == 1 and "convert --heal fold or --emulate" in result.output
+    assert result.exit_code == 1 and "--heal fold, bias or linear" in result.output
     assert os.listdir(tmp_path) == []
 
 
@@ -409,8 +409,8 @@ def test_training_that_would_move_nothing_stops(
     text: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """A graph cut before the adapters; and bitsandbytes' packing itself, where the processor does it."""
-    import slicer.heal.adapters as adapters
-    import slicer.heal.watch as watch
+    from slicer.heal.finetune import callbacks, run
+    from slicer.heal.finetune import model as adapters
 
     if where == "packed":
         from bitsandbytes.functional import has_avx512bf16
@@ -418,7 +418,7 @@ def test_training_that_would_move_nothing_stops(
         if not has_avx512bf16():
             pytest.skip("needs a processor with AVX512-BF16")
         monkeypatch.setattr(adapters, "unpack", lambda model: None)
-        monkeypatch.setattr(watch, "unpack", lambda model: None)
+        monkeypatch.setattr(callbacks, "unpack", lambda model: None)
     else:
         honest = adapters.load
 
@@ -429,7 +429,7 @@ def test_training_that_would_move_nothing_stops(
             )
             return model
 
-        monkeypatch.setattr(adapters, "load", cut)
+        monkeypatch.setattr(run, "load", cut)
     whole = sources.save_llama(tmp_path / "whole", hidden_size=128, intermediate_size=256)
     sliced = tmp_path / "sliced"
     succeeds("convert", whole, "--drop", "2-3", "--heal", "none", "-o", sliced)

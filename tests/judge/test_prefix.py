@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from slicer.checkpoint.config import sliced_config
 from slicer.checkpoint.reader import Checkpoint
+from slicer.model.layers import decoder_layers
 from slicer.model.pruned import shortened
 from slicer.plan.plan import Plan
 from slicer.sweep.prefix import Prefix
@@ -22,7 +24,7 @@ def test_logits_are_the_same_bits(model_type: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(save_tiny(model_type, tmp_path))
     model = tiny_model(model_type).eval()
     batches = [torch.randint(0, model.config.vocab_size, (1, n)) for n in (9, 12)]
-    prefix = Prefix(model, room=10**7)
+    prefix, taken = Prefix(model, room=10**7), []
     for dropped in (d for d in CUTS if max(d) < checkpoint.depth - 1):
         plan = Plan.dropping(checkpoint.depth, dropped)
         config = sliced_config(checkpoint, plan)
@@ -34,10 +36,16 @@ def test_logits_are_the_same_bits(model_type: str, tmp_path: Path) -> None:
         with shortened(model, plan, config):
             assert torch.equal(written, model.generate(batches[0], max_new_tokens=4, do_sample=False))
         assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
-    assert prefix.taken >= 2
+        taken.append(prefix.taken)
+    steps = [after - before for before, after in pairwise(taken)]
+    assert steps == [0, 0, len(batches)], (
+        "of the later cuts the last alone begins where an earlier one was cached"
+    )
     with torch.no_grad():
-        model(batches[0])
-    assert prefix.taken >= 2 and not any("forward" in layer.__dict__ for layer in prefix._layers)
+        whole, fresh = model(batches[0]), tiny_model(model_type).eval()(batches[0])
+    assert prefix.taken == taken[-1], "outside the block nothing is taken from the cache"
+    assert torch.equal(whole.logits, fresh.logits) and whole.keys() == fresh.keys()
+    assert not any("forward" in vars(layer) for layer in decoder_layers(model))
 
 
 def test_without_room_nothing_is_kept(tmp_path: Path) -> None:

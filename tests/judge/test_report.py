@@ -19,10 +19,11 @@ from slicer.evaluate.loss import TextLoss
 from slicer.evaluate.results import Evaluation, Score
 from slicer.measure.analysis import Distances
 from slicer.plan.plan import Plan
-from slicer.report.page import _chosen, write_report
+from slicer.report import figures
+from slicer.report.page import write_report
 from slicer.sweep.grid import UNPRUNED, Cell
 from slicer.sweep.run import record_cells
-from slicer.sweep.store import Journal
+from slicer.sweep.store import Store
 from slicer.sweep.table import curves_of, read_table
 from slicer.sweep.verdict import judge as judge_table
 
@@ -52,7 +53,7 @@ SETTINGS = {"source": "org/model", "depth": 8, "tasks": ["mmlu", "c4"], "seed": 
 @pytest.fixture
 def swept(tmp_path: Path) -> Path:
     directory = tmp_path / "s"
-    journal = Journal(directory, SETTINGS)
+    store = Store(directory, SETTINGS)
     scored = {
         UNPRUNED: (240, 2.5), Cell(2, "similarity", "none"): (236, 2.6), Cell(4, "similarity", "none"): (110, 5.0),
         Cell(2, "deepest", "none"): (190, 3.0), Cell(4, "similarity", "fold"): (150, 3.5),
@@ -61,11 +62,11 @@ def swept(tmp_path: Path) -> Path:
         dropped = list(range(7 - cell.n, 7))
         loss = {"source": 2.5, "before": 5.0, "after": 3.5}
         healing = {"method": "fold", "loss": loss, "training": training({"0": 4.0, "10": 3.6})}
-        journal.put(cell.name, {
+        store.put(cell.name, {
             "cell": cell.to_dict(), "dropped": dropped, "distance": 0.1, "error": None, "seconds": 1.0,
             "evaluation": evaluation(right, nats).to_dict(), "healing": healing if cell.heal == "fold" else None,
         })  # fmt: skip
-    record_cells(journal, [*scored, Cell(6, "deepest", "none")], "slicer sweep org/model --drop 0,2,4")
+    record_cells(store, [*scored, Cell(6, "deepest", "none")], "slicer sweep org/model --drop 0,2,4")
     mean = {n: [0.1 * n + 0.01 * i for i in range(9 - n)] for n in range(1, 9)}
     distances = Distances(8, 16, 64, mean, {n: [0.01] * len(row) for n, row in mean.items()})
     (directory / "distances.json").write_text(distances.to_json())
@@ -122,12 +123,12 @@ def test_the_page(swept: Path) -> None:
 
 def put(directory: Path, cell: Cell, found: Evaluation, healing: object = None) -> None:
     """One more finished cell."""
-    journal = Journal(directory, SETTINGS)
-    journal.put(cell.name, {
+    store = Store(directory, SETTINGS)
+    store.put(cell.name, {
         "cell": cell.to_dict(), "dropped": list(range(7 - cell.n, 7)), "distance": 0.1, "error": None, "seconds": 1.0,
         "evaluation": found.to_dict(), "healing": healing,
     })  # fmt: skip
-    record_cells(journal, [cell], "slicer sweep org/model --more")
+    record_cells(store, [cell], "slicer sweep org/model --more")
 
 
 def test_what_is_recommended_is_made_again_with_its_healing(swept: Path) -> None:
@@ -230,11 +231,28 @@ def test_a_browser_shows_it_without_complaint(swept: Path, tmp_path: Path, width
     assert "CONSOLE" not in shown.stderr
 
 
-def test_a_half_offset_cut_is_no_block_of_whole_layers() -> None:
-    half = Plan(12, tuple(i for i in range(12) if i not in (5, 6)), distance=0.09, joined=((4, 6),))
-    assert _chosen(None, half) is None and half.half_offset == (4, 6, 0.09)
-    whole = replace(Plan.dropping(12, (5, 6)), distance=0.1)
-    assert _chosen(None, whole) == (5, 2) and whole.half_offset is None
+@pytest.mark.parametrize(
+    ("plan", "block", "offset"),
+    [
+        (Plan(8, (0, 1, 2, 3, 4, 7), distance=0.09, joined=((4, 6),)), None, (4, 6, 0.09)),
+        (replace(Plan.dropping(8, (5, 6)), distance=0.1), (5, 2), None),
+        (Plan.dropping(8, (1, 6)), None, None),
+    ],
+)
+def test_the_figures_mark_the_cut(
+    swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: Plan, block: object, offset: object
+) -> None:
+    """A block of whole layers, or a half-offset one; what is neither has no mark."""
+    (tmp_path / "slicer").mkdir()
+    shutil.copyfile(swept / "distances.json", tmp_path / "slicer" / "distances.json")
+    (tmp_path / "slicer" / "plan.json").write_text(plan.to_json())
+    marked: list[object] = []
+    honest = figures.distance_figures
+    monkeypatch.setattr(
+        figures, "distance_figures", lambda *given: marked.extend(given[1:]) or honest(*given)
+    )
+    write_report(tmp_path)
+    assert marked == [block, offset]
 
 
 def test_seeds_are_one_line_that_shows_their_spread(swept: Path) -> None:

@@ -17,7 +17,7 @@ from slicer.cli.main import main
 from slicer.errors import OutputError
 from slicer.evaluate.suite import Suite, SuiteSpec, evaluate
 from slicer.plan.plan import Plan
-from slicer.sweep.store import Journal
+from slicer.sweep.store import Store
 from slicer.sweep.table import read_table
 
 GRID = [
@@ -91,26 +91,26 @@ def test_two_processes_share_the_cells(forks: ForkServer, swept: Path, tmp_path:
 
 
 def test_a_cell_has_one_worker(tmp_path: Path) -> None:
-    one, two = Journal(tmp_path / "j", {"a": 1}), Journal(tmp_path / "j", {"a": 1})
+    one, two = Store(tmp_path / "j", {"a": 1}), Store(tmp_path / "j", {"a": 1})
     with one.claim("x") as mine, two.claim("x") as yours, two.claim("y") as other:
         assert mine and not yours and other
         with pytest.raises(OutputError, match="a 1, not 2"):
-            Journal(tmp_path / "j", {"a": 2})
+            Store(tmp_path / "j", {"a": 2})
     with two.claim("x") as mine:
         assert mine
     with pytest.raises(OutputError, match="a 1, not 2"):
-        Journal(tmp_path / "j", {"a": 2})
+        Store(tmp_path / "j", {"a": 2})
     one.close()
     two.close()
-    Journal(tmp_path / "j", {"a": 2}).put("x", {})  # begun in vain before, and nobody has it open
+    Store(tmp_path / "j", {"a": 2}).put("x", {})  # begun in vain before, and nobody has it open
     with pytest.raises(OutputError, match="a 2, not 1"):
-        Journal(tmp_path / "j", {"a": 1})
+        Store(tmp_path / "j", {"a": 1})
     with pytest.raises(OutputError, match="b unknown, not 1"):
-        Journal(tmp_path / "j", {"a": 2, "b": 1})
+        Store(tmp_path / "j", {"a": 2, "b": 1})
     (tmp_path / "k").mkdir()
     (tmp_path / "k" / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match="not created by slicer"):
-        Journal(tmp_path / "k", {})
+        Store(tmp_path / "k", {})
 
 
 def test_keep_writes_a_plan_that_convert_takes(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_a_cell_is_trained_with_its_own_seed_and_rank(tmp_path: Path) -> None:
     cells = {row.seed: row for row in read_table(tmp_path / "s").rows if row.heal == "qlora@2"}
     assert cells.keys() == {1}
     record = json.loads((tmp_path / "s" / "cells" / "003-deepest-qlora2-s1.json").read_text())
-    assert (settings := record["healing"]["training"]["settings"])["rank"] == 2 and settings["seed"] == 1
+    assert (settings := record["healing"]["training"]["settings"])["lora_r"] == 2 and settings["seed"] == 1
     assert record["evaluation"]["loss"]["nats_per_token"] > 0
     assert not (tmp_path / "s" / "training").exists()
     other = sweep(tmp_path / "s", *given, "--learning-rate", "1e-4")

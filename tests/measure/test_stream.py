@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import PlanError, SourceError
 from slicer.model.layers import bypass, residual_stream
 from slicer.model.load import load_model
-from slicer.model.walk import Walk
+from slicer.model.walk import Walk, open_walk
+from slicer.runtime.compute import Compute
 
 
 def batches() -> list[torch.Tensor]:
@@ -58,7 +60,6 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_weights_come_and_go(path: Path) -> None:
     walk = Walk.out_of_core(path, device="cpu")
-    walk.prefetch = False
     states = walk.start(batches())
 
     def loaded() -> list[int]:
@@ -79,6 +80,20 @@ def test_weights_come_and_go(path: Path) -> None:
     assert loaded() == []
     walk.run(states, range(1, walk.depth))
     assert loaded() == []
+
+
+@pytest.mark.parametrize("loads", [True, False])
+def test_a_walk_is_closed_with_its_block(path: Path, loads: bool) -> None:
+    """Its model goes, whatever name the walk still has."""
+    checkpoint = Checkpoint.open(path)
+    with open_walk(checkpoint, Compute("cpu"), loads=loads) as walk:
+        model = weakref.ref(walk.model)
+        assert (
+            walk.streamed != loads and walk.run(walk.start(batches()), range(walk.depth)).layer == walk.depth
+        )
+    assert model() is None and walk is not None
+    with open_walk(checkpoint, Compute("cpu"), loads=loads, wanted=False) as none:
+        assert none is None
 
 
 def test_every_byte_is_read_once(path: Path) -> None:

@@ -43,7 +43,7 @@ def full() -> Plan:
     text = TextRecord("x", 4, 8, 2, 1, "body", "abc", (0, 3))
     corpus = CorpusRecord("x", 9, 2, "answers", "y", 12, 3, 1, 5, "body")
     training = TrainingRecord(
-        "fold", {"lr": 1.0}, {"lr": 1.0, "rank": 2}, corpus, {0: 3.0, 5: 2.5}, "early", 1.5, 2,
+        "fold", {"learning_rate": 1.0}, {"learning_rate": 1.0, "lora_r": 2}, corpus, {0: 3.0, 5: 2.5}, "early", 1.5, 2,
         RankRecord("mmlu", 8, {"8": 0.5, "2": None}),
     )  # fmt: skip
     solved = SolvedMatrix(1, "mlp.down_proj", "direct", 0.1, 0.5, 0.2)
@@ -193,7 +193,7 @@ def test_old_maps_behind_sublayers_are_a_repair() -> None:
 def test_an_old_training_and_what_came_before_it() -> None:
     record = repair("trained-twice")
     assert record.training is not None and record.training.start == "lora" and record.method == "full"
-    assert record.training.corpus.documents == 196 and record.training.asked["steps"] == 1
+    assert record.training.corpus.documents == 196 and record.training.asked["max_steps"] == 1
     lora = record.earlier
     assert lora is not None and lora.training is not None and lora.training.settings["lora_r"] == 2
     assert lora.training.held_out == {0: 4.252074, 1: 4.250752, 2: 4.250181} and lora.best_step == 2

@@ -22,9 +22,12 @@ from slicer.errors import ServeError
 from slicer.plan.plan import Plan
 from slicer.serve import Server, launch
 
-pytestmark = pytest.mark.skipif(
-    find_spec("vllm") is None, reason="vLLM is not installed: pip install slicer-llm[serve-cpu]"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        find_spec("vllm") is None, reason="vLLM is not installed: pip install slicer-llm[serve-cpu]"
+    ),
+    pytest.mark.xdist_group("vllm"),  # one process loads vLLM for all
+]
 KEY = "a key of the test"
 PROMPT = "And the LORD said unto"
 

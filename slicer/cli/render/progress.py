@@ -70,7 +70,7 @@ class _Bars(Progress):
             STDERR.print(f"{self._text}: {self._done} of {self._total}, {text}", markup=False)
 
     def note(self, text: str) -> None:
-        STDERR.print(f"note: {text}")
+        STDERR.print(f"note: {text}", markup=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._bars is not None:

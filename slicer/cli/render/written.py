@@ -58,7 +58,7 @@ def print_written(done: Written) -> None:
     for (label, old, before), (_, new, after) in zip(_rows(done.before), _rows(done.after), strict=True):
         table.add_row(label, before, after, f"{new / old:.1%}" if old else "-")
     lines = []
-    if plan.dropped or plan.below_layers:
+    if not plan.merged or done.before != done.after:  # a merge changes no size
         console.print(table)
         layers = "" if plan.below_layers else "layers "
         lines.append(("dropped", f"{layers}{_dropped(plan)} ({_why(plan)})"))

@@ -27,8 +27,8 @@ from slicer.heal.compensate.newton import STEPS, Newton
 from slicer.heal.compensate.regression import (
     LayerFit,
     Solution,
+    Split,
     gather,
-    held_out_sequences,
     norm_gain,
     solve,
     split,
@@ -71,13 +71,13 @@ def fold(
     """
     if solver not in SOLVERS:
         raise UsageError(f"fold {solver!r}: choose one of {', '.join(SOLVERS)}")
-    held = tuple(sorted(held_out_sequences(batches)))
+    data = split(batches)
     with in_float32(walk.model):
         precision = str(walk.model.dtype).removeprefix("torch.")
-        folding = _Folding(walk, batches, plan, holds, solver, written, progress or Progress())
+        folding = _Folding(walk, data, plan, holds, solver, written, progress or Progress())
         edits, report, losses = folding.run(activations)
     edits = {i: _in_own_dtype(walk.layers[i], edit) for i, edit in sorted(edits.items())}
-    return Solved(edits, losses, "fold", solver, report=report, held_out=held, precision=precision)
+    return Solved(edits, losses, "fold", solver, report=report, held_out=data.sequences, precision=precision)
 
 
 @dataclass
@@ -99,7 +99,7 @@ class _Folding:
     def __init__(
         self,
         walk: Walk,
-        batches: Sequence[torch.Tensor],
+        data: Split,
         plan: Plan,
         holds: Holds,
         solver: str,
@@ -107,7 +107,7 @@ class _Folding:
         progress: Progress,
     ) -> None:
         self._walk, self._plan, self._holds, self._solver = walk, plan, holds, solver
-        self._data, self._written, self._progress = split(batches), written, progress
+        self._data, self._written, self._progress = data, written, progress
         self._judges = walk.loaded and solver == "resolve"
         self._changes: dict[int, _Change] = {}
         self._least = 0.0  # the loss on the held-out sequences, with what was kept so far

@@ -72,7 +72,7 @@ def blocks(numbers: list[int]) -> list[tuple[int, int]]:
 
 
 class GapPass:
-    """One pass: the source, beside it the cut as repaired so far and, on the held-out batches, the bare cut.
+    """One pass over the source, the cut as repaired so far and, on the held-out batches, the bare cut.
 
     Iterating gives each gap with the source's residual stream at its end, [batch, seq, d] by batch. `cut` then stands
     before the layer `gap.layer`, and the caller must advance it through that layer (unless that is -1).

@@ -33,7 +33,6 @@ from slicer.heal.compensate.regression import (
     SINKS,
     NormalEquations,
     Split,
-    held_out_sequences,
     reduced_rank,
     solve,
     split,
@@ -93,8 +92,7 @@ def linear(
         report.append(SolvedMatrix(gap.layer, gap.sublayer, method, error_left=round(left, 6)))
         for b in range(len(both.cut)):
             both.cut[b] = both.cut[b] + replacement.update(both.cut[b], eps)
-    held = tuple(sorted(held_out_sequences(batches)))
-    return Solved(edits, both.finish(), method, rank=rank, report=tuple(report), held_out=held)
+    return Solved(edits, both.finish(), method, rank=rank, report=tuple(report), held_out=data.sequences)
 
 
 Row = tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]

@@ -129,7 +129,7 @@ class Objective:
 
 
 def _chances(logits: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
-    """q, float32; each token counted as many times as its offset says."""
+    """q = softmax(logits + offset), float32; `offset`: the log of the number of times that each token is counted."""
     return (logits.float() if offset is None else logits.float() + offset.to(logits.device)).softmax(-1)
 
 

@@ -36,10 +36,12 @@ _BLOCKS = 8  # G is symmetric: of so many block columns only the upper parts are
 
 @dataclass(frozen=True)
 class Split:
-    """Calibration batches, int64 [batch, seq]; the sequences held out are in batches of their own, numbered `held`."""
+    """Calibration batches, int64 [batch, seq]; the sequences held out are in batches of their own, numbered `held`.
+    `sequences`: the numbers that these had over all batches before."""
 
     batches: list[torch.Tensor]
     held: range
+    sequences: tuple[int, ...]
 
 
 def split(batches: Sequence[torch.Tensor]) -> Split:
@@ -47,25 +49,20 @@ def split(batches: Sequence[torch.Tensor]) -> Split:
 
     Raises HealError for too few sequences.
     """
-    held = held_out_sequences(batches)
-    size = max(1, min(len(batches[0]), TOGETHER // batches[0].shape[1]))
-    sequences = torch.cat(list(batches))
-    apart = torch.zeros(len(sequences), dtype=torch.bool)
-    apart[sorted(held)] = True
-    fitted = list(torch.split(sequences[~apart], size))
-    both = fitted + list(torch.split(sequences[apart], size))
-    return Split(both, range(len(fitted), len(both)))
-
-
-def held_out_sequences(batches: Sequence[torch.Tensor]) -> set[int]:
-    """Numbers, over all batches, of the sequences held out. Raises HealError when there are too few."""
     count, length = sum(len(batch) for batch in batches), batches[0].shape[1] if batches else 0
     if count < MIN_SEQUENCES or length <= 2 * SINKS:
         raise HealError(
             f"{count} calibration sequences of {length} tokens are too few to heal on; give at least "
             f"{MIN_SEQUENCES} of {2 * SINKS + 1} (--samples, --seq-len)"
         )
-    return set(range(HELD_OUT // 2, count, HELD_OUT)) or {count // 2}
+    held = list(range(HELD_OUT // 2, count, HELD_OUT)) or [count // 2]
+    size = max(1, min(len(batches[0]), TOGETHER // length))
+    sequences = torch.cat(list(batches))
+    apart = torch.zeros(count, dtype=torch.bool)
+    apart[held] = True
+    fitted = list(torch.split(sequences[~apart], size))
+    both = fitted + list(torch.split(sequences[apart], size))
+    return Split(both, range(len(fitted), len(both)), tuple(held))
 
 
 class NormalEquations:

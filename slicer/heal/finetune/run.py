@@ -1,4 +1,4 @@
-"""Trains a cut, and says what changes in it: writes nothing but the work directory, from which a stopped run resumes.
+"""Trains a cut and returns what changes in it. Writes to its work directory only, from which a stopped run resumes.
 
 work/run, best-N, history.json   see `slicer.heal.finetune.trainer`
 """

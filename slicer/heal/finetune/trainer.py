@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
@@ -30,6 +29,7 @@ from slicer.heal.finetune.distillation import DistillationLoss
 from slicer.heal.finetune.memory import to_train
 from slicer.heal.finetune.settings import TrainingSettings
 from slicer.model.load import Model
+from slicer.model.verify import cross_entropy
 from slicer.progress import Progress
 from slicer.runtime.distributed import first_process, sharded, world
 from slicer.runtime.files import write_atomically
@@ -201,13 +201,6 @@ class _Trainer(Trainer):  # type: ignore[misc]
             added = self.distillation.loss(logits, tokens, inputs["index"], targets)
             loss = loss + added / self.current_gradient_accumulation_steps
         return (loss, {"loss": loss}) if return_outputs else loss
-
-
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Summed next-token loss in nats, float32, of logits [batch, seq, V] and labels [batch, seq]."""
-    return functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
-    )
 
 
 def _last_complete(run: Path) -> Path | None:

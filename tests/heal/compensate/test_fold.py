@@ -158,7 +158,7 @@ def test_a_layer_that_adds_a_constant_is_hardly_missed(model_type: str) -> None:
 
 def test_a_cut_at_the_start_is_healed_behind_it(model: Any, text: list[torch.Tensor]) -> None:
     for plan, first in ((dropping(0, 1), 2), (Plan.cutting(DEPTH, attention=[0], form="zeroed"), 0)):
-        solved = fold(Walk.in_memory(model), text[:6], plan, holds=anything)
+        solved = fold(Walk.in_memory(model), text[:12], plan, holds=anything)
         assert min(solved.edits) >= first and solved.losses.falls
         assert loss_of(model, plan, solved.edits, text[18:]) < loss_of(model, plan, {}, text[18:])
 
