@@ -267,7 +267,8 @@ def _trained(record: HealingRecord, training: TrainingRecord) -> str:
     )
     return (
         f"By training (`{record.method}`), from {start}: {kind}. {record.steps} steps with "
-        f"{settings.format(**values)}; the weights are those of step {record.best_step}. Data: {_file(corpus.source)}; learned: {corpus.learned}"
+        f"{settings.format(**values)}; the weights are those of step {record.best_step}. "
+        f"Data: {_file(corpus.source)}; learned: {corpus.learned}"
     )
 
 
