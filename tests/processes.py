@@ -184,11 +184,7 @@ def run(request: dict[str, Any]) -> NoReturn:
     os.environ.update(request["environment"])
     os.chdir(request["directory"])
     flags = os.O_WRONLY | os.O_CREAT
-    opened = (
-        os.open(os.devnull, os.O_RDONLY),
-        os.open(request["output"], flags),
-        os.open(request["errors"], flags),
-    )
+    opened = (os.open(os.devnull, os.O_RDONLY), os.open(request["output"], flags), os.open(request["errors"], flags))
     for number, descriptor in enumerate(opened):
         os.dup2(descriptor, number)
         os.close(descriptor)

@@ -19,18 +19,7 @@ TOKENS = 12
 CUTS: dict[str, list[object]] = {
     "layers": ["--drop", "4-6"],
     "sublayers": ["--drop", "4-5", "--drop-attention", "2,7-9", "--drop-ffn", "0,10"],
-    "maps": [
-        "--drop",
-        "4-5",
-        "--drop-attention",
-        "7-8",
-        "--drop-ffn",
-        "2,9",
-        "--heal",
-        "linear",
-        "--rank",
-        8,
-    ],
+    "maps": ["--drop", "4-5", "--drop-attention", "7-8", "--drop-ffn", "2,9", "--heal", "linear", "--rank", 8],
 }
 SERVE = """
 import json, sys
@@ -45,29 +34,21 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.skipif(
-    find_spec("vllm") is None, reason="vLLM is not installed: pip install slicer-llm[serve-cpu]"
-)
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: pip install slicer-llm[serve-cpu]")
 @pytest.mark.parametrize("cut", CUTS)
 def test_vllm_and_transformers_write_the_same(forks: ForkServer, cut: str, tmp_path: Path) -> None:
     import torch
     from transformers import AutoTokenizer
 
     out = tmp_path / "sliced"
-    succeeds(
-        "convert", "demo", *CUTS[cut], "--calibration", "self", "--samples", 16, "--seq-len", 64, "-o", out
-    )
+    succeeds("convert", "demo", *CUTS[cut], "--calibration", "self", "--samples", 16, "--seq-len", 64, "-o", out)
     tokenizer, model = AutoTokenizer.from_pretrained(out), load_model(out, dtype="float32", device="cpu")
     expected = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         with torch.inference_mode():
             made = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=TOKENS,
-                min_new_tokens=TOKENS,
-                do_sample=False,
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False
             )
         expected.append(made[0, ids.shape[1] :].tolist())
 

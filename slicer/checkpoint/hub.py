@@ -103,18 +103,14 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str] | tuple[str, 
     named = f"{repo}@{revision}" if revision else repo
     try:
         return Path(
-            snapshot_download(
-                repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(_IGNORED)
-            )
+            snapshot_download(repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(_IGNORED))
         )
     except hub.GatedRepoError:
         raise HubError(f"{named}: gated; accept its licence on the Hub and set HF_TOKEN") from None
     except hub.RevisionNotFoundError:
         raise HubError(f"{named}: the repository has no such revision; check the part after the @") from None
     except hub.RepositoryNotFoundError:
-        raise HubError(
-            f"{named}: no such local directory or Hub repository (if it is private, set HF_TOKEN)"
-        ) from None
+        raise HubError(f"{named}: no such local directory or Hub repository (if it is private, set HF_TOKEN)") from None
     except hub.HFValidationError as error:
         raise HubError(f"{named}: not a valid Hub id ({str(error).splitlines()[0]})") from None
     except hub.IncompleteSnapshotError:
@@ -129,6 +125,4 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str] | tuple[str, 
         ) from None
     except Exception as error:  # huggingface_hub chooses the HTTP library, and so the kinds of errors
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise HubError(
-            f"{named}: the download failed ({reason}); run the command again to resume it"
-        ) from None
+        raise HubError(f"{named}: the download failed ({reason}); run the command again to resume it") from None

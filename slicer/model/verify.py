@@ -147,9 +147,7 @@ def check_load(path: Path, *, trust_remote_code: bool = False) -> None:
     except SlicerError as error:
         raise VerificationError(f"the written checkpoint cannot be opened: {error}") from None
     except Exception as error:
-        raise VerificationError(
-            f"the written config cannot be loaded: {' '.join(str(error).split())[:300]}"
-        ) from None
+        raise VerificationError(f"the written config cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     tensors = meta_tensors(checkpoint)
     problems = _load_on_meta(path, config, tensors, trust_remote_code)
     for kind, words in (
@@ -162,16 +160,12 @@ def check_load(path: Path, *, trust_remote_code: bool = False) -> None:
             found = [key for key in found if not _OLD_BUFFERS.search(key)]
         if found:
             name = found[0] if isinstance(found[0], str) else found[0][0]
-            shapes = (
-                "" if isinstance(found[0], str) else f" ({list(found[0][1])}, expected {list(found[0][2])})"
-            )
+            shapes = "" if isinstance(found[0], str) else f" ({list(found[0][1])}, expected {list(found[0][2])})"
             more = f", and {len(found) - 1} more" if len(found) > 1 else ""
             raise VerificationError(f"tensor {name} {words}{shapes}{more}; the output was discarded")
 
 
-def _load_on_meta(
-    path: Path, config: Any, tensors: dict[str, torch.Tensor], trust_remote_code: bool
-) -> dict[str, Any]:
+def _load_on_meta(path: Path, config: Any, tensors: dict[str, torch.Tensor], trust_remote_code: bool) -> dict[str, Any]:
     try:
         return build_on_meta(path, tensors, config=config, trust_remote_code=trust_remote_code)[1]
     except SourceError as error:
@@ -183,9 +177,7 @@ def check_tensors(path: Path, changed: Mapping[str, Callable[[], torch.Tensor]])
     written = Checkpoint.open(path).tensors if changed else {}
     for key, make in changed.items():
         if key not in written or not torch.equal(tensors.read(written[key]), make().cpu()):
-            raise VerificationError(
-                f"tensor {key} on disk differs from the healed weights; the output was discarded"
-            )
+            raise VerificationError(f"tensor {key} on disk differs from the healed weights; the output was discarded")
 
 
 def probe_tokens(vocab_size: int, seed: int = 0) -> torch.Tensor:
