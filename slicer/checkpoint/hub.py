@@ -100,29 +100,22 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str] | tuple[str, 
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
-    named = f"{repo}@{revision}" if revision else repo
     try:
         return Path(
             snapshot_download(repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(_IGNORED))
         )
-    except hub.GatedRepoError:
-        raise HubError(f"{named}: gated; accept its licence on the Hub and set HF_TOKEN") from None
-    except hub.RevisionNotFoundError:
-        raise HubError(f"{named}: the repository has no such revision; check the part after the @") from None
-    except hub.RepositoryNotFoundError:
-        raise HubError(f"{named}: no such local directory or Hub repository (if it is private, set HF_TOKEN)") from None
-    except hub.HFValidationError as error:
-        raise HubError(f"{named}: not a valid Hub id ({str(error).splitlines()[0]})") from None
-    except hub.IncompleteSnapshotError:
-        raise HubError(
-            f"{named}: only partly in the Hub cache, and the Hub cannot be reached "
-            "(offline or HF_HUB_OFFLINE is set); go online once to complete it"
-        ) from None
-    except hub.LocalEntryNotFoundError:
-        raise HubError(
-            f"{named}: no such local directory, not in the Hub cache, and the Hub cannot be reached "
-            "(offline or HF_HUB_OFFLINE is set); go online or pass a local directory"
-        ) from None
     except Exception as error:  # huggingface_hub chooses the HTTP library, and so the kinds of errors
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise HubError(f"{named}: the download failed ({reason}); run the command again to resume it") from None
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        offline = "the Hub cannot be reached (offline or HF_HUB_OFFLINE is set); go online"
+        reasons = {  # a kind before those that it is derived from
+            hub.GatedRepoError: "gated; accept its licence on the Hub and set HF_TOKEN",
+            hub.RevisionNotFoundError: "the repository has no such revision; check the part after the @",
+            hub.RepositoryNotFoundError: "no such local directory or Hub repository (if it is private, set HF_TOKEN)",
+            hub.HFValidationError: f"not a valid Hub id ({first})",
+            hub.IncompleteSnapshotError: f"only partly in the Hub cache, and {offline} once to complete it",
+            hub.LocalEntryNotFoundError: "no such local directory, not in the Hub cache, and "
+            f"{offline} or pass a local directory",
+            Exception: f"the download failed ({first[:200]}); run the command again to resume it",
+        }
+        reason = next(words for kind, words in reasons.items() if isinstance(error, kind))
+        raise HubError(f"{repo}{f'@{revision}' if revision else ''}: {reason}") from None

@@ -44,17 +44,12 @@ class Sizes:
 
 def measure_sizes(checkpoint: Checkpoint, kept: Iterable[int] | None = None, cast: str | None = None) -> Sizes:
     """Sizes of `checkpoint`, or of its layers `kept` only, written as dtype `cast`."""
-    stay = tuple(range(checkpoint.depth)) if kept is None else tuple(kept)
+    stay = tuple(range(checkpoint.depth) if kept is None else kept)
     tensors = checkpoint.tensors if kept is None else checkpoint.sliced(stay)
-    prefix = checkpoint.layer_prefix
+    layers = [checkpoint.layers[i] for i in stay]
     config = architectures.text_config(checkpoint.config)
-    layers: list[dict[str, TensorSpan]] = [{} for _ in stay]
-    for key, span in tensors.items():
-        match = re.match(re.escape(prefix) + r"(\d+)\.(.*)", key)
-        if match and int(match[1]) < len(layers):
-            layers[int(match[1])][match[2]] = span
     share = _expert_share(config)
-    flops = _head_parameters(tensors, config)
+    flops = _head_parameters(tensors)
     for layer in layers:
         for name, span in layer.items():
             if len(span.shape) >= 2:
@@ -83,7 +78,7 @@ def _expert_share(config: Mapping[str, Any]) -> float:
     return active / total if isinstance(total, int) and isinstance(active, int) and total else 1.0
 
 
-def _head_parameters(tensors: Mapping[str, TensorSpan], config: Mapping[str, Any]) -> int:
+def _head_parameters(tensors: Mapping[str, TensorSpan]) -> int:
     """Matrix parameters of the output head; a tied head uses the embedding."""
     for pattern in (
         r"(^|\.)(lm_head|embed_out|output)\.weight$",
@@ -132,8 +127,6 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        import json
-
         return {
             "path": str(self.path),
             "model_type": self.model_type,
@@ -141,7 +134,7 @@ class Inspection:
             "dtypes": list(self.dtypes),
             "files": self.files,
             **self.sizes.to_dict(),
-            "plan": None if self.plan is None else json.loads(self.plan.to_json()),
+            "plan": self.plan and self.plan.to_dict(),
         }
 
 
