@@ -100,35 +100,25 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str] | tuple[str, 
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
-    named = f"{repo}@{revision}" if revision else repo
+    offline = "and the Hub cannot be reached (offline or HF_HUB_OFFLINE is set)"
+    reasons: dict[type[Exception], str] = {  # the first that fits; some are children of later ones
+        hub.GatedRepoError: "gated; accept its licence on the Hub and set HF_TOKEN",
+        hub.RevisionNotFoundError: "the repository has no such revision; check the part after the @",
+        hub.RepositoryNotFoundError: "no such local directory or Hub repository (if it is private, set HF_TOKEN)",
+        hub.HFValidationError: "not a valid Hub id ({reason})",
+        hub.IncompleteSnapshotError: f"only partly in the Hub cache, {offline}; go online once to complete it",
+        hub.LocalEntryNotFoundError: f"no such local directory, not in the Hub cache, {offline}; go online or pass a "
+        "local directory",
+        Exception: "the download failed ({reason}); run the command again to resume it",
+    }
     try:
         return Path(
             snapshot_download(
                 repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(_IGNORED)
             )
         )
-    except hub.GatedRepoError:
-        raise HubError(f"{named}: gated; accept its licence on the Hub and set HF_TOKEN") from None
-    except hub.RevisionNotFoundError:
-        raise HubError(f"{named}: the repository has no such revision; check the part after the @") from None
-    except hub.RepositoryNotFoundError:
-        raise HubError(
-            f"{named}: no such local directory or Hub repository (if it is private, set HF_TOKEN)"
-        ) from None
-    except hub.HFValidationError as error:
-        raise HubError(f"{named}: not a valid Hub id ({str(error).splitlines()[0]})") from None
-    except hub.IncompleteSnapshotError:
-        raise HubError(
-            f"{named}: only partly in the Hub cache, and the Hub cannot be reached "
-            "(offline or HF_HUB_OFFLINE is set); go online once to complete it"
-        ) from None
-    except hub.LocalEntryNotFoundError:
-        raise HubError(
-            f"{named}: no such local directory, not in the Hub cache, and the Hub cannot be reached "
-            "(offline or HF_HUB_OFFLINE is set); go online or pass a local directory"
-        ) from None
     except Exception as error:  # huggingface_hub chooses the HTTP library, and so the kinds of errors
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise HubError(
-            f"{named}: the download failed ({reason}); run the command again to resume it"
-        ) from None
+        words = next(words for kind, words in reasons.items() if isinstance(error, kind))
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        named = f"{repo}@{revision}" if revision else repo
+        raise HubError(f"{named}: {words.replace('{reason}', reason)}") from None

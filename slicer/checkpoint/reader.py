@@ -20,6 +20,7 @@ from typing import Any
 from slicer.checkpoint.architectures import table as architectures
 from slicer.checkpoint.tensors import DTYPE_BITS, TensorSpan
 from slicer.errors import SourceError
+from slicer.plan.plan import Plan
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -88,6 +89,22 @@ class Checkpoint:
     def layer_prefix(self) -> str:
         """Prefix of the decoder layers' raw keys, such as "model.layers."."""
         return architectures.layer_prefix(self.architecture, self.tensors)
+
+    @cached_property
+    def layers(self) -> list[dict[str, TensorSpan]]:
+        """For every layer: name within the layer -> tensor."""
+        found: list[dict[str, TensorSpan]] = [{} for _ in range(self.depth)]
+        pattern = re.compile(re.escape(self.layer_prefix) + r"(\d+)\.(.*)")
+        for key, span in self.tensors.items():
+            match = pattern.match(key)
+            if match and int(match[1]) < self.depth:
+                found[int(match[1])][match[2]] = span
+        return found
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan, where slicer made the checkpoint. Raises PlanError for one that cannot be read."""
+        return Plan.load(self.path) if (self.path / "slicer" / "plan.json").is_file() else None
 
     @property
     def total_bytes(self) -> int:

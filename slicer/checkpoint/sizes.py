@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,10 @@ def measure_sizes(
 ) -> Sizes:
     """Sizes of `checkpoint`, or of its layers `kept` only, written as dtype `cast`."""
     stay = tuple(range(checkpoint.depth)) if kept is None else tuple(kept)
-    tensors = checkpoint.tensors if kept is None else checkpoint.sliced(stay)
-    prefix = checkpoint.layer_prefix
+    if kept is not None:
+        checkpoint = replace(checkpoint, tensors=checkpoint.sliced(stay))
+    tensors, layers = checkpoint.tensors, checkpoint.layers[: len(stay)]
     config = architectures.text_config(checkpoint.config)
-    layers: list[dict[str, TensorSpan]] = [{} for _ in stay]
-    for key, span in tensors.items():
-        match = re.match(re.escape(prefix) + r"(\d+)\.(.*)", key)
-        if match and int(match[1]) < len(layers):
-            layers[int(match[1])][match[2]] = span
     share = _expert_share(config)
     flops = _head_parameters(tensors, config)
     for layer in layers:
@@ -138,8 +134,6 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        import json
-
         return {
             "path": str(self.path),
             "model_type": self.model_type,
@@ -147,7 +141,7 @@ class Inspection:
             "dtypes": list(self.dtypes),
             "files": self.files,
             **self.sizes.to_dict(),
-            "plan": None if self.plan is None else json.loads(self.plan.to_json()),
+            "plan": None if self.plan is None else self.plan.to_dict(),
         }
 
 
@@ -155,7 +149,6 @@ def inspect(source: str) -> Inspection:
     """Inspect a directory, a Hub id or "demo". Raises SourceError, HubError or ArchitectureError."""
     checkpoint = Checkpoint.open(hub.resolve(source).path)
     checkpoint.check_layers()
-    sliced = checkpoint.path / "slicer" / "plan.json"
     return Inspection(
         path=checkpoint.path,
         model_type=str(architectures.text_config(checkpoint.config).get("model_type", "unknown")),
@@ -163,5 +156,5 @@ def inspect(source: str) -> Inspection:
         dtypes=tuple(sorted({span.dtype for span in checkpoint.tensors.values()})),
         files=len({span.file for span in checkpoint.tensors.values()}),
         sizes=measure_sizes(checkpoint),
-        plan=Plan.load(checkpoint.path) if sliced.is_file() else None,
+        plan=checkpoint.plan,
     )

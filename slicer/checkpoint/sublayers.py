@@ -52,17 +52,6 @@ def part_of(name: str, siblings: Collection[str]) -> str | None:
     return FEED_FORWARD if name in _FEED_FORWARD or name in _FEED_FORWARD_NORMS else None
 
 
-def layers_of(checkpoint: Checkpoint) -> list[dict[str, TensorSpan]]:
-    """For every layer: name within the layer -> span."""
-    layers: list[dict[str, TensorSpan]] = [{} for _ in range(checkpoint.depth)]
-    pattern = re.compile(re.escape(checkpoint.layer_prefix) + r"(\d+)\.(.*)")
-    for key, span in checkpoint.tensors.items():
-        match = pattern.match(key)
-        if match and int(match[1]) < len(layers):
-            layers[int(match[1])][match[2]] = span
-    return layers
-
-
 def split(layer: Mapping[str, TensorSpan]) -> dict[str, dict[str, TensorSpan]]:
     """The tensors of a layer by sublayer. Raises ArchitectureError for a tensor that belongs to neither."""
     siblings = {name.partition(".")[0] for name in layer}
@@ -83,7 +72,7 @@ def adds_directly(checkpoint: Checkpoint) -> bool:
 
     Then a fold works for a half-offset cut as it does for whole layers.
     """
-    names = {name for layer in layers_of(checkpoint) for name in layer}
+    names = {name for layer in checkpoint.layers for name in layer}
     behind = {"post_feedforward_layernorm", "post_mlp_layernorm", "post_self_attn_layernorm"}
     return not any(name.partition(".")[0] in behind or "expert" in name for name in names)
 
@@ -92,9 +81,10 @@ def check_joinable(checkpoint: Checkpoint) -> None:
     """Raise ArchitectureError unless feed-forward follows attention: only then can halves of two layers be joined."""
     config = architectures.text_config(checkpoint.config)
     reason = None
-    if any(config.get(name, name == _PARALLEL[0] and _is_neox(config)) for name in _PARALLEL):
+    neox = config.get("model_type") == "gpt_neox"
+    if any(config.get(name, neox and name == _PARALLEL[0]) for name in _PARALLEL):
         reason = "its attention and feed-forward part run in parallel"
-    for i, layer in enumerate(layers_of(checkpoint)):
+    for i, layer in enumerate(checkpoint.layers):
         parts = split(layer)
         if not parts[ATTENTION] or not parts[FEED_FORWARD]:
             reason = reason or f"layer {i} does not have both attention and feed-forward part"
@@ -107,16 +97,12 @@ def check_joinable(checkpoint: Checkpoint) -> None:
         )
 
 
-def _is_neox(config: Mapping[str, Any]) -> bool:
-    return config.get("model_type") == "gpt_neox"
-
-
 def check_joined(checkpoint: Checkpoint, plan: Plan) -> None:
     """Raise ArchitectureError unless feed-forward parts that swap places are of the same kind."""
     if not plan.joined:
         return
     check_joinable(checkpoint)
-    layers = layers_of(checkpoint)
+    layers = checkpoint.layers
     for i, j in plan.joined:
         one, other = (split(layers[k])[FEED_FORWARD] for k in (i, j))
         shapes = [{name: span.shape for name, span in part.items()} for part in (one, other)]
@@ -152,7 +138,7 @@ def names_of(checkpoint: Checkpoint, plan: Plan) -> dict[str, str]:
             del attention[i]
         for j in plan.no_ffn:
             del ffn[j]
-    siblings = [{name.partition(".")[0] for name in layer} for layer in layers_of(checkpoint)]
+    siblings = [{name.partition(".")[0] for name in layer} for layer in checkpoint.layers]
     prefix, found = checkpoint.layer_prefix, {}
     for key, span in checkpoint.tensors.items():
         new = architectures.slice_key(key, prefix, plan.kept, plan.depth)
@@ -189,7 +175,7 @@ def _zeros(span: TensorSpan) -> Callable[[], Any]:
 def zeroed_keys(checkpoint: Checkpoint, plan: Plan) -> list[str]:
     """Raw keys of the output matrices of removed sublayers. Raises ArchitectureError if a sublayer has none."""
     found: list[str] = []
-    layers = layers_of(checkpoint)
+    layers = checkpoint.layers
     for gone, outputs, what in (
         (plan.no_attention, ATTENTION_OUTPUTS, "attention"),
         (plan.no_ffn, FEED_FORWARD_OUTPUTS, "feed-forward part"),
@@ -209,7 +195,7 @@ def zeroed_keys(checkpoint: Checkpoint, plan: Plan) -> list[str]:
 
 def check_there(checkpoint: Checkpoint, attention: Iterable[int], ffn: Iterable[int]) -> None:
     """Raise PlanError for a sublayer that the source already lacks."""
-    layers = layers_of(checkpoint)
+    layers = checkpoint.layers
     for what, gone, outputs in (
         ("attention", attention, ATTENTION_OUTPUTS),
         ("feed-forward part", ffn, (*FEED_FORWARD_OUTPUTS,)),
