@@ -92,11 +92,7 @@ def install_torch(python: Path, requirement: str) -> list[str]:
 
 def remove_broken(python: Path) -> None:
     """Removes those of torch's companions that are installed and cannot be imported beside this torch."""
-    broken = [
-        name
-        for name in TRAPPED
-        if is_installed(python, name) and run(python, "-c", f"import {name}").returncode
-    ]
+    broken = [name for name in TRAPPED if is_installed(python, name) and run(python, "-c", f"import {name}").returncode]
     if broken:
         print(f"removing {', '.join(broken)}: not importable beside this torch, not needed", flush=True)
         pip(python, "uninstall", "-q", "-y", *broken)

@@ -110,10 +110,7 @@ def _sweep(
         store.add({"label": None, "round": 0, "limits": limits})
 
     def run(label: str, number: int, tell: Any) -> Run:
-        return {
-            "kv_cache_bytes": work.kv_cache_bytes,
-            **measure(by_label[label], work, 2 * number, scratch, tell),
-        }
+        return {"kv_cache_bytes": work.kv_cache_bytes, **measure(by_label[label], work, 2 * number, scratch, tell)}
 
     runs = run_rounds(list(by_label), request.rounds, request.seed, run, store, progress)
     return {"limits": limits, **report.summarize(models, work, runs, limits), "runs": runs}
@@ -127,9 +124,7 @@ def _speculative(
     store: Store,
     progress: Progress,
 ) -> dict[str, Any]:
-    drafts: dict[str, Contestant | None] = dict(
-        zip(speculative.labels(models), [None, *models[1:]], strict=True)
-    )
+    drafts: dict[str, Contestant | None] = dict(zip(speculative.labels(models), [None, *models[1:]], strict=True))
 
     def run(label: str, number: int, tell: Any) -> Run:
         return speculative.measure(models[0], drafts[label], work, asked, request.speculative_tokens, tell)
@@ -145,9 +140,7 @@ def _contestants(request: Request, dtype: str, scratch: Path) -> list[Contestant
         assert request.base is not None
         return contestants.checkpoints(request.base, request.sliced, dtype)
     trust = "--trust-remote-code" in request.arguments
-    return contestants.shapes(
-        request.base, request.config, request.drops, dtype, scratch, trust_remote_code=trust
-    )
+    return contestants.shapes(request.base, request.config, request.drops, dtype, scratch, trust_remote_code=trust)
 
 
 def _engine_on_cpu(request: Request) -> bool:
@@ -166,9 +159,7 @@ def _check(request: Request) -> None:
     if request.sliced and request.drops is not None:
         raise UsageError("pass either --drop or SLICED checkpoints, not both")
     if request.speculative and not request.sliced:
-        raise UsageError(
-            "--speculative needs the original and one or more cuts of it: slicer bench BASE SLICED..."
-        )
+        raise UsageError("--speculative needs the original and one or more cuts of it: slicer bench BASE SLICED...")
     if request.speculative and request.engine != "vllm":
         raise UsageError("--speculative needs --engine vllm")
     if request.prompts is not None and not request.speculative:

@@ -78,14 +78,9 @@ def checkpoints(base: str, sliced: Sequence[str], dtype: str) -> list[Contestant
             config = {**config, "model_type": Plan.load(checkpoint.path).model_type}  # of its source
         for name in ("model_type", "hidden_size", "vocab_size"):
             if config.get(name) != first.get(name):
-                raise BenchError(
-                    f"{source}: not a cut of {base}: {name} is {config.get(name)}, not {first.get(name)}"
-                )
+                raise BenchError(f"{source}: not a cut of {base}: {name} is {config.get(name)}, not {first.get(name)}")
     labels = _distinct([_short(source) for source, _ in opened])
-    return [
-        _contestant(label, c, c.path, dtype, dummy=False)
-        for label, (_, c) in zip(labels, opened, strict=True)
-    ]
+    return [_contestant(label, c, c.path, dtype, dummy=False) for label, (_, c) in zip(labels, opened, strict=True)]
 
 
 def shapes(
@@ -121,9 +116,7 @@ def shapes(
         write_tokenizer(directory, _vocabulary(rewritten, directory))
         shape = whole if plan is None else _sliced(whole, plan, directory, rewritten)
         dropped = () if plan is None else plan.dropped
-        made.append(
-            _contestant(f"{name}-{whole.depth - n}L", shape, directory, dtype, dummy=True, dropped=dropped)
-        )
+        made.append(_contestant(f"{name}-{whole.depth - n}L", shape, directory, dtype, dummy=True, dropped=dropped))
     return made
 
 
@@ -195,13 +188,7 @@ def _sliced(whole: Checkpoint, plan: Plan, directory: Path, config: Mapping[str,
 
 
 def _contestant(
-    label: str,
-    checkpoint: Checkpoint,
-    path: Path,
-    dtype: str,
-    *,
-    dummy: bool,
-    dropped: tuple[int, ...] | None = None,
+    label: str, checkpoint: Checkpoint, path: Path, dtype: str, *, dummy: bool, dropped: tuple[int, ...] | None = None
 ) -> Contestant:
     cast = _STORED.get(dtype)
     if cast is None:  # as stored; vLLM serves float32 as bfloat16

@@ -112,9 +112,7 @@ def _brief(figures: Run) -> str:
 class _Bar:
     """Progress bar of all runs, with the stage of the current run."""
 
-    def __init__(
-        self, progress: Progress, label: str, number: int, rounds: int, total: int, done: int
-    ) -> None:
+    def __init__(self, progress: Progress, label: str, number: int, rounds: int, total: int, done: int) -> None:
         self._progress, self._total, self._done = progress, total, done
         self._head = f"Round {number} of {rounds}, {label}"
 

@@ -94,16 +94,7 @@ def speed_rows(result: Mapping[str, Any]) -> tuple[list[str], Rows]:
 
 def speculative_rows(result: Mapping[str, Any]) -> tuple[list[str], Rows]:
     """One row per draft."""
-    head = [
-        "draft",
-        "layers",
-        "tokens/s",
-        "speed-up",
-        "accepted",
-        "by position",
-        "tokens per step",
-        "same text",
-    ]
+    head = ["draft", "layers", "tokens/s", "speed-up", "accepted", "by position", "tokens per step", "same text"]
     rows = [
         [
             row["draft"] or "(none)",

@@ -23,19 +23,14 @@ PERCENTILES = (50, 90, 99)
 
 
 def summarize(
-    contestants: Sequence[Contestant],
-    workload: Workload,
-    runs: Sequence[Mapping[str, Any]],
-    limits: Mapping[str, Any],
+    contestants: Sequence[Contestant], workload: Workload, runs: Sequence[Mapping[str, Any]], limits: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The `models`, `lines`, `speed_up` and `verdict` of bench.json.
 
     The time of a depth is that of its fastest round (the median over the round's requests), because disturbances only
     add time. Percentiles are over the requests of all rounds.
     """
-    models = [
-        _model(c, workload, [run for run in runs if run["label"] == c.label], limits) for c in contestants
-    ]
+    models = [_model(c, workload, [run for run in runs if run["label"] == c.label], limits) for c in contestants]
     result: dict[str, Any] = {"models": models, "lines": {}, "speed_up": [], "verdict": None}
     if len({c.layers for c in contestants}) < 2:
         result["verdict"] = "only one depth: pass more (SLICED... or --drop) for a line"

@@ -91,8 +91,7 @@ def measure(
         tell("Answering")
         found = client.online(prompts, workload.output_len, 1)
     return {
-        key: found[key]
-        for key in ("seconds", "output_tokens_per_second", "ttft_ms", "e2e_ms", "texts", "spec_decode")
+        key: found[key] for key in ("seconds", "output_tokens_per_second", "ttft_ms", "e2e_ms", "texts", "spec_decode")
     }
 
 
@@ -147,9 +146,7 @@ def summarize(
     if all(row["outputs_identical"] for row in drafted):
         verdict += "; all outputs are identical"
     else:
-        verdict += (
-            f"; some outputs differ, which rounding in {dtype} can cause (compare with --dtype float32)"
-        )
+        verdict += f"; some outputs differ, which rounding in {dtype} can cause (compare with --dtype float32)"
     return {"rows": rows, "num_speculative_tokens": tokens, "prompts": list(prompts), "verdict": verdict}
 
 

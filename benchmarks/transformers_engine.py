@@ -61,9 +61,7 @@ def main() -> None:
     _wait(device)
     loaded = time.perf_counter() - started
     runner = _Runner(model, device, workload.output_len)
-    asked = prompts(
-        workload, contestant.vocabulary, max(64, *workload.concurrency, workload.batch), spec["salt"]
-    )
+    asked = prompts(workload, contestant.vocabulary, max(64, *workload.concurrency, workload.batch), spec["salt"])
     runner.batch(asked[:1])
     once = runner.batch(asked[1:2])["e2e_ms"][0] / 1000
     offline = runner.batch(asked[: workload.batch])
@@ -73,13 +71,10 @@ def main() -> None:
         if level > 1:
             once = max(once, seconds * level / workload.batch)
         waves = max(1, requests_for(workload, level, once) // level)
-        parts = [
-            runner.batch([asked[(w * level + i) % len(asked)] for i in range(level)]) for w in range(waves)
-        ]
+        parts = [runner.batch([asked[(w * level + i) % len(asked)] for i in range(level)]) for w in range(waves)]
         spent = sum(part["seconds"] for part in parts)
         times = {
-            key: [value for part in parts for value in part[key]]
-            for key in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")
+            key: [value for part in parts for value in part[key]] for key in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")
         }
         online[str(level)] = {
             "requests": waves * level,
@@ -153,9 +148,7 @@ class _Runner:
                 ids = step.logits[:, -1:].argmax(-1)
                 _wait(self._device)
                 marks.append(time.perf_counter())
-            self.cache_bytes_per_token = (
-                _cache_bytes(cache) / len(asked) / (len(asked[0]) + self._output_len - 1)
-            )
+            self.cache_bytes_per_token = _cache_bytes(cache) / len(asked) / (len(asked[0]) + self._output_len - 1)
         steps = [1000 * (b - a) for a, b in zip(marks, marks[1:], strict=False)]
         whole = 1000 * (marks[-1] - marks[0])
         each = len(asked)

@@ -43,12 +43,7 @@ def server_arguments(workload: Workload, dummy: bool) -> list[str]:
     """vLLM's flags for a fair run; the user's flags come last and take precedence."""
     given = workload.arguments
     chosen = [
-        *(
-            "--load-format",
-            "dummy" if dummy else "auto",
-            "--kv-cache-memory-bytes",
-            str(workload.kv_cache_bytes),
-        ),
+        *("--load-format", "dummy" if dummy else "auto", "--kv-cache-memory-bytes", str(workload.kv_cache_bytes)),
         *("--max-model-len", str(workload.max_model_len), "--max-num-seqs", str(workload.batch)),
         *("--seed", str(workload.seed), "--generation-config", "vllm", "--no-enable-prefix-caching"),
     ]
@@ -75,9 +70,7 @@ def measure(
     variables = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "INFO"}
     if not workload.on_cpu:
         variables["VLLM_SERVER_DEV_MODE"] = "1"  # enables /collective_rpc, on the loopback only
-    server = Server(
-        contestant.path, name=contestant.label, arguments=arguments, variables=variables, progress=tell
-    )
+    server = Server(contestant.path, name=contestant.label, arguments=arguments, variables=variables, progress=tell)
     client = Client()
     with _Resident(server) as resident:
         started = time.perf_counter()
@@ -98,9 +91,7 @@ def measure(
                 if level > 1:
                     once = max(once, offline["seconds"] * level / workload.batch)
                 count = requests_for(workload, level, once)
-                answered = client.online(
-                    (asked * (count // len(asked) + 1))[:count], workload.output_len, level
-                )
+                answered = client.online((asked * (count // len(asked) + 1))[:count], workload.output_len, level)
                 online[str(level)] = {k: v for k, v in answered.items() if k not in ("texts", "spec_decode")}
             capacity = kv_capacity(server)
             peak = resident.peak if workload.on_cpu else _allocated(server)
@@ -133,9 +124,7 @@ class Client:
         """Send all requests, `concurrency` at a time; returns every request's times in milliseconds, and its output."""
         requests = [
             self._sample(
-                prompt=prompt,
-                prompt_len=len(prompt) if isinstance(prompt, list) else 0,
-                expected_output_len=output_len,
+                prompt=prompt, prompt_len=len(prompt) if isinstance(prompt, list) else 0, expected_output_len=output_len
             )
             for prompt in asked
         ]

@@ -73,9 +73,7 @@ def choose(
         raise UsageError("--output-len: a time per output token needs at least 2")
     if input_len < 1 or input_len + output_len + 16 > longest:
         asked = f"{given_input or input_len} + {given_output or output_len} tokens (and 16 spare)"
-        raise BenchError(
-            f"{asked} do not fit the models' context of {longest}: lower --input-len or --output-len"
-        )
+        raise BenchError(f"{asked} do not fit the models' context of {longest}: lower --input-len or --output-len")
     blocks = -(-(input_len + output_len + 16) // _BLOCK) * _BLOCK
     batch = max(8 if on_cpu else 64, max(levels))
     a_token = max(c.kv_bytes_per_token for c in contestants)

@@ -50,9 +50,7 @@ def pages() -> dict[str, Callable[[], list[str]]]:
 
 def cli() -> list[str]:
     """The help of every command with all its options, those for experts too."""
-    commands = [
-        name for section in main_command.list_sections(Context(main_command)) for name in section.commands
-    ]
+    commands = [name for section in main_command.list_sections(Context(main_command)) for name in section.commands]
     return [
         "# Command line",
         generated("the `--help-all` of each command"),
@@ -74,13 +72,7 @@ def help_of(*command: str, all_options: bool = False) -> list[str]:
 
 def output(*arguments: str) -> str:
     """What Python prints with these arguments on a terminal 100 columns wide."""
-    environment = {
-        **os.environ,
-        "COLUMNS": "100",
-        "NO_COLOR": "1",
-        "TERM": "dumb",
-        "PYTHONIOENCODING": "utf-8",
-    }
+    environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb", "PYTHONIOENCODING": "utf-8"}
     result = subprocess.run(
         [sys.executable, *arguments],
         capture_output=True,
@@ -188,9 +180,7 @@ def plan() -> list[str]:
 def described(cls: type[Any]) -> list[str]:
     """A section on a frozen dataclass: what it is, then each field with its type, default and meaning."""
     about, meaning = attributes(cls)
-    rows = [
-        (f"`{f.name}`", f"`{f.type}`", default(f), meaning.get(f.name, "").rstrip(".")) for f in fields(cls)
-    ]
+    rows = [(f"`{f.name}`", f"`{f.type}`", default(f), meaning.get(f.name, "").rstrip(".")) for f in fields(cls)]
     return [f"## {cls.__name__}", about, table(["field", "type", "default", "meaning"], rows)]
 
 

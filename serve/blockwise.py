@@ -33,12 +33,7 @@ class _Emulated(nn.Module):
 
 class _Layer(DeciLMDecoderLayer):  # type: ignore[misc]
     def __init__(
-        self,
-        config: Any,
-        layer_idx: int,
-        cache_config: Any = None,
-        quant_config: Any = None,
-        prefix: str = "",
+        self, config: Any, layer_idx: int, cache_config: Any = None, quant_config: Any = None, prefix: str = ""
     ) -> None:
         super().__init__(config, layer_idx, cache_config, quant_config, prefix)
         ranks = config.block_configs[layer_idx].get("emulated_ranks", {})

@@ -189,9 +189,7 @@ class Server:
 
     def _engine_lives(self) -> bool:
         """False if a worker process of the API server has ended."""
-        return not re.search(
-            rb"EngineDeadError|Engine core proc \S+ died|died unexpectedly", self._tail(8192)
-        )
+        return not re.search(rb"EngineDeadError|Engine core proc \S+ died|died unexpectedly", self._tail(8192))
 
     def stop(self) -> None:
         """Stop vLLM and all its child processes; does nothing if it is not running."""
@@ -215,14 +213,7 @@ class Server:
             kind, text = last[1], (last[2] or last[3] or last[4]).strip()
             if kind == "ValidationError":  # pydantic writes the reason on a separate line
                 text = next((m[4] for m in reversed(found) if m[4]), text)
-            plain = kind in (
-                None,
-                "ValueError",
-                "RuntimeError",
-                "ValidationError",
-                "AssertionError",
-                "OSError",
-            )
+            plain = kind in (None, "ValueError", "RuntimeError", "ValidationError", "AssertionError", "OSError")
             return _shorten(text if plain else f"{kind}: {text}") + at
         if code in (-signal.SIGKILL, 128 + signal.SIGKILL) or _killed(lines):
             return f"a process was killed, probably out of memory: lower --max-model-len or the KV cache{at}"

@@ -55,9 +55,7 @@ def on_cpu() -> bool:
     return True
 
 
-def prepare(
-    path: Path, draft: Path | None, speculative_tokens: int, arguments: Sequence[str]
-) -> ServerSettings:
+def prepare(path: Path, draft: Path | None, speculative_tokens: int, arguments: Sequence[str]) -> ServerSettings:
     """Check checkpoint, draft and flags together, and choose defaults for flags that are not set.
 
     Raises SourceError for an invalid checkpoint and ServeError for what vLLM cannot run.
@@ -67,9 +65,7 @@ def prepare(
     if reason:
         raise ServeError(f"{path}: {reason}")
     sizes = measure_sizes(checkpoint)
-    expanded = architectures.text_config(
-        expand_config(path, trust_remote_code="--trust-remote-code" in arguments)
-    )
+    expanded = architectures.text_config(expand_config(path, trust_remote_code="--trust-remote-code" in arguments))
     check_parallel(checkpoint, expanded, arguments)
     cpu = on_cpu()
     if cpu:
@@ -187,12 +183,7 @@ def _vocabulary(path: Path) -> Any:
 
 
 def _small_machine(
-    sizes: Sizes,
-    weights: int,
-    config: Mapping[str, Any],
-    arguments: Sequence[str],
-    extra: list[str],
-    notes: list[str],
+    sizes: Sizes, weights: int, config: Mapping[str, Any], arguments: Sequence[str], extra: list[str], notes: list[str]
 ) -> None:
     """KV cache, context and dtype so that weights and cache fit in the memory that is free."""
     if flag(arguments, "--dtype") is None:
@@ -220,8 +211,6 @@ def _small_machine(
         fits = int(0.9 * cache / a_token) // 128 * 128
         if fits < wanted:
             if fits < _LEAST_CONTEXT:
-                raise ServeError(
-                    "too little memory is free for a KV cache of 256 tokens; use a larger machine"
-                )
+                raise ServeError("too little memory is free for a KV cache of 256 tokens; use a larger machine")
             extra += ["--max-model-len", str(fits)]
             notes.append(f"context of {fits} tokens instead of {wanted}, to fit that cache (--max-model-len)")

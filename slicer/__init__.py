@@ -57,15 +57,7 @@ _NAMES = {
     "slicer.jobs.merge": ("merge",),
     "slicer.jobs.output": ("Written",),
     "slicer.jobs.request": (
-        *(
-            "AnalyzeRequest",
-            "Compensation",
-            "ConvertRequest",
-            "HealRequest",
-            "Measures",
-            "MergeRequest",
-            "Output",
-        ),
+        *("AnalyzeRequest", "Compensation", "ConvertRequest", "HealRequest", "Measures", "MergeRequest", "Output"),
         *("Selection", "Text"),
     ),
     "slicer.measure.analysis": ("Analysis",),

@@ -18,9 +18,7 @@ from slicer.progress import Progress
 from slicer.runtime.compute import Compute
 
 
-def export(
-    checkpoint: Checkpoint, plan: Plan, out: Path, patch: Patch = NONE, *, dtype: str | None = None
-) -> Path:
+def export(checkpoint: Checkpoint, plan: Plan, out: Path, patch: Patch = NONE, *, dtype: str | None = None) -> Path:
     """Write the cut of `plan` from `checkpoint`, repaired by `patch`, to `out`; changed tensors alone are checked."""
     source = Source(str(checkpoint.path), checkpoint.path, checkpoint=checkpoint)
     result = Result.of_cut(source, replace(plan, dtype=dtype), patch)

@@ -34,9 +34,7 @@ def contents(layers: int = 4, size: int = 5000) -> dict[str, bytes]:
     tensors = {"model.embed_tokens.weight": b"e" * 16}
     for i in range(layers):
         for name in ("self_attn.q_proj.weight", "mlp.down_proj.weight"):
-            tensors[f"model.layers.{i}.{name}"] = bytes(
-                (i * 7 + len(name) + k) % 251 for k in range(size + i)
-            )
+            tensors[f"model.layers.{i}.{name}"] = bytes((i * 7 + len(name) + k) % 251 for k in range(size + i))
     return tensors | {"model.norm.weight": b"n" * 8, "lm_head.weight": b"h" * 16}
 
 

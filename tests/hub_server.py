@@ -63,18 +63,11 @@ def serve(hub: Hub) -> Iterator[Hub]:
             content = file.read_bytes()
             if self.command == "GET":
                 hub.downloaded.append("/".join(parts[2:]))
-            self.send(
-                200, content, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
-            )
+            self.send(200, content, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT})
 
         def described(self, root: Path, name: str) -> dict[str, object]:
             content = (root / name).read_bytes()
-            return {
-                "type": "file",
-                "path": name,
-                "size": len(content),
-                "oid": hashlib.sha1(content).hexdigest(),
-            }
+            return {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
 
         def answer(self, content: object) -> None:
             self.send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})

@@ -34,7 +34,7 @@ MODULES = (
 EVALUATION = (*MODULES, "lm_eval.models.huggingface", "lm_eval.evaluator")
 TRAINING = (*MODULES, "peft", "transformers.trainer", "bitsandbytes", "accelerate")
 VLLM = ("vllm", "vllm.v1.engine.core")
-status: list[int] = []  # of a forked command that ended
+status: list[int] = []  # with which this process ends, once it is known
 
 
 @dataclass
@@ -162,9 +162,9 @@ def serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if "poll" in request:
-            pid, status = os.waitpid(request["poll"], os.WNOHANG)
+            pid, wait_status = os.waitpid(request["poll"], os.WNOHANG)
             alive.discard(pid)
-            answer = os.waitstatus_to_exitcode(status) if pid else None
+            answer = os.waitstatus_to_exitcode(wait_status) if pid else None
         else:
             for name in ("slicer.cli.main", *request["modules"]):
                 importlib.import_module(name)
@@ -177,17 +177,14 @@ def serve() -> None:
     for pid in alive:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+    status.append(0)
 
 
 def run(request: dict[str, Any]) -> NoReturn:
     os.environ.update(request["environment"])
     os.chdir(request["directory"])
     flags = os.O_WRONLY | os.O_CREAT
-    opened = (
-        os.open(os.devnull, os.O_RDONLY),
-        os.open(request["output"], flags),
-        os.open(request["errors"], flags),
-    )
+    opened = (os.open(os.devnull, os.O_RDONLY), os.open(request["output"], flags), os.open(request["errors"], flags))
     for number, descriptor in enumerate(opened):
         os.dup2(descriptor, number)
         os.close(descriptor)
@@ -210,7 +207,7 @@ def run(request: dict[str, Any]) -> NoReturn:
 
 
 def leave() -> None:
-    """Run in a fork as the last of what Python does at exit: its copies of the modules need no tearing down."""
+    """The last of what Python does at exit: the modules need no tearing down, which takes long."""
     if status:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -30,9 +30,7 @@ def save_tokenizer(path: Path) -> None:
     fast.save_pretrained(path)
 
 
-def save_llama(
-    path: Path, *, layers: int = 6, shard: str = "100KB", tokenizer: bool = True, **changes: Any
-) -> Path:
+def save_llama(path: Path, *, layers: int = 6, shard: str = "100KB", tokenizer: bool = True, **changes: Any) -> Path:
     """A random Llama of head size 32 with a byte tokenizer, in several shards."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

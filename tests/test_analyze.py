@@ -54,9 +54,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sources.save_text(tmp_path_factory.mktemp("text") / "t.jsonl")
 
 
-def request(
-    path: Path | str, out: Path, text: TextSpec, *, positions: int = 16, **given: Any
-) -> AnalyzeRequest:
+def request(path: Path | str, out: Path, text: TextSpec, *, positions: int = 16, **given: Any) -> AnalyzeRequest:
     return AnalyzeRequest(str(path), out, Measures(positions), text=Text.of(text), **given)
 
 
@@ -172,18 +170,7 @@ def test_a_healed_cut_from_disk(path: Path, text: Path, tmp_path: Path) -> None:
 
 def command(path: Path, text: Path, out: Path) -> list[str]:
     return [
-        *(
-            "analyze",
-            str(path),
-            "-o",
-            str(out),
-            "--calibration",
-            str(text),
-            "--samples",
-            "8",
-            "--seq-len",
-            "24",
-        ),
+        *("analyze", str(path), "-o", str(out), "--calibration", str(text), "--samples", "8", "--seq-len", "24"),
         *("--batch-size", "2", "--positions", "6", "--device", "cpu", "--memory", "300KB"),
     ]
 
@@ -264,9 +251,7 @@ def test_the_commands(path: Path, text: Path, done: Path, tmp_path: Path) -> Non
         (["analyze", "SOURCE", "-o", "NEW", "--calibration", "self", "--memory", "300KB"], "self"),
     ],
 )
-def test_bad_input_is_one_line(
-    path: Path, done: Path, tmp_path: Path, arguments: list[str], words: str
-) -> None:
+def test_bad_input_is_one_line(path: Path, done: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
     names = {"DONE": str(done), "SOURCE": str(path), "NEW": str(tmp_path / "new")}
     before = {p: p.stat().st_mtime_ns for p in (*done.iterdir(), *path.iterdir())}
     result = CliRunner().invoke(main, [names.get(a, a) for a in arguments])

@@ -57,9 +57,7 @@ def test_named_layers_need_no_tokenizer_and_keep_every_byte(source: Path, tmp_pa
 def test_similarity_writes_distances_figures_card_and_plan(source: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = json.loads(
-        succeeds(
-            "convert", source, "--drop", 2, "--offset", "whole", *calibrated(text), "-o", out, "--json"
-        ).stdout
+        succeeds("convert", source, "--drop", 2, "--offset", "whole", *calibrated(text), "-o", out, "--json").stdout
     )
     distances = json.loads((out / "slicer" / "distances.json").read_text())
     row = distances["distances"]["2"]
@@ -71,13 +69,7 @@ def test_similarity_writes_distances_figures_card_and_plan(source: Path, text: P
     assert plan["calibration"]["samples"] == 8 and plan["versions"]["transformers"]
     card = (out / "README.md").read_text()
     assert "license: mit" in card and "distances.png" in card
-    copied = {
-        "LICENSE",
-        "modeling_extra.py",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "generation_config.json",
-    }
+    copied = {"LICENSE", "modeling_extra.py", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
     for name in copied:
         assert (out / name).read_bytes() == (source / name).read_bytes()
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -120,9 +112,7 @@ def test_self_calibration_needs_no_data(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("strategy", "dropped"), [("deepest", [3, 4]), ("tail", [4, 5])])
-def test_strategies_that_read_nothing(
-    source: Path, tmp_path: Path, strategy: str, dropped: list[int]
-) -> None:
+def test_strategies_that_read_nothing(source: Path, tmp_path: Path, strategy: str, dropped: list[int]) -> None:
     result = succeeds("convert", source, "--drop", 2, "--strategy", strategy, "--dry-run", "--json")
     assert json.loads(result.stdout)["dropped"] == dropped
 
@@ -134,14 +124,12 @@ def test_strategies_that_read_nothing(
 def test_budgets_take_the_smallest_cut(source: Path, budget: list[object], layers: int | None) -> None:
     def look(n: int) -> dict[str, int]:
         return dict(
-            json.loads(
-                succeeds("convert", source, "--drop", n, "--strategy", "tail", "--dry-run", "--json").stdout
-            )["after"]
+            json.loads(succeeds("convert", source, "--drop", n, "--strategy", "tail", "--dry-run", "--json").stdout)[
+                "after"
+            ]
         )
 
-    result = json.loads(
-        succeeds("convert", source, *budget, "--strategy", "tail", "--dry-run", "--json").stdout
-    )
+    result = json.loads(succeeds("convert", source, *budget, "--strategy", "tail", "--dry-run", "--json").stdout)
     n = len(result["dropped"])
     if layers is not None:
         assert result["after"]["depth"] == layers
@@ -229,8 +217,7 @@ def test_a_wrong_result_never_appears(source: Path, tmp_path: Path, monkeypatch:
         spans = honest(self, kept)
         swap = {"model.layers.0.": "model.layers.1.", "model.layers.1.": "model.layers.0."}
         return {
-            next((b + k.removeprefix(a) for a, b in swap.items() if k.startswith(a)), k): s
-            for k, s in spans.items()
+            next((b + k.removeprefix(a) for a, b in swap.items() if k.startswith(a)), k): s for k, s in spans.items()
         }
 
     monkeypatch.setattr(Checkpoint, "sliced", swapped)
@@ -267,9 +254,7 @@ def _touch(path: Path, text: str = "") -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "word"), [case[1:] for case in BAD], ids=[case[0] for case in BAD]
-)
+@pytest.mark.parametrize(("arguments", "code", "word"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
 def test_bad_input_is_one_line_and_leaves_nothing(
     source: Path, tmp_path: Path, arguments: Callable[[Path], list[object]], code: int, word: str
 ) -> None:
@@ -297,9 +282,7 @@ def test_an_output_that_would_touch_the_source_is_refused(source: Path, tmp_path
         ({"model_type": "qwen2", "layer_types": ["full_attention"] * 4}, "layer_types"),
     ],
 )
-def test_configs_that_cannot_be_sliced(
-    source: Path, tmp_path: Path, change: dict[str, object], word: str
-) -> None:
+def test_configs_that_cannot_be_sliced(source: Path, tmp_path: Path, change: dict[str, object], word: str) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     for name, content in tree(source).items():
@@ -313,9 +296,7 @@ def test_configs_that_cannot_be_sliced(
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("at", ["shard", "rename"])
-def test_a_kill_leaves_no_output(
-    forks: ForkServer, source: Path, tmp_path: Path, at: str, how: signal.Signals
-) -> None:
+def test_a_kill_leaves_no_output(forks: ForkServer, source: Path, tmp_path: Path, at: str, how: signal.Signals) -> None:
     """While the weights are written, and when all is written and verified."""
     out = tmp_path / "out"
     hold = {"shard": ("open", "/.out.slicer-"), "rename": ("os.rename", "/.out.slicer-")}[at]

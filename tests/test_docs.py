@@ -16,12 +16,7 @@ from slicer.cli.main import main
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(
-    [
-        *ROOT.glob("*.md"),
-        *DOCS.rglob("*.md"),
-        ROOT / "benchmarks" / "README.md",
-        ROOT / "slicer" / "demo" / "README.md",
-    ]
+    [*ROOT.glob("*.md"), *DOCS.rglob("*.md"), ROOT / "benchmarks" / "README.md", ROOT / "slicer" / "demo" / "README.md"]
 )
 GUIDES = [ROOT / "README.md", *sorted((DOCS / "guide").glob("*.md"))]
 # Options in the guides that belong to other programs: pip, accelerate, torchrun, vLLM, lm_eval.
@@ -61,9 +56,7 @@ def test_links_resolve(page: Path) -> None:
 
 
 def test_code_names_pages_that_exist() -> None:
-    files = [
-        f for folder in ("slicer", "serve", "benchmarks", "tests") for f in (ROOT / folder).rglob("*.py")
-    ]
+    files = [f for folder in ("slicer", "serve", "benchmarks", "tests") for f in (ROOT / folder).rglob("*.py")]
     broken = {
         f"{named(file)}: {name}"
         for file in files
@@ -91,12 +84,7 @@ def test_experiments_are_dated(page: Path) -> None:
 
 def test_the_list_of_files_is_complete() -> None:
     listed, folders = set(), [""]
-    tree = (
-        (DOCS / "architecture.md")
-        .read_text(encoding="utf-8")
-        .partition("## Files\n\n```\n")[2]
-        .partition("```")[0]
-    )
+    tree = (DOCS / "architecture.md").read_text(encoding="utf-8").partition("## Files\n\n```\n")[2].partition("```")[0]
     for line in tree.splitlines():
         level, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
         folders[level + 1 :] = [folders[level] + name]
@@ -115,9 +103,7 @@ def test_the_list_of_files_is_complete() -> None:
 def test_options_exist(page: Path) -> None:
     known = set(re.findall(r"--[a-z][\w-]+", (DOCS / "reference" / "cli.md").read_text(encoding="utf-8")))
     used = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", page.read_text(encoding="utf-8")))
-    assert not used - known - FOREIGN, (
-        f"{named(page)} uses options that no command has: {used - known - FOREIGN}"
-    )
+    assert not used - known - FOREIGN, f"{named(page)} uses options that no command has: {used - known - FOREIGN}"
 
 
 def commands(page: Path) -> list[str]:
@@ -134,11 +120,7 @@ def test_commands_are_understood(page: Path) -> None:
     for line in commands(page):
         name, *words = shlex.split(line, comments=True)
         found = main.commands[name]
-        old = [
-            word
-            for word in words
-            if word in OLD_NAMES and word not in {o for p in found.params for o in p.opts}
-        ]
+        old = [word for word in words if word in OLD_NAMES and word not in {o for p in found.params for o in p.opts}]
         assert not old, f"{named(page)}: slicer {line}"
         try:
             found.make_context(name, words)

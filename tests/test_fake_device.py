@@ -296,11 +296,7 @@ def test_pageable_copies_wait_where_they_are_let(tmp_path: Path) -> None:
 
 def test_a_copy_to_the_host_is_there_when_it_was_waited_for(cuda: FakeCuda) -> None:
     y = numbers(4, 4).to(ZERO)
-    for wait in (
-        torch.cuda.synchronize,
-        lambda: torch.cuda.current_stream().synchronize(),
-        lambda: y.sum().item(),
-    ):
+    for wait in (torch.cuda.synchronize, lambda: torch.cuda.current_stream().synchronize(), lambda: y.sum().item()):
         host = y.to("cpu", non_blocking=True)
         assert host.is_pinned() and host.isnan().all()
         wait()

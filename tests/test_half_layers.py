@@ -38,9 +38,7 @@ def test_attention_goes_and_the_plan_replays(source: Path, text: Path, tmp_path:
     given = ["--drop-attention", 2, "--drop-ffn", "0-0", *calibrated(text)]
     result = json.loads(succeeds("convert", source, *given, "-o", out, "--json").stdout)
     assert result["form"] == "blockwise" and result["logits_error"] < 1e-5
-    assert all(other.block.startswith("attention") for other in Plan.load(out).runners_up), (
-        "only what was asked"
-    )
+    assert all(other.block.startswith("attention") for other in Plan.load(out).runners_up), "only what was asked"
     assert len(result["no_attention"]) == 2 and 0 not in result["no_attention"] and result["no_ffn"] == [0]
     assert result["after"]["kv_bytes_per_token"] * 6 == result["before"]["kv_bytes_per_token"] * 4
     card = (out / "README.md").read_text()
@@ -55,9 +53,7 @@ def test_attention_goes_and_the_plan_replays(source: Path, text: Path, tmp_path:
     assert table["depth"] == 12 and len(table["distances"]["1"]) == 12
 
 
-def test_a_half_offset_cut_is_native_and_taken_where_it_wins(
-    source: Path, text: Path, tmp_path: Path
-) -> None:
+def test_a_half_offset_cut_is_native_and_taken_where_it_wins(source: Path, text: Path, tmp_path: Path) -> None:
     results = {
         offset: json.loads(
             succeeds(
@@ -75,9 +71,7 @@ def test_a_half_offset_cut_is_native_and_taken_where_it_wins(
     config = json.loads((tmp_path / "half" / "config.json").read_text())
     assert config["model_type"] == "llama" and config["num_hidden_layers"] == 4
     old, new = files.read_tensors(source), files.read_tensors(tmp_path / "half")
-    assert (
-        new[f"model.layers.{i}.self_attn.q_proj.weight"] == old[f"model.layers.{i}.self_attn.q_proj.weight"]
-    )
+    assert new[f"model.layers.{i}.self_attn.q_proj.weight"] == old[f"model.layers.{i}.self_attn.q_proj.weight"]
     assert new[f"model.layers.{i}.mlp.up_proj.weight"] == old[f"model.layers.{j}.mlp.up_proj.weight"]
 
 
@@ -164,20 +158,14 @@ BAD = {
     "a rank for nothing": (["--drop", "2-3", "--rank", "4"], 2, "--heal linear"),
     "steps of nothing": (["--drop", "2-3", "--heal-steps", "4"], 2, "--heal"),
     "native without attention": (["--drop-attention", "3-3", "--format", "native"], 1, "--format native"),
-    "half-offset by a heuristic": (
-        ["--drop", "2", "--offset", "half", "--strategy", "tail"],
-        2,
-        "similarity",
-    ),
+    "half-offset by a heuristic": (["--drop", "2", "--offset", "half", "--strategy", "tail"], 2, "similarity"),
     "half-offset of named layers": (["--drop", "2-3", "--offset", "half"], 1, "--offset half"),
     "a budget beside": (["--max-params", "100k", "--drop-attention", "2"], 2, "budget"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_leaves_nothing(
-    name: str, source: Path, text: Path, tmp_path: Path
-) -> None:
+def test_bad_input_is_one_line_and_leaves_nothing(name: str, source: Path, text: Path, tmp_path: Path) -> None:
     given, code, word = BAD[name]
     result = slicer("convert", source, *given, *calibrated(text), "-o", tmp_path / "deep" / "out")
     assert result.exit_code == code, result.output
@@ -225,9 +213,7 @@ def test_a_half_offset_block_is_closed_like_whole_layers(tmp_path: Path) -> None
     assert later["healing"]["loss"] == done["healing"]["loss"]
     wanted = files.read_tensors(tmp_path / "healed")
     assert files.read_tensors(tmp_path / "later") == wanted
-    succeeds(
-        "heal", tmp_path / "healed", *text, "-o", tmp_path / "again"
-    )  # from the source's weights, not from these
+    succeeds("heal", tmp_path / "healed", *text, "-o", tmp_path / "again")  # from the source's weights, not from these
     assert files.read_tensors(tmp_path / "again") == wanted
     whole = json.loads(succeeds(*given, "--solver", "transform", "--dry-run", "--json").stdout)
     assert not whole.get("joined")

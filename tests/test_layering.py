@@ -17,11 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = {
-    "slicer": ROOT / "slicer",
-    "slicer.serve": ROOT / "serve",
-    "slicer.benchmarks": ROOT / "benchmarks",
-}
+FOLDERS = {"slicer": ROOT / "slicer", "slicer.serve": ROOT / "serve", "slicer.benchmarks": ROOT / "benchmarks"}
 
 # The floors, lowest first. A folder imports itself and the floors below it; folders of one floor do not meet.
 FLOORS: tuple[tuple[str, ...], ...] = (
@@ -64,30 +60,14 @@ ROOMS = {
     ),
     "datasets": ("slicer.data",),
     "vllm": ("slicer.serve", "slicer.benchmarks"),
-    "peft": (
-        "slicer.heal.finetune",
-        "slicer.model.adapter",
-        "slicer.runtime.compat",
-        "slicer.benchmarks.rivals",
-    ),
-    "bitsandbytes": ("slicer.heal.finetune", "slicer.benchmarks.rivals"),
-    "lm_eval": ("slicer.runtime.compat", "slicer.evaluate", "slicer.data.sources"),
+    "peft": ("slicer.heal.finetune", "slicer.model.adapter", "slicer.runtime.compat"),
+    "lm_eval": ("slicer.runtime.compat", "slicer.data.sources"),
     "jinja2": ("slicer.report.page",),
     "matplotlib": ("slicer.figures",),
 }
 # Need only the standard library when they are imported.
 STDLIB_ONLY = ("slicer.errors", "slicer.progress", "slicer.plan", "slicer.runtime", "slicer.checkpoint")
-HEAVY = {
-    "torch",
-    "transformers",
-    "datasets",
-    "matplotlib",
-    "peft",
-    "bitsandbytes",
-    "vllm",
-    "lm_eval",
-    "numpy",
-}
+HEAVY = {"torch", "transformers", "datasets", "matplotlib", "peft", "bitsandbytes", "vllm", "lm_eval", "numpy"}
 # Come with a declared dependency for good, and may be imported without being declared.
 TRANSITIVE = {
     "numpy": "transformers",
@@ -138,8 +118,7 @@ def imports(module: str) -> tuple[tuple[str, bool], ...]:
                 base = ".".join([*parts, *([node.module] if node.module else [])])
             # `from slicer.checkpoint import reader` imports the module slicer.checkpoint.reader
             found.extend(
-                (f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules() else base, top)
-                for alias in node.names
+                (f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules() else base, top) for alias in node.names
             )
         typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
         function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
@@ -208,9 +187,7 @@ def test_no_circle_of_files() -> None:
         pytest.fail("a circle of imports: " + " <- ".join(error.args[1]))
 
 
-def test_imports_inside_functions_and_for_types_are_seen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_imports_inside_functions_and_for_types_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test itself: an upward import is found wherever it hides."""
     for hidden in (
         "def f():\n    from slicer.cli import main\n",
@@ -235,9 +212,7 @@ def test_no_name_in_these_lists_is_stale() -> None:
     assert listed <= folders, f"no such folder: {sorted(listed - folders)}"
     for library, rooms in ROOMS.items():
         for place in rooms:
-            users = [
-                m for m in modules() if within(m, place) and any(within(t, library) for t, _ in imports(m))
-            ]
+            users = [m for m in modules() if within(m, place) and any(within(t, library) for t, _ in imports(m))]
             assert users, f"ROOMS[{library!r}] names {place}, where nothing imports it"
     named = {*STDLIB_ONLY, *BUILDERS}
     assert all(any(within(module, name) for module in modules()) for name in named), named
@@ -322,10 +297,7 @@ def test_no_file_is_too_long_to_be_read_alone() -> None:
 
 def test_light_modules_load_nothing_heavy() -> None:
     """In one fresh interpreter, import by import, so that the culprit is named."""
-    light = [m for m in modules() if any(within(m, place) for place in STDLIB_ONLY)] + [
-        "slicer",
-        "slicer.cli.main",
-    ]
+    light = [m for m in modules() if any(within(m, place) for place in STDLIB_ONLY)] + ["slicer", "slicer.cli.main"]
     code = (
         "import importlib, sys\n"
         f"for name in {light!r}:\n"

@@ -48,14 +48,10 @@ def test_every_data_file_is_covered() -> None:
 
 def test_the_commands() -> None:
     installed = distribution("slicer-llm")
-    commands = {
-        entry.name: entry.value for entry in installed.entry_points if entry.group == "console_scripts"
-    }
+    commands = {entry.name: entry.value for entry in installed.entry_points if entry.group == "console_scripts"}
     assert commands["slicer"] == "slicer.cli.main:main"
     plugins = {entry.value for entry in installed.entry_points if entry.group == "vllm.general_plugins"}
-    assert plugins == {"slicer.serve.plugin:register"}, (
-        "run make again: it was installed before it had a plugin"
-    )
+    assert plugins == {"slicer.serve.plugin:register"}, "run make again: it was installed before it had a plugin"
 
 
 def test_the_core_stays_light() -> None:

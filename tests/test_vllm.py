@@ -5,28 +5,21 @@ from __future__ import annotations
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
+from commands import succeeds
 from processes import VLLM, ForkServer
 
-from slicer.data.sources import TextSpec
-from slicer.jobs.convert import convert
-from slicer.jobs.options import Options
 from slicer.model.load import load_model
-from slicer.plan.amounts import Goal, parse_amount
 
 pytestmark = pytest.mark.xdist_group("vllm")  # one process loads vLLM for all
 PROMPTS = ["And the LORD said unto", "The captain of the"]
 TOKENS = 12
 # A native cut, one for vLLM's own DeciLMForCausalLM, and one for slicer's subclass of it.
-CUTS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
-    "layers": ({"drop": "4-6"}, {}),
-    "sublayers": ({"drop": "4-5", "drop_attention": "2,7-9", "drop_ffn": "0,10"}, {}),
-    "emulated": (
-        {"drop": "4-5", "drop_attention": "7-8", "drop_ffn": "2,9"},
-        {"emulate": "linear", "rank": 8},
-    ),
+CUTS: dict[str, list[object]] = {
+    "layers": ["--drop", "4-6"],
+    "sublayers": ["--drop", "4-5", "--drop-attention", "2,7-9", "--drop-ffn", "0,10"],
+    "maps": ["--drop", "4-5", "--drop-attention", "7-8", "--drop-ffn", "2,9", "--heal", "linear", "--rank", 8],
 }
 SERVE = """
 import json, sys
@@ -41,39 +34,28 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.skipif(
-    find_spec("vllm") is None, reason="vLLM is not installed: pip install slicer-llm[serve-cpu]"
-)
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: pip install slicer-llm[serve-cpu]")
 @pytest.mark.parametrize("cut", CUTS)
 def test_vllm_and_transformers_write_the_same(forks: ForkServer, cut: str, tmp_path: Path) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    amounts, options = CUTS[cut]
-    goal = Goal(**{name: parse_amount(text) for name, text in amounts.items()})
-    spec = TextSpec(source="self", samples=16, seq_len=64)
     out = tmp_path / "sliced"
-    convert("demo", goal, out, Options(calibration=spec, **options))
+    succeeds("convert", "demo", *CUTS[cut], "--calibration", "self", "--samples", 16, "--seq-len", 64, "-o", out)
     tokenizer, model = AutoTokenizer.from_pretrained(out), load_model(out, dtype="float32", device="cpu")
     expected = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         with torch.inference_mode():
             made = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=TOKENS,
-                min_new_tokens=TOKENS,
-                do_sample=False,
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False
             )
         expected.append(made[0, ids.shape[1] :].tolist())
 
     script = tmp_path / "serve.py"
     script.write_text(SERVE)
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HOST_IP": "127.0.0.1"}
-    if (
-        cut != "emulated"
-    ):  # its engine has a process of its own, as of a server: the plugin is loaded there too
+    if cut != "maps":  # its engine has a process of its own, as of a server: the plugin is loaded there too
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     arguments = [out, tmp_path / "tokens.json", json.dumps(PROMPTS), TOKENS]
     run = forks.start(*arguments, script=script, modules=VLLM, environment=environment)

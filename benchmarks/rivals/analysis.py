@@ -33,9 +33,7 @@ from slicer.progress import Progress
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=DEMO)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--samples", type=int, default=32)
@@ -87,9 +85,7 @@ def main() -> None:
     for name, taken in seconds.items():
         ratios = [mine / other for mine, other in zip(taken, seconds["bare forward"], strict=True)]
         rate = tokens.numel() / statistics.median(taken)
-        print(
-            f"| {name} | {rate:,.0f} | {statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f}) |"
-        )
+        print(f"| {name} | {rate:,.0f} | {statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f}) |")
     rival = statistics.median(seconds["one pass per n, a single n"]) * depth
     ours = statistics.median(seconds["all metrics"])
     print(
@@ -105,9 +101,7 @@ def one_n(model: Any, batches: list[torch.Tensor], n: int) -> list[float]:
     count = 0
     for batch in batches:
         mask = torch.ones_like(batch, device=device)
-        hidden = model(
-            input_ids=batch.to(device), attention_mask=mask, output_hidden_states=True
-        ).hidden_states
+        hidden = model(input_ids=batch.to(device), attention_mask=mask, output_hidden_states=True).hidden_states
         last = mask.sum(1) - 1
         rows = torch.arange(len(batch), device=device)
         sums = sums or [0.0] * (len(hidden) - n)

@@ -141,14 +141,10 @@ def mergekit_python(directory: Path, given: str | None) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, help="directory with 20 GB of space; kept for later runs")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--mergekit", metavar="PYTHON", help="Python interpreter of an environment with mergekit"
-    )
+    parser.add_argument("--mergekit", metavar="PYTHON", help="Python interpreter of an environment with mergekit")
     parser.add_argument("--without-mergekit", action="store_true")
     parser.add_argument("--cold", action="store_true", help="drop the source from the page cache each time")
     options = parser.parse_args()
@@ -162,9 +158,7 @@ def main() -> None:
         make_checkpoint(source)
     mergekit = None if options.without_mergekit else mergekit_python(directory, options.mergekit)
     recipe = directory / "passthrough.yaml"
-    layers = "".join(
-        f"- sources: [{{model: {source}, layer_range: [{a}, {b}]}}]\n" for a, b in ((0, 4), (8, 12))
-    )
+    layers = "".join(f"- sources: [{{model: {source}, layer_range: [{a}, {b}]}}]\n" for a, b in ((0, 4), (8, 12)))
     recipe.write_text(f"merge_method: passthrough\ndtype: bfloat16\nslices:\n{layers}")
     slicer = str(Path(sys.executable).with_name("slicer"))
     convert = [slicer, "convert", source, "--drop", DROPPED, "--verify", "none", "-o", target]

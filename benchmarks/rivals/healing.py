@@ -40,9 +40,7 @@ from slicer.plan.plan import METRIC, Plan
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=DEMO)
     parser.add_argument("--calibration", action="append", default=[])
     parser.add_argument("--held-out", action="append", default=[], metavar="NAME=FILE")
@@ -116,9 +114,7 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace, scratch: P
     whole = loss((), {})
     names = list(held)
     print(f"all {walk.depth} layers: " + ", ".join(f"{n} {x:.4f}" for n, x in zip(names, whole, strict=True)))
-    print(
-        f"\n| dropped | method | {' | '.join(names)} | closed | seconds |\n|---|---|{'---|' * len(names)}---|---|"
-    )
+    print(f"\n| dropped | method | {' | '.join(names)} | closed | seconds |\n|---|---|{'---|' * len(names)}---|---|")
     for dropped in cuts:
         bare = loss(dropped, {})
         gap = sum(bare) - sum(whole)
@@ -144,9 +140,7 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace, scratch: P
     print(f"\npeak resident memory {peak:.1f} GB, {torch.get_num_threads()} threads")
 
 
-def show(
-    dropped: Sequence[int], way: str, values: list[float], closed: float | None, seconds: float | None
-) -> None:
+def show(dropped: Sequence[int], way: str, values: list[float], closed: float | None, seconds: float | None) -> None:
     cells = [f"{x:.4f}" for x in values]
     cells += ["" if closed is None else f"{closed:.0%}", "" if seconds is None else f"{seconds:.0f}"]
     print(f"| {spell_layers(dropped)} | {way} | {' | '.join(cells)} |", flush=True)

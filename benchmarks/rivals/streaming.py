@@ -29,9 +29,7 @@ OUTSIDE_PARAMETERS = 2 * VOCABULARY * HIDDEN + HIDDEN
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument(
@@ -39,9 +37,7 @@ def main() -> None:
     )
     parser.add_argument("--compute-tokens", type=int, default=512)
     parser.add_argument("--memory", default="3GB")
-    parser.add_argument(
-        "--worker", nargs=4, metavar=("MODEL", "OUT", "TOKENS", "LAYERS"), help=argparse.SUPPRESS
-    )
+    parser.add_argument("--worker", nargs=4, metavar=("MODEL", "OUT", "TOKENS", "LAYERS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         model, out, tokens, layers = options.worker
@@ -50,9 +46,7 @@ def main() -> None:
     free = shutil.disk_usage(options.directory).free - 2 * 10**9
     layers = min(options.layers, (free - 2 * OUTSIDE_PARAMETERS) // (2 * LAYER_PARAMETERS))
     if layers < options.layers:
-        print(
-            f"{options.directory} has {free / 1e9:.0f} GB free: {layers} layers instead of {options.layers}"
-        )
+        print(f"{options.directory} has {free / 1e9:.0f} GB free: {layers} layers instead of {options.layers}")
     scratch = Path(tempfile.mkdtemp(prefix="slicer-13b-", dir=options.directory))
     try:
         run(scratch, layers, options)
@@ -78,9 +72,7 @@ def run(scratch: Path, layers: int, options: argparse.Namespace) -> None:
     victim.send_signal(signal.SIGKILL)
     victim.wait()
     drop_cache(model)
-    resumed = json.loads(
-        start(model, out, options.tokens, layers, options.memory).communicate()[0].splitlines()[-1]
-    )
+    resumed = json.loads(start(model, out, options.tokens, layers, options.memory).communicate()[0].splitlines()[-1])
     same = all(
         (out / f"layer-{i:03d}.safetensors").read_bytes()
         == (scratch / "whole" / f"layer-{i:03d}.safetensors").read_bytes()
@@ -88,16 +80,12 @@ def run(scratch: Path, layers: int, options: argparse.Namespace) -> None:
     )
     few = min(4, layers)
     busy = json.loads(
-        start(model, scratch / "busy", options.compute_tokens, few, options.memory)
-        .communicate()[0]
-        .splitlines()[-1]
+        start(model, scratch / "busy", options.compute_tokens, few, options.memory).communicate()[0].splitlines()[-1]
     )
     work_each = 2.0 * LAYER_PARAMETERS * options.compute_tokens
     flops = work_each * few / busy["advance_seconds"]
     many = json.loads(
-        start(model, scratch / "many", options.compute_tokens, layers, options.memory)
-        .communicate()[0]
-        .splitlines()[-1]
+        start(model, scratch / "many", options.compute_tokens, layers, options.memory).communicate()[0].splitlines()[-1]
     )
     rate = bytes_read / report["walk_seconds"] / 1e6
     fastest = max(plain, plain_again)
@@ -105,9 +93,7 @@ def run(scratch: Path, layers: int, options: argparse.Namespace) -> None:
         tokens: layers * max(2e-6 * LAYER_PARAMETERS / fastest, 2.0 * LAYER_PARAMETERS * tokens / flops)
         for tokens in (options.tokens, options.compute_tokens)
     }
-    print(
-        f"\n{layers} layers of {2 * LAYER_PARAMETERS / 1e6:.0f} MB, {options.tokens} tokens, {options.memory}\n"
-    )
+    print(f"\n{layers} layers of {2 * LAYER_PARAMETERS / 1e6:.0f} MB, {options.tokens} tokens, {options.memory}\n")
     print("| | |\n|---|---|")
     print(f"| plain sequential reading, before and after | {plain:,.0f} and {plain_again:,.0f} MB/s |")
     print(f"| walk, start to end of the last layer | {report['walk_seconds']:.1f} s, {rate:,.0f} MB/s |")
@@ -184,12 +170,7 @@ def work(model: Path, out: Path, tokens: int, layers: int, memory: str) -> dict[
     distance_tables(found, portion, Progress())
     done.set()
     sampler.join()
-    return {
-        "walk_seconds": walked,
-        "first": watch.first,
-        "peak": memory_of("VmHWM"),
-        "anonymous": max(anonymous),
-    }
+    return {"walk_seconds": walked, "first": watch.first, "peak": memory_of("VmHWM"), "anonymous": max(anonymous)}
 
 
 def memory_of(field: str) -> float:

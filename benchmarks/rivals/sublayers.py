@@ -50,9 +50,7 @@ TRAINED = "linear, trained"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="directory, Hub id or demo")
     parser.add_argument("--calibration", required=True, help="text to choose and fit on")
     parser.add_argument("--held-out", required=True, help="text to measure the loss on")
@@ -61,9 +59,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument(
-        "--train-steps", type=int, default=0, help="also train the linear maps for this many steps"
-    )
+    parser.add_argument("--train-steps", type=int, default=0, help="also train the linear maps for this many steps")
     parser.add_argument("--shapley", type=float, default=0, help="forward passes for Shapley values")
     parser.add_argument("--shapley-samples", type=int, help="calibration sequences for them [default: all]")
     parser.add_argument("--dtype", default="float32")
@@ -77,9 +73,7 @@ def run(given: argparse.Namespace) -> None:
     book = Notebook(given.out / "sublayers.json")
     settings = {k: str(v) for k, v in vars(given).items() if k != "out" and v}
     if book.take("settings", lambda: settings) != settings:
-        raise SystemExit(
-            f"{given.out / 'sublayers.json'}: holds figures of other settings; choose another --out"
-        )
+        raise SystemExit(f"{given.out / 'sublayers.json'}: holds figures of other settings; choose another --out")
     path = hub.resolve(given.model).path
     model = load_model(path, dtype=given.dtype, device="cpu")
 
@@ -87,16 +81,11 @@ def run(given: argparse.Namespace) -> None:
         spec = TextSpec(source=source, samples=samples, seq_len=given.seq_len, batch_size=given.batch_size)
         return token_batches(spec, path, model).batches
 
-    fitted, judged = (
-        batches(given.calibration, given.samples),
-        batches(given.held_out, given.held_out_samples),
-    )
+    fitted, judged = (batches(given.calibration, given.samples), batches(given.held_out, given.held_out_samples))
     walk = Walk.in_memory(model)
     book.take("whole model", lambda: {"loss": loss_of(model, judged)})
     layers, halves = measure_halves(walk, fitted)
-    measured = Analysis(
-        layers.depth, layers.samples, layers.seq_len, {METRIC: layers}, sublayers={METRIC: halves}
-    )
+    measured = Analysis(layers.depth, layers.samples, layers.seq_len, {METRIC: layers}, sublayers={METRIC: halves})
     depth = walk.depth
     for name, fraction in FRACTIONS.items():
         n = round(fraction * depth)
@@ -118,9 +107,7 @@ def chosen(kind: str, n: int, measured: Analysis) -> Plan:
     amount = Amount(count=n)
     goal = {"attention": Goal(drop_attention=amount), "feed-forward": Goal(drop_ffn=amount)}
     offset = "half" if kind == "half-offset" else "whole"
-    return choose(
-        goal.get(kind, Goal(drop=amount)), measured.depth, measured, lambda plan: None, offset=offset
-    ).plan
+    return choose(goal.get(kind, Goal(drop=amount)), measured.depth, measured, lambda plan: None, offset=offset).plan
 
 
 def _cell(
@@ -188,9 +175,7 @@ def _choices(
 def tables(cells: dict[str, Any]) -> str:
     """Markdown tables: losses of every kind, fraction and method; and of the choices of attention, if measured."""
     whole = cells["whole model"]["loss"]
-    ways = [
-        way for way in (*WAYS[:3], TRAINED, WAYS[3]) if f"{KINDS[0]} {next(iter(FRACTIONS))} {way}" in cells
-    ]
+    ways = [way for way in (*WAYS[:3], TRAINED, WAYS[3]) if f"{KINDS[0]} {next(iter(FRACTIONS))} {way}" in cells]
     lines = [f"Whole model: {whole:.3f} nats per token.", ""]
     lines += ["| removed | " + " | ".join(ways) + " |", "|---|" + "---|" * len(ways)]
     for kind in KINDS:
@@ -202,9 +187,7 @@ def tables(cells: dict[str, Any]) -> str:
         by = ("angular distance", "leave-one-out", "Shapley")
         lines += ["", "| attention removed, chosen by | " + " | ".join(by) + " |", "|---|" + "---|" * len(by)]
         for name in FRACTIONS:
-            lines.append(
-                f"| {name} | " + " | ".join(f"{cells[f'by {b} {name}']['loss']:.3f}" for b in by) + " |"
-            )
+            lines.append(f"| {name} | " + " | ".join(f"{cells[f'by {b} {name}']['loss']:.3f}" for b in by) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -31,9 +31,7 @@ _WARM = 2  # steps that are not timed
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=DEMO)
     parser.add_argument("--calibration", default=str(DEMO.parent / "heldout.txt"))
     parser.add_argument("--method", choices=["qlora", "lora"], default="qlora")
@@ -56,14 +54,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="slicer-training-") as work:
         for _ in range(given.rounds):
             for way in WAYS:
-                command = [
-                    sys.executable,
-                    "-m",
-                    "slicer.benchmarks.rivals.training",
-                    *sys.argv[1:],
-                    "--one",
-                    way,
-                ]
+                command = [sys.executable, "-m", "slicer.benchmarks.rivals.training", *sys.argv[1:], "--one", way]
                 done = subprocess.run([*command, "--work", work], capture_output=True, text=True)
                 if done.returncode:
                     sys.exit(done.stderr[-2000:])
@@ -77,9 +68,7 @@ def main() -> None:
                     best[way] = found
     ratio = best["slicer"]["tokens_per_second"] / best["bare"]["tokens_per_second"]
     memory = best["slicer"]["peak_gb"] / best["bare"]["peak_gb"]
-    print(
-        f"{given.method}: {ratio:.3f} x the tokens per second of the bare loop, {memory:.2f} x its peak memory"
-    )
+    print(f"{given.method}: {ratio:.3f} x the tokens per second of the bare loop, {memory:.2f} x its peak memory")
 
 
 def _run(given: argparse.Namespace, way: str) -> dict[str, float]:
@@ -118,11 +107,7 @@ def _run(given: argparse.Namespace, way: str) -> dict[str, float]:
         )
     steps = len(times) - 1 - _WARM
     seconds = times[-1] - times[_WARM]
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if on_gpu
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "tokens_per_second": steps * given.batch_size * given.seq_len / seconds,
         "peak_gb": peak / 1e9,
@@ -176,9 +161,7 @@ def _bare(model: Any, corpus: Any, settings: Any) -> list[float]:
     import torch
 
     device = model.get_input_embeddings().weight.device
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=settings.learning_rate
-    )
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=settings.learning_rate)
     model.train()
     times, batch_size = [], settings.asked.batch_size
     for step in range(settings.asked.max_steps):

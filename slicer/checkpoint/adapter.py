@@ -56,9 +56,7 @@ class Adapter:
         try:
             config = json.loads((path / CONFIG).read_text("utf-8"))
         except (OSError, ValueError) as error:
-            raise HealError(
-                f"{path}: no readable {CONFIG} ({error}); pass a directory saved by peft"
-            ) from None
+            raise HealError(f"{path}: no readable {CONFIG} ({error}); pass a directory saved by peft") from None
         if not isinstance(config, dict) or config.get("peft_type") != "LORA":
             raise HealError(f"{path}: not a LoRA adapter; only LoRA can be merged")
         _check_plain(path, config)
@@ -109,9 +107,7 @@ def _check_plain(path: Path, config: Mapping[str, Any]) -> None:
         if config.get(field):
             raise HealError(f"{path}: {words} ({field}) cannot be merged tensor by tensor; merge with peft")
     if config.get("bias", "none") != "none":
-        raise HealError(
-            f"{path}: trained biases (bias: {config['bias']}) cannot be merged; train with bias none"
-        )
+        raise HealError(f"{path}: trained biases (bias: {config['bias']}) cannot be merged; train with bias none")
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(_CHANGES_BASE):
         remedy = (
@@ -119,9 +115,7 @@ def _check_plain(path: Path, config: Mapping[str, Any]) -> None:
             if start.startswith(_CONVERTIBLE)
             else "merge with peft"
         )
-        raise HealError(
-            f"{path}: the initialisation changed the base weights (init_lora_weights: {start}); {remedy}"
-        )
+        raise HealError(f"{path}: the initialisation changed the base weights (init_lora_weights: {start}); {remedy}")
 
 
 FILE = "slicer.json"
@@ -156,6 +150,4 @@ def check_base(adapter: Path, checkpoint: Checkpoint) -> None:
         raise HealError(f"{file}: cannot be read; remove it to merge without this check") from None
     if wanted != digest(checkpoint):
         base = adapter / BASE if (adapter / BASE / "config.json").is_file() else place
-        raise HealError(
-            f"{adapter}: was not trained on the weights of {checkpoint.path}; merge it into {base}"
-        )
+        raise HealError(f"{adapter}: was not trained on the weights of {checkpoint.path}; merge it into {base}")

@@ -19,14 +19,7 @@ STOCK_CLASS, OWN_CLASS = "DeciLMForCausalLM", "SlicerBlockwiseForCausalLM"
 _FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps"),
-    *(
-        "use_cache",
-        "tie_word_embeddings",
-        "rope_parameters",
-        "rope_theta",
-        "rope_scaling",
-        "attention_dropout",
-    ),
+    *("use_cache", "tie_word_embeddings", "rope_parameters", "rope_theta", "rope_scaling", "attention_dropout"),
     *("pad_token_id", "bos_token_id", "eos_token_id", "head_dim", "dtype", "torch_dtype", "layer_types"),
     *("sliding_window", "transformers_version"),
 )
@@ -62,9 +55,7 @@ def check(checkpoint: Checkpoint, config: Mapping[str, Any], plan: Plan) -> None
         )
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
     if heads % (kv_heads or heads):
-        raise ArchitectureError(
-            f"{name}: {heads} heads are not a multiple of {kv_heads} key-value heads; {_ZEROED}"
-        )
+        raise ArchitectureError(f"{name}: {heads} heads are not a multiple of {kv_heads} key-value heads; {_ZEROED}")
 
 
 def config_of(rewritten: Mapping[str, Any], expanded: Mapping[str, Any], plan: Plan) -> dict[str, Any]:

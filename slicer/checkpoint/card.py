@@ -70,13 +70,7 @@ def for_plan(origin: Path, plan: Plan, before: Sizes, after: Sizes, *, figures: 
     front = ["---"]
     if not local and "/" in base:
         front += [f"base_model: {base.split('@')[0]}", "base_model_relation: finetune"]
-    front += [
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags:",
-        "- slicer",
-        "- depth-pruning",
-    ]
+    front += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- slicer", "- depth-pruning"]
     kept = f"their weights{f', cast to {plan.dtype}' if plan.dtype else ' bit for bit'}"
     kept += "; nothing was trained or healed." if plan.healing is None else ", but for the repair (below)."
     if plan.below_layers:
@@ -92,9 +86,7 @@ def for_plan(origin: Path, plan: Plan, before: Sizes, after: Sizes, *, figures: 
         ("KV-cache bytes per token", before.kv_bytes_per_token, after.kv_bytes_per_token),
     )
     merged_into = {key for record in plan.merged for key in record.tensors}
-    adapters = (
-        f"LoRA adapters merged into it: {len(plan.merged)}, into {len(merged_into)} of its matrices.\n\n"
-    )
+    adapters = f"LoRA adapters merged into it: {len(plan.merged)}, into {len(merged_into)} of its matrices.\n\n"
     commands = [] if local else _commands(plan)
     version = plan.versions.get("slicer-llm")
     return _CARD.format(
@@ -127,10 +119,7 @@ def _commands(plan: Plan) -> list[str]:
         found.append(record.command)
         record = record.earlier
     commands = dict.fromkeys(command for command in (plan.command, *reversed(found)) if command)
-    return [
-        shlex.join(",".join(map(_name, word.split(","))) for word in shlex.split(command))
-        for command in commands
-    ]
+    return [shlex.join(",".join(map(_name, word.split(","))) for word in shlex.split(command)) for command in commands]
 
 
 def _name(word: str) -> str:
@@ -172,11 +161,7 @@ def _reason(plan: Plan) -> str:
         angular = plan.metric in (None, METRIC)
         parts = bool(plan.no_attention or plan.no_ffn)
         text = plan.calibration
-        where = (
-            f"{text.samples} sequences of {text.seq_len} tokens, source: {_file(text.source)}"
-            if text
-            else "text"
-        )
+        where = f"{text.samples} sequences of {text.seq_len} tokens, source: {_file(text.source)}" if text else "text"
         by = (
             "They change the residual stream least: the angular distance between what enters and what leaves "
             f"{'what was cut' if plan.joined else 'them'}, at the last token, is"
@@ -188,9 +173,7 @@ def _reason(plan: Plan) -> str:
         if plan.below_layers:
             words += " The stream was read after every attention and every feed-forward part."
         elif angular:
-            words += (
-                " It is equation 7 of Gromov et al., *The Unreasonable Ineffectiveness of the Deeper Layers*."
-            )
+            words += " It is equation 7 of Gromov et al., *The Unreasonable Ineffectiveness of the Deeper Layers*."
         others = ", ".join(f"{other.block} ({other.distance:.4f})" for other in plan.runners_up)
         return words + (f" Next best: {others}." if others else "")
     return {
@@ -208,10 +191,7 @@ def _repair(record: HealingRecord) -> str:
     """How the cut was repaired, on what text, and the losses."""
     text, training, loss = record.text, record.training, record.loss
     if training is not None:
-        done, held_out = (
-            _trained(record, training),
-            f"{training.corpus.held_out_sequences} held-out sequences",
-        )
+        done, held_out = (_trained(record, training), f"{training.corpus.held_out_sequences} held-out sequences")
     else:
         solved = dict.fromkeys((entry.layer, entry.module) for entry in record.solved)
         if record.adds_maps:
@@ -229,9 +209,7 @@ def _repair(record: HealingRecord) -> str:
             done += f" on {text.samples} sequences of {text.seq_len} tokens, seed {text.seed}"
             done += f", source: {_file(text.source)}"
         if record.steps:
-            done += (
-                f", then trained alone for {record.steps} steps, of which step {record.best_step} was kept"
-            )
+            done += f", then trained alone for {record.steps} steps, of which step {record.best_step} was kept"
         held_out = f"{len(text.held_out) if text else 0} of these sequences that were not fitted"
     shown = {"original": loss.source, "cut": loss.before, "as solved": loss.solved, "repaired": loss.after}
     known = {name: value for name, value in shown.items() if value is not None}

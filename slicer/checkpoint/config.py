@@ -84,9 +84,7 @@ def is_explicit(config: Mapping[str, Any]) -> bool:
     """
     row = lookup(config)
     rewritten = row.slices or row.reindexes or row.counts or row.rule or row.mtp or row.text_config
-    lists = [
-        k for k, v in config.items() if isinstance(v, list) and k != "architectures" and "token" not in k
-    ]
+    lists = [k for k, v in config.items() if isinstance(v, list) and k != "architectures" and "token" not in k]
     return not rewritten and row.depth_field in config and not lists and "per_layer_config" not in config
 
 
@@ -98,9 +96,7 @@ def check_rewritten(expanded: Mapping[str, Any], again: Mapping[str, Any], kept:
     row, old, new = lookup(expanded), text_config(expanded), text_config(again)
     old_depth, new_depth = _expanded_depth(row, old), _expanded_depth(row, new)
     if new_depth != len(kept) and new_depth is not None:
-        raise ArchitectureError(
-            f"{row.depth_field}: transformers reads {new_depth} layers, but {len(kept)} were kept"
-        )
+        raise ArchitectureError(f"{row.depth_field}: transformers reads {new_depth} layers, but {len(kept)} were kept")
     for name in _per_layer(old, row, old_depth or 0):
         if list(new.get(name) or ()) != [old[name][i] for i in kept]:
             raise ArchitectureError(
@@ -144,9 +140,7 @@ def _expanded_depth(row: Architecture, old: Mapping[str, Any]) -> int | None:
     return len(value) if isinstance(value, list) else value
 
 
-def _slice_lists(
-    part: Fields, old: Mapping[str, Any], row: Architecture, kept: Sequence[int], depth: int
-) -> None:
+def _slice_lists(part: Fields, old: Mapping[str, Any], row: Architecture, kept: Sequence[int], depth: int) -> None:
     for name in row.slices:
         names = [n for n in (name, _ALIASES.get(name, name)) if part.get(n)]
         for given in names:
@@ -165,10 +159,7 @@ def _per_layer(config: Mapping[str, Any], row: Architecture, depth: int) -> list
     return [
         name
         for name, value in config.items()
-        if isinstance(value, list | tuple)
-        and len(value) == depth
-        and name not in other
-        and "token" not in name
+        if isinstance(value, list | tuple) and len(value) == depth and name not in other and "token" not in name
     ]
 
 
@@ -186,9 +177,7 @@ def _expanded(path: Path, content: bytes, trust_remote_code: bool) -> dict[str, 
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(
-            str(path), trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code, local_files_only=True)
         return dict(config.to_dict())
     except Exception as error:  # config classes raise many kinds
         reason = " ".join(str(error).split())
@@ -231,11 +220,7 @@ def sliced_config(
 
 
 def kept_config(
-    checkpoint: Checkpoint,
-    kept: Sequence[int],
-    *,
-    dtype: str | None = None,
-    trust_remote_code: bool = False,
+    checkpoint: Checkpoint, kept: Sequence[int], *, dtype: str | None = None, trust_remote_code: bool = False
 ) -> dict[str, Any]:
     """The config.json of the layers `kept` (possibly all). Raises ArchitectureError as `sliced_config`."""
     if is_explicit(checkpoint.config):

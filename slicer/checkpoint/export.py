@@ -85,11 +85,7 @@ def unchanged(checkpoint: Checkpoint, replaced: Mapping[str, TensorSpan] = _NOTH
 
 
 def write(
-    contents: Contents,
-    directory: Path,
-    *,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    progress: Progress | None = None,
+    contents: Contents, directory: Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, progress: Progress | None = None
 ) -> None:
     """Fill the empty `directory` with weights, config.json and companion files. `progress` gets the bytes of pieces.
 
@@ -119,9 +115,7 @@ def copy_companions(source: Path, directory: Path) -> None:
     for file in sorted(source.rglob("*")):
         relative = file.relative_to(source)
         nested = len(relative.parts) > 1
-        if any(
-            part.startswith(".") or part in ("slicer", "__pycache__", "original") for part in relative.parts
-        ):
+        if any(part.startswith(".") or part in ("slicer", "__pycache__", "original") for part in relative.parts):
             continue
         if relative.name in skipped or not any(fnmatch(relative.name, pattern) for pattern in COMPANIONS):
             continue
@@ -145,9 +139,7 @@ def check_output(out: Path, source: Path, *, overwrite: bool = False) -> None:
         raise OutputError(f"{out}: not a directory; choose another one with -o")
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
-            raise OutputError(
-                f"{out}: not empty; choose another directory with -o, or replace it with --overwrite"
-            )
+            raise OutputError(f"{out}: not empty; choose another directory with -o, or replace it with --overwrite")
         if not (out / "config.json").is_file():
             raise OutputError(
                 f"{out}: --overwrite replaces only checkpoints, and this has no config.json; remove it yourself"

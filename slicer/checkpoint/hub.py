@@ -113,9 +113,7 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str] | tuple[str, 
     }
     try:
         return Path(
-            snapshot_download(
-                repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(_IGNORED)
-            )
+            snapshot_download(repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(_IGNORED))
         )
     except Exception as error:  # huggingface_hub chooses the HTTP library, and so the kinds of errors
         words = next(words for kind, words in reasons.items() if isinstance(error, kind))

@@ -52,9 +52,7 @@ class Checkpoint:
         Raises SourceError for anything but a complete, consistent checkpoint.
         """
         if not path.exists():
-            raise SourceError(
-                f"{path}: no such directory; pass a checkpoint directory or a Hub id like org/name"
-            )
+            raise SourceError(f"{path}: no such directory; pass a checkpoint directory or a Hub id like org/name")
         if not path.is_dir():
             raise SourceError(f"{path}: not a directory; pass the directory that contains config.json")
         config = read_config(path)
@@ -167,17 +165,13 @@ class Checkpoint:
 
 def has_weights(path: Path) -> bool:
     """Whether the directory has weight files that `Checkpoint.open` can read."""
-    return any((path / name).exists() for name in (SINGLE, INDEX, BIN, BIN_INDEX)) or any(
-        path.glob("*.safetensors")
-    )
+    return any((path / name).exists() for name in (SINGLE, INDEX, BIN, BIN_INDEX)) or any(path.glob("*.safetensors"))
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """config.json of the directory `path`. Raises SourceError."""
     if not (path / "config.json").exists():
-        hint = (
-            "only adapter weights; merge the adapter first" if (path / "adapter_config.json").exists() else ""
-        )
+        hint = "only adapter weights; merge the adapter first" if (path / "adapter_config.json").exists() else ""
         hint = hint or "pass a transformers checkpoint directory"
         raise SourceError(f"{path}: no config.json ({hint})")
     return _read_json(inside(path, "config.json"))
@@ -200,9 +194,7 @@ def inside(root: Path, name: str) -> Path:
     if real_root.parent.name == "snapshots":
         allowed.append(real_root.parent.parent / "blobs")
     if not any(target.is_relative_to(place) for place in allowed):
-        raise SourceError(
-            f"{file}: links to outside the directory, which is not allowed; copy the file there"
-        )
+        raise SourceError(f"{file}: links to outside the directory, which is not allowed; copy the file there")
     return file
 
 
@@ -222,9 +214,7 @@ def _read_index(path: Path, name: str) -> dict[str, str]:
         raise SourceError(f"{path / name}: no weight_map; fetch the file again")
     for key, file in weight_map.items():
         if not isinstance(file, str):
-            raise SourceError(
-                f"{path / name}: the file name of tensor {key} is not a string; fetch the index again"
-            )
+            raise SourceError(f"{path / name}: the file name of tensor {key} is not a string; fetch the index again")
         if not inside(path, file).is_file():
             raise SourceError(f"{path / name}: lists {file}, which is missing; fetch that shard")
     return weight_map
@@ -246,9 +236,7 @@ def _loose_files(path: Path) -> list[str]:
         return names
     if names:
         raise SourceError(f"{path}: {len(names)} safetensors files but no {INDEX}; fetch the index")
-    others = sorted(
-        p.name for p in path.iterdir() if p.suffix in {".gguf", ".pth", ".pt", ".h5", ".msgpack", ".onnx"}
-    )
+    others = sorted(p.name for p in path.iterdir() if p.suffix in {".gguf", ".pth", ".pt", ".h5", ".msgpack", ".onnx"})
     found = f"; {others[0]} is not a supported format" if others else ""
     raise SourceError(f"{path}: no weights ({SINGLE}, {INDEX} or {BIN}){found}")
 
@@ -276,9 +264,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorSpan], dict[str, str]]:
                 raise SourceError(f"{file}: {size} bytes, too short for a safetensors header; {damaged}")
             (length,) = struct.unpack("<Q", head)
             if length > size - 8 or length > MAX_HEADER_BYTES:
-                raise SourceError(
-                    f"{file}: the header should have {length} bytes, but the file has {size}; {damaged}"
-                )
+                raise SourceError(f"{file}: the header should have {length} bytes, but the file has {size}; {damaged}")
             header = json.loads(stream.read(length))
     except (ValueError, RecursionError):
         raise SourceError(f"{file}: the safetensors header is not JSON; {damaged}") from None
@@ -298,9 +284,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorSpan], dict[str, str]]:
             raise SourceError(f"{file}: tensor {key} {kind} (offset {span.start}); {damaged}")
         position = span.end
         if position > size:
-            raise SourceError(
-                f"{file}: truncated: tensor {key} ends at byte {position} of {size}; fetch it again"
-            )
+            raise SourceError(f"{file}: truncated: tensor {key} ends at byte {position} of {size}; fetch it again")
     if position != size:
         raise SourceError(f"{file}: {size - position} bytes after the last tensor; {damaged}")
     return dict(spans), metadata
@@ -313,9 +297,7 @@ def _span(file: Path, key: str, entry: Any, data_start: int) -> TensorSpan:
         if not whole or not isinstance(dtype, str):
             raise ValueError
     except (KeyError, TypeError, ValueError):
-        raise SourceError(
-            f"{file}: the header entry of tensor {key} is malformed; fetch the file again"
-        ) from None
+        raise SourceError(f"{file}: the header entry of tensor {key} is malformed; fetch the file again") from None
     if dtype not in DTYPE_BITS:
         raise SourceError(f"{file}: tensor {key} has the unknown dtype {dtype!r}; update slicer")
     if math.prod(shape) * DTYPE_BITS[dtype] != (end - start) * 8:
@@ -331,9 +313,7 @@ def _bin_tensors(path: Path, names: list[str]) -> dict[str, dict[str, TensorSpan
 
     return {
         name: {
-            key: TensorSpan(
-                path / name, tensors.dtype_name(tensor), tuple(tensor.shape), 0, tensor.nbytes, key
-            )
+            key: TensorSpan(path / name, tensors.dtype_name(tensor), tuple(tensor.shape), 0, tensor.nbytes, key)
             for key, tensor in tensors.load(inside(path, name)).items()
         }
         for name in names
@@ -351,15 +331,11 @@ def _merge(
             if owner != name:
                 continue
             if key in merged:
-                raise SourceError(
-                    f"{path}: tensor {key} is in {merged[key].file.name} and in {name}; keep one"
-                )
+                raise SourceError(f"{path}: tensor {key} is in {merged[key].file.name} and in {name}; keep one")
             merged[key] = span
     for key, name in (weight_map or {}).items():
         if key not in merged:
-            raise SourceError(
-                f"{path}: the index lists tensor {key} in {name}, but it is not there; fetch both"
-            )
+            raise SourceError(f"{path}: the index lists tensor {key} in {name}, but it is not there; fetch both")
     return merged
 
 
@@ -368,9 +344,7 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
     for part in (checkpoint.config, architectures.text_config(checkpoint.config)):
         quantization = part.get("quantization_config")
         if quantization:
-            method = (
-                quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-            )
+            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
             raise SourceError(
                 f"{checkpoint.path}: quantized ({method}), but only float32, float16 and bfloat16 checkpoints "
                 "are supported: slice the original and quantize the result"

@@ -42,9 +42,7 @@ class Sizes:
         return {**asdict(self), "layer_bytes": list(self.layer_bytes)}
 
 
-def measure_sizes(
-    checkpoint: Checkpoint, kept: Iterable[int] | None = None, cast: str | None = None
-) -> Sizes:
+def measure_sizes(checkpoint: Checkpoint, kept: Iterable[int] | None = None, cast: str | None = None) -> Sizes:
     """Sizes of `checkpoint`, or of its layers `kept` only, written as dtype `cast`."""
     stay = tuple(range(checkpoint.depth)) if kept is None else tuple(kept)
     if kept is not None:
@@ -76,9 +74,7 @@ def sizes_of(contents: Contents) -> Sizes:
 
 def _expert_share(config: Mapping[str, Any]) -> float:
     """The share of the routed experts that each token uses."""
-    total = next(
-        (config[k] for k in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(k)), None
-    )
+    total = next((config[k] for k in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(k)), None)
     active = config.get("num_experts_per_tok") or config.get("moe_topk") or config.get("moe_k")
     return active / total if isinstance(total, int) and isinstance(active, int) and total else 1.0
 
@@ -106,9 +102,7 @@ def _kv_bytes(layer: Mapping[str, TensorSpan], config: Mapping[str, Any], cast: 
     separate = rows(".k_proj.weight") + rows(".v_proj.weight")
     if latent or separate:
         return latent or separate
-    fused = next(
-        (s for k, s in layer.items() if re.search(r"(qkv\w*|c_attn|query_key_value|Wqkv)\.weight$", k)), None
-    )
+    fused = next((s for k, s in layer.items() if re.search(r"(qkv\w*|c_attn|query_key_value|Wqkv)\.weight$", k)), None)
     if fused is None:
         return 0
     hidden = config.get("hidden_size") or config.get("n_embd") or config.get("d_model") or 0

@@ -186,9 +186,7 @@ def zeroed_keys(checkpoint: Checkpoint, plan: Plan) -> list[str]:
                 experts = [p for p, _ in EXPERT_OUTPUTS]
                 names += [n for n in layers[i] if any(re.search(rf"(^|\.){p}$", n) for p in experts)]
             if not names:
-                raise ArchitectureError(
-                    f"layer {i}: its {what} has no known output matrix to set to zero; keep it"
-                )
+                raise ArchitectureError(f"layer {i}: its {what} has no known output matrix to set to zero; keep it")
             found += [f"{checkpoint.layer_prefix}{i}.{name}" for name in dict.fromkeys(names)]
     return found
 

@@ -34,9 +34,7 @@ def load(file: Path) -> dict[str, torch.Tensor]:
         content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds for a broken or hostile pickle
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise SourceError(
-            f"{file}: cannot be read as weights ({reason}); convert it to safetensors"
-        ) from None
+        raise SourceError(f"{file}: cannot be read as weights ({reason}); convert it to safetensors") from None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not all(isinstance(t, torch.Tensor) for t in content.values()):
@@ -48,9 +46,7 @@ def dtype_name(tensor: torch.Tensor) -> str:
     """The safetensors name of the tensor's dtype. Raises SourceError if the format does not support it."""
     name = str(tensor.dtype).removeprefix("torch.")
     if name not in _NAMES:
-        raise SourceError(
-            f"a tensor has the dtype {name}, which safetensors does not support; convert the checkpoint"
-        )
+        raise SourceError(f"a tensor has the dtype {name}, which safetensors does not support; convert the checkpoint")
     return _NAMES[name]
 
 
@@ -78,9 +74,7 @@ def chunks(span: TensorSpan, dtype: str) -> Iterator[bytes]:
         for start in range(span.start, span.end, size):
             stream.seek(start)
             block = bytearray(stream.read(min(size, span.end - start)))
-            yield (
-                torch.frombuffer(block, dtype=old).to(torch_dtype(dtype)).view(torch.uint8).numpy().tobytes()
-            )
+            yield (torch.frombuffer(block, dtype=old).to(torch_dtype(dtype)).view(torch.uint8).numpy().tobytes())
 
 
 def _content(span: TensorSpan) -> torch.Tensor:

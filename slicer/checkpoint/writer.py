@@ -49,13 +49,9 @@ def write_tensors(
     """
     shards = plan_shards(tensors, max_shard_bytes, cast)
     total = len(shards)
-    names = (
-        [SINGLE] if total == 1 else [f"model-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
-    )
+    names = [SINGLE] if total == 1 else [f"model-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
     for name, shard in zip(names, shards, strict=True):
-        _write_shard(
-            directory / name, shard, {"format": "pt", **metadata}, cast, progress or (lambda _: None)
-        )
+        _write_shard(directory / name, shard, {"format": "pt", **metadata}, cast, progress or (lambda _: None))
     if total > 1:
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         sizes = {
@@ -68,11 +64,7 @@ def write_tensors(
 
 
 def _write_shard(
-    file: Path,
-    shard: Mapping[str, TensorSpan],
-    metadata: Mapping[str, str],
-    cast: str | None,
-    progress: Progress,
+    file: Path, shard: Mapping[str, TensorSpan], metadata: Mapping[str, str], cast: str | None, progress: Progress
 ) -> None:
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0

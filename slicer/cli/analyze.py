@@ -71,9 +71,7 @@ def analyze(source: str, **given: Any) -> None:
     from slicer.jobs.analyze import analyze as run
 
     counts: dict[str, Any] = {
-        name: parse_counts(given[name], f"--{name}")
-        for name in ("losses", "healed")
-        if given[name] is not None
+        name: parse_counts(given[name], f"--{name}") for name in ("losses", "healed") if given[name] is not None
     }
     names = ("positions", "greedy", "taylor", "sublayers", "shapley", "against", "questions", "data")
     request = AnalyzeRequest(

@@ -86,9 +86,7 @@ def bench(context: click.Context, /, base: str | None, sliced: tuple[str, ...], 
         dtype=given["dtype"],
         input_len=given["input_len"],
         output_len=given["output_len"],
-        concurrency=None
-        if given["concurrency"] is None
-        else parse_counts(given["concurrency"], "--concurrency"),
+        concurrency=None if given["concurrency"] is None else parse_counts(given["concurrency"], "--concurrency"),
         seconds=given["seconds"],
         rounds=given["rounds"],
         kv_cache_bytes=None if given["kv_cache"] is None else parse_size(given["kv_cache"], "--kv-cache"),

@@ -178,10 +178,7 @@ def bare(request: ConvertRequest) -> ConvertRequest:
             f"{request.source}: training takes whole layers; heal cuts below the layer with --heal fold, bias or linear"
         )
     return replace(
-        request,
-        compensation=Compensation("none"),
-        selection=replace(request.selection, offset="whole"),
-        command=None,
+        request, compensation=Compensation("none"), selection=replace(request.selection, offset="whole"), command=None
     )
 
 

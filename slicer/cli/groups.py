@@ -153,9 +153,7 @@ FILE = {"type": click.Path(path_type=Path), "metavar": "FILE"}
 POSITIVE = click.IntRange(min=1)
 JSON = option("--json", "as_json", default=False, help="Print the result as JSON.")
 TRUST = expert("--trust-remote-code", default=False, help="Run the checkpoint's own Python code.")
-DEVICE = option(
-    "--device", metavar="DEVICE", default=Compute.device, help="Where models run: auto, cpu, cuda, cuda:1."
-)
+DEVICE = option("--device", metavar="DEVICE", default=Compute.device, help="Where models run: auto, cpu, cuda, cuda:1.")
 OVERWRITE = option("--overwrite", default=False, help="Replace an earlier result at the output.")
 SOLVER = expert(
     "--solver", type=click.Choice(SOLVERS), show_default=SOLVERS[0],
@@ -168,18 +166,13 @@ VERIFY = expert(
     "the dropped layers bypassed. auto: logits if the model fits in memory.",
 )  # fmt: skip
 SHARDS = expert(
-    "--max-shard-size",
-    metavar="SIZE",
-    default=f"{Output.max_shard_bytes // 10**9}GB",
-    help="Largest weight file.",
+    "--max-shard-size", metavar="SIZE", default=f"{Output.max_shard_bytes // 10**9}GB", help="Largest weight file."
 )
 MEMORY = expert(
     "--memory", metavar="SIZE", show_default="what is free",
     help="Memory for weights and states, e.g. 8GB. A larger model is read from disk layer by layer.",
 )  # fmt: skip
-DRAFTED = option(
-    "--num-speculative-tokens", type=POSITIVE, metavar="N", default=3, help="Tokens to draft per step."
-)
+DRAFTED = option("--num-speculative-tokens", type=POSITIVE, metavar="N", default=3, help="Tokens to draft per step.")
 
 
 def output_dir(help_text: str, **settings: Any) -> Decorator:
@@ -220,9 +213,7 @@ def text_options(default: str = "allenai/c4, streamed; self for the demo model")
 def text_of(given: Mapping[str, Any], source: str | None = None) -> Text:
     """The text asked for. The demo model gets text of its own where none is named: it needs no network."""
     names = ("samples", "seq_len", "batch_size", "seed", "column")
-    return Text(
-        given["calibration"] or ("self" if source == "demo" else None), **{k: given[k] for k in names}
-    )
+    return Text(given["calibration"] or ("self" if source == "demo" else None), **{k: given[k] for k in names})
 
 
 def output_of(given: Mapping[str, Any]) -> Output:
@@ -259,13 +250,7 @@ def recorded_command(unrecorded: Iterable[str] = UNRECORDED, *, defaults: bool =
     for parameter in context.command.params:
         name = parameter.name or ""
         value = context.params.get(name)
-        if (
-            parameter in arguments
-            or name not in given
-            or name in unrecorded
-            or value is None
-            or value is False
-        ):
+        if parameter in arguments or name not in given or name in unrecorded or value is None or value is False:
             continue
         if defaults or value != parameter.default:
             words += [parameter.opts[-1]] if value is True else [parameter.opts[-1], str(value)]

@@ -51,10 +51,7 @@ class _Group(cloup.Group):
                 raise
             _fail(str(error), error.exit_code)
         except MemoryError:
-            _fail(
-                "out of memory; name the layers (--drop 24-31) or use --strategy deepest, and --verify load",
-                1,
-            )
+            _fail("out of memory; name the layers (--drop 24-31) or use --strategy deepest, and --verify load", 1)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
@@ -82,11 +79,7 @@ def _fail(message: str, code: int) -> NoReturn:
         cloup.Section("Judge and use", [evaluate, sweep, report, bench, serve]),
         cloup.Section("Try it", [demo]),
     ],
-    context_settings={
-        "help_option_names": ["-h", "--help"],
-        "max_content_width": 100,
-        "show_default": True,
-    },
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True},
 )
 @click.version_option(package_name="slicer-llm", prog_name="slicer")
 def main() -> None:

@@ -43,12 +43,7 @@ def merge(sliced: str, adapter: Path, **given: Any) -> None:
     from slicer.jobs.merge import merge as run
 
     request = MergeRequest(
-        sliced,
-        adapter,
-        given["renumber"],
-        groups.output_of(given),
-        groups.compute_of(given),
-        groups.recorded_command(),
+        sliced, adapter, given["renumber"], groups.output_of(given), groups.compute_of(given), groups.recorded_command()
     )
     with bars.progress() as progress:
         done = run(request, progress)

@@ -125,9 +125,7 @@ def sweep(source: str, **given: Any) -> None:
         "share_limit": True,
     }
     options = SuiteSpec(**{k: v for k, v in chosen.items() if v is not None})
-    metric = (
-        bisect.check(given["retain"], given["metric"], options.tasks) if given["retain"] is not None else None
-    )
+    metric = bisect.check(given["retain"], given["metric"], options.tasks) if given["retain"] is not None else None
     calibration = given["calibration"] or _calibration(source, given["data"], text)
     named = ("samples", "seq_len", "seed", *(["column"] if given["calibration"] is not None else []))
     spec = {k: given[k] for k in named if given[k] is not None}

@@ -32,9 +32,7 @@ def attributes(cls: type[Any]) -> tuple[str, dict[str, str]]:
     about, _, listed = (inspect.getdoc(cls) or "").partition("Attributes:\n")
     names = {f.name for f in fields(cls)}
     entries = re.sub(r"\n {8,}", " ", listed)  # a line that is indented further continues the entry
-    parts = [
-        part for entry in entries.splitlines() for part in re.split(r"; (?=\w+(?:, \w+)*: )", entry.strip())
-    ]
+    parts = [part for entry in entries.splitlines() for part in re.split(r"; (?=\w+(?:, \w+)*: )", entry.strip())]
     found: dict[str, str] = {}
     last: list[str] = []
     for part in parts:
@@ -119,9 +117,7 @@ def _fields_of_training(command: click.Command) -> dict[str, click.Parameter]:
 
 
 def from_file(
-    context: click.Context,
-    file: Path | None,
-    known: Callable[[click.Command], Mapping[str, click.Parameter]],
+    context: click.Context, file: Path | None, known: Callable[[click.Command], Mapping[str, click.Parameter]]
 ) -> Path | None:
     """Make the values of a YAML file the defaults of `known` options. Raises UsageError with the key and the line."""
     if file is None or context.resilient_parsing:
@@ -131,9 +127,7 @@ def from_file(
     try:
         node = yaml.compose(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{file}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})"
-        ) from None
+        raise UsageError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UsageError(f"{file} line {line}: not valid YAML ({error.problem})") from None
@@ -175,9 +169,7 @@ def training_of(
     if method not in METHODS:
         others = [name for name in ("save_adapter", "rank_sweep", *_OF_RANK) if given.get(name) is not None]
         for name in [*(_NAMES.get(n, n) for n in values), *others]:
-            raise UsageError(
-                f"--{name.lstrip('-').replace('_', '-')}: give it with {option} {', '.join(METHODS)}"
-            )
+            raise UsageError(f"--{name.lstrip('-').replace('_', '-')}: give it with {option} {', '.join(METHODS)}")
         return None
     if given.get("rank_sweep") is None:
         for name in _OF_RANK:

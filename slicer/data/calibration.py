@@ -45,26 +45,17 @@ class TokenBatches:
         return cls(list(torch.split(tokens, spec.batch_size)), spec.record(tokens))
 
 
-def read_text(
-    spec: TextSpec | None, path: Path, walk: Loaded | None, progress: Progress
-) -> TokenBatches | None:
+def read_text(spec: TextSpec | None, path: Path, walk: Loaded | None, progress: Progress) -> TokenBatches | None:
     """The text of `spec` as tokens for the model of `walk`, whose checkpoint is at `path`; None where none is asked
     for. Raises CalibrationError as `token_batches`."""
     if spec is None or walk is None:
         return None
     progress.stage("Calibration data")
-    return token_batches(
-        spec, path, walk.model, streamed=walk.streamed, trust_remote_code=walk.trust_remote_code
-    )
+    return token_batches(spec, path, walk.model, streamed=walk.streamed, trust_remote_code=walk.trust_remote_code)
 
 
 def token_batches(
-    spec: TextSpec,
-    path: Path,
-    model: Any,
-    *,
-    streamed: bool = False,
-    trust_remote_code: bool = False,
+    spec: TextSpec, path: Path, model: Any, *, streamed: bool = False, trust_remote_code: bool = False
 ) -> TokenBatches:
     """Make `spec.samples` sequences of `spec.seq_len` tokens for the checkpoint at `path`, in batches.
 

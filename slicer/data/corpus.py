@@ -151,9 +151,7 @@ def prepare(
         record = replace(record, train_sequences=record.train_sequences - twice, left_out=twice)
         write_atomically(done, json.dumps(record.to_dict()))
         if (times := size.sequences / max(1, record.train_sequences)) > 1.5:
-            progress.note(
-                f"the text has {record.train_sequences} training sequences: each is used {times:.0f} times"
-            )
+            progress.note(f"the text has {record.train_sequences} training sequences: each is used {times:.0f} times")
     record = CorpusRecord.of(json.loads(done.read_text("utf-8")))
     if record.train_sequences < size.batch_size or record.held_out_sequences < 1:
         done.unlink()

@@ -141,9 +141,7 @@ def answers(messages: Conversation, tokenizer: Any, source: str) -> list[tuple[s
     """
 
     def written(count: int, *, prompt: bool = False) -> str:
-        return str(
-            tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
-        )
+        return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt))
 
     with _template_errors(source):
         whole, at, parts = written(len(messages)), 0, list[tuple[str, bool]]()
@@ -208,9 +206,7 @@ def open_tokenizer(path: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
-            str(path), trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # tokenizer classes raise many kinds
         reason = " ".join(str(error).split())[:160]
         raise CalibrationError(

@@ -147,9 +147,7 @@ def mixed(spec: TextSpec) -> Iterator[Document]:
 
 def is_streamed(source: str | None) -> bool:
     """Whether the documents of `source` are streamed from the Hub."""
-    return source is None or not (
-        source.startswith("task:") or Path(source).exists() or source.endswith(_SUFFIXES)
-    )
+    return source is None or not (source.startswith("task:") or Path(source).exists() or source.endswith(_SUFFIXES))
 
 
 def read_documents(file: Path, column: str) -> list[Document]:
@@ -190,9 +188,7 @@ def _read_jsonl(file: Path, column: str) -> list[Document]:
                 try:
                     texts.append(_text_of(json.loads(line), column, f"{file}, line {number}"))
                 except ValueError:
-                    raise CalibrationError(
-                        f"{file}, line {number}: not JSON; fix or remove the line"
-                    ) from None
+                    raise CalibrationError(f"{file}, line {number}: not JSON; fix or remove the line") from None
     return texts
 
 
@@ -214,9 +210,7 @@ def _read_parquet(file: Path, column: str) -> list[Document]:
         names = parquet.read_schema(file).names
         wanted = column if column in names else next((c for c in _CONVERSATIONS if c in names), None)
         if wanted is None:
-            raise CalibrationError(
-                f"{file}: no column {column!r} (columns: {', '.join(names)}); name it with --column"
-            )
+            raise CalibrationError(f"{file}: no column {column!r} (columns: {', '.join(names)}); name it with --column")
         rows = parquet.read_table(file, columns=[wanted])[wanted].to_pylist()
         return [_text_of({wanted: row}, column, str(file)) for row in rows if row]
     except pyarrow.ArrowException as error:
@@ -256,8 +250,7 @@ def stream_hub(spec: TextSpec, split: str = "train") -> Iterator[Document]:
     """Documents of a Hub data set, streamed and shuffled with the seed. Raises CalibrationError if unreachable."""
     name, config = DEFAULT_DATASET if spec.source is None else (*spec.source.split(":", 1), None)[:2]
     if any(
-        os.environ.get(k, "").upper() in ("1", "TRUE", "YES", "ON")
-        for k in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+        os.environ.get(k, "").upper() in ("1", "TRUE", "YES", "ON") for k in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
     ):
         raise CalibrationError(f"{name}: cannot be streamed offline (HF_HUB_OFFLINE is set); {_REMEDY}")
     import datasets
@@ -284,9 +277,7 @@ def prompts(name: str) -> Iterator[str]:
         import datasets
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise CalibrationError(
-            f"task:{name}: lm-eval is not installed; pip install slicer-llm[eval]"
-        ) from None
+        raise CalibrationError(f"task:{name}: lm-eval is not installed; pip install slicer-llm[eval]") from None
     datasets.disable_progress_bars()
     directory, _, short = name.rpartition("/")
     if directory and not Path(directory).is_dir():

@@ -44,9 +44,7 @@ def corpus() -> tuple[list[str], list[str]]:
             for member in archive.getmembers():
                 if member.name.endswith("_gut.txt") and (file := archive.extractfile(member)):
                     plays[Path(member.name).name] = file.read().decode("latin-1")
-    bible = re.sub(
-        r"[\[\]]", "", module.split('"""')[1]
-    ).strip()  # brackets mark words added by the translators
+    bible = re.sub(r"[\[\]]", "", module.split('"""')[1]).strip()  # brackets mark words added by the translators
     cut = bible.rindex("\n", 0, int(len(bible) * (1 - HELD_OUT_BIBLE)))
     chapters = [bible[i : i + 20_000] for i in range(0, cut, 20_000)]
     chapters[-1] = chapters[-1][: cut - 20_000 * (len(chapters) - 1)]
@@ -64,9 +62,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -164,11 +160,7 @@ def train(out: Path, minutes: float) -> None:
 
 
 def save(
-    out: Path,
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    held_out: list[str],
-    figures: Any = None,
+    out: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, held_out: list[str], figures: Any = None
 ) -> None:
     checkpoint = out / "checkpoint"
     half = LlamaForCausalLM(model.config).to(torch.bfloat16)
@@ -183,9 +175,7 @@ def save(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--minutes", type=float, default=60)
     arguments = parser.parse_args()

@@ -22,12 +22,7 @@ def vocabulary_of(model: Any) -> int:
 
 
 def wrap(
-    model: Any,
-    path: Path,
-    batch_size: str = "auto",
-    *,
-    trust_remote_code: bool = False,
-    last_logits_only: bool = False,
+    model: Any, path: Path, batch_size: str = "auto", *, trust_remote_code: bool = False, last_logits_only: bool = False
 ) -> Any:
     """Wrap a loaded transformers model as an lm-eval model, with the tokenizer of the checkpoint at `path`.
 
@@ -37,9 +32,7 @@ def wrap(
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(path), trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # tokenizer classes raise many kinds
         reason = " ".join(str(error).split())[:160]
         raise EvaluationError(f"{path}: no usable tokenizer ({reason}); add the tokenizer files") from None
@@ -89,10 +82,7 @@ def load_vllm(path: Path, compute: Compute, batch_size: str, seed: int) -> tuple
     from slicer.checkpoint.reader import read_config
 
     config = text_config(read_config(path))
-    arguments: dict[str, Any] = {
-        "dtype": compute.dtype or "auto",
-        "trust_remote_code": compute.trust_remote_code,
-    }
+    arguments: dict[str, Any] = {"dtype": compute.dtype or "auto", "trust_remote_code": compute.trust_remote_code}
     context = config.get("max_position_embeddings") or config.get("n_positions")
     arguments["max_model_len"] = min(int(context or 4096), 4096)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -184,15 +174,13 @@ def generation_health(lm: Any) -> generation.GenerationHealth:
     instance = lm_eval_module("api.instance").Instance
     wanted = {"until": [], "max_gen_toks": generation.NEW_TOKENS, "do_sample": False}
     requests = [
-        instance("generate_until", {}, (prompt, dict(wanted)), i)
-        for i, prompt in enumerate(generation.PROMPTS)
+        instance("generate_until", {}, (prompt, dict(wanted)), i) for i, prompt in enumerate(generation.PROMPTS)
     ]
     with _with(
         lm, "batch_size_per_gpu", len(requests)
     ):  # decoding is limited by memory bandwidth: eight prompts cost little more than one
         texts = [str(text) for text in lm.generate_until(requests)]
     lengths = [
-        min(generation.NEW_TOKENS, len(lm.tokenizer(text, add_special_tokens=False)["input_ids"]))
-        for text in texts
+        min(generation.NEW_TOKENS, len(lm.tokenizer(text, add_special_tokens=False)["input_ids"])) for text in texts
     ]
     return generation.judge(list(zip(generation.PROMPTS, texts, strict=True)), lengths)

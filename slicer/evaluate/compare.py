@@ -60,8 +60,7 @@ def mcnemar(gaps: Sequence[float]) -> float:
         return 1.0
     log_half = n * math.log(0.5)
     tail = math.fsum(
-        math.exp(math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) + log_half)
-        for k in range(least + 1)
+        math.exp(math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) + log_half) for k in range(least + 1)
     )
     return min(1.0, 2 * tail)
 

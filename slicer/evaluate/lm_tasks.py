@@ -71,8 +71,7 @@ class _QuestionBuilder:
     def add(self, name: str, task: Any, chosen: list[int]) -> None:
         if task.OUTPUT_TYPE != "multiple_choice":
             raise EvaluationError(
-                f"{name}: not multiple choice ({task.OUTPUT_TYPE}); choose a multiple-choice task, or "
-                "--against loss"
+                f"{name}: not multiple choice ({task.OUTPUT_TYPE}); choose a multiple-choice task, or --against loss"
             )
         task.build_all_requests(samples=chosen, rank=0, world_size=1)
         by_document: dict[int, list[Any]] = {}
@@ -265,9 +264,7 @@ class LmTask:
         evaluator = lm_eval_module("evaluator")
         self.reseed()
         try:
-            found = evaluator.evaluate(
-                lm, self.loaded, limit=self.limit, samples=self.samples, log_samples=True
-            )
+            found = evaluator.evaluate(lm, self.loaded, limit=self.limit, samples=self.samples, log_samples=True)
         except (AssertionError, ValueError, TypeError, KeyError, IndexError) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise EvaluationError(f"{self.label}: lm-eval cannot run it ({reason})") from error

@@ -29,17 +29,13 @@ _SPLITS = {
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def write_task(
-    data: Path, name: str, config: Mapping[str, Any], yaml_path: Path | None, directory: Path
-) -> list[Path]:
+def write_task(data: Path, name: str, config: Mapping[str, Any], yaml_path: Path | None, directory: Path) -> list[Path]:
     """Write `directory`/`name`.yaml, an lm-eval task that reads the files of `data`; returns these files.
 
     `config` and `yaml_path` are those of the original task. Raises EvaluationError: files missing, empty or malformed.
     """
     if yaml_path is None or "class" in config:
-        raise EvaluationError(
-            f"{name}: lm-eval implements this task in Python, so it cannot read --data {data}"
-        )
+        raise EvaluationError(f"{name}: lm-eval implements this task in Python, so it cannot read --data {data}")
     if config.get("dataset_path") == "cais/mmlu":
         given = _mmlu_files(data, str(config["dataset_name"]))
         files, builder = _converted(given, _mmlu_rows, directory / name), "json"
@@ -121,9 +117,7 @@ def _mmlu_rows(file: Path) -> Iterator[dict[str, Any]]:
 def _mmlu_row(fields: list[str], where: str) -> dict[str, Any]:
     if len(fields) != 6:
         count = "1 field" if len(fields) == 1 else f"{len(fields)} fields"
-        raise EvaluationError(
-            f"{where}: {count}, expected 6 (question, four choices, letter); fix or remove the row"
-        )
+        raise EvaluationError(f"{where}: {count}, expected 6 (question, four choices, letter); fix or remove the row")
     question, *choices, letter = fields
     if letter.strip() not in tuple(_LETTERS):
         raise EvaluationError(f"{where}: the answer {letter[:20]!r} is not one of A, B, C, D; fix the row")
@@ -143,10 +137,7 @@ def _boolq_files(data: Path) -> dict[str, Path]:
 def _boolq_rows(file: Path) -> Iterator[dict[str, Any]]:
     for number, row in _json_lines(file):
         answer = row.get("answer", row.get("label"))
-        if not all(isinstance(row.get(name), str) for name in ("question", "passage")) or answer not in (
-            0,
-            1,
-        ):
+        if not all(isinstance(row.get(name), str) for name in ("question", "passage")) or answer not in (0, 1):
             raise EvaluationError(
                 f"{file}, line {number}: not a row with question, passage and answer (true or false); fix or remove it"
             )
@@ -162,9 +153,7 @@ def _plain_files(data: Path, name: str, config: Mapping[str, Any]) -> tuple[dict
     found = {split: _split_file(root, split, tuple(_BUILDERS)) for split in wanted}
     files = {split: file for split, file in found.items() if file is not None}
     if not files:
-        raise EvaluationError(
-            f"{root}: no file with a split of {name}; add {wanted[-1]}.jsonl (or .csv, .parquet)"
-        )
+        raise EvaluationError(f"{root}: no file with a split of {name}; add {wanted[-1]}.jsonl (or .csv, .parquet)")
     suffixes = {_BUILDERS[file.suffix] for file in files.values()}
     if len(suffixes) > 1:
         raise EvaluationError(f"{root}: files of several formats; use one format for all splits of {name}")
@@ -211,9 +200,7 @@ def _json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 try:
                     row = json.loads(line)
                 except ValueError:
-                    raise EvaluationError(
-                        f"{file}, line {number}: not JSON; fix or remove the line"
-                    ) from None
+                    raise EvaluationError(f"{file}, line {number}: not JSON; fix or remove the line") from None
                 if not isinstance(row, dict):
                     raise EvaluationError(f"{file}, line {number}: not a JSON object; fix or remove the line")
                 yield number, row

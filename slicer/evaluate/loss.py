@@ -104,9 +104,7 @@ def draw(
         documents, source = _stream(4 * sequences, seed), ":".join((*DEFAULT_DATASET, _SPLIT))
     else:
         if not file.is_file():
-            raise EvaluationError(
-                f"{file}: no such file; pass text for the loss with --text, or c4*.jsonl in --data"
-            )
+            raise EvaluationError(f"{file}: no such file; pass text for the loss with --text, or c4*.jsonl in --data")
         if not file.name.endswith(_SUFFIXES):
             raise EvaluationError(
                 f"{file}: not a .jsonl, .json, .txt or .parquet file; convert the text to one of these"

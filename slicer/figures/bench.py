@@ -16,13 +16,7 @@ def lines(result: Mapping[str, Any], directory: Path) -> None:
     figure = canvas(10, 7.2)
     axes = figure.subplots(2, 2)
     models, fitted = result["models"], result["lines"]
-    _line(
-        axes[0, 0],
-        fitted["time_per_output_token_ms"],
-        "ms per token",
-        "Time per output token",
-        _rounds(models, 0),
-    )
+    _line(axes[0, 0], fitted["time_per_output_token_ms"], "ms per token", "Time per output token", _rounds(models, 0))
     _line(axes[0, 1], fitted["prefill_ms"], "ms", "Prefill (time to first token)", _rounds(models, 1))
     _memory(axes[1, 0], result)
     _speed(axes[1, 1], result)
@@ -43,9 +37,7 @@ def speculative(result: Mapping[str, Any], directory: Path) -> None:
         rates = row["acceptance_by_position"]
         if rates:
             right.plot(range(1, len(rates) + 1), rates, marker="o", label=row["draft"])
-    right.set(
-        xlabel="position in the draft", ylabel="accepted", title="Acceptance by position", ylim=(0, 1.02)
-    )
+    right.set(xlabel="position in the draft", ylabel="accepted", title="Acceptance by position", ylim=(0, 1.02))
     right.locator_params(axis="x", integer=True)
     if any(row["acceptance_by_position"] for row in rows):
         right.legend(frameon=False, fontsize="small")
@@ -88,16 +80,8 @@ def _memory(axes: Any, result: Mapping[str, Any]) -> None:
         line, whole = result["lines"][name], deepest[name]
         reach = np.asarray([0, deepest["layers"]])
         axes.plot(reach, (line["intercept"] + line["slope"] * reach) / whole, color=colour, linewidth=1)
-        axes.plot(
-            [m["layers"] for m in models],
-            [m[name] / whole for m in models],
-            marker,
-            color=colour,
-            label=label,
-        )
-    axes.set(
-        xlabel="layers", ylabel="share of the whole model's", xlim=(0, None), ylim=(0, 1.25), title="Memory"
-    )
+        axes.plot([m["layers"] for m in models], [m[name] / whole for m in models], marker, color=colour, label=label)
+    axes.set(xlabel="layers", ylabel="share of the whole model's", xlim=(0, None), ylim=(0, 1.25), title="Memory")
     axes.title.set_fontsize(10)
     axes.locator_params(axis="x", integer=True)
     axes.legend(frameon=False, fontsize="small", loc="lower right")

@@ -131,11 +131,7 @@ def heat_map(
         _mark(axes, "s", offset[0] + 0.5, offset[1] - offset[0], _half(offset))
     if chosen is not None or offset is not None:
         axes.legend(loc="upper right", frameon=False)
-    axes.set(
-        xlabel="first layer of the block, l",
-        ylabel="layers in the block, n",
-        title=title,
-    )
+    axes.set(xlabel="first layer of the block, l", ylabel="layers in the block, n", title=title)
     axes.locator_params(integer=True)
     figure.colorbar(image, ax=axes, label="scaled within each n (black dot: minimum)")
     save(figure, path)
@@ -339,9 +335,7 @@ def rank_agreement(one: Distances, other: Distances) -> float:
         a, b = np.asarray(one.block(n)), np.asarray(other.block(n))
         both = ~(np.isnan(a) | np.isnan(b))
         if both.sum() >= 3:
-            first, second = (
-                np.argsort(np.argsort(row[both], kind="stable"), kind="stable") for row in (a, b)
-            )
+            first, second = (np.argsort(np.argsort(row[both], kind="stable"), kind="stable") for row in (a, b))
             found.append(float(np.corrcoef(first, second)[0, 1]))
     return float(np.mean(found)) if found else float("nan")
 

@@ -32,9 +32,7 @@ class Curve:
         return self.strategy if self.heal == "none" else f"{self.strategy}, healed ({self.heal})"
 
 
-def against_fraction(
-    curves: Sequence[Curve], unpruned: float | None, chance: float | None, label: str
-) -> str:
+def against_fraction(curves: Sequence[Curve], unpruned: float | None, chance: float | None, label: str) -> str:
     """Plot a measure against the fraction dropped; unpruned model dashed black, chance dashed grey."""
     figure, axes = plot(5.4, 3.7)
     ranks = sorted({c.heal for c in curves if "@" in c.heal}, key=lambda heal: int(heal.split("@")[1]))
@@ -53,9 +51,7 @@ def against_fraction(
     return _against_fraction(figure, axes, label)
 
 
-def overlaid(
-    tasks: Mapping[str, tuple[Sequence[Curve], float | None]], chance: float | None, label: str
-) -> str:
+def overlaid(tasks: Mapping[str, tuple[Sequence[Curve], float | None]], chance: float | None, label: str) -> str:
     """Plot several variants of one task (figure 7: examples and their order) against the fraction dropped, one colour
     each; the unpruned model's score is dashed in the same colour. `tasks`: name -> its curves, that score."""
     figure, axes = plot(5.4, 3.7)

@@ -9,12 +9,7 @@ from slicer.figures.style import BLUE, ORANGE, finish, plot, save, svg
 
 
 def loss_curve(
-    train: Mapping[int, float],
-    held_out: Mapping[int, float],
-    best: int,
-    path: Path,
-    *,
-    title: str = "Healing",
+    train: Mapping[int, float], held_out: Mapping[int, float], best: int, path: Path, *, title: str = "Healing"
 ) -> None:
     """Plot the loss (nats per token) against the step: training (running mean) and held-out text.
 
@@ -26,12 +21,9 @@ def loss_curve(
     if steps:
         axes.plot(steps, [train[s] for s in steps], color=BLUE, alpha=0.25, linewidth=0.8)
         smooth = [
-            sum(train[s] for s in steps[max(0, i - window + 1) : i + 1]) / min(window, i + 1)
-            for i in range(len(steps))
+            sum(train[s] for s in steps[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(steps))
         ]
-        axes.plot(
-            steps, smooth, color=BLUE, label="training" + (f", mean of {window} steps" if window > 1 else "")
-        )
+        axes.plot(steps, smooth, color=BLUE, label="training" + (f", mean of {window} steps" if window > 1 else ""))
     at = sorted(held_out)
     axes.plot(at, [held_out[s] for s in at], color=ORANGE, marker="o", markersize=4, label="held out")
     if best in held_out:

@@ -139,9 +139,7 @@ def holds(checkpoint: Checkpoint) -> Holds:
 def written_dtype(checkpoint: Checkpoint, cast: str | None) -> torch.dtype:
     """The dtype that most tensors of the layers are written in; `cast`: safetensors dtype, None: as stored."""
     names = Counter(
-        span.cast(cast)[0]
-        for key, span in checkpoint.tensors.items()
-        if key.startswith(checkpoint.layer_prefix)
+        span.cast(cast)[0] for key, span in checkpoint.tensors.items() if key.startswith(checkpoint.layer_prefix)
     )
     return tensors.torch_dtype(names.most_common(1)[0][0])
 
@@ -163,9 +161,7 @@ def place(
         for sublayer, replacement in edit.behind.items():
             placing.put_behind(sublayer, i, replacement)
     placing.turn_on_biases()
-    losses = {
-        name: value if value is None else round(value, 6) for name, value in vars(solved.losses).items()
-    }
+    losses = {name: value if value is None else round(value, 6) for name, value in vars(solved.losses).items()}
     record = HealingRecord(
         solved.method,
         None if text is None else replace(text, held_out=solved.held_out),
@@ -187,10 +183,7 @@ class _Placing:
         self.replaced: dict[str, TensorSpan] = {}
         self.added: dict[str, TensorSpan] = {}
         self.config: dict[str, Any] = {}
-        self._biases: dict[str, dict[int, torch.Tensor]] = {
-            "attention": {},
-            "ffn": {},
-        }  # by layer of the result
+        self._biases: dict[str, dict[int, torch.Tensor]] = {"attention": {}, "ffn": {}}  # by layer of the result
         self._position = {
             "attention": {i: at for at, (i, _) in enumerate(plan.sublayers)},
             "ffn": {j: at for at, (_, j) in enumerate(plan.sublayers)},
@@ -245,12 +238,7 @@ class _Placing:
         block = self.config.setdefault("block_configs", {}).setdefault(at, {"emulated_ranks": {}})
         block["emulated_ranks"][slot] = len(new.down)
         self.config["architectures"] = [blockwise.OWN_CLASS]
-        tensors = {
-            "norm.weight": new.gain,
-            "down.weight": new.down,
-            "up.weight": new.up,
-            "up.bias": new.bias,
-        }
+        tensors = {"norm.weight": new.gain, "down.weight": new.down, "up.weight": new.up, "up.bias": new.bias}
         for name, tensor in tensors.items():
             self._add(f"{at}.emulated_{slot}.{name}", tensor)
 
@@ -262,9 +250,7 @@ class _Placing:
     def _span(self, key: str, tensor: torch.Tensor, dtype: str) -> TensorSpan:
         """`tensor` on the CPU, so that the device's memory is free, in the dtype it is written in."""
         ready = tensor.detach().to("cpu", tensors.torch_dtype(dtype)).contiguous()
-        return TensorSpan(
-            self._checkpoint.path, dtype, tuple(ready.shape), 0, ready.nbytes, key, lambda: ready
-        )
+        return TensorSpan(self._checkpoint.path, dtype, tuple(ready.shape), 0, ready.nbytes, key, lambda: ready)
 
 
 def _expert_keys(checkpoint: Checkpoint, i: int, name: str) -> dict[str, int]:

@@ -120,9 +120,7 @@ class _Run:
         if wanted.healed:
             layers["healed_loss"] = self.healed_table(layers[METRIC], book)
         if wanted.sublayers:
-            sublayers |= tables_of_halves(
-                record_halves(walk, portion.batches, progress=progress), portion.seq_len
-            )
+            sublayers |= tables_of_halves(record_halves(walk, portion.batches, progress=progress), portion.seq_len)
             sublayers |= {against: self.single_sublayers(against) for against in AGAINST if wanted.losses}
         about: Mapping[str, Any] | None = None
         if wanted.shapley:
@@ -244,9 +242,7 @@ class _Run:
             )
         values = shapley(coalitions, wanted.shapley, seed=self.text.seed, progress=progress)
         pairs, passes = len(values.samples), values.passes
-        progress.note(
-            f"Shapley values: {pairs} pair{'s' if pairs > 1 else ''} of orders, {passes:.0f} forward passes"
-        )
+        progress.note(f"Shapley values: {pairs} pair{'s' if pairs > 1 else ''} of orders, {passes:.0f} forward passes")
         name = "shapley" if questions is None else "shapley_score"
         table = table_of(name, values, self.portion.seq_len, self.portion.samples)
         return table, {**about, "pairs": pairs, "passes": round(passes, 2)}
@@ -289,19 +285,13 @@ def _check(request: AnalyzeRequest, depth: int) -> None:
     for name, sizes in (("losses", wanted.losses), ("healed", wanted.healed)):
         for n in sizes:
             if not 0 < n < depth:
-                raise UsageError(
-                    f"--{name} {n}: the model has {depth} layers; pass sizes between 1 and {depth - 1}"
-                )
+                raise UsageError(f"--{name} {n}: the model has {depth} layers; pass sizes between 1 and {depth - 1}")
     if not 0 <= wanted.greedy < depth:
-        raise UsageError(
-            f"--greedy {wanted.greedy}: the model has {depth} layers; remove at most {depth - 1}"
-        )
+        raise UsageError(f"--greedy {wanted.greedy}: the model has {depth} layers; remove at most {depth - 1}")
     if wanted.against not in AGAINST and (not task or wanted.against == "task:"):
         raise UsageError(f"--against {wanted.against}: choose from {', '.join(AGAINST)}, task:NAME")
     if task and not wanted.shapley:
-        raise UsageError(
-            f"--against {wanted.against}: also pass the number of forward passes: --shapley PASSES"
-        )
+        raise UsageError(f"--against {wanted.against}: also pass the number of forward passes: --shapley PASSES")
     if wanted.data is not None and not task:
         raise UsageError("--data needs a task: pass --against task:NAME")
     if wanted.questions < 1:
@@ -309,9 +299,7 @@ def _check(request: AnalyzeRequest, depth: int) -> None:
     if wanted.shapley < 0:
         raise UsageError(f"--shapley {wanted.shapley}: pass a number of forward passes of at least 1")
     if distributed.world() > 1 and (wanted.healed or wanted.sublayers or wanted.shapley):
-        raise UsageError(
-            "--healed, --sublayers and --shapley: measured by one process; run them without torchrun"
-        )
+        raise UsageError("--healed, --sublayers and --shapley: measured by one process; run them without torchrun")
 
 
 def _check_place(out: Path, *, overwrite: bool) -> None:

@@ -102,9 +102,7 @@ def trained(
 
     corpus = processes.first_then_all(corpus_of)
     base = processes.first_then_all(lambda: start(cut, recipe, corpus, work, progress))
-    patch, expected, history = finetune(
-        base, corpus, settings, compute, work, processes, progress, recipe.verify
-    )
+    patch, expected, history = finetune(base, corpus, settings, compute, work, processes, progress, recipe.verify)
     if patch.record is not None:
         text = TextRecord(**{**asdict(spec), "source": corpus.record.source})
         record = replace(patch.record, text=text, solver=recipe.repair.solver, command=recipe.command)

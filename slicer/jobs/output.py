@@ -66,9 +66,7 @@ class Result:
         Raises ArchitectureError where config.json cannot express the cut.
         """
         checkpoint = source.checkpoint
-        config = configs.sliced_config(
-            checkpoint, plan, dtype=plan.dtype, trust_remote_code=trust_remote_code
-        )
+        config = configs.sliced_config(checkpoint, plan, dtype=plan.dtype, trust_remote_code=trust_remote_code)
         contents = export.sliced(checkpoint, plan, patch.configured(config), patch.replaced, patch.added)
         if origin is not None:
             contents = replace(contents, origin=origin, continues=True)
@@ -189,23 +187,14 @@ def write_verified(
     verified = "logits" if compared else "none" if output.verify == "none" else "load"
     with atomic_directory(out, replace=output.overwrite) as directory:
         progress.stage("Writing", after.total_bytes, "bytes")
-        export.write(
-            result.contents,
-            directory,
-            max_shard_bytes=output.max_shard_bytes,
-            progress=progress.advance,
-        )
+        export.write(result.contents, directory, max_shard_bytes=output.max_shard_bytes, progress=progress.advance)
         if verified != "none" or result.contents.changed or expected is not None:
-            errors = check_contents(
-                directory, result.contents, expected, compute, progress, load=verified != "none"
-            )
+            errors = check_contents(directory, result.contents, expected, compute, progress, load=verified != "none")
             if errors.loss is not None and plan.healing is not None:
                 loss = replace(plan.healing.loss, after=errors.loss)
                 plan = replace(plan, healing=replace(plan.healing, loss=loss))
         if result.merge is not None:
-            merge = replace(
-                result.merge, verified=verified, logits_error=errors.same, rounding_error=errors.rounding
-            )
+            merge = replace(result.merge, verified=verified, logits_error=errors.same, rounding_error=errors.rounding)
             plan = replace(plan, merged=(*plan.merged, merge))
         _describe(replace(result, plan=plan), after, directory)
     return Written(out, plan, result.before, after, verified, errors.same, errors.rounding, result.warnings)
@@ -220,10 +209,7 @@ def described(result: Result) -> Written:
 def _describe(result: Result, after: Sizes, directory: Path) -> None:
     """Write plan, figures and model card."""
     plan, origin, notes = result.plan, result.contents.origin, directory / "slicer"
-    if plan.gone != (
-        frozenset(),
-        frozenset(),
-    ):  # else slicer did not make the checkpoint, and there is no plan of it
+    if plan.gone != (frozenset(), frozenset()):  # else slicer did not make the checkpoint, and there is no plan of it
         notes.mkdir(exist_ok=True)
         (notes / "plan.json").write_text(plan.to_json(), "utf-8")
     if result.analysis is not None:

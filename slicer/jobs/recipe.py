@@ -86,15 +86,11 @@ class Recipe:
         _check_goal(request, checkpoint)
         plan, notes = _replayed(request, checkpoint), []
         if plan is not None and plan.merged:
-            notes.append(
-                "an adapter was merged into that plan's checkpoint; slicer merge does it again to this one"
-            )
+            notes.append("an adapter was merged into that plan's checkpoint; slicer merge does it again to this one")
         measures = request.goal is not None and request.goal.measured(request.selection.strategy)
         repair, asked, why = _repair(request, plan, measures)
         text = _text(request, plan, reads=measures or repair.method != "none")
-        runs = measures or (
-            not output.dry_run and (repair.method != "none" or output.verify in ("auto", "logits"))
-        )
+        runs = measures or (not output.dry_run and (repair.method != "none" or output.verify in ("auto", "logits")))
         loads = runs and fits(checkpoint.bytes_as(compute.dtype), compute.device, compute.memory)
         recipe = cls(
             request.goal,
@@ -144,9 +140,7 @@ class Recipe:
         if request.training is not None:
             return _trained(recipe, request.training, request, cut)
         if request.compensation.method != "fold":
-            raise UsageError(
-                f"--method {request.compensation.method}: a cut on disk is healed by fold or by training"
-            )
+            raise UsageError(f"--method {request.compensation.method}: a cut on disk is healed by fold or by training")
         if plan.merged:
             raise HealError(
                 f"{request.cut}: an adapter was merged into it, and a fold would be solved without the adapter; fold "
@@ -184,9 +178,7 @@ def _check_goal(request: ConvertRequest, checkpoint: Checkpoint) -> None:
         cast = DTYPES[request.compute.dtype] if request.compute.dtype else None
         whole = measure_sizes(checkpoint, cast=cast)
         if goal.met(whole.parameters, whole.total_bytes):
-            raise PlanError(
-                f"{goal}: the model already meets it with all {whole.depth} layers; nothing to drop"
-            )
+            raise PlanError(f"{goal}: the model already meets it with all {whole.depth} layers; nothing to drop")
         lightest = min(range(whole.depth), key=whole.layer_bytes.__getitem__)
         one = measure_sizes(checkpoint, (lightest,), cast)
         if not goal.met(one.parameters, one.total_bytes):
@@ -212,9 +204,7 @@ def _replayed(request: ConvertRequest, checkpoint: Checkpoint) -> Plan | None:
     return plan
 
 
-def _repair(
-    request: ConvertRequest, plan: Plan | None, measures: bool
-) -> tuple[Compensation, bool, str | None]:
+def _repair(request: ConvertRequest, plan: Plan | None, measures: bool) -> tuple[Compensation, bool, str | None]:
     """(the repair, whether it was asked for, why there is none where that was not).
 
     What was asked; else what the replayed plan had; else a fold, where text is named or measured anyway and every layer
@@ -277,9 +267,7 @@ def _halves(request: ConvertRequest, repair: Compensation, checkpoint: Checkpoin
     if offset == "half" or (goal is not None and goal.sublayers):
         return True
     folds = repair.method == "fold"
-    if offset == "whole" or (
-        folds and not (repair.solver == "resolve" and sublayers.adds_directly(checkpoint))
-    ):
+    if offset == "whole" or (folds and not (repair.solver == "resolve" and sublayers.adds_directly(checkpoint))):
         return False
     try:
         sublayers.check_joinable(checkpoint)
@@ -299,9 +287,7 @@ def _memory_notes(recipe: Recipe, checkpoint: Checkpoint, verify: str) -> tuple[
         notes.append("the model does not fit in memory: its keys and shapes are checked, its logits are not")
     if recipe.needs_model and not recipe.loads:
         pickled = ", out of pickled .bin files" if checkpoint.is_bin else ""
-        notes.append(
-            f"the model does not fit in memory: its layers are read from disk one at a time{pickled}"
-        )
+        notes.append(f"the model does not fit in memory: its layers are read from disk one at a time{pickled}")
     return tuple(notes)
 
 
@@ -313,13 +299,9 @@ def _trained(recipe: Recipe, training: Training, request: HealRequest, cut: CutO
     require(training.method)
     output, sources = request.output, (cut.checkpoint.path, cut.source.path)
     if output.out is not None:
-        check_adapter_output(
-            request.save_adapter, training.method, output.out, sources, overwrite=output.overwrite
-        )
+        check_adapter_output(request.save_adapter, training.method, output.out, sources, overwrite=output.overwrite)
     if training.validation == "self" or (training.validation and request.text.source == "self"):
-        raise UsageError(
-            "--validation: pass a file or data set, and do not combine it with --calibration self"
-        )
+        raise UsageError("--validation: pass a file or data set, and do not combine it with --calibration self")
     source = cut.source.checkpoint
     settings, words = resolve(
         training,

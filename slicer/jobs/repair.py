@@ -64,9 +64,7 @@ def repair(
     return place(checkpoint, plan, solved, text.record, cast)
 
 
-def _maps(
-    walk: Walk, plan: Plan, text: TokenBatches, compensation: Compensation, progress: Progress
-) -> Solved:
+def _maps(walk: Walk, plan: Plan, text: TokenBatches, compensation: Compensation, progress: Progress) -> Solved:
     """Constants or linear maps behind the sublayers that stay, trained alone where steps are asked for."""
     assert compensation.method is not None
     solved = linear(walk, text.batches, plan, compensation.method, compensation.rank, progress=progress)

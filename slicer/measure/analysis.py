@@ -114,9 +114,7 @@ def _tables_out(tables: Mapping[str, Distances]) -> dict[str, Any]:
 
 
 def _tables_in(record: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Distances]:
-    return {
-        name: Distances._from_record({**shared, **table, "metric": name}) for name, table in record.items()
-    }
+    return {name: Distances._from_record({**shared, **table, "metric": name}) for name, table in record.items()}
 
 
 @dataclass(frozen=True)
@@ -203,9 +201,7 @@ class Analysis:
             positions, greedy = (tuple(record.get(k) or ()) for k in ("positions", "greedy"))
             return cls(metrics=metrics, sublayers=sublayers, positions=positions, greedy=greedy, **given)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PlanError(
-                f"{where}: not an analysis file of slicer ({error}); run slicer analyze again"
-            ) from None
+            raise PlanError(f"{where}: not an analysis file of slicer ({error}); run slicer analyze again") from None
 
     @classmethod
     def load(cls, path: Path) -> Analysis:

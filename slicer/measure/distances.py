@@ -16,15 +16,7 @@ import torch
 from slicer.data.calibration import TokenBatches
 from slicer.errors import ArchitectureError
 from slicer.measure.analysis import Analysis, Distances
-from slicer.measure.metrics import (
-    METRICS,
-    angles,
-    check_finite,
-    cka,
-    fold_residual,
-    per_sequence,
-    standard_error,
-)
+from slicer.measure.metrics import METRICS, angles, check_finite, cka, fold_residual, per_sequence, standard_error
 from slicer.measure.recorder import Portion, Recording, record
 from slicer.model.layers import watch
 from slicer.model.load import Model
@@ -52,12 +44,7 @@ def measure(walk: Walk, text: TokenBatches, halves: bool | None, progress: Progr
     if not sublayers:
         layers = measure_layers(walk, batches, progress)
     return Analysis(
-        layers.depth,
-        layers.samples,
-        layers.seq_len,
-        {METRIC: layers},
-        sublayers=sublayers,
-        calibration=text.record,
+        layers.depth, layers.samples, layers.seq_len, {METRIC: layers}, sublayers=sublayers, calibration=text.record
     )
 
 
@@ -72,9 +59,7 @@ def measure_layers(walk: Walk, batches: Sequence[torch.Tensor], progress: Progre
 
 
 @torch.inference_mode()
-def measure_loaded(
-    model: Model, batches: Sequence[torch.Tensor], progress: Progress | None = None
-) -> Distances:
+def measure_loaded(model: Model, batches: Sequence[torch.Tensor], progress: Progress | None = None) -> Distances:
     """The same of a loaded model, for classes whose layers cannot be run one by one too; `batches`: int64 [batch, seq]
     each, no padding.
 
@@ -126,9 +111,7 @@ def tables_of_halves(stacked: torch.Tensor, seq_len: int) -> dict[str, Distances
     return {name: table(name, torch.cat(values), seq_len=seq_len) for name, values in found.items()}
 
 
-def record_halves(
-    walk: Walk, batches: Sequence[torch.Tensor], *, progress: Progress | None = None
-) -> torch.Tensor:
+def record_halves(walk: Walk, batches: Sequence[torch.Tensor], *, progress: Progress | None = None) -> torch.Tensor:
     """The last token's residual stream before, inside and after every layer: [2L+1, samples, d].
 
     Raises as `measure_halves`.
@@ -190,9 +173,7 @@ def _point_tables(recording: Recording, portion: Portion) -> dict[str, Distances
         tables["cka"] = table("cka", pseudo, seq_len=portion.seq_len, samples=portion.samples, mean=value)
         if recording.has_mlp:
             residual = fold_residual(points, mlp, sequences)
-            tables["fold_residual"] = table(
-                "fold_residual", residual, seq_len=portion.seq_len, samples=portion.samples
-            )
+            tables["fold_residual"] = table("fold_residual", residual, seq_len=portion.seq_len, samples=portion.samples)
     return tables
 
 
@@ -202,11 +183,7 @@ def _gathered(
     """`read(i, sequences)` [N, d] for every layer i, of the first sequences of all processes together."""
     own = recording.samples
     mine = torch.stack(
-        [
-            read(i, own).view(own, recording.point_count // recording.point_sequences, -1)
-            for i in range(layers)
-        ],
-        1,
+        [read(i, own).view(own, recording.point_count // recording.point_sequences, -1) for i in range(layers)], 1
     )
     (whole,) = portion.join(mine)  # [samples, layers, points of a sequence, d]
     return list(whole[: recording.point_sequences].transpose(0, 1).flatten(1, 2))
@@ -226,12 +203,7 @@ class _Computed(Sequence[Any]):
 
 
 def table(
-    metric: str,
-    values: torch.Tensor,
-    *,
-    seq_len: int,
-    samples: int | None = None,
-    mean: torch.Tensor | None = None,
+    metric: str, values: torch.Tensor, *, seq_len: int, samples: int | None = None, mean: torch.Tensor | None = None
 ) -> Distances:
     """The table of a metric from its values per sample, [samples, L+1, L+1]; `mean` if it is not their mean."""
     depth = values.shape[-1] - 1

@@ -30,9 +30,7 @@ class LossTables:
     base: float
 
 
-def block_losses(
-    walk: Walk, portion: Portion, sizes: Sequence[int], book: Notebook, progress: Progress
-) -> LossTables:
+def block_losses(walk: Walk, portion: Portion, sizes: Sequence[int], book: Notebook, progress: Progress) -> LossTables:
     """The rise of the loss without each block of the `sizes` (at least one), and the KL divergence from the full model.
 
     Passes that `book` holds from an earlier run are not run again.
@@ -144,9 +142,7 @@ def kl_divergence(full: torch.Tensor, cut: torch.Tensor) -> float:
     return float((full.exp() * (full - cut)).sum(-1).mean())
 
 
-def taylor_scores(
-    walk: Walk, batches: Sequence[torch.Tensor], *, progress: Progress | None = None
-) -> torch.Tensor:
+def taylor_scores(walk: Walk, batches: Sequence[torch.Tensor], *, progress: Progress | None = None) -> torch.Tensor:
     """First-order importance of each layer: the sum of |dL/dw * w| over its weights w, per sample: [samples, L].
 
     L is the loss of one sequence in nats per token. The backward pass recomputes each layer from its stored input, so

@@ -92,9 +92,7 @@ METRICS = {
         lambda x: (x.cosine.arccos() / math.pi).mean(1),
         single=False,  # the same as at the last token
     ),
-    "block_influence": Metric(
-        "block influence, 1 - cosine", lambda x: (1 - x.cosine).mean(1)
-    ),  # ShortGPT, equation 1
+    "block_influence": Metric("block influence, 1 - cosine", lambda x: (1 - x.cosine).mean(1)),  # ShortGPT, equation 1
     "relative_l1": Metric("relative L1 change", lambda x: x.relative_l1().mean(1)),
     "relative_l2": Metric("relative L2 change", lambda x: x.relative_l2().mean(1)),
     "cka": Metric("1 - linear CKA"),

@@ -76,12 +76,7 @@ class Coalitions:
     """
 
     def __init__(
-        self,
-        walk: Walk,
-        of: Sequence[torch.Tensor] | Questions,
-        *,
-        sublayers: bool,
-        against: str = "loss",
+        self, walk: Walk, of: Sequence[torch.Tensor] | Questions, *, sublayers: bool, against: str = "loss"
     ) -> None:
         if against not in AGAINST:
             raise UsageError(f"--against {against!r}: choose from {', '.join(AGAINST)}")
@@ -137,9 +132,7 @@ class Coalitions:
         del self._trail[first + 1 :]
         with walk.along(range(first, walk.depth)):
             for i in range(first, walk.depth):
-                no_attention, no_ffn = (
-                    (2 * i in gone, 2 * i + 1 in gone) if self._sublayers else (i in gone, i in gone)
-                )
+                no_attention, no_ffn = (2 * i in gone, 2 * i + 1 in gone) if self._sublayers else (i in gone, i in gone)
                 if no_attention and no_ffn:
                     self._trail.append(self._trail[-1])  # shared: states in the trail are never written to
                     continue
@@ -184,9 +177,7 @@ def leave_one_out(coalitions: Coalitions, progress: Progress | None = None) -> V
     return Values(torch.stack(columns, 1), float(coalitions.base.mean()), coalitions.passes)
 
 
-def shapley(
-    coalitions: Coalitions, budget: float, *, seed: int = 0, progress: Progress | None = None
-) -> Values:
+def shapley(coalitions: Coalitions, budget: float, *, seed: int = 0, progress: Progress | None = None) -> Values:
     """Shapley values of all players, from pairs of opposite orders until `budget` forward passes are used.
 
     Runs at least one pair; standard errors need two. Raises UsageError for a budget below 1.

@@ -47,9 +47,7 @@ def _merged(span: TensorSpan, adapter: Adapter, place: Place) -> torch.Tensor:
     return (old.float() + (delta.T if place.transposed else delta)).to(old.dtype)
 
 
-def adapter_logits(
-    checkpoint: Checkpoint, adapter: Adapter, places: Sequence[Place], compute: Compute
-) -> Expected:
+def adapter_logits(checkpoint: Checkpoint, adapter: Adapter, places: Sequence[Place], compute: Compute) -> Expected:
     """The logits, in float32, of the checkpoint with the adapter: merged by peft and rounded to the stored dtypes, and
     exact, unmerged.
 
@@ -65,16 +63,11 @@ def adapter_logits(
     try:
         from peft import PeftModel
     except ImportError:
-        raise HealError(
-            "comparing logits needs peft: pip install 'slicer-llm[heal]', or use --verify load"
-        ) from None
+        raise HealError("comparing logits needs peft: pip install 'slicer-llm[heal]', or use --verify load") from None
     from safetensors.torch import save_file
 
     model = load_model(
-        checkpoint.path,
-        dtype="float32",
-        device=compute.device,
-        trust_remote_code=compute.trust_remote_code,
+        checkpoint.path, dtype="float32", device=compute.device, trust_remote_code=compute.trust_remote_code
     )
     tokens = probe_tokens(model.config.get_text_config().vocab_size)
     pairs = {str(place.module): adapter.pairs[place.origin] for place in places}
@@ -168,9 +161,7 @@ def placed(
                 continue
             key = names.in_layer(index, layer[1])
         if key is None or key not in checkpoint.tensors:
-            raise HealError(
-                f"{adapter.path}: target {origin} is not in {checkpoint.path}; pass its base model"
-            )
+            raise HealError(f"{adapter.path}: target {origin} is not in {checkpoint.path}; pass its base model")
         module, transposed = modules.get(key, (None, bool(adapter.config.get("fan_in_fan_out"))))
         first, second = adapter.pairs[origin]
         shape = checkpoint.tensors[key].shape

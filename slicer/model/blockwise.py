@@ -67,9 +67,7 @@ class BlockwiseConfig(LlamaConfig):  # type: ignore[misc]
             Block({name: Block(part) for name, part in block.items()}) for block in self.block_configs
         ]
         if len(self.block_configs) != self.num_hidden_layers:
-            raise ValueError(
-                f"block_configs has {len(self.block_configs)} entries for {self.num_hidden_layers} layers"
-            )
+            raise ValueError(f"block_configs has {len(self.block_configs)} entries for {self.num_hidden_layers} layers")
         for i, block in enumerate(self.block_configs):
             if not block.attention.no_op and block.attention.n_heads_in_group != group:
                 raise ValueError(

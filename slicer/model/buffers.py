@@ -80,9 +80,7 @@ class Buffers:
 def room(spans: Iterable[TensorSpan]) -> int:
     """Bytes of buffer that a group of tensors needs."""
     runs = _runs({str(at): span for at, span in enumerate(spans) if span.key is None})
-    return sum(
-        _rounded(max(span.end for _, span in run) - run[0][1].start + run[0][1].start % _PAGE) for run in runs
-    )
+    return sum(_rounded(max(span.end for _, span in run) - run[0][1].start + run[0][1].start % _PAGE) for run in runs)
 
 
 def _rounded(size: int) -> int:

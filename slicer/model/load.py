@@ -41,19 +41,13 @@ def load_model(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     target = Compute(device).torch_device()
-    arguments: dict[str, Any] = {
-        "dtype": dtype,
-        "trust_remote_code": trust_remote_code,
-        "local_files_only": True,
-    }
+    arguments: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "local_files_only": True}
     alone = device == "auto" and target == torch.device("cuda")  # not one of several processes
     spread = alone and not sharded and _needs_several(path, dtype, target)
     if spread:
         arguments["device_map"] = "auto"
     if quantization is not None:
-        arguments.setdefault(
-            "device_map", {"": target}
-        )  # also where it is sharded: on this process's own GPU
+        arguments.setdefault("device_map", {"": target})  # also where it is sharded: on this process's own GPU
         arguments["quantization_config"] = quantization
     failure: Exception | None = None
     for auto in auto_classes(path):
@@ -193,8 +187,7 @@ def in_float32(model: Any) -> Iterator[bool]:
     for parameter in halves:
         needed[parameter.device] += 4 * parameter.numel()
     if not halves or any(
-        device.type == "meta" or size > memory.COPY_SHARE * memory.free(device)
-        for device, size in needed.items()
+        device.type == "meta" or size > memory.COPY_SHARE * memory.free(device) for device, size in needed.items()
     ):
         yield False
         return

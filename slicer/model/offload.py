@@ -39,12 +39,7 @@ class OffloadedModel:
     """
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        dtype: str = "auto",
-        device: torch.device,
-        trust_remote_code: bool = False,
+        self, checkpoint: Checkpoint, *, dtype: str = "auto", device: torch.device, trust_remote_code: bool = False
     ) -> None:
         self.checkpoint, self.device = checkpoint, device
         self.model, report = build_on_meta(

@@ -94,10 +94,7 @@ def watching(layer: nn.Module, output: Output) -> Iterator[Observed]:
 
 
 def find(
-    layer: nn.Module,
-    run: Callable[[], torch.Tensor],
-    sublayer: str,
-    holds: Callable[[str, nn.Module], bool],
+    layer: nn.Module, run: Callable[[], torch.Tensor], sublayer: str, holds: Callable[[str, nn.Module], bool]
 ) -> list[Output]:
     """The outputs of a sublayer ("attention" or "ffn") of `layer` that can be changed, with their kinds.
 
@@ -156,12 +153,7 @@ def _norm_after(layer: nn.Module, output: Output, run: Callable[[], torch.Tensor
 
     def into(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
-            if (
-                last
-                and args
-                and isinstance(args[0], torch.Tensor)
-                and args[0].data_ptr() == last[-1].data_ptr()
-            ):
+            if last and args and isinstance(args[0], torch.Tensor) and args[0].data_ptr() == last[-1].data_ptr():
                 followers.append(name)
 
         return hook

@@ -168,9 +168,7 @@ class PrunedRun:
         """Inside the block the layers are those of the pruned model with `edits`."""
         with contextlib.ExitStack() as stack:
             for i in self.layers:
-                change = pruned_layer(
-                    self.walk.layers[i], i, self.gone, edits.get(i), norm_eps(self.walk.model)
-                )
+                change = pruned_layer(self.walk.layers[i], i, self.gone, edits.get(i), norm_eps(self.walk.model))
                 stack.enter_context(change)
             yield
 
@@ -193,9 +191,7 @@ class PrunedRun:
 
 
 @contextlib.contextmanager
-def shortened(
-    model: Model, plan: Plan, config: Mapping[str, Any], edits: Edits | None = None
-) -> Iterator[None]:
+def shortened(model: Model, plan: Plan, config: Mapping[str, Any], edits: Edits | None = None) -> Iterator[None]:
     """Inside the block `model` is its own cut: only the layers that `plan`, of whole layers, keeps, renumbered.
 
     `config` is the sliced config.json (`slicer.checkpoint.config.sliced_config`). Nothing is copied: what shares the

@@ -86,9 +86,7 @@ class States:
         """Replace a batch's states by `value` (on any device)."""
         held = self._held[batch]
         if held is None or held.shape != value.shape or held.dtype != value.dtype:
-            self._held[batch] = held = self._budget.tensor(
-                value.shape, value.dtype, pin=value.device.type == "cuda"
-            )
+            self._held[batch] = held = self._budget.tensor(value.shape, value.dtype, pin=value.device.type == "cuda")
         held.copy_(value)
 
     @property

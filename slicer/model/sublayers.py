@@ -60,9 +60,7 @@ def bypass_sublayers(model: Model, attention: Iterable[int], ffn: Iterable[int])
 
 
 @contextlib.contextmanager
-def without_sublayers(
-    layer: nn.Module, attention: bool, ffn: bool, number: int | None = None
-) -> Iterator[None]:
+def without_sublayers(layer: nn.Module, attention: bool, ffn: bool, number: int | None = None) -> Iterator[None]:
     """Inside the block the attention, or the feed-forward sublayer, of `layer` adds nothing to the stream.
 
     Raises ArchitectureError if it has no known sublayer of the kind; `number` is for the message.
@@ -159,9 +157,7 @@ def _handed(layer: nn.Module, run: Run, wanted: torch.Tensor) -> str | None:
         return look
 
     handles = [
-        module.register_forward_pre_hook(hook(name), with_kwargs=True)
-        for name, module in layer.named_modules()
-        if name
+        module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in layer.named_modules() if name
     ]
     try:
         run()

@@ -164,9 +164,7 @@ def check_tensors(path: Path, changed: Mapping[str, Callable[[], torch.Tensor]])
     written = Checkpoint.open(path).tensors if changed else {}
     for key, make in changed.items():
         if key not in written or not torch.equal(tensors.read(written[key]), make().cpu()):
-            raise VerificationError(
-                f"tensor {key} on disk differs from the healed weights; the output was discarded"
-            )
+            raise VerificationError(f"tensor {key} on disk differs from the healed weights; the output was discarded")
 
 
 def probe_tokens(vocab_size: int, seed: int = 0) -> torch.Tensor:

@@ -106,9 +106,7 @@ class Walk:
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = Checkpoint.open(checkpoint)
         target = Compute(device).torch_device()
-        offloaded = OffloadedModel(
-            checkpoint, dtype=dtype, device=target, trust_remote_code=trust_remote_code
-        )
+        offloaded = OffloadedModel(checkpoint, dtype=dtype, device=target, trust_remote_code=trust_remote_code)
         largest = max(map(offloaded.layer_bytes, range(len(offloaded.layers))))
         ahead = memory_bytes is None or memory_bytes >= 3 * largest
         limit = None if memory_bytes is None else max(0, memory_bytes - (2 if ahead else 1) * largest)
@@ -186,12 +184,7 @@ class Walk:
         return self._offloaded is None
 
     def advance(
-        self,
-        i: int,
-        states: States,
-        listener: Listener | None = None,
-        *,
-        only: Iterable[int] | None = None,
+        self, i: int, states: States, listener: Listener | None = None, *, only: Iterable[int] | None = None
     ) -> States:
         """Run layer i over all batches; replaces `states` in place by x(i+1) and returns them.
 
@@ -242,9 +235,7 @@ class Walk:
             logits: torch.Tensor = self.model(input_ids=tokens.to(device), use_cache=False).logits
         return logits
 
-    def log_probabilities(
-        self, tokens: torch.Tensor, last: torch.Tensor, *, gradient: bool = False
-    ) -> torch.Tensor:
+    def log_probabilities(self, tokens: torch.Tensor, last: torch.Tensor, *, gradient: bool = False) -> torch.Tensor:
         """Log probabilities [seq, vocabulary], float32, of the token after each one of a sequence [1, seq], from `last`
         [1, seq, d] taken as its x(L)."""
         return self.head(tokens, last, gradient=gradient)[0].float().log_softmax(-1)
@@ -345,12 +336,7 @@ def open_walk(
 ) -> contextlib.AbstractContextManager[Walk | None]: ...
 @contextlib.contextmanager
 def open_walk(
-    checkpoint: Checkpoint,
-    compute: Compute,
-    *,
-    loads: bool,
-    wanted: bool = True,
-    directory: Path | None = None,
+    checkpoint: Checkpoint, compute: Compute, *, loads: bool, wanted: bool = True, directory: Path | None = None
 ) -> Iterator[Any]:
     """A walk over the model of `checkpoint`, in the precision and on the device of `compute`; None unless `wanted`.
 
@@ -364,10 +350,7 @@ def open_walk(
     precision, limit = compute.dtype or "auto", memory.budget(compute.memory)
     if loads:
         model = load_model(
-            checkpoint.path,
-            dtype=precision,
-            device=compute.device,
-            trust_remote_code=compute.trust_remote_code,
+            checkpoint.path, dtype=precision, device=compute.device, trust_remote_code=compute.trust_remote_code
         )
         left = max(0, limit - checkpoint.bytes_as(compute.dtype))
         walk = Walk.in_memory(model, memory_bytes=left, directory=directory)
@@ -389,9 +372,7 @@ def open_walk(
         memory.release()
 
 
-def next_token_loss(
-    log_probabilities: torch.Tensor, tokens: torch.Tensor, reduction: str = "mean"
-) -> torch.Tensor:
+def next_token_loss(log_probabilities: torch.Tensor, tokens: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
     """Cross entropy in nats of the tokens of one sequence [seq] after its first, from log probabilities
     [seq, vocabulary] of the token after each: the mean over tokens, or their "sum"."""
     following = tokens[1:].to(log_probabilities.device)

@@ -157,9 +157,7 @@ def parse_amount(text: str, option: str = "--drop") -> Amount:
     if re.fullmatch(r"[+-]?(\d+\.\d*|\.\d+)([eE][+-]?\d+)?|[+-]?\d+[eE][+-]?\d+", text):
         fraction = float(text)
         if not 0 < fraction < 1:
-            raise UsageError(
-                f"{option} {text}: a fraction must lie between 0 and 1, both excluded ({_AMOUNTS})"
-            )
+            raise UsageError(f"{option} {text}: a fraction must lie between 0 and 1, both excluded ({_AMOUNTS})")
         return Amount(fraction=fraction)
     layers = _layers(text, option, _AMOUNTS)
     if len(set(layers)) < len(layers):
@@ -212,9 +210,7 @@ def _layers(text: str, option: str, forms: str, depth: int | None = None) -> lis
         if depth is not None and first < 0:
             first = last = first + depth
         if last < first:
-            raise UsageError(
-                f"{option} {text}: the block {part.strip()} ends before it starts; write {last}-{first}"
-            )
+            raise UsageError(f"{option} {text}: the block {part.strip()} ends before it starts; write {last}-{first}")
         if last > _MOST_LAYERS:
             raise UsageError(f"{option} {text}: no model has a layer {last}")
         layers += range(first, last + 1)

@@ -99,12 +99,8 @@ def rank(distances: BlockDistances, n: int, protect: Collection[int] = ()) -> li
     not measured (NaN) are left out. Raises PlanError when no block is left.
     """
     if not 0 < n < distances.depth:
-        raise PlanError(
-            f"cannot drop {n} of {distances.depth} layers; drop between 1 and {distances.depth - 1}"
-        )
-    found = _closest_first(
-        distances.block(n), n, lambda start: not any(start <= i < start + n for i in protect)
-    )
+        raise PlanError(f"cannot drop {n} of {distances.depth} layers; drop between 1 and {distances.depth - 1}")
+    found = _closest_first(distances.block(n), n, lambda start: not any(start <= i < start + n for i in protect))
     if not found:
         raise PlanError(f"no block of {n} layers is without a protected one; protect fewer or drop less")
     return found
@@ -149,9 +145,7 @@ def best_cuts(
                     if not k or size > left or size > free[i] or math.isnan(row[i]):
                         continue
                     rest = after[i + size + 1].get((left - size, k - 1), ())
-                    found += [
-                        (row[i] + total, (Block(i, size, float(row[i])), chain)) for total, chain in rest
-                    ]
+                    found += [(row[i] + total, (Block(i, size, float(row[i])), chain)) for total, chain in rest]
                 if found:
                     found.sort(key=lambda entry: entry[0])
                     after[i][left, k] = found[:count]
@@ -231,9 +225,7 @@ def rank_offset(halves: BlockDistances, n: int, protect: Collection[int] = ()) -
     """
     if 2 * n >= halves.depth:
         return []
-    return _closest_first(
-        halves.block(2 * n)[1::2], n, lambda start: not any(start <= i <= start + n for i in protect)
-    )
+    return _closest_first(halves.block(2 * n)[1::2], n, lambda start: not any(start <= i <= start + n for i in protect))
 
 
 def deepest(depth: int, n: int) -> tuple[int, ...]:

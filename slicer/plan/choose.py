@@ -96,9 +96,7 @@ def choose(
     plan, unsure, passed_over = Plan.whole(depth), None, None
     if goal.layers:
         if goal.named is not None and offset == "half":
-            raise PlanError(
-                "--offset half chooses the cut itself: give a fraction or a count of layers to --drop"
-            )
+            raise PlanError("--offset half chooses the cut itself: give a fraction or a count of layers to --drop")
         n = goal.count(depth)
         if goal.named is not None:
             found: Iterable[_Candidate] = [_Candidate(Plan.dropping(depth, goal.named))]
@@ -146,13 +144,7 @@ def _unmeasured(n: int, depth: int, strategy: str, seed: int) -> Iterator[_Candi
 
 
 def _by_distance(
-    n: int,
-    depth: int,
-    measured: Measurements,
-    metric: str,
-    offset: str,
-    blocks: int,
-    protect: Collection[int],
+    n: int, depth: int, measured: Measurements, metric: str, offset: str, blocks: int, protect: Collection[int]
 ) -> list[_Candidate]:
     """All cuts of n layers by the least distance; of equals that of whole layers first."""
     if metric == "greedy":
@@ -218,12 +210,7 @@ def _first_expressible(
 
 
 def _without_sublayers(
-    plan: Plan,
-    goal: Goal,
-    measured: Measurements | None,
-    metric: str,
-    protect: Collection[int],
-    form: str | None,
+    plan: Plan, goal: Goal, measured: Measurements | None, metric: str, protect: Collection[int], form: str | None
 ) -> Plan:
     """`plan` without the attention and feed-forward parts that `goal` asks for too: as named, or the closest."""
     gone: dict[str, set[int]] = {"attention": set(), "ffn": set()}

@@ -65,9 +65,7 @@ class Plan(Record):
 
     def __post_init__(self) -> None:
         if list(self.kept) != sorted(set(self.kept)) or any(not 0 <= i < self.depth for i in self.kept):
-            raise PlanError(
-                f"the plan keeps {list(self.kept)}, which is no ascending choice of {self.depth} layers"
-            )
+            raise PlanError(f"the plan keeps {list(self.kept)}, which is no ascending choice of {self.depth} layers")
         if not self.kept:
             raise PlanError(f"the plan drops all {self.depth} layers; keep at least one")
         if self.form not in FORMS:
@@ -213,9 +211,7 @@ class Plan(Record):
     def upgraded(cls, record: dict[str, object]) -> dict[str, object]:
         """Formats 1 and 2 had maps as "emulated", and one adapter or null as "merged"; "dropped" alone is enough."""
         if record.get("format", FORMAT) not in (1, 2, FORMAT):
-            raise PlanError(
-                f"plan format {record['format']!r} is not 1 to {FORMAT}; use the slicer that wrote it"
-            )
+            raise PlanError(f"plan format {record['format']!r} is not 1 to {FORMAT}; use the slicer that wrote it")
         depth, dropped = record.get("depth"), record.get("dropped")
         if record.get("kept") is None and isinstance(depth, int) and isinstance(dropped, list):
             record["kept"] = [i for i in range(depth) if i not in dropped]
@@ -236,9 +232,7 @@ class Plan(Record):
         except PlanError as error:
             raise PlanError(f"{where}: {error}") from None
         if plan.gone == (frozenset(), frozenset()):
-            raise PlanError(
-                f"{where}: the plan drops nothing: all {plan.depth} layers stay; drop at least one"
-            )
+            raise PlanError(f"{where}: the plan drops nothing: all {plan.depth} layers stay; drop at least one")
         return plan
 
     @classmethod
@@ -249,9 +243,7 @@ class Plan(Record):
             return cls.from_json(file.read_text("utf-8"), str(path))
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not text"
-            raise PlanError(
-                f"{path}: cannot read the plan ({reason}); give a plan.json that slicer wrote"
-            ) from None
+            raise PlanError(f"{path}: cannot read the plan ({reason}); give a plan.json that slicer wrote") from None
 
 
 def spell_dropped(plan: Plan) -> str:

@@ -87,16 +87,11 @@ def _read(kind: object, value: object, where: str) -> object:
     if origin is tuple and isinstance(value, list | tuple):
         each = [args[0]] * len(value) if args[1:] == (...,) else list(args)
         if len(each) == len(value):
-            return tuple(
-                _read(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(each, value, strict=True))
-            )
+            return tuple(_read(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(each, value, strict=True)))
     if origin is Mapping and isinstance(value, Mapping):
         numbers = args[0] is int
         if not numbers or all(str(key).isdecimal() for key in value):
-            return {
-                int(key) if numbers else str(key): _read(args[1], v, f"{where}.{key}")
-                for key, v in value.items()
-            }
+            return {int(key) if numbers else str(key): _read(args[1], v, f"{where}.{key}") for key, v in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):

@@ -37,9 +37,7 @@ def write_report(directory: Path) -> tuple[Path, Path]:
     from jinja2 import Environment, PackageLoader
 
     found = collect(directory)
-    page = Environment(
-        loader=PackageLoader("slicer.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+    page = Environment(loader=PackageLoader("slicer.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     plain = Environment(loader=PackageLoader("slicer.report"), trim_blocks=True, lstrip_blocks=True)
     html, markdown = directory / "report.html", directory / "report.md"
     figures = directory / "report"
@@ -83,9 +81,7 @@ def collect(directory: Path) -> dict[str, Any]:
         "bench": figures.bench_figures(bench) if bench else [],
     }
     recommended = _recommended(table, row) if table and row else None
-    source = (
-        (table.settings["source"] if table else None) or (plan.source if plan else None) or directory.name
-    )
+    source = (table.settings["source"] if table else None) or (plan.source if plan else None) or directory.name
     return {
         "title": f"{Path(str(source)).name}: layers dropped",
         "source": source,
@@ -167,9 +163,7 @@ def _histories(table: Table | None, plan: Plan | None) -> dict[str, list[dict[st
         losses = record.training.held_out if record.training is not None else {}
         if len(losses) > 1:
             found[name] = [
-                {"step": step, "held-out loss": loss}
-                for step, loss in sorted(losses.items())
-                if math.isfinite(loss)
+                {"step": step, "held-out loss": loss} for step, loss in sorted(losses.items()) if math.isfinite(loss)
             ]
     return found
 

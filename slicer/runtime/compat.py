@@ -108,9 +108,7 @@ def lm_eval_module(module: str) -> Any:
 
         found = import_module(f"lm_eval.{module}")
     except ImportError as error:
-        raise EvaluationError(
-            f"lm-eval is not installed ({error.name}); pip install 'slicer-llm[eval]'"
-        ) from None
+        raise EvaluationError(f"lm-eval is not installed ({error.name}); pip install 'slicer-llm[eval]'") from None
     logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
     # Its bars cannot be turned off where it builds the requests, and slicer shows one of its own.
     import_module("lm_eval.api.task").tqdm = lambda iterable, **_: iterable  # type: ignore[attr-defined]

@@ -82,9 +82,7 @@ class Processes:
             return cls()
         import torch
 
-        if (
-            torch.cuda.is_available()
-        ):  # first: what is created before lands on the first GPU, for every process
+        if torch.cuda.is_available():  # first: what is created before lands on the first GPU, for every process
             torch.cuda.set_device(on_this_machine()[0] % torch.cuda.device_count())
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group(

@@ -197,14 +197,7 @@ def reserve(target: int, length: int) -> None:
 
 
 def copy_range(
-    source: Path,
-    start: int,
-    end: int,
-    target: int,
-    position: int,
-    *,
-    shared: bool,
-    progress: Callable[[int], None],
+    source: Path, start: int, end: int, target: int, position: int, *, shared: bool, progress: Callable[[int], None]
 ) -> int:
     """Copy `source[start:end]` to `position` in the open file `target`; returns the position behind it.
 

@@ -162,9 +162,7 @@ def sign_of(directory: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError):
-        raise OutputError(
-            f"{directory / SIGN}: not written by slicer; choose another place with -o"
-        ) from None
+        raise OutputError(f"{directory / SIGN}: not written by slicer; choose another place with -o") from None
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -177,9 +175,7 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str,
 
 
 def _spelled(values: Mapping[str, Any], key: str) -> str:
-    text = (
-        json.dumps(values[key]) if key in values else "unknown"
-    )  # another version of slicer may not record it
+    text = json.dumps(values[key]) if key in values else "unknown"  # another version of slicer may not record it
     return text if len(text) <= 60 else text[:57] + "..."
 
 

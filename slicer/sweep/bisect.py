@@ -159,8 +159,6 @@ def bisect(depths: Sequence[int], measure: Callable[[int], Retained]) -> Deepest
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if keeps(middle) else (low, middle)
-    while low >= 0 and (
-        deeper := next((at for at in (low + 2, low + 1) if at < len(depths) and keeps(at)), None)
-    ):
+    while low >= 0 and (deeper := next((at for at in (low + 2, low + 1) if at < len(depths) and keeps(at)), None)):
         low = deeper
     return Deepest(seen[depths[low]] if low >= 0 else None, tuple(seen[n] for n in sorted(seen)))

@@ -91,9 +91,7 @@ class SharedModel:
 def evaluated(model: Any, path: Path, suite: Suite, name: str) -> Evaluation:
     """`suite` on a loaded model, with the tokenizer at `path`."""
     spec = suite.options
-    lm = backends.wrap(
-        model, path, spec.batch_size, trust_remote_code=spec.trust_remote_code, last_logits_only=True
-    )
+    lm = backends.wrap(model, path, spec.batch_size, trust_remote_code=spec.trust_remote_code, last_logits_only=True)
     return suite.run(lm, name, backends.vocabulary_of(model))
 
 
@@ -135,14 +133,10 @@ def on_disk(
         if not cut.is_dir():
             bare = Compensation("none")
             output = Output(cut, verify="load")
-            convert(
-                ConvertRequest(name, plan=plan, compensation=bare, output=output, compute=compute), progress
-            )
+            convert(ConvertRequest(name, plan=plan, compensation=bare, output=output, compute=compute), progress)
         if not out.is_dir():
             output = Output(out, verify="load")
-            request = HealRequest(
-                str(cut), name, training, text=Text.of(text), output=output, compute=compute
-            )
+            request = HealRequest(str(cut), name, training, text=Text.of(text), output=output, compute=compute)
             heal(request, progress)
     record = Plan.load(out).healing
     assert record is not None

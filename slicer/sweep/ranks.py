@@ -55,9 +55,7 @@ class RankSearch:
     limit: int | None = None
 
 
-def heal_with_best_rank(
-    request: HealRequest, search: RankSearch, progress: Progress | None = None
-) -> Written | None:
+def heal_with_best_rank(request: HealRequest, search: RankSearch, progress: Progress | None = None) -> Written | None:
     """Run `jobs.heal` for one rank after another, until the paper's rule is met; the best one becomes the output.
 
     Each rank is trained and scored once, in `OUT.ranks`, so a stopped search can resume. A rank whose training diverges
@@ -68,9 +66,7 @@ def heal_with_best_rank(
     if request.training is None or request.training.method == "full":
         raise UsageError("--rank-sweep: only adapters have a rank; use --method qlora or lora")
     if request.save_adapter is not None:
-        raise UsageError(
-            "--save-adapter: not possible with --rank-sweep; heal again with the rank that it picks"
-        )
+        raise UsageError("--save-adapter: not possible with --rank-sweep; heal again with the rank that it picks")
     cut = open_cut(request.cut, request.source)
     recipe = Recipe.of_heal(request, cut)
     assert output.out is not None  # or the recipe is refused
@@ -102,10 +98,7 @@ def _train(request: HealRequest, rank: int, work: Path, processes: Processes, pr
     if there or scored:
         return there
     progress.note(f"rank {rank}")
-    training, output = (
-        replace(request.training, lora_r=rank),
-        replace(request.output, out=place, overwrite=True),
-    )
+    training, output = (replace(request.training, lora_r=rank), replace(request.output, out=place, overwrite=True))
     try:
         done = heal(replace(request, training=training, output=output), progress)
     except Diverged as error:
@@ -140,9 +133,7 @@ def _pick(cut: CutOnDisk, request: HealRequest, metric: str, work: Path) -> Writ
     if out.is_dir():
         shutil.rmtree(out)
     place.rename(out)
-    return Written(
-        out, plan, measure_sizes(cut.source.checkpoint), measure_sizes(Checkpoint.open(out)), *checked
-    )
+    return Written(out, plan, measure_sizes(cut.source.checkpoint), measure_sizes(Checkpoint.open(out)), *checked)
 
 
 def _checked(place: Path, verify: str, compute: Compute) -> tuple[str, float | None, float | None]:
@@ -191,10 +182,7 @@ def _score(rank: int, cut: Path, work: Path, scorer: Scorer | None) -> dict[str,
     place = work / f"rank-{rank}"
     healing = Plan.load(place).healing
     assert healing is not None
-    for name, path, loss in (
-        (str(rank), place, healing.measured.after),
-        (NONE, cut, healing.measured.before),
-    ):
+    for name, path, loss in ((str(rank), place, healing.measured.after), (NONE, cut, healing.measured.before)):
         if name not in _scores(work):
             by_loss = (-math.inf if loss is None else -loss, 0.0)
             _enter(work, name, by_loss if scorer is None else scorer(path))

@@ -151,9 +151,7 @@ def check_text(sweep: OpenSweep, cells: Sequence[Cell]) -> None:
 
 def plan_of(sweep: OpenSweep, cell: Cell) -> Plan:
     """Which layers a cell drops. Raises PlanError, ArchitectureError where no such cut can be expressed."""
-    asked = partial(
-        why_not, sweep.source.checkpoint, trust_remote_code=sweep.shared.compute.trust_remote_code
-    )
+    asked = partial(why_not, sweep.source.checkpoint, trust_remote_code=sweep.shared.compute.trust_remote_code)
     measured = _measured(sweep) if cell.strategy == "similarity" else None
     goal = Goal(drop=Amount(count=cell.n))
     return choose(goal, sweep.depth, measured, asked, strategy=cell.strategy, seed=cell.seed).plan
@@ -213,10 +211,7 @@ def _evaluated(sweep: OpenSweep, cell: Cell, record: dict[str, Any]) -> Evaluati
 
         compute = shared.compute
         model = load_model(
-            path,
-            dtype=compute.dtype or "auto",
-            device=compute.device,
-            trust_remote_code=compute.trust_remote_code,
+            path, dtype=compute.dtype or "auto", device=compute.device, trust_remote_code=compute.trust_remote_code
         )
         return evaluated(model, path, suite, name)
 

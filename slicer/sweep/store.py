@@ -35,12 +35,7 @@ class Store:
     def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
         self.directory, self._cells = directory, directory / "cells"
         self._work = Workdir(
-            directory,
-            settings,
-            _WHAT,
-            shared=True,
-            resumable=lambda: any(self._cells.glob("*.json")),
-            removed=(),
+            directory, settings, _WHAT, shared=True, resumable=lambda: any(self._cells.glob("*.json")), removed=()
         )
         self._work.claim()
         self._cells.mkdir(exist_ok=True)

@@ -40,8 +40,7 @@ class Row:
     def change(self, measure: str) -> Difference | None:
         """Difference from the unpruned model in "task/metric", in a task's first metric, or in "c4"."""
         return next(
-            (d for d in self.against_unpruned if d.measure == measure or d.measure.split("/")[0] == measure),
-            None,
+            (d for d in self.against_unpruned if d.measure == measure or d.measure.split("/")[0] == measure), None
         )
 
 
@@ -122,18 +121,11 @@ def to_dict(table: Table) -> dict[str, Any]:
     for row in table.rows:
         record = asdict(row)
         if row.evaluation is not None:
-            record["evaluation"] = {
-                k: v for k, v in row.evaluation.to_dict().items() if k not in ("items", "seconds")
-            }
+            record["evaluation"] = {k: v for k, v in row.evaluation.to_dict().items() if k not in ("items", "seconds")}
         record["healing"] = row.healing and row.healing.to_dict()
         record["against_unpruned"] = [d.to_dict() for d in row.against_unpruned]
         rows.append(record)
-    return {
-        "settings": dict(table.settings),
-        "commands": list(table.commands),
-        "rows": rows,
-        "missing": table.missing,
-    }
+    return {"settings": dict(table.settings), "commands": list(table.commands), "rows": rows, "missing": table.missing}
 
 
 def to_csv(table: Table) -> str:

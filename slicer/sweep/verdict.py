@@ -11,9 +11,7 @@ from slicer.plan.amounts import spell_layers
 from slicer.sweep.table import Row, Table, curves_of
 
 _LOSS_SHARE = 0.95  # without informative tasks: the loss may grow by 1/19 (about 5%)
-_LOSS_CAP = (
-    0.9  # with informative tasks: by 1/9; multiple-choice scores hold long after generated text degrades
-)
+_LOSS_CAP = 0.9  # with informative tasks: by 1/9; multiple-choice scores hold long after generated text degrades
 _FEWEST = 20  # items that a task needs to be informative
 
 
@@ -126,9 +124,7 @@ def _knee(table: Table, measure: str) -> str | None:
     for curve in curves_of(table, measure)[0]:
         points = [(round(x * table.depth), y) for x, y, _ in curve.points]
         worse = [
-            (sign * (a - b) / (n - m), m, n, a, b)
-            for (m, a), (n, b) in zip(points, points[1:], strict=False)
-            if n > m
+            (sign * (a - b) / (n - m), m, n, a, b) for (m, a), (n, b) in zip(points, points[1:], strict=False) if n > m
         ]
         if len(worse) > 1:
             reach, last = points[-1]
@@ -153,9 +149,7 @@ def _healing(table: Table) -> str | None:
         return None
     bare = {(r.n, r.dropped): r for r in table.rows if r.n and r.heal == "none" and r.evaluation}
     pairs = [(r, bare[r.n, r.dropped]) for r in table.rows if r.heal != "none" and (r.n, r.dropped) in bare]
-    pairs = [
-        (h, b) for h, b in pairs if h.evaluation and h.evaluation.loss and b.evaluation and b.evaluation.loss
-    ]
+    pairs = [(h, b) for h, b in pairs if h.evaluation and h.evaluation.loss and b.evaluation and b.evaluation.loss]
     if not pairs:
         return None
     healed, cut = max(pairs, key=lambda p: (p[0].n, -_loss(p[0])))

@@ -52,12 +52,7 @@ def made_up(label: str, layers: int, work: workload.Workload, kv: int) -> dict[s
         }
         for level in work.concurrency
     }
-    offline = {
-        "prompts": 8,
-        "seconds": 1.0,
-        "prompt_tokens_per_second": 99.0,
-        "output_tokens_per_second": 9.0,
-    }
+    offline = {"prompts": 8, "seconds": 1.0, "prompt_tokens_per_second": 99.0, "output_tokens_per_second": 9.0}
     return {
         "load_seconds": 3.0 + layers,
         "offline": offline,
@@ -73,11 +68,7 @@ def ideal(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     asked: list[str] = []
 
     def measure(
-        c: contestants.Contestant,
-        work: workload.Workload,
-        salt: int,
-        scratch: Path,
-        tell: Callable[[str], None],
+        c: contestants.Contestant, work: workload.Workload, salt: int, scratch: Path, tell: Callable[[str], None]
     ) -> dict[str, Any]:
         asked.append(c.label)
         return made_up(c.label, c.layers, work, c.kv_bytes_per_token)
@@ -106,27 +97,16 @@ def test_every_file_is_written_and_says_the_same(ideal: list[str], tmp_path: Pat
     for name in ("weight_bytes", "kv_bytes_per_token", "prefill_ms"):
         assert stored["lines"][name]["r2"] == 1
     assert stored["speed_up"][-1] == pytest.approx(
-        {
-            "layers": 6,
-            "measured": 29 / 17,
-            "allowed_by_intercept": 29 / 17,
-            "ideal": 2,
-            "kv_capacity_gain": 2,
-        },
-        rel=0.02,
+        {"layers": 6, "measured": 29 / 17, "allowed_by_intercept": 29 / 17, "ideal": 2, "kv_capacity_gain": 2}, rel=0.02
     )
     assert stored["verdict"] == result["verdict"] and result["verdict"] in (out / "bench.md").read_text()
     assert stored["versions"]["slicer-llm"] and stored["hardware"]["name"] and stored["seed"] == 0
     rows = list(csv.DictReader((out / "bench.csv").open()))
     assert len(rows) == 3 * len(stored["workload"]["concurrency"])
-    assert (out / "bench.png").read_bytes().startswith(b"\x89PNG") and "<svg" in (
-        out / "bench.svg"
-    ).read_text()
+    assert (out / "bench.png").read_bytes().startswith(b"\x89PNG") and "<svg" in (out / "bench.svg").read_text()
 
 
-def test_weights_are_those_of_the_checkpoint_that_export_would_write(
-    ideal: list[str], tmp_path: Path
-) -> None:
+def test_weights_are_those_of_the_checkpoint_that_export_would_write(ideal: list[str], tmp_path: Path) -> None:
     sliced = export(Checkpoint.open(demo.path()), Plan.dropping(12, (8, 9, 10)), tmp_path / "demo-9L")
     real = bench(Request(base="demo", sliced=(str(sliced),), engine="transformers", rounds=1))
     shape = bench(sweep(drops="0,3", rounds=1))
@@ -136,9 +116,7 @@ def test_weights_are_those_of_the_checkpoint_that_export_would_write(
     assert real["models"][1]["dropped"] == (8, 9, 10)
 
 
-def test_a_stopped_run_goes_on_where_it_was(
-    ideal: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_run_goes_on_where_it_was(ideal: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = transformers_engine.measure
 
     def stops(*arguments: Any) -> Any:
@@ -241,9 +219,7 @@ def test_what_does_not_fit_in_memory_is_refused(monkeypatch: pytest.MonkeyPatch)
         (["demo", "{tmp}/other"], 1, "no cut of demo"),
     ],
 )
-def test_bad_input_is_one_line(
-    arguments: list[str], code: int, words: str, tmp_path: Path, ideal: list[str]
-) -> None:
+def test_bad_input_is_one_line(arguments: list[str], code: int, words: str, tmp_path: Path, ideal: list[str]) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
@@ -285,28 +261,8 @@ def test_vllm_measures_and_leaves_no_process(tmp_path: Path) -> None:
     import psutil
 
     before = {p.pid for p in psutil.Process().children(recursive=True)}
-    arguments = [
-        "bench",
-        "demo",
-        "--drop",
-        "0,6",
-        "--rounds",
-        "1",
-        "--seconds",
-        "0.1",
-        "--concurrency",
-        "1,2",
-    ]
-    arguments += [
-        "--input-len",
-        "16",
-        "--output-len",
-        "4",
-        "--kv-cache",
-        "64MiB",
-        "-o",
-        str(tmp_path / "out"),
-    ]
+    arguments = ["bench", "demo", "--drop", "0,6", "--rounds", "1", "--seconds", "0.1", "--concurrency", "1,2"]
+    arguments += ["--input-len", "16", "--output-len", "4", "--kv-cache", "64MiB", "-o", str(tmp_path / "out")]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.stderr
     assert not {p.pid for p in psutil.Process().children(recursive=True)} - before
@@ -317,9 +273,7 @@ def test_vllm_measures_and_leaves_no_process(tmp_path: Path) -> None:
     assert deep["weight_bytes"] == 8_752_960 and stored["lines"]["weight_bytes"]["r2"] == 1
     for model in stored["models"]:
         for online in model["online"].values():
-            assert (
-                set(online["itl_ms"]) == {"mean", "p50", "p90", "p99"} and online["requests_per_second"] > 0
-            )
+            assert set(online["itl_ms"]) == {"mean", "p50", "p90", "p99"} and online["requests_per_second"] > 0
         assert model["load_seconds"] > 0 and model["peak_memory_bytes"] > model["weight_bytes"]
     assert "per layer" in result.stdout
 

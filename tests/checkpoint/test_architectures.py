@@ -278,22 +278,12 @@ def test_what_cannot_be_sliced_is_refused_with_the_reason(config: dict[str, Any]
         ({"model_type": "gpt_oss", "num_hidden_layers": 6}, (0, 2, 3, 4, 5), True),  # the parity changes
         ({"model_type": "gpt_oss", "num_hidden_layers": 6}, (0, 3, 4, 5), False),
         (
-            {
-                "model_type": "qwen2",
-                "num_hidden_layers": 4,
-                "use_sliding_window": True,
-                "max_window_layers": 2,
-            },
+            {"model_type": "qwen2", "num_hidden_layers": 4, "use_sliding_window": True, "max_window_layers": 2},
             (0, 1, 3),
             True,
         ),
         (
-            {
-                "model_type": "qwen2",
-                "num_hidden_layers": 4,
-                "use_sliding_window": True,
-                "max_window_layers": 2,
-            },
+            {"model_type": "qwen2", "num_hidden_layers": 4, "use_sliding_window": True, "max_window_layers": 2},
             (0, 1),
             False,
         ),

@@ -30,9 +30,7 @@ def make(path: Path, **fields: Any) -> tuple[dict[str, Any], str]:
 
 
 def test_front_matter(tmp_path: Path) -> None:
-    front, body = make(
-        tmp_path, source="org/name@main", strategy="tail", command="slicer convert org/name --drop 2"
-    )
+    front, body = make(tmp_path, source="org/name@main", strategy="tail", command="slicer convert org/name --drop 2")
     assert front["base_model"] == "org/name" and front["library_name"] == "transformers"
     assert (front["license"], front["license_name"], front["language"]) == ("other", "own", ["en", "de"])
     assert "slicer" in front["tags"] and "x" not in front["tags"]
@@ -50,14 +48,7 @@ def test_every_command_is_told_in_order(tmp_path: Path) -> None:
     command = f"slicer heal {tmp_path}/folded --method full --calibration '{tmp_path}/a b.jsonl,org/text'"
     fold = HealingRecord("fold", None, Losses(), command=f"slicer heal {tmp_path}/cut")
     record = HealingRecord(
-        "full",
-        None,
-        Losses(3.0, 3.5, 3.2),
-        steps=2,
-        best_step=2,
-        training=training,
-        earlier=fold,
-        command=command,
+        "full", None, Losses(3.0, 3.5, 3.2), steps=2, best_step=2, training=training, earlier=fold, command=command
     )
     _, body = make(tmp_path, source="org/name", command="slicer convert org/name --drop 2", healing=record)
     expected = [
@@ -79,9 +70,7 @@ def test_a_local_source_stays_private(tmp_path: Path) -> None:
 @pytest.mark.parametrize("strategy", ["similarity", "deepest", "tail", "explicit"])
 def test_the_reason_is_given(tmp_path: Path, strategy: str) -> None:
     measured = {"distance": 0.1234, "calibration": TextRecord("self", 8, 32)}
-    _, body = make(
-        tmp_path, source="org/name", strategy=strategy, **(measured if strategy == "similarity" else {})
-    )
+    _, body = make(tmp_path, source="org/name", strategy=strategy, **(measured if strategy == "similarity" else {}))
     words = {"similarity": "0.1234", "deepest": "final layer", "tail": "last ones", "explicit": "by hand"}
     assert words[strategy] in body
 

@@ -28,9 +28,7 @@ except SlicerError as error:
 
 
 def resolve(source: str, cache: Path, **environment: str) -> dict[str, str]:
-    clean = {
-        k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")
-    }
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
     done = subprocess.run(
         [sys.executable, "-c", CODE, source],
         env={**clean, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", **environment},
@@ -60,9 +58,7 @@ def repository(tmp_path: Path) -> Path:
     return root
 
 
-def test_only_what_is_needed_is_downloaded_and_the_cache_serves_offline(
-    repository: Path, tmp_path: Path
-) -> None:
+def test_only_what_is_needed_is_downloaded_and_the_cache_serves_offline(repository: Path, tmp_path: Path) -> None:
     with hub_server.serve(hub_server.Hub({"org/name": repository})) as hub:
         found = resolve("org/name@v2", tmp_path / "cache", HF_ENDPOINT=hub.url)
         assert "error" not in found, found

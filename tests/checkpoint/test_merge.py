@@ -81,11 +81,7 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {},
-        {"use_rslora": True},
-        {"rank_pattern": {"layers.1.mlp.down_proj": 2}, "alpha_pattern": {"q_proj": 3}},
-    ],
+    [{}, {"use_rslora": True}, {"rank_pattern": {"layers.1.mlp.down_proj": 2}, "alpha_pattern": {"q_proj": 3}}],
 )
 def test_it_is_what_peft_makes_of_it(sliced: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     adapter = save_adapter(sliced, tmp_path / "adapter", **changes)
@@ -103,9 +99,7 @@ def test_it_is_what_peft_makes_of_it(sliced: Path, tmp_path: Path, changes: dict
     assert slicer("inspect", tmp_path / "out").exit_code == 0
 
 
-def test_an_adapter_of_the_whole_model_is_renumbered_when_asked(
-    whole: Path, sliced: Path, tmp_path: Path
-) -> None:
+def test_an_adapter_of_the_whole_model_is_renumbered_when_asked(whole: Path, sliced: Path, tmp_path: Path) -> None:
     adapter = save_adapter(whole, tmp_path / "adapter")
     refused = slicer("merge", sliced, adapter, "-o", tmp_path / "out")
     assert refused.exit_code == 1 and "--renumber" in refused.output
@@ -173,7 +167,11 @@ def test_other_towers_keep_their_numbers(tmp_path: Path) -> None:
     succeeds("convert", whole, "--drop", "0,2-5", "--heal", "none", "--verify", "none", "-o", cut)
     adapter = save_adapter(whole, tmp_path / "adapter", target_modules=["q_proj"])
     done = json.loads(succeeds("merge", cut, adapter, "--renumber", "-o", tmp_path / "a", "--json").stdout)
-    assert done["verified"] == "logits" and len(done["merged"][-1]["left_out"]) == 5 and len(done["merged"][-1]["tensors"]) == 2 + 3
+    assert (
+        done["verified"] == "logits"
+        and len(done["merged"][-1]["left_out"]) == 5
+        and len(done["merged"][-1]["tensors"]) == 2 + 3
+    )
     expected = by_peft(whole, adapter)
     found = AutoModelForImageTextToText.from_pretrained(tmp_path / "a").state_dict()
     kept = {str(old): str(new) for new, old in enumerate((1, 6))}
@@ -192,13 +190,13 @@ def test_other_towers_keep_their_numbers(tmp_path: Path) -> None:
 
 def test_how_it_was_made_does_not_matter_where_it_is_plain(whole: Path, sliced: Path, tmp_path: Path) -> None:
     """Layers excluded from training are others after renumbering; a start that leaves the weights alone is past."""
-    adapter = save_adapter(
-        whole, tmp_path / "a", exclude_modules=r".*layers\.2\..*", init_lora_weights="orthogonal"
+    adapter = save_adapter(whole, tmp_path / "a", exclude_modules=r".*layers\.2\..*", init_lora_weights="orthogonal")
+    done = json.loads(succeeds("merge", sliced, adapter, "--renumber", "-o", tmp_path / "out", "--json").stdout)
+    assert (
+        done["verified"] == "logits"
+        and len(done["merged"][-1]["tensors"]) == 8
+        and len(done["merged"][-1]["left_out"]) == 2
     )
-    done = json.loads(
-        succeeds("merge", sliced, adapter, "--renumber", "-o", tmp_path / "out", "--json").stdout
-    )
-    assert done["verified"] == "logits" and len(done["merged"][-1]["tensors"]) == 8 and len(done["merged"][-1]["left_out"]) == 2
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga", "loftq"])
@@ -215,9 +213,7 @@ def test_one_that_peft_made_plain_is_merged(sliced: Path, tmp_path: Path) -> Non
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(sliced)
-    model = peft.get_peft_model(
-        base, peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
-    )
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa"))
     model.peft_config["default"].init_lora_weights = True
     model.save_pretrained(tmp_path / "start")
     model.peft_config["default"].init_lora_weights = "pissa"
@@ -225,9 +221,7 @@ def test_one_that_peft_made_plain_is_merged(sliced: Path, tmp_path: Path) -> Non
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.add_(0.1)
-    model.save_pretrained(
-        tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start")
-    )
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     succeeds("merge", sliced, tmp_path / "plain", "-o", tmp_path / "out")
     trained = model.merge_and_unload(safe_merge=True).state_dict()
     found = tensors(tmp_path / "out")
@@ -255,9 +249,7 @@ def test_experts_that_are_loaded_as_one_tensor_are_merged_one_by_one(tmp_path: P
         assert result.exit_code == 1 and f"{name}x has {half} but not {other}" in result.output
 
 
-def test_without_peft_logits_are_not_compared(
-    sliced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_peft_logits_are_not_compared(sliced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = save_adapter(sliced, tmp_path / "adapter")
     monkeypatch.setitem(sys.modules, "peft", None)
     done = json.loads(succeeds("merge", sliced, adapter, "-o", tmp_path / "out", "--json").stdout)
@@ -266,9 +258,7 @@ def test_without_peft_logits_are_not_compared(
     assert result.exit_code == 1 and "needs peft" in result.output and "--verify load" in result.output
 
 
-def test_every_merge_is_recorded_and_only_where_it_was_done(
-    whole: Path, sliced: Path, tmp_path: Path
-) -> None:
+def test_every_merge_is_recorded_and_only_where_it_was_done(whole: Path, sliced: Path, tmp_path: Path) -> None:
     of_whole, own = save_adapter(whole, tmp_path / "of_whole"), save_adapter(sliced, tmp_path / "own")
     once, twice = tmp_path / "once", tmp_path / "twice"
     succeeds("merge", sliced, of_whole, "--renumber", "-o", once)
@@ -313,10 +303,7 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(whole: Path, sliced: P
     other = save_adapter(wide, tmp_path / "other")
     norms = save_adapter(sliced, tmp_path / "saved", modules_to_save=["lm_head"])
     gpt2 = save_adapter(
-        tiny.save_tiny("gpt2", tmp_path / "g"),
-        tmp_path / "gpt2",
-        target_modules=["c_proj"],
-        fan_in_fan_out=True,
+        tiny.save_tiny("gpt2", tmp_path / "g"), tmp_path / "gpt2", target_modules=["c_proj"], fan_in_fan_out=True
     )
     tied = sources.save_llama(tmp_path / "tied", tie_word_embeddings=True)
     head = save_adapter(tied, tmp_path / "head", target_modules=["q_proj", "lm_head"])

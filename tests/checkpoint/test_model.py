@@ -36,9 +36,7 @@ def test_the_stream_begins_and_ends_where_the_layers_do(model_type: str) -> None
         assert torch.equal(model(input_ids=tokens, use_cache=False).logits, whole), "hooks were left behind"
 
 
-@pytest.mark.parametrize(
-    "model_type", [*TYPES, "qwen3_moe", "smollm3", "deepseek_v3", "gpt_neo", "nemotron_h"]
-)
+@pytest.mark.parametrize("model_type", [*TYPES, "qwen3_moe", "smollm3", "deepseek_v3", "gpt_neo", "nemotron_h"])
 def test_sliced_in_memory_is_what_export_writes(model_type: str, tmp_path: Path) -> None:
     """Logits and a cached generation, under per-layer fields and layer numbers; and the model is itself afterwards."""
     checkpoint = Checkpoint.open(tiny.save_tiny(model_type, tmp_path / "source"))
@@ -53,8 +51,6 @@ def test_sliced_in_memory_is_what_export_writes(model_type: str, tmp_path: Path)
             assert len(decoder_layers(model)) == len(plan.kept)
             logits = model(input_ids=tokens, use_cache=False).logits
             text = model.generate(input_ids=tokens, **wanted)
-        torch.testing.assert_close(
-            logits, written(input_ids=tokens, use_cache=False).logits, rtol=0, atol=1e-5
-        )
+        torch.testing.assert_close(logits, written(input_ids=tokens, use_cache=False).logits, rtol=0, atol=1e-5)
         assert torch.equal(text, written.generate(input_ids=tokens, **wanted))
         assert torch.equal(model(input_ids=tokens, use_cache=False).logits, whole)

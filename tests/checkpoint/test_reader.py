@@ -78,17 +78,13 @@ def test_index_naming_a_tensor_that_is_not_there(source: Path) -> None:
     assert "model.layers.9.x" in refused(source)
 
 
-@pytest.mark.parametrize(
-    "name", ["../elsewhere.safetensors", "/etc/passwd", "a/../../b.safetensors", "..\\x", ""]
-)
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/passwd", "a/../../b.safetensors", "..\\x", ""])
 def test_index_leading_out(source: Path, name: str) -> None:
     edit_index(source, **{"lm_head.weight": name})
     assert "outside" in refused(source)
 
 
-@pytest.mark.parametrize(
-    "name", ["config.json", "model-00001-of-00003.safetensors", "model.safetensors.index.json"]
-)
+@pytest.mark.parametrize("name", ["config.json", "model-00001-of-00003.safetensors", "model.safetensors.index.json"])
 def test_links_leading_out(source: Path, tmp_path: Path, name: str) -> None:
     os.rename(source / name, tmp_path / "outside")
     (source / name).symlink_to(tmp_path / "outside")
@@ -174,9 +170,7 @@ def test_what_a_model_takes_depends_on_the_dtype_it_is_loaded_in(tmp_path: Path,
         from safetensors.torch import load_file
 
         shards = sorted(path.glob("*.safetensors"))
-        torch.save(
-            {k: v for shard in shards for k, v in load_file(shard).items()}, path / "pytorch_model.bin"
-        )
+        torch.save({k: v for shard in shards for k, v in load_file(shard).items()}, path / "pytorch_model.bin")
         for file in (*shards, *path.glob("*.index.json")):
             file.unlink()
     opened = Checkpoint.open(path)

@@ -27,19 +27,7 @@ BLOCKWISE = {
     "mistral": {},
     "qwen2": {},
 }
-SEQUENTIAL = [
-    "llama",
-    "qwen2",
-    "qwen3",
-    "gemma2",
-    "gemma3_text",
-    "olmo2",
-    "glm4",
-    "gpt2",
-    "opt",
-    "mixtral",
-    "lfm2",
-]
+SEQUENTIAL = ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "glm4", "gpt2", "opt", "mixtral", "lfm2"]
 PARALLEL = ["phi", "gptj", "gpt_neox", "cohere"]
 
 
@@ -77,19 +65,13 @@ def test_a_layer_without_attention_keeps_no_keys_and_values(tmp_path: Path) -> N
     cache = model(tokens, use_cache=True).past_key_values
     assert [layer.is_initialized for layer in cache.layers] == [i not in (2, 3) for i in range(tiny.DEPTH)]
     arguments = {"max_new_tokens": 8, "do_sample": False}
-    assert torch.equal(
-        model.generate(tokens, **arguments), model.generate(tokens, use_cache=False, **arguments)
-    )
+    assert torch.equal(model.generate(tokens, **arguments), model.generate(tokens, use_cache=False, **arguments))
 
 
-@pytest.mark.parametrize(
-    "order", ["import slicer; import transformers", "import transformers; import slicer"]
-)
+@pytest.mark.parametrize("order", ["import slicer; import transformers", "import transformers; import slicer"])
 def test_transformers_loads_it_after_import_slicer(order: str, tmp_path: Path) -> None:
     source = tiny.save_tiny("llama", tmp_path / "source")
-    out = export(
-        Checkpoint.open(source), Plan.cutting(tiny.DEPTH, attention=[3], form="blockwise"), tmp_path / "out"
-    )
+    out = export(Checkpoint.open(source), Plan.cutting(tiny.DEPTH, attention=[3], form="blockwise"), tmp_path / "out")
     code = (
         f"{order}\n"
         "import sys\n"
@@ -108,13 +90,7 @@ def test_a_half_offset_cut_is_an_ordinary_checkpoint(model_type: str, tmp_path: 
     source = tiny.save_tiny(model_type, tmp_path / "source")
     checkpoint = Checkpoint.open(source)
     found = None
-    for i, j in (
-        (3, 5),
-        (1, 4),
-        (4, 5),
-        (4, 6),
-        (0, 1),
-    ):  # the first that leaves a config its class can express
+    for i, j in ((3, 5), (1, 4), (4, 5), (4, 6), (0, 1)):  # the first that leaves a config its class can express
         plan = Plan(tiny.DEPTH, tuple(k for k in range(tiny.DEPTH) if not i < k <= j), joined=((i, j),))
         try:
             out = export(checkpoint, plan, tmp_path / f"{i}-{j}")
@@ -139,9 +115,7 @@ def test_parts_that_run_side_by_side_cannot_be_joined(model_type: str, tmp_path:
 
 
 def test_feed_forward_parts_of_two_kinds_do_not_change_places(tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(
-        tiny.save_tiny("glm4_moe", tmp_path / "source")
-    )  # two dense layers, then experts
+    checkpoint = Checkpoint.open(tiny.save_tiny("glm4_moe", tmp_path / "source"))  # two dense layers, then experts
     plan = Plan(tiny.DEPTH, (0, 1, 4, 5, 6), joined=((1, 3),))
     with pytest.raises(ArchitectureError, match="different kinds"):
         export(checkpoint, plan, tmp_path / "out")

@@ -21,12 +21,7 @@ from slicer.runtime import files as runtime_files
 @pytest.mark.parametrize("reserves", [True, False])
 @pytest.mark.parametrize("pad", [8, 1])
 def test_the_same_bytes_whatever_the_shards(
-    tmp_path: Path,
-    shards: int,
-    max_shard_bytes: int,
-    reserves: bool,
-    pad: int,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, shards: int, max_shard_bytes: int, reserves: bool, pad: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not reserves:  # a file system that cannot allocate ahead or copy in the kernel, and a small buffer
         monkeypatch.setattr(writer, "reserve", lambda *_: None)
@@ -38,9 +33,7 @@ def test_the_same_bytes_whatever_the_shards(
     out.mkdir()
     told: list[int] = []
     spans = Checkpoint.open(tmp_path / "source").tensors
-    written = writer.write_tensors(
-        out, spans, {"format": "pt"}, max_shard_bytes=max_shard_bytes, progress=told.append
-    )
+    written = writer.write_tensors(out, spans, {"format": "pt"}, max_shard_bytes=max_shard_bytes, progress=told.append)
     assert files.read_tensors(out) == tensors
     assert sum(told) == sum(map(len, tensors.values()))
     for file in written:
@@ -79,9 +72,7 @@ def test_shared_blocks_hold_the_same_bytes(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("at", ["copy_file_range", "pwrite", "preadv"])
-def test_a_full_disk_is_one_line_and_leaves_nothing(
-    tmp_path: Path, at: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
     files.write_checkpoint(tmp_path / "source")
     spans = Checkpoint.open(tmp_path / "source").tensors
 

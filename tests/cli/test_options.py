@@ -56,10 +56,7 @@ def test_every_option_has_help(command: str) -> None:
 def test_one_option_for_every_field_of_training() -> None:
     for command in ("convert", "heal", "sweep"):
         names = {p.name for p in main.commands[command].params}
-        assert {"training_" + f.name for f in fields(Training)} - names == {
-            "training_method",
-            "training_seed",
-        }
+        assert {"training_" + f.name for f in fields(Training)} - names == {"training_method", "training_seed"}
 
 
 # --- old names --------------------------------------------------------------------------------------------------------
@@ -76,17 +73,12 @@ def test_old_names_reach_the_present_ones_with_a_note(old: str, capsys: pytest.C
             continue
         found += 1
         assert len(new) == 1, "one word, one meaning"
-        for given, wanted in (
-            ([old, "x"], [new[0], "x"]),
-            ([f"{old}=x", "--", old], [f"{new[0]}=x", "--", old]),
-        ):
+        for given, wanted in (([old, "x"], [new[0], "x"]), ([f"{old}=x", "--", old], [f"{new[0]}=x", "--", old])):
             context = click.Context(command)
             seen: list[str] = []
             click_parse = click.Command.parse_args
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(
-                    click.Command, "parse_args", lambda _s, _c, args, seen=seen: seen.extend(args) or []
-                )
+                patch.setattr(click.Command, "parse_args", lambda _s, _c, args, seen=seen: seen.extend(args) or [])
                 command.parse_args(context, given)
             assert click.Command.parse_args is click_parse
             if command.name != "bench":  # what follows -- is vLLM's there
@@ -138,9 +130,7 @@ def test_what_is_not_said_stays_open(asked: Any, tmp_path: Path) -> None:
     request = asked("heal", "cut", "-o", tmp_path)
     assert request == HealRequest("cut", output=Output(tmp_path), command="slicer heal cut")
     request = asked("merge", "cut", "adapter", "-o", tmp_path)
-    assert request == MergeRequest(
-        "cut", Path("adapter"), output=Output(tmp_path), command="slicer merge cut adapter"
-    )
+    assert request == MergeRequest("cut", Path("adapter"), output=Output(tmp_path), command="slicer merge cut adapter")
 
 
 def test_what_is_said_is_asked_for(asked: Any, tmp_path: Path) -> None:
@@ -203,9 +193,7 @@ def test_a_trained_cut_is_two_jobs(composed: Any, tmp_path: Path) -> None:
         "convert", "demo", "--drop", 2, "--heal", "lora", "--max-steps", 7, "--solver", "transform", "--seed", 3,
         "--calibration", "t.txt", "-o", out,
     )  # fmt: skip
-    assert (
-        cut.compensation == Compensation("none") and cut.selection.offset == "whole" and cut.command is None
-    )
+    assert cut.compensation == Compensation("none") and cut.selection.offset == "whole" and cut.command is None
     assert cut.output.out == tmp_path / "out.cut" / "cut" and str(cut.output.out) == healing.cut
     assert healing.training == Training("lora", max_steps=7, seed=3) and healing.output.out == out
     assert healing.compensation == Compensation("fold", "transform") and healing.text.source == "t.txt"
@@ -219,9 +207,7 @@ def test_a_result_without_a_name_is_named_after_its_cut(composed: Any) -> None:
 
 
 def test_the_old_rank_of_adapters_is_accepted(composed: Any, tmp_path: Path) -> None:
-    _, healing = composed(
-        "convert", "demo", "--drop", 2, "--heal", "lora", "--rank", 4, "-o", tmp_path / "out"
-    )
+    _, healing = composed("convert", "demo", "--drop", 2, "--heal", "lora", "--rank", 4, "-o", tmp_path / "out")
     assert healing.training.lora_r == 4
 
 
@@ -282,9 +268,7 @@ def test_options_of_training_are_refused_where_they_do_nothing(given: list[objec
 
 def test_a_settings_file_gives_the_training_and_options_override_it(composed: Any, tmp_path: Path) -> None:
     file = tmp_path / "t.yaml"
-    file.write_text(
-        "method: lora\npatience: 0\nmax_steps: 4\nlearning_rate: 1e-3\nseq-len: 32\nteacher: null\n"
-    )
+    file.write_text("method: lora\npatience: 0\nmax_steps: 4\nlearning_rate: 1e-3\nseq-len: 32\nteacher: null\n")
     out = tmp_path / "out"
     cut, healing = composed("convert", "demo", "--drop", 2, "--config", file, "--max-steps", 5, "-o", out)
     assert healing.training == Training("lora", max_steps=5, learning_rate=1e-3, seq_len=32, patience=0)

@@ -177,9 +177,7 @@ def _replacements(fake: FakeCuda) -> Iterator[tuple[Any, str, Any]]:
         def of(current: int, peak: int) -> dict[str, Any]:
             return {"all": {"current": current, "peak": peak, "allocated": peak, "freed": peak - current}}
 
-        live, reserved, peak = (
-            int(f(index)) for f in (library.live_bytes, library.reserved_bytes, library.peak_bytes)
-        )
+        live, reserved, peak = (int(f(index)) for f in (library.live_bytes, library.reserved_bytes, library.peak_bytes))
         return {"allocated_bytes": of(live, peak), "reserved_bytes": of(reserved, max(peak, reserved))}
 
     def index_of(device: Any) -> int:

@@ -72,14 +72,9 @@ class _Facts:
         self.places = {a.name: i for i, a in enumerate(arguments)}
         self.outs = {key for i, a in enumerate(arguments) if a.is_out for key in (i, a.name)}
         self.writes = {
-            key
-            for i, a in enumerate(arguments)
-            if a.alias_info and a.alias_info.is_write
-            for key in (i, a.name)
+            key for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write for key in (i, a.name)
         }
-        self.tensors = {
-            key for i, a in enumerate(arguments) if str(a.type) == "Tensor" for key in (i, a.name)
-        }
+        self.tensors = {key for i, a in enumerate(arguments) if str(a.type) == "Tensor" for key in (i, a.name)}
         self.lists = self.name.startswith("_foreach_")
         self.numbers = torch.Tag.pointwise in op.tags or self.name in _ONE_NUMBER
         self.random = torch.Tag.nondeterministic_seeded in op.tags or "generator" in self.places
@@ -151,9 +146,7 @@ class _Call:
         placed = self.placed
         for key, value in placed.items():
             if isinstance(value, bool) and key in self.facts.tensors:
-                placed[key] = torch.tensor(
-                    value
-                )  # torch hands numbers on as they are; only these it does not take
+                placed[key] = torch.tensor(value)  # torch hands numbers on as they are; only these it does not take
         if self.facts.name in _SOFTMAX and placed[2]:  # of float16 with a float32 result
             placed[0], placed[2] = placed[0].float(), False
         if self.facts.name in _SOFTMAX_BACKWARD and placed[0].dtype != placed[3]:
@@ -167,9 +160,7 @@ class _Call:
         named = {k: v for k, v in self.placed.items() if isinstance(k, str)}
         try:
             return self.op(*given, **named)
-        except (
-            NotImplementedError
-        ):  # "... not implemented for 'Int'": of a type that only CUDA has the kernel for
+        except NotImplementedError:  # "... not implemented for 'Int'": of a type that only CUDA has the kernel for
             if self.facts.writes or not isinstance(given[0], torch.Tensor):
                 raise
             dtype = given[0].dtype
@@ -286,9 +277,9 @@ def _attention(
         return _aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
         )[0]
-    return _aten._scaled_dot_product_attention_math(
-        query, key, value, attn_mask, dropout_p, is_causal, None, **named
-    )[0]
+    return _aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, is_causal, None, **named)[
+        0
+    ]
 
 
 _registered: list[Any] = []  # a library's kernels live as long as it does

@@ -167,9 +167,7 @@ class Clocks:
         def unchanged() -> None:
             same = torch.equal(source.detach().nan_to_num(), value.nan_to_num())
             if not same:
-                raise RuntimeError(
-                    f"pinned memory changed before its non_blocking copy to {device} was waited for"
-                )
+                raise RuntimeError(f"pinned memory changed before its non_blocking copy to {device} was waited for")
 
         self._later(device, source, unchanged)
 
@@ -238,9 +236,7 @@ class Stream:
 class Event:
     """In the place of torch.cuda.Event."""
 
-    def __init__(
-        self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False
-    ) -> None:
+    def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> None:
         self.enable_timing = enable_timing
         self.clock: Clock = {}
         self.seconds = 0.0

@@ -54,9 +54,7 @@ def test_the_feed_forward_matrices(model_type: str, names: set[str], a_layer: in
         ("mamba2", tiny.DEPTH),
     ],
 )
-def test_what_is_trained_in_four_bits_is_merged_where_it_was(
-    model_type: str, matrices: int, tmp_path: Path
-) -> None:
+def test_what_is_trained_in_four_bits_is_merged_where_it_was(model_type: str, matrices: int, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
     path = tiny.save_tiny(model_type, tmp_path / "model")

@@ -23,12 +23,7 @@ CHATML = (
 
 
 def corpus(
-    source: Path | str,
-    directory: Path,
-    path: Path | None = None,
-    *,
-    seq_len: int = 32,
-    validation: str | None = None,
+    source: Path | str, directory: Path, path: Path | None = None, *, seq_len: int = 32, validation: str | None = None
 ) -> Corpus:
     size = CorpusSize(steps=10, batch_size=4, seq_len=seq_len, validation_samples=4)
     checkpoint = Checkpoint.open(path or DEMO)

@@ -52,9 +52,7 @@ def settings() -> TrainingSettings:
 
 
 @pytest.fixture(scope="module")
-def corpus(
-    base: CutOnDisk, text: Path, settings: TrainingSettings, tmp_path_factory: pytest.TempPathFactory
-) -> Corpus:
+def corpus(base: CutOnDisk, text: Path, settings: TrainingSettings, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     directory = tmp_path_factory.mktemp("corpus")
     return prepare(TextSpec(str(text)), settings.size, base.checkpoint, directory)
 
@@ -85,26 +83,18 @@ def test_it_writes_nothing_and_gives_what_is_to_be_written(
 
 
 def test_only_the_first_process_gets_the_result(
-    base: CutOnDisk,
-    corpus: Corpus,
-    settings: TrainingSettings,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    base: CutOnDisk, corpus: Corpus, settings: TrainingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finetune(base, corpus, settings, CPU, tmp_path, Processes(), Progress(), "load")
     monkeypatch.setattr(Processes, "agree", lambda self, value: value)  # the first one's answer: no error
-    patch, expected, history = finetune(
-        base, corpus, settings, CPU, tmp_path, Processes(1, 2), Progress(), "load"
-    )
+    patch, expected, history = finetune(base, corpus, settings, CPU, tmp_path, Processes(1, 2), Progress(), "load")
     assert patch is NONE and expected is None and history.best > 0
 
 
 def test_a_cut_with_an_adapter_in_it_does_not_start_bare(base: CutOnDisk, text: Path, tmp_path: Path) -> None:
     """The bare cut comes from the source, so the adapter would be lost."""
     folded = tmp_path / "folded"
-    request = HealRequest(
-        str(base.checkpoint.path), text=Text(str(text), 16, 32), output=Output(folded), compute=CPU
-    )
+    request = HealRequest(str(base.checkpoint.path), text=Text(str(text), 16, 32), output=Output(folded), compute=CPU)
     heal(request)
     plan = Plan.load(folded)
     (folded / "slicer" / "plan.json").write_text(replace(plan, merged=(MergeRecord("adapter"),)).to_json())

@@ -66,9 +66,7 @@ def test_it_is_recorded_with_figures(bare: Path, folded: Path) -> None:
     assert "fold" in succeeds("inspect", folded).output
 
 
-def test_heal_by_hand_gives_the_same_weights(
-    bare: Path, folded: Path, text: list[object], tmp_path: Path
-) -> None:
+def test_heal_by_hand_gives_the_same_weights(bare: Path, folded: Path, text: list[object], tmp_path: Path) -> None:
     result = succeeds("heal", bare, "--base-model", "demo", *text, "-o", tmp_path / "out", "--json")
     assert json.loads(result.stdout)["verified"] == "logits"
     assert files.read_tensors(tmp_path / "out") == files.read_tensors(folded)
@@ -76,9 +74,7 @@ def test_heal_by_hand_gives_the_same_weights(
         assert (tmp_path / "out" / name).read_bytes() == (bare / name).read_bytes()
 
 
-def test_healing_again_starts_from_the_source(
-    bare: Path, folded: Path, text: list[object], tmp_path: Path
-) -> None:
+def test_healing_again_starts_from_the_source(bare: Path, folded: Path, text: list[object], tmp_path: Path) -> None:
     """The source is the one its plan names; what the first healing changed is first put back."""
     succeeds("heal", folded, "--solver", "transform", *text, "-o", tmp_path / "a")
     succeeds("heal", bare, "--solver", "transform", *text, "-o", tmp_path / "b")
@@ -102,9 +98,7 @@ def test_a_cast_comes_with_the_healing(text: list[object], tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("given", [["--strategy", "tail", "--drop", 2], ["--drop", "4-5"]])
-def test_without_calibration_data_nothing_is_healed_and_it_says_so(
-    given: list[object], tmp_path: Path
-) -> None:
+def test_without_calibration_data_nothing_is_healed_and_it_says_so(given: list[object], tmp_path: Path) -> None:
     given = [*given, "--heal", "auto"]
     result = succeeds("convert", sources.save_llama(tmp_path / "tiny"), *given, "-o", tmp_path / "out")
     assert "not healed" in result.stderr and "--calibration" in result.stderr

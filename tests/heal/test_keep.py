@@ -13,18 +13,7 @@ from commands import slicer, succeeds
 
 pytest.importorskip("peft")
 
-FEW = [
-    "--max-steps",
-    6,
-    "--train-batch-size",
-    4,
-    "--train-seq-len",
-    16,
-    "--learning-rate",
-    3e-3,
-    "--lora-r",
-    4,
-]
+FEW = ["--max-steps", 6, "--train-batch-size", 4, "--train-seq-len", 16, "--learning-rate", 3e-3, "--lora-r", 4]
 FEW += ["--verify", "load", "--validation-samples", 4]
 
 
@@ -38,30 +27,15 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sources.save_text(tmp_path_factory.mktemp("text") / "t.jsonl", 60)
 
 
-def test_a_cut_that_convert_made_on_the_way_is_kept_with_its_adapter(
-    whole: Path, text: Path, tmp_path: Path
-) -> None:
+def test_a_cut_that_convert_made_on_the_way_is_kept_with_its_adapter(whole: Path, text: Path, tmp_path: Path) -> None:
     out, adapter = tmp_path / "out", tmp_path / "kept" / "adapter"
-    given = [
-        "convert",
-        whole,
-        "--drop",
-        "2-3",
-        "--heal",
-        "lora",
-        "--train-from",
-        "cut",
-        "--calibration",
-        text,
-    ]
+    given = ["convert", whole, "--drop", "2-3", "--heal", "lora", "--train-from", "cut", "--calibration", text]
     succeeds(*given, *FEW, "--save-adapter", adapter, "-o", out)
     place = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert place == str(adapter / "base") and place in (adapter / "README.md").read_text()
     succeeds("merge", place, adapter, "-o", tmp_path / "merged")
     assert files.read_tensors(tmp_path / "merged") == files.read_tensors(out)
-    assert sorted(os.listdir(tmp_path)) == ["kept", "merged", "out"] and os.listdir(adapter.parent) == [
-        "adapter"
-    ]
+    assert sorted(os.listdir(tmp_path)) == ["kept", "merged", "out"] and os.listdir(adapter.parent) == ["adapter"]
     # An adapter that is there is replaced when asked, and by no other training.
     again = slicer(*given, *FEW, "--save-adapter", adapter, "-o", tmp_path / "again")
     assert again.exit_code == 1 and "not empty" in again.output

@@ -71,9 +71,7 @@ CASES = {
         "gpt2", Plan.dropping(tiny.DEPTH, [3]), {2: ("mlp.c_proj.weight", "mlp.c_proj.bias")}
     ),
     "the gain of a norm": Case(
-        "gemma2",
-        Plan.dropping(tiny.DEPTH, [3]),
-        {2: ("mlp.down_proj.weight", "post_feedforward_layernorm.weight")},
+        "gemma2", Plan.dropping(tiny.DEPTH, [3]), {2: ("mlp.down_proj.weight", "post_feedforward_layernorm.weight")}
     ),
     "a half-offset cut": Case("llama", HALF, {2: ("self_attn.o_proj.weight",), 4: ("mlp.down_proj.weight",)}),
     "attention and feed-forward sublayers": Case(
@@ -91,14 +89,10 @@ CASES = {
     "a constant where a bias is": Case("gpt2", Plan.dropping(tiny.DEPTH, [3]), constants=((2, "ffn"),)),
     "a constant in new biases": Case("llama", Plan.dropping(tiny.DEPTH, [3]), constants=((2, "ffn"),)),
     "constants beside missing sublayers": Case(
-        "llama",
-        Plan.cutting(tiny.DEPTH, attention=[2], ffn=[4], **BLOCKWISE),
-        constants=((1, "ffn"), (4, "attention")),
+        "llama", Plan.cutting(tiny.DEPTH, attention=[2], ffn=[4], **BLOCKWISE), constants=((1, "ffn"), (4, "attention"))
     ),
     "low-rank maps": Case(
-        "mistral",
-        Plan.cutting(tiny.DEPTH, attention=[2], ffn=[4], **BLOCKWISE),
-        maps=((1, "ffn"), (4, "attention")),
+        "mistral", Plan.cutting(tiny.DEPTH, attention=[2], ffn=[4], **BLOCKWISE), maps=((1, "ffn"), (4, "attention"))
     ),
 }
 
@@ -141,9 +135,7 @@ def test_tensors_are_written_on_the_cpu_in_the_dtype_of_the_output(tmp_path: Pat
     for key, tensor in changed(source, plan, patch).items():
         assert tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu", key
         assert tensor.is_contiguous() and not tensor.requires_grad
-    assert torch.equal(
-        patch.replaced["model.layers.2.mlp.down_proj.weight"].make(), weight.detach().bfloat16()
-    )
+    assert torch.equal(patch.replaced["model.layers.2.mlp.down_proj.weight"].make(), weight.detach().bfloat16())
 
 
 def test_a_constant_goes_into_a_bias_that_is_there(tmp_path: Path) -> None:
@@ -178,9 +170,7 @@ def test_whether_the_checkpoint_holds_a_module(tmp_path: Path) -> None:
     layer = decoder_layers(load_model(source.path, device="cpu"))[2]
     held = holds(source)
     assert held(2, "self_attn.o_proj", layer.self_attn.o_proj)
-    assert not held(2, "self_attn.o_proj", nn.Linear(3, 3)) and not held(
-        9, "self_attn.o_proj", nn.Linear(64, 64)
-    )
+    assert not held(2, "self_attn.o_proj", nn.Linear(3, 3)) and not held(9, "self_attn.o_proj", nn.Linear(64, 64))
     experts = next(n for n, m in layer.named_modules() if hasattr(m, "experts"))
     assert held(2, experts, layer.get_submodule(experts)) == any(
         f"layers.2.{experts}.experts" in key for key in source.tensors
@@ -189,9 +179,7 @@ def test_whether_the_checkpoint_holds_a_module(tmp_path: Path) -> None:
 
 def test_the_form_that_holds_a_repair(tmp_path: Path) -> None:
     plan = Plan.dropping(tiny.DEPTH, [2, 3])
-    llama, gpt2, gemma = (
-        Checkpoint.open(tiny.save_tiny(name, tmp_path / name)) for name in ("llama", "gpt2", "gemma")
-    )
+    llama, gpt2, gemma = (Checkpoint.open(tiny.save_tiny(name, tmp_path / name)) for name in ("llama", "gpt2", "gemma"))
     for checkpoint in (llama, gpt2, gemma):
         assert form_for(checkpoint, plan, "fold") == form_for(checkpoint, plan, None) == plan
     assert form_for(llama, plan, "bias") == plan and form_for(gpt2, plan, "bias") == plan

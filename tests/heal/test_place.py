@@ -36,27 +36,14 @@ def test_what_is_not_slicers_is_neither_used_nor_removed(tmp_path: Path, force: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "t.jsonl", "whole"]
 
 
-def test_a_cut_whose_making_was_stopped_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cut_whose_making_was_stopped_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import slicer.jobs.convert as module
 
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
     whole, text = sources.save_llama(tmp_path / "whole"), sources.save_text(tmp_path / "t.jsonl", 60)
-    given = [
-        "convert",
-        whole,
-        "--drop",
-        "2-3",
-        "--heal",
-        "lora",
-        "--train-from",
-        "cut",
-        "--calibration",
-        text,
-    ]
+    given = ["convert", whole, "--drop", "2-3", "--heal", "lora", "--train-from", "cut", "--calibration", text]
     given += [*FEW, "--validation-samples", 4]
     with monkeypatch.context() as patch:
         patch.setattr(module, "write_verified", stopped)

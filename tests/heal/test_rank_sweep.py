@@ -47,16 +47,7 @@ def test_it_begins_with_the_largest_and_tries_the_others_where_that_hurts(
     whole = sources.save_llama(tmp_path / "whole")
     text = DEMO.parent / "heldout.txt"
     assert slicer("convert", whole, "--drop", "2-3", "--heal", "none", "-o", tmp_path / "cut").exit_code == 0
-    given: list[Any] = [
-        "heal",
-        tmp_path / "cut",
-        "--method",
-        "lora",
-        "--train-from",
-        "cut",
-        "--calibration",
-        text,
-    ]
+    given: list[Any] = ["heal", tmp_path / "cut", "--method", "lora", "--train-from", "cut", "--calibration", text]
     given += ["--max-steps", 2, "--train-batch-size", 4, "--train-seq-len", 16, "--verify", "load"]
     result = slicer(*given, "--rank-sweep", "2,8,4", "-o", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.output
@@ -112,24 +103,16 @@ ONE = RankSearch((8,), ranks.LOSS)
 
 def request(cut: Path, out: Path, *, overwrite: bool = False, **asked: Any) -> HealRequest:
     training = Training(method="lora", **asked)
-    return HealRequest(
-        str(cut), training=training, output=Output(out, overwrite=overwrite), compute=Compute("cpu")
-    )
+    return HealRequest(str(cut), training=training, output=Output(out, overwrite=overwrite), compute=Compute("cpu"))
 
 
-def test_a_rank_that_diverges_is_the_worst(
-    cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rank_that_diverges_is_the_worst(cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "heal", Trainer((8,)))
     done = heal_with_best_rank(request(cut, tmp_path / "out"), BY_LOSS)
     assert done is not None and done.plan.healing is not None and done.verified == "logits"
     assert done.before.depth == 6 and done.after.depth == 4
     record = json.loads((tmp_path / "out" / "slicer" / "plan.json").read_text())["healing"]["training"]
-    assert record["rank_sweep"] == {
-        "metric": "loss",
-        "scores": {"8": None, "4": -5.0, "none": -2.0},
-        "picked": 4,
-    }
+    assert record["rank_sweep"] == {"metric": "loss", "scores": {"8": None, "4": -5.0, "none": -2.0}, "picked": 4}
     monkeypatch.setattr(ranks, "heal", Trainer((8, 4)))
     with pytest.raises(HealError, match="any rank"):
         heal_with_best_rank(request(cut, tmp_path / "none"), BY_LOSS)
@@ -150,10 +133,7 @@ def test_a_stopped_search_is_resumed_by_the_same_request_only(
     killed()
     again = Trainer()
     monkeypatch.setattr(ranks, "heal", again)
-    for asked, search in (
-        (request(cut, out, learning_rate=1e-4), ONE),
-        (request(cut, out), BY_LOSS),
-    ):
+    for asked, search in ((request(cut, out, learning_rate=1e-4), ONE), (request(cut, out), BY_LOSS)):
         with pytest.raises(OutputError, match="unfinished"):
             heal_with_best_rank(asked, search)
     done = heal_with_best_rank(request(cut, out), ONE)

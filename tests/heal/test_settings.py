@@ -47,14 +47,7 @@ def test_a_model_that_is_not_in_it_gets_the_nearest_by_size_and_a_word() -> None
 
 def test_what_is_given_wins() -> None:
     found = settings(
-        "phi-2",
-        2.8e9,
-        lora_r=3,
-        learning_rate=1e-5,
-        max_steps=50,
-        batch_size=6,
-        lora_dropout=0.0,
-        seq_len=1024,
+        "phi-2", 2.8e9, lora_r=3, learning_rate=1e-5, max_steps=50, batch_size=6, lora_dropout=0.0, seq_len=1024
     )
     assert (found.lora_r, found.lora_alpha, found.learning_rate) == (3, 3, 1e-5)
     assert found.warmup_steps == 5 and found.eval_every == 5 and found.micro_batch == 3

@@ -112,9 +112,7 @@ def train_as_one(one: Path, two: Path, start: Path) -> bool:
     return weights_apart(one, two) < 0.1 * weights_apart(start, two)
 
 
-def test_sharded_processes_train_as_one(
-    given: list[object], sliced: Path, trained: Path, tmp_path: Path
-) -> None:
+def test_sharded_processes_train_as_one(given: list[object], sliced: Path, trained: Path, tmp_path: Path) -> None:
     succeeds(*lora(given), "-o", tmp_path / "one")
     assert train_as_one(tmp_path / "one", trained, sliced)
 

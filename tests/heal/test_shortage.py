@@ -29,30 +29,9 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     place = tmp_path_factory.mktemp("models")
     whole, text = sources.save_llama(place / "whole"), sources.save_text(place / "t.jsonl", 40)
     succeeds("convert", whole, "--drop", "2-3", "--heal", "none", "-o", place / "cut")
-    options: list[object] = [
-        "heal",
-        place / "cut",
-        "--method",
-        "lora",
-        "--calibration",
-        text,
-        "--train-from",
-        "cut",
-    ]
+    options: list[object] = ["heal", place / "cut", "--method", "lora", "--calibration", text, "--train-from", "cut"]
     options += ["--max-steps", 60, "--train-batch-size", 4, "--train-seq-len", 16, "--eval-every", 20]
-    return [
-        *options,
-        "--lora-dropout",
-        0,
-        "--patience",
-        0,
-        "--lora-r",
-        4,
-        "--learning-rate",
-        3e-3,
-        "--verify",
-        "load",
-    ]
+    return [*options, "--lora-dropout", 0, "--patience", 0, "--lora-r", 4, "--learning-rate", 3e-3, "--verify", "load"]
 
 
 @pytest.mark.parametrize(
@@ -60,11 +39,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     [
         ("slicer.jobs.heal.repair", ["--train-from", "fold"], ["in the fold", "--train-from cut"]),
         ("slicer.heal.finetune.run.load", [], ["loading the model", "--method qlora"]),
-        (
-            "slicer.heal.finetune.distillation.load_model",
-            ["--kl-weight", 1],
-            ["loading the teacher", "--teacher-4bit"],
-        ),
+        ("slicer.heal.finetune.distillation.load_model", ["--kl-weight", 1], ["loading the teacher", "--teacher-4bit"]),
         (
             "slicer.heal.finetune.distillation.cache_teacher",
             ["--kl-weight", 1, "--teacher-cache", "C"],
@@ -115,9 +90,7 @@ def test_it_goes_on_with_what_was_advised_and_has_the_same_losses(
     monkeypatch.setattr(job, "write_verified", write)
     monkeypatch.setattr(trainer._Trainer, "train", fails)  # it was trained to its end
     succeeds(*given, *less, "-o", tmp_path / "out")
-    a, b = (
-        json.loads((tmp_path / n / "slicer" / "training.json").read_text()) for n in ("undisturbed", "out")
-    )
+    a, b = (json.loads((tmp_path / n / "slicer" / "training.json").read_text()) for n in ("undisturbed", "out"))
     for kind in ("train", "held_out"):
         assert a[kind].keys() == b[kind].keys()
         assert all(abs(a[kind][step] - b[kind][step]) < 1e-4 for step in a[kind])

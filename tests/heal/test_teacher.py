@@ -59,9 +59,7 @@ def test_equation_8_and_the_divergence_are_what_they_say(whole: Path) -> None:
         with residual_stream(model) as tap:
             model(tokens)
         mine = tap.states[4]
-        with distillation.recording(
-            model
-        ):  # x(2) of the student, which is x(4) of the source with these bypassed
+        with distillation.recording(model):  # x(2) of the student, which is x(4) of the source with these bypassed
             logits = model(tokens).logits
     loss = distillation.loss(logits, tokens, index, learned)
     mismatch = ((mine - stream).square().sum(-1) / stream.square().sum(-1)).mean()
@@ -101,11 +99,7 @@ def test_asked_beforehand_it_says_the_same(whole: Path, tmp_path: Path, memory: 
     (cache / "stream-6").unlink()
     again = cache_teacher(source, train, at, cache, Compute("cpu"), **both)
     assert all(torch.equal(a, b) for a, b in zip(kept, again.files, strict=True))
-    for places, dtype, kind in (
-        (at[:1], None, both),
-        (at, None, {**both, "logits": False}),
-        (at, "bfloat16", both),
-    ):
+    for places, dtype, kind in ((at[:1], None, both), (at, None, {**both, "logits": False}), (at, "bfloat16", both)):
         with pytest.raises(HealError, match="--teacher-cache"):
             cache_teacher(source, train, places, cache, Compute("cpu", dtype), **kind)
 

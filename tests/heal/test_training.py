@@ -80,9 +80,7 @@ def test_it_is_recorded_and_the_loss_falls(sliced: Path, trained: Path) -> None:
     assert (trained / "slicer" / "training.png").read_bytes()[:4] == b"\x89PNG"
     assert os.listdir(trained.parent).count("out") == 1 and "out.training" not in os.listdir(trained.parent)
     assert "qlora" in succeeds("inspect", trained).output
-    assert json.loads((sliced / "config.json").read_text()) == json.loads(
-        (trained / "config.json").read_text()
-    )
+    assert json.loads((sliced / "config.json").read_text()) == json.loads((trained / "config.json").read_text())
 
 
 def test_merged_is_the_base_with_the_adapter(sliced: Path, trained: Path, tmp_path: Path) -> None:
@@ -98,9 +96,7 @@ def test_merged_is_the_base_with_the_adapter(sliced: Path, trained: Path, tmp_pa
     adapter = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place), kept).eval()
     apart = (adapter(tokens).logits - merged).abs().max() / merged.abs().max()
     assert apart < 1e-5
-    named = {
-        name.removeprefix("base_model.model.") for name, m in adapter.named_modules() if hasattr(m, "lora_A")
-    }
+    named = {name.removeprefix("base_model.model.") for name, m in adapter.named_modules() if hasattr(m, "lora_A")}
     assert {f"{name}.weight" for name in named} == {key for key in old if old[key] != new[key]}
     assert len(named) == 27
     result = slicer("merge", sliced, kept, "-o", tmp_path / "wrong")
@@ -112,17 +108,7 @@ def test_merged_is_the_base_with_the_adapter(sliced: Path, trained: Path, tmp_pa
 def test_merging_the_kept_adapter_by_hand_gives_the_same_bytes(
     sliced: Path, text: list[object], tmp_path: Path
 ) -> None:
-    given = [
-        "--method",
-        "lora",
-        "--train-from",
-        "cut",
-        *text,
-        *FEW,
-        "--save-adapter",
-        tmp_path / "adapter",
-        "--json",
-    ]
+    given = ["--method", "lora", "--train-from", "cut", *text, *FEW, "--save-adapter", tmp_path / "adapter", "--json"]
     done = json.loads(succeeds("heal", sliced, *given, "-o", tmp_path / "a").stdout)
     assert done["verified"] == "logits" and done["logits_error"] < 1e-5 and done["rounding_error"] < 1e-5
     succeeds("merge", sliced, tmp_path / "adapter", "-o", tmp_path / "b")
@@ -131,9 +117,7 @@ def test_merging_the_kept_adapter_by_hand_gives_the_same_bytes(
     # What was merged can be trained on, from the weights as they are.
     more = ["--method", "lora", *text, *FEW, "--max-steps", 2, "--verify", "none"]
     succeeds("heal", tmp_path / "b", *more, "-o", tmp_path / "further")
-    assert record_of(tmp_path / "further")["loss"]["before"] == pytest.approx(
-        done["healing"]["loss"]["after"]
-    )
+    assert record_of(tmp_path / "further")["loss"]["before"] == pytest.approx(done["healing"]["loss"]["after"])
     assert len(Plan.load(tmp_path / "further").merged) == 1
     assert "LoRA adapters merged into it: 1" in (tmp_path / "further" / "README.md").read_text()
 
@@ -150,9 +134,7 @@ def test_gradient_checkpointing_changes_no_loss(sliced: Path, text: list[object]
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
 
 
-def test_bfloat16_weights_are_rounded_once(
-    text: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bfloat16_weights_are_rounded_once(text: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedded model is stored in bfloat16: what is left between its logits and the adapter's is rounding. And a
     conversion that is stopped while it trains goes on from there."""
     from slicer.heal.finetune import run
@@ -183,10 +165,7 @@ def test_bfloat16_weights_are_rounded_once(
         tmp_path / "out",
     ]
     monkeypatch.setattr(TrainingCallback, "on_save", stopped)
-    assert slicer(*given).exit_code == 130 and sorted(os.listdir(tmp_path)) == [
-        "out.cut",
-        "out.training",
-    ]
+    assert slicer(*given).exit_code == 130 and sorted(os.listdir(tmp_path)) == ["out.cut", "out.training"]
     monkeypatch.setattr(TrainingCallback, "on_save", honest)
     writing: Any = job.write_verified
     monkeypatch.setattr(job, "write_verified", stopped_writing)
@@ -205,21 +184,14 @@ def test_all_weights_can_be_trained(sliced: Path, text: list[object], tmp_path: 
     del few[few.index("--lora-r") : few.index("--lora-r") + 2]
     given = ["--method", "full", "--train-from", "cut", *text, *few, "--learning-rate", 1e-3]
     done = json.loads(succeeds("heal", sliced, *given, "-o", tmp_path / "out", "--json").stdout)
-    assert (
-        done["logits_error"] < 1e-5 and done["healing"]["loss"]["after"] < done["healing"]["loss"]["before"]
-    )
+    assert done["logits_error"] < 1e-5 and done["healing"]["loss"]["after"] < done["healing"]["loss"]["before"]
     old, new = files.read_tensors(sliced), files.read_tensors(tmp_path / "out")
     assert old.keys() == new.keys() and old["model.norm.weight"] != new["model.norm.weight"]
     assert "lora_r" not in done["healing"]["training"]["settings"]
     # It can be trained further, and healed again from the source's own bytes.
     more = ["--method", "lora", *text, *FEW, "--max-steps", 2, "--verify", "none", "--json"]
-    further = json.loads(succeeds("heal", tmp_path / "out", *more, "-o", tmp_path / "further").stdout)[
-        "healing"
-    ]
-    assert (
-        further["training"]["start"] == "full"
-        and further["loss"]["before"] == done["healing"]["loss"]["after"]
-    )
+    further = json.loads(succeeds("heal", tmp_path / "out", *more, "-o", tmp_path / "further").stdout)["healing"]
+    assert further["training"]["start"] == "full" and further["loss"]["before"] == done["healing"]["loss"]["after"]
     succeeds("heal", tmp_path / "out", "--method", "fold", *text, "-o", tmp_path / "folded")
     succeeds("heal", sliced, "--method", "fold", *text, "-o", tmp_path / "expected")
     assert files.read_tensors(tmp_path / "folded") == files.read_tensors(tmp_path / "expected")
@@ -243,9 +215,7 @@ def test_a_killed_run_goes_on_with_the_same_losses(
     assert not work.exists()
 
 
-def test_two_processes_train_as_one(
-    forks: ForkServer, sliced: Path, text: list[object], tmp_path: Path
-) -> None:
+def test_two_processes_train_as_one(forks: ForkServer, sliced: Path, text: list[object], tmp_path: Path) -> None:
     given = ["heal", sliced, "--method", "lora", "--train-from", "cut", "--verify", "none", *text, *FEW]
     given += ["--lora-dropout", 0, "--micro-batch", 2]
     succeeds(*given, "-o", tmp_path / "one")
@@ -268,19 +238,7 @@ def test_a_plan_that_was_trained_is_trained_again(trained: Path, tmp_path: Path)
 def test_a_half_offset_cut_that_was_trained_is_trained_again_on_the_same_text_or_another(
     text: list[object], tmp_path: Path
 ) -> None:
-    few = [
-        "--max-steps",
-        2,
-        "--train-batch-size",
-        4,
-        "--train-seq-len",
-        32,
-        "--lora-r",
-        4,
-        "--seed",
-        3,
-        *QUICK,
-    ]
+    few = ["--max-steps", 2, "--train-batch-size", 4, "--train-seq-len", 32, "--lora-r", 4, "--seed", 3, *QUICK]
     succeeds("convert", "demo", "--drop", 3, *text, "--heal", "none", "-o", tmp_path / "cut")
     succeeds("heal", tmp_path / "cut", "--method", "lora", *text, *few, "-o", tmp_path / "trained")
     assert Plan.load(tmp_path / "trained").joined
@@ -327,25 +285,12 @@ def test_early_stop_and_a_loss_that_is_not_finite_keep_the_best(
 
     monkeypatch.setattr(train, "cross_entropy", spoilt(5))
     done = json.loads(succeeds(*given, "-o", tmp_path / "nan", "--json").stdout)["healing"]
-    assert (
-        done["training"]["ended"] == "diverged"
-        and done["best_step"] == 4
-        and done["loss"]["before"] is not None
-    )
+    assert done["training"]["ended"] == "diverged" and done["best_step"] == 4 and done["loss"]["before"] is not None
     monkeypatch.setattr(train, "cross_entropy", spoilt(0))
     result = slicer(*given, "-o", tmp_path / "out")
     assert result.exit_code == 1 and "not finite" in result.output and "--learning-rate" in result.output
     monkeypatch.setattr(train, "cross_entropy", honest)
-    given += [
-        "--learning-rate",
-        3,
-        "--warmup-steps",
-        0,
-        "--patience",
-        2,
-        "--save-adapter",
-        tmp_path / "adapter",
-    ]
+    given += ["--learning-rate", 3, "--warmup-steps", 0, "--patience", 2, "--save-adapter", tmp_path / "adapter"]
     result = succeeds(*given, "-o", tmp_path / "early", "--json")
     done = json.loads(result.stdout)["healing"]
     assert "no adapter saved" in result.stderr
@@ -373,21 +318,8 @@ def test_the_block_is_one_of_whole_layers(text: list[object], tmp_path: Path) ->
     """By similarity, where a half-offset block lies closer on the embedded model."""
     given = ["convert", "demo", "--drop", 3, *text]
     nearest = json.loads(succeeds(*given, "--heal", "none", "--dry-run", "--json").stdout)
-    assert nearest["joined"], (
-        "a half-offset block is no longer the closest here: choose another number of layers"
-    )
-    few = [
-        "--max-steps",
-        2,
-        "--train-batch-size",
-        4,
-        "--train-seq-len",
-        32,
-        "--lora-r",
-        4,
-        "--validation-samples",
-        4,
-    ]
+    assert nearest["joined"], "a half-offset block is no longer the closest here: choose another number of layers"
+    few = ["--max-steps", 2, "--train-batch-size", 4, "--train-seq-len", 32, "--lora-r", 4, "--validation-samples", 4]
     out = tmp_path / "out"
     done = json.loads(succeeds(*given, "--heal", "lora", *few, *QUICK, "-o", out, "--json").stdout)
     assert len(done["dropped"]) == 3 and not Plan.load(out).joined
@@ -397,9 +329,7 @@ def test_the_block_is_one_of_whole_layers(text: list[object], tmp_path: Path) ->
     "asked", [["--drop-attention", "3"], ["--drop-ffn", "4-5"], ["--drop", "3", "--offset", "half"]]
 )
 def test_parts_of_layers_are_not_trained(asked: list[str], text: list[object], tmp_path: Path) -> None:
-    result = slicer(
-        "convert", "demo", *asked, *text, "--heal", "lora", "--max-steps", 2, "-o", tmp_path / "out"
-    )
+    result = slicer("convert", "demo", *asked, *text, "--heal", "lora", "--max-steps", 2, "-o", tmp_path / "out")
     assert result.exit_code == 1 and "--heal fold, bias or linear" in result.output
     assert os.listdir(tmp_path) == []
 

@@ -64,18 +64,14 @@ def test_it_is_the_second_half_of_convert(bare: Path, folded: Path, text: Text, 
     (bare / "chat_template.jinja").write_text("mine")
     for start in (bare, folded):
         out = tmp_path / start.name
-        written = heal(
-            HealRequest(str(start), text=text, output=Output(out), compute=CPU, command="slicer heal")
-        )
+        written = heal(HealRequest(str(start), text=text, output=Output(out), compute=CPU, command="slicer heal"))
         assert written is not None and written.verified == "logits"
         assert files.read_tensors(out) == files.read_tensors(folded)
         record = Plan.load(out).healing
         assert record is not None and record.command == "slicer heal" and record.earlier is None
         for name in ("distances.png", "curves.png", "distances.json"):
             assert (out / "slicer" / name).read_bytes() == (start / "slicer" / name).read_bytes()
-        assert json.loads((out / "config.json").read_text()) == json.loads(
-            (start / "config.json").read_text()
-        )
+        assert json.loads((out / "config.json").read_text()) == json.loads((start / "config.json").read_text())
     assert (tmp_path / bare.name / "chat_template.jinja").read_text() == "mine"
     (bare / "chat_template.jinja").unlink()
 

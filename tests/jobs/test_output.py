@@ -65,30 +65,22 @@ def test_new_weights_on_a_device_are_written(source: Source, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("verify", ["load", "none"])
-def test_a_changed_tensor_that_is_not_there_bit_for_bit_is_found(
-    source: Source, tmp_path: Path, verify: str
-) -> None:
+def test_a_changed_tensor_that_is_not_there_bit_for_bit_is_found(source: Source, tmp_path: Path, verify: str) -> None:
     count = itertools.count()
     patch = patched(source, lambda: weight(source, next(count)))  # another one whenever it is made
     with pytest.raises(VerificationError, match=KEY):
-        write_verified(
-            Result.of_cut(source, PLAN, patch), None, Output(tmp_path / "o", verify=verify), CPU, QUIET
-        )
+        write_verified(Result.of_cut(source, PLAN, patch), None, Output(tmp_path / "o", verify=verify), CPU, QUIET)
     assert not os.listdir(tmp_path)
 
 
-def test_the_logits_of_loaded_and_streamed_walks_are_those_of_the_result(
-    source: Source, tmp_path: Path
-) -> None:
+def test_the_logits_of_loaded_and_streamed_walks_are_those_of_the_result(source: Source, tmp_path: Path) -> None:
     model = load_model(source.path, device="cpu")
     for walk in (Walk.in_memory(model), Walk.out_of_core(source.path, device="cpu")):
         expected = expected_logits(walk, PLAN, {}, "logits")
         assert expected is not None and expected.loads is walk.loaded
         out = Output(tmp_path / f"loaded-{walk.loaded}")
         written = write_verified(Result.of_cut(source, PLAN, NONE), expected, out, CPU, QUIET)
-        assert (
-            written.verified == "logits" and written.logits_error is not None and written.logits_error < 1e-5
-        )
+        assert written.verified == "logits" and written.logits_error is not None and written.logits_error < 1e-5
         wrong = replace(expected, logits=expected.logits * 1.01)
         with pytest.raises(VerificationError, match="logits differ"):
             write_verified(Result.of_cut(source, PLAN, NONE), wrong, Output(tmp_path / "wrong"), CPU, QUIET)
@@ -113,9 +105,7 @@ def test_the_loss_after_is_that_of_what_lies_on_disk(source: Source, tmp_path: P
     labels = tokens.clone()
     labels[:, :12] = -100
     patch, expected = patched(source, lambda: weight(source)), Expected(None, None, text=[(tokens, labels)])
-    written = write_verified(
-        Result.of_cut(source, PLAN, patch), expected, Output(tmp_path / "out"), CPU, QUIET
-    )
+    written = write_verified(Result.of_cut(source, PLAN, patch), expected, Output(tmp_path / "out"), CPU, QUIET)
     model = load_model(tmp_path / "out", device="cpu")
     logits = model(tokens).logits[:, 11:-1].flatten(0, 1)
     loss = float(torch.nn.functional.cross_entropy(logits, tokens[:, 12:].flatten()))
@@ -170,18 +160,13 @@ def test_what_a_dry_run_tells_is_what_is_written(source: Source, tmp_path: Path)
     assert told.out is None and told.verified == "nothing written"
     written = write_verified(result, None, Output(tmp_path / "out"), CPU, QUIET)
     weights = sum(len(data) for data in files.read_tensors(tmp_path / "out").values())
-    assert (
-        told.after == written.after
-        and weights
-        == told.after.total_bytes
-        == told.before.total_bytes // 2 - (told.before.layer_bytes[2] // 2)
+    assert told.after == written.after and weights == told.after.total_bytes == told.before.total_bytes // 2 - (
+        told.before.layer_bytes[2] // 2
     )
     assert told.to_dict() == {**written.to_dict(), "out": None, "verified": "nothing written"}
 
 
-def test_a_place_that_cannot_be_written(
-    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_place_that_cannot_be_written(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = Result.of_cut(source, PLAN, NONE)
     assert result.name == "tiny-3L"

@@ -71,8 +71,7 @@ def test_what_is_said_on_a_replay_replaces_what_was_recorded(source: Source, sai
 
 
 @pytest.mark.parametrize(
-    ("said", "option"),
-    [({"samples": 7}, "--samples"), ({"seed": 0}, "--seed"), ({"seq_len": 9}, "--seq-len")],
+    ("said", "option"), [({"samples": 7}, "--samples"), ({"seed": 0}, "--seed"), ({"seq_len": 9}, "--seq-len")]
 )
 @pytest.mark.parametrize("healing", [None, TRAINED])
 def test_what_is_said_about_a_text_that_no_replay_reads_is_refused(
@@ -106,19 +105,12 @@ RULE: list[tuple[str, dict[str, Any], str, bool]] = [
     ("named layers and text", {"goal": goal(drop="2-3"), "text": TEXT}, "fold", False),
     ("nothing measured", {"selection": Selection("deepest")}, "none", True),
     ("parts of layers", {"goal": goal(drop_attention="2")}, "none", True),
-    (
-        "parts of layers, auto",
-        {"goal": goal(drop_ffn="2"), "compensation": Compensation("auto")},
-        "fold",
-        False,
-    ),
+    ("parts of layers, auto", {"goal": goal(drop_ffn="2"), "compensation": Compensation("auto")}, "fold", False),
     ("no text, auto", {"goal": goal(drop="2-3"), "compensation": Compensation("auto")}, "none", True),
 ]
 
 
-@pytest.mark.parametrize(
-    ("given", "method", "asked"), [row[1:] for row in RULE], ids=[row[0] for row in RULE]
-)
+@pytest.mark.parametrize(("given", "method", "asked"), [row[1:] for row in RULE], ids=[row[0] for row in RULE])
 def test_the_rule_of_unasked_healing(source: Source, given: dict[str, Any], method: str, asked: bool) -> None:
     found = made(source, **given)
     assert (found.repair.method, found.asked) == (method, asked)
@@ -204,11 +196,7 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(source: Source, t
         (PlanError, "has 6", {"plan": Plan.dropping(9, [1])}),
         (OutputError, "not empty", {"output": Output(taken)}),
         (OutputError, "no config.json", {"output": Output(taken, overwrite=True)}),
-        (
-            ArchitectureError,
-            "native",
-            {"plan": Plan.cutting(6, attention=[2]), "selection": Selection(form="native")},
-        ),
+        (ArchitectureError, "native", {"plan": Plan.cutting(6, attention=[2]), "selection": Selection(form="native")}),
     ]
     for kind, words, given in cases:
         with pytest.raises(kind, match=words):

@@ -26,9 +26,7 @@ OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
 
 @pytest.fixture(scope="module")
 def result(data: Path) -> Evaluation:
-    options = SuiteSpec(
-        tasks=("mmlu_astronomy@5", "mmlu_astronomy", "boolq", "c4"), data=data, limit=8, **OPTIONS
-    )
+    options = SuiteSpec(tasks=("mmlu_astronomy@5", "mmlu_astronomy", "boolq", "c4"), data=data, limit=8, **OPTIONS)
     with Suite(options) as suite:
         return evaluate("demo", suite)
 
@@ -142,9 +140,7 @@ def test_the_loss_is_the_models_own(data: Path, result: Evaluation) -> None:
         count += ids.shape[1] - 1
     assert result.loss is not None and result.loss.tokens == count and result.loss.sequences == 8
     assert result.loss.nats_per_token == pytest.approx(nats / count, rel=1e-5)
-    assert result.loss.normalised == pytest.approx(
-        nats / count / float(torch.log(torch.tensor(4096.0))), rel=1e-5
-    )
+    assert result.loss.normalised == pytest.approx(nats / count / float(torch.log(torch.tensor(4096.0))), rel=1e-5)
     assert sum(result.items["c4"].values()) / 8 == pytest.approx(result.loss.nats_per_token)
 
 

@@ -12,9 +12,7 @@ from slicer.measure.analysis import Distances
 
 
 def distances(depth: int) -> Distances:
-    mean = {
-        n: [abs(start - 2) / depth + n / 50 for start in range(depth - n + 1)] for n in range(1, depth + 1)
-    }
+    mean = {n: [abs(start - 2) / depth + n / 50 for start in range(depth - n + 1)] for n in range(1, depth + 1)}
     return Distances(depth, 4, 16, mean, {n: [0.01] * len(row) for n, row in mean.items()})
 
 

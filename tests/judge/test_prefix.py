@@ -38,9 +38,7 @@ def test_logits_are_the_same_bits(model_type: str, tmp_path: Path) -> None:
         assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
         taken.append(prefix.taken)
     steps = [after - before for before, after in pairwise(taken)]
-    assert steps == [0, 0, len(batches)], (
-        "of the later cuts the last alone begins where an earlier one was cached"
-    )
+    assert steps == [0, 0, len(batches)], "of the later cuts the last alone begins where an earlier one was cached"
     with torch.no_grad():
         whole, fresh = model(batches[0]), tiny_model(model_type).eval()(batches[0])
     assert prefix.taken == taken[-1], "outside the block nothing is taken from the cache"

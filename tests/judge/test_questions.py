@@ -35,24 +35,9 @@ def test_errors_are_one_less_lm_evals_accuracy(data: Path, task: str, count: int
 
 def test_shapley_values_of_a_score(data: Path, tmp_path: Path) -> None:
     text = data / "text" / "c4-docs.jsonl"
-    common = [
-        "--calibration",
-        text,
-        "--samples",
-        2,
-        "--seq-len",
-        16,
-        "--shapley",
-        20,
-        "--sublayers",
-        "--data",
-        data,
-    ]
+    common = ["--calibration", text, "--samples", 2, "--seq-len", 16, "--shapley", 20, "--sublayers", "--data", data]
     asked = ["--against", "task:boolq", "--questions", 3]
-    for where, more in (
-        ("a", []),
-        ("b", ["--memory", "3MB", "--beside", tmp_path / "a"]),
-    ):  # the second from disk
+    for where, more in (("a", []), ("b", ["--memory", "3MB", "--beside", tmp_path / "a"])):  # the second from disk
         succeeds("analyze", demo.path(), *common, *asked, *more, "-o", tmp_path / where)
     one, two = (json.loads((tmp_path / where / "analysis.json").read_text()) for where in "ab")
     assert one["shapley"]["against"] == "task:boolq" and one["shapley"]["questions"] == 3

@@ -31,10 +31,7 @@ from slicer.sweep.verdict import judge as judge_table
 def evaluation(right: int, nats: float) -> Evaluation:
     """400 questions, the first `right` of them answered rightly."""
     error = (right / 400 * (1 - right / 400) / 399) ** 0.5
-    items = {
-        "mmlu/acc": {str(i): float(i < right) for i in range(400)},
-        "c4": {str(i): nats for i in range(16)},
-    }
+    items = {"mmlu/acc": {str(i): float(i < right) for i in range(400)}, "c4": {str(i): nats for i in range(16)}}
     loss = TextLoss(nats, 0.02, nats / 10.4, nats / 4, 32000, 4000, 16, "c4.jsonl", "d1")
     health = judge([("Once <upon> a time", f" there & {right}")] * 8, [4] * 8)
     score = Score("mmlu", "acc", right / 400, error, 0.25, 400, 0)
@@ -88,9 +85,7 @@ class References(HTMLParser):
         self.words: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.fetched += [
-            value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "poster")
-        ]
+        self.fetched += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "poster")]
 
     def handle_data(self, data: str) -> None:
         self.words.append(data)
@@ -116,9 +111,7 @@ def test_the_page(swept: Path) -> None:
     pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", plain)
     assert len(pictures) == len([f for f in seen.fetched if "image" in f])
     assert all((swept / name).is_file() for name in pictures)
-    assert (
-        "Recommended: drop 2 of 8 layers" in plain and "there & 236" in plain and "0.275 ± 0.022\\*" in plain
-    )
+    assert "Recommended: drop 2 of 8 layers" in plain and "there & 236" in plain and "0.275 ± 0.022\\*" in plain
 
 
 def put(directory: Path, cell: Cell, found: Evaluation, healing: object = None) -> None:
@@ -211,8 +204,7 @@ def test_a_browser_shows_it_without_complaint(swept: Path, tmp_path: Path, width
     html, _ = write_report(swept)
     frame = tmp_path / "frame.html"
     page = html.read_text("utf-8").replace(
-        "</body>",
-        "<script>document.title = document.documentElement.scrollWidth + ' of ' + innerWidth</script></body>",
+        "</body>", "<script>document.title = document.documentElement.scrollWidth + ' of ' + innerWidth</script></body>"
     )
     (tmp_path / "page.html").write_text(page, "utf-8")
     frame.write_text(
@@ -222,9 +214,7 @@ def test_a_browser_shows_it_without_complaint(swept: Path, tmp_path: Path, width
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
              "--disable-background-networking", "--disable-component-update", "--allow-file-access-from-files",
              "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"]  # fmt: skip
-    shown = subprocess.run(
-        ["chromium", *flags, "--dump-dom", str(frame)], capture_output=True, text=True, timeout=120
-    )
+    shown = subprocess.run(["chromium", *flags, "--dump-dom", str(frame)], capture_output=True, text=True, timeout=120)
     widths = re.search(r"W(\d+) of (\d+)W", shown.stdout)
     assert widths is not None, shown.stderr[-2000:]
     assert int(widths[1]) <= int(widths[2]) == width
@@ -248,9 +238,7 @@ def test_the_figures_mark_the_cut(
     (tmp_path / "slicer" / "plan.json").write_text(plan.to_json())
     marked: list[object] = []
     honest = figures.distance_figures
-    monkeypatch.setattr(
-        figures, "distance_figures", lambda *given: marked.extend(given[1:]) or honest(*given)
-    )
+    monkeypatch.setattr(figures, "distance_figures", lambda *given: marked.extend(given[1:]) or honest(*given))
     write_report(tmp_path)
     assert marked == [block, offset]
 
@@ -258,7 +246,8 @@ def test_the_figures_mark_the_cut(
 def test_seeds_are_one_line_that_shows_their_spread(swept: Path) -> None:
     for seed, right in ((0, 100), (1, 200)):
         put(swept, Cell(3, "random", "none", seed), evaluation(right, 3.0))
-    curve = next(c for c in curves_of(read_table(swept), "mmlu") if c.strategy == "random")
+    curves, unpruned = curves_of(read_table(swept), "mmlu")
+    (curve,) = (c for c in curves if c.strategy == "random")
     (_, whole, _), (x, mean, error) = curve.points
-    assert (whole, x, mean) == (0.6, 3 / 8, 0.375) and len(curve.each) == 2
+    assert (whole, x, mean) == (unpruned, 3 / 8, 0.375) == (0.6, 3 / 8, 0.375) and len(curve.each) == 2
     assert error > 0.17  # the two are 0.25 apart; each alone is known to 0.02

@@ -20,18 +20,7 @@ from slicer.plan.plan import Plan
 from slicer.sweep.store import Store
 from slicer.sweep.table import read_table
 
-GRID = [
-    "--drop",
-    "0,4",
-    "--strategies",
-    "similarity,random",
-    "--limit",
-    "4",
-    "--samples",
-    "8",
-    "--seq-len",
-    "48",
-]
+GRID = ["--drop", "0,4", "--strategies", "similarity,random", "--limit", "4", "--samples", "8", "--seq-len", "48"]
 FIXED = ["--device", "cpu", "--dtype", "float32"]
 
 
@@ -119,9 +108,7 @@ def test_keep_writes_a_plan_that_convert_takes(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     plan = Plan.load(directory / "plan.json")
     assert plan.strategy == "similarity" and 0 < len(plan.dropped) < 12
-    shown = CliRunner().invoke(
-        main, ["convert", "demo", "--plan", str(directory / "plan.json"), "--dry-run", "--json"]
-    )
+    shown = CliRunner().invoke(main, ["convert", "demo", "--plan", str(directory / "plan.json"), "--dry-run", "--json"])
     assert shown.exit_code == 0, shown.output
     assert json.loads(shown.stdout)["dropped"] == list(plan.dropped)
 
@@ -161,9 +148,7 @@ def test_a_passing_failure_is_no_result(tmp_path: Path, monkeypatch: pytest.Monk
     assert json.loads(cell.read_text())["evaluation"] is not None
     monkeypatch.setattr(repair, "repair", unfit)
     assert sweep(tmp_path / "t", *given).exit_code == 0
-    assert (
-        "no matrix" in json.loads((tmp_path / "t" / "cells" / "002-deepest-fold.json").read_text())["error"]
-    )
+    assert "no matrix" in json.loads((tmp_path / "t" / "cells" / "002-deepest-fold.json").read_text())["error"]
 
 
 def test_other_data_is_another_sweep(data: Path, tmp_path: Path) -> None:
@@ -198,14 +183,7 @@ def test_one_line_for_what_cannot_be(swept: Path, tmp_path: Path) -> None:
 
 def test_a_cell_is_trained_with_its_own_seed_and_rank(tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    text = [
-        "--calibration",
-        str(demo.path().parent / "heldout.txt"),
-        "--drop",
-        "3",
-        "--strategies",
-        "deepest",
-    ]
+    text = ["--calibration", str(demo.path().parent / "heldout.txt"), "--drop", "3", "--strategies", "deepest"]
     few = [
         "--max-steps",
         "4",

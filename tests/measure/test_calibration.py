@@ -164,9 +164,7 @@ def test_a_tasks_prompts_and_answers(path: Path, model: Any, tmp_path: Path) -> 
     rows = [{"q": f"is {i} even", "a": i % 2} for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "parity.yaml").write_text(
-        "task: parity\ndataset_path: json\ndataset_kwargs:\n  data_files: "
-        + str(tmp_path / "rows.jsonl")
-        + "\n"
+        "task: parity\ndataset_path: json\ndataset_kwargs:\n  data_files: " + str(tmp_path / "rows.jsonl") + "\n"
         "training_split: train\nvalidation_split: train\noutput_type: multiple_choice\n"
         'doc_to_text: "{{q}}?"\ndoc_to_target: a\ndoc_to_choice: ["yes", "no"]\n'
     )

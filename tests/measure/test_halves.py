@@ -55,9 +55,7 @@ def test_a_part_that_writes_nothing_is_the_first_to_go() -> None:
     layers = decoder_layers(model)
     layers[2].self_attn.o_proj.weight.data.zero_()
     layers[4].mlp.down_proj.weight.data.zero_()
-    layers[
-        5
-    ].self_attn.o_proj.weight.data.zero_()  # with the one before: a half-offset cut that changes nothing
+    layers[5].self_attn.o_proj.weight.data.zero_()  # with the one before: a half-offset cut that changes nothing
     stacked = record_halves(Walk.in_memory(model), batches())
     for table in tables_of_halves(stacked, 12).values():
         ranked = rank_sublayers(table, range(7), range(7))

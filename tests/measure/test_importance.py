@@ -64,9 +64,7 @@ def test_blocks_left_out(path: Path, model: Any, streamed: bool) -> None:
 
 def test_greedy_removal_scores_again_after_each(model: Any, tmp_path: Path) -> None:
     book = tmp_path / "book"
-    order, base = losses.greedy_order(
-        Walk.in_memory(model), Portion.of(batches()), 2, Notebook(book), Progress()
-    )
+    order, base = losses.greedy_order(Walk.in_memory(model), Portion.of(batches()), 2, Notebook(book), Progress())
     assert base == pytest.approx(float(by_hand(model, set())[0].mean()), abs=1e-5)
     gone: set[int] = set()
     for step in order:

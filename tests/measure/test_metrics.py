@@ -55,9 +55,7 @@ def test_states_that_are_not_finite_name_the_layer() -> None:
 
 def test_every_metric_by_hand() -> None:
     """Each pair of layers, each token, in the plainest words."""
-    x = torch.stack(
-        [states(depth=3, batch=2, size=12, seed=s) for s in range(4)], 2
-    )  # [4, 2, positions 4, 12]
+    x = torch.stack([states(depth=3, batch=2, size=12, seed=s) for s in range(4)], 2)  # [4, 2, positions 4, 12]
     found = metrics.per_sequence(x)
     for b in range(2):
         for low in range(4):
@@ -125,9 +123,7 @@ def test_the_fold_residual_is_leave_one_sequence_out_ridge() -> None:
     expected = best / x[1].double().reshape(groups, -1).norm(dim=1)
     assert torch.allclose(found[:, 1, 2], expected, rtol=1e-3)
     assert (found[:, 1, 2] < 0.5 * (x[2] - x[1]).norm() / x[1].norm()).all(), "most of it can be explained"
-    assert (found[:, 0, 1:] > 0).all(), (
-        "with no layer before it nothing is explained, and the block still counts"
-    )
+    assert (found[:, 0, 1:] > 0).all(), "with no layer before it nothing is explained, and the block still counts"
 
 
 def test_the_cost_of_points_is_bounded() -> None:

@@ -44,9 +44,7 @@ def mean_over_all_orders(coalitions: Coalitions) -> list[float]:
 
 
 @pytest.mark.parametrize("against", ["loss", "kl"])
-def test_sampling_approaches_the_mean_over_all_orders(
-    model: Any, batches: list[torch.Tensor], against: str
-) -> None:
+def test_sampling_approaches_the_mean_over_all_orders(model: Any, batches: list[torch.Tensor], against: str) -> None:
     coalitions = Coalitions(Walk.in_memory(model), batches, sublayers=False, against=against)
     coalitions.ceiling = float("inf")  # no order is truncated
     exact = mean_over_all_orders(coalitions)
@@ -115,9 +113,7 @@ def _answer(model: Any, batches: list[torch.Tensor], choices: tuple[Choice, ...]
     with torch.no_grad():
         for choice in choices:
             chances = model(batches[choice.batch]).logits[0].log_softmax(-1)
-            sums.append(
-                float(sum(chances[at, token] for at, token in zip((-2, -1), choice.tokens, strict=True)))
-            )
+            sums.append(float(sum(chances[at, token] for at, token in zip((-2, -1), choice.tokens, strict=True))))
     return max(range(len(sums)), key=sums.__getitem__)
 
 

@@ -63,11 +63,7 @@ def test_weights_come_and_go(path: Path) -> None:
     states = walk.start(batches())
 
     def loaded() -> list[int]:
-        return [
-            i
-            for i, layer in enumerate(walk.layers)
-            if any(p.device.type != "meta" for p in layer.parameters())
-        ]
+        return [i for i, layer in enumerate(walk.layers) if any(p.device.type != "meta" for p in layer.parameters())]
 
     assert loaded() == []
     with walk.layer(0) as layer:
@@ -88,9 +84,7 @@ def test_a_walk_is_closed_with_its_block(path: Path, loads: bool) -> None:
     checkpoint = Checkpoint.open(path)
     with open_walk(checkpoint, Compute("cpu"), loads=loads) as walk:
         model = weakref.ref(walk.model)
-        assert (
-            walk.streamed != loads and walk.run(walk.start(batches()), range(walk.depth)).layer == walk.depth
-        )
+        assert walk.streamed != loads and walk.run(walk.start(batches()), range(walk.depth)).layer == walk.depth
     assert model() is None and walk is not None
     with open_walk(checkpoint, Compute("cpu"), loads=loads, wanted=False) as none:
         assert none is None

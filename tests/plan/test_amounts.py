@@ -55,14 +55,7 @@ def test_the_suggested_fraction_drops_a_layer() -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [
-        ("5B", 5 * 10**9),
-        ("16GB", 16 * 10**9),
-        ("1.5GiB", 3 * 2**29),
-        ("800M", 8 * 10**8),
-        ("123", 123),
-        ("2kb", 2000),
-    ],
+    [("5B", 5 * 10**9), ("16GB", 16 * 10**9), ("1.5GiB", 3 * 2**29), ("800M", 8 * 10**8), ("123", 123), ("2kb", 2000)],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text, "--max-bytes") == size

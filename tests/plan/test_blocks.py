@@ -21,11 +21,7 @@ GIVEN = distances([0.4, 0.2, 0.1, 0.3], [0.5, 0.25, 0.25], [0.6, 0.5], [0.9])
 
 
 def test_the_least_distance_wins_and_of_equals_the_deeper() -> None:
-    assert (select(GIVEN, 1).dropped, select(GIVEN, 2).dropped, select(GIVEN, 3).dropped) == (
-        (2,),
-        (2, 3),
-        (1, 2, 3),
-    )
+    assert (select(GIVEN, 1).dropped, select(GIVEN, 2).dropped, select(GIVEN, 3).dropped) == ((2,), (2, 3), (1, 2, 3))
 
 
 def test_the_rank_holds_every_block_once() -> None:
@@ -48,9 +44,7 @@ def test_the_papers_heuristic_keeps_the_final_layer() -> None:
 DEPTH = 8
 
 
-def table(
-    seed: int = 0, depth: int = DEPTH, metric: str = "angular_last_token", error: float = 0.01
-) -> Distances:
+def table(seed: int = 0, depth: int = DEPTH, metric: str = "angular_last_token", error: float = 0.01) -> Distances:
     draw = random.Random(seed)
     mean = {n: [draw.random() * n for _ in range(depth - n + 1)] for n in range(1, depth + 1)}
     errors = {n: [error] * len(row) for n, row in mean.items()}

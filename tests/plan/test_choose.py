@@ -85,9 +85,7 @@ def test_the_closest_cut_that_can_be_expressed(offset: str) -> None:
 
 
 def test_the_closer_of_whole_and_half_offset_wins() -> None:
-    plans = {
-        o: choose(goal(2), DEPTH, analysis(), expressible, offset=o).plan for o in ("whole", "half", "auto")
-    }
+    plans = {o: choose(goal(2), DEPTH, analysis(), expressible, offset=o).plan for o in ("whole", "half", "auto")}
     assert plans["half"].joined and not plans["whole"].joined
     assert plans["auto"].distance == min(plans["whole"].distance or 0, plans["half"].distance or 0)
     unmeasured = replace(analysis(), sublayers={})
@@ -133,9 +131,7 @@ def test_the_deepest_cut_that_can_be_expressed() -> None:
 
     found = choose(goal(3), DEPTH, None, no_late_ones, strategy="deepest_expressible").plan
     assert found.dropped == (2, 3, 4)
-    only_last = choose(
-        goal(3), DEPTH, None, lambda p: None if 7 in p.dropped else "no", strategy="deepest_expressible"
-    )
+    only_last = choose(goal(3), DEPTH, None, lambda p: None if 7 in p.dropped else "no", strategy="deepest_expressible")
     assert only_last.plan.dropped == (5, 6, 7)
     with pytest.raises(ArchitectureError, match="late"):
         choose(goal(7), DEPTH, None, no_late_ones, strategy="deepest_expressible")
@@ -164,9 +160,7 @@ def test_sublayers_by_distance_beside_layers() -> None:
     with pytest.raises(PlanError, match="only 7 attention"):
         choose(Goal(drop_attention=Amount(count=8)), DEPTH, analysis(), expressible)
     with pytest.raises(ArchitectureError, match="not so"):
-        choose(
-            Goal(drop_ffn=parse_amount("1-2")), DEPTH, None, lambda plan: "not so" if plan.no_ffn else None
-        )
+        choose(Goal(drop_ffn=parse_amount("1-2")), DEPTH, None, lambda plan: "not so" if plan.no_ffn else None)
     with pytest.raises(PlanError, match="twice"):
         choose(Goal(parse_amount("1-2"), drop_ffn=parse_amount("2-2")), DEPTH, None, expressible)
 

@@ -23,9 +23,7 @@ from slicer.plan.records import (
 )
 
 OLD = Path(__file__).with_name("written_by_0.1")
-TEXT = TextRecord(
-    "text.txt", 16, 128, sha256="9e6e450007470a1bfe78e050215e06e1ba56a887b82a48c8833ec20c9bbd6100"
-)
+TEXT = TextRecord("text.txt", 16, 128, sha256="9e6e450007470a1bfe78e050215e06e1ba56a887b82a48c8833ec20c9bbd6100")
 
 
 def old(name: str) -> Plan:
@@ -49,19 +47,7 @@ def full() -> Plan:
     solved = SolvedMatrix(1, "mlp.down_proj", "direct", 0.1, 0.5, 0.2)
     fold = HealingRecord("fold", text, Losses(2.0, 3.0, 2.5), ("a", "b"), "resolve", solved=(solved,))
     healing = HealingRecord(
-        "lora",
-        text,
-        Losses(2.0, 2.5, 2.4),
-        ("a",),
-        "resolve",
-        None,
-        5,
-        5,
-        "float32",
-        (),
-        training,
-        fold,
-        "slicer",
+        "lora", text, Losses(2.0, 2.5, 2.4), ("a",), "resolve", None, 5, 5, "float32", (), training, fold, "slicer"
     )
     merge = MergeRecord("adapter", "abc", "base", True, ("a",), ("b",), "logits", 1e-6, 1e-3, "slicer merge")
     return Plan(
@@ -146,17 +132,7 @@ def test_the_form_follows_from_what_is_missing() -> None:
 def test_every_old_plan_is_read_and_written_anew(name: str) -> None:
     plan, before = old(name), json.loads((OLD / f"{name}.json").read_text("utf-8"))
     assert Plan.from_json(plan.to_json()) == plan
-    for field in (
-        "depth",
-        "kept",
-        "dropped",
-        "strategy",
-        "distance",
-        "seed",
-        "versions",
-        "command",
-        "source",
-    ):
+    for field in ("depth", "kept", "dropped", "strategy", "distance", "seed", "versions", "command", "source"):
         assert json.loads(plan.to_json())[field] == before[field], field
     assert plan.below_layers == (before["format"] == 2)
 

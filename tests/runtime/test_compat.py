@@ -26,11 +26,7 @@ def test_a_registered_type_is_loaded_whatever_is_imported_first(first: str, tmp_
     (tmp_path / "config.json").write_text('{"model_type": "mine_own", "hidden_size": 24}')
     register = "from slicer.runtime.compat import register\nregister('mine_own', 'MineConfig', 'mine')\n"
     light = "import sys\nassert not {'transformers', 'torch', 'mine'} & set(sys.modules)\n"
-    order = (
-        register + light
-        if first == "slicer"
-        else "import transformers, transformers.models.auto\n" + register
-    )
+    order = register + light if first == "slicer" else "import transformers, transformers.models.auto\n" + register
     code = (
         f"{order}import transformers\n"
         "config = transformers.AutoConfig.from_pretrained('.')\n"

@@ -81,23 +81,13 @@ def test_several_processes_join_their_parts_and_share_a_failure(tmp_path: Path) 
     """
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(code))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(script),
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    parts = [
-        torch.rand(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(5)
-    ]
+    parts = [torch.rand(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(5)]
     assert one["sum"] == two["sum"] == torch.cat(parts).sum(0).tolist()
     assert one["half"] == two["half"] == torch.cat(parts)[:, 0].to(torch.bfloat16).tolist()
     assert (one["seen"], two["seen"]) == (1, 2)

@@ -35,9 +35,7 @@ def test_an_exception_leaves_what_was_there(tmp_path: Path, replace: bool) -> No
 
 
 @pytest.mark.parametrize("exchange", [True, False])
-def test_replacing_leaves_only_the_new(
-    tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_replacing_leaves_only_the_new(tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not exchange:
         monkeypatch.setattr(files, "_exchange", lambda *_: False)
     out = tmp_path / "out"

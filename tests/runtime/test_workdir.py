@@ -119,10 +119,7 @@ def test_work_of_other_options_needs_permission(tmp_path: Path) -> None:
     with pytest.raises(OutputError) as refused, owned(work, **given):
         raise AssertionError("it was used")
     assert "--overwrite" not in str(refused.value), "there is no such option here"
-    with (
-        pytest.raises(OutputError, match="steps 10, not unknown"),
-        owned(work, text=given["text"] | {"seed": 0}),
-    ):
+    with pytest.raises(OutputError, match="steps 10, not unknown"), owned(work, text=given["text"] | {"seed": 0}):
         raise AssertionError("it was used")
     assert (work / "hours").is_file()
     with owned(work, overwrite=True, **given):
@@ -146,12 +143,7 @@ def test_where_nothing_would_be_lost_other_work_begins_anew(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("error", "resumable", "stays"),
-    [
-        (None, True, False),
-        (RuntimeError, False, False),
-        (RuntimeError, True, True),
-        (KeyboardInterrupt, False, True),
-    ],
+    [(None, True, False), (RuntimeError, False, False), (RuntimeError, True, True), (KeyboardInterrupt, False, True)],
 )
 def test_a_claimed_directory_goes_unless_there_is_something_to_resume(
     tmp_path: Path, error: type[BaseException] | None, resumable: bool, stays: bool
@@ -203,10 +195,7 @@ def test_many_processes_may_begin_at_once(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for place, words in (
-        (tmp_path / "file", "not a directory"),
-        (tmp_path / "file" / "x", "cannot be written"),
-    ):
+    for place, words in ((tmp_path / "file", "not a directory"), (tmp_path / "file" / "x", "cannot be written")):
         with pytest.raises(OutputError, match=words), claimed(place):
             raise AssertionError("it was used")
 

@@ -23,9 +23,7 @@ from slicer.plan.plan import Plan
 from slicer.serve import Server, launch
 
 pytestmark = [
-    pytest.mark.skipif(
-        find_spec("vllm") is None, reason="vLLM is not installed: pip install slicer-llm[serve-cpu]"
-    ),
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: pip install slicer-llm[serve-cpu]"),
     pytest.mark.xdist_group("vllm"),  # one process loads vLLM for all
 ]
 KEY = "a key of the test"
@@ -61,10 +59,7 @@ def test_it_completes_as_transformers_does(client: Any, server: Server, sliced: 
 
     from slicer.model.load import load_model
 
-    tokenizer, model = (
-        AutoTokenizer.from_pretrained(sliced),
-        load_model(sliced, dtype="float32", device="cpu"),
-    )
+    tokenizer, model = (AutoTokenizer.from_pretrained(sliced), load_model(sliced, dtype="float32", device="cpu"))
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
@@ -76,17 +71,13 @@ def test_it_completes_as_transformers_does(client: Any, server: Server, sliced: 
 def test_it_streams_what_it_completes(client: Any, server: Server) -> None:
     arguments = {"model": server.model, "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
     whole = client.completions.create(**arguments).choices[0].text
-    pieces = [
-        part.choices[0].text for part in client.completions.create(**arguments, stream=True) if part.choices
-    ]
+    pieces = [part.choices[0].text for part in client.completions.create(**arguments, stream=True) if part.choices]
     assert len(pieces) > 1 and "".join(pieces) == whole
 
 
 def test_it_chats(client: Any, server: Server) -> None:
     messages = [{"role": "user", "content": PROMPT}]
-    answer = client.chat.completions.create(
-        model=server.model, messages=messages, max_tokens=8, temperature=0
-    )
+    answer = client.chat.completions.create(model=server.model, messages=messages, max_tokens=8, temperature=0)
     assert answer.choices[0].message.content
 
 
@@ -105,27 +96,20 @@ def test_two_hundred_requests_at_once_are_all_answered(server: Server) -> None:
     async def ask() -> list[Any]:
         async with AsyncOpenAI(base_url=server.base_url, api_key=KEY, timeout=300) as many:
             return await asyncio.gather(
-                *(
-                    many.completions.create(model=server.model, prompt=f"{PROMPT} {i}", max_tokens=4)
-                    for i in range(200)
-                )
+                *(many.completions.create(model=server.model, prompt=f"{PROMPT} {i}", max_tokens=4) for i in range(200))
             )
 
     answers = asyncio.run(ask())
     assert len(answers) == 200 and all(answer.usage.completion_tokens > 0 for answer in answers)
 
 
-def test_a_foreign_client_measures_it(
-    forks: ForkServer, server: Server, sliced: Path, tmp_path: Path
-) -> None:
+def test_a_foreign_client_measures_it(forks: ForkServer, server: Server, sliced: Path, tmp_path: Path) -> None:
     """vLLM's own `vllm bench serve`."""
     given: list[object] = ["bench", "serve", "--base-url", server.root_url, "--model", server.model]
     given += ["--tokenizer", sliced, "--dataset-name", "random", "--random-input-len", 16, "--ignore-eos"]
     given += ["--random-output-len", 4, "--num-prompts", 4, "--save-result", "--result-dir", tmp_path]
     given += ["--result-filename", "result.json"]
-    run = forks.start(
-        *given, modules=VLLM, environment={"OPENAI_API_KEY": KEY}, script=Path(str(launch.__file__))
-    )
+    run = forks.start(*given, modules=VLLM, environment={"OPENAI_API_KEY": KEY}, script=Path(str(launch.__file__)))
     run.succeeds()
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["completed"] == 4 and result["total_output_tokens"] == 16

@@ -83,9 +83,7 @@ def test_the_cache_leaves_room_for_the_weights(monkeypatch: pytest.MonkeyPatch) 
         flags()
 
 
-def test_a_context_that_does_not_fit_the_cache_is_cut(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_context_that_does_not_fit_the_cache_is_cut(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "long"
     shutil.copytree(demo.path(), path)
     config = json.loads((path / "config.json").read_text())

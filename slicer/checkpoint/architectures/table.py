@@ -65,15 +65,7 @@ FEED_FORWARDS = ("mlp", "feed_forward", "ffn", "mlp_block", "block_sparse_moe", 
 # The last linear map of the feed-forward part, or of the attention (or its equivalent), by module name within the
 # layer: it writes into the residual stream. The names mean the same in all rows of the table, so rows do not list them.
 FEED_FORWARD_OUTPUTS = (
-    *(
-        "mlp.down_proj",
-        "mlp.fc2",
-        "mlp.c_proj",
-        "mlp.fc_out",
-        "mlp.dense_4h_to_h",
-        "fc2",
-        "mlp_block.down_proj",
-    ),
+    *("mlp.down_proj", "mlp.fc2", "mlp.c_proj", "mlp.fc_out", "mlp.dense_4h_to_h", "fc2", "mlp_block.down_proj"),
     *("feed_forward.down_proj", "feed_forward.w2", "ffn.down_proj", "mixer.down_proj"),
     *("mlp.shared_expert.down_proj", "mlp.shared_experts.down_proj", "feed_forward.shared_expert.down_proj"),
     *("mixer.shared_experts.down_proj", "shared_mlp.output_linear"),
@@ -117,9 +109,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "dbrx": Architecture("n_layers", prefixes=("transformer.blocks.",)),
     "deepseek_v2": Architecture(counts=("first_k_dense_replace",), note=vllm.moe_frequency),
     "deepseek_v3": _DENSE_FIRST,
-    "diffllama": Architecture(
-        refuse="each layer's attention is computed with its index, which no config field sets"
-    ),
+    "diffllama": Architecture(refuse="each layer's attention is computed with its index, which no config field sets"),
     "dots1": Architecture(slices=_TYPES, counts=("first_k_dense_replace", "max_window_layers")),
     "ernie4_5": _PLAIN,
     "ernie4_5_moe": Architecture(rule=rules.ernie_moe, mtp=True),
@@ -147,11 +137,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "gpt_bigcode": Architecture("n_layer", prefixes=_H),
     "gpt_neo": Architecture(
-        "num_layers",
-        prefixes=_H,
-        slices=("attention_layers",),
-        rule=rules.gpt_neo_attention,
-        note=Unserved("gpt_neo"),
+        "num_layers", prefixes=_H, slices=("attention_layers",), rule=rules.gpt_neo_attention, note=Unserved("gpt_neo")
     ),
     "gpt_neox": Architecture(prefixes=("gpt_neox.layers.",)),
     "gpt_oss": Architecture(slices=_TYPES, note=vllm.gpt_oss_parity),
@@ -183,9 +169,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mamba": Architecture(prefixes=_BACKBONE),
     "mamba2": Architecture(prefixes=_BACKBONE),
     "minicpm3": Architecture(rule=rules.scale_depth),
-    "minimax": Architecture(
-        refuse="its linear attention decays by layer index over depth, which no field sets"
-    ),
+    "minimax": Architecture(refuse="its linear attention decays by layer index over depth, which no field sets"),
     "ministral": _LAYER_TYPES,
     "ministral3": _PLAIN,
     "mistral": _PLAIN,
@@ -194,11 +178,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mpt": Architecture("n_layers", prefixes=("transformer.blocks.",), note=Unserved("mpt")),
     "nemotron": _PLAIN,
     "nemotron_h": Architecture(
-        "layers_block_type",
-        prefixes=_BACKBONE,
-        slices=("layers_block_type",),
-        rule=rules.hybrid_pattern,
-        mtp=True,
+        "layers_block_type", prefixes=_BACKBONE, slices=("layers_block_type",), rule=rules.hybrid_pattern, mtp=True
     ),
     "olmo": _PLAIN,
     "olmo2": _PLAIN,
@@ -268,9 +248,7 @@ def depth(config: Mapping[str, Any]) -> int:
         value = next((part[field] for field in names if part.get(field) is not None), row.default_depth)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         where = f"{row.text_config}.{row.depth_field}" if part is not config else row.depth_field
-        raise ArchitectureError(
-            f"config.json: {where} of this {name} must be a number of layers, not {value!r}"
-        )
+        raise ArchitectureError(f"config.json: {where} of this {name} must be a number of layers, not {value!r}")
     return value
 
 

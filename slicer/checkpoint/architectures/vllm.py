@@ -68,9 +68,7 @@ def exaone4_rope(old: Mapping[str, Any], kept: Sequence[int], depth: int) -> str
     if isinstance(pattern, str):
         pattern = len(pattern)
     types = given(old, "layer_types", depth)
-    types = types or [
-        "sliding_attention" if (i + 1) % (pattern or 1) else "full_attention" for i in range(depth)
-    ]
+    types = types or ["sliding_attention" if (i + 1) % (pattern or 1) else "full_attention" for i in range(depth)]
     if any(types[i] == "sliding_attention" for i in kept):
         return None
     return (

@@ -109,15 +109,9 @@ def print_chosen(chosen: Chosen, samples: int, file: Path) -> None:
     if plan.below_layers:
         console.print(f"plan      drop {spell_dropped(plan)}, {left} layers stay", markup=False)
     else:
-        console.print(
-            f"plan      drop {spell_layers(plan.dropped)} of {plan.depth} layers, {left} stay", markup=False
-        )
+        console.print(f"plan      drop {spell_layers(plan.dropped)} of {plan.depth} layers, {left} stay", markup=False)
     sublayers = bool(plan.no_attention or plan.no_ffn)
-    total = (
-        " (sum over blocks)"
-        if not sublayers and plan.metric != "greedy" and len(runs(plan.dropped)) > 1
-        else ""
-    )
+    total = " (sum over blocks)" if not sublayers and plan.metric != "greedy" and len(runs(plan.dropped)) > 1 else ""
     console.print(f"by        {plan.metric} {plan.distance:.4f}{total}")
     for other in plan.runners_up:
         more = "" if sublayers else f" (+{other.distance - (plan.distance or 0.0):.4f})"

@@ -85,9 +85,7 @@ def print_sweep(table: SweepTable, directory: Path) -> None:
             cells.append(f"{score.value:.3f}{error}{_star(row, task)}" if score else "-")
         if has_loss:
             loss = row.evaluation.loss
-            cells.append(
-                f"{loss.nats_per_token:.3f} ± {loss.standard_error:.3f}{_star(row, 'c4')}" if loss else "-"
-            )
+            cells.append(f"{loss.nats_per_token:.3f} ± {loss.standard_error:.3f}{_star(row, 'c4')}" if loss else "-")
             cells.append(f"{loss.normalised:.3f}" if loss else "-")
         cells.append(f"{row.evaluation.health.repetition[0]:.2f}" if row.evaluation.health else "-")
         shown.add_row(*cells)

@@ -115,9 +115,7 @@ def _errors(done: Written) -> str:
     if done.logits_error is None:
         return ""
     rounding = (
-        ""
-        if not done.rounding_error
-        else f"; {done.rounding_error:.1e} from the adapter, by rounding the weights"
+        "" if not done.rounding_error else f"; {done.rounding_error:.1e} from the adapter, by rounding the weights"
     )
     return f" (largest relative error {done.logits_error:.1e}{rounding})"
 
@@ -196,8 +194,7 @@ def print_ready(base_url: str, model: str, has_key: bool) -> None:
     body = json.dumps({"model": model, "prompt": "Once upon a time", "max_tokens": 32})
     console.print(f"ready     {base_url} (model {model})", markup=False)
     console.print(
-        f"try       curl {base_url}/completions -H 'Content-Type: application/json'{key} -d '{body}'",
-        markup=False,
+        f"try       curl {base_url}/completions -H 'Content-Type: application/json'{key} -d '{body}'", markup=False
     )
     console.file.flush()
 

@@ -24,15 +24,7 @@ from torch import nn
 from slicer.errors import HealError, UsageError
 from slicer.heal.compensate.gaps import Gap, GapPass
 from slicer.heal.compensate.newton import STEPS, Newton
-from slicer.heal.compensate.regression import (
-    LayerFit,
-    Solution,
-    Split,
-    gather,
-    norm_gain,
-    solve,
-    split,
-)
+from slicer.heal.compensate.regression import LayerFit, Solution, Split, gather, norm_gain, solve, split
 from slicer.heal.patch import Holds, Solved
 from slicer.model.load import in_float32
 from slicer.model.output_maps import Output, find, parameters_after
@@ -138,9 +130,7 @@ class _Folding:
             source = walk_loss(self._walk, both.source.tokens, both.source.__getitem__, self._data.held)
             losses = Losses(source, before, after)
         if not self._changes:
-            raise HealError(
-                "no weights next to the cut can take the fold, or none gains by it; use --heal none"
-            )
+            raise HealError("no weights next to the cut can take the fold, or none gains by it; use --heal none")
         report = tuple(entry for _, change in sorted(self._changes.items()) for entry in change.report)
         return {i: change.edit for i, change in self._changes.items()}, report, losses
 

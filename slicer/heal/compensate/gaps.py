@@ -140,10 +140,7 @@ class GapPass:
 
     @contextlib.contextmanager
     def _pruned(self, i: int) -> Iterator[None]:
-        with (
-            self._walk.layer(i) as layer,
-            pruned_layer(layer, i, self._gone, None, norm_eps(self._walk.model)),
-        ):
+        with self._walk.layer(i) as layer, pruned_layer(layer, i, self._gone, None, norm_eps(self._walk.model)):
             yield
 
     def _advance_bare(self, i: int) -> None:

@@ -29,15 +29,7 @@ from torch import nn
 from slicer.errors import HealError
 from slicer.heal.compensate.gaps import Gap, GapPass
 from slicer.heal.compensate.objective import Objective
-from slicer.heal.compensate.regression import (
-    SINKS,
-    NormalEquations,
-    Split,
-    reduced_rank,
-    solve,
-    split,
-    token_weights,
-)
+from slicer.heal.compensate.regression import SINKS, NormalEquations, Split, reduced_rank, solve, split, token_weights
 from slicer.heal.patch import Solved, check_method
 from slicer.model.layers import norm_eps
 from slicer.model.load import in_float32

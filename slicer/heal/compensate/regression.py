@@ -224,13 +224,7 @@ def gather(fit: LayerFit, output: Output, solver: str) -> NormalEquations:
 
 
 def _rows(
-    output: Output,
-    seen: Observed,
-    row: int,
-    h: torch.Tensor,
-    wanted: torch.Tensor,
-    factors: torch.Tensor,
-    solver: str,
+    output: Output, seen: Observed, row: int, h: torch.Tensor, wanted: torch.Tensor, factors: torch.Tensor, solver: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(features [seq, f], change [seq, d], weight [seq]) of one sequence."""
     assert seen.output is not None
@@ -260,9 +254,7 @@ def _through_norm(
     """
     size = u.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
     direction = u / size
-    gain = (direction * o).sum(0) / direction.square().sum(0).clamp_min(
-        1e-12
-    )  # g [d], from what went in and came out
+    gain = (direction * o).sum(0) / direction.square().sum(0).clamp_min(1e-12)  # g [d], from what went in and came out
     wanted = (o + r) * gain / (gain.square() + 1e-4 * gain.square().mean())
     across = wanted - direction
     across = across - direction * (across * direction).mean(-1, keepdim=True)

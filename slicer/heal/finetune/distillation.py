@@ -125,11 +125,7 @@ class DistillationLoss:
     """
 
     def __init__(
-        self,
-        teacher: LiveTeacher | CachedTeacher,
-        at: list[Junction],
-        mismatch_weight: float,
-        kl_weight: float,
+        self, teacher: LiveTeacher | CachedTeacher, at: list[Junction], mismatch_weight: float, kl_weight: float
     ) -> None:
         self._teacher, self._at = teacher, at
         self._mismatch, self._kl = mismatch_weight, kl_weight
@@ -224,15 +220,7 @@ class CachedTeacher:
     """
 
     def __init__(
-        self,
-        directory: Path,
-        at: list[Junction],
-        count: int,
-        seq_len: int,
-        width: int,
-        *,
-        states: bool,
-        logits: bool,
+        self, directory: Path, at: list[Junction], count: int, seq_len: int, width: int, *, states: bool, logits: bool
     ) -> None:
         self.blank = False
         self.files: list[torch.Tensor] = []
@@ -251,11 +239,7 @@ class CachedTeacher:
             junction.teacher: rows(f"stream-{junction.teacher}", width, torch.bfloat16)
             for junction in (at if states else ())
         }
-        self._top = (
-            (rows("top-chances", TOP, torch.float16), rows("top-tokens", TOP, torch.int32))
-            if logits
-            else None
-        )
+        self._top = (rows("top-chances", TOP, torch.float16), rows("top-tokens", TOP, torch.int32)) if logits else None
 
     def outputs(self, tokens: torch.Tensor, index: torch.Tensor) -> TeacherOutputs:
         """Read the rows `index` [batch]."""
@@ -310,9 +294,7 @@ def cache_teacher(
     mark = {"teacher": teacher.identity, "text": text, "at": [vars(junction) for junction in at], "streams": states,
             "logits": logits, "dtype": compute.dtype}  # fmt: skip
     file = directory / "teacher.json"
-    found: dict[str, Any] = (
-        json.loads(file.read_text("utf-8")) if file.is_file() else {"mark": mark, "done": 0}
-    )
+    found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {"mark": mark, "done": 0}
     if found["mark"] != mark:
         raise HealError(
             f"{directory}: contains outputs of another teacher, or for other text or cuts; pass another --teacher-cache"

@@ -45,9 +45,7 @@ def homes_of(base: Checkpoint, *, trust_remote_code: bool = False) -> dict[str, 
     for name, tensor in _as_saved(model, state).items():
         called = [name, *sorted(partners.get(name, set()) - {name})]
         keys = [key for key in map(names.key, called) if key is not None]
-        shape = next(
-            (base.tensors[key].shape for key in keys if base.tensors[key].shape != tensor.shape), None
-        )
+        shape = next((base.tensors[key].shape for key in keys if base.tensors[key].shape != tensor.shape), None)
         if shape is not None or not (keys or name in buffers):
             held = "does not hold it" if shape is None else f"holds it as {list(shape)}"
             raise HealError(
@@ -76,9 +74,7 @@ def spans_of(base: Checkpoint, trained: Checkpoint, homes: Homes) -> dict[str, T
     lost = sorted({key for keys in homes.values() for key in keys} - found.keys())
     if lost or not trained.tensors.keys() <= homes.keys():
         name = lost[0] if lost else min(trained.tensors.keys() - homes.keys())
-        raise HealError(
-            f"{name}: transformers saves this model under other names than it loads; use --method lora"
-        )
+        raise HealError(f"{name}: transformers saves this model under other names than it loads; use --method lora")
     return found
 
 
@@ -89,19 +85,14 @@ def _rounded(old: TensorSpan, new: TensorSpan) -> TensorSpan:
 def trained_logits(base: Checkpoint, trained: Checkpoint, homes: Homes, compute: Compute) -> Expected:
     """Logits of the trained weights, exact and rounded to the dtypes that `base` stores them in, in float32."""
     model = load_model(
-        trained.path,
-        dtype="float32",
-        device=compute.device,
-        trust_remote_code=compute.trust_remote_code,
+        trained.path, dtype="float32", device=compute.device, trust_remote_code=compute.trust_remote_code
     )
     vocabulary = architectures.text_config(base.config).get("vocab_size") or model.config.vocab_size
     tokens = verify.probe_tokens(vocabulary)
     exact = layers.logits_of(model, tokens)
     for name, parameter in model.named_parameters():
         saved = _as_saved(model, {name: torch.empty_like(parameter, device="meta")})
-        dtypes = {
-            tensors.torch_dtype(base.tensors[key].dtype) for part in saved for key in homes.get(part, ())[:1]
-        }
+        dtypes = {tensors.torch_dtype(base.tensors[key].dtype) for part in saved for key in homes.get(part, ())[:1]}
         if dtypes:  # the parts of one tensor have the same dtype in all known checkpoints
             parameter.data = parameter.data.to(min(dtypes, key=lambda dtype: dtype.itemsize)).float()
     return Expected(tokens, layers.logits_of(model, tokens), exact)

@@ -12,9 +12,7 @@ from typing import Any
 from slicer.checkpoint.architectures.table import depth, text_config
 from slicer.heal.finetune.settings import TrainingSettings, divisor
 
-NF4_BYTES = (
-    0.5 + 1 / 64 + 4 / (64 * 256)
-)  # per weight: 4 bits, its share of an 8-bit scale, and of the scale of scales
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # per weight: 4 bits, its share of an 8-bit scale, and of the scale of scales
 _TRAINED_BYTES = 16  # a trained weight in float32, its gradient, Adam's two moments
 _LOGIT_BYTES = 10  # a logit in bfloat16, in float32, and its gradient
 
@@ -78,11 +76,7 @@ def needed(
     unpacked = 2 * weight * shape.in_layers / shape.layers if gpus > 1 else 0.0
     unpacked += bytes_a_value * shape.d * shape.f if method == "qlora" else 0.0
     layer = bytes_a_value * (12 * shape.d + 5 * shape.f) * tokens
-    kept = (
-        bytes_a_value * shape.d * tokens * shape.layers + layer
-        if gradient_checkpointing
-        else layer * shape.layers
-    )
+    kept = bytes_a_value * shape.d * tokens * shape.layers + layer if gradient_checkpointing else layer * shape.layers
     found = {
         "weights": 0.0 if method == "full" else (weight * shape.in_layers + outside) / gpus,
         "trained": _TRAINED_BYTES * trained / gpus,
@@ -129,11 +123,7 @@ def to_train(settings: TrainingSettings, *, teacher: bool) -> list[str]:
 
 def to_finish(settings: TrainingSettings, verify: str) -> list[str]:
     """The options with which measuring and verifying the result needs less memory; the trained weights are kept."""
-    return [
-        *_smaller_passes(settings),
-        *(["--verify load"] if verify == "logits" else []),
-        "--device cpu",
-    ]
+    return [*_smaller_passes(settings), *(["--verify load"] if verify == "logits" else []), "--device cpu"]
 
 
 def _methods(settings: TrainingSettings) -> list[str]:

@@ -36,11 +36,7 @@ _ROUTERS = {"gate", "router", "shared_expert_gate"}
 
 def require(method: str) -> None:
     """Raise HealError if a library for `method` is not installed."""
-    needed = {
-        "full": ("accelerate",),
-        "lora": ("peft", "accelerate"),
-        "qlora": ("peft", "bitsandbytes", "accelerate"),
-    }
+    needed = {"full": ("accelerate",), "lora": ("peft", "accelerate"), "qlora": ("peft", "bitsandbytes", "accelerate")}
     quiet_bitsandbytes()
     missing = [name for name in needed[method] if find_spec(name) is None]
     if missing:

@@ -100,9 +100,7 @@ def check_adapter_output(
         raise OutputError(f"{option}: {parent} is not writable; choose another directory")
 
 
-def save_adapter(
-    directory: Path, weights: Path | None, base: Checkpoint, out: Path, progress: Progress
-) -> None:
+def save_adapter(directory: Path, weights: Path | None, base: Checkpoint, out: Path, progress: Progress) -> None:
     """Save the adapter `weights`, trained on `base`, in `directory`, whole or not at all, replacing what is there.
 
     Called when the checkpoint is in place at `out`. A `base` in one of the work directories of `out`, which are

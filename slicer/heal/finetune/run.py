@@ -105,10 +105,7 @@ def _result(
         if not memory.fits(getattr(torch, settings.compute).itemsize * checkpoint.parameters, compute.device):
             return None
         model = load_model(
-            checkpoint.path,
-            dtype=settings.compute,
-            device=compute.device,
-            trust_remote_code=compute.trust_remote_code,
+            checkpoint.path, dtype=settings.compute, device=compute.device, trust_remote_code=compute.trust_remote_code
         )
         return text_loss(model, text)
 

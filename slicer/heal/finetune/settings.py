@@ -184,22 +184,13 @@ class TrainingSettings:
     def to_dict(self) -> dict[str, object]:
         """For the record: every value used; full training has no settings of adapters."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "asked"}
-        left_out = (
-            "start",
-            *(("lora_r", "lora_alpha", "lora_dropout") if self.asked.method == "full" else ()),
-        )
+        left_out = ("start", *(("lora_r", "lora_alpha", "lora_dropout") if self.asked.method == "full" else ()))
         found = {**asdict(self.asked), **own}
         return {k: v for k, v in found.items() if k not in left_out and v is not None}
 
 
 def resolve(
-    asked: Training,
-    source: str,
-    parameters: int,
-    *,
-    most_tokens: int | None,
-    on_gpu: bool,
-    processes: int = 1,
+    asked: Training, source: str, parameters: int, *, most_tokens: int | None, on_gpu: bool, processes: int = 1
 ) -> tuple[TrainingSettings, list[str]]:
     """(settings for a model cut from `source`, which has `parameters`; notes about the defaults chosen).
 
@@ -214,15 +205,11 @@ def resolve(
     ]
     notes = []
     if taken and not listed:
-        notes.append(
-            f"{source} is not in the paper: using {', '.join(taken)} of {row.name}, the closest in size"
-        )
+        notes.append(f"{source} is not in the paper: using {', '.join(taken)} of {row.name}, the closest in size")
     seq_len = asked.seq_len or row.seq_len
     if most_tokens is not None and seq_len > most_tokens:
         if asked.seq_len is not None:
-            raise UsageError(
-                f"--train-seq-len {seq_len}: the model's context is {most_tokens} tokens; lower it"
-            )
+            raise UsageError(f"--train-seq-len {seq_len}: the model's context is {most_tokens} tokens; lower it")
         notes.append(f"sequences of {most_tokens} tokens, the model's maximum")
         seq_len = most_tokens
     if asked.batch_size % processes:

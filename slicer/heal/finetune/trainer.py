@@ -81,9 +81,7 @@ def train(
                 raise
             reason = " ".join(str(error).split())[:200]
             raise HealError(f"--report-to {settings.asked.report_to}: {reason}") from None
-        if trainer.is_fsdp_enabled and "FULL" not in str(
-            trainer.accelerator.state.fsdp_plugin.state_dict_type
-        ):
+        if trainer.is_fsdp_enabled and "FULL" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type):
             raise HealError("FSDP: set fsdp_state_dict_type to FULL_STATE_DICT, to store the best weights")
         trainer.distillation = distillation
         _quiet(trainer)
@@ -119,9 +117,7 @@ def resumable(work: Path) -> bool:
     return (work / HISTORY).is_file() or any(work.glob(f"run/checkpoint-*/{COMPLETE}"))
 
 
-def _arguments(
-    settings: TrainingSettings, output: Path, device: torch.device, *, resumed: bool
-) -> TrainingArguments:
+def _arguments(settings: TrainingSettings, output: Path, device: torch.device, *, resumed: bool) -> TrainingArguments:
     """The Trainer's arguments; `output`: directory of its checkpoints."""
     asked = settings.asked
     arguments = TrainingArguments(
@@ -231,10 +227,7 @@ def _deterministic(seed: int) -> Iterator[None]:
     """Inside the block, all randomness comes from `seed`, and deterministic kernels are used."""
     deterministic: Any = torch.utils.deterministic
     cudnn = torch.backends.cudnn
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
     kernels, fill = (cudnn.deterministic, cudnn.benchmark), deterministic.fill_uninitialized_memory
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     set_seed(seed)

@@ -81,9 +81,7 @@ def test_neighbouring_sublayers_make_a_gap() -> None:
     assert start.layer == -1 and start.behind == 2
 
 
-def test_it_wins_back_loss_on_text_it_never_saw_and_beats_transform(
-    model: Any, text: list[torch.Tensor]
-) -> None:
+def test_it_wins_back_loss_on_text_it_never_saw_and_beats_transform(model: Any, text: list[torch.Tensor]) -> None:
     calibration, unseen, plan = text[:12], text[18:], dropping(4, 5, 6)
     found = {"bare": loss_of(model, plan, {}, unseen)}
     for solver in ("transform", "resolve"):
@@ -97,17 +95,13 @@ def test_it_wins_back_loss_on_text_it_never_saw_and_beats_transform(
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_sublayers_win_back_loss_on_text_they_never_saw(
-    name: str, model: Any, text: list[torch.Tensor]
-) -> None:
+def test_sublayers_win_back_loss_on_text_they_never_saw(name: str, model: Any, text: list[torch.Tensor]) -> None:
     """More than the best constants do; what is removed stays as it is."""
     calibration, unseen, plan = text[:7], text[18:], PLANS[name]
     walk = Walk.in_memory(model)
     solved, constants = fold(walk, calibration, plan, holds=anything), linear(walk, calibration, plan, "bias")
     for i, edit in solved.edits.items():
-        names = [
-            part for part in edit.parameters if part.startswith("self_attn" if i in plan.gone[0] else "-")
-        ]
+        names = [part for part in edit.parameters if part.startswith("self_attn" if i in plan.gone[0] else "-")]
         names += [part for part in edit.parameters if part.startswith("mlp" if i in plan.gone[1] else "-")]
         assert not names
     assert len([e for e in solved.report if e.way == "newton"]) > 2
@@ -117,9 +111,7 @@ def test_sublayers_win_back_loss_on_text_they_never_saw(
 
 @pytest.mark.parametrize("plan", [dropping(5), HALF, PLANS["both"]], ids=["whole", "half", "both"])
 @pytest.mark.parametrize("solver", ["resolve", "transform"])
-def test_the_losses_are_those_of_the_models(
-    plan: Plan, solver: str, model: Any, text: list[torch.Tensor]
-) -> None:
+def test_the_losses_are_those_of_the_models(plan: Plan, solver: str, model: Any, text: list[torch.Tensor]) -> None:
     batches = text[:4]
     solved = fold(Walk.in_memory(model), batches, plan, holds=anything, solver=solver)
     held = [torch.cat(batches)[8:9]]
@@ -144,9 +136,7 @@ def test_the_model_is_as_before_afterwards(model: Any, text: list[torch.Tensor])
 def test_a_layer_that_adds_a_constant_is_hardly_missed(model_type: str) -> None:
     """Its constant moves into the bias of the layer before (stored [f, d] in GPT-2, [d, f] in OPT)."""
     model = tiny.tiny_model(model_type).requires_grad_(False)
-    layer = dict(model.named_modules())[
-        "transformer.h.4" if model_type == "gpt2" else "model.decoder.layers.4"
-    ]
+    layer = dict(model.named_modules())["transformer.h.4" if model_type == "gpt2" else "model.decoder.layers.4"]
     for name, parameter in layer.named_parameters():
         if name.endswith(("attn.c_proj.weight", "mlp.c_proj.weight", "out_proj.weight", "fc2.weight")):
             parameter.data.zero_()
@@ -182,8 +172,7 @@ def test_gaps_are_healed_in_order_each_on_the_healed_model(
     plans: tuple[Plan, ...], layers: tuple[int, int], model: Any, text: list[torch.Tensor]
 ) -> None:
     both, first, second = (
-        fold(Walk.in_memory(model), text[:6], plan, holds=anything, solver="transform").edits
-        for plan in plans
+        fold(Walk.in_memory(model), text[:6], plan, holds=anything, solver="transform").edits for plan in plans
     )
     assert tuple(both) == layers
     name = "mlp.down_proj.weight"
@@ -243,9 +232,7 @@ ARCHITECTURES = [
     *("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text", "granitemoe", "dbrx"),
     *("olmoe", "lfm2_moe", "granitemoehybrid", "bamba", "nemotron_h"),
 ]
-WITHOUT_GAIN = {
-    ("mixtral", "transform")
-}  # no map of its experts' sum lowers the held-out error on random tokens
+WITHOUT_GAIN = {("mixtral", "transform")}  # no map of its experts' sum lowers the held-out error on random tokens
 # (model, plan): half-offset cuts, and single sublayers, where norms follow the maps and where experts are.
 BELOW = [
     *(("gemma2", "half"), ("olmo2", "half"), ("glm4", "ffn"), ("gemma3", "attention")),
@@ -264,11 +251,7 @@ def plan_of(name: str) -> Plan:
 @pytest.mark.parametrize(
     ("model_type", "name", "solver"),
     [
-        *(
-            (model_type, "whole", solver)
-            for model_type in ARCHITECTURES
-            for solver in ("resolve", "transform")
-        ),
+        *((model_type, "whole", solver) for model_type in ARCHITECTURES for solver in ("resolve", "transform")),
         *((model_type, name, "resolve") for model_type, name in BELOW),
     ],
 )

@@ -73,9 +73,7 @@ def test_losses_are_those_of_the_models(model: Any, few: list[torch.Tensor]) -> 
         return -float(logits.gather(-1, held[:, 1:, None]).mean())
 
     figures = [loss({}, None), loss({}), loss(solved.edits)]
-    assert [solved.losses.source, solved.losses.before, solved.losses.after] == pytest.approx(
-        figures, rel=1e-5
-    )
+    assert [solved.losses.source, solved.losses.before, solved.losses.after] == pytest.approx(figures, rel=1e-5)
     assert trained.losses.solved == solved.losses.after
     assert trained.losses.after == pytest.approx(loss(trained.edits), rel=1e-5)
 

@@ -81,9 +81,7 @@ def test_a_step_solves_with_both_factors() -> None:
 @pytest.mark.parametrize(
     "plan", [PLAN, Plan.cutting(12, attention=DROPPED, form="zeroed")], ids=["layers", "attention"]
 )
-def test_steps_lower_the_loss_of_text_that_took_no_part(
-    plan: Plan, model: Any, text: list[torch.Tensor]
-) -> None:
+def test_steps_lower_the_loss_of_text_that_took_no_part(plan: Plan, model: Any, text: list[torch.Tensor]) -> None:
     """Neither fitted nor used to choose the lengths; and they lead no further from the source than they may."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     unseen = run_of(model, text[16:], range(8), plan)
@@ -112,9 +110,7 @@ def tensors(model: Any, text: list[torch.Tensor], plan: Plan, known: SourceActiv
     return found, solved.losses
 
 
-def test_the_same_text_gives_the_same_bytes_with_cached_activations_too(
-    model: Any, text: list[torch.Tensor]
-) -> None:
+def test_the_same_text_gives_the_same_bytes_with_cached_activations_too(model: Any, text: list[torch.Tensor]) -> None:
     known = SourceActivations(1 << 30)
     tensors(model, text[:16], Plan.dropping(12, [7]), known)
     once, again, cached = (tensors(model, text[:16], PLAN, given) for given in (None, None, known))

@@ -29,8 +29,7 @@ def test_a_16_bit_model_is_folded_as_in_float32(text: list[torch.Tensor]) -> Non
     half, full = (load_model(demo.path(), dtype=d, device="cpu") for d in ("bfloat16", "float32"))
     before = {name: p.data_ptr() for name, p in half.named_parameters()}
     found, expected = (
-        fold(Walk.in_memory(m), text, PLAN, holds=holds(checkpoint), written=torch.bfloat16)
-        for m in (half, full)
+        fold(Walk.in_memory(m), text, PLAN, holds=holds(checkpoint), written=torch.bfloat16) for m in (half, full)
     )
     assert found.losses == expected.losses and found.precision == "float32"
     patches = [place(checkpoint, PLAN, solved, None, "BF16") for solved in (found, expected)]

@@ -7,14 +7,7 @@ import pytest
 import torch
 
 from slicer.errors import HealError
-from slicer.heal.compensate.regression import (
-    STRENGTHS,
-    NormalEquations,
-    reduced_rank,
-    ridge,
-    solve,
-    split,
-)
+from slicer.heal.compensate.regression import STRENGTHS, NormalEquations, reduced_rank, ridge, solve, split
 
 
 def data(tokens: int, f: int = 300, d: int = 7, noise: float = 0.0) -> tuple[torch.Tensor, ...]:
