@@ -38,7 +38,8 @@ class Sizes:
     flops_per_token: int
     kv_bytes_per_token: int
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
+        """For `--json`."""
         return {**asdict(self), "layer_bytes": list(self.layer_bytes)}
 
 

@@ -16,9 +16,10 @@ from slicer.checkpoint.tensors import DTYPES
 from slicer.data.sources import TextSpec
 from slicer.errors import ArchitectureError, HealError, PlanError, UsageError
 from slicer.heal.finetune.settings import Training, TrainingSettings, resolve
-from slicer.jobs.request import SOLVERS, Compensation, ConvertRequest, HealRequest, Selection, check_choice
+from slicer.jobs.request import Compensation, ConvertRequest, HealRequest, Selection, check_choice
 from slicer.plan.amounts import Goal
 from slicer.plan.plan import Plan
+from slicer.plan.records import SOLVERS
 from slicer.progress import Progress
 from slicer.runtime.compute import Compute
 from slicer.runtime.distributed import Processes

@@ -10,10 +10,10 @@ from slicer.heal.compensate.fold import fold
 from slicer.heal.compensate.linear import linear, train
 from slicer.heal.patch import NONE, Patch, Solved, holds, place, written_dtype
 from slicer.jobs.recipe import Recipe
-from slicer.jobs.request import SOLVERS, Compensation
+from slicer.jobs.request import Compensation
 from slicer.model.walk import Walk
 from slicer.plan.plan import Plan
-from slicer.plan.records import Losses
+from slicer.plan.records import SOLVERS, Losses
 from slicer.progress import Progress
 
 
