@@ -5,6 +5,7 @@ Standard library only: the caller passes in how transformers reads a config.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import tempfile
@@ -40,7 +41,7 @@ def rewrite_config(config: Mapping[str, Any], expanded: Mapping[str, Any], kept:
     and their order. Raises ArchitectureError for a field that cannot express the cut or does not match the depth.
     """
     row, old_depth = lookup(config), depth(config)
-    new: Fields = _copy(config)
+    new: Fields = copy.deepcopy(dict(config))
     part, old = text_config(new), text_config(expanded)
     read = _expanded_depth(row, old)
     if read is not None and read != old_depth:
@@ -134,12 +135,6 @@ def _unattended(config: Mapping[str, Any], kept: Sequence[int], rewritten: Mappi
     )
 
 
-def _copy(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _copy(item) for key, item in value.items()}
-    return [_copy(item) for item in value] if isinstance(value, list | tuple) else value
-
-
 def _expanded_depth(row: Architecture, old: Mapping[str, Any]) -> int | None:
     value = old.get(row.depth_field)
     return len(value) if isinstance(value, list) else value
@@ -173,8 +168,7 @@ def expand_config(path: Path, *, trust_remote_code: bool = False) -> dict[str, A
 
     Raises SourceError with transformers' reason if it rejects the config.
     """
-    read: dict[str, Any] = _copy(_expanded(path, (path / "config.json").read_bytes(), trust_remote_code))
-    return read
+    return copy.deepcopy(_expanded(path, (path / "config.json").read_bytes(), trust_remote_code))
 
 
 @lru_cache(maxsize=4)  # asked of every cut that is tried

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slicer.checkpoint import sublayers
 from slicer.checkpoint.hub import COMPANIONS
@@ -44,7 +44,7 @@ class Contents:
     """
 
     tensors: Mapping[str, TensorSpan]
-    config: Mapping[str, Any]
+    config: Mapping[str, object]
     origin: Path
     metadata: Mapping[str, str]
     changed: Mapping[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class Contents:
 def sliced(
     checkpoint: Checkpoint,
     plan: Plan,
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     replaced: Mapping[str, TensorSpan] = _NOTHING,
     added: Mapping[str, TensorSpan] = _NOTHING,
 ) -> Contents:

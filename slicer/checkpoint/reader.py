@@ -21,6 +21,7 @@ from slicer.checkpoint import tensors
 from slicer.checkpoint.architectures import table as architectures
 from slicer.checkpoint.tensors import DTYPE_BITS, TensorSpan
 from slicer.errors import SourceError
+from slicer.plan.plan import Plan
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -99,6 +100,11 @@ class Checkpoint:
             if (match := pattern.match(key)) and int(match[1]) < self.depth:
                 layers[int(match[1])][match[2]] = span
         return layers
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan, where slicer made the checkpoint. Raises PlanError for one that cannot be read."""
+        return Plan.load(self.path) if (self.path / "slicer" / "plan.json").is_file() else None
 
     @property
     def total_bytes(self) -> int:

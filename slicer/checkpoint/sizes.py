@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +38,17 @@ class Sizes:
     flops_per_token: int
     kv_bytes_per_token: int
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
+        """For `--json`."""
         return {**asdict(self), "layer_bytes": list(self.layer_bytes)}
 
 
 def measure_sizes(checkpoint: Checkpoint, kept: Iterable[int] | None = None, cast: str | None = None) -> Sizes:
     """Sizes of `checkpoint`, or of its layers `kept` only, written as dtype `cast`."""
-    stay = tuple(range(checkpoint.depth) if kept is None else kept)
-    tensors = checkpoint.tensors if kept is None else checkpoint.sliced(stay)
-    layers = [checkpoint.layers[i] for i in stay]
+    stay = tuple(range(checkpoint.depth)) if kept is None else tuple(kept)
+    if kept is not None:
+        checkpoint = replace(checkpoint, tensors=checkpoint.sliced(stay))
+    tensors, layers = checkpoint.tensors, checkpoint.layers[: len(stay)]
     config = architectures.text_config(checkpoint.config)
     share = _expert_share(config)
     flops = _head_parameters(tensors)
@@ -142,7 +144,6 @@ def inspect(source: str) -> Inspection:
     """Inspect a directory, a Hub id or "demo". Raises SourceError, HubError or ArchitectureError."""
     checkpoint = Checkpoint.open(hub.resolve(source).path)
     checkpoint.check_layers()
-    sliced = checkpoint.path / "slicer" / "plan.json"
     return Inspection(
         path=checkpoint.path,
         model_type=str(architectures.text_config(checkpoint.config).get("model_type", "unknown")),
@@ -150,5 +151,5 @@ def inspect(source: str) -> Inspection:
         dtypes=tuple(sorted({span.dtype for span in checkpoint.tensors.values()})),
         files=len({span.file for span in checkpoint.tensors.values()}),
         sizes=measure_sizes(checkpoint),
-        plan=Plan.load(checkpoint.path) if sliced.is_file() else None,
+        plan=checkpoint.plan,
     )

@@ -18,8 +18,9 @@ from click.types import OptionHelpExtra
 
 from slicer.checkpoint.tensors import DTYPES
 from slicer.data.sources import TextSpec
-from slicer.jobs.request import SOLVERS, VERIFICATIONS, Output, Text
+from slicer.jobs.request import VERIFICATIONS, Output, Text
 from slicer.plan.amounts import parse_size
+from slicer.plan.records import SOLVERS
 from slicer.runtime.compute import Compute
 
 if TYPE_CHECKING:

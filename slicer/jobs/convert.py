@@ -78,7 +78,7 @@ def chosen_plan(source: Source, recipe: Recipe, analysis: Analysis | None, progr
         dtype=recipe.compute.dtype,
         versions=versions(),
         command=recipe.command,
-        parent=Plan.load(source.path) if (source.path / "slicer" / "plan.json").is_file() else None,
+        parent=checkpoint.plan,
         healing=None,
         merged=(),
     )

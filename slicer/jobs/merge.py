@@ -47,17 +47,11 @@ def merge(request: MergeRequest, progress: Progress | None = None) -> Written:
         left_out=tuple(sorted(adapter.pairs.keys() - {place.origin for place in places})),
         command=request.command,
     )
-    result = Result.of_base(base, _plan(source), patch, merge=record)
+    plan = base.plan or replace(Plan.whole(base.depth), source=source.name, revision=source.revision)
+    result = Result.of_base(base, plan, patch, merge=record)
     check_place(result, request.output)
     expected = _expected(request, source, adapter, places, progress)
     return write_verified(result, expected, request.output, request.compute, progress)
-
-
-def _plan(source: Source) -> Plan:
-    """The plan of a checkpoint that slicer made; of another one, a plan that drops nothing."""
-    if (source.path / "slicer" / "plan.json").is_file():
-        return Plan.load(source.path)
-    return replace(Plan.whole(source.checkpoint.depth), source=source.name, revision=source.revision)
 
 
 def _expected(

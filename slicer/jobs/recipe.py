@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
 from slicer.checkpoint import sublayers
-from slicer.checkpoint.config import kept_config, sliced_config
+from slicer.checkpoint.config import sliced_config
 from slicer.checkpoint.cut import CutOnDisk
 from slicer.checkpoint.export import check_output
 from slicer.checkpoint.hub import Source
@@ -16,9 +16,10 @@ from slicer.checkpoint.tensors import DTYPES
 from slicer.data.sources import TextSpec
 from slicer.errors import ArchitectureError, HealError, PlanError, UsageError
 from slicer.heal.finetune.settings import Training, TrainingSettings, resolve
-from slicer.jobs.request import SOLVERS, Compensation, ConvertRequest, HealRequest, Selection, check_choice
+from slicer.jobs.request import Compensation, ConvertRequest, HealRequest, Selection, check_choice
 from slicer.plan.amounts import Goal
 from slicer.plan.plan import Plan
+from slicer.plan.records import SOLVERS
 from slicer.progress import Progress
 from slicer.runtime.compute import Compute
 from slicer.runtime.distributed import Processes
@@ -34,6 +35,7 @@ class Recipe:
         goal, plan: how much to drop, or the plan that is replayed (or, of heal, that of the cut): one of the two.
         repair: weight compensation in closed form; its method is "none", "fold", "bias" or "linear".
         asked: False for a fold that nobody asked for: it may fail, and is left out where it does not help.
+        unhealed: why there is no repair, where that was not asked for.
         text: the text that is measured, repaired or trained on; None: none is read.
         halves: whether to measure within the layers too: needed, not wanted, or (None) where it can be done.
         compute: where models run, in the precision of the result.
@@ -41,7 +43,7 @@ class Recipe:
         verify: "none", "load" or "logits"; of a training also "auto": logits where they can be had.
         writes: False for a dry run.
         training, settings: as asked, and every value used; None: nothing is trained.
-        notes: for the user.
+        notes: for the user, beforehand.
     """
 
     goal: Goal | None
@@ -57,6 +59,7 @@ class Recipe:
     writes: bool = True
     training: Training | None = None
     settings: TrainingSettings | None = None
+    unhealed: str | None = None
     notes: tuple[str, ...] = ()
     command: str | None = None
 
@@ -102,9 +105,10 @@ class Recipe:
             loads,
             _verify(output.verify, loads) if not output.dry_run else "none",
             writes=not output.dry_run,
+            unhealed=why,
             command=request.command,
         )
-        return replace(recipe, notes=(*notes, *why, *_memory_notes(recipe, checkpoint, output.verify)))
+        return replace(recipe, notes=(*notes, *_memory_notes(recipe, checkpoint, output.verify)))
 
     @classmethod
     def of_heal(cls, request: HealRequest, cut: CutOnDisk) -> Recipe:
@@ -166,8 +170,6 @@ class Recipe:
 def _check_goal(request: ConvertRequest, checkpoint: Checkpoint) -> None:
     """Raise PlanError or ArchitectureError, before anything is measured, for a goal that no cut reaches."""
     goal = request.goal
-    # A config that contradicts itself cannot be sliced, whatever is dropped.
-    kept_config(checkpoint, range(checkpoint.depth), trust_remote_code=request.compute.trust_remote_code)
     if request.selection.offset == "half":
         sublayers.check_joinable(checkpoint)
     if goal is None:
@@ -203,8 +205,8 @@ def _replayed(request: ConvertRequest, checkpoint: Checkpoint) -> Plan | None:
     return plan
 
 
-def _repair(request: ConvertRequest, plan: Plan | None, measures: bool) -> tuple[Compensation, bool, tuple[str, ...]]:
-    """(the repair, whether it was asked for, why there is none).
+def _repair(request: ConvertRequest, plan: Plan | None, measures: bool) -> tuple[Compensation, bool, str | None]:
+    """(the repair, whether it was asked for, why there is none where that was not).
 
     What was asked; else what the replayed plan had; else a fold, where text is named or measured anyway and every layer
     keeps both sublayers; else none.
@@ -212,23 +214,23 @@ def _repair(request: ConvertRequest, plan: Plan | None, measures: bool) -> tuple
     said, none = request.compensation, Compensation("none")
     solver = said.solver or SOLVERS[0]
     if said.method not in (None, "auto"):
-        return replace(said, solver=solver), True, ()
+        return replace(said, solver=solver), True, None
     record = None if plan is None else plan.healing
     if said.method is None and record is not None:
         if record.training is None:
             solver = said.solver or record.solver or solver
-            return Compensation(record.method, solver, record.rank, record.steps), True, ()
+            return Compensation(record.method, solver, record.rank, record.steps), True, None
         words = f"the plan was healed by training, which convert does not repeat: slicer heal --method {record.method}"
-        return none, True, (f"not healed: {words}",)
+        return none, True, words
     missing = bool(plan is not None and (plan.no_attention or plan.no_ffn))
     missing = missing or bool(request.goal is not None and request.goal.sublayers)
     if not measures and request.text.source is None:
         words = "there is no calibration text; --calibration DATA heals the cut"
-        return none, True, (f"not healed: {words}",) if plan is None or said.method else ()
+        return none, True, words if plan is None or said.method else None
     if missing and said.method is None:
         words = "attention or feed-forward of some layers is missing; --heal fold, bias or linear heals such a cut"
-        return none, True, (f"not healed: {words}",)
-    return Compensation("fold", solver), False, ()
+        return none, True, words
+    return Compensation("fold", solver), False, None
 
 
 def _text(request: ConvertRequest, plan: Plan | None, *, reads: bool) -> TextSpec | None:

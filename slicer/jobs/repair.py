@@ -10,10 +10,10 @@ from slicer.heal.compensate.fold import fold
 from slicer.heal.compensate.linear import linear, train
 from slicer.heal.patch import NONE, Patch, Solved, holds, place, written_dtype
 from slicer.jobs.recipe import Recipe
-from slicer.jobs.request import SOLVERS, Compensation
-from slicer.model.walk import SourceActivations, Walk
+from slicer.jobs.request import Compensation
+from slicer.model.walk import Walk
 from slicer.plan.plan import Plan
-from slicer.plan.records import Losses
+from slicer.plan.records import SOLVERS, Losses
 from slicer.progress import Progress
 
 
@@ -24,16 +24,17 @@ def repair(
     text: TokenBatches | None,
     how: Recipe | Compensation,
     progress: Progress,
-    activations: SourceActivations | None = None,
 ) -> Patch:
     """The repair of the cut of `plan` from the source `checkpoint`, over which `walk` is, fitted on `text`.
 
-    `NONE` where none is asked for. `activations`, of the same model and text, spares the next fold the pass through the
+    `NONE` where none is asked for. `walk.activations`, of the same text, spares the next fold the pass through the
     source. Raises HealError and ArchitectureError where the cut cannot be repaired; a fold that nobody asked for is
     left out with a note then, and where it does not lower the held-out loss.
     """
     asked, compensation = (how.asked, how.repair) if isinstance(how, Recipe) else (True, how)
     if compensation.method == "none":
+        if isinstance(how, Recipe) and how.unhealed is not None:
+            progress.note(f"not healed: {how.unhealed}")
         return NONE
     assert walk is not None and text is not None
     cast = DTYPES[plan.dtype] if plan.dtype else None
@@ -46,7 +47,7 @@ def repair(
                 holds=holds(checkpoint),
                 solver=compensation.solver or SOLVERS[0],
                 written=written_dtype(checkpoint, cast),
-                activations=activations,
+                activations=walk.activations,
                 progress=progress,
             )
         else:

@@ -14,12 +14,12 @@ from slicer.errors import UsageError
 from slicer.heal.finetune.settings import Training
 from slicer.plan.amounts import Goal
 from slicer.plan.plan import FORMS, Plan
+from slicer.plan.records import MAPS, SOLVERS
 from slicer.runtime.compute import Compute
 
 STRATEGIES = ("similarity", "deepest", "tail")
 OFFSETS = ("auto", "whole", "half")
-COMPENSATIONS = ("none", "auto", "fold", "bias", "linear")
-SOLVERS = ("resolve", "transform")
+COMPENSATIONS = ("none", "auto", "fold", *MAPS)
 VERIFICATIONS = ("auto", "none", "load", "logits")
 
 
@@ -96,7 +96,7 @@ class Compensation:
             raise UsageError("--heal linear needs --rank, and only that does: --heal linear --rank 32")
         if self.rank is not None and self.rank < 1:
             raise UsageError(f"--rank {self.rank}: must lie between 1 and the model's width")
-        if self.steps and self.method not in ("bias", "linear"):
+        if self.steps and self.method not in MAPS:
             raise UsageError("--heal-steps: trains the map of --heal bias or linear; give one of them")
 
 

@@ -64,6 +64,7 @@ class Walk:
         layers: its decoder layers.
         depth: L.
         trust_remote_code: whether the checkpoint's own Python code may run, for its tokenizer too.
+        activations: cache for the folds of many cuts on one text; None: every fold runs the source itself.
     """
 
     def __init__(self, model: Any, offloaded: OffloadedModel | None, budget: StateBudget) -> None:
@@ -71,6 +72,7 @@ class Walk:
         self.layers = decoder_layers(model)
         self.depth = len(self.layers)
         self.trust_remote_code = False
+        self.activations: SourceActivations | None = None
         self._order: tuple[int, ...] = tuple(range(self.depth))
         self._calls: list[list[_Call]] = []  # by batch, then by layer
         self._known: dict[tuple[Any, ...], list[torch.Tensor]] = {}

@@ -15,6 +15,7 @@ from typing import ClassVar, Self, cast
 from slicer.errors import PlanError
 
 MAPS = ("bias", "linear")  # repairs that add a constant or a low-rank map behind sublayers that stay
+SOLVERS = ("resolve", "transform")  # of a fold; the first is the default
 _WORDS: dict[object, str] = {
     str: "text",
     int: "a whole number",

@@ -31,7 +31,7 @@ from slicer.sweep.store import Store
 
 if TYPE_CHECKING:
     from slicer.data.calibration import TokenBatches
-    from slicer.model.walk import SourceActivations, Walk
+    from slicer.model.walk import Walk
     from slicer.sweep.prefix import Prefix
 
 TRAINED = "qlora"
@@ -48,7 +48,7 @@ class SharedModel:
 
     def release(self) -> None:
         """Free the memory for a training, which reads from files."""
-        for name in ("walk", "text", "prefix", "activations"):
+        for name in ("walk", "text", "prefix"):
             self.__dict__.pop(name, None)
         memory.release()
 
@@ -56,7 +56,7 @@ class SharedModel:
     def walk(self) -> Walk:
         """Over the loaded source; in a distributed run, on this process's GPU."""
         from slicer.model.load import load_model
-        from slicer.model.walk import Walk
+        from slicer.model.walk import SourceActivations, Walk
 
         self._progress.stage("Loading the model")
         compute = self.compute
@@ -68,6 +68,7 @@ class SharedModel:
         )
         walk = Walk.in_memory(model)
         walk.trust_remote_code = compute.trust_remote_code
+        walk.activations = SourceActivations(int(memory.ACTIVATIONS_SHARE * memory.available()))
         return walk
 
     @cached_property
@@ -85,13 +86,6 @@ class SharedModel:
         from slicer.sweep.prefix import Prefix
 
         return Prefix(self.walk.model)
-
-    @cached_property
-    def activations(self) -> SourceActivations:
-        """Cache of the source's activations on the text, for all folds."""
-        from slicer.model.walk import SourceActivations
-
-        return SourceActivations(int(memory.ACTIVATIONS_SHARE * memory.available()))
 
 
 def evaluated(model: Any, path: Path, suite: Suite, name: str) -> Evaluation:
@@ -112,8 +106,7 @@ def in_memory(
     config = sliced_config(checkpoint, plan, trust_remote_code=compute.trust_remote_code)
     healing = Compensation(cell.heal)
     text = shared.text if cell.heal != "none" else None
-    activations = shared.activations if cell.heal != "none" else None
-    patch = repair(checkpoint, shared.walk, plan, text, healing, progress, activations)
+    patch = repair(checkpoint, shared.walk, plan, text, healing, progress)
     first = min(*plan.dropped, *patch.edits, plan.depth)
     model = shared.walk.model
     with shared.prefix.shared(first), shortened(model, plan, config, patch.edits):

@@ -128,9 +128,9 @@ def test_where_nothing_is_healed_the_reason_is_given(source: Source) -> None:
         ({"goal": goal(drop_attention="2")}, "--heal fold"),
         ({"plan": plan(TRAINED)}, "qlora"),
     ):
-        assert any(word in note for note in made(source, **given).notes), given
-    assert not made(source, plan=plan()).notes
-    assert not made(source, goal=goal(drop="2-3"), compensation=Compensation("none")).notes
+        assert word in (made(source, **given).unhealed or ""), given
+    for given in ({"plan": plan()}, {"goal": goal(drop="2-3"), "compensation": Compensation("none")}, {}):
+        assert made(source, **given).unhealed is None
 
 
 @pytest.mark.parametrize(

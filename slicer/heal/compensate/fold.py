@@ -32,10 +32,9 @@ from slicer.model.pruned import Edits, LayerEdit, PrunedRun, edited, pruned_laye
 from slicer.model.states import States
 from slicer.model.walk import SourceActivations, Walk, walk_loss
 from slicer.plan.plan import Plan
-from slicer.plan.records import Losses, SolvedMatrix
+from slicer.plan.records import SOLVERS, Losses, SolvedMatrix
 from slicer.progress import Progress
 
-SOLVERS = ("resolve", "transform")
 BEFORE = 1  # layers before the one of the first gap that take second-order steps too
 _NORM_STEPS = 3  # Gauss-Newton steps where a norm follows the map
 
@@ -46,7 +45,7 @@ def fold(
     plan: Plan,
     *,
     holds: Holds,
-    solver: str = "resolve",
+    solver: str = SOLVERS[0],
     written: torch.dtype | None = None,
     activations: SourceActivations | None = None,
     progress: Progress | None = None,
