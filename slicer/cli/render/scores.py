@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from slicer.evaluate.compare import Difference
     from slicer.evaluate.results import Evaluation
     from slicer.sweep.bisect import Deepest
-    from slicer.sweep.table import Row
     from slicer.sweep.table import Table as SweepTable
 
 
@@ -68,26 +67,19 @@ def print_sweep(table: SweepTable, directory: Path) -> None:
         shown.add_column(name)
     for task in table.tasks:
         shown.add_column(task, justify="right")
-    has_loss = any(row.evaluation and row.evaluation.loss for row in table.rows)
-    if has_loss:
+    if table.has_loss:
         shown.add_column("loss", justify="right")
         shown.add_column("/ log V", justify="right")
     shown.add_column("repetition", justify="right")
-    for row in sorted(table.rows, key=lambda r: (r.n, r.strategy, r.heal, r.seed)):
-        label = row.strategy + (f" (seed {row.seed})" if row.strategy == "random" or row.seed else "")
-        cells = [f"{row.n} ({row.fraction:.0%})", label if row.n else "-", row.heal if row.n else "-"]
+    for row in table.by_depth:
+        cells = [f"{row.n} ({row.fraction:.0%})", row.label if row.n else "-", row.heal if row.n else "-"]
         if row.evaluation is None:
             shown.add_row(*cells, row.error or "not measured")
             continue
-        for task in table.tasks:
-            score = row.evaluation.primary(task)
-            error = "" if not score or score.standard_error is None else f" ± {score.standard_error:.3f}"
-            cells.append(f"{score.value:.3f}{error}{_star(row, task)}" if score else "-")
-        if has_loss:
-            loss = row.evaluation.loss
-            cells.append(f"{loss.nats_per_token:.3f} ± {loss.standard_error:.3f}{_star(row, 'c4')}" if loss else "-")
-            cells.append(f"{loss.normalised:.3f}" if loss else "-")
-        cells.append(f"{row.evaluation.health.repetition[0]:.2f}" if row.evaluation.health else "-")
+        cells += [_aligned(row.printed(task)) for task in table.tasks]
+        if table.has_loss:
+            cells += [_aligned(row.printed("c4")), f"{row.loss.normalised:.3f}" if row.loss else "-"]
+        cells.append(f"{row.health.repetition[0]:.2f}" if row.health else "-")
         shown.add_row(*cells)
     console.print(shown)
     console.print("* significant difference from the unpruned model (paired, item by item, p < 0.05)")
@@ -96,9 +88,9 @@ def print_sweep(table: SweepTable, directory: Path) -> None:
     console.print(f"written   {directory / 'table.csv'}", markup=False)
 
 
-def _star(row: Row, measure: str) -> str:
-    change = row.change(measure)
-    return " " if change is None or change.within_noise else "*"
+def _aligned(value: str | None) -> str:
+    """With room for a star."""
+    return "-" if value is None else value if value.endswith("*") else f"{value} "
 
 
 def print_kept(found: Deepest, share: float, metric: str, plan: Path, source: str) -> None:
