@@ -25,7 +25,7 @@ def test_errors_are_one_less_lm_evals_accuracy(data: Path, task: str, count: int
         score = evaluate("demo", suite).primary(task)
     model = load_model(demo.path(), dtype="float32", device="cpu")
     questions = draw(task, 1000, model, demo.path(), data=data)
-    coalitions = Coalitions(Walk.in_memory(model), questions, parts=True)
+    coalitions = Coalitions(Walk.in_memory(model), questions, sublayers=True)
     assert score is not None and len(questions.right) == score.items == count
     assert 1 - float(coalitions.base.mean()) == pytest.approx(score.value)
     assert 1 - questions.guessing == pytest.approx(1 / len(questions.choices[0]))
