@@ -79,10 +79,10 @@ _AMOUNTS = ("drop", "keep_layers", "max_params", "max_bytes", "drop_attention", 
 )  # fmt: skip
 @group(
     "Output",
-    groups.output_dir("Output directory.", show_default="SOURCE's name and the layers left, e.g. model-24L"),
+    groups.output_dir(help="Output directory.", show_default="SOURCE's name and the layers left, e.g. model-24L"),
     groups.OVERWRITE,
     option("--dry-run", default=False, help="Show the plan and the sizes; write nothing."),
-    groups.dtype_option("Cast the weights, and measure with them.", show_default="as stored, bit for bit"),
+    groups.dtype_option(help="Cast the weights, and measure with them.", show_default="as stored, bit for bit"),
     groups.SHARDS,
     groups.VERIFY,
     groups.JSON,
@@ -99,8 +99,7 @@ def convert(source: str, **given: Any) -> None:
     slicer convert meta-llama/Llama-2-7b-hf --drop 10 --heal qlora -o llama-22L
     slicer convert qwen2.5-0.5b --plan analysis/plan.json
     """
-    from slicer.cli.render import progress as bars
-    from slicer.cli.render import written
+    from slicer.cli.render import progress, written
     from slicer.jobs.convert import convert as run
 
     if given["heal"] in METHODS and given["rank"] is not None:
@@ -109,13 +108,13 @@ def convert(source: str, **given: Any) -> None:
     request = request_of(source, given)
     healing = healing_of(request, given)
     search = rank_search_of(given)
-    with bars.progress() as progress:
+    with progress.bars() as bars:
         if healing is None:
-            done: Written | None = run(request, progress)
+            done: Written | None = run(request, bars)
         elif request.output.dry_run:
-            done = run(bare(request), progress)
+            done = run(bare(request), bars)
         else:
-            done = convert_then_heal(request, healing, progress, search)
+            done = convert_then_heal(request, healing, bars, search)
     written.report(done, given["as_json"])
 
 

@@ -31,7 +31,7 @@ from slicer.plan.plan import METRIC
            help="Largest number of separate blocks; the optimum is exact."),
     option("--protect", metavar="LAYERS", help="Layers to keep, e.g. 0,1,-1 (from the end) or 0-3."),
 )  # fmt: skip
-@group("Output", groups.output_file("Plan file.", show_default="plan.json in DIRECTORY"), groups.JSON)
+@group("Output", groups.output_file(help="Plan file.", show_default="plan.json in DIRECTORY"), groups.JSON)
 def plan(directory: Path, **given: Any) -> None:
     """Choose layers to drop from the analysis in DIRECTORY.
 

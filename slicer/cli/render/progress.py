@@ -1,4 +1,4 @@
-"""Terminal output: progress on stderr, tables on stdout."""
+"""The two consoles: progress bars and notes on stderr, results on stdout."""
 
 from __future__ import annotations
 
@@ -43,17 +43,14 @@ class _Bars(Progress):
         self._text, self._total, self._done, self._told = text, total, 0, time.monotonic()
         if not STDERR.is_terminal:
             return
-        columns: tuple[ProgressColumn, ...]
+        name, detail = TextColumn("{task.description}"), TextColumn("{task.fields[detail]}")
+        columns: list[ProgressColumn] = [name, BarColumn(), MofNCompleteColumn(), TextColumn(unit), detail]
         if total is None:
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-            self._bars = Bars(*columns, console=STDERR, transient=True)
+            columns = [SpinnerColumn(), name, TimeElapsedColumn()]
         elif unit == "bytes":
-            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-            self._bars = Bars(*columns, TimeRemainingColumn(), console=STDERR, transient=True)
-        else:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
-                       TextColumn("{task.fields[detail]}"))  # fmt: skip
-            self._bars = Bars(*columns, TimeRemainingColumn(), console=STDERR, transient=True)
+            columns = [name, BarColumn(), DownloadColumn(), TransferSpeedColumn()]
+        remaining = [] if total is None else [TimeRemainingColumn()]
+        self._bars = Bars(*columns, *remaining, console=STDERR, transient=True)
         self._bars.start()
         self._task = self._bars.add_task(text, total=total, detail="")
 
@@ -79,7 +76,7 @@ class _Bars(Progress):
 
 
 @contextlib.contextmanager
-def progress() -> Iterator[Progress]:
+def bars() -> Iterator[Progress]:
     """A progress display on stderr; turns off the output of transformers and datasets."""
     if not first_process():  # in a distributed run, only rank 0 shows progress
         yield Progress()
@@ -87,11 +84,11 @@ def progress() -> Iterator[Progress]:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    bars = _Bars()
+    shown = _Bars()
     try:
-        yield bars
+        yield shown
     finally:
-        bars.close()
+        shown.close()
 
 
 def stdout() -> Console:

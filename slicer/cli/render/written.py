@@ -1,4 +1,4 @@
-"""Terminal output: progress on stderr, tables on stdout."""
+"""Terminal output of what was written, inspected, served and benchmarked."""
 
 from __future__ import annotations
 
