@@ -69,19 +69,24 @@ def analyze(source: str, **given: Any) -> None:
     from slicer.cli.render import layers, progress
     from slicer.jobs.analyze import analyze as run
 
-    counts: dict[str, Any] = {
-        name: parse_counts(given[name], f"--{name}") for name in ("losses", "healed") if given[name] is not None
-    }
-    names = ("positions", "greedy", "taylor", "sublayers", "shapley", "against", "questions", "data")
+    names = (
+        "losses",
+        "healed",
+        "positions",
+        "greedy",
+        "taylor",
+        "sublayers",
+        "shapley",
+        "against",
+        "questions",
+        "data",
+    )
+    asked = {name: given[name] for name in names if given[name] is not None}
+    for name in asked.keys() & {"losses", "healed"}:
+        asked[name] = parse_counts(asked[name], f"--{name}")
+    out, text, compute = given["output_dir"], groups.text_of(given, source), groups.compute_of(given)
     request = AnalyzeRequest(
-        source,
-        given["output_dir"],
-        Measures(**counts, **{name: given[name] for name in names if given[name] is not None}),
-        given["beside"],
-        given["overwrite"],
-        groups.text_of(given, source),
-        groups.compute_of(given),
-        groups.recorded_command(),
+        source, out, Measures(**asked), given["beside"], given["overwrite"], text, compute, groups.recorded_command()
     )
     with progress.bars() as bars:
         analysis = run(request, bars)

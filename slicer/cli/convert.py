@@ -123,18 +123,11 @@ def request_of(source: str, given: Mapping[str, Any]) -> ConvertRequest:
     amounts = {name: given[name] for name in _AMOUNTS}
     goal = parse_goal(keep=amounts.pop("keep_layers"), **amounts)
     plan = Plan.load(given["plan_file"]) if given["plan_file"] is not None else None
+    selection = Selection(given["strategy"], given["offset"], given["format"])
     method = given["heal"] if given["heal"] in COMPENSATIONS else None
-    return ConvertRequest(
-        source,
-        goal,
-        plan,
-        Selection(given["strategy"], given["offset"], given["format"]),
-        Compensation(method, given["solver"], given["rank"], given["heal_steps"]),
-        groups.text_of(given, source if plan is None else None),
-        groups.output_of(given),
-        groups.compute_of(given),
-        groups.recorded_command(),
-    )
+    compensation = Compensation(method, given["solver"], given["rank"], given["heal_steps"])
+    text = groups.text_of(given, source if plan is None else None)
+    return ConvertRequest(source, goal, plan, selection, compensation, text, **groups.written_of(given))
 
 
 def healing_of(request: ConvertRequest, given: Mapping[str, Any]) -> HealRequest | None:
@@ -152,16 +145,9 @@ def healing_of(request: ConvertRequest, given: Mapping[str, Any]) -> HealRequest
     training = training_of(given, method, "--heal", recorded)
     if training is None:
         return None
+    fold, adapter = Compensation("fold", solver), given["save_adapter"]
     return HealRequest(
-        "",
-        request.source,
-        training,
-        Compensation("fold", solver),
-        text,
-        request.output,
-        request.compute,
-        given["save_adapter"],
-        request.command,
+        "", request.source, training, fold, text, request.output, request.compute, adapter, request.command
     )
 
 
@@ -176,9 +162,8 @@ def bare(request: ConvertRequest) -> ConvertRequest:
         raise HealError(
             f"{request.source}: training takes whole layers; heal cuts below the layer with --heal fold, bias or linear"
         )
-    return replace(
-        request, compensation=Compensation("none"), selection=replace(request.selection, offset="whole"), command=None
-    )
+    selection = replace(request.selection, offset="whole")
+    return replace(request, compensation=Compensation("none"), selection=selection, command=None)
 
 
 def convert_then_heal(

@@ -192,21 +192,18 @@ def text_of(given: Mapping[str, Any], source: str | None = None) -> Text:
     return Text(given["calibration"] or ("self" if source == "demo" else None), **{k: given[k] for k in names})
 
 
-def output_of(given: Mapping[str, Any]) -> Output:
-    """Where the result goes, and how it is checked."""
-    return Output(
-        given["output_dir"], given["overwrite"], given["verify"],
-        parse_size(given["max_shard_size"], "--max-shard-size"), given.get("dry_run", False),
-    )  # fmt: skip
+def written_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that all requests for a checkpoint have: where it goes and how it is checked, where models run, and
+    the command."""
+    shard = parse_size(given["max_shard_size"], "--max-shard-size")
+    output = Output(given["output_dir"], given["overwrite"], given["verify"], shard, given.get("dry_run", False))
+    return {"output": output, "compute": compute_of(given), "command": recorded_command()}
 
 
 def compute_of(given: Mapping[str, Any]) -> Compute:
     """Where models run; options that a command does not have are at their defaults."""
-    memory = given.get("memory")
-    return Compute(
-        given["device"], given.get("dtype"), None if memory is None else parse_size(memory, "--memory"),
-        given["trust_remote_code"],
-    )  # fmt: skip
+    memory = None if given.get("memory") is None else parse_size(given["memory"], "--memory")
+    return Compute(given["device"], given.get("dtype"), memory, given["trust_remote_code"])
 
 
 def said() -> set[str]:

@@ -52,17 +52,10 @@ def heal(sliced: str, **given: Any) -> None:
     from slicer.runtime.distributed import Processes
     from slicer.sweep.ranks import heal_with_best_rank
 
-    request = HealRequest(
-        sliced,
-        given["source"],
-        training_of(given, given["method"], "--method"),
-        Compensation("fold", given["solver"]),
-        groups.text_of(given),
-        groups.output_of(given),
-        groups.compute_of(given),
-        given["save_adapter"],
-        groups.recorded_command(),
-    )
+    training = training_of(given, given["method"], "--method")
+    fold, text, adapter = Compensation("fold", given["solver"]), groups.text_of(given), given["save_adapter"]
+    written_as = groups.written_of(given)
+    request = HealRequest(sliced, given["source"], training, fold, text, save_adapter=adapter, **written_as)
     search = rank_search_of(given)
     with progress.bars() as bars:
         done = run(request, bars) if search is None else heal_with_best_rank(request, search, bars)

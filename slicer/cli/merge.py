@@ -41,9 +41,7 @@ def merge(sliced: str, adapter: Path, **given: Any) -> None:
     from slicer.cli.render import progress, written
     from slicer.jobs.merge import merge as run
 
-    request = MergeRequest(
-        sliced, adapter, given["renumber"], groups.output_of(given), groups.compute_of(given), groups.recorded_command()
-    )
+    request = MergeRequest(sliced, adapter, given["renumber"], **groups.written_of(given))
     with progress.bars() as bars:
         done = run(request, bars)
     written.report(done, given["as_json"])

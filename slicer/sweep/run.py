@@ -68,11 +68,11 @@ class OpenSweep:
     def depth(self) -> int:
         return self.source.checkpoint.depth
 
-    def result(self, cell: Cell) -> Evaluation | None:
-        """The evaluation of a finished cell; None if the architecture cannot express the cut."""
+    def record(self, cell: Cell) -> dict[str, Any]:
+        """The record of a finished cell: its evaluation, or the reason why the cut could not be made."""
         record = self.store.get(cell.name)
         assert record is not None
-        return Evaluation.from_dict(record["evaluation"]) if record["evaluation"] else None
+        return record
 
 
 @contextlib.contextmanager

@@ -140,11 +140,8 @@ def _row(name: str, record: Mapping[str, Any], depth: int, unpruned: Evaluation 
     compared = differences(unpruned, evaluation) if unpruned and evaluation and cell["n"] else []
     return Row(
         name=name,
-        n=cell["n"],
+        **cell,
         fraction=cell["n"] / depth,
-        strategy=cell["strategy"],
-        heal=cell["heal"],
-        seed=cell["seed"],
         dropped=tuple(record.get("dropped") or ()),
         distance=record.get("distance"),
         evaluation=evaluation,

@@ -37,13 +37,11 @@ def judge(table: Table) -> Verdict:
         return Verdict(None, ("No cut is measured yet.",))
     informative = tuple(task for task in table.tasks if _is_informative(task, table.unpruned))
     if not informative and table.unpruned.loss is None:
-        return Verdict(
-            None,
-            (
-                "There is no recommendation: on every task the unpruned model is within two standard errors of "
-                f"chance, or fewer than {_FEWEST} items were used, and no loss was measured.",
-            ),
+        why = (
+            "There is no recommendation: on every task the unpruned model is within two standard errors of "
+            f"chance, or fewer than {_FEWEST} items were used, and no loss was measured."
         )
+        return Verdict(None, (why,))
     harmless = [row for row in cuts if _harmless(row, table.unpruned, informative)]
     best = max(harmless, key=lambda r: (r.n, -_loss(r)), default=None)
     sentences = [_recommend(best, table, informative)]

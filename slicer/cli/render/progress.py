@@ -25,7 +25,7 @@ from rich.progress import Progress as Bars
 from slicer.progress import Progress
 from slicer.runtime.distributed import first_process
 
-STDERR = Console(stderr=True, highlight=False)
+STDERR = Console(stderr=True, highlight=False, markup=False)
 _QUIET_SECONDS = 20  # between progress lines if stderr is a file
 
 
@@ -64,10 +64,10 @@ class _Bars(Progress):
             self._bars.update(self._task, detail=text)
         elif not STDERR.is_terminal and time.monotonic() - self._told > _QUIET_SECONDS:
             self._told = time.monotonic()
-            STDERR.print(f"{self._text}: {self._done} of {self._total}, {text}", markup=False)
+            STDERR.print(f"{self._text}: {self._done} of {self._total}, {text}")
 
     def note(self, text: str) -> None:
-        STDERR.print(f"note: {text}", markup=False, soft_wrap=True)
+        STDERR.print(f"note: {text}", soft_wrap=True)
 
     def close(self) -> None:
         if self._bars is not None:
@@ -93,4 +93,4 @@ def bars() -> Iterator[Progress]:
 
 def stdout() -> Console:
     """The console that results are printed on."""
-    return Console(highlight=False, soft_wrap=True)
+    return Console(highlight=False, soft_wrap=True, markup=False)

@@ -46,17 +46,16 @@ def print_evaluations(results: Sequence[Evaluation], compared: Sequence[Sequence
                 table.add_row(label, f"{mean:.3f}", f"{error:.3f}", "-", f"{len(health.samples)}")
         console.print(table)
     for result, rows in zip(results[1:], compared, strict=True):
-        console.print(f"{result.model} against {results[0].model}, item by item", markup=False)
+        console.print(f"{result.model} against {results[0].model}, item by item")
         for d in rows:
             verdict = "within noise" if d.within_noise else "significant"
             unit = " (nats)" if "perplexity" in d.measure or d.measure.startswith("c4") else ""
             console.print(
                 f"  {d.measure + unit:24} {d.delta:+.4f} ± {d.standard_error:.4f}  p = {d.p_value:.2g} "
-                f"over {d.items}: {verdict}",
-                markup=False,
+                f"over {d.items}: {verdict}"
             )
         if not rows:
-            console.print("  no items in common: run the same tasks on both", markup=False)
+            console.print("  no items in common: run the same tasks on both")
 
 
 def print_sweep(table: SweepTable, directory: Path) -> None:
@@ -85,7 +84,7 @@ def print_sweep(table: SweepTable, directory: Path) -> None:
     console.print("* significant difference from the unpruned model (paired, item by item, p < 0.05)")
     if table.missing:
         console.print(f"missing   {table.missing} cells are not finished")
-    console.print(f"written   {directory / 'table.csv'}", markup=False)
+    console.print(f"written   {directory / 'table.csv'}")
 
 
 def _aligned(value: str | None) -> str:
@@ -98,11 +97,11 @@ def print_kept(found: Deepest, share: float, metric: str, plan: Path, source: st
     console = stdout()
     for kept in found.tried:
         if kept.error is not None:
-            console.print(f"drop {kept.n:<4} not possible: {kept.error}", markup=False)
+            console.print(f"drop {kept.n:<4} not possible: {kept.error}")
             continue
         verdict = "retained" if kept.kept else "not retained"
         doubt = "" if kept.sure else " (within the error: use more items)"
-        console.print(f"drop {kept.n:<4} {kept.share:.1%} of {metric}: {verdict}{doubt}", markup=False)
+        console.print(f"drop {kept.n:<4} {kept.share:.1%} of {metric}: {verdict}{doubt}")
     if not found.tried:
         console.print("no cut of this model is possible")
         return
@@ -110,4 +109,4 @@ def print_kept(found: Deepest, share: float, metric: str, plan: Path, source: st
         console.print(f"no cut retains {share:.1%} of {metric}")
         return
     console.print(f"deepest   dropping {found.best.n} layers retains {found.best.share:.1%} of {metric}")
-    console.print(f"next      slicer convert {source} --plan {plan}", markup=False)
+    console.print(f"next      slicer convert {source} --plan {plan}")
