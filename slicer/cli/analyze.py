@@ -42,7 +42,7 @@ from slicer.plan.amounts import parse_counts
 )  # fmt: skip
 @group(
     "Output",
-    groups.output_dir("Directory of analysis.json and figures.", required=True),
+    groups.output_dir(help="Directory of analysis.json and figures.", required=True),
     groups.OVERWRITE,
     option("--beside", metavar="ANALYSIS", type=groups.DIRECTORY["type"],
            help="Also plot the importance of each layer or sublayer against that in another analysis."),
@@ -50,7 +50,7 @@ from slicer.plan.amounts import parse_counts
 )  # fmt: skip
 @group(
     "Machine",
-    groups.dtype_option("Precision to measure in.", show_default="as stored"),
+    groups.dtype_option(help="Precision to measure in.", show_default="as stored"),
     groups.DEVICE,
     groups.MEMORY,
     groups.TRUST,
@@ -66,26 +66,30 @@ def analyze(source: str, **given: Any) -> None:
     slicer analyze Llama-2-70b-hf --memory 8GB -o analysis
     slicer plan analysis --drop 0.4
     """
-    from slicer.cli.render import layers
-    from slicer.cli.render import progress as bars
+    from slicer.cli.render import layers, progress
     from slicer.jobs.analyze import analyze as run
 
-    counts: dict[str, Any] = {
-        name: parse_counts(given[name], f"--{name}") for name in ("losses", "healed") if given[name] is not None
-    }
-    names = ("positions", "greedy", "taylor", "sublayers", "shapley", "against", "questions", "data")
-    request = AnalyzeRequest(
-        source,
-        given["output_dir"],
-        Measures(**counts, **{name: given[name] for name in names if given[name] is not None}),
-        given["beside"],
-        given["overwrite"],
-        groups.text_of(given, source),
-        groups.compute_of(given),
-        groups.recorded_command(),
+    names = (
+        "losses",
+        "healed",
+        "positions",
+        "greedy",
+        "taylor",
+        "sublayers",
+        "shapley",
+        "against",
+        "questions",
+        "data",
     )
-    with bars.progress() as progress:
-        analysis = run(request, progress)
+    asked = {name: given[name] for name in names if given[name] is not None}
+    for name in asked.keys() & {"losses", "healed"}:
+        asked[name] = parse_counts(asked[name], f"--{name}")
+    out, text, compute = given["output_dir"], groups.text_of(given, source), groups.compute_of(given)
+    request = AnalyzeRequest(
+        source, out, Measures(**asked), given["beside"], given["overwrite"], text, compute, groups.recorded_command()
+    )
+    with progress.bars() as bars:
+        analysis = run(request, bars)
     if analysis is None:
         return  # another process prints it
     if given["as_json"]:

@@ -30,9 +30,9 @@ class _Passing(groups.Command):
 @click.argument("sliced", nargs=-1)
 @group(
     "Models",
-    option("--drop", metavar="LIST", show_default="without SLICED: 0, 1/6, 1/3 and 1/2 of the layers",
+    option("--drop", "drops", metavar="LIST", show_default="without SLICED: 0, 1/6, 1/3 and 1/2 of the layers",
            help="Measure BASE without this many layers: 0,4,8,12 or 0,0.25,0.5. Needs only the config."),
-    option("--model-config", **groups.FILE, help="A config.json instead of BASE."),
+    option("--model-config", "config", **groups.FILE, help="A config.json instead of BASE."),
     option("--engine", type=click.Choice(["vllm", "transformers"]), default="vllm", help="What runs the models."),
     option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", help="Precision of the models."),
     option("--kv-cache", metavar="SIZE", show_default="4 GiB on GPUs, 1 GiB on a CPU with enough memory",
@@ -57,7 +57,7 @@ class _Passing(groups.Command):
 )  # fmt: skip
 @group(
     "Output",
-    groups.output_dir("Directory of bench.json, .csv, .md, .png and .svg, and of finished runs: the same command "
+    groups.output_dir(help="Directory of bench.json, .csv, .md, .png and .svg, and of finished runs: the same command "
                       "resumes."),
     option("--overwrite", default=False, help="Discard the runs in the output directory."),
     groups.JSON,
@@ -73,37 +73,29 @@ def bench(context: click.Context, /, base: str | None, sliced: tuple[str, ...], 
     """
     from slicer.benchmarks.bench import bench as run
     from slicer.benchmarks.workload import Request
-    from slicer.cli.render import progress as bars
-    from slicer.cli.render import written
+    from slicer.cli.render import progress, written
     from slicer.plan.amounts import parse_counts, parse_size
 
+    names = (
+        "drops", "config", "engine", "dtype", "input_len", "output_len", "seconds", "rounds", "seed", "speculative",
+        "speculative_tokens", "prompts",
+    )  # fmt: skip
     request = Request(
-        base=base,
-        sliced=sliced,
-        drops=given["drop"],
-        config=given["model_config"],
-        engine=given["engine"],
-        dtype=given["dtype"],
-        input_len=given["input_len"],
-        output_len=given["output_len"],
+        base,
+        sliced,
         concurrency=None if given["concurrency"] is None else parse_counts(given["concurrency"], "--concurrency"),
-        seconds=given["seconds"],
-        rounds=given["rounds"],
         kv_cache_bytes=None if given["kv_cache"] is None else parse_size(given["kv_cache"], "--kv-cache"),
-        seed=given["seed"],
-        speculative=given["speculative"],
-        speculative_tokens=given["num_speculative_tokens"],
-        prompts=given["prompts"],
         arguments=context.meta["vllm"],
         command=shlex.join(["slicer", *sys.argv[1:]]),
+        **{name: given[name] for name in names},
     )
     out: Path | None = given["output_dir"]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job would ignore it
-    with bars.progress() as progress:
+    with progress.bars() as bars:
         try:
-            result = run(request, out, force=given["overwrite"], progress=progress)
+            result = run(request, out, force=given["overwrite"], progress=bars)
         except KeyboardInterrupt:
-            progress.close()
+            bars.close()
             kept = f"; finished runs are in {out}: run the same command to resume" if out is not None else ""
             click.echo(f"stopped{kept}", err=True)
             sys.exit(130)

@@ -79,10 +79,10 @@ _AMOUNTS = ("drop", "keep_layers", "max_params", "max_bytes", "drop_attention", 
 )  # fmt: skip
 @group(
     "Output",
-    groups.output_dir("Output directory.", show_default="SOURCE's name and the layers left, e.g. model-24L"),
+    groups.output_dir(help="Output directory.", show_default="SOURCE's name and the layers left, e.g. model-24L"),
     groups.OVERWRITE,
     option("--dry-run", default=False, help="Show the plan and the sizes; write nothing."),
-    groups.dtype_option("Cast the weights, and measure with them.", show_default="as stored, bit for bit"),
+    groups.dtype_option(help="Cast the weights, and measure with them.", show_default="as stored, bit for bit"),
     groups.SHARDS,
     groups.VERIFY,
     groups.JSON,
@@ -99,8 +99,7 @@ def convert(source: str, **given: Any) -> None:
     slicer convert meta-llama/Llama-2-7b-hf --drop 10 --heal qlora -o llama-22L
     slicer convert qwen2.5-0.5b --plan analysis/plan.json
     """
-    from slicer.cli.render import progress as bars
-    from slicer.cli.render import written
+    from slicer.cli.render import progress, written
     from slicer.jobs.convert import convert as run
 
     if given["heal"] in METHODS and given["rank"] is not None:
@@ -109,13 +108,13 @@ def convert(source: str, **given: Any) -> None:
     request = request_of(source, given)
     healing = healing_of(request, given)
     search = rank_search_of(given)
-    with bars.progress() as progress:
+    with progress.bars() as bars:
         if healing is None:
-            done: Written | None = run(request, progress)
+            done: Written | None = run(request, bars)
         elif request.output.dry_run:
-            done = run(bare(request), progress)
+            done = run(bare(request), bars)
         else:
-            done = convert_then_heal(request, healing, progress, search)
+            done = convert_then_heal(request, healing, bars, search)
     written.report(done, given["as_json"])
 
 
@@ -124,18 +123,11 @@ def request_of(source: str, given: Mapping[str, Any]) -> ConvertRequest:
     amounts = {name: given[name] for name in _AMOUNTS}
     goal = parse_goal(keep=amounts.pop("keep_layers"), **amounts)
     plan = Plan.load(given["plan_file"]) if given["plan_file"] is not None else None
+    selection = Selection(given["strategy"], given["offset"], given["format"])
     method = given["heal"] if given["heal"] in COMPENSATIONS else None
-    return ConvertRequest(
-        source,
-        goal,
-        plan,
-        Selection(given["strategy"], given["offset"], given["format"]),
-        Compensation(method, given["solver"], given["rank"], given["heal_steps"]),
-        groups.text_of(given, source if plan is None else None),
-        groups.output_of(given),
-        groups.compute_of(given),
-        groups.recorded_command(),
-    )
+    compensation = Compensation(method, given["solver"], given["rank"], given["heal_steps"])
+    text = groups.text_of(given, source if plan is None else None)
+    return ConvertRequest(source, goal, plan, selection, compensation, text, **groups.written_of(given))
 
 
 def healing_of(request: ConvertRequest, given: Mapping[str, Any]) -> HealRequest | None:
@@ -153,16 +145,9 @@ def healing_of(request: ConvertRequest, given: Mapping[str, Any]) -> HealRequest
     training = training_of(given, method, "--heal", recorded)
     if training is None:
         return None
+    fold, adapter = Compensation("fold", solver), given["save_adapter"]
     return HealRequest(
-        "",
-        request.source,
-        training,
-        Compensation("fold", solver),
-        text,
-        request.output,
-        request.compute,
-        given["save_adapter"],
-        request.command,
+        "", request.source, training, fold, text, request.output, request.compute, adapter, request.command
     )
 
 
@@ -177,9 +162,8 @@ def bare(request: ConvertRequest) -> ConvertRequest:
         raise HealError(
             f"{request.source}: training takes whole layers; heal cuts below the layer with --heal fold, bias or linear"
         )
-    return replace(
-        request, compensation=Compensation("none"), selection=replace(request.selection, offset="whole"), command=None
-    )
+    selection = replace(request.selection, offset="whole")
+    return replace(request, compensation=Compensation("none"), selection=selection, command=None)
 
 
 def convert_then_heal(

@@ -10,7 +10,7 @@ from slicer.cli.groups import option
 
 @groups.command()
 @option("--drop", metavar="AMOUNT", default="3", help="How much to drop, as in convert.")
-@groups.output_dir("Keep the sliced model here.")
+@groups.output_dir(help="Keep the sliced model here.")
 def demo(drop: str, output_dir: Path | None, debug: bool) -> None:
     """Slice the embedded model and let both models write a line.
 
@@ -18,10 +18,9 @@ def demo(drop: str, output_dir: Path | None, debug: bool) -> None:
     slicer demo
     slicer demo --drop 5 -o demo-7L
     """
-    from slicer.cli.render import progress as bars
-    from slicer.cli.render import written
+    from slicer.cli.render import progress, written
     from slicer.demo.show import show
 
-    with bars.progress() as progress:
-        shown = show(drop, output_dir, progress)
+    with progress.bars() as bars:
+        shown = show(drop, output_dir, bars)
     written.print_demo(shown)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,9 @@ from slicer.checkpoint.tensors import DTYPES
 from slicer.cli import groups
 from slicer.cli.groups import Decorator, group, option
 from slicer.errors import EvaluationError, UsageError
+
+if TYPE_CHECKING:
+    from slicer.evaluate.suite import SuiteSpec
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -63,7 +66,7 @@ def machine_options(hidden: Collection[str] = ()) -> list[Decorator]:
 @measured_options()
 @group(
     "Output",
-    groups.output_file("Write the results, with the value of every item, to FILE."),
+    groups.output_file(help="Write the results, with the value of every item, to FILE."),
     option("--write-tasks", **groups.DIRECTORY,
            help="Keep the task files made from --data in DIR, for lm_eval --include_path DIR."),
     groups.JSON,
@@ -86,10 +89,9 @@ def evaluate(models: tuple[str, ...], **given: Any) -> None:
     """
     from slicer.checkpoint import hub
     from slicer.checkpoint.reader import Checkpoint
-    from slicer.cli.render import progress as bars
-    from slicer.cli.render import scores
+    from slicer.cli.render import progress, scores
     from slicer.evaluate.results import Evaluation, differences
-    from slicer.evaluate.suite import Suite, SuiteSpec
+    from slicer.evaluate.suite import Suite
     from slicer.evaluate.suite import evaluate as run
     from slicer.runtime.files import write_atomically
 
@@ -98,27 +100,15 @@ def evaluate(models: tuple[str, ...], **given: Any) -> None:
     out = given["output_file"]
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
         raise EvaluationError(f"{out}: cannot be written; pass a file in an existing directory")
-    tasks, text = given["tasks"], given["text"]
-    if "demo" in to_run and given["data"] is None and text is None:
-        text = hub.DEMO.parent / "heldout.txt"
-        tasks = tasks or "c4"
     if given["write_tasks"] is not None and given["data"] is None:
         raise UsageError("--write-tasks needs --data: only tasks made from local files are written")
-    check_batch(given["batch_size"])
-    chosen = {
-        "tasks": names(tasks) if tasks is not None else None,
-        "text": text,
-        **{k: given[k] for k in ("data", "column", "num_fewshot", "limit", "backend", "batch_size", "seed")},
-        **{k: given[k] for k in ("dtype", "device", "trust_remote_code")},
-        "keep_tasks": given["write_tasks"],
-    }
-    options = SuiteSpec(**{k: v for k, v in chosen.items() if v is not None})
+    options = suite_of(given, "demo" in to_run, backend=given["backend"], keep_tasks=given["write_tasks"])
     found = {model: Evaluation.load(Path(model)) for model in stored}
     for model in to_run:  # before the tasks, which take longer to load, so that errors show early
         Checkpoint.open(hub.resolve(model).path)
-    with bars.progress() as progress:
+    with progress.bars() as bars:
         if to_run:
-            with Suite(options, progress) as suite:
+            with Suite(options, bars) as suite:
                 for model in dict.fromkeys(to_run):
                     found[model] = run(model, suite)
     results = [found[model] for model in models]
@@ -138,7 +128,21 @@ def evaluate(models: tuple[str, ...], **given: Any) -> None:
         scores.print_evaluations(results, compared)
 
 
-def check_batch(text: str) -> None:
-    """Raise UsageError unless `text` is a positive number or "auto"."""
-    if text != "auto" and not (text.isdigit() and int(text) > 0):
-        raise UsageError(f"--batch-size {text}: pass a number of requests or auto")
+def suite_of(given: Mapping[str, Any], demo: bool, tasks: tuple[str, ...] = (), **more: Any) -> SuiteSpec:
+    """What to measure, by the options of eval and sweep. `tasks`: where none are named.
+
+    `demo`: the embedded model is among the models; it gets text of its own where no data is named: it needs no network.
+    Raises UsageError for an invalid batch size.
+    """
+    from slicer.checkpoint.hub import DEMO
+    from slicer.evaluate.suite import SuiteSpec
+
+    batch_size, text = given["batch_size"], given["text"]
+    if batch_size != "auto" and not (batch_size.isdigit() and int(batch_size) > 0):
+        raise UsageError(f"--batch-size {batch_size}: pass a number of requests or auto")
+    if demo and given["data"] is None and text is None:
+        text, tasks = DEMO.parent / "heldout.txt", tasks or ("c4",)
+    named = None if given["tasks"] is None else names(given["tasks"])
+    same = ("data", "column", "num_fewshot", "limit", "batch_size", "seed", "dtype", "device", "trust_remote_code")
+    chosen = {**{k: given[k] for k in same}, **more, "text": text, "tasks": named or tasks or named}
+    return SuiteSpec(**{k: v for k, v in chosen.items() if v is not None})

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import cloup
@@ -22,9 +22,6 @@ from slicer.jobs.request import VERIFICATIONS, Output, Text
 from slicer.plan.amounts import parse_size
 from slicer.plan.records import SOLVERS
 from slicer.runtime.compute import Compute
-
-if TYPE_CHECKING:
-    pass
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -61,7 +58,15 @@ UNRECORDED = {
 
 
 class Command(cloup.Command):
-    """A command with groups of options; the old names of its options are accepted with a note."""
+    """A command with the options that all commands have; old names of options are accepted with a note."""
+
+    def __init__(self, *args: Any, params: Iterable[click.Parameter] | None = None, **settings: Any) -> None:
+        last = [
+            Option(["--help-all"], is_flag=True, is_eager=True, expose_value=False, callback=_help_all,
+                   help="Show all options, also those for experts, and exit."),
+            Option(["--debug"], is_flag=True, hidden=True, help="Show the traceback of an error."),
+        ]  # fmt: skip
+        super().__init__(*args, params=[*(params or ()), *last], **settings)
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(context, self._renamed(args))
@@ -86,31 +91,6 @@ class Command(cloup.Command):
                 if not equals:
                     next(words, None)
         return found + args[at:]
-
-
-def command(name: str | None = None, cls: type[Command] = Command, **settings: Any) -> Callable[..., Command]:
-    """A command with the options that all commands have."""
-    last = [
-        click.option("--debug", is_flag=True, hidden=True, help="Show the traceback of an error."),
-        click.option("--help-all", is_flag=True, is_eager=True, expose_value=False, callback=_help_all,
-                     help="Show all options, also those for experts, and exit."),
-    ]  # fmt: skip
-
-    def decorate(function: Callable[..., Any]) -> Command:
-        for add in reversed(last):
-            function = _below(function, add)
-        return cloup.command(name, cls=cls, **settings)(function)
-
-    return decorate
-
-
-def _below(function: Callable[..., Any], add: Decorator) -> Callable[..., Any]:
-    """Add an option behind those that the function has; decorators add theirs before."""
-    others = list(getattr(function, "__click_params__", []))
-    function.__click_params__ = []  # type: ignore[attr-defined]
-    add(function)
-    function.__click_params__ = [*function.__click_params__, *others]  # type: ignore[attr-defined]
-    return function
 
 
 def _help_all(context: click.Context, _parameter: click.Parameter, asked: bool) -> None:
@@ -147,11 +127,15 @@ def option(*names: str, **settings: Any) -> Decorator:
     return cloup.option(*names, cls=Option, **settings)
 
 
+command = partial(cloup.command, cls=Command)
 expert = partial(option, hidden=True)
 group = cloup.option_group
 DIRECTORY = {"type": click.Path(path_type=Path), "metavar": "DIR"}
 FILE = {"type": click.Path(path_type=Path), "metavar": "FILE"}
 POSITIVE = click.IntRange(min=1)
+output_dir = partial(option, "-o", "--output-dir", **DIRECTORY)
+output_file = partial(option, "-o", "--output-file", **FILE)
+dtype_option = partial(option, "--dtype", type=click.Choice(list(DTYPES)))
 JSON = option("--json", "as_json", default=False, help="Print the result as JSON.")
 TRUST = expert("--trust-remote-code", default=False, help="Run the checkpoint's own Python code.")
 DEVICE = option("--device", metavar="DEVICE", default=Compute.device, help="Where models run: auto, cpu, cuda, cuda:1.")
@@ -173,22 +157,14 @@ MEMORY = expert(
     "--memory", metavar="SIZE", show_default="what is free",
     help="Memory for weights and states, e.g. 8GB. A larger model is read from disk layer by layer.",
 )  # fmt: skip
-DRAFTED = option("--num-speculative-tokens", type=POSITIVE, metavar="N", default=3, help="Tokens to draft per step.")
-
-
-def output_dir(help_text: str, **settings: Any) -> Decorator:
-    """The option for the directory of the result."""
-    return option("-o", "--output-dir", **DIRECTORY, help=help_text, **settings)
-
-
-def output_file(help_text: str, **settings: Any) -> Decorator:
-    """The option for the file of the result."""
-    return option("-o", "--output-file", **FILE, help=help_text, **settings)
-
-
-def dtype_option(help_text: str, **settings: Any) -> Decorator:
-    """The option for the precision of weights."""
-    return option("--dtype", type=click.Choice(list(DTYPES)), help=help_text, **settings)
+DRAFTED = option(
+    "--num-speculative-tokens",
+    "speculative_tokens",
+    type=POSITIVE,
+    metavar="N",
+    default=3,
+    help="Tokens to draft per step.",
+)
 
 
 def text_options(default: str = "allenai/c4, streamed; self for the demo model") -> Decorator:
@@ -217,21 +193,18 @@ def text_of(given: Mapping[str, Any], source: str | None = None) -> Text:
     return Text(given["calibration"] or ("self" if source == "demo" else None), **{k: given[k] for k in names})
 
 
-def output_of(given: Mapping[str, Any]) -> Output:
-    """Where the result goes, and how it is checked."""
-    return Output(
-        given["output_dir"], given["overwrite"], given["verify"],
-        parse_size(given["max_shard_size"], "--max-shard-size"), given.get("dry_run", False),
-    )  # fmt: skip
+def written_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that all requests for a checkpoint have: where it goes and how it is checked, where models run, and
+    the command."""
+    shard = parse_size(given["max_shard_size"], "--max-shard-size")
+    output = Output(given["output_dir"], given["overwrite"], given["verify"], shard, given.get("dry_run", False))
+    return {"output": output, "compute": compute_of(given), "command": recorded_command()}
 
 
 def compute_of(given: Mapping[str, Any]) -> Compute:
     """Where models run; options that a command does not have are at their defaults."""
-    memory = given.get("memory")
-    return Compute(
-        given["device"], given.get("dtype"), None if memory is None else parse_size(memory, "--memory"),
-        given["trust_remote_code"],
-    )  # fmt: skip
+    memory = None if given.get("memory") is None else parse_size(given["memory"], "--memory")
+    return Compute(given["device"], given.get("dtype"), memory, given["trust_remote_code"])
 
 
 def said() -> set[str]:

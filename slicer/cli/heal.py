@@ -30,7 +30,7 @@ from slicer.jobs.request import Compensation, HealRequest
 @groups.text_options("allenai/c4, streamed")
 @group(
     "Output",
-    groups.output_dir("Directory of the healed checkpoint.", required=True),
+    groups.output_dir(help="Directory of the healed checkpoint.", required=True),
     groups.OVERWRITE,
     groups.SHARDS,
     groups.VERIFY,
@@ -47,26 +47,18 @@ def heal(sliced: str, **given: Any) -> None:
     slicer heal qwen-20L --base-model Qwen/Qwen2.5-0.5B --calibration text.jsonl -o healed
     slicer heal llama-24L --method qlora --max-steps 500 -o llama-24L-healed
     """
-    from slicer.cli.render import progress as bars
-    from slicer.cli.render import written
+    from slicer.cli.render import progress, written
     from slicer.jobs.heal import heal as run
     from slicer.runtime.distributed import Processes
     from slicer.sweep.ranks import heal_with_best_rank
 
-    request = HealRequest(
-        sliced,
-        given["source"],
-        training_of(given, given["method"], "--method"),
-        Compensation("fold", given["solver"]),
-        groups.text_of(given),
-        groups.output_of(given),
-        groups.compute_of(given),
-        given["save_adapter"],
-        groups.recorded_command(),
-    )
+    training = training_of(given, given["method"], "--method")
+    fold, text, adapter = Compensation("fold", given["solver"]), groups.text_of(given), given["save_adapter"]
+    written_as = groups.written_of(given)
+    request = HealRequest(sliced, given["source"], training, fold, text, save_adapter=adapter, **written_as)
     search = rank_search_of(given)
-    with bars.progress() as progress:
-        done = run(request, progress) if search is None else heal_with_best_rank(request, search, progress)
+    with progress.bars() as bars:
+        done = run(request, bars) if search is None else heal_with_best_rank(request, search, bars)
         if request.training is not None:
             Processes.of_environment().leave()
     written.report(done, given["as_json"])

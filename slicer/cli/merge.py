@@ -22,7 +22,7 @@ from slicer.jobs.request import MergeRequest
 )
 @group(
     "Output",
-    groups.output_dir("Directory of the merged checkpoint.", required=True),
+    groups.output_dir(help="Directory of the merged checkpoint.", required=True),
     groups.OVERWRITE,
     groups.SHARDS,
     groups.VERIFY,
@@ -38,13 +38,10 @@ def merge(sliced: str, adapter: Path, **given: Any) -> None:
     slicer merge llama-22L adapter -o llama-22L-merged
     slicer merge llama-22L adapter-of-the-unsliced-model --renumber -o llama-22L-merged
     """
-    from slicer.cli.render import progress as bars
-    from slicer.cli.render import written
+    from slicer.cli.render import progress, written
     from slicer.jobs.merge import merge as run
 
-    request = MergeRequest(
-        sliced, adapter, given["renumber"], groups.output_of(given), groups.compute_of(given), groups.recorded_command()
-    )
-    with bars.progress() as progress:
-        done = run(request, progress)
+    request = MergeRequest(sliced, adapter, given["renumber"], **groups.written_of(given))
+    with progress.bars() as bars:
+        done = run(request, bars)
     written.report(done, given["as_json"])

@@ -31,7 +31,7 @@ from slicer.plan.plan import METRIC
            help="Largest number of separate blocks; the optimum is exact."),
     option("--protect", metavar="LAYERS", help="Layers to keep, e.g. 0,1,-1 (from the end) or 0-3."),
 )  # fmt: skip
-@group("Output", groups.output_file("Plan file.", show_default="plan.json in DIRECTORY"), groups.JSON)
+@group("Output", groups.output_file(help="Plan file.", show_default="plan.json in DIRECTORY"), groups.JSON)
 def plan(directory: Path, **given: Any) -> None:
     """Choose layers to drop from the analysis in DIRECTORY.
 
@@ -54,24 +54,11 @@ def plan(directory: Path, **given: Any) -> None:
         raise UsageError("say how much to drop: --drop, --drop-attention, --drop-ffn or --drop-sublayers")
     if goal.named or any(amount.layers for amount in goal.sublayers.values()):
         raise UsageError("give fractions or counts; slicer convert takes named layers without a plan")
-    protect = given["protect"]
-    chosen = choose(
-        goal,
-        analysis.depth,
-        analysis,
-        lambda plan: None,
-        metric=given["metric"],
-        blocks=given["blocks"],
-        protect=parse_protected(protect, analysis.depth) if protect is not None else frozenset(),
-    )
-    made = replace(
-        chosen.plan,
-        source=analysis.source,
-        revision=analysis.revision,
-        model_type=analysis.model_type,
-        versions=analysis.versions,
-        command=groups.recorded_command(),
-    )
+    protect = frozenset() if given["protect"] is None else parse_protected(given["protect"], analysis.depth)
+    how = {"metric": given["metric"], "blocks": given["blocks"], "protect": protect}
+    chosen = choose(goal, analysis.depth, analysis, lambda plan: None, **how)
+    origin: dict[str, Any] = {k: getattr(analysis, k) for k in ("source", "revision", "model_type", "versions")}
+    made = replace(chosen.plan, **origin, command=groups.recorded_command())
     file = given["output_file"] or (directory if directory.is_dir() else directory.parent) / "plan.json"
     write_atomically(file, made.to_json())
     if given["as_json"]:

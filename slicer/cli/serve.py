@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from ipaddress import ip_address
+from typing import Any
 
 import click
 
@@ -29,19 +30,7 @@ from slicer.cli.groups import group, option
     option("--draft", metavar="SLICED", help="A cut of SOURCE as its draft model."),
     groups.DRAFTED,
 )  # fmt: skip
-def serve(
-    source: str,
-    vllm_flags: tuple[str, ...],
-    host: str,
-    port: int,
-    api_key: str | None,
-    no_auth: bool,
-    name: str | None,
-    timeout: int,
-    draft: str | None,
-    num_speculative_tokens: int,
-    debug: bool,
-) -> None:
+def serve(source: str, vllm_flags: tuple[str, ...], **given: Any) -> None:
     """Serve SOURCE with vLLM, with an OpenAI-compatible endpoint.
 
     SOURCE is a directory, a Hub id or "demo". Pass vLLM's own flags after --:
@@ -50,37 +39,27 @@ def serve(
     slicer serve qwen-20L --port 8000
     slicer serve qwen-20L -- --max-model-len 4096 --tensor-parallel-size 2
     """
-    from slicer.cli.render import progress as bars
-    from slicer.cli.render import written
+    from slicer.cli.render import progress, written
     from slicer.errors import UsageError
     from slicer.serve.server import Server
 
-    api_key = api_key or os.environ.get("VLLM_API_KEY") or None
-    if not _is_loopback(host) and not api_key and not no_auth:
-        raise UsageError(
-            f"--host {host}: anyone who can reach this address could use the model; pass --api-key or --no-auth"
-        )
+    host, api_key = given["host"], given["api_key"] or os.environ.get("VLLM_API_KEY") or None
     if not _is_loopback(host) and not api_key:
+        if not given["no_auth"]:
+            raise UsageError(
+                f"--host {host}: anyone who can reach this address could use the model; pass --api-key or --no-auth"
+            )
         click.echo(f"note: {host} needs no key", err=True)
     # A shell starts background jobs with SIGINT ignored; the server must handle it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    with bars.progress() as progress:
-        server = Server(
-            source,
-            host=host,
-            port=port,
-            api_key=api_key,
-            name=name,
-            draft=draft,
-            speculative_tokens=num_speculative_tokens,
-            arguments=vllm_flags,
-            timeout=timeout,
-            progress=progress.stage,
-        )
+    with progress.bars() as bars:
+        names = ("host", "port", "name", "draft", "speculative_tokens", "timeout")
+        settings = {name: given[name] for name in names}
+        server = Server(source, api_key=api_key, arguments=vllm_flags, progress=bars.stage, **settings)
         written.print_serving(server.settings.path, server.model, server.notes)
         try:
             with server:
-                progress.close()
+                bars.close()
                 written.print_ready(server.base_url, server.model, bool(api_key))
                 server.wait()
         except KeyboardInterrupt:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from slicer.cli import groups
-from slicer.cli.eval import check_batch, machine_options, measured_options, names
+from slicer.cli.eval import machine_options, measured_options, names, suite_of
 from slicer.cli.groups import FILE, expert, group, option
 from slicer.cli.training import from_file, training_of, training_options
 from slicer.data.sources import TextSpec
@@ -68,7 +68,7 @@ GRID = option(
 )  # fmt: skip
 @group(
     "Output",
-    groups.output_dir("Directory of the sweep; a second run resumes it.", show_default="SOURCE's name-sweep"),
+    groups.output_dir(help="Directory of the sweep; a second run resumes it.", show_default="SOURCE's name-sweep"),
     groups.JSON,
 )  # fmt: skip
 @group("Machine", *machine_options(_HIDDEN))
@@ -85,64 +85,41 @@ def sweep(source: str, **given: Any) -> None:
     slicer sweep qwen2.5-0.5b --retain 0.98 --metric mmlu
     accelerate launch --num_processes 8 -m slicer sweep llama-2-70b --suite paper
     """
-    from slicer.checkpoint.hub import DEMO
-    from slicer.cli.render import progress as bars
-    from slicer.cli.render import scores
-    from slicer.evaluate.suite import SuiteSpec
+    from slicer.cli.render import progress, scores
     from slicer.heal.finetune.settings import Training
     from slicer.runtime.distributed import first_process
     from slicer.runtime.files import write_atomically
     from slicer.sweep import bisect, grid
-    from slicer.sweep.bisect import deepest_cut
     from slicer.sweep.run import SweepRequest, open_sweep, record_cells, run_cells
     from slicer.sweep.table import read_table, to_csv, to_dict
 
-    typed = groups.said()
     if given["ablate"] and not given["suite"]:
         raise UsageError("--ablate needs --suite paper")
     if given["metric"] and given["retain"] is None:
         raise UsageError("--metric needs --retain")
-    check_batch(given["batch_size"])
-    axes = grid.Grid(
-        given["drop"],
-        names(given["strategies"]),
-        names(given["heals"]),
-        parse_counts(given["seeds"], "--seeds", least=0),
-    )
-    tasks = names(given["tasks"]) if given["tasks"] is not None else None
+    seeds = parse_counts(given["seeds"], "--seeds", least=0)
+    axes = grid.Grid(given["drop"], names(given["strategies"]), names(given["heals"]), seeds)
+    tasks: tuple[str, ...] = ()
     if given["suite"]:
-        axes, preset = grid.paper(given["ablate"], axes, typed)
-        tasks = tasks or preset
-    text = given["text"]
-    if source == "demo" and given["data"] is None and text is None:
-        text = DEMO.parent / "heldout.txt"
-        tasks = tasks or ("c4",)
-    chosen = {
-        "tasks": tasks,
-        "text": text,
-        **{k: given[k] for k in ("data", "column", "num_fewshot", "limit", "batch_size", "seed")},
-        **{k: given[k] for k in ("dtype", "device", "trust_remote_code")},
-        "share_limit": True,
-    }
-    options = SuiteSpec(**{k: v for k, v in chosen.items() if v is not None})
+        axes, tasks = grid.paper(given["ablate"], axes, groups.said())
+    options = suite_of(given, source == "demo", tasks, share_limit=True)
     metric = bisect.check(given["retain"], given["metric"], options.tasks) if given["retain"] is not None else None
-    calibration = given["calibration"] or _calibration(source, given["data"], text)
+    calibration = given["calibration"] or _calibration(source, given["data"], options.text)
     named = ("samples", "seq_len", "seed", *(["column"] if given["calibration"] is not None else []))
-    spec = {k: given[k] for k in named if given[k] is not None}
+    text = TextSpec(source=calibration, **{k: given[k] for k in named if given[k] is not None})
     command = groups.recorded_command({"as_json", "debug", "grid"}, defaults=True)
     trains = any(heal.startswith("qlora") for heal in axes.heals)
     training = training_of(given, "qlora" if trains else None, "--heal") or Training()
     directory = given["output_dir"] or Path(f"{Path(source).name or 'model'}-sweep")
-    text_spec = TextSpec(source=calibration, **spec)
-    request = SweepRequest(source, directory, options, text_spec, training, command)
+    request = SweepRequest(source, directory, options, text, training, command)
     found = None
-    with bars.progress() as progress, open_sweep(request, progress) as running:
+    with progress.bars() as bars, open_sweep(request, bars) as running:
         if metric is None:
             cells = grid.cells(axes, running.depth)
             record_cells(running.store, cells, command)
             run_cells(running, cells)
         elif first_process():  # bisection is sequential: there is nothing to share
-            found = deepest_cut(running, given["retain"], metric, axes, command)
+            found = bisect.deepest_cut(running, given["retain"], metric, axes, command)
     if not first_process():
         return
     table = read_table(directory)

@@ -36,14 +36,13 @@ def wrap(
     except Exception as error:  # tokenizer classes raise many kinds
         reason = " ".join(str(error).split())[:160]
         raise EvaluationError(f"{path}: no usable tokenizer ({reason}); add the tokenizer files") from None
-    batch: int | str = batch_size if model.device.type == "cuda" else 1
-    batch = int(batch_size) if batch_size != "auto" else batch
+    automatic: int | str = "auto" if model.device.type == "cuda" else 1
+    batch = automatic if batch_size == "auto" else int(batch_size)
     starts_texts = tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
     if tokenizer.eos_token_id is None:  # lm-eval needs it to end texts, and as the default padding token
         tokenizer.eos_token = tokenizer.pad_token or tokenizer.convert_ids_to_tokens(0)
-    lm = without_bars(
-        lm_eval_module("models.huggingface").HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
-    )
+    wrapper = lm_eval_module("models.huggingface").HFLM
+    lm = without_bars(wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch))
     lm.starts_texts = starts_texts
     if last_logits_only and batch == 1 and "logits_to_keep" in inspect.signature(model.forward).parameters:
         _keep_last_logits(lm, model)
@@ -63,11 +62,8 @@ def _keep_last_logits(lm: Any, model: Any) -> None:
             with torch.no_grad():
                 return model(tokens, logits_to_keep=longest).logits
 
-        before, lm._model_call = lm._model_call, call
-        try:
+        with _with(lm, "_model_call", call):
             return score(requests, *args, **kwargs)
-        finally:
-            lm._model_call = before
 
     lm._loglikelihood_tokens = loglikelihood_tokens
 
@@ -92,9 +88,8 @@ def load_vllm(path: Path, compute: Compute, batch_size: str, seed: int) -> tuple
         # By default vLLM's CPU build uses nearly all free memory for its cache and warms up for minutes.
         arguments.update(kv_cache_memory_bytes=1 << 30, enforce_eager=True)
     try:
-        lm = lm_eval_module("models.vllm_causallms").VLLM(
-            pretrained=str(path), batch_size=batch_size, seed=seed, **arguments
-        )
+        wrapper = lm_eval_module("models.vllm_causallms").VLLM
+        lm = wrapper(pretrained=str(path), batch_size=batch_size, seed=seed, **arguments)
     except Exception as error:  # vLLM raises many kinds
         raise EvaluationError(f"{path}: vLLM cannot load it ({' '.join(str(error).split())[:200]})") from None
     return without_bars(lm), int(config["vocab_size"])
@@ -115,11 +110,8 @@ def encoded(lm: Any, requests: Sequence[Any]) -> list[tuple[list[int], list[int]
         found.extend((list(context), list(continuation)) for _, context, continuation in pairs)
         return [(0.0, False)] * len(pairs)
 
-    before, lm._loglikelihood_tokens = lm._loglikelihood_tokens, keep
-    try:
+    with _with(lm, "_loglikelihood_tokens", keep):
         lm.loglikelihood(list(requests))
-    finally:
-        lm._loglikelihood_tokens = before
     return found
 
 
@@ -132,20 +124,19 @@ def text_losses(lm: Any, texts: Sequence[str]) -> tuple[list[float], list[int]]:
     import torch
 
     requests: list[tuple[tuple[str, str], list[int], list[int]]] = []
-    owner: list[int] = []
-    first = lm.prefix_token_id if getattr(lm, "starts_texts", True) else None
+    owner: list[int] = []  # the text of each request
     counts = []
+    room = lm.max_length - 1
     for at, text in enumerate(texts):
         tokens = list(lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        if first is None:  # use the text's first token as the context
-            start, tokens = tokens[:1], tokens[1:]
+        if getattr(lm, "starts_texts", True):
+            start = [lm.prefix_token_id]
         else:
-            start = [first]
+            start, tokens = tokens[:1], tokens[1:]
         counts.append(len(tokens))
-        room = lm.max_length - 1
-        for piece in (tokens[i : i + room] for i in range(0, len(tokens), room)):
-            requests.append((("", text), start, piece))
-            owner.append(at)
+        pieces = [tokens[i : i + room] for i in range(0, len(tokens), room)]
+        requests += [(("", text), start, piece) for piece in pieces]
+        owner += [at] * len(pieces)
     nats = [0.0] * len(texts)
     # By default lm-eval takes log-softmax in the model's dtype: bfloat16 steps are as large as the differences sought.
     with _with(lm, "softmax_dtype", torch.float32):
@@ -170,17 +161,13 @@ def _with(lm: Any, name: str, value: object) -> Iterator[None]:
 
 
 def generation_health(lm: Any) -> generation.GenerationHealth:
-    """Generate greedily from `health.PROMPTS` and measure the health of the samples."""
+    """Generate greedily from `generation.PROMPTS` and measure the health of the samples."""
+    prompts, most = generation.PROMPTS, generation.NEW_TOKENS
     instance = lm_eval_module("api.instance").Instance
-    wanted = {"until": [], "max_gen_toks": generation.NEW_TOKENS, "do_sample": False}
-    requests = [
-        instance("generate_until", {}, (prompt, dict(wanted)), i) for i, prompt in enumerate(generation.PROMPTS)
-    ]
-    with _with(
-        lm, "batch_size_per_gpu", len(requests)
-    ):  # decoding is limited by memory bandwidth: eight prompts cost little more than one
+    wanted = {"until": [], "max_gen_toks": most, "do_sample": False}
+    requests = [instance("generate_until", {}, (prompt, dict(wanted)), i) for i, prompt in enumerate(prompts)]
+    # decoding is limited by memory bandwidth: eight prompts cost little more than one
+    with _with(lm, "batch_size_per_gpu", len(requests)):
         texts = [str(text) for text in lm.generate_until(requests)]
-    lengths = [
-        min(generation.NEW_TOKENS, len(lm.tokenizer(text, add_special_tokens=False)["input_ids"])) for text in texts
-    ]
-    return generation.judge(list(zip(generation.PROMPTS, texts, strict=True)), lengths)
+    lengths = [min(most, len(lm.tokenizer(text, add_special_tokens=False)["input_ids"])) for text in texts]
+    return generation.judge(list(zip(prompts, texts, strict=True)), lengths)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,12 +44,16 @@ def paired(measure: str, a: Mapping[str, float], b: Mapping[str, float]) -> Diff
     if not shared:
         return None
     gaps = [b[key] - a[key] for key in shared]
-    n = len(gaps)
-    mean = math.fsum(gaps) / n
-    variance = math.fsum((g - mean) ** 2 for g in gaps) / (n - 1) if n > 1 else 0.0
     binary = all(value in (0, 1) for key in shared for value in (a[key], b[key]))
     p_value = mcnemar(gaps) if binary else sign_flip(gaps)
-    return Difference(measure, mean, math.sqrt(variance / n), p_value, n)
+    return Difference(measure, *mean_and_error(gaps), p_value, len(gaps))
+
+
+def mean_and_error(values: Collection[float]) -> tuple[float, float]:
+    """(mean, standard error of the mean) of at least one value; the error of a single value is 0."""
+    n = len(values)
+    mean = math.fsum(values) / n
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / max(1, n - 1) / n)
 
 
 def mcnemar(gaps: Sequence[float]) -> float:

@@ -5,10 +5,10 @@ All are counts over the sampled text; no second model is needed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+
+from slicer.evaluate.compare import mean_and_error
 
 NEW_TOKENS = 48
 PROMPTS = (
@@ -40,19 +40,15 @@ class GenerationHealth:
     length: tuple[float, float]
     samples: tuple[tuple[str, str], ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
 
 def judge(samples: Sequence[tuple[str, str]], lengths: Sequence[int]) -> GenerationHealth:
     """Measure (prompt, continuation) pairs; `lengths`: tokens of each continuation."""
     words = [text.split() for _, text in samples]
     return GenerationHealth(
-        repetition=_mean([repetition(w, 4) for w in words]),
-        distinct_1=_mean([distinct(w, 1) for w in words]),
-        distinct_2=_mean([distinct(w, 2) for w in words]),
-        length=_mean([float(n) for n in lengths]),
+        repetition=mean_and_error([repetition(w, 4) for w in words]),
+        distinct_1=mean_and_error([distinct(w, 1) for w in words]),
+        distinct_2=mean_and_error([distinct(w, 2) for w in words]),
+        length=mean_and_error(lengths),
         samples=tuple(samples),
     )
 
@@ -66,11 +62,3 @@ def distinct(words: Sequence[str], n: int) -> float:
 def repetition(words: Sequence[str], n: int) -> float:
     """Share of n-grams that occurred earlier; 1.0 for an empty text."""
     return 1.0 - distinct(words, n) if words else 1.0
-
-
-def _mean(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, standard error of the mean)."""
-    n = len(values)
-    mean = sum(values) / n
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else 0.0
-    return mean, spread / math.sqrt(n)

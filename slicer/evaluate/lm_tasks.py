@@ -1,4 +1,4 @@
-"""Multiple-choice questions (`slicer.measure.losses.Questions`) from an lm-eval task, tokenized with its prompts."""
+"""lm-eval's tasks by name, on the Hub's data or on local files; and multiple-choice questions drawn from them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from slicer.evaluate.results import Score
 from slicer.measure.losses import Choice, Questions
 from slicer.runtime.compat import lm_eval_module
 
-PREFIX = "task:"
+LOSS = "c4"  # the name of the loss on text among the tasks
+_LMEVAL_SEED = 1234
 
 
 def draw(
@@ -52,8 +53,7 @@ def draw(
         loaded = {leaf: found.loaded["tasks"][leaf] for leaf in found.leaves}
         sizes = {leaf: len(each.eval_docs) for leaf, each in loaded.items()}
         made = _QuestionBuilder(lm)
-        for leaf, n in share(sizes, count).items():
-            chosen = sorted(random.Random(f"{seed} {leaf}").sample(range(sizes[leaf]), n))
+        for leaf, chosen in _drawn(sizes, count, seed).items():
             made.add(task, loaded[leaf], chosen)
     return Questions(task, tuple(made.batches), tuple(made.choices), tuple(made.right))
 
@@ -94,12 +94,11 @@ class _QuestionBuilder:
 
 def _right(name: str, task: Any, instances: list[Any]) -> list[bool]:
     """Whether each choice is right: calls lm-eval's own scoring once per choice, with that choice as the likeliest."""
+    # for acc_mutual_info each choice is requested a second time, without the question
+    requested_twice = "acc_mutual_info" in getattr(task, "_metric_fn_list", {})
     try:
         found = []
-        unconditional = "acc_mutual_info" in getattr(
-            task, "_metric_fn_list", {}
-        )  # requests each choice a second time, without the question
-        for k in range(len(instances) // (2 if unconditional else 1)):
+        for k in range(len(instances) // (2 if requested_twice else 1)):
             results = [(0.0 if k == at else -1.0, False) for at in range(len(instances))]
             found.append(bool(task.process_results(instances[0].doc, results)["acc"]))
         return found
@@ -109,7 +108,6 @@ def _right(name: str, task: Any, instances: list[Any]) -> list[bool]:
         ) from None
 
 
-LOSS = "c4"
 # Paths of the paper's tasks in lm-eval: reading all of its 14,000 tasks takes ten seconds.
 _QUICK = {"mmlu": "mmlu/default", "boolq": "super_glue/boolq"}
 
@@ -133,7 +131,9 @@ def manager(tasks: Sequence[str], data: Path | None, directory: Path) -> tuple[A
         found = lm_tasks.TaskManager()
     for task in tasks:
         if task not in found.task_index:
-            raise EvaluationError(_unknown(task, found.all_tasks))
+            near = difflib.get_close_matches(task, [LOSS, *found.all_tasks], n=5, cutoff=0.6)
+            hint = f"similar: {', '.join(near)}" if near else "`lm_eval ls tasks` lists all tasks"
+            raise EvaluationError(f"task {task}: no such task; {hint}")
     if data is None:
         return found, []
     index = found.task_index
@@ -177,6 +177,14 @@ def share(sizes: Mapping[str, int], total: int) -> dict[str, int]:
     return parts
 
 
+def _drawn(sizes: Mapping[str, int], count: int, seed: int) -> dict[str, list[int]]:
+    """The document numbers of `count` items, drawn with the seed from tasks of these `sizes`, in proportion."""
+    return {
+        leaf: sorted(random.Random(f"{seed} {leaf}").sample(range(sizes[leaf]), n))
+        for leaf, n in share(sizes, count).items()
+    }
+
+
 def leaves(name: str, index: Mapping[str, Any]) -> list[str]:
     """The tasks that a name (task, group or tag) of lm-eval's index expands to. Raises EvaluationError."""
     entry = index.get(name)
@@ -190,15 +198,6 @@ def leaves(name: str, index: Mapping[str, Any]) -> list[str]:
     members = (entry.cfg or {}).get("task") or []
     names = [m if isinstance(m, str) else m.get("group") or m.get("task") for m in members]
     return [leaf for member in names for leaf in leaves(str(member), index)]
-
-
-def _unknown(task: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(task, [LOSS, *known], n=5, cutoff=0.6)
-    hint = f"; similar: {', '.join(near)}" if near else "; `lm_eval ls tasks` lists all tasks"
-    return f"task {task}: no such task{hint}"
-
-
-_LMEVAL_SEED = 1234
 
 
 class LmTask:
@@ -242,22 +241,18 @@ class LmTask:
         sizes = {leaf: len(self.loaded["tasks"][leaf].eval_docs) for leaf in self.leaves}
         if len(sizes) == 1:
             return {leaf: list(range(min(limit, size))) for leaf, size in sizes.items()}
-        return {
-            leaf: sorted(random.Random(f"{self.seed} {leaf}").sample(range(sizes[leaf]), count))
-            for leaf, count in share(sizes, limit).items()
-        }
+        return _drawn(sizes, limit, self.seed)
 
     def reseed(self) -> None:
         """Reset the few-shot samplers before requests are built, so each run uses the same examples."""
         import numpy
-        import torch
 
-        seed = self.seed
-        random.seed(seed)
-        numpy.random.seed(_LMEVAL_SEED + seed)
-        torch.manual_seed(_LMEVAL_SEED + seed)
+        seed = _LMEVAL_SEED + self.seed
+        random.seed(self.seed)
+        numpy.random.seed(seed)
+        torch.manual_seed(seed)
         for task in self.loaded["tasks"].values():
-            task.set_fewshot_seed(seed=_LMEVAL_SEED + seed)
+            task.set_fewshot_seed(seed=seed)
 
     def run(self, lm: Any, scores: list[Score], items: dict[str, dict[str, float]]) -> None:
         """Ask `lm`, and add to `scores` and `items`."""

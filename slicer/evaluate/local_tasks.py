@@ -102,26 +102,16 @@ def _mmlu_files(data: Path, subject: str) -> dict[str, Path]:
 
 
 def _mmlu_rows(file: Path) -> Iterator[dict[str, Any]]:
-    with open(file, encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream, strict=True)
-        line = 1
-        try:
-            for fields in reader:
-                if fields:
-                    yield _mmlu_row(fields, f"{file}, line {line}")
-                line = reader.line_num + 1  # a quoted field may span several lines: report its first
-        except csv.Error as error:
-            raise EvaluationError(f"{file}, line {line}: not a CSV row ({error}); fix or remove it") from None
-
-
-def _mmlu_row(fields: list[str], where: str) -> dict[str, Any]:
-    if len(fields) != 6:
-        count = "1 field" if len(fields) == 1 else f"{len(fields)} fields"
-        raise EvaluationError(f"{where}: {count}, expected 6 (question, four choices, letter); fix or remove the row")
-    question, *choices, letter = fields
-    if letter.strip() not in tuple(_LETTERS):
-        raise EvaluationError(f"{where}: the answer {letter[:20]!r} is not one of A, B, C, D; fix the row")
-    return {"question": question, "choices": choices, "answer": _LETTERS.index(letter.strip())}
+    for where, fields in _csv_rows(file):
+        if len(fields) != 6:
+            count = "1 field" if len(fields) == 1 else f"{len(fields)} fields"
+            raise EvaluationError(
+                f"{where}: {count}, expected 6 (question, four choices, letter); fix or remove the row"
+            )
+        question, *choices, letter = fields
+        if letter.strip() not in tuple(_LETTERS):
+            raise EvaluationError(f"{where}: the answer {letter[:20]!r} is not one of A, B, C, D; fix the row")
+        yield {"question": question, "choices": choices, "answer": _LETTERS.index(letter.strip())}
 
 
 def _boolq_files(data: Path) -> dict[str, Path]:
@@ -135,11 +125,11 @@ def _boolq_files(data: Path) -> dict[str, Path]:
 
 
 def _boolq_rows(file: Path) -> Iterator[dict[str, Any]]:
-    for number, row in _json_lines(file):
+    for where, row in _json_lines(file):
         answer = row.get("answer", row.get("label"))
         if not all(isinstance(row.get(name), str) for name in ("question", "passage")) or answer not in (0, 1):
             raise EvaluationError(
-                f"{file}, line {number}: not a row with question, passage and answer (true or false); fix or remove it"
+                f"{where}: not a row with question, passage and answer (true or false); fix or remove it"
             )
         yield {"question": row["question"], "passage": row["passage"], "label": int(answer)}
 
@@ -173,19 +163,25 @@ def _plain_files(data: Path, name: str, config: Mapping[str, Any]) -> tuple[dict
 
 def _check_csv(file: Path) -> None:
     """Raise EvaluationError, with the line number, for a row whose number of fields differs from the header's."""
+    header = None
+    for where, fields in _csv_rows(file):
+        header = header or fields
+        if len(fields) != len(header):
+            raise EvaluationError(f"{where}: {len(fields)} fields, but the header has {len(header)}; fix the row")
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
+    """("FILE, line N", fields) of each row that is not empty."""
     with open(file, encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(stream, strict=True)
-        line, header = 1, None
+        line = 1
         try:
             for fields in reader:
-                header = header or fields
-                if fields and len(fields) != len(header):
-                    raise EvaluationError(
-                        f"{file}, line {line}: {len(fields)} fields, but the header has {len(header)}; fix the row"
-                    )
-                line = reader.line_num + 1
+                if fields:
+                    yield f"{file}, line {line}", fields
+                line = reader.line_num + 1  # a quoted field may span several lines: report its first
         except csv.Error as error:
-            raise EvaluationError(f"{file}, line {line}: not a CSV row ({error}); fix the row") from None
+            raise EvaluationError(f"{file}, line {line}: not a CSV row ({error}); fix or remove it") from None
 
 
 def _split_file(root: Path, split: str, suffixes: tuple[str, ...]) -> Path | None:
@@ -193,14 +189,16 @@ def _split_file(root: Path, split: str, suffixes: tuple[str, ...]) -> Path | Non
     return next((root / name for name in names if (root / name).is_file()), None)
 
 
-def _json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("FILE, line N", object) of each line that is not blank."""
     with open(file, encoding="utf-8-sig") as stream:
         for number, line in enumerate(stream, 1):
+            where = f"{file}, line {number}"
             if line.strip():
                 try:
                     row = json.loads(line)
                 except ValueError:
-                    raise EvaluationError(f"{file}, line {number}: not JSON; fix or remove the line") from None
+                    raise EvaluationError(f"{where}: not JSON; fix or remove the line") from None
                 if not isinstance(row, dict):
-                    raise EvaluationError(f"{file}, line {number}: not a JSON object; fix or remove the line")
-                yield number, row
+                    raise EvaluationError(f"{where}: not a JSON object; fix or remove the line")
+                yield where, row

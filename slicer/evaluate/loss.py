@@ -10,10 +10,9 @@ import hashlib
 import math
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from slicer.data.sources import DEFAULT_DATASET, TextSpec, read_documents, stream_hub
 from slicer.errors import CalibrationError, EvaluationError
@@ -53,10 +52,6 @@ class TextLoss:
     sequences: int
     source: str
     excerpts: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 def find_text(data: Path) -> Path:

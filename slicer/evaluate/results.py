@@ -61,7 +61,10 @@ class Evaluation:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Evaluation:
         """Read the output of `to_dict`. Raises KeyError or TypeError for anything else."""
-        given, items = record["health"], dict(record["items"])
+        health, items = None, dict(record["items"])
+        if given := record["health"]:
+            samples = tuple((str(prompt), str(text)) for prompt, text in given["samples"])
+            health = GenerationHealth(**{**{name: tuple(pair) for name, pair in given.items()}, "samples": samples})
         if record.get("format") == 1:
             for key in items:
                 if key.endswith("/perplexity"):
@@ -70,12 +73,7 @@ class Evaluation:
             model=str(record["model"]),
             scores=tuple(Score(**score) for score in record["scores"]),
             loss=TextLoss(**record["loss"]) if record["loss"] else None,
-            health=GenerationHealth(
-                **{k: tuple(v) for k, v in given.items() if k != "samples"},
-                samples=tuple((str(a), str(b)) for a, b in given["samples"]),
-            )
-            if given
-            else None,
+            health=health,
             items=items,
             options=record["options"],
             versions=record["versions"],

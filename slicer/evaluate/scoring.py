@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from slicer.evaluate.compare import mean_and_error
 from slicer.evaluate.results import Score
 
 _LOG_LIKELIHOODS = {"perplexity"}  # metrics whose items are log-likelihoods in lm-eval
@@ -62,14 +63,11 @@ def _chance(leaves: Sequence[str], tasks: Mapping[str, Any], samples: Mapping[st
 def with_error(score: Score, values: Collection[float]) -> Score:
     """`score` with the standard error of the mean of the item `values`, if lm-eval gives none (for a group in which
     some task has only one item)."""
-    n = len(values)
-    if (score.standard_error is not None and math.isfinite(score.standard_error)) or n < 2:
+    if (score.standard_error is not None and math.isfinite(score.standard_error)) or len(values) < 2:
         return score
-    mean = math.fsum(values) / n
-    if abs(mean - score.value) > 1e-9:  # the score is not the mean of its items
-        return replace(score, standard_error=None)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
-    return replace(score, standard_error=math.sqrt(variance / n))
+    mean, error = mean_and_error(values)
+    is_mean_of_items = abs(mean - score.value) <= 1e-9
+    return replace(score, standard_error=error if is_mean_of_items else None)
 
 
 def items(metric: str, leaves: Sequence[str], samples: Mapping[str, Any]) -> dict[str, float]:

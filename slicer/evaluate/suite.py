@@ -22,7 +22,6 @@ from slicer.runtime.compute import Compute
 from slicer.runtime.versions import versions
 
 TASKS = ("mmlu", "boolq", LOSS)
-BACKENDS = ("hf", "vllm")
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,12 @@ def lines(result: Mapping[str, Any], directory: Path) -> None:
     figure = canvas(10, 7.2)
     axes = figure.subplots(2, 2)
     models, fitted = result["models"], result["lines"]
-    _line(axes[0, 0], fitted["time_per_output_token_ms"], "ms per token", "Time per output token", _rounds(models, 0))
-    _line(axes[0, 1], fitted["prefill_ms"], "ms", "Prefill (time to first token)", _rounds(models, 1))
+    for panel, key, unit, title in (
+        (axes[0, 0], "time_per_output_token_ms", "ms per token", "Time per output token"),
+        (axes[0, 1], "prefill_ms", "ms", "Prefill (time to first token)"),
+    ):
+        rounds = [(model["layers"], run[key]) for model in models for run in model["by_round"]]
+        _line(panel, fitted[key], unit, title, rounds)
     _memory(axes[1, 0], result)
     _speed(axes[1, 1], result)
     name = models[0]["label"]
@@ -44,28 +48,17 @@ def speculative(result: Mapping[str, Any], directory: Path) -> None:
     save(figure, directory / f"bench{BOTH}")
 
 
-def _rounds(models: list[Mapping[str, Any]], which: int) -> list[tuple[int, float]]:
-    key = ("time_per_output_token_ms", "prefill_ms")[which]
-    return [(model["layers"], run[key]) for model in models for run in model["by_round"]]
-
-
 def _line(axes: Any, line: Mapping[str, Any], unit: str, title: str, rounds: list[tuple[int, float]]) -> None:
-    x = np.asarray([p[0] for p in line["points"]])
-    y = [p[1] for p in line["points"]]
-    reach = np.linspace(0, x.max() * 1.03, 60)
+    x, y = zip(*line["points"], strict=True)
+    reach = np.linspace(0, max(x) * 1.03, 60)
     axes.plot(reach, line["intercept"] + line["slope"] * reach, color=BLUE, linewidth=1.4)
     if line.get("band"):  # (layers, lower, upper)
         band = zip(*line["band"], strict=True)
         axes.fill_between(*band, color=BLUE, alpha=0.13, linewidth=0, label="95% confidence")
-    axes.plot([p[0] for p in rounds], [p[1] for p in rounds], "x", color=GREY, markersize=5, label="rounds")
+    axes.plot(*zip(*rounds, strict=True), "x", color=GREY, markersize=5, label="rounds")
     axes.plot(x, y, "o", color=BLUE, label="fastest round")
-    axes.set(
-        xlabel="layers", ylabel=unit, xlim=(0, None), ylim=(0, max(*y, *(p[1] for p in rounds)) * 1.12),
-        title=f"{title}: {line['slope']:.3g} per layer {line['intercept']:+.3g}, R2 {line['r2']:.3f}",
-    )  # fmt: skip
-    axes.title.set_fontsize(10)
-    axes.locator_params(axis="x", integer=True)
-    axes.legend(frameon=False, fontsize="small", loc="upper left")
+    axes.set(xlim=(0, None), ylim=(0, max(*y, *(p[1] for p in rounds)) * 1.12))
+    _label(axes, unit, f"{title}: {line['slope']:.3g} per layer {line['intercept']:+.3g}, R2 {line['r2']:.3f}")
 
 
 def _memory(axes: Any, result: Mapping[str, Any]) -> None:
@@ -81,10 +74,8 @@ def _memory(axes: Any, result: Mapping[str, Any]) -> None:
         reach = np.asarray([0, deepest["layers"]])
         axes.plot(reach, (line["intercept"] + line["slope"] * reach) / whole, color=colour, linewidth=1)
         axes.plot([m["layers"] for m in models], [m[name] / whole for m in models], marker, color=colour, label=label)
-    axes.set(xlabel="layers", ylabel="share of the whole model's", xlim=(0, None), ylim=(0, 1.25), title="Memory")
-    axes.title.set_fontsize(10)
-    axes.locator_params(axis="x", integer=True)
-    axes.legend(frameon=False, fontsize="small", loc="lower right")
+    axes.set(xlim=(0, None), ylim=(0, 1.25))
+    _label(axes, "share of the whole model's", "Memory", legend="lower right")
 
 
 def _speed(axes: Any, result: Mapping[str, Any]) -> None:
@@ -98,11 +89,15 @@ def _speed(axes: Any, result: Mapping[str, Any]) -> None:
     axes.plot(layers, [row["measured"] for row in rows], "o", color=BLUE, label="measured")
     axes.plot(layers, [row["kv_capacity_gain"] for row in rows], "s", color=VERMILION, markersize=4,
               label="KV capacity gained")  # fmt: skip
-    axes.set(xlabel="layers", ylabel="relative to the whole model", title="Speed-up")
-    axes.title.set_fontsize(10)
     axes.invert_xaxis()
+    _label(axes, "relative to the whole model", "Speed-up")
+
+
+def _label(axes: Any, unit: str, title: str, legend: str = "upper left") -> None:
+    axes.set(xlabel="layers", ylabel=unit)
+    axes.set_title(title, fontsize=10)
     axes.locator_params(axis="x", integer=True)
-    axes.legend(frameon=False, fontsize="small", loc="upper left")
+    axes.legend(frameon=False, fontsize="small", loc=legend)
 
 
 def bench_line(points: Sequence[tuple[int, float]], line: Mapping[str, Any] | None, label: str) -> str:

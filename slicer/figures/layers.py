@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,9 @@ from slicer.measure.metrics import title_of
 if TYPE_CHECKING:
     from slicer.measure.analysis import Analysis, Distances
 
+_CURVES = 6  # of the block sizes that are drawn
+_SUBLAYERS = ((BLUE, "attention"), (ORANGE, "feed-forward part"))  # in the order of a layer
+
 
 def parts(analysis: Analysis, path: Path) -> None:
     """Plot each metric of the attention and feed-forward sublayers by layer, with standard errors."""
@@ -22,7 +25,7 @@ def parts(analysis: Analysis, path: Path) -> None:
     for at, table in enumerate(tables):
         axes = figure.add_subplot(len(tables), 1, at + 1)
         row, error = list(table.block(1)), list(table.standard_error[1])
-        for first, colour, name in ((0, BLUE, "attention"), (1, ORANGE, "feed-forward part")):
+        for first, (colour, name) in enumerate(_SUBLAYERS):
             values, errors = row[first::2], error[first::2]
             axes.errorbar(
                 range(len(values)), values, yerr=errors, color=colour, marker="o", markersize=3, linewidth=1,
@@ -45,22 +48,20 @@ def trade_off(one: Analysis, other: Analysis, path: Path) -> float:
     for analyses of different models, or without a common metric.
     """
     a, b = comparable(one, other)
-    agreement = rank_agreement(_singles(a), _singles(b))
+    agreement = rank_agreement(a, b, sizes=(1,))
     x, y = list(a.block(1)), list(b.block(1))
     figure, axes = plot(5.6, 5.2)
-    halves = a.depth == 2 * one.depth
-    kinds = ((0, BLUE, "attention"), (1, ORANGE, "feed-forward part")) if halves else ((0, BLUE, "layer"),)
-    step = len(kinds)
-    for first, colour, name in kinds:
+    kinds = _SUBLAYERS if a.depth == 2 * one.depth else ((BLUE, "layer"),)
+    for first, (colour, name) in enumerate(kinds):
+        own = slice(first, None, len(kinds))
         axes.errorbar(
-            x[first::step], y[first::step], xerr=list(a.standard_error[1])[first::step],
-            yerr=list(b.standard_error[1])[first::step], color=colour, linestyle="none", marker="o", markersize=4,
-            elinewidth=0.6, label=name,
+            x[own], y[own], xerr=a.standard_error[1][own], yerr=b.standard_error[1][own], color=colour,
+            linestyle="none", marker="o", markersize=4, elinewidth=0.6, label=name,
         )  # fmt: skip
-        for i, point in enumerate(zip(x[first::step], y[first::step], strict=True)):
+        for i, point in enumerate(zip(x[own], y[own], strict=True)):
             axes.annotate(str(i), point, xytext=(3, 3), textcoords="offset points", fontsize=7)
-    for values, scale in ((x, axes.set_xscale), (y, axes.set_yscale)):
-        _spread(values, scale)
+    _spread(x, axes.set_xscale)
+    _spread(y, axes.set_yscale)
     axes.set_xlabel(f"on {_text(one, a.metric)}")
     axes.set_ylabel(f"on {_text(other, b.metric)}")
     axes.set_title(f"{analysis_title(a.metric)}\nrank correlation {agreement:.2f}", fontsize=10)
@@ -95,19 +96,10 @@ def comparable(one: Analysis, other: Analysis) -> tuple[Distances, Distances]:
     raise PlanError("the two analyses have no metric in common; run both with the same options")
 
 
-def _singles(table: Distances) -> Distances:
-    from dataclasses import replace
-
-    return replace(table, mean={1: table.mean[1]}, standard_error={1: table.standard_error[1]})
-
-
 def _text(analysis: Analysis, metric: str) -> str:
     if metric == "shapley_score":
         return str((analysis.shapley or {}).get("against", "task"))
     return Path(analysis.calibration.source).name if analysis.calibration else "calibration text"
-
-
-_CURVES = 6
 
 
 def heat_map(
@@ -180,6 +172,9 @@ def curves(
     `chosen`: (first layer, n) of the marked block; `offset`: (i, j, distance) of a half-offset block, from after
     attention i to after attention j. `minima` marks the minimum of each n and joins those of all n.
     """
+    import numpy as np
+    from matplotlib import colormaps
+
     depth = distances.depth
     sizes = sorted({max(1, round(depth * k / (2 * _CURVES))) for k in range(1, _CURVES + 1)})
     sizes = [n for n in sizes if n in distances.sizes] or list(distances.sizes)
@@ -187,16 +182,11 @@ def curves(
     if marked is not None:
         sizes = sorted({*sizes, marked} - {depth})
     figure, axes = plot()
-    from matplotlib import colormaps
-
     for at, n in enumerate(sizes):
-        row, error = list(distances.block(n)), list(distances.standard_error[n])
-        picked = n == marked
+        row, error = np.asarray(distances.block(n)), np.asarray(distances.standard_error[n])
         colour = colormaps["viridis"](at / max(1, len(sizes) - 1))
-        axes.plot(range(len(row)), row, color=colour, linewidth=2.4 if picked else 1.2, label=f"n = {n}")
-        lower = [d - e for d, e in zip(row, error, strict=True)]
-        upper = [d + e for d, e in zip(row, error, strict=True)]
-        axes.fill_between(range(len(row)), lower, upper, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(range(len(row)), row, color=colour, linewidth=2.4 if n == marked else 1.2, label=f"n = {n}")
+        axes.fill_between(range(len(row)), row - error, row + error, color=colour, alpha=0.15, linewidth=0)
     if minima:
         rows = [list(distances.block(n)) for n in distances.sizes if n <= max(sizes)]
         least = [(row.index(min(row)), min(row)) for row in rows]
@@ -206,9 +196,7 @@ def curves(
         _mark(axes, "o", chosen[0], distances.block(chosen[1])[chosen[0]], block_label(*chosen))
     elif offset is not None:  # half a layer further in than the block that starts at layer i
         _mark(axes, "o", offset[0] + 0.5, offset[2], _half(offset))
-    axes.set(
-        xlabel="first layer of the block, l", ylabel=label, title=title,
-    )  # fmt: skip
+    axes.set(xlabel="first layer of the block, l", ylabel=label, title=title)
     axes.set_ylim(bottom=0)
     axes.locator_params(axis="x", integer=True)
     axes.legend(frameon=False, fontsize="small")
@@ -237,32 +225,27 @@ def analysis_figures(analysis: Analysis, directory: Path) -> list[Path]:
 
 def heat_maps(analysis: Analysis, path: Path) -> None:
     """Small heat maps of all metrics, with the minimum of each n marked."""
-    shown = [d for d in analysis.metrics.values() if len(d.sizes) > 2]
-    figure, places = _grid(len(shown))
-    for distances, axes in zip(shown, places, strict=True):
+    figure, panels = _grid(analysis, "layers in the block, n", "first layer, l")
+    for distances, axes in panels:
         image = _heat(axes, distances, percentile=90)
-        axes.set_title(distances.metric.replace("_", " "), fontsize=10)
         axes.locator_params(integer=True)
-    _label_grid(places, "layers in the block, n", "first layer, l")
-    figure.colorbar(
-        image, ax=places, shrink=0.6, label="scaled within each n, up to the 90th percentile (dot: minimum)"
-    )
+    label = "scaled within each n, up to the 90th percentile (dot: minimum)"
+    figure.colorbar(image, ax=[axes for _, axes in panels], shrink=0.6, label=label)
     save(figure, path)
 
 
-def _grid(count: int, columns: int = 3) -> tuple[Any, list[Any]]:
-    columns = min(columns, count)
-    rows = -(-count // columns)
+def _grid(analysis: Analysis, upright: str, level: str) -> tuple[Any, list[tuple[Distances, Any]]]:
+    """A figure with a small panel for each metric that measures blocks of several sizes, and these panels."""
+    shown = [d for d in analysis.metrics.values() if len(d.sizes) > 2]
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
     figure = canvas(3.2 * columns + 0.6, 2.6 * rows + 0.4)
-    return figure, [figure.add_subplot(rows, columns, at + 1) for at in range(count)]
-
-
-def _label_grid(places: list[Any], upright: str, level: str, columns: int = 3) -> None:
-    for at, axes in enumerate(places):
-        if at % columns == 0:
-            axes.set_ylabel(upright)
-        if at >= len(places) - columns:
-            axes.set_xlabel(level)
+    panels = [(distances, figure.add_subplot(rows, columns, at + 1)) for at, distances in enumerate(shown)]
+    for at, (distances, axes) in enumerate(panels):
+        axes.set_title(distances.metric.replace("_", " "), fontsize=10)
+        axes.set_ylabel("" if at % columns else upright)
+        axes.set_xlabel(level if at >= len(panels) - columns else "")
+    return figure, panels
 
 
 def analysis_title(metric: str) -> str:
@@ -306,18 +289,14 @@ def agreement(analysis: Analysis, path: Path) -> None:
     """Spearman's rank correlation between the metrics, mean over the block sizes."""
     import numpy as np
 
-    names = list(analysis.metrics)
-    grid = np.full((len(names), len(names)), np.nan)
-    for i, one in enumerate(names):
-        for j, other in enumerate(names):
-            grid[i, j] = rank_agreement(analysis.metrics[one], analysis.metrics[other])
+    names, tables = list(analysis.metrics), analysis.metrics.values()
+    grid = np.array([[rank_agreement(one, other) for other in tables] for one in tables])
     figure, axes = plot(1.6 + 0.75 * len(names), 1.2 + 0.7 * len(names))
     image = axes.imshow(grid, cmap="cividis", vmin=min(0.0, float(np.nanmin(grid))), vmax=1)
     middle = (image.norm.vmin + 1) / 2
-    for i in range(len(names)):
-        for j in range(len(names)):
-            text = "" if np.isnan(grid[i, j]) else f"{grid[i, j]:.2f}"
-            axes.text(j, i, text, ha="center", va="center", color="white" if grid[i, j] < middle else "black")
+    for (i, j), value in np.ndenumerate(grid):
+        text = "" if np.isnan(value) else f"{value:.2f}"
+        axes.text(j, i, text, ha="center", va="center", color="white" if value < middle else "black")
     labels = [name.replace("_", " ") for name in names]
     axes.set_xticks(range(len(names)), labels, rotation=40, ha="right")
     axes.set_yticks(range(len(names)), labels)
@@ -326,12 +305,15 @@ def agreement(analysis: Analysis, path: Path) -> None:
     save(figure, path)
 
 
-def rank_agreement(one: Distances, other: Distances) -> float:
-    """Spearman's correlation of two metrics over blocks of one size, mean over sizes with at least three blocks."""
+def rank_agreement(one: Distances, other: Distances, sizes: Collection[int] | None = None) -> float:
+    """Spearman's correlation of two metrics over blocks of one size, mean over `sizes` with at least three blocks.
+
+    `sizes`: None for all that both have.
+    """
     import numpy as np
 
     found = []
-    for n in sorted(set(one.sizes) & set(other.sizes)):
+    for n in sorted({*one.sizes} & {*other.sizes} if sizes is None else sizes):
         a, b = np.asarray(one.block(n)), np.asarray(other.block(n))
         both = ~(np.isnan(a) | np.isnan(b))
         if both.sum() >= 3:
@@ -342,9 +324,8 @@ def rank_agreement(one: Distances, other: Distances) -> float:
 
 def chosen_blocks(analysis: Analysis, path: Path) -> None:
     """The block that each metric would drop, for every size: a line from its first layer to its last."""
-    shown = [d for d in analysis.metrics.values() if len(d.sizes) > 2]
-    figure, places = _grid(len(shown))
-    for distances, axes in zip(shown, places, strict=True):
+    figure, panels = _grid(analysis, "layers dropped, n", "layer")
+    for distances, axes in panels:
         for n in distances.sizes:
             if n == distances.depth:
                 continue
@@ -353,9 +334,7 @@ def chosen_blocks(analysis: Analysis, path: Path) -> None:
             axes.plot([start - 0.4, start + n - 0.6], [n, n], color=BLUE, linewidth=2, solid_capstyle="butt")
         axes.set_xlim(-0.6, analysis.depth - 0.4)
         axes.set_ylim(0, analysis.depth)
-        axes.set_title(distances.metric.replace("_", " "), fontsize=10)
         axes.locator_params(integer=True)
-    _label_grid(places, "layers dropped, n", "layer")
     figure.suptitle("The block that each metric would drop", fontsize=11)
     save(figure, path)
 

@@ -46,9 +46,7 @@ def against_fraction(curves: Sequence[Curve], unpruned: float | None, chance: fl
         _draw(axes, curve, curve.label, colour, alpha=0.65 if faint else 1.0)
     if unpruned is not None:
         axes.axhline(unpruned, color=BLACK, linestyle="--", linewidth=1, label="unpruned")
-    if chance is not None:
-        axes.axhline(chance, color=GREY, linestyle="--", linewidth=1, label="guessing")
-    return _against_fraction(figure, axes, label)
+    return _finished(figure, axes, chance, label)
 
 
 def overlaid(tasks: Mapping[str, tuple[Sequence[Curve], float | None]], chance: float | None, label: str) -> str:
@@ -58,13 +56,10 @@ def overlaid(tasks: Mapping[str, tuple[Sequence[Curve], float | None]], chance: 
     for at, (task, (curves, unpruned)) in enumerate(tasks.items()):
         colour = CYCLE[at % len(CYCLE)]
         for curve in curves:
-            name = task if len(curves) == 1 else f"{task}, {curve.label}"
-            _draw(axes, curve, name, colour)
+            _draw(axes, curve, task if len(curves) == 1 else f"{task}, {curve.label}", colour)
         if unpruned is not None:
             axes.axhline(unpruned, color=colour, linestyle="--", linewidth=0.8)
-    if chance is not None:
-        axes.axhline(chance, color=GREY, linestyle="--", linewidth=1, label="guessing")
-    return _against_fraction(figure, axes, label)
+    return _finished(figure, axes, chance, label)
 
 
 def _draw(axes: Any, curve: Curve, label: str, colour: str, alpha: float = 1.0) -> None:
@@ -79,7 +74,9 @@ def _draw(axes: Any, curve: Curve, label: str, colour: str, alpha: float = 1.0) 
         axes.plot(xs, ys, color=colour, marker=".", markersize=3, linestyle="none", alpha=0.5)
 
 
-def _against_fraction(figure: Any, axes: Any, label: str) -> str:
+def _finished(figure: Any, axes: Any, chance: float | None, label: str) -> str:
+    if chance is not None:
+        axes.axhline(chance, color=GREY, linestyle="--", linewidth=1, label="guessing")
     axes.set_xlim(left=0)
     finish(axes, xlabel="fraction of layers dropped", ylabel=label)
     return svg(figure)

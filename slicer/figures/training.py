@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from slicer.figures.style import BLUE, ORANGE, finish, plot, save, svg
@@ -36,12 +36,10 @@ def loss_curve(
     save(figure, path)
 
 
-def healing_curve(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """Plot the losses of healing against the step: name -> [{"step": ..., loss name: value}]."""
+def healing_curve(held_out: Mapping[str, Mapping[int, float]]) -> str:
+    """Plot the held-out losses of several healings against the step: name -> step -> loss."""
     figure, axes = plot(5.4, 3.7)
-    for name, history in histories.items():
-        for key in sorted({k for entry in history for k in entry if "loss" in k}):
-            points = [(entry["step"], entry[key]) for entry in history if key in entry]
-            axes.plot(*zip(*points, strict=True), label=f"{name}: {key.replace('_', ' ')}", linewidth=1.4)
+    for name, losses in held_out.items():
+        axes.plot(list(losses), list(losses.values()), label=f"{name}: held-out loss", linewidth=1.4)
     finish(axes, xlabel="step", ylabel="loss (nats per token)")
     return svg(figure)

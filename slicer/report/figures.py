@@ -70,18 +70,17 @@ def curve_figures(table: Table) -> list[Figure]:
             svg, file = sweep.against_fraction(*curves_of(table, ways[0]), chance, label), ways[0]
         file = f"{''.join(c if c.isalnum() else '-' for c in file)}.svg"
         figures.append(Figure(file, f"{label} against the fraction of layers dropped.", svg.encode()))
-    if any(row.evaluation and row.evaluation.loss for row in table.rows):
+    if table.has_loss:
         svg = sweep.against_fraction(*curves_of(table, "c4"), 1.0, "loss / log V")
         figures.append(Figure("loss.svg", "Loss on text as a share of log V; 1 is chance.", svg.encode()))
     return figures
 
 
-def healing_figures(histories: Mapping[str, list[dict[str, float]]]) -> list[Figure]:
-    """The losses during healing, by name."""
-    if not histories:
+def healing_figures(held_out: Mapping[str, Mapping[int, float]]) -> list[Figure]:
+    """The held-out losses by step, of each healing by name."""
+    if not held_out:
         return []
-    svg = training.healing_curve(histories)
-    return [Figure("healing.svg", "Loss during healing.", svg.encode())]
+    return [Figure("healing.svg", "Loss during healing.", training.healing_curve(held_out).encode())]
 
 
 def bench_figures(bench: Mapping[str, Any]) -> list[Figure]:

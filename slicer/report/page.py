@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,7 @@ def collect(directory: Path) -> dict[str, Any]:
             f"{directory}: no such directory; pass the output directory of a sweep, analysis or bench"
         )
     table = read_table(directory) if (directory / "sweep.json").is_file() else None
-    plan = _plan(directory)
-    distances = _distances(directory)
-    bench = _json(directory / "bench.json")
+    plan, distances, bench = _plan(directory), _distances(directory), _json(directory / "bench.json")
     if table is None and plan is None and distances is None and bench is None:
         raise EvaluationError(
             f"{directory}: nothing to report: it has no sweep.json, distances.json, bench.json or slicer/plan.json"
@@ -73,11 +72,11 @@ def collect(directory: Path) -> dict[str, Any]:
     said = verdict.judge(table) if table else None
     row = said.row if said else None
     chosen, offset = _chosen(row, plan), plan.half_offset if plan and row is None else None
-    histories = _histories(table, plan)
+    healings = _healings(table, plan)
     groups: dict[str, list[Figure]] = {
         "distances": figures.distance_figures(distances, chosen, offset) if distances else [],
         "curves": figures.curve_figures(table) if table else [],
-        "healing": figures.healing_figures(histories),
+        "healing": figures.healing_figures(_held_out(healings)),
         "bench": figures.bench_figures(bench) if bench else [],
     }
     recommended = _recommended(table, row) if table and row else None
@@ -92,8 +91,8 @@ def collect(directory: Path) -> dict[str, Any]:
         "plan": plan,
         "promise": _promise(directory),
         "recommended": recommended,
-        "healings": [(name, record.method, _losses(record)) for name, record in _healings(table, plan)],
-        "samples": _samples(table, said.row if said else None) if table else [],
+        "healings": [(name, record.method, _losses(record)) for name, record in healings],
+        "samples": _samples(table, row) if table else [],
         "bench": bench,
         "commands": _commands(table, plan, recommended, directory),
         "facts": _facts(table, plan),
@@ -156,15 +155,13 @@ def _promise(directory: Path) -> str | None:
         raise EvaluationError(f"{directory / 'promise.json'}: not a valid file; remove it") from None
 
 
-def _histories(table: Table | None, plan: Plan | None) -> dict[str, list[dict[str, float]]]:
-    """The held-out losses by step, for healing that took steps."""
+def _held_out(healings: Iterable[tuple[str, HealingRecord]]) -> dict[str, dict[int, float]]:
+    """The held-out losses by step, of each healing that took steps."""
     found = {}
-    for name, record in _healings(table, plan):
+    for name, record in healings:
         losses = record.training.held_out if record.training is not None else {}
         if len(losses) > 1:
-            found[name] = [
-                {"step": step, "held-out loss": loss} for step, loss in sorted(losses.items()) if math.isfinite(loss)
-            ]
+            found[name] = {step: loss for step, loss in sorted(losses.items()) if math.isfinite(loss)}
     return found
 
 
@@ -192,24 +189,17 @@ def _chosen(row: Row | None, plan: Plan | None) -> tuple[int, int] | None:
 def _rows(table: Table, best: Row | None) -> list[dict[str, Any]]:
     """Each cell as a table row."""
     shown = []
-    for row in sorted(table.rows, key=lambda r: (r.n, r.strategy, r.heal, r.seed)):
-        cells = []
-        found = row.evaluation
-        for task in table.tasks:
-            score = found.primary(task) if found else None
-            cells.append(_value(score.value, score.standard_error, row, task) if score else "–")
-        loss = found.loss if found else None
-        cells.append(_value(loss.nats_per_token, loss.standard_error, row, "c4") if loss else "–")
-        cells.append(f"{loss.normalised:.3f}" if loss else "–")
-        health = found.health if found else None
+    for row in table.by_depth:
+        cells = [row.printed(measure) or "–" for measure in (*table.tasks, "c4")]
+        cells.append(f"{row.loss.normalised:.3f}" if row.loss else "–")
+        health = row.health
         cells += [f"{health.repetition[0]:.2f}", f"{health.distinct_2[0]:.2f}"] if health else ["–", "–"]
-        name = row.strategy + (f" (seed {row.seed})" if row.strategy == "random" or row.seed else "")
         shown.append(
             {
                 "best": row == best,
                 "n": row.n,
                 "fraction": f"{row.fraction:.0%}",
-                "strategy": name if row.n else "unpruned",
+                "strategy": row.label if row.n else "unpruned",
                 "heal": row.heal if row.n else "",
                 "layers": spell_layers(row.dropped),
                 "cells": cells,
@@ -217,12 +207,6 @@ def _rows(table: Table, best: Row | None) -> list[dict[str, Any]]:
             }
         )
     return shown
-
-
-def _value(value: float, error: float | None, row: Row, measure: str) -> str:
-    change = row.change(measure)
-    star = "*" if change is not None and not change.within_noise else ""
-    return f"{value:.3f}" + (f" ± {error:.3f}" if error is not None else "") + star
 
 
 def _samples(table: Table, best: Row | None) -> list[dict[str, Any]]:
@@ -238,26 +222,18 @@ def _samples(table: Table, best: Row | None) -> list[dict[str, Any]]:
         (f"{r.n} layers cut" + ("" if r.heal == "none" else f", healed ({r.heal})"), r)
         for r in sorted(beside, key=lambda r: r.heal != "none")
     ]
-    healths = [(name, row.evaluation.health) for name, row in columns if row.evaluation]
-    shown = []
-    for at in range(_SAMPLES):
-        texts = [(name, h.samples[at][1]) for name, h in healths if h is not None and at < len(h.samples)]
-        prompts = [h.samples[at][0] for _, h in healths if h is not None and at < len(h.samples)]
-        if texts:
-            shown.append({"prompt": prompts[0], "texts": texts})
-    return shown
+    shown: dict[str, list[tuple[str, str]]] = {}  # prompt -> (model, continuation)
+    for name, row in columns:
+        for prompt, text in row.health.samples[:_SAMPLES] if row.health else ():
+            shown.setdefault(prompt, []).append((name, text))
+    return [{"prompt": prompt, "texts": texts} for prompt, texts in shown.items()]
 
 
 def _recommended(table: Table, row: Row) -> Plan:
     """The plan of a cell, with its healing: `slicer convert --plan` makes what was measured."""
-    return replace(
-        Plan.dropping(table.depth, row.dropped),
-        strategy=row.strategy,
-        distance=row.distance,
-        seed=row.seed,
-        source=table.settings["source"],
-        healing=row.healing,
-    )
+    bare, source = Plan.dropping(table.depth, row.dropped), table.settings["source"]
+    cut = replace(bare, strategy=row.strategy, distance=row.distance, seed=row.seed)
+    return replace(cut, source=source, healing=row.healing)
 
 
 def _commands(table: Table | None, plan: Plan | None, recommended: Plan | None, directory: Path) -> list[str]:

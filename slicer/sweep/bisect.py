@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from slicer.errors import ArchitectureError, EvaluationError, PlanError, UsageError
+from slicer.evaluate.compare import mean_and_error
 from slicer.evaluate.lm_tasks import LOSS
 from slicer.evaluate.results import Evaluation
 from slicer.plan.records import HealingRecord
@@ -40,23 +41,22 @@ def deepest_cut(sweep: OpenSweep, share: float, metric: str, grid: Grid, command
         cells.append(cell)
         record_cells(sweep.store, cells, command)
         run_cells(sweep, [UNPRUNED, cell])
-        cut, whole = sweep.result(cell), sweep.result(UNPRUNED)
-        if cut is None or whole is None:
-            reason = (sweep.store.get(cell.name) or {}).get("error")
-            return Retained(n, 0.0, -1.0, 0.0, error=str(reason))
-        return kept(n, whole, cut, share, metric)
+        whole, cut = sweep.record(UNPRUNED)["evaluation"], sweep.record(cell)
+        if not whole or not cut["evaluation"]:
+            return Retained(n, 0.0, -1.0, 0.0, error=str(cut["error"]))
+        return retained(n, Evaluation.from_dict(whole), Evaluation.from_dict(cut["evaluation"]), share, metric)
 
     record_cells(sweep.store, cells, command)
     check_text(sweep, [cell_of(1)])
     run_cells(sweep, [UNPRUNED])
     found = bisect([n for n in range(1, sweep.depth) if _expressible(sweep, cell_of(n))], measure)
-    if found.tried and all(kept.error for kept in found.tried):
+    if found.tried and all(cut.error for cut in found.tried):
         raise EvaluationError(f"--heal {heal}: no cut could be made: {found.tried[0].error}")
     record = {"share": share, "metric": metric, **asdict(found)}
     write_atomically(sweep.store.directory / PROMISE, json.dumps(record, indent=1) + "\n")
     if found.best is not None:
         cell = cell_of(found.best.n)
-        healing = (sweep.store.get(cell.name) or {}).get("healing")
+        healing = sweep.record(cell).get("healing")
         plan = replace(
             plan_of(sweep, cell), source=sweep.source.name, revision=sweep.source.revision, command=command,
             model_type=sweep.source.checkpoint.config.get("model_type"),
@@ -124,8 +124,8 @@ def check(keep: float, metric: str | None, tasks: tuple[str, ...]) -> str:
     return metric
 
 
-def kept(n: int, whole: Evaluation, cut: Evaluation, keep: float, metric: str) -> Retained:
-    """Compare a cut with the unpruned model, item by item. Raises EvaluationError."""
+def retained(n: int, whole: Evaluation, cut: Evaluation, keep: float, metric: str) -> Retained:
+    """Compare a cut of n layers with the unpruned model, item by item; `keep`: the target. Raises EvaluationError."""
     score = whole.primary(metric)
     key = LOSS if metric == LOSS else f"{metric}/{score.metric}" if score else ""
     a, b = whole.items.get(key), cut.items.get(key)
@@ -133,12 +133,10 @@ def kept(n: int, whole: Evaluation, cut: Evaluation, keep: float, metric: str) -
         raise EvaluationError(f"--metric {metric}: it has no value per item; choose another task")
     fewer = metric == LOSS or (score is not None and not score.higher_is_better)
     pairs = [(a[i], b[i]) for i in a if i in b]
-    gains = [x / keep - y if fewer else y - keep * x for x, y in pairs]
-    mean = math.fsum(gains) / len(gains)
-    spread = math.fsum((g - mean) ** 2 for g in gains) / max(1, len(gains) - 1)
+    margin, error = mean_and_error([x / keep - y if fewer else y - keep * x for x, y in pairs])
     total_a, total_b = math.fsum(x for x, _ in pairs), math.fsum(y for _, y in pairs)
     share = (total_a / total_b if total_b else math.inf) if fewer else (total_b / total_a if total_a else 1.0)
-    return Retained(n, share, mean, math.sqrt(spread / len(gains)))
+    return Retained(n, share, margin, error)
 
 
 def bisect(depths: Sequence[int], measure: Callable[[int], Retained]) -> Deepest:

@@ -55,20 +55,11 @@ class SharedModel:
     @cached_property
     def walk(self) -> Walk:
         """Over the loaded source; in a distributed run, on this process's GPU."""
-        from slicer.model.load import load_model
-        from slicer.model.walk import SourceActivations, Walk
+        from slicer.model.walk import Walk
 
         self._progress.stage("Loading the model")
-        compute = self.compute
-        model = load_model(
-            self.source.path,
-            dtype=compute.dtype or "auto",
-            device=compute.device,
-            trust_remote_code=compute.trust_remote_code,
-        )
-        walk = Walk.in_memory(model)
-        walk.trust_remote_code = compute.trust_remote_code
-        walk.activations = SourceActivations(int(memory.ACTIVATIONS_SHARE * memory.available()))
+        walk = Walk.in_memory(_loaded(self.source.path, self.compute))
+        walk.trust_remote_code = self.compute.trust_remote_code
         return walk
 
     @cached_property
@@ -88,6 +79,14 @@ class SharedModel:
         return Prefix(self.walk.model)
 
 
+def _loaded(path: Path, compute: Compute) -> Any:
+    from slicer.model.load import load_model
+
+    return load_model(
+        path, dtype=compute.dtype or "auto", device=compute.device, trust_remote_code=compute.trust_remote_code
+    )
+
+
 def evaluated(model: Any, path: Path, suite: Suite, name: str) -> Evaluation:
     """`suite` on a loaded model, with the tokenizer at `path`."""
     spec = suite.options
@@ -104,9 +103,8 @@ def in_memory(
 
     checkpoint, compute = shared.source.checkpoint, shared.compute
     config = sliced_config(checkpoint, plan, trust_remote_code=compute.trust_remote_code)
-    healing = Compensation(cell.heal)
-    text = shared.text if cell.heal != "none" else None
-    patch = repair(checkpoint, shared.walk, plan, text, healing, progress)
+    text, activations = (None, None) if cell.heal == "none" else (shared.text, shared.activations)
+    patch = repair(checkpoint, shared.walk, plan, text, Compensation(cell.heal), progress, activations)
     first = min(*plan.dropped, *patch.edits, plan.depth)
     model = shared.walk.model
     with shared.prefix.shared(first), shortened(model, plan, config, patch.edits):
@@ -114,17 +112,19 @@ def in_memory(
 
 
 def on_disk(
-    plan: Plan, training: Training, text: TextSpec, shared: SharedModel, directory: Path, progress: Progress
-) -> tuple[Path, HealingRecord]:
-    """A trained cell: the checkpoint in `directory`, and its record. Resumes a stopped training.
+    plan: Plan, training: Training, text: TextSpec, shared: SharedModel, directory: Path, suite: Suite, name: str,
+    progress: Progress,
+) -> tuple[Evaluation, HealingRecord]:  # fmt: skip
+    """A trained cell, made in `directory`, which is removed afterwards. Resumes a stopped training.
 
     Raises SlicerError children.
     """
     from slicer.jobs.convert import convert
     from slicer.jobs.heal import heal
 
+    shared.release()
     cut, out = directory / "cut", directory / "healed"
-    name, compute = shared.source.name, replace(shared.compute, dtype=None)
+    source, compute = shared.source.name, replace(shared.compute, dtype=None)
     with (
         owned(directory, what="an unfinished training of a sweep", overwrite=True,
               training=asdict(training), text=text.identity, dropped=plan.dropped),
@@ -133,30 +133,24 @@ def on_disk(
         if not cut.is_dir():
             bare = Compensation("none")
             output = Output(cut, verify="load")
-            convert(ConvertRequest(name, plan=plan, compensation=bare, output=output, compute=compute), progress)
+            convert(ConvertRequest(source, plan=plan, compensation=bare, output=output, compute=compute), progress)
         if not out.is_dir():
             output = Output(out, verify="load")
-            request = HealRequest(str(cut), name, training, text=Text.of(text), output=output, compute=compute)
+            request = HealRequest(str(cut), source, training, text=Text.of(text), output=output, compute=compute)
             heal(request, progress)
     record = Plan.load(out).healing
     assert record is not None
-    return out, record
-
-
-@contextlib.contextmanager
-def discarded(directory: Path) -> Any:
-    """Remove the directory of a trained cell when it has been evaluated."""
-    yield
+    evaluation = evaluated(_loaded(out, shared.compute), out, suite, name)
     shutil.rmtree(directory, ignore_errors=True)
     with contextlib.suppress(OSError):  # not empty: another process trains in it
         directory.parent.rmdir()
+    return evaluation, record
 
 
 def training_of(cell: Cell, training: Training) -> Training:
     """The settings for a cell such as `qlora@8`: its own seed and rank, everything else from `training`."""
     rank = cell.heal.partition("@")[2]
-    rank_of = int(rank) if rank else training.lora_r
-    return replace(training, method=TRAINED, seed=cell.seed, lora_r=rank_of)
+    return replace(training, method=TRAINED, seed=cell.seed, lora_r=int(rank) if rank else training.lora_r)
 
 
 def require(heals: Iterable[str]) -> None:

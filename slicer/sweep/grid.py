@@ -6,8 +6,8 @@ The figures and ablations of the paper are presets of the same axes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 from slicer.errors import UsageError
@@ -27,7 +27,6 @@ _ABLATIONS: dict[str, dict[str, Any]] = {
     "seed": {"seeds": (0, 1, 2), "heals": ("qlora",)},
     "rank": {"heals": ("qlora@2", "qlora@8", "qlora@64")},
 }
-ABLATIONS = tuple(_ABLATIONS)
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,10 @@ class Grid:
     seeds: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
-        for kind, given, known in (("strategies", self.strategies, STRATEGIES), ("heal", self.heals, HEALS)):
+        methods = tuple(heal.split("@")[0] for heal in self.heals)
+        for kind, given, known in (("strategies", self.strategies, STRATEGIES), ("heal", methods, HEALS)):
             for name in given:
-                if (name.split("@")[0] if kind == "heal" else name) not in known:
+                if name not in known:
                     raise UsageError(f"--{kind} {name}: choose from {', '.join(known)}")
             if not given:
                 raise UsageError(f"--{kind}: pass at least one of {', '.join(known)}")
@@ -76,10 +76,6 @@ class Cell:
         seed = f"-s{self.seed}" if self.seed or self.strategy == "random" else ""
         return f"{self.n:03d}-{self.strategy}-{self.heal.replace('@', '')}{seed}"
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
 
 UNPRUNED = Cell(0, "none", "none")
 
@@ -104,11 +100,10 @@ def is_random(strategy: str, heal: str) -> bool:
     return strategy == "random" or heal.startswith("qlora")
 
 
-def paper(ablate: str | None, grid: Grid, given: Iterable[str]) -> tuple[Grid, tuple[str, ...]]:
+def paper(ablate: str | None, grid: Grid, given: Collection[str]) -> tuple[Grid, tuple[str, ...]]:
     """(grid, tasks) of `--suite paper`; the axes named in `given` keep their values in `grid`."""
     preset: dict[str, Any] = dict(_PAPER)
     if ablate is not None:
         preset |= {"strategies": ("similarity",), "tasks": ("mmlu@5",), **_ABLATIONS[ablate]}
     tasks = preset.pop("tasks")
-    keep = set(given)
-    return replace(grid, **{k: v for k, v in preset.items() if k not in keep}), tuple(tasks)
+    return replace(grid, **{k: v for k, v in preset.items() if k not in given}), tuple(tasks)

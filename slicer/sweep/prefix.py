@@ -19,6 +19,8 @@ from torch import nn
 from slicer.model.layers import decoder_layers, replaced_forwards
 from slicer.runtime.memory import KEPT_SHARE, available
 
+_HOST = torch.device("cpu")
+
 
 class Prefix:
     """Cache of the outputs of layers 0 .. i of the unpruned `model` for each batch.
@@ -53,7 +55,7 @@ class Prefix:
             if not self._trusted:
                 batch[0] = None
                 return None
-            return args, ({**kwargs, "use_cache": False} if self._takes_cache_flag else kwargs)
+            return args, self._uncached(kwargs)
 
         def instead(i: int, real: Any) -> Any:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -65,7 +67,8 @@ class Prefix:
                     if i < known - 1:
                         return self._kept[known, name]
                     self.taken += 1
-                    return _on(self._kept[known, name], self._layers[i])
+                    device = next((p.device for p in self._layers[i].parameters()), _HOST)
+                    return _copy(self._kept[known, name], device)
                 output = real(*args, **kwargs)
                 if i == start - 1:
                     self._keep(start, name, output)
@@ -80,6 +83,10 @@ class Prefix:
             finally:
                 hook.remove()
 
+    def _uncached(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a pass without a key-value cache."""
+        return {**kwargs, "use_cache": False} if self._takes_cache_flag else kwargs
+
     def _deepest(self, start: int, name: str) -> int:
         """The largest number of layers, at most `start`, with a cached output for the batch."""
         return next((i for i in range(start, 0, -1) if (i, name) in self._kept), 0)
@@ -88,11 +95,11 @@ class Prefix:
         size = _bytes(output)
         if size is not None and size <= self._room:
             self._room -= size
-            self._kept[start, name] = _off(output)
+            self._kept[start, name] = _copy(output, _HOST)
 
     def _holds(self, start: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the layers pass each other only their return values; tested on one batch."""
-        given = {**kwargs, "use_cache": False} if self._takes_cache_flag else kwargs
+        given = self._uncached(kwargs)
         found: list[Any] = []
 
         def noting(i: int, real: Any) -> Any:
@@ -104,9 +111,6 @@ class Prefix:
 
             return forward
 
-        def handing_on(i: int, real: Any) -> Any:
-            return lambda *args, **kwargs: found[0]
-
         run = self._model.forward  # not the model: its hook calls this function
         with torch.no_grad():
             with replaced_forwards(self._layers[:start], noting):
@@ -114,7 +118,7 @@ class Prefix:
             if len(found) != 1 or _bytes(found[0]) is None:
                 return False
             try:
-                with replaced_forwards(self._layers[:start], handing_on):
+                with replaced_forwards(self._layers[:start], lambda i, real: lambda *args, **kwargs: found[0]):
                     got = run(*args, **given).logits
             except Exception:  # remote code raises many kinds
                 return False
@@ -145,16 +149,8 @@ def _bytes(output: Any) -> int | None:
     return None
 
 
-def _off(output: Any) -> Any:
-    """Copy to host memory."""
+def _copy(output: Any, device: torch.device) -> Any:
+    """A copy of a layer's output on `device`; a copy, because the next layer may write in place."""
     if isinstance(output, torch.Tensor):
-        return output.detach().to("cpu", copy=True)
-    return None if output is None else tuple(_off(part) for part in output)
-
-
-def _on(output: Any, layer: nn.Module) -> Any:
-    """Copy to the device of `layer`: a copy, because the next layer may write in place."""
-    if isinstance(output, torch.Tensor):
-        device = next((parameter.device for parameter in layer.parameters()), output.device)
-        return output.to(device, copy=True)
-    return None if output is None else tuple(_on(part, layer) for part in output)
+        return output.detach().to(device, copy=True)
+    return None if output is None else tuple(_copy(part, device) for part in output)

@@ -33,7 +33,7 @@ from slicer.runtime.distributed import Processes
 from slicer.runtime.files import write_atomically
 from slicer.runtime.workdir import beside, claimed
 
-LOSS = "loss"
+LOSS = "loss"  # the metric that needs no task
 NONE = "none"  # the name under which the cut is scored as it is before training
 Score = tuple[float, float]  # value, higher is better, and its standard error
 Scorer = Callable[[Path], Score]
@@ -98,7 +98,7 @@ def _train(request: HealRequest, rank: int, work: Path, processes: Processes, pr
     if there or scored:
         return there
     progress.note(f"rank {rank}")
-    training, output = (replace(request.training, lora_r=rank), replace(request.output, out=place, overwrite=True))
+    training, output = replace(request.training, lora_r=rank), replace(request.output, out=place, overwrite=True)
     try:
         done = heal(replace(request, training=training, output=output), progress)
     except Diverged as error:
@@ -157,14 +157,8 @@ def _scorer(search: RankSearch, compute: Compute, progress: Progress) -> Scorer 
         return None
     from slicer.evaluate.suite import Suite, SuiteSpec, evaluate
 
-    spec = SuiteSpec(
-        tasks=(search.metric,),
-        data=search.data,
-        limit=search.limit,
-        share_limit=True,
-        device=compute.device,
-        trust_remote_code=compute.trust_remote_code,
-    )
+    spec = SuiteSpec((search.metric,), data=search.data, limit=search.limit, share_limit=True)
+    spec = replace(spec, device=compute.device, trust_remote_code=compute.trust_remote_code)
     suite = Suite(spec, progress)
 
     def score(path: Path) -> Score:

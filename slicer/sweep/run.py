@@ -23,13 +23,13 @@ from slicer.measure.analysis import Analysis
 from slicer.plan.amounts import Amount, Goal
 from slicer.plan.choose import choose
 from slicer.plan.plan import Plan
+from slicer.plan.records import HealingRecord
 from slicer.progress import Progress
 from slicer.runtime import memory
 from slicer.runtime.compute import Compute
 from slicer.runtime.distributed import world
 from slicer.runtime.files import digest_of, write_atomically
-from slicer.sweep import cell as cells_of
-from slicer.sweep.cell import SharedModel, evaluated, in_memory, on_disk
+from slicer.sweep.cell import TRAINED, SharedModel, check_alike, evaluated, in_memory, on_disk, require, training_of
 from slicer.sweep.grid import UNPRUNED, Cell
 from slicer.sweep.store import Store, began_with
 
@@ -68,11 +68,11 @@ class OpenSweep:
     def depth(self) -> int:
         return self.source.checkpoint.depth
 
-    def result(self, cell: Cell) -> Evaluation | None:
-        """The evaluation of a finished cell; None if the architecture cannot express the cut."""
+    def record(self, cell: Cell) -> dict[str, Any]:
+        """The record of a finished cell: its evaluation, or the reason why the cut could not be made."""
         record = self.store.get(cell.name)
         assert record is not None
-        return Evaluation.from_dict(record["evaluation"]) if record["evaluation"] else None
+        return record
 
 
 @contextlib.contextmanager
@@ -125,8 +125,8 @@ def run_cells(sweep: OpenSweep, cells: Sequence[Cell]) -> None:
     any cell starts, and OutOfMemory if healing runs out of memory: the next run tries that cell again.
     """
     store = sweep.store
-    cells_of.require({cell.heal for cell in cells})
-    cells_of.check_alike(store, cells, sweep.request.training)
+    require({cell.heal for cell in cells})
+    check_alike(store, cells, sweep.request.training)
     check_text(sweep, cells)
     while todo := [cell for cell in cells if store.get(cell.name) is None]:
         worked = False
@@ -175,15 +175,13 @@ def _measured(sweep: OpenSweep) -> Analysis:
 def _work(sweep: OpenSweep, cell: Cell) -> dict[str, Any]:
     """The record of a cell that was made and evaluated, or of the reason why it cannot be."""
     started = time.monotonic()
-    record: dict[str, Any] = {"cell": cell.to_dict(), "depth": sweep.depth, "error": None}
+    record: dict[str, Any] = {"cell": asdict(cell), "depth": sweep.depth, "error": None, "evaluation": None}
     try:
-        evaluation = _evaluated(sweep, cell, record)
+        record["evaluation"] = _evaluated(sweep, cell, record).to_dict()
     except OutOfMemory:  # not a property of the cut: a second run may succeed
         raise
     except (ArchitectureError, HealError) as error:  # a property of this cut: continue with the others
-        record |= {"error": str(error), "evaluation": None}
-    else:
-        record["evaluation"] = evaluation.to_dict()
+        record["error"] = str(error)
     record["seconds"] = round(time.monotonic() - started, 1)
     return record
 
@@ -195,36 +193,25 @@ def _evaluated(sweep: OpenSweep, cell: Cell, record: dict[str, Any]) -> Evaluati
         return evaluated(shared.walk.model, sweep.source.path, suite, name)
     plan = plan_of(sweep, cell)
     record |= {"dropped": list(plan.dropped), "distance": plan.distance}
-    if not cell.heal.startswith(cells_of.TRAINED):
+    healing: HealingRecord | None
+    if cell.heal.startswith(TRAINED):
+        training, place = training_of(cell, request.training), request.directory / "training" / cell.name
+        record["training"] = asdict(training)
+        evaluation, healing = on_disk(plan, training, request.text, shared, place, suite, name, sweep.progress)
+    else:
         evaluation, healing = in_memory(cell, plan, shared, suite, name, sweep.progress)
-        if healing is not None:
-            record["healing"] = replace(healing, tensors=()).to_dict()
-        return evaluation
-    shared.release()
-    training = cells_of.training_of(cell, request.training)
-    record["training"] = asdict(training)
-    place = request.directory / "training" / cell.name
-    with cells_of.discarded(place):
-        path, healing = on_disk(plan, training, request.text, shared, place, sweep.progress)
+    if healing is not None:
         record["healing"] = replace(healing, tensors=()).to_dict()
-        from slicer.model.load import load_model
-
-        compute = shared.compute
-        model = load_model(
-            path, dtype=compute.dtype or "auto", device=compute.device, trust_remote_code=compute.trust_remote_code
-        )
-        return evaluated(model, path, suite, name)
+    return evaluation
 
 
 def time_left(store: Store, cells: Sequence[Cell], depth: int) -> str:
     """The remaining time, from the seconds per layer of finished cells with the same healing method."""
     rates: dict[str, list[float]] = {}
-    todo = []
-    for cell in cells:
-        record = store.get(cell.name)
-        if record is None:
-            todo.append(cell)
-        elif record.get("seconds"):
+    records = [(cell, store.get(cell.name)) for cell in cells]
+    todo = [cell for cell, record in records if record is None]
+    for cell, record in records:
+        if record is not None and record.get("seconds"):
             rates.setdefault(cell.heal, []).append(record["seconds"] / (depth - cell.n))
     done = f"{len(cells) - len(todo)} of {len(cells)} cells done"
     if not rates:
@@ -241,7 +228,7 @@ def record_cells(store: Store, cells: Sequence[Cell], command: str | None) -> No
     before: list[dict[str, Any]] = []
     with contextlib.suppress(OSError, ValueError, KeyError):
         before = json.loads(file.read_text("utf-8"))["cells"]
-    asked = [cell.to_dict() | {"name": cell.name, "command": command} for cell in cells]
+    asked = [asdict(cell) | {"name": cell.name, "command": command} for cell in cells]
     known = {cell["name"] for cell in before}
     merged = before + [cell for cell in asked if cell["name"] not in known]
     write_atomically(file, json.dumps({"cells": merged, "command": command}, indent=1) + "\n")

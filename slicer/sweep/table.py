@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from slicer.errors import EvaluationError, PlanError
 from slicer.evaluate.compare import Difference
-from slicer.evaluate.results import Evaluation, differences
+from slicer.evaluate.generation import GenerationHealth
+from slicer.evaluate.loss import TextLoss
+from slicer.evaluate.results import Evaluation, Score, differences
 from slicer.figures.sweep import Curve
 from slicer.plan.records import HealingRecord
 
@@ -37,11 +39,42 @@ class Row:
     error: str | None = None
     healing: HealingRecord | None = None
 
+    @property
+    def loss(self) -> TextLoss | None:
+        """The loss on text, if it is measured."""
+        return self.evaluation.loss if self.evaluation else None
+
+    @property
+    def health(self) -> GenerationHealth | None:
+        """The health of generated text, if it is measured."""
+        return self.evaluation.health if self.evaluation else None
+
+    @property
+    def label(self) -> str:
+        """The strategy, with the seed where it matters."""
+        return self.strategy + (f" (seed {self.seed})" if self.strategy == "random" or self.seed else "")
+
+    def score(self, task: str) -> Score | None:
+        """The first metric of a task, if it is measured."""
+        return self.evaluation.primary(task) if self.evaluation else None
+
     def change(self, measure: str) -> Difference | None:
         """Difference from the unpruned model in "task/metric", in a task's first metric, or in "c4"."""
         return next(
             (d for d in self.against_unpruned if d.measure == measure or d.measure.split("/")[0] == measure), None
         )
+
+    def printed(self, measure: str) -> str | None:
+        """ "value ± standard error" of a task or, for "c4", of the loss in nats per token; a star marks a significant
+        difference from the unpruned model. None if it is not measured."""
+        loss, score, change = self.loss, self.score(measure), self.change(measure)
+        if measure == "c4" and loss is not None:
+            text = f"{loss.nats_per_token:.3f} ± {loss.standard_error:.3f}"
+        elif score is not None:
+            text = f"{score.value:.3f}" + ("" if score.standard_error is None else f" ± {score.standard_error:.3f}")
+        else:
+            return None
+        return text if change is None or change.within_noise else f"{text}*"
 
 
 @dataclass(frozen=True)
@@ -64,6 +97,16 @@ class Table:
         return next((row.evaluation for row in self.rows if row.n == 0), None)
 
     @property
+    def by_depth(self) -> list[Row]:
+        """The rows in the order that they are shown in."""
+        return sorted(self.rows, key=lambda row: (row.n, row.strategy, row.heal, row.seed))
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the loss on text is measured."""
+        return any(row.loss for row in self.rows)
+
+    @property
     def tasks(self) -> tuple[str, ...]:
         """Tasks in the order scored, without c4."""
         return tuple(dict.fromkeys(s.task for r in self.rows if r.evaluation for s in r.evaluation.scores))
@@ -76,21 +119,17 @@ def read_table(directory: Path) -> Table:
         grid = json.loads((directory / "grid.json").read_text("utf-8"))
         depth = int(settings["depth"])
         asked = {cell["name"]: cell.get("command") or grid.get("command") for cell in grid["cells"]}
-        names = list(asked)
-        records = {}
-        for name in names:
-            file = directory / "cells" / f"{name}.json"
-            if file.is_file():
-                records[name] = json.loads(file.read_text("utf-8"))
+        files = {name: directory / "cells" / f"{name}.json" for name in asked}
+        records = {name: json.loads(file.read_text("utf-8")) for name, file in files.items() if file.is_file()}
         whole = records.get("unpruned")
         unpruned = Evaluation.from_dict(whole["evaluation"]) if whole else None
-        rows = [_row(name, records[name], depth, unpruned) for name in names if name in records]
+        rows = [_row(name, record, depth, unpruned) for name, record in records.items()]
     except OSError as error:
         raise EvaluationError(f"{directory}: no sweep in it ({error.strerror}: {error.filename})") from None
     except (ValueError, KeyError, TypeError, AttributeError, PlanError) as error:
         raise EvaluationError(f"{directory}: the sweep in it is damaged ({error})") from None
     commands = tuple(dict.fromkeys(c for c in (*asked.values(), grid.get("command")) if c))
-    left = [name for name in names if name not in records]
+    left = [name for name in asked if name not in records]
     unfinished = tuple(dict.fromkeys(asked[name] for name in left if asked[name]))
     return Table(settings, commands, depth, tuple(rows), len(left), unfinished)
 
@@ -101,11 +140,8 @@ def _row(name: str, record: Mapping[str, Any], depth: int, unpruned: Evaluation 
     compared = differences(unpruned, evaluation) if unpruned and evaluation and cell["n"] else []
     return Row(
         name=name,
-        n=cell["n"],
+        **cell,
         fraction=cell["n"] / depth,
-        strategy=cell["strategy"],
-        heal=cell["heal"],
-        seed=cell["seed"],
         dropped=tuple(record.get("dropped") or ()),
         distance=record.get("distance"),
         evaluation=evaluation,
@@ -133,47 +169,39 @@ def to_csv(table: Table) -> str:
     header = ["n", "fraction", "strategy", "heal", "seed", "dropped", "distance"]
     for task in table.tasks:
         header += [task, f"{task} standard error", f"{task} chance", f"{task} p"]
-    has_loss = any(row.evaluation and row.evaluation.loss for row in table.rows)
-    if has_loss:
+    if table.has_loss:
         header += ["loss", "loss standard error", "loss / log V", "loss p"]
     header += ["repetition", "distinct-2", "length", "error"]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(header)
     for row in sorted(table.rows, key=lambda r: (r.strategy != "none", r.strategy, r.heal, r.seed, r.n)):
-        writer.writerow(_line(row, table.tasks, has_loss))
+        writer.writerow(_line(row, table))
     return out.getvalue()
 
 
-def _line(row: Row, tasks: Sequence[str], has_loss: bool) -> list[Any]:
-    found = row.evaluation
+def _line(row: Row, table: Table) -> list[Any]:
     line: list[Any] = [
         row.n, repr(row.fraction), row.strategy, row.heal, row.seed, " ".join(map(str, row.dropped)), row.distance,
     ]  # fmt: skip
-    for task in tasks:
-        score = found.primary(task) if found else None
-        change = row.change(task)
+    for task in table.tasks:
+        score, change = row.score(task), row.change(task)
         line += [score and score.value, score and score.standard_error, score and score.chance]
         line.append(change and change.p_value)
-    if has_loss:
-        loss, change = found.loss if found else None, row.change("c4")
+    if table.has_loss:
+        loss, change = row.loss, row.change("c4")
         line += [loss and loss.nats_per_token, loss and loss.standard_error, loss and loss.normalised]
         line.append(change and change.p_value)
-    health = found.health if found else None
+    health = row.health
     line += [health and health.repetition[0], health and health.distinct_2[0], health and health.length[0]]
     return ["" if value is None else value for value in [*line, row.error]]
 
 
 def value_of(row: Row, measure: str) -> tuple[float, float] | None:
     """(value, standard error) of a task's first metric, or, for "c4", of the loss as a share of log V."""
-    if row.evaluation is None:
-        return None
-    if measure == "c4":
-        loss = row.evaluation.loss
-        if loss is None:
-            return None
+    loss, score = row.loss, row.score(measure)
+    if measure == "c4" and loss is not None:
         return loss.normalised, loss.standard_error * loss.normalised / loss.nats_per_token
-    score = row.evaluation.primary(measure)
     return (score.value, score.standard_error or 0.0) if score else None
 
 

@@ -37,13 +37,11 @@ def judge(table: Table) -> Verdict:
         return Verdict(None, ("No cut is measured yet.",))
     informative = tuple(task for task in table.tasks if _is_informative(task, table.unpruned))
     if not informative and table.unpruned.loss is None:
-        return Verdict(
-            None,
-            (
-                "There is no recommendation: on every task the unpruned model is within two standard errors of "
-                f"chance, or fewer than {_FEWEST} items were used, and no loss was measured.",
-            ),
+        why = (
+            "There is no recommendation: on every task the unpruned model is within two standard errors of "
+            f"chance, or fewer than {_FEWEST} items were used, and no loss was measured."
         )
+        return Verdict(None, (why,))
     harmless = [row for row in cuts if _harmless(row, table.unpruned, informative)]
     best = max(harmless, key=lambda r: (r.n, -_loss(r)), default=None)
     sentences = [_recommend(best, table, informative)]
@@ -55,13 +53,11 @@ def judge(table: Table) -> Verdict:
     sentences += [sentence for measure in (*informative, "c4") if (sentence := _knee(table, measure))]
     if sentence := _healing(table):
         sentences.append(sentence)
-    if informative and best is not None:
-        few = min(s.items for s in table.unpruned.scores)
-        if few < 1000:
-            sentences.append(
-                f"With {few} items, differences below about {2 * 0.5 / few**0.5:.0%} cannot be detected: "
-                "measure more items before relying on this."
-            )
+    if informative and best is not None and (few := min(s.items for s in table.unpruned.scores)) < 1000:
+        sentences.append(
+            f"With {few} items, differences below about {2 * 0.5 / few**0.5:.0%} cannot be detected: "
+            "measure more items before relying on this."
+        )
     sentences.append(
         "Multiple-choice scores hold longer than generation and reasoning: read the samples, and measure your own task."
     )
@@ -79,7 +75,7 @@ def _is_informative(task: str, unpruned: Evaluation) -> bool:
 
 
 def _harmless(row: Row, unpruned: Evaluation, informative: Sequence[str]) -> bool:
-    whole, here = unpruned.loss, row.evaluation.loss if row.evaluation else None
+    whole, here = unpruned.loss, row.loss
     share = _LOSS_CAP if informative else _LOSS_SHARE
     # Written so that a NaN loss counts as missing.
     if whole is not None and not (here and here.nats_per_token <= whole.nats_per_token / share):
@@ -95,7 +91,7 @@ def _holds(row: Row, task: str, unpruned: Evaluation) -> bool:
 
 
 def _loss(row: Row) -> float:
-    return row.evaluation.loss.nats_per_token if row.evaluation and row.evaluation.loss else 0.0
+    return row.loss.nats_per_token if row.loss else 0.0
 
 
 def _recommend(best: Row | None, table: Table, informative: Sequence[str]) -> str:
@@ -147,9 +143,8 @@ def _healing(table: Table) -> str | None:
     whole = table.unpruned.loss if table.unpruned else None
     if whole is None:
         return None
-    bare = {(r.n, r.dropped): r for r in table.rows if r.n and r.heal == "none" and r.evaluation}
-    pairs = [(r, bare[r.n, r.dropped]) for r in table.rows if r.heal != "none" and (r.n, r.dropped) in bare]
-    pairs = [(h, b) for h, b in pairs if h.evaluation and h.evaluation.loss and b.evaluation and b.evaluation.loss]
+    bare = {(r.n, r.dropped): r for r in table.rows if r.n and r.heal == "none" and r.loss}
+    pairs = [(r, bare[r.n, r.dropped]) for r in table.rows if r.heal != "none" and (r.n, r.dropped) in bare and r.loss]
     if not pairs:
         return None
     healed, cut = max(pairs, key=lambda p: (p[0].n, -_loss(p[0])))

@@ -9,7 +9,7 @@ import pytest
 
 from slicer.errors import EvaluationError, UsageError
 from slicer.evaluate.results import Evaluation, Score
-from slicer.sweep.bisect import Retained, bisect, check, kept
+from slicer.sweep.bisect import Retained, bisect, check, retained
 from slicer.sweep.grid import UNPRUNED, Grid, cells, paper
 
 
@@ -84,10 +84,10 @@ def test_the_margin_is_paired() -> None:
     whole = [float(draw.random() < 0.5) for _ in range(1000)]
     at = [i for i, v in enumerate(whole) if v][:40]
     cut = [0.0 if i in at else v for i, v in enumerate(whole)]
-    found = kept(4, evaluation(whole), evaluation(cut), 0.98, "mmlu")
+    found = retained(4, evaluation(whole), evaluation(cut), 0.98, "mmlu")
     assert found.share == pytest.approx(1 - 40 / sum(whole))
     assert not found.kept and found.sure and found.standard_error < 0.008
-    assert kept(0, evaluation(whole), evaluation(whole), 0.98, "mmlu").kept
+    assert retained(0, evaluation(whole), evaluation(whole), 0.98, "mmlu").kept
 
 
 def test_a_promise_needs_its_task() -> None:

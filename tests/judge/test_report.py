@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def swept(tmp_path: Path) -> Path:
         loss = {"source": 2.5, "before": 5.0, "after": 3.5}
         healing = {"method": "fold", "loss": loss, "training": training({"0": 4.0, "10": 3.6})}
         store.put(cell.name, {
-            "cell": cell.to_dict(), "dropped": dropped, "distance": 0.1, "error": None, "seconds": 1.0,
+            "cell": asdict(cell), "dropped": dropped, "distance": 0.1, "error": None, "seconds": 1.0,
             "evaluation": evaluation(right, nats).to_dict(), "healing": healing if cell.heal == "fold" else None,
         })  # fmt: skip
     record_cells(store, [*scored, Cell(6, "deepest", "none")], "slicer sweep org/model --drop 0,2,4")
@@ -118,7 +118,7 @@ def put(directory: Path, cell: Cell, found: Evaluation, healing: object = None) 
     """One more finished cell."""
     store = Store(directory, SETTINGS)
     store.put(cell.name, {
-        "cell": cell.to_dict(), "dropped": list(range(7 - cell.n, 7)), "distance": 0.1, "error": None, "seconds": 1.0,
+        "cell": asdict(cell), "dropped": list(range(7 - cell.n, 7)), "distance": 0.1, "error": None, "seconds": 1.0,
         "evaluation": found.to_dict(), "healing": healing,
     })  # fmt: skip
     record_cells(store, [cell], "slicer sweep org/model --more")

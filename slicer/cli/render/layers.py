@@ -30,7 +30,7 @@ def print_analysis(analysis: Analysis, out: Path) -> None:
     console.print()
     console.print("angular distance d(l, l+n), last token; scaled within each n from @ (closest) to blank")
     for line in heat_lines(distances, width=max(20, min(console.width, 120) - 26)):
-        console.print(line, markup=False)
+        console.print(line)
     console.print()
     sizes = sorted({max(1, round(analysis.depth * k / 8)) for k in range(1, 5)})
     table = Table(title="closest block of n layers, its first layer", title_justify="left")
@@ -51,8 +51,8 @@ def print_analysis(analysis: Analysis, out: Path) -> None:
     if analysis.greedy:
         order = ", ".join(f"{int(step['layer'])} ({step['loss']:.3f})" for step in analysis.greedy)
         console.print(f"greedy    {order}")
-    console.print(f"written   {out} (analysis.json and figures)", markup=False)
-    console.print(f"next      slicer plan {out} --drop 0.25", markup=False)
+    console.print(f"written   {out} (analysis.json and figures)")
+    console.print(f"next      slicer plan {out} --drop 0.25")
 
 
 def _parts_table(analysis: Analysis) -> Table:
@@ -107,9 +107,9 @@ def print_chosen(chosen: Chosen, samples: int, file: Path) -> None:
     plan = chosen.plan
     left = len(plan.kept)
     if plan.below_layers:
-        console.print(f"plan      drop {spell_dropped(plan)}, {left} layers stay", markup=False)
+        console.print(f"plan      drop {spell_dropped(plan)}, {left} layers stay")
     else:
-        console.print(f"plan      drop {spell_layers(plan.dropped)} of {plan.depth} layers, {left} stay", markup=False)
+        console.print(f"plan      drop {spell_layers(plan.dropped)} of {plan.depth} layers, {left} stay")
     sublayers = bool(plan.no_attention or plan.no_ffn)
     total = " (sum over blocks)" if not sublayers and plan.metric != "greedy" and len(runs(plan.dropped)) > 1 else ""
     console.print(f"by        {plan.metric} {plan.distance:.4f}{total}")
@@ -118,14 +118,12 @@ def print_chosen(chosen: Chosen, samples: int, file: Path) -> None:
         console.print(f"          next {other.block} at {other.distance:.4f}{more}")
     if chosen.doubt is not None:
         doubt = chosen.doubt
-        settle = (
-            f"about {doubt.samples:,} samples are needed to decide"
-            if doubt.samples is not None
-            else "no number of samples can decide"
-        )
+        settle = "no number of samples can decide"
+        if doubt.samples is not None:
+            settle = f"about {doubt.samples:,} samples are needed to decide"
         console.print(
             f"warning   the best two cannot be told apart on {samples} samples: they differ by "
             f"{doubt.difference:.4f} with a standard error of {doubt.error:.4f}; {settle}"
         )
-    console.print(f"written   {file}", markup=False)
-    console.print(f"next      slicer convert {plan.source or 'SOURCE'} --plan {file}", markup=False)
+    console.print(f"written   {file}")
+    console.print(f"next      slicer convert {plan.source or 'SOURCE'} --plan {file}")

@@ -1,4 +1,4 @@
-"""Terminal output: progress on stderr, tables on stdout."""
+"""The two consoles: progress bars and notes on stderr, results on stdout."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rich.progress import Progress as Bars
 from slicer.progress import Progress
 from slicer.runtime.distributed import first_process
 
-STDERR = Console(stderr=True, highlight=False)
+STDERR = Console(stderr=True, highlight=False, markup=False)
 _QUIET_SECONDS = 20  # between progress lines if stderr is a file
 
 
@@ -43,17 +43,14 @@ class _Bars(Progress):
         self._text, self._total, self._done, self._told = text, total, 0, time.monotonic()
         if not STDERR.is_terminal:
             return
-        columns: tuple[ProgressColumn, ...]
+        name, detail = TextColumn("{task.description}"), TextColumn("{task.fields[detail]}")
+        columns: list[ProgressColumn] = [name, BarColumn(), MofNCompleteColumn(), TextColumn(unit), detail]
         if total is None:
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-            self._bars = Bars(*columns, console=STDERR, transient=True)
+            columns = [SpinnerColumn(), name, TimeElapsedColumn()]
         elif unit == "bytes":
-            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-            self._bars = Bars(*columns, TimeRemainingColumn(), console=STDERR, transient=True)
-        else:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
-                       TextColumn("{task.fields[detail]}"))  # fmt: skip
-            self._bars = Bars(*columns, TimeRemainingColumn(), console=STDERR, transient=True)
+            columns = [name, BarColumn(), DownloadColumn(), TransferSpeedColumn()]
+        remaining = [] if total is None else [TimeRemainingColumn()]
+        self._bars = Bars(*columns, *remaining, console=STDERR, transient=True)
         self._bars.start()
         self._task = self._bars.add_task(text, total=total, detail="")
 
@@ -67,10 +64,10 @@ class _Bars(Progress):
             self._bars.update(self._task, detail=text)
         elif not STDERR.is_terminal and time.monotonic() - self._told > _QUIET_SECONDS:
             self._told = time.monotonic()
-            STDERR.print(f"{self._text}: {self._done} of {self._total}, {text}", markup=False)
+            STDERR.print(f"{self._text}: {self._done} of {self._total}, {text}")
 
     def note(self, text: str) -> None:
-        STDERR.print(f"note: {text}", markup=False, soft_wrap=True)
+        STDERR.print(f"note: {text}", soft_wrap=True)
 
     def close(self) -> None:
         if self._bars is not None:
@@ -79,7 +76,7 @@ class _Bars(Progress):
 
 
 @contextlib.contextmanager
-def progress() -> Iterator[Progress]:
+def bars() -> Iterator[Progress]:
     """A progress display on stderr; turns off the output of transformers and datasets."""
     if not first_process():  # in a distributed run, only rank 0 shows progress
         yield Progress()
@@ -87,13 +84,13 @@ def progress() -> Iterator[Progress]:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    bars = _Bars()
+    shown = _Bars()
     try:
-        yield bars
+        yield shown
     finally:
-        bars.close()
+        shown.close()
 
 
 def stdout() -> Console:
     """The console that results are printed on."""
-    return Console(highlight=False, soft_wrap=True)
+    return Console(highlight=False, soft_wrap=True, markup=False)

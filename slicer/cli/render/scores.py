@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from slicer.evaluate.compare import Difference
     from slicer.evaluate.results import Evaluation
     from slicer.sweep.bisect import Deepest
-    from slicer.sweep.table import Row
     from slicer.sweep.table import Table as SweepTable
 
 
@@ -47,17 +46,16 @@ def print_evaluations(results: Sequence[Evaluation], compared: Sequence[Sequence
                 table.add_row(label, f"{mean:.3f}", f"{error:.3f}", "-", f"{len(health.samples)}")
         console.print(table)
     for result, rows in zip(results[1:], compared, strict=True):
-        console.print(f"{result.model} against {results[0].model}, item by item", markup=False)
+        console.print(f"{result.model} against {results[0].model}, item by item")
         for d in rows:
             verdict = "within noise" if d.within_noise else "significant"
             unit = " (nats)" if "perplexity" in d.measure or d.measure.startswith("c4") else ""
             console.print(
                 f"  {d.measure + unit:24} {d.delta:+.4f} ± {d.standard_error:.4f}  p = {d.p_value:.2g} "
-                f"over {d.items}: {verdict}",
-                markup=False,
+                f"over {d.items}: {verdict}"
             )
         if not rows:
-            console.print("  no items in common: run the same tasks on both", markup=False)
+            console.print("  no items in common: run the same tasks on both")
 
 
 def print_sweep(table: SweepTable, directory: Path) -> None:
@@ -68,37 +66,30 @@ def print_sweep(table: SweepTable, directory: Path) -> None:
         shown.add_column(name)
     for task in table.tasks:
         shown.add_column(task, justify="right")
-    has_loss = any(row.evaluation and row.evaluation.loss for row in table.rows)
-    if has_loss:
+    if table.has_loss:
         shown.add_column("loss", justify="right")
         shown.add_column("/ log V", justify="right")
     shown.add_column("repetition", justify="right")
-    for row in sorted(table.rows, key=lambda r: (r.n, r.strategy, r.heal, r.seed)):
-        label = row.strategy + (f" (seed {row.seed})" if row.strategy == "random" or row.seed else "")
-        cells = [f"{row.n} ({row.fraction:.0%})", label if row.n else "-", row.heal if row.n else "-"]
+    for row in table.by_depth:
+        cells = [f"{row.n} ({row.fraction:.0%})", row.label if row.n else "-", row.heal if row.n else "-"]
         if row.evaluation is None:
             shown.add_row(*cells, row.error or "not measured")
             continue
-        for task in table.tasks:
-            score = row.evaluation.primary(task)
-            error = "" if not score or score.standard_error is None else f" ± {score.standard_error:.3f}"
-            cells.append(f"{score.value:.3f}{error}{_star(row, task)}" if score else "-")
-        if has_loss:
-            loss = row.evaluation.loss
-            cells.append(f"{loss.nats_per_token:.3f} ± {loss.standard_error:.3f}{_star(row, 'c4')}" if loss else "-")
-            cells.append(f"{loss.normalised:.3f}" if loss else "-")
-        cells.append(f"{row.evaluation.health.repetition[0]:.2f}" if row.evaluation.health else "-")
+        cells += [_aligned(row.printed(task)) for task in table.tasks]
+        if table.has_loss:
+            cells += [_aligned(row.printed("c4")), f"{row.loss.normalised:.3f}" if row.loss else "-"]
+        cells.append(f"{row.health.repetition[0]:.2f}" if row.health else "-")
         shown.add_row(*cells)
     console.print(shown)
     console.print("* significant difference from the unpruned model (paired, item by item, p < 0.05)")
     if table.missing:
         console.print(f"missing   {table.missing} cells are not finished")
-    console.print(f"written   {directory / 'table.csv'}", markup=False)
+    console.print(f"written   {directory / 'table.csv'}")
 
 
-def _star(row: Row, measure: str) -> str:
-    change = row.change(measure)
-    return " " if change is None or change.within_noise else "*"
+def _aligned(value: str | None) -> str:
+    """With room for a star."""
+    return "-" if value is None else value if value.endswith("*") else f"{value} "
 
 
 def print_kept(found: Deepest, share: float, metric: str, plan: Path, source: str) -> None:
@@ -106,11 +97,11 @@ def print_kept(found: Deepest, share: float, metric: str, plan: Path, source: st
     console = stdout()
     for kept in found.tried:
         if kept.error is not None:
-            console.print(f"drop {kept.n:<4} not possible: {kept.error}", markup=False)
+            console.print(f"drop {kept.n:<4} not possible: {kept.error}")
             continue
         verdict = "retained" if kept.kept else "not retained"
         doubt = "" if kept.sure else " (within the error: use more items)"
-        console.print(f"drop {kept.n:<4} {kept.share:.1%} of {metric}: {verdict}{doubt}", markup=False)
+        console.print(f"drop {kept.n:<4} {kept.share:.1%} of {metric}: {verdict}{doubt}")
     if not found.tried:
         console.print("no cut of this model is possible")
         return
@@ -118,4 +109,4 @@ def print_kept(found: Deepest, share: float, metric: str, plan: Path, source: st
         console.print(f"no cut retains {share:.1%} of {metric}")
         return
     console.print(f"deepest   dropping {found.best.n} layers retains {found.best.share:.1%} of {metric}")
-    console.print(f"next      slicer convert {source} --plan {plan}", markup=False)
+    console.print(f"next      slicer convert {source} --plan {plan}")

@@ -1,4 +1,4 @@
-"""Terminal output: progress on stderr, tables on stdout."""
+"""Terminal output of what was written, inspected, served and benchmarked."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def print_written(done: Written) -> None:
     lines += [("warning", warning) for warning in done.warnings]
     lines.append(("written", str(done.out) if done.out else "nothing (dry run)"))
     for label, text in lines:
-        console.print(f"{label:<10}{text}", markup=False)
+        console.print(f"{label:<10}{text}")
 
 
 _FORMS = {
@@ -114,20 +114,20 @@ def _healed(record: HealingRecord) -> str:
 def _errors(done: Written) -> str:
     if done.logits_error is None:
         return ""
-    rounding = (
-        "" if not done.rounding_error else f"; {done.rounding_error:.1e} from the adapter, by rounding the weights"
-    )
-    return f" (largest relative error {done.logits_error:.1e}{rounding})"
+    words = f"largest relative error {done.logits_error:.1e}"
+    if done.rounding_error:
+        words += f"; {done.rounding_error:.1e} from the adapter, by rounding the weights"
+    return f" ({words})"
 
 
 def _why(plan: Plan) -> str:
-    if plan.distance is not None and plan.metric not in (None, METRIC):
+    if plan.distance is None:
+        return plan.strategy if plan.strategy != "explicit" else "as named"
+    if plan.metric not in (None, METRIC):
         return f"{plan.strategy}: {plan.metric} {plan.distance:.4g}"
-    if plan.distance is not None and (plan.no_attention or plan.no_ffn):
+    if plan.no_attention or plan.no_ffn:
         return f"{plan.strategy}: total angular distance {plan.distance:.4f}"
-    if plan.distance is not None:
-        return f"{plan.strategy}: angular distance {plan.distance:.4f} across the block"
-    return plan.strategy if plan.strategy != "explicit" else "as named"
+    return f"{plan.strategy}: angular distance {plan.distance:.4f} across the block"
 
 
 def _dropped(plan: Plan) -> str:
@@ -166,25 +166,20 @@ def print_demo(shown: Shown) -> None:
     print_written(shown.written)
     console = stdout()
     console.print()
-    console.print(f"prompt    {shown.prompt}", markup=False)
-    console.print(f"original  {shown.original}", markup=False)
-    console.print(f"sliced    {shown.sliced}", markup=False)
+    console.print(f"prompt    {shown.prompt}")
+    console.print(f"original  {shown.original}")
+    console.print(f"sliced    {shown.sliced}")
 
 
 def print_serving(path: Path, name: str, notes: Sequence[str]) -> None:
     """Print, on stderr, the model to be served and the default settings chosen for it."""
+    what = name
     if (path / "slicer" / "plan.json").is_file():
         plan = Plan.load(path)
-        STDERR.print(
-            f"serving   {name}: {len(plan.kept)} of the {plan.depth} layers of {plan.source}, "
-            f"without {_dropped(plan)} ({_why(plan)})",
-            markup=False,
-            soft_wrap=True,
-        )
-    else:
-        STDERR.print(f"serving   {name}", markup=False, soft_wrap=True)
-    for note in notes:
-        STDERR.print(f"chosen    {note}", markup=False, soft_wrap=True)
+        layers = f"{len(plan.kept)} of the {plan.depth} layers of {plan.source}"
+        what = f"{name}: {layers}, without {_dropped(plan)} ({_why(plan)})"
+    for line in (f"serving   {what}", *(f"chosen    {note}" for note in notes)):
+        STDERR.print(line, soft_wrap=True)
 
 
 def print_ready(base_url: str, model: str, has_key: bool) -> None:
@@ -192,16 +187,14 @@ def print_ready(base_url: str, model: str, has_key: bool) -> None:
     console = stdout()
     key = " -H 'Authorization: Bearer KEY'" if has_key else ""
     body = json.dumps({"model": model, "prompt": "Once upon a time", "max_tokens": 32})
-    console.print(f"ready     {base_url} (model {model})", markup=False)
-    console.print(
-        f"try       curl {base_url}/completions -H 'Content-Type: application/json'{key} -d '{body}'", markup=False
-    )
+    console.print(f"ready     {base_url} (model {model})")
+    console.print(f"try       curl {base_url}/completions -H 'Content-Type: application/json'{key} -d '{body}'")
     console.file.flush()
 
 
 def print_tables(tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]]) -> None:
     """Print (title, head, rows) tables; the first column is text, the others numbers. Full width if piped."""
-    console = stdout() if os.isatty(1) else Console(highlight=False, width=200)
+    console = stdout() if os.isatty(1) else Console(highlight=False, markup=False, width=200)
     for title, head, rows in tables:
         table = Table(title=title, title_justify="left")
         for at, name in enumerate(head):
