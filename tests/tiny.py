@@ -7,6 +7,8 @@ every parameter is random, norms and biases too, so that a layer lost, doubled o
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -345,3 +347,19 @@ def _randomize(model: Any, seed: int) -> None:
                 tensor.copy_(noise * (1.0 if "embed" in name else 0.8) / max(fan_in, 1) ** 0.5)
             else:
                 tensor.add_(0.1 * noise)
+
+
+@contextlib.contextmanager
+def residual_stream(model: Any) -> Iterator[list[Any]]:
+    """x(0)..x(L) of the latest forward pass inside the block, [batch, seq, d] each."""
+    from slicer.model.layers import watch
+
+    found: list[Any] = []
+
+    def listener(index: int, states: Any) -> None:
+        if index == 0:
+            found.clear()
+        found.append(states.detach())
+
+    with watch(model, listener):
+        yield found

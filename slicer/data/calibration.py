@@ -7,7 +7,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from slicer.data.packing import open_tokenizer, pack
+from slicer.data.packing import check_vocabulary, open_tokenizer, pack
 from slicer.data.sources import TextSpec, documents, parts_of
 from slicer.errors import CalibrationError
 from slicer.plan.records import TextRecord
@@ -27,7 +27,7 @@ class Loaded(Protocol):
     trust_remote_code: bool
 
     @property
-    def streamed(self) -> bool: ...
+    def loaded(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def read_text(spec: TextSpec | None, path: Path, walk: Loaded | None, progress: 
     if spec is None or walk is None:
         return None
     progress.stage("Calibration data")
-    return token_batches(spec, path, walk.model, streamed=walk.streamed, trust_remote_code=walk.trust_remote_code)
+    return token_batches(spec, path, walk.model, streamed=not walk.loaded, trust_remote_code=walk.trust_remote_code)
 
 
 def token_batches(
@@ -65,35 +65,24 @@ def token_batches(
     """
     import torch
 
-    _check_length(spec, model)
-    tokens = torch.cat([_part(part, path, model, streamed, trust_remote_code) for part in parts_of(spec)])
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if int(tokens.max()) >= vocabulary:
-        raise CalibrationError(
-            f"{path}: the tokenizer gives token {int(tokens.max())}, but the vocabulary has {vocabulary} tokens; "
-            "use the tokenizer of this model"
-        )
-    return TokenBatches.of(tokens, spec)
-
-
-def _part(spec: TextSpec, path: Path, model: Any, streamed: bool, trust_remote_code: bool) -> torch.Tensor:
-    """The tokens of one source, int64 [samples, seq_len]."""
-    if spec.source != "self":
-        tokenizer = open_tokenizer(path, trust_remote_code)
-        return pack(documents(spec), tokenizer, spec)
-    if streamed:
-        raise CalibrationError(
-            "--calibration self: the model does not fit in memory, and sampling reads all of it for each token; "
-            "use a local .jsonl, .txt or .parquet file, or a Hub data set"
-        )
-    return sample_tokens(model, spec)
-
-
-def _check_length(spec: TextSpec, model: Any) -> None:
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if isinstance(limit, int) and spec.seq_len > limit:
         raise CalibrationError(f"--seq-len {spec.seq_len}: the model's context is {limit} tokens; lower it")
+    found = []
+    for part in parts_of(spec):
+        if part.source != "self":
+            found.append(pack(documents(part), open_tokenizer(path, trust_remote_code), part))
+        elif streamed:
+            raise CalibrationError(
+                "--calibration self: the model does not fit in memory, and sampling reads all of it for each token; "
+                "use a local .jsonl, .txt or .parquet file, or a Hub data set"
+            )
+        else:
+            found.append(sample_tokens(model, part))
+    tokens = torch.cat(found)
+    check_vocabulary(path, int(tokens.max()), model.get_input_embeddings().weight.shape[0])
+    return TokenBatches.of(tokens, spec)
 
 
 def sample_tokens(model: Any, spec: TextSpec) -> torch.Tensor:

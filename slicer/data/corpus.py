@@ -19,7 +19,7 @@ import torch
 from slicer.checkpoint.architectures.table import text_config
 from slicer.checkpoint.reader import Checkpoint
 from slicer.data.calibration import TokenBatches, sample_tokens
-from slicer.data.packing import Packer, batched, mark_of, open_tokenizer
+from slicer.data.packing import Packer, batched, check_vocabulary, mark_of, open_tokenizer
 from slicer.data.sources import TextSpec, is_streamed, mixed, sources_of
 from slicer.errors import CalibrationError, HealError
 from slicer.plan.records import CorpusRecord
@@ -165,13 +165,8 @@ def prepare(
         raise HealError(
             f"{record.source}: held-out sequences are among the training sequences; pass other --validation text"
         )
-    vocabulary = text_config(checkpoint.config).get("vocab_size")
     largest = max(train.largest, held_out.largest)
-    if vocabulary is not None and largest >= vocabulary:
-        raise CalibrationError(
-            f"{checkpoint.path}: the tokenizer gives token {largest}, but the vocabulary has {vocabulary} tokens; use "
-            "the tokenizer of this model"
-        )
+    check_vocabulary(checkpoint.path, largest, text_config(checkpoint.config).get("vocab_size"))
     return Corpus(train, held_out, record)
 
 

@@ -214,6 +214,15 @@ def open_tokenizer(path: Path, trust_remote_code: bool) -> Any:
         ) from None
 
 
+def check_vocabulary(path: Path, largest: int, vocabulary: int | None) -> None:
+    """Raise CalibrationError if `largest`, a token of the tokenizer at `path`, is not among `vocabulary` tokens."""
+    if vocabulary is not None and largest >= vocabulary:
+        raise CalibrationError(
+            f"{path}: the tokenizer gives token {largest}, but the vocabulary has {vocabulary} tokens; use the "
+            "tokenizer of this model"
+        )
+
+
 def leading_token(tokenizer: Any) -> int | None:
     """The token that the tokenizer adds before a text, if any."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]

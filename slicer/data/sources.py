@@ -113,16 +113,14 @@ def parts_of(spec: TextSpec) -> list[TextSpec]:
 
 def documents(spec: TextSpec) -> Iterator[Document]:
     """The documents of one source, shuffled with the seed. Raises CalibrationError if it cannot be read."""
-    if spec.source is not None and spec.source.startswith("task:"):
+    if spec.source is None or is_streamed(spec.source):
+        return stream_hub(spec)
+    if spec.source.startswith("task:"):
         texts: list[Document] = list(prompts(spec.source.removeprefix("task:")))
-        random.Random(spec.seed).shuffle(texts)
-        return iter(texts)
-    if not is_streamed(spec.source):
-        assert spec.source is not None
+    else:
         texts = read_documents(Path(spec.source), spec.column)
-        random.Random(spec.seed).shuffle(texts)
-        return iter(texts)
-    return stream_hub(spec)
+    random.Random(spec.seed).shuffle(texts)
+    return iter(texts)
 
 
 def mixed(spec: TextSpec) -> Iterator[Document]:

@@ -28,11 +28,11 @@ from slicer.heal.compensate.fold import fold
 from slicer.heal.patch import holds, written_dtype
 from slicer.jobs.request import AnalyzeRequest, check_choice
 from slicer.measure.analysis import Analysis, Distances
-from slicer.measure.distances import distance_tables, record_halves, tables_of_halves
+from slicer.measure.distances import distance_tables, record_halves, table_of_sums, tables_of_halves
 from slicer.measure.losses import Questions, block_losses, greedy_order, taylor_table
 from slicer.measure.metrics import points_affordable
 from slicer.measure.recorder import Portion, Recording, record
-from slicer.measure.shapley import AGAINST, Coalitions, leave_one_out, shapley, table_of
+from slicer.measure.shapley import AGAINST, Coalitions, leave_one_out, shapley
 from slicer.model.walk import Walk, open_walk
 from slicer.plan.blocks import rank
 from slicer.plan.plan import METRIC, Plan
@@ -221,8 +221,8 @@ class _Run:
     def single_sublayers(self, against: str) -> Distances:
         """The loss or the KL divergence without each single sublayer."""
         coalitions = Coalitions(self.walk, self.portion.batches, sublayers=True, against=against)
-        values = leave_one_out(coalitions, self.progress)
-        return table_of(against, values, self.portion.seq_len, self.portion.samples, 1)
+        samples = leave_one_out(coalitions, self.progress).samples
+        return table_of_sums(against, samples, seq_len=self.portion.seq_len, samples=self.portion.samples, most=1)
 
     def shapley_table(self, questions: Questions | None) -> tuple[Distances, Mapping[str, Any]]:
         """The Shapley values of layers, or of sublayers where these are measured, and their settings."""
@@ -244,7 +244,7 @@ class _Run:
         pairs, passes = len(values.samples), values.passes
         progress.note(f"Shapley values: {pairs} pair{'s' if pairs > 1 else ''} of orders, {passes:.0f} forward passes")
         name = "shapley" if questions is None else "shapley_score"
-        table = table_of(name, values, self.portion.seq_len, self.portion.samples)
+        table = table_of_sums(name, values.samples, seq_len=self.portion.seq_len, samples=self.portion.samples)
         return table, {**about, "pairs": pairs, "passes": round(passes, 2)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -39,7 +40,8 @@ def convert(request: ConvertRequest, progress: Progress | None = None) -> Writte
     recipe = Recipe.of(request, source)  # nothing below decides again
     recipe.announce(progress)
     trusted = recipe.compute.trust_remote_code
-    with open_walk(source.checkpoint, recipe.compute, loads=recipe.loads, wanted=recipe.needs_model) as walk:
+    opened = open_walk(source.checkpoint, recipe.compute, loads=recipe.loads) if recipe.needs_model else nullcontext()
+    with opened as walk:
         text = read_text(recipe.text, source.path, walk, progress)
         analysis = measure(walk, text, recipe.halves, progress) if recipe.measures and walk and text else None
         plan = chosen_plan(source, recipe, analysis, progress)

@@ -58,6 +58,18 @@ class Distances:
             )
         return self.mean[n]
 
+    @property
+    def _rows(self) -> dict[str, Any]:
+        tables = {
+            "distances": self.mean,
+            "standard_error": self.standard_error,
+            "difference_error": self.difference_error,
+        }
+        return {
+            name: {str(n): [None if math.isnan(v) else v for v in row] for n, row in rows.items()}
+            for name, rows in tables.items()
+        }
+
     def to_json(self) -> str:
         """As JSON; equal data gives equal bytes."""
         record = {
@@ -66,9 +78,7 @@ class Distances:
             "depth": self.depth,
             "samples": self.samples,
             "seq_len": self.seq_len,
-            "distances": _rows_out(self.mean),
-            "standard_error": _rows_out(self.standard_error),
-            "difference_error": _rows_out(self.difference_error),
+            **self._rows,
         }
         return json.dumps(record, indent=1) + "\n"
 
@@ -93,24 +103,12 @@ class Distances:
         )
 
 
-def _rows_out(rows: Mapping[int, Sequence[float]]) -> dict[str, list[float | None]]:
-    return {str(n): [None if math.isnan(v) else v for v in row] for n, row in rows.items()}
-
-
 def _rows_in(rows: Mapping[str, Sequence[float | None]]) -> dict[int, list[float]]:
     return {int(n): [math.nan if v is None else float(v) for v in row] for n, row in rows.items()}
 
 
 def _tables_out(tables: Mapping[str, Distances]) -> dict[str, Any]:
-    return {
-        name: {
-            "what": title_of(name),
-            "distances": _rows_out(table.mean),
-            "standard_error": _rows_out(table.standard_error),
-            "difference_error": _rows_out(table.difference_error),
-        }
-        for name, table in tables.items()
-    }
+    return {name: {"what": title_of(name), **table._rows} for name, table in tables.items()}
 
 
 def _tables_in(record: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Distances]:

@@ -41,27 +41,22 @@ def measure(walk: Walk, text: TokenBatches, halves: bool | None, progress: Progr
         except ArchitectureError:
             if halves:
                 raise
-    if not sublayers:
-        layers = measure_layers(walk, batches, progress)
+    if not sublayers and walk.loaded:
+        layers = measure_loaded(walk.model, batches, progress)
+    elif not sublayers:
+        with tempfile.TemporaryDirectory(prefix="slicer-") as work:
+            recording = record(walk, Portion.of(batches), Path(work), positions=1, progress=progress)
+            last = recording.sequences(0, recording.samples)[:, :, -1]
+        layers = table(METRIC, angles(last.float()), seq_len=batches[0].shape[1])
     return Analysis(
         layers.depth, layers.samples, layers.seq_len, {METRIC: layers}, sublayers=sublayers, calibration=text.record
     )
 
 
-def measure_layers(walk: Walk, batches: Sequence[torch.Tensor], progress: Progress) -> Distances:
-    """The angular distances of last tokens between layers. Raises CalibrationError for states that are not finite."""
-    if not walk.streamed:
-        return measure_loaded(walk.model, batches, progress)
-    with tempfile.TemporaryDirectory(prefix="slicer-") as work:
-        recording = record(walk, Portion.of(batches), Path(work), positions=1, progress=progress)
-        last = recording.sequences(0, recording.samples)[:, :, -1]
-    return table(METRIC, angles(last.float()), seq_len=batches[0].shape[1])
-
-
 @torch.inference_mode()
 def measure_loaded(model: Model, batches: Sequence[torch.Tensor], progress: Progress | None = None) -> Distances:
-    """The same of a loaded model, for classes whose layers cannot be run one by one too; `batches`: int64 [batch, seq]
-    each, no padding.
+    """The angular distances of last tokens between the layers of a loaded model, also where these cannot be run one by
+    one; `batches`: int64 [batch, seq] each, no padding.
 
     Keeps only the last token's states, [L+1, batch, d], and skips the logits.
     """
@@ -234,3 +229,13 @@ def table_of_rows(
         best = middle[n].index(min(middle[n]))
         differences[n] = standard_error(values - values[:, best : best + 1]).tolist()
     return Distances(depth, samples, seq_len, middle, errors, metric, differences)
+
+
+def table_of_sums(
+    metric: str, scores: torch.Tensor, *, seq_len: int, samples: int, most: int | None = None
+) -> Distances:
+    """The table of a metric whose value for a block is the sum over its layers or sublayers, from `scores`
+    [samples, players]; of blocks of at most `most` (None: all)."""
+    players = scores.shape[1]
+    rows = {n: scores.unfold(1, n, 1).sum(-1) for n in range(1, (most or players) + 1)}
+    return table_of_rows(metric, rows, players, seq_len=seq_len, samples=samples)

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from slicer.measure.analysis import Distances
-from slicer.measure.distances import table_of_rows
+from slicer.measure.distances import table_of_rows, table_of_sums
 from slicer.measure.recorder import Portion
 from slicer.model.states import States
 from slicer.model.walk import Walk, next_token_loss
@@ -74,12 +74,10 @@ def greedy_order(
 
 def taylor_table(walk: Walk, portion: Portion, book: Notebook, progress: Progress) -> Distances:
     """The first-order importance of every block: the sum of its layers' `taylor_scores`."""
-    depth = walk.depth
-    progress.stage("Gradients", 2 * depth, "layers")
+    progress.stage("Gradients", 2 * walk.depth, "layers")
     make = partial(taylor_scores, walk, portion.batches, progress=progress)
     (scores,) = portion.join(*_taken(book, "taylor", lambda: (make(),)))
-    sums = {n: scores.unfold(1, n, 1).sum(-1) for n in range(1, depth + 1)}
-    return table_of_rows("taylor", sums, depth, seq_len=portion.seq_len, samples=portion.samples)
+    return table_of_sums("taylor", scores, seq_len=portion.seq_len, samples=portion.samples)
 
 
 def _taken(book: Notebook, name: str, make: Callable[[], Sequence[torch.Tensor]]) -> list[torch.Tensor]:

@@ -177,8 +177,7 @@ def _advance(recording: Recording, walk: Walk, i: int, states: States) -> None:
         layer = stack.enter_context(walk.layer(i))
         part = mlp_of(layer) if recording.has_mlp else None
         if part is not None:
-            handle = part.register_forward_hook(hook)
-            stack.callback(handle.remove)
+            stack.enter_context(part.register_forward_hook(hook))
         walk.advance(i, states, keep)
     tensors = {"states": torch.cat(kept)}
     check_finite(tensors["states"][None], first=i + 1)

@@ -22,8 +22,6 @@ from dataclasses import dataclass
 import torch
 
 from slicer.errors import ArchitectureError, UsageError
-from slicer.measure.analysis import Distances
-from slicer.measure.distances import table_of_rows
 from slicer.measure.losses import Questions, kl_divergence
 from slicer.model.states import States
 from slicer.model.sublayers import attention_outputs, ffn_outputs, without_sublayers
@@ -215,11 +213,3 @@ def _marginals(coalitions: Coalitions, order: Sequence[int]) -> torch.Tensor:
         values[player] = new - cost
         cost = new
     return values
-
-
-def table_of(name: str, values: Values, seq_len: int, samples: int, most: int | None = None) -> Distances:
-    """The values as a metric's table. A block's value is the sum of its players' values (Shapley values are additive);
-    blocks have at most `most` players (None: all)."""
-    players = values.samples.shape[1]
-    rows = {n: values.samples.unfold(1, n, 1).sum(-1) for n in range(1, (most or players) + 1)}
-    return table_of_rows(name, rows, players, seq_len=seq_len, samples=samples)

@@ -80,13 +80,8 @@ class DeciLMAttention(Qwen2Attention):  # type: ignore[misc]
 
     def __init__(self, config: BlockwiseConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        for name, bias in (
-            ("q_proj", config.qkv_bias),
-            ("k_proj", config.qkv_bias),
-            ("v_proj", config.qkv_bias),
-            ("o_proj", config.attention_bias),
-        ):
-            old = getattr(self, name)
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            old, bias = getattr(self, name), config.attention_bias if name == "o_proj" else config.qkv_bias
             setattr(self, name, nn.Linear(old.in_features, old.out_features, bias=bool(bias)))
 
 
@@ -166,6 +161,4 @@ class DeciLMForCausalLM(DeciLMPreTrainedModel, Qwen2ForCausalLM):  # type: ignor
 
 
 AutoModel.register(BlockwiseConfig, DeciLMModel, exist_ok=True)
-
-
 AutoModelForCausalLM.register(BlockwiseConfig, DeciLMForCausalLM, exist_ok=True)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from slicer.errors import ArchitectureError
 from slicer.model.load import Model
@@ -76,49 +78,31 @@ def replaced_forwards(
 
 
 @contextlib.contextmanager
+def attached(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Keeps the hooks of `handles`, as registering gives them, inside the block; then removes them."""
+    with contextlib.ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield
+
+
+@contextlib.contextmanager
 def watch(model: Model, listener: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
     """Call `listener(l, x)` with x(l), [batch, seq, d], for l = 0..L in every forward pass.
 
     x(l) enters layer l; x(L) leaves the last layer and enters the final norm.
     """
     layers = decoder_layers(model)
-    handles = []
 
     def entering(index: int) -> Callable[..., None]:
         return lambda module, args, kwargs: listener(index, hidden_in(args, kwargs))
 
-    def leaving(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def leaving(module: nn.Module, args: Any, output: Any) -> None:
         listener(len(layers), hidden_of(output))
 
-    try:
-        for index, layer in enumerate(layers):
-            handles.append(layer.register_forward_pre_hook(entering(index), with_kwargs=True))
-        handles.append(layers[-1].register_forward_hook(leaving, with_kwargs=True))
+    handles = [layer.register_forward_pre_hook(entering(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    with attached([*handles, layers[-1].register_forward_hook(leaving)]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class Tap:
-    """The residual stream of the latest forward pass: `states[l]` is x(l), [batch, seq, d], l = 0..L."""
-
-    def __init__(self) -> None:
-        self.states: list[torch.Tensor] = []
-
-
-@contextlib.contextmanager
-def residual_stream(model: Model) -> Iterator[Tap]:
-    """Tap the residual stream of each forward pass inside the block."""
-    tap = Tap()
-
-    def listener(index: int, states: torch.Tensor) -> None:
-        if index == 0:
-            tap.states = []
-        tap.states.append(states.detach())
-
-    with watch(model, listener):
-        yield tap
 
 
 @contextlib.contextmanager
@@ -129,12 +113,33 @@ def bypass(model: Model, dropped: Iterable[int]) -> Iterator[None]:
     def skip(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         return with_hidden(output, hidden_in(args, kwargs))
 
-    handles = [layers[i].register_forward_hook(skip, with_kwargs=True) for i in dropped]
-    try:
+    with attached(layers[i].register_forward_hook(skip, with_kwargs=True) for i in dropped):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The first tensor among the arguments of a module."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+
+
+def first_given(
+    layer: nn.Module, run: Callable[[], Any], wanted: Callable[[nn.Module, torch.Tensor], bool]
+) -> str | None:
+    """Name of the first module within `layer` that gets an input x for which `wanted(module, x)`; `run()` runs it."""
+    found: list[str] = []
+
+    def look(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = first_tensor(args, kwargs)
+        if given is not None and wanted(module, given):
+            found.append(name)
+
+    with attached(
+        module.register_forward_pre_hook(partial(look, name), with_kwargs=True)
+        for name, module in layer.named_modules()
+        if name
+    ):
+        run()
+    return found[0] if found else None
 
 
 def is_conv1d(module: nn.Module) -> bool:

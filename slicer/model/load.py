@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from slicer.checkpoint.architectures import table as architectures
 from slicer.checkpoint.reader import Checkpoint, read_config
 from slicer.checkpoint.tensors import TensorSpan, torch_dtype
-from slicer.errors import SlicerError, SourceError
+from slicer.errors import SourceError
 from slicer.runtime import memory
 from slicer.runtime.compute import Compute
 
+T = TypeVar("T")
 Model = Any  # a transformers PreTrainedModel, which has no type hints
 
 
@@ -36,10 +37,6 @@ def load_model(
     transformers' config of one, applied while loading. A model that is to be `sharded` over processes stays on
     the CPU, or quantized on the GPU of its process. Raises SourceError with the reason.
     """
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     target = Compute(device).torch_device()
     arguments: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "local_files_only": True}
     alone = device == "auto" and target == torch.device("cuda")  # not one of several processes
@@ -49,18 +46,8 @@ def load_model(
     if quantization is not None:
         arguments.setdefault("device_map", {"": target})  # also where it is sharded: on this process's own GPU
         arguments["quantization_config"] = quantization
-    failure: Exception | None = None
-    for auto in auto_classes(path):
-        try:
-            model = auto.from_pretrained(str(path), **arguments)
-            break
-        except Exception as error:  # transformers raises many kinds; the next class may fit
-            if memory.is_out_of_memory(error):
-                raise
-            failure = failure or error
-    else:
-        reason = " ".join(str(failure).split())[:300]
-        raise SourceError(f"{path}: transformers cannot load it: {reason}")
+    failing = f"{path}: transformers cannot load it"
+    model = _first_working(path, lambda auto: auto.from_pretrained(str(path), **arguments), failing)
     model.requires_grad_(False)
     return model.eval() if spread or sharded or quantization is not None else model.eval().to(target)
 
@@ -72,6 +59,33 @@ def auto_classes(path: Path) -> list[Any]:
     config = read_config(path)
     wrapped = architectures.text_config(config) is not config
     return [transformers.AutoModelForImageTextToText] * wrapped + [transformers.AutoModelForCausalLM]
+
+
+def _first_working(path: Path, build: Callable[[Any], T], failing: str) -> T:
+    """`build(auto)` for the first of the checkpoint's auto classes with which it works.
+
+    Raises SourceError, the reason of the first failure after `failing`.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    failure: Exception | None = None
+    for auto in auto_classes(path):
+        try:
+            return build(auto)
+        except Exception as error:  # transformers raises many kinds; the next class may fit
+            if memory.is_out_of_memory(error):
+                raise
+            failure = failure or error
+    raise SourceError(f"{failing}: {' '.join(str(failure).split())[:300]}")
+
+
+def _config(path: Path, trust_remote_code: bool) -> Any:
+    """transformers' config object of the checkpoint."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code, local_files_only=True)
 
 
 def meta_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -95,36 +109,21 @@ def build_on_meta(
     The report has `missing_keys`, `unexpected_keys` and `mismatched_keys`. Reads no weights. Raises SourceError if no
     class can be built.
     """
-    import transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    failure: Exception | None = None
-    try:
-        if config is None:
-            config = transformers.AutoConfig.from_pretrained(
-                str(path), trust_remote_code=trust_remote_code, local_files_only=True
-            )
-        classes = auto_classes(path)
-    except SlicerError:
-        raise
-    except Exception as error:
-        classes, failure = [], error
-    for auto in classes:
-        try:
-            model, info = _model_class(auto, path, config, trust_remote_code).from_pretrained(
-                None,
-                config=config,
-                state_dict=dict(tensors),
-                dtype=dtype,
-                device_map={"": "meta"},
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
-            return model, dict(info)
-        except Exception as error:  # model classes raise many kinds
-            failure = failure or error
-    raise SourceError(f"transformers cannot build the model: {' '.join(str(failure).split())[:300]}")
+    def build(auto: Any) -> tuple[Model, dict[str, Any]]:
+        own = _config(path, trust_remote_code) if config is None else config
+        model, info = _model_class(auto, path, own, trust_remote_code).from_pretrained(
+            None,
+            config=own,
+            state_dict=dict(tensors),
+            dtype=dtype,
+            device_map={"": "meta"},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+        return model, dict(info)
+
+    return _first_working(path, build, "transformers cannot build the model")
 
 
 def _model_class(auto: Any, path: Path, config: Any, trust_remote_code: bool) -> Any:
@@ -142,23 +141,14 @@ def blueprint(path: Path, *, trust_remote_code: bool = False) -> Checkpoint:
 
     Builds the model on the meta device. Raises SourceError with transformers' reason.
     """
-    import transformers
-
     config = read_config(path)
-    failure: Exception | None = None
-    for auto in auto_classes(path):
-        try:
-            described = transformers.AutoConfig.from_pretrained(
-                str(path), trust_remote_code=trust_remote_code, local_files_only=True
-            )
-            with torch.device("meta"):
-                model = auto.from_config(described, trust_remote_code=trust_remote_code)
-            break
-        except Exception as error:  # config classes raise many kinds
-            failure = failure or error
-    else:
-        reason = " ".join(str(failure).split())[:300]
-        raise SourceError(f"{path}/config.json: transformers cannot build it: {reason}")
+
+    def build(auto: Any) -> tuple[Any, Model]:
+        described = _config(path, trust_remote_code)
+        with torch.device("meta"):
+            return described, auto.from_config(described, trust_remote_code=trust_remote_code)
+
+    described, model = _first_working(path, build, f"{path}/config.json: transformers cannot build it")
     stored = str(architectures.text_config(config).get("dtype") or described.dtype or "bfloat16")
     name = {"float32": "F32", "float16": "F16"}.get(stored.removeprefix("torch."), "BF16")
     size = 4 if name == "F32" else 2

@@ -64,7 +64,6 @@ class OffloadedModel:
         self._coming: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
         self._reader: ThreadPoolExecutor | None = None
         self._buffers = Buffers(max(room(spans.values()) for spans in self._spans))
-        self.outside_bytes = sum(span.nbytes for span in outside.values())
         self._load({key: _mapped(span) for key, span in outside.items()})
         self._tie()
         self._fill_buffers()
@@ -174,20 +173,16 @@ def _tensors(module: nn.Module) -> Iterable[tuple[dict[str, Any], str, torch.Ten
                     yield owner, name, tensor
 
 
-def _dtype(span: TensorSpan) -> torch.dtype:
-    return tensors.torch_dtype(span.dtype)
-
-
 def _mapped(span: TensorSpan) -> torch.Tensor:
     """The tensor, memory-mapped."""
+    dtype = tensors.torch_dtype(span.dtype)
     if span.key is not None:
         return tensors.load(span.file)[span.key]
     if not span.nbytes:
-        return torch.empty(span.shape, dtype=_dtype(span))
+        return torch.empty(span.shape, dtype=dtype)
     # Maps the whole file, because offsets must be multiples of a page; copy-on-write, because torch needs it writable.
     with open(span.file, "rb") as stream:
         view = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-    if span.start % _dtype(span).itemsize:
+    if span.start % dtype.itemsize:
         return Buffers(0).read({"": span})[""]
-    flat = torch.frombuffer(view, dtype=_dtype(span), count=math.prod(span.shape), offset=span.start)
-    return flat.view(span.shape)
+    return torch.frombuffer(view, dtype=dtype, count=math.prod(span.shape), offset=span.start).view(span.shape)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from slicer.checkpoint.architectures.table import ATTENTION_OUTPUTS, EXPERT_MODULES, FEED_FORWARD_OUTPUTS
-from slicer.model.layers import hidden_of, is_conv1d, on_hidden
+from slicer.model.layers import attached, first_given, hidden_of, is_conv1d, on_hidden
 
 _PROPORTIONAL = 0.05  # a change that arrives no further from a multiple of itself is passed on directly
 
@@ -58,13 +58,13 @@ class Output:
         return bias if isinstance(bias, torch.Tensor) else None
 
 
+@dataclass
 class Observed:
     """The tensors of one run of a layer: z [.., f] into the map, u [.., d] out of it, o [.., d] out of the norm."""
 
-    def __init__(self) -> None:
-        self.features: torch.Tensor | None = None
-        self.output: torch.Tensor | None = None
-        self.normed: torch.Tensor | None = None
+    features: torch.Tensor | None = None
+    output: torch.Tensor | None = None
+    normed: torch.Tensor | None = None
 
 
 @contextlib.contextmanager
@@ -86,11 +86,8 @@ def watching(layer: nn.Module, output: Output) -> Iterator[Observed]:
         handles.append(output.module.register_forward_pre_hook(into))
     if output.norm is not None:
         handles.append(layer.get_submodule(output.norm).register_forward_hook(out_of_norm))
-    try:
+    with attached(handles):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def find(
@@ -130,8 +127,8 @@ def _classified(layer: nn.Module, output: Output, run: Callable[[], torch.Tensor
     factors, apart = arriving(output, run)
     if apart > _PROPORTIONAL:  # it also passes through the rest of the layer: only the direct way is counted
         output.factor = float(factors.mean())
-    elif float(factors.std()) < _PROPORTIONAL * abs(float(factors.mean())):
-        output.factor = _rounded(float(factors.mean()))
+    elif float(factors.std()) < _PROPORTIONAL * abs(mean := float(factors.mean())):
+        output.factor = 1.0 if abs(mean - 1) < 0.02 else mean
     else:
         output.factor = None
     if output.factor is not None and abs(output.factor) < 1e-3:
@@ -139,35 +136,19 @@ def _classified(layer: nn.Module, output: Output, run: Callable[[], torch.Tensor
     return output
 
 
-def _rounded(factor: float) -> float:
-    return 1.0 if abs(factor - 1) < 0.02 else factor
-
-
 def _norm_after(layer: nn.Module, output: Output, run: Callable[[], torch.Tensor]) -> str | None:
     """The norm within the layer whose input is the tensor that `output` returns."""
     last: list[torch.Tensor] = []
-    followers: list[str] = []
 
     def out_of(module: nn.Module, args: Any, result: Any) -> None:
         last.append(hidden_of(result))
 
-    def into(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            if last and args and isinstance(args[0], torch.Tensor) and args[0].data_ptr() == last[-1].data_ptr():
-                followers.append(name)
+    def follows(module: nn.Module, given: torch.Tensor) -> bool:
+        is_norm = "norm" in type(module).__name__.lower() and getattr(module, "weight", None) is not None
+        return is_norm and bool(last) and given.data_ptr() == last[-1].data_ptr()
 
-        return hook
-
-    handles = [output.module.register_forward_hook(out_of)]
-    for name, module in layer.named_modules():
-        if "norm" in type(module).__name__.lower() and getattr(module, "weight", None) is not None:
-            handles.append(module.register_forward_pre_hook(into(name)))
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return followers[0] if followers else None
+    with output.module.register_forward_hook(out_of):
+        return first_given(layer, run, follows)
 
 
 def arriving(output: Output, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
@@ -183,11 +164,8 @@ def arriving(output: Output, run: Callable[[], torch.Tensor]) -> tuple[torch.Ten
             pushed.append(noise.view(base.shape) * base.square().mean(-1, keepdim=True).sqrt())
         return states + pushed[0].view(states.shape).to(states.dtype)
 
-    handle = output.module.register_forward_hook(on_hidden(push))
-    try:
+    with output.module.register_forward_hook(on_hidden(push)):
         arrived = run().float() - base
-    finally:
-        handle.remove()
     p = pushed[0]
     factors = (p * arrived).sum(-1) / p.square().sum(-1)
     apart = (arrived - factors[..., None] * p).square().sum() / arrived.square().sum().clamp_min(1e-30)

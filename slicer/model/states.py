@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import weakref
@@ -24,12 +25,9 @@ class StateBudget:
     def tensor(self, shape: Iterable[int], dtype: torch.dtype, *, pin: bool = False) -> torch.Tensor:
         """An uninitialised tensor on the host; its bytes are released with it. Raises OutputError on a full disk."""
         shape = tuple(shape)
-        count = 1
-        for size in shape:
-            count *= size
-        nbytes = count * dtype.itemsize
+        nbytes = math.prod(shape) * dtype.itemsize
         if self.limit is not None and self.used + nbytes > self.limit:
-            return _mapped(shape, count, dtype, self.directory)
+            return _mapped(shape, dtype, self.directory)
         tensor = torch.empty(shape, dtype=dtype, pin_memory=pin)
         self.used += nbytes
         weakref.finalize(tensor, self._give_back, nbytes)
@@ -39,8 +37,9 @@ class StateBudget:
         self.used -= nbytes
 
 
-def _mapped(shape: tuple[int, ...], count: int, dtype: torch.dtype, directory: Path | None) -> torch.Tensor:
+def _mapped(shape: tuple[int, ...], dtype: torch.dtype, directory: Path | None) -> torch.Tensor:
     """A tensor in an unlinked file, which is deleted when the tensor is freed."""
+    count = math.prod(shape)
     try:
         descriptor, name = tempfile.mkstemp(prefix="slicer-states-", dir=directory)
         try:

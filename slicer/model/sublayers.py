@@ -12,7 +12,7 @@ from torch import nn
 
 from slicer.checkpoint.architectures import table as architectures
 from slicer.errors import ArchitectureError
-from slicer.model.layers import bypass, decoder_layers, on_hidden
+from slicer.model.layers import attached, bypass, decoder_layers, first_given, first_tensor, on_hidden
 from slicer.model.load import Model
 from slicer.model.walk import Walk
 
@@ -30,19 +30,10 @@ def ffn_outputs(layer: nn.Module) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def silenced(modules: Iterable[nn.Module], update: torch.Tensor | None = None) -> Iterator[None]:
-    """Inside the block the `modules` return zeros, or `update` [d] for every token."""
-
-    def changed(states: torch.Tensor) -> torch.Tensor:
-        zeros = torch.zeros_like(states)
-        return zeros if update is None else zeros + update.to(zeros)
-
-    handles = [module.register_forward_hook(on_hidden(changed)) for module in modules]
-    try:
+def silenced(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside the block the `modules` return zeros."""
+    with attached(module.register_forward_hook(on_hidden(torch.zeros_like)) for module in modules):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager
@@ -107,14 +98,12 @@ class MidLayerTap:
                 with silenced(ffn_outputs(layer)):
                     between = run()
                 return between, run()
-            seen: list[torch.Tensor] = []
-            handle = layer.get_submodule(place).register_forward_pre_hook(
-                lambda module, args, kwargs: seen.append(_given(args, kwargs)), with_kwargs=True
-            )
-            try:
+            seen: list[torch.Tensor | None] = []
+            with layer.get_submodule(place).register_forward_pre_hook(
+                lambda module, args, kwargs: seen.append(first_tensor(args, kwargs)), with_kwargs=True
+            ):
                 after = run()
-            finally:
-                handle.remove()
+            assert seen[0] is not None
             return seen[0].view(after.shape), after
 
     def place(self, i: int, layer: nn.Module, run: Run) -> str | None:
@@ -132,36 +121,10 @@ class MidLayerTap:
                 )
             with silenced(outputs):
                 between = run()
-            self._places[key] = _handed(layer, run, between)
+
+            def same(module: nn.Module, given: torch.Tensor) -> bool:
+                alike = given.numel() == between.numel() and given.dtype == between.dtype
+                return alike and torch.equal(given.reshape(between.shape), between)
+
+            self._places[key] = first_given(layer, run, same)
         return self._places[key]
-
-
-def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    value = args[0] if args else next(v for v in kwargs.values() if isinstance(v, torch.Tensor))
-    assert isinstance(value, torch.Tensor)
-    return value
-
-
-def _handed(layer: nn.Module, run: Run, wanted: torch.Tensor) -> str | None:
-    """The first module in `layer` whose input equals `wanted` bit for bit."""
-    found: list[str] = []
-
-    def hook(name: str) -> Callable[..., None]:
-        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
-            first = tensors[0] if tensors else wanted[:0]
-            alike = first.numel() == wanted.numel() and first.dtype == wanted.dtype
-            if alike and torch.equal(first.reshape(wanted.shape), wanted):
-                found.append(name)
-
-        return look
-
-    handles = [
-        module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in layer.named_modules() if name
-    ]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else None

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
@@ -29,22 +29,11 @@ if TYPE_CHECKING:
 
 
 Listener = Callable[[int, torch.Tensor], None]
-_STATES = object()  # placeholder for the hidden states in recorded arguments
+_Call = Callable[[nn.Module, torch.Tensor], Any]  # calls a layer on hidden states, with recorded other arguments
 
 
 class _Captured(BaseException):
     """Ends a forward pass once every layer's arguments are recorded; a BaseException, so no handler stops it."""
-
-
-class _Call:
-    """The arguments of one layer call, without the hidden states."""
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.args, self.kwargs = args, kwargs
-
-    def __call__(self, layer: nn.Module, states: torch.Tensor) -> Any:
-        args = tuple(states if value is _STATES else value for value in self.args)
-        return layer(*args, **{k: states if v is _STATES else v for k, v in self.kwargs.items()})
 
 
 class Walk:
@@ -120,9 +109,9 @@ class Walk:
         self.__dict__.clear()
 
     @property
-    def streamed(self) -> bool:
-        """Whether layers are read from disk."""
-        return self._offloaded is not None
+    def loaded(self) -> bool:
+        """Whether the full model is in memory; else its layers are read from disk, each time that they run."""
+        return self._offloaded is None
 
     @property
     def bytes_read(self) -> int:
@@ -177,11 +166,6 @@ class Walk:
             self._open[i] -= 1
             if self._offloaded is not None and not self._open[i]:
                 self._offloaded.release(i)
-
-    @property
-    def loaded(self) -> bool:
-        """Whether the full model is in memory, so that running a layer again needs no reading."""
-        return self._offloaded is None
 
     def advance(
         self, i: int, states: States, listener: Listener | None = None, *, only: Iterable[int] | None = None
@@ -291,9 +275,11 @@ class Walk:
         return calls, first[0]
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+        rest = self._kept(args[1:])
+        named = {k: self._kept(v) for k, v in kwargs.items() if args or k != "hidden_states"}
         if args:
-            return _Call((_STATES, *map(self._kept, args[1:])), {k: self._kept(v) for k, v in kwargs.items()})
-        return _Call((), {k: _STATES if k == "hidden_states" else self._kept(v) for k, v in kwargs.items()})
+            return lambda layer, states: layer(states, *rest, **named)
+        return lambda layer, states: layer(hidden_states=states, **named)
 
     def _kept(self, value: Any) -> Any:
         """`value` with its tensors replaced by equal stored ones: batches of one length share their masks."""
@@ -321,32 +307,16 @@ class Walk:
         return self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
 
 
-@overload
-def open_walk(
-    checkpoint: Checkpoint,
-    compute: Compute,
-    *,
-    loads: bool,
-    wanted: Literal[True] = True,
-    directory: Path | None = None,
-) -> contextlib.AbstractContextManager[Walk]: ...
-@overload
-def open_walk(
-    checkpoint: Checkpoint, compute: Compute, *, loads: bool, wanted: bool, directory: Path | None = None
-) -> contextlib.AbstractContextManager[Walk | None]: ...
 @contextlib.contextmanager
 def open_walk(
-    checkpoint: Checkpoint, compute: Compute, *, loads: bool, wanted: bool = True, directory: Path | None = None
-) -> Iterator[Any]:
-    """A walk over the model of `checkpoint`, in the precision and on the device of `compute`; None unless `wanted`.
+    checkpoint: Checkpoint, compute: Compute, *, loads: bool, directory: Path | None = None
+) -> Iterator[Walk]:
+    """A walk over the model of `checkpoint`, in the precision and on the device of `compute`.
 
     `loads`: whether the whole model is loaded; else its layers are read from disk one at a time. Weights and states
     take up to `compute.memory` bytes; further states go to files in `directory`. The walk is closed when the block
     ends, so a name that outlives the block keeps no model. Raises SourceError.
     """
-    if not wanted:
-        yield None
-        return
     precision, limit = compute.dtype or "auto", memory.budget(compute.memory)
     if loads:
         model = load_model(

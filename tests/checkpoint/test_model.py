@@ -11,7 +11,7 @@ from cuts import export
 
 from slicer.checkpoint.config import sliced_config
 from slicer.checkpoint.reader import Checkpoint
-from slicer.model.layers import bypass, decoder_layers, residual_stream
+from slicer.model.layers import bypass, decoder_layers
 from slicer.model.load import load_model
 from slicer.model.pruned import shortened
 from slicer.plan.plan import Plan
@@ -24,14 +24,14 @@ def test_the_stream_begins_and_ends_where_the_layers_do(model_type: str) -> None
     model = tiny.tiny_model(model_type)
     tokens = torch.randint(3, 140, (2, 9), generator=torch.Generator().manual_seed(0))
     assert len(decoder_layers(model)) == tiny.DEPTH
-    with torch.no_grad(), residual_stream(model) as tap:
+    with torch.no_grad(), tiny.residual_stream(model) as tap:
         whole = model(input_ids=tokens, use_cache=False).logits
-    assert len(tap.states) == tiny.DEPTH + 1
-    assert all(state.shape == tap.states[0].shape == (2, 9, tap.states[0].shape[-1]) for state in tap.states)
-    with torch.no_grad(), bypass(model, range(2, 5)), residual_stream(model) as cut:
+    assert len(tap) == tiny.DEPTH + 1
+    assert all(state.shape == tap[0].shape == (2, 9, tap[0].shape[-1]) for state in tap)
+    with torch.no_grad(), bypass(model, range(2, 5)), tiny.residual_stream(model) as cut:
         model(input_ids=tokens, use_cache=False)
-    assert torch.equal(cut.states[0], tap.states[0]) and torch.equal(cut.states[2], tap.states[2])
-    assert torch.equal(cut.states[2], cut.states[5])
+    assert torch.equal(cut[0], tap[0]) and torch.equal(cut[2], tap[2])
+    assert torch.equal(cut[2], cut[5])
     with torch.no_grad():
         assert torch.equal(model(input_ids=tokens, use_cache=False).logits, whole), "hooks were left behind"
 

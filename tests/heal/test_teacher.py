@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import sources
+import tiny
 import torch
 from commands import slicer
 
@@ -24,7 +25,7 @@ from slicer.heal.finetune.distillation import (
     junctions,
     kl_loss,
 )
-from slicer.model.layers import bypass, residual_stream
+from slicer.model.layers import bypass
 from slicer.model.load import load_model
 from slicer.runtime.compute import Compute
 
@@ -49,16 +50,16 @@ def test_equation_8_and_the_divergence_are_what_they_say(whole: Path) -> None:
     learned[0, :5] = False
     teacher = LiveTeacher(model, [Junction(2, 4)], states=True, logits=True)
     outputs = teacher.outputs(tokens, index)
-    with residual_stream(model) as tap, torch.no_grad():
+    with tiny.residual_stream(model) as tap, torch.no_grad():
         its = model(tokens).logits
-    stream = tap.states[4]
+    stream = tap[4]
     assert torch.equal(outputs.states[0], stream)
     embeddings = model.get_input_embeddings().weight.requires_grad_(True)
     distillation = DistillationLoss(teacher, [Junction(2, 4)], mismatch_weight=2.0, kl_weight=0.5)
     with bypass(model, [2, 3]):
-        with residual_stream(model) as tap:
+        with tiny.residual_stream(model) as tap:
             model(tokens)
-        mine = tap.states[4]
+        mine = tap[4]
         with distillation.recording(model):  # x(2) of the student, which is x(4) of the source with these bypassed
             logits = model(tokens).logits
     loss = distillation.loss(logits, tokens, index, learned)

@@ -13,7 +13,7 @@ import torch
 
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import PlanError, SourceError
-from slicer.model.layers import bypass, residual_stream
+from slicer.model.layers import bypass
 from slicer.model.load import load_model
 from slicer.model.walk import Walk, open_walk
 from slicer.runtime.compute import Compute
@@ -28,9 +28,9 @@ def batches() -> list[torch.Tensor]:
 @torch.no_grad()
 def forward(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x(0)..x(L), [L+1, batch, seq, d], and the logits, of one ordinary pass."""
-    with residual_stream(model) as tap:
+    with tiny.residual_stream(model) as states:
         logits = model(input_ids=tokens, use_cache=False).logits
-    return torch.stack(tap.states), logits
+    return torch.stack(states), logits
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -84,10 +84,8 @@ def test_a_walk_is_closed_with_its_block(path: Path, loads: bool) -> None:
     checkpoint = Checkpoint.open(path)
     with open_walk(checkpoint, Compute("cpu"), loads=loads) as walk:
         model = weakref.ref(walk.model)
-        assert walk.streamed != loads and walk.run(walk.start(batches()), range(walk.depth)).layer == walk.depth
+        assert walk.loaded == loads and walk.run(walk.start(batches()), range(walk.depth)).layer == walk.depth
     assert model() is None and walk is not None
-    with open_walk(checkpoint, Compute("cpu"), loads=loads, wanted=False) as none:
-        assert none is None
 
 
 def test_every_byte_is_read_once(path: Path) -> None:

@@ -84,54 +84,54 @@ class _Change:
         return LayerEdit(self.parameters, self.transforms)
 
 
+@dataclass
 class _Folding:
-    """One fold. `judges`: whether each solution is kept only if it lowers the loss on the held-out sequences."""
+    """One fold."""
 
-    def __init__(
-        self,
-        walk: Walk,
-        data: Split,
-        plan: Plan,
-        holds: Holds,
-        solver: str,
-        written: torch.dtype | None,
-        progress: Progress,
-    ) -> None:
-        self._walk, self._plan, self._holds, self._solver = walk, plan, holds, solver
-        self._data, self._written, self._progress = data, written, progress
-        self._judges = walk.loaded and solver == "resolve"
-        self._changes: dict[int, _Change] = {}
-        self._least = 0.0  # the loss on the held-out sequences, with what was kept so far
-        self._nearest: tuple[float, int, _Change] | None = None  # of the changes that were not kept
+    walk: Walk
+    data: Split
+    plan: Plan
+    holds: Holds
+    solver: str
+    written: torch.dtype | None
+    progress: Progress
+    changes: dict[int, _Change] = field(default_factory=dict)
+    least: float = 0.0  # the loss on the held-out sequences, with what was kept so far
+    nearest: tuple[float, int, _Change] | None = None  # of the changes that were not kept
+
+    @property
+    def judges(self) -> bool:
+        """Whether each solution is kept only if it lowers the loss on the held-out sequences."""
+        return self.walk.loaded and self.solver == "resolve"
 
     def run(self, activations: SourceActivations | None) -> tuple[Edits, tuple[SolvedMatrix, ...], Losses]:
         """(the edits, what was solved, the losses on the held-out sequences)."""
-        self._progress.stage("Healing the cut", self._walk.depth, "layers")
-        both = GapPass(self._walk, self._data, self._plan, activations, self._progress)
+        self.progress.stage("Healing the cut", self.walk.depth, "layers")
+        both = GapPass(self.walk, self.data, self.plan, activations, self.progress)
         bare: PrunedRun | None = None
-        if self._judges:
+        if self.judges:
             both.advance(max(0, both.gaps[0].layer - BEFORE))
-            bare = PrunedRun(self._walk, self._plan, both.source.copy(), self._data.held)
-            before = self._least = self._loss(bare)
+            bare = PrunedRun(self.walk, self.plan, both.source.copy(), self.data.held)
+            before = self.least = self._loss(bare)
         for gap, target in both:
             if gap.layer >= 0:
                 self._heal(gap, both, target)
         if bare is None:
             losses = both.finish()
         else:
-            while both.source.layer < self._walk.depth:
+            while both.source.layer < self.walk.depth:
                 both.advance_source()
-            run = PrunedRun(self._walk, self._plan, bare.origin, self._data.held, both.source)
+            run = PrunedRun(self.walk, self.plan, bare.origin, self.data.held, both.source)
             after = self._steps(run)
-            if not self._changes and self._nearest is not None:  # who asked for a fold gets the least bad one
-                after, layer, change = self._nearest
-                self._changes = {layer: change}
-            source = walk_loss(self._walk, both.source.tokens, both.source.__getitem__, self._data.held)
+            if not self.changes and self.nearest is not None:  # who asked for a fold gets the least bad one
+                after, layer, change = self.nearest
+                self.changes = {layer: change}
+            source = walk_loss(self.walk, both.source.tokens, both.source.__getitem__, self.data.held)
             losses = Losses(source, before, after)
-        if not self._changes:
+        if not self.changes:
             raise HealError("no weights next to the cut can take the fold, or none gains by it; use --heal none")
-        report = tuple(entry for _, change in sorted(self._changes.items()) for entry in change.report)
-        return {i: change.edit for i, change in self._changes.items()}, report, losses
+        report = tuple(entry for _, change in sorted(self.changes.items()) for entry in change.report)
+        return {i: change.edit for i, change in self.changes.items()}, report, losses
 
     def _loss(self, run: PrunedRun, edits: Edits | None = None) -> float:
         with run.prepared(edits or {}):
@@ -146,42 +146,42 @@ class _Folding:
         i, cut, best = gap.layer, both.cut, _Change()
         ways: list[tuple[str, ...]] = [(gap.sublayer,)]
         whole = gap.sublayer == "ffn" and not gap.within
-        if whole and self._solver == "resolve" and i not in self._plan.gone[0]:
+        if whole and self.solver == "resolve" and i not in self.plan.gone[0]:
             ways.append(("attention", "ffn"))
-        with self._walk.layer(i) as layer:
+        with self.walk.layer(i) as layer:
             for sublayers in ways:
-                with pruned_layer(layer, i, self._plan.gone, None, 0.0):
-                    fit = LayerFit(self._walk, i, layer, cut, target, self._data.held)
+                with pruned_layer(layer, i, self.plan.gone, None, 0.0):
+                    fit = LayerFit(self.walk, i, layer, cut, target, self.data.held)
                     change = self._solved(fit, sublayers)
                 if not change.report:
                     continue
-                if self._judges:
-                    run = PrunedRun(self._walk, self._plan, cut, self._data.held)
+                if self.judges:
+                    run = PrunedRun(self.walk, self.plan, cut, self.data.held)
                     loss = self._loss(run, {i: change.edit})
-                    if not loss < self._least:
-                        if self._nearest is None or loss < self._nearest[0]:
-                            self._nearest = loss, i, change
+                    if not loss < self.least:
+                        if self.nearest is None or loss < self.nearest[0]:
+                            self.nearest = loss, i, change
                         continue
-                    self._least = loss
+                    self.least = loss
                 best = change
-                if not self._judges:
+                if not self.judges:
                     break
             if best.report:
-                self._changes[i] = best
+                self.changes[i] = best
             with edited(layer, best.edit):
                 both.advance_cut(i)
 
     def _steps(self, run: PrunedRun) -> float:
         """Second-order steps from the changes so far; the loss on the held-out sequences after them."""
-        self._progress.stage("Healing the cut: second-order steps", STEPS, "steps")
-        edits = {i: change.edit for i, change in self._changes.items()}
-        with run.prepared(edits), Newton(run, self._holds, self._written) as newton:
+        self.progress.stage("Healing the cut: second-order steps", STEPS, "steps")
+        edits = {i: change.edit for i, change in self.changes.items()}
+        with run.prepared(edits), Newton(run, self.holds, self.written) as newton:
             for number in range(STEPS):
                 if not newton.step(number):
                     break
-                self._progress.advance()
+                self.progress.advance()
             for matrix in newton.stepped():
-                change = self._changes.setdefault(matrix.layer, _Change())
+                change = self.changes.setdefault(matrix.layer, _Change())
                 change.parameters[f"{matrix.name}.weight"] = matrix.weight.clone()
                 relative = round(float(matrix.delta.norm() / matrix.weight.float().norm()), 6)
                 change.report.append(SolvedMatrix(matrix.layer, matrix.name, "newton", change=relative))
@@ -191,24 +191,24 @@ class _Folding:
         """The new weights of one layer, sublayer after sublayer."""
         change = _Change()
         for sublayer in sublayers:
-            for output in find(fit.layer, fit.run, sublayer, partial(self._holds, fit.i)):
+            for output in find(fit.layer, fit.run, sublayer, partial(self.holds, fit.i)):
                 self._solve(fit, output, change)
         for name, tensor in change.parameters.items():
-            change.parameters[name] = tensor.to(self._written or tensor.dtype).to(tensor.dtype)
+            change.parameters[name] = tensor.to(self.written or tensor.dtype).to(tensor.dtype)
         return change
 
     def _solve(self, fit: LayerFit, output: Output, change: _Change) -> None:
         """Enter the solution of one output into `change`."""
         for _ in range(_NORM_STEPS if output.kind == "normed" else 1):
             with edited(fit.layer, change.edit):
-                solution = solve(gather(fit, output, self._solver))
+                solution = solve(gather(fit, output, self.solver))
                 if solution is None:
                     break
-                _put(output, solution, self._solver, change)
+                _put(output, solution, self.solver, change)
             change.report.append(
                 SolvedMatrix(fit.i, output.name, output.kind, solution.strength, round(solution.left, 6))
             )
-        if output.norm is None or not self._holds(fit.i, output.norm, fit.layer.get_submodule(output.norm)):
+        if output.norm is None or not self.holds(fit.i, output.norm, fit.layer.get_submodule(output.norm)):
             return
         with edited(fit.layer, change.edit):
             more, left = norm_gain(fit, output)

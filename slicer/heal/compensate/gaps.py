@@ -20,6 +20,7 @@ from slicer.model.pruned import pruned_layer
 from slicer.model.states import States
 from slicer.model.sublayers import MidLayerTap
 from slicer.model.walk import SourceActivations, Walk, walk_loss
+from slicer.plan.amounts import runs
 from slicer.plan.plan import Plan
 from slicer.plan.records import Losses
 from slicer.progress import Progress
@@ -56,19 +57,8 @@ class Gap:
 def gaps_of(plan: Plan) -> list[Gap]:
     """The gaps of a plan, in order."""
     no_attention, no_ffn = plan.gone
-    runs = blocks([*(2 * i for i in no_attention), *(2 * i + 1 for i in no_ffn)])
-    return [Gap(start, end) for start, end in runs]
-
-
-def blocks(numbers: list[int]) -> list[tuple[int, int]]:
-    """[start, end) of each run of neighbouring numbers."""
-    runs: list[tuple[int, int]] = []
-    for i in sorted(numbers):
-        if runs and runs[-1][1] == i:
-            runs[-1] = (runs[-1][0], i + 1)
-        else:
-            runs.append((i, i + 1))
-    return runs
+    gone = [*(2 * i for i in no_attention), *(2 * i + 1 for i in no_ffn)]
+    return [Gap(start, end) for start, end in runs(gone)]
 
 
 class GapPass:
@@ -106,19 +96,22 @@ class GapPass:
             yield gap, target
             self.cut.layer = gap.behind
 
-    def advance(self, layer: int) -> None:
-        """Bring the source to this layer, and the cuts where they exist already."""
+    def advance(self, layer: int, only: range | None = None) -> None:
+        """Bring the source to this layer, and the cuts where they exist already; `only`: of these batches."""
         for i in range(self.cut.layer, layer):
             with self._walk.layer(i):
                 if self.source.layer == i:
-                    self.advance_source()
+                    self.advance_source(only)
                 if self.cut is not self.source:
                     self._advance_bare(i)
-                    self.advance_cut(i)
+                    self.advance_cut(i, only)
 
-    def advance_source(self) -> None:
+    def advance_source(self, only: range | None = None) -> None:
         """The source through one layer."""
-        self._activations.advance(self._walk, self.source.layer, self.source)
+        if only is None:
+            self._activations.advance(self._walk, self.source.layer, self.source)
+        else:
+            self._walk.advance(self.source.layer, self.source, only=only)
         self._progress.advance()
 
     def advance_cut(self, i: int, only: range | None = None) -> None:
@@ -128,13 +121,7 @@ class GapPass:
 
     def finish(self) -> Losses:
         """The losses on the held-out batches, for which all three are brought to the end of the model."""
-        for i in range(self.cut.layer, self._walk.depth):
-            with self._walk.layer(i):
-                if self.source.layer == i:
-                    self._walk.advance(i, self.source, only=self._held)
-                    self._progress.advance()
-                self._advance_bare(i)
-                self.advance_cut(i, self._held)
+        self.advance(self._walk.depth, self._held)
         loss = partial(walk_loss, self._walk, self.source.tokens, batches=self._held)
         return Losses(loss(self.source.__getitem__), loss(self._bare.__getitem__), loss(self.cut.__getitem__))
 

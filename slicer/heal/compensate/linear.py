@@ -164,14 +164,14 @@ def train(
     if not solved.edits:
         return replace(solved, losses=losses, steps=steps)
     with in_float32(walk.model):
-        training = Training(walk, split(batches), plan, solved.edits)
+        training = ReplacementTraining(walk, split(batches), plan, solved.edits)
         best, edits = training.run(steps, seed, progress or Progress())
         with training.pruned.prepared(edits):
             losses = replace(losses, after=training.pruned.loss())
     return replace(solved, edits=edits, losses=losses, steps=steps, best_step=best)
 
 
-class Training:
+class ReplacementTraining:
     """Steps on the replacements of `edits`. Attributes: `pruned`: the cut; `leaves`: the edits, as they are trained."""
 
     def __init__(self, walk: Walk, data: Split, plan: Plan, edits: Edits) -> None:

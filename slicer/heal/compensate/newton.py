@@ -26,8 +26,9 @@ from torch import nn
 
 from slicer.checkpoint.architectures.table import ATTENTION_OUTPUTS, FEED_FORWARD_OUTPUTS
 from slicer.heal.compensate.objective import Objective
+from slicer.heal.compensate.regression import add_gram
 from slicer.heal.patch import Holds
-from slicer.model.layers import is_conv1d
+from slicer.model.layers import attached, is_conv1d
 from slicer.model.output_maps import Output
 from slicer.model.pruned import PrunedRun
 from slicer.runtime.memory import COPY_SHARE, free
@@ -127,12 +128,10 @@ class Newton:
 
             return hook
 
-        handles = [matrix.module.register_forward_hook(watch(matrix)) for matrix in self.matrices]
         try:
-            yield
+            with attached(matrix.module.register_forward_hook(watch(matrix)) for matrix in self.matrices):
+                yield
         finally:
-            for handle in handles:
-                handle.remove()
             for matrix in self.matrices:
                 matrix.z = matrix.u = None
 
@@ -240,9 +239,7 @@ class Matrix:
         z, g = self.z.flatten(0, -2).float(), slope.flatten(0, -2).float()
         self.gradient += g.T @ z
         if curvature:
-            step = max(256, -(-z.shape[1] // 8))
-            for start in range(0, z.shape[1], step):  # A is symmetric: its upper triangle will do
-                self.inputs[start : start + step, start:] += z[:, start : start + step].T @ z[:, start:]
+            add_gram(self.inputs, z)
 
     def draw(self, slope: torch.Tensor | None) -> None:
         """Add to G the gradients [.., d] of the log likelihood of drawn tokens."""

@@ -31,7 +31,7 @@ TOGETHER = 1024  # tokens in a batch, at most: gradients need all that the layer
 SINKS = 4  # positions at the start of a sequence that are left out
 # lambda, in units of the mean of the diagonal of sum_t w_t z_t z_t^T
 STRENGTHS = tuple(10.0 ** (k / 2) for k in range(-8, 3))
-_BLOCKS = 8  # G is symmetric: of so many block columns only the upper parts are multiplied out
+_BLOCKS = 8  # z^T z is symmetric: of so many block columns only the upper parts are multiplied out
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,13 @@ def split(batches: Sequence[torch.Tensor]) -> Split:
     return Split(both, range(len(fitted), len(both)), tuple(held))
 
 
+def add_gram(total: torch.Tensor, z: torch.Tensor) -> None:
+    """Add z^T z of `z` [tokens, f] to the upper triangle of `total` [f, f], in blocks of columns."""
+    step = max(256, -(-z.shape[1] // _BLOCKS))
+    for start in range(0, z.shape[1], step):
+        total[start : start + step, start:] += z[:, start : start + step].T @ z[:, start:]
+
+
 class NormalEquations:
     """G = sum w z z^T [f, f] and C = sum w r z^T [d, f] of the tokens to fit; and the tokens held out, as they are.
 
@@ -93,9 +100,7 @@ class NormalEquations:
             self._held.append((z, r))
             self._held_weight += float(weight.double().sum())
             return
-        step = max(256, -(-z.shape[1] // _BLOCKS))
-        for start in range(0, z.shape[1], step):
-            self._gram[start : start + step, start:] += z[:, start : start + step].T @ z[:, start:]
+        add_gram(self._gram, z)
         self.cross += r.T @ z
 
     @property

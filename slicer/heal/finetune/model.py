@@ -7,7 +7,7 @@ checks for packed weights and missing gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -112,10 +112,9 @@ def targets(model: Model, checkpoint: Checkpoint) -> list[str]:
     prefix = next(name for name, module in model.named_modules() if module is layers)
     known, found = KeyMap(checkpoint), []
     for i, layer in enumerate(layers):
-        every = [name for name, module in layer.named_modules() if _linear(module)]
-        for name in list(_feed_forward(layer)) or every:
-            if _ROUTERS & set(name.split(".")) or _read_past(layer, name):
-                continue
+        linear = [name for name, module in layer.named_modules() if _linear(module)]
+        linear = [name for name in linear if not _ROUTERS & set(name.split(".")) and not _read_past(layer, name)]
+        for name in _feed_forward(layer, linear) or linear:
             full = f"{prefix}.{i}.{name}"
             key = known.key(f"{full}.weight")
             if key is not None and checkpoint.tensors[key].shape == _shape(layer.get_submodule(name)):
@@ -128,17 +127,13 @@ def targets(model: Model, checkpoint: Checkpoint) -> list[str]:
     return found
 
 
-def _feed_forward(layer: nn.Module) -> Iterator[str]:
+def _feed_forward(layer: nn.Module, names: list[str]) -> list[str]:
+    """Those of the modules `names` of the layer that are in its feed-forward part."""
     part = mlp_of(layer)
-    if part is None:
-        return
-    if _linear(part):  # fc1 and fc2 are direct children of the layer
-        yield from (name for name, child in layer.named_children() if _linear(child))
-        return
-    own = next(name for name, child in layer.named_children() if child is part)
-    for name, module in part.named_modules():
-        if _linear(module) and not _ROUTERS & set(name.split(".")):
-            yield f"{own}.{name}"
+    if part is not None and _linear(part):  # fc1 and fc2 are direct children of the layer
+        return [name for name in names if "." not in name]
+    own = next((name for name, child in layer.named_children() if child is part), None)
+    return [name for name in names if name.startswith(f"{own}.")]
 
 
 def _read_past(layer: nn.Module, name: str) -> bool:

@@ -50,7 +50,18 @@ def finetune(
     is not finite, OutOfMemory.
     """
     started = time.monotonic()
-    history = finished(work) or _trained(base, corpus, settings, compute, work, processes, progress)
+    history = finished(work)
+    if history is None:
+        distillation = None
+        if settings.asked.distils:
+            distillation = distillation_loss(base, corpus, settings, compute, processes, progress)
+        ways = to_load(settings, teacher=distillation is not None and distillation.alongside)
+        progress.stage("Loading the model to train")
+        with memory.within_memory("loading the model to train", ways):
+            model = load(base.checkpoint, settings, compute)
+        history = train(model, corpus, settings, work, progress, distillation=distillation)
+        del model, distillation
+        memory.release()  # the first process now needs the memory of the others
     found: list[tuple[Patch, Expected | None]] = []
 
     def result() -> None:
@@ -64,28 +75,6 @@ def finetune(
         training = replace(patch.record.training, processes=processes.world, seconds=seconds)
         patch = replace(patch, record=replace(patch.record, training=training))
     return patch, expected, history
-
-
-def _trained(
-    base: CutOnDisk,
-    corpus: Corpus,
-    settings: TrainingSettings,
-    compute: Compute,
-    work: Path,
-    processes: Processes,
-    progress: Progress,
-) -> TrainingHistory:
-    distillation = None
-    if settings.asked.distils:
-        distillation = distillation_loss(base, corpus, settings, compute, processes, progress)
-    alongside = distillation is not None and distillation.alongside
-    progress.stage("Loading the model to train")
-    with memory.within_memory("loading the model to train", to_load(settings, teacher=alongside)):
-        model = load(base.checkpoint, settings, compute)
-    history = train(model, corpus, settings, work, progress, distillation=distillation)
-    del model, distillation
-    memory.release()  # the first process now needs the memory of the others
-    return history
 
 
 def _result(

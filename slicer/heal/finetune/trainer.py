@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging
 
 from slicer.data.corpus import IGNORED, Corpus
@@ -73,7 +74,7 @@ def train(
                 args=_arguments(settings, work / "run", device, resumed=last is not None),
                 train_dataset=torch.utils.data.Subset(corpus.train, complete),
                 eval_dataset=corpus.held_out,
-                data_collator=_collate,
+                data_collator=torch.utils.data.default_collate,
                 callbacks=[callback],
             )
         except (ImportError, RuntimeError, ValueError) as error:
@@ -84,7 +85,8 @@ def train(
         if trainer.is_fsdp_enabled and "FULL" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type):
             raise HealError("FSDP: set fsdp_state_dict_type to FULL_STATE_DICT, to store the best weights")
         trainer.distillation = distillation
-        _quiet(trainer)
+        for printing in (PrinterCallback, ProgressCallback):  # slicer shows progress itself
+            trainer.remove_callback(printing)
         callback.trainer = trainer
         progress.stage("Training", settings.asked.max_steps, "steps")
         with distillation.recording(model) if distillation is not None else contextlib.nullcontext():
@@ -208,18 +210,6 @@ def _last_complete(run: Path) -> Path | None:
         elif first_process():
             shutil.rmtree(path, ignore_errors=True)
     return max(complete, key=lambda path: int(path.name.split("-")[-1]), default=None)
-
-
-def _collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def _quiet(trainer: Any) -> None:
-    """Turn off the Trainer's own output: slicer shows its own."""
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-    for kind in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(kind)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from cuts import export
 
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import HealError, UsageError
-from slicer.heal.compensate.linear import Training, linear, rate, train
+from slicer.heal.compensate.linear import ReplacementTraining, linear, rate, train
 from slicer.heal.compensate.regression import split
 from slicer.heal.patch import Solved, place
 from slicer.model.layers import decoder_layers, logits_of
@@ -136,7 +136,7 @@ def test_training_lowers_the_objective_and_moves_nothing_else(
     solved = linear(walk, few, PLAN, method, rank)
     trained = train(walk, few, PLAN, solved, STEPS)
     assert 0 < trained.best_step <= STEPS and trained.steps == STEPS
-    judge, losses = Training(walk, split(few), PLAN, solved.edits), []
+    judge, losses = ReplacementTraining(walk, split(few), PLAN, solved.edits), []
     for found in (solved, trained):
         with judge.pruned.prepared(found.edits):
             losses.append(judge.judge())
@@ -158,7 +158,7 @@ def test_one_seed_gives_the_same_bytes(model: Any, few: list[torch.Tensor]) -> N
 def test_the_gradient_is_that_of_finite_differences(model: Any, few: list[torch.Tensor]) -> None:
     """Of the gradient behind the last layer times the states there: what the objective gives is tested with it."""
     walk = Walk.in_memory(copy.deepcopy(model).double())
-    training = Training(walk, split(few), PLAN, linear(walk, few, PLAN, "linear", 2).edits)
+    training = ReplacementTraining(walk, split(few), PLAN, linear(walk, few, PLAN, "linear", 2).edits)
     leaf = next(iter(next(iter(training.leaves.values())).behind.values()))
     run, b = training.pruned, training.pruned.held[0]
     assert leaf.up is not None
