@@ -1,7 +1,7 @@
 """A goal and what was measured -> the plan: which layers and sublayers to drop, for every command that chooses.
 
 First the layers, then, of those that stay, attention and feed-forward parts. Pure standard library: the caller measures
-the model, and answers whether the architecture can express a plan.
+the model, and passes a function that checks whether the architecture can express a plan.
 """
 
 from __future__ import annotations
