@@ -220,7 +220,7 @@ def kept_config(
     else:
         expanded = expand_config(checkpoint.path, trust_remote_code=trust_remote_code)
         config = rewrite_config(checkpoint.config, expanded, kept)
-        _check_expressed(checkpoint, expanded, config, kept, trust_remote_code)
+        check_rewritten(expanded, _read_again(checkpoint, config, trust_remote_code), kept)
     if dtype:
         for part in (config, architectures.text_config(config)):
             for name in ("dtype", "torch_dtype"):
@@ -231,22 +231,15 @@ def kept_config(
     return config
 
 
-def _check_expressed(
-    checkpoint: Checkpoint,
-    expanded: Mapping[str, Any],
-    config: Mapping[str, Any],
-    kept: Sequence[int],
-    trust_remote_code: bool,
-) -> None:
-    """Let transformers read the new config and compare the kept layers' fields with the old ones."""
+def _read_again(checkpoint: Checkpoint, config: Fields, trust_remote_code: bool) -> dict[str, Any]:
+    """The new config.json as transformers reads it. Raises ArchitectureError where it rejects it."""
     with tempfile.TemporaryDirectory(prefix="slicer-config-") as scratch:
         if trust_remote_code:  # the config class may be the checkpoint's own code
             for file in checkpoint.path.glob("*.py"):
                 shutil.copyfile(inside(checkpoint.path, file.name), Path(scratch) / file.name)
         (Path(scratch) / "config.json").write_text(json.dumps(config), "utf-8")
         try:
-            again = expand_config(Path(scratch), trust_remote_code=trust_remote_code)
+            return expand_config(Path(scratch), trust_remote_code=trust_remote_code)
         except SourceError as error:
             reason = str(error).rsplit("rejects it: ", 1)[-1]
             raise ArchitectureError(f"transformers rejects the config of this cut: {reason}") from None
-    check_rewritten(expanded, again, kept)

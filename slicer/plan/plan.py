@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from slicer.errors import ArchitectureError, PlanError
 from slicer.plan.amounts import check_layers, spell_layers
@@ -208,7 +209,7 @@ class Plan(Record):
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
-    def upgraded(cls, record: dict[str, object]) -> dict[str, object]:
+    def upgraded(cls, record: dict[str, Any]) -> dict[str, Any]:
         """Formats 1 and 2 had maps as "emulated", and one adapter or null as "merged"; "dropped" alone is enough."""
         if record.get("format", FORMAT) not in (1, 2, FORMAT):
             raise PlanError(f"plan format {record['format']!r} is not 1 to {FORMAT}; use the slicer that wrote it")
