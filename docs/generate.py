@@ -21,7 +21,7 @@ from click import Context
 
 from slicer import errors
 from slicer.checkpoint.architectures.table import ARCHITECTURES, Architecture
-from slicer.checkpoint.architectures.vllm import Unserved
+from slicer.checkpoint.architectures.vllm import unserved
 from slicer.cli.groups import OLD_NAMES
 from slicer.cli.main import main as main_command
 from slicer.cli.training import attributes
@@ -89,8 +89,9 @@ def output(*arguments: str) -> str:
 
 
 def architectures() -> list[str]:
-    refused = {name: row for name, row in ARCHITECTURES.items() if row.refuse and row.refuse_if is None}
-    sliced = {name: row for name, row in ARCHITECTURES.items() if name not in refused}
+    rows = dict(sorted(ARCHITECTURES.items()))
+    refused = {name: row for name, row in rows.items() if row.refuse and row.refuse_if is None}
+    sliced = {name: row for name, row in rows.items() if name not in refused}
     rules = {row.rule.__name__: row.rule for row in sliced.values() if row.rule}
     notes: dict[str, Any] = {note_name(row): row.note for row in sliced.values() if row.note}
     ways = [
@@ -124,7 +125,7 @@ def architectures() -> list[str]:
         "vLLM 0.32 reads some configs differently from transformers. If a cut is affected, `slicer convert` prints a "
         "warning with the reason and a remedy.",
         *(f"### `{name}`\n\n{inspect.getdoc(note)}" for name, note in sorted(notes.items())
-          if not isinstance(note, Unserved)),
+          if note is not unserved),
     ]  # fmt: skip
 
 
@@ -152,7 +153,7 @@ def note_name(row: Architecture) -> str:
 def vllm(row: Architecture) -> str:
     if row.note is None:
         return ""
-    return "not served" if isinstance(row.note, Unserved) else f"[`{note_name(row)}`](#{note_name(row)})"
+    return "not served" if row.note is unserved else f"[`{note_name(row)}`](#{note_name(row)})"
 
 
 # --- plan.md ----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from slicer import demo
+from slicer.checkpoint.hub import DEMO
 from slicer.cli.main import main
 from slicer.data.calibration import token_batches
 from slicer.data.sources import TextSpec
@@ -26,7 +26,7 @@ from slicer.plan.blocks import select
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return load_model(demo.path(), dtype="float32", device="cpu")
+    return load_model(DEMO, dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,8 @@ def held_out() -> torch.Tensor:
     """int64 [8, 128]: text that the training never saw."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(demo.path())
-    ids = tokenizer((demo.path().parent / "heldout.txt").read_text("utf-8"), verbose=False)["input_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    ids = tokenizer((DEMO.parent / "heldout.txt").read_text("utf-8"), verbose=False)["input_ids"]
     return torch.tensor(ids[: len(ids) // 128 * 128]).view(-1, 128)[::5][:8]
 
 
@@ -43,7 +43,7 @@ def held_out() -> torch.Tensor:
 def distances(model: Any) -> Distances:
     """Measured on the model's own text: the held-out text takes no part in the choice."""
     spec = TextSpec(source="self", samples=32, seq_len=64, batch_size=32)
-    return measure_loaded(model, token_batches(spec, demo.path(), model).batches)
+    return measure_loaded(model, token_batches(spec, DEMO, model).batches)
 
 
 def loss(model: Any, tokens: torch.Tensor, dropped: Iterable[int] = ()) -> float:
@@ -55,8 +55,8 @@ def test_it_is_what_its_card_says(model: Any) -> None:
     config = model.config
     assert config.model_type == "llama" and config.num_hidden_layers >= 12
     assert config.head_dim >= 32 and config.vocab_size >= 4096
-    assert sum(file.stat().st_size for file in demo.path().iterdir()) <= 20e6
-    figures = json.loads((demo.path().parent / "training.json").read_text())
+    assert sum(file.stat().st_size for file in DEMO.iterdir()) <= 20e6
+    figures = json.loads((DEMO.parent / "training.json").read_text())
     assert figures["parameters"] == model.num_parameters()
 
 

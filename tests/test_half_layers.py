@@ -12,7 +12,7 @@ import sources
 import tiny
 from commands import slicer, succeeds
 
-from slicer import demo
+from slicer.checkpoint.hub import DEMO
 from slicer.errors import PlanError
 from slicer.figures import layers
 from slicer.measure.analysis import Analysis
@@ -127,7 +127,7 @@ def test_zeroed_says_that_it_saves_nothing(source: Path, tmp_path: Path) -> None
 def test_an_analysis_chooses_parts_by_any_metric(text: Path, tmp_path: Path) -> None:
     where = tmp_path / "analysis"
     options = ["--samples", 4, "--seq-len", 16, "--sublayers", "--losses", 1, "--shapley", 8]
-    succeeds("analyze", demo.path(), "--calibration", text, *options, "-o", where)
+    succeeds("analyze", DEMO, "--calibration", text, *options, "-o", where)
     record = json.loads((where / "analysis.json").read_text())
     assert {"angular_last_token", "block_influence", "loss", "kl", "shapley"} <= set(record["sublayers"])
     for metric in ("loss", "shapley", "block_influence"):
@@ -201,7 +201,7 @@ def test_a_family_without_a_form_is_refused_with_the_reason(family: str, word: s
 
 def test_a_half_offset_block_is_closed_like_whole_layers(tmp_path: Path) -> None:
     """On the embedded model it is the closest of three; healed at once, or later from the bare cut: the same bytes."""
-    held = demo.path().parent / "heldout.txt"
+    held = DEMO.parent / "heldout.txt"
     text = ["--calibration", held, "--samples", 16, "--seq-len", 64]
     given = ["convert", "demo", "--drop", 3, *text]
     done = json.loads(succeeds(*given, "-o", tmp_path / "healed", "--json").stdout)

@@ -75,8 +75,7 @@ class Adapter:
                 halves.setdefault(module, {})[match[2]] = span
         for module, found in halves.items():
             if len(found) < 2:
-                there = next(iter(found))
-                other = "B" if there == "A" else "A"
+                there, other = ("A", "B") if "A" in found else ("B", "A")
                 raise HealError(f"{path}: {module} has {there} but not {other}; save the adapter again")
         if not halves:
             raise HealError(f"{path}: no adapter weights; save the adapter again")

@@ -48,7 +48,7 @@ def rewrite_config(config: Mapping[str, Any], expanded: Mapping[str, Any], kept:
         raise ArchitectureError(
             f"config.json: transformers reads {read} layers, but {row.depth_field} is {old_depth}; correct the config"
         )
-    for where in (new, part) if part is not new else (part,):
+    for where in (new, part):
         for name in DEPTH_NAMES:
             if where.get(name) == old_depth:
                 where[name] = len(kept)
@@ -60,14 +60,10 @@ def rewrite_config(config: Mapping[str, Any], expanded: Mapping[str, Any], kept:
     if row.mtp and not any(name in part for name in _MTP_NAMES):
         part["num_nextn_predict_layers"] = 0
     _slice_lists(part, old, row, kept, old_depth)
-    for name in row.reindexes:
-        members = part.get(name) if part.get(name) is not None else old.get(name)
-        if members is not None:
-            part[name] = positions(members, kept)
-    for name in row.counts:
-        bound = part.get(name) if part.get(name) is not None else old.get(name)
-        if bound is not None:
-            part[name] = bisect_left(kept, bound)
+    given = {name: part[name] if part.get(name) is not None else old.get(name) for name in row.reindexes + row.counts}
+    for name, value in given.items():
+        if value is not None:
+            part[name] = positions(value, kept) if name in row.reindexes else bisect_left(kept, value)
     for name in _BY_LAYER_KEYS:
         if isinstance(part.get(name), dict):
             by_layer = {int(i): value for i, value in part[name].items()}
@@ -109,30 +105,25 @@ def warnings(config: Mapping[str, Any], kept: Sequence[int], rewritten: Mapping[
 
     `config`: raw config.json of the source; `rewritten`: the result of `rewrite_config`.
     """
-    row = lookup(config)
-    found = [_unattended(config, kept, rewritten)]
-    if row.note:
-        found.append(row.note(text_config(config), kept, depth(config)))
-    return [note for note in found if note]
+    row, found = lookup(config), []
+    if not _attends(text_config(rewritten)):
+        # transformers counts the cached tokens in an attention layer
+        found.append(
+            "no attention layer is kept, and transformers cannot generate with a cache from such a hybrid: "
+            "keep at least one attention layer"
+        )
+    if row.note and (note := row.note(text_config(config), kept, depth(config))):
+        found.append(note)
+    return found
 
 
-def _unattended(config: Mapping[str, Any], kept: Sequence[int], rewritten: Mapping[str, Any]) -> str | None:
-    """transformers counts a hybrid's cached tokens in an attention layer, so without one it cannot generate."""
-    part = text_config(rewritten)
+def _attends(part: Mapping[str, Any]) -> bool:
+    """Whether a hybrid has an attention layer; True for models that are no hybrids."""
     if isinstance(part.get("attn_layer_indices"), list):
-        attention = bool(part["attn_layer_indices"])
-    else:
-        fields = ("layers_block_type", "layer_types", "hybrid_override_pattern")
-        kinds = next((part[name] for name in fields if part.get(name)), None)
-        if kinds is None:
-            return None
-        attention = any(kind == "*" or ("attention" in kind and kind != "linear_attention") for kind in kinds)
-    if attention:
-        return None
-    return (
-        "no attention layer is kept, and transformers cannot generate with a cache from such a hybrid: "
-        "keep at least one attention layer"
-    )
+        return bool(part["attn_layer_indices"])
+    fields = ("layers_block_type", "layer_types", "hybrid_override_pattern")
+    kinds = next((part[name] for name in fields if part.get(name)), ["*"])
+    return any(kind == "*" or ("attention" in kind and kind != "linear_attention") for kind in kinds)
 
 
 def _expanded_depth(row: Architecture, old: Mapping[str, Any]) -> int | None:
@@ -173,7 +164,7 @@ def expand_config(path: Path, *, trust_remote_code: bool = False) -> dict[str, A
 
 @lru_cache(maxsize=4)  # asked of every cut that is tried
 def _expanded(path: Path, content: bytes, trust_remote_code: bool) -> dict[str, Any]:
-    """What transformers makes of config.json in `path`, whose `content` tells whether it was read before."""
+    """config.json of `path` as transformers reads it. `content` is the file's: where it changes, it is read again."""
     from transformers import AutoConfig
 
     try:
@@ -229,7 +220,7 @@ def kept_config(
     else:
         expanded = expand_config(checkpoint.path, trust_remote_code=trust_remote_code)
         config = rewrite_config(checkpoint.config, expanded, kept)
-        _check_expressed(checkpoint, expanded, config, kept, trust_remote_code)
+        check_rewritten(expanded, _read_again(checkpoint, config, trust_remote_code), kept)
     if dtype:
         for part in (config, architectures.text_config(config)):
             for name in ("dtype", "torch_dtype"):
@@ -240,22 +231,15 @@ def kept_config(
     return config
 
 
-def _check_expressed(
-    checkpoint: Checkpoint,
-    expanded: Mapping[str, Any],
-    config: Mapping[str, Any],
-    kept: Sequence[int],
-    trust_remote_code: bool,
-) -> None:
-    """Let transformers read the new config and compare the kept layers' fields with the old ones."""
+def _read_again(checkpoint: Checkpoint, config: Fields, trust_remote_code: bool) -> dict[str, Any]:
+    """The new config.json as transformers reads it. Raises ArchitectureError where it rejects it."""
     with tempfile.TemporaryDirectory(prefix="slicer-config-") as scratch:
         if trust_remote_code:  # the config class may be the checkpoint's own code
             for file in checkpoint.path.glob("*.py"):
                 shutil.copyfile(inside(checkpoint.path, file.name), Path(scratch) / file.name)
         (Path(scratch) / "config.json").write_text(json.dumps(config), "utf-8")
         try:
-            again = expand_config(Path(scratch), trust_remote_code=trust_remote_code)
+            return expand_config(Path(scratch), trust_remote_code=trust_remote_code)
         except SourceError as error:
             reason = str(error).rsplit("rejects it: ", 1)[-1]
             raise ArchitectureError(f"transformers rejects the config of this cut: {reason}") from None
-    check_rewritten(expanded, again, kept)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from slicer.checkpoint import sublayers
 from slicer.checkpoint.hub import COMPANIONS
-from slicer.checkpoint.reader import BIN_INDEX, INDEX, Checkpoint, inside
+from slicer.checkpoint.reader import Checkpoint, inside
 from slicer.checkpoint.tensors import DTYPES, TensorSpan
 from slicer.checkpoint.writer import DEFAULT_SHARD_BYTES, Progress, write_tensors
 from slicer.errors import OutputError
@@ -31,7 +31,7 @@ _NOTHING: Mapping[str, TensorSpan] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint directory is to hold.
+    """What will be in a checkpoint directory.
 
     Attributes:
         tensors: key -> tensor, in the order in which they are written.
@@ -111,21 +111,18 @@ def write(
 
 def copy_companions(source: Path, directory: Path) -> None:
     """Copy tokenizer, chat template, generation config, code and licence; not weights or the model card."""
-    skipped = {"config.json", "README.md", INDEX, BIN_INDEX}
+    skipped = {"config.json", "README.md"}
     for file in sorted(source.rglob("*")):
-        relative = file.relative_to(source)
-        nested = len(relative.parts) > 1
+        relative, name = file.relative_to(source), file.name
         if any(part.startswith(".") or part in ("slicer", "__pycache__", "original") for part in relative.parts):
             continue
-        if relative.name in skipped or not any(fnmatch(relative.name, pattern) for pattern in COMPANIONS):
+        if name in skipped or name.endswith(".index.json") or not any(fnmatch(name, p) for p in COMPANIONS):
             continue
-        if nested and file.suffix not in (".py", ".jinja", ".json"):
+        if len(relative.parts) > 1 and file.suffix not in (".py", ".jinja", ".json"):
             continue
-        if relative.name.endswith(".index.json") or not inside(source, relative.as_posix()).is_file():
-            continue
-        target = directory / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)
+        if inside(source, relative.as_posix()).is_file():
+            (directory / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, directory / relative)
 
 
 def check_output(out: Path, source: Path, *, overwrite: bool = False) -> None:

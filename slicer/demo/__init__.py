@@ -1,10 +1,1 @@
-"""The embedded model."""
-
-from __future__ import annotations
-
-from pathlib import Path
-
-
-def path() -> Path:
-    """The directory of the embedded checkpoint."""
-    return Path(__file__).parent / "checkpoint"
+"""The embedded model, its training and the demonstration of the command line."""

@@ -83,9 +83,8 @@ def make_model() -> LlamaForCausalLM:
     model = LlamaForCausalLM(config)
     for name, weight in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
-            weight.data /= math.sqrt(
-                2 * config.num_hidden_layers
-            )  # GPT-2's scaling of the matrices that write into the residual stream
+            # GPT-2's scaling of the matrices that write into the residual stream
+            weight.data /= math.sqrt(2 * config.num_hidden_layers)
     return model
 
 
@@ -111,7 +110,7 @@ def train(out: Path, minutes: float) -> None:
     stream, held = packed(tokenizer, texts), packed(tokenizer, held_out)
     model = make_model()
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers." in n]
-    others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers." in n)]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "layers." not in n]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.Muon(hidden, lr=0.02, momentum=0.95, weight_decay=0.02),
         torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),

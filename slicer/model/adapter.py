@@ -33,11 +33,8 @@ from slicer.runtime.compute import Compute
 
 def merged_spans(checkpoint: Checkpoint, adapter: Adapter, places: Iterable[Place]) -> dict[str, TensorSpan]:
     """Raw key -> merged tensor to write in its place."""
-    return {
-        place.key: span.made(place.key, partial(_merged, span, adapter, place))
-        for place in places
-        for span in (checkpoint.tensors[place.key],)
-    }
+    old = checkpoint.tensors
+    return {p.key: old[p.key].made(p.key, partial(_merged, old[p.key], adapter, p)) for p in places}
 
 
 def _merged(span: TensorSpan, adapter: Adapter, place: Place) -> torch.Tensor:
@@ -171,21 +168,17 @@ def placed(
                 f"{adapter.path}: {origin} expects a matrix of shape {list(wanted)}, but {key} has {list(shape)}; "
                 "pass its base model"
             )
-        copy = adapter.copies.get(origin)
-        if copy is not None and not _same(copy, checkpoint.tensors[key]):
-            raise HealError(
-                f"{adapter.path}: contains the {origin} it was trained on, which differs from {key}; merge with peft"
-            )
+        if origin in adapter.copies:
+            copy, stored = tensors.read(adapter.copies[origin]), tensors.read(checkpoint.tensors[key])
+            if not torch.equal(stored.to(copy.dtype), copy):
+                raise HealError(
+                    f"{adapter.path}: contains the {origin} it was trained on, which differs from {key}; merge with "
+                    "peft"
+                )
         found.append(Place(origin, key, module, transposed))
     if not found:
         raise HealError(f"{adapter.path}: all its layers were dropped; nothing to merge")
     return found
-
-
-def _same(copy: TensorSpan, span: TensorSpan) -> bool:
-    """Whether the matrices are equal in the dtype of `copy`."""
-    other = tensors.read(copy)
-    return torch.equal(tensors.read(span).to(other.dtype), other)
 
 
 def _index(checkpoint: Checkpoint, adapter: Adapter, plan: Plan | None, index: int, name: str) -> int | None:

@@ -1,7 +1,7 @@
 """A goal and what was measured -> the plan: which layers and sublayers to drop, for every command that chooses.
 
 First the layers, then, of those that stay, attention and feed-forward parts. Pure standard library: the caller measures
-the model, and answers whether the architecture can express a plan.
+the model, and passes a function that checks whether the architecture can express a plan.
 """
 
 from __future__ import annotations
@@ -149,20 +149,19 @@ def _by_distance(
     """All cuts of n layers by the least distance; of equals that of whole layers first."""
     if metric == "greedy":
         return [_greedy(n, depth, measured.greedy, protect)]
-    found: list[tuple[float, _Candidate]] = []
+    found: list[_Candidate] = []
     if offset != "half":
         count = depth if blocks == 1 else RUNNERS_UP + 1
         for cut in best_cuts(measured.distances(metric), n, blocks, protect, count):
-            plan = Plan.dropping(depth, cut.dropped)
-            found.append((cut.distance, _Candidate(plan, cut.distance, str(cut), cut)))
+            found.append(_Candidate(Plan.dropping(depth, cut.dropped), cut.distance, str(cut), cut))
     if offset == "half" or (offset == "auto" and metric in measured.sublayers):
         for block in rank_offset(measured.halves(metric), n, protect):
             i, j = block.start, block.start + n
             plan = replace(Plan.dropping(depth, range(i + 1, j + 1)), joined=((i, j),))
-            found.append((block.distance, _Candidate(plan, block.distance, f"half-offset {i}-{j}")))
+            found.append(_Candidate(plan, block.distance, f"half-offset {i}-{j}"))
     if not found:
         raise PlanError(f"no half-offset cut makes {depth} layers {n} fewer; drop at most {depth - 1}")
-    return [candidate for _, candidate in sorted(found, key=lambda entry: entry[0])]
+    return sorted(found, key=lambda candidate: candidate.distance or 0.0)
 
 
 def _because(
@@ -198,15 +197,14 @@ def _first_expressible(
 ) -> tuple[list[_Candidate], _Candidate, list[_Candidate]]:
     """(those passed over, the first of `found` that can be expressed, the next); raises the first reason for none."""
     passed: list[_Candidate] = []
-    reason = ""
+    reasons: list[str] = []
     for best in found:
         best = replace(best, plan=best.plan.in_form(form))
-        refused = why_not(best.plan)
-        if refused is None:
+        if (reason := why_not(best.plan)) is None:
             return passed, best, list(islice(found, RUNNERS_UP))
-        reason = reason or refused
+        reasons.append(reason)
         passed.append(best)
-    raise ArchitectureError(reason)
+    raise ArchitectureError(reasons[0])
 
 
 def _without_sublayers(
@@ -242,10 +240,7 @@ def _without_sublayers(
                 distance += d
             left = [part for part in left if part not in taken]
         names = {"attention": "attention", "ffn": "feed-forward part"}
-        others = [
-            _Candidate(plan, d, f"{names[kind]} of layer {i}")
-            for kind, i, d in left
-            if kind in amounts or "sublayers" in amounts
-        ]
+        next_best = (part for part in left if part[0] in amounts or "sublayers" in amounts)
+        others = (_Candidate(plan, d, f"{names[kind]} of layer {i}") for kind, i, d in next_best)
         plan = _because(plan, distance, others, metric, measured)
     return plan.without(*gone.values()).in_form(form)

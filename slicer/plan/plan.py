@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from slicer.errors import ArchitectureError, PlanError
 from slicer.plan.amounts import check_layers, spell_layers
@@ -117,7 +118,7 @@ class Plan(Record):
         """(i, j, distance) where all that goes is one measured block, from after attention i to after attention j."""
         if len(self.joined) != 1 or self.distance is None:
             return None
-        (i, j), *_ = self.joined
+        i, j = self.joined[0]
         return (i, j, self.distance) if len(self.dropped) == j - i else None
 
     @property
@@ -131,8 +132,8 @@ class Plan(Record):
         """(attention, feed-forward parts) of the source that the result lacks, those of dropped layers included."""
         attention = {i for i, _ in self.sublayers if i not in self.no_attention}
         ffn = {j for _, j in self.sublayers if j not in self.no_ffn}
-        every = range(self.depth)
-        return frozenset(set(every) - attention), frozenset(set(every) - ffn)
+        every = frozenset(range(self.depth))
+        return every - attention, every - ffn
 
     @property
     def dropped(self) -> tuple[int, ...]:
@@ -208,7 +209,7 @@ class Plan(Record):
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
-    def upgraded(cls, record: dict[str, object]) -> dict[str, object]:
+    def upgraded(cls, record: dict[str, Any]) -> dict[str, Any]:
         """Formats 1 and 2 had maps as "emulated", and one adapter or null as "merged"; "dropped" alone is enough."""
         if record.get("format", FORMAT) not in (1, 2, FORMAT):
             raise PlanError(f"plan format {record['format']!r} is not 1 to {FORMAT}; use the slicer that wrote it")
@@ -224,15 +225,13 @@ class Plan(Record):
     def from_json(cls, text: str, where: str = "plan") -> Plan:
         """Read what `to_json` wrote. Raises PlanError naming `where` and the field at fault."""
         try:
-            record = json.loads(text)
+            plan = cls.of(json.loads(text), "plan")
+            if plan.gone == (frozenset(), frozenset()):
+                raise PlanError(f"the plan drops nothing: all {plan.depth} layers stay; drop at least one")
         except ValueError as error:
             raise PlanError(f"{where}: not JSON ({error}); give a plan.json that slicer wrote") from None
-        try:
-            plan = cls.of(record, "plan")
         except PlanError as error:
             raise PlanError(f"{where}: {error}") from None
-        if plan.gone == (frozenset(), frozenset()):
-            raise PlanError(f"{where}: the plan drops nothing: all {plan.depth} layers stay; drop at least one")
         return plan
 
     @classmethod

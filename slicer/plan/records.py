@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import ClassVar, Self, cast
+from typing import Any, ClassVar, Self
 
 from slicer.errors import PlanError
 
@@ -62,7 +62,7 @@ class Record:
         return {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
 
     @classmethod
-    def upgraded(cls, record: dict[str, object]) -> dict[str, object]:
+    def upgraded(cls, record: dict[str, Any]) -> dict[str, Any]:
         """`record`, as slicer 0.1 may have written it, in the form of today."""
         return record
 
@@ -156,7 +156,7 @@ class Losses(Record):
         return self.before is not None and self.after is not None and self.after < self.before
 
     @classmethod
-    def upgraded(cls, record: dict[str, object]) -> dict[str, object]:
+    def upgraded(cls, record: dict[str, Any]) -> dict[str, Any]:
         """0.1 had "emulated" for maps as they were solved, and "trained" for these after training."""
         if "trained" in record:
             return {**record, "after": record["trained"], "solved": record["emulated"]}
@@ -249,11 +249,10 @@ class TrainingRecord(Record):
     rank_sweep: RankRecord | None = None
 
     @classmethod
-    def upgraded(cls, record: dict[str, object]) -> dict[str, object]:
+    def upgraded(cls, record: dict[str, Any]) -> dict[str, Any]:
         """0.1 had names of its own for settings that transformers and peft have too."""
         for values in ("asked", "settings"):
-            given = cast(Mapping[str, object], record[values])
-            record[values] = {_SETTINGS.get(name, name): value for name, value in given.items()}
+            record[values] = {_SETTINGS.get(name, name): value for name, value in record[values].items()}
         return record
 
 
@@ -299,16 +298,14 @@ class HealingRecord(Record):
         return self.method in MAPS
 
     @classmethod
-    def upgraded(cls, record: dict[str, object]) -> dict[str, object]:
+    def upgraded(cls, record: dict[str, Any]) -> dict[str, Any]:
         """0.1 wrote the text as "calibration", maps as "behind", and what training did beside the rest."""
         corpus = record.get("data") or {}
-        text = dict(cast(Mapping[str, object], record.get("calibration") or {}))
-        if text:
-            text["source"] = text.get("source") or cast(Mapping[str, object], corpus).get("source")
-            record["text"] = {**text, "held_out": record.get("held_out_sequences", ())}
+        if text := record.get("calibration"):
+            source = text.get("source") or corpus.get("source")
+            record["text"] = {**text, "source": source, "held_out": record.get("held_out_sequences", ())}
         if "behind" in record:
-            entries = cast(Sequence[Mapping[str, object]], record["behind"])
-            record["solved"] = [{**e, "module": e["part"], "way": record["method"]} for e in entries]
+            record["solved"] = [{**e, "module": e["part"], "way": record["method"]} for e in record["behind"]]
         if "settings" in record:
             record["training"] = {**record, "corpus": corpus}
         return record

@@ -1,4 +1,4 @@
-"""Patches of foreign libraries: what they must accept, and what they must not print. All of them are here."""
+"""All patches of other libraries: to accept slicer's checkpoints and names, and to print less."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def register(model_type: str, config: str, module: str) -> None:
     transformers finds a configuration class by the `model_type` of config.json in a table of names, and imports
     `transformers.models.<model_type>` when such a checkpoint is loaded. `import slicer` must not cost the seconds that
     importing transformers takes, nor import any of it out of turn. So a finder in `sys.meta_path` adds the one name
-    when the table's module is executed, now or later, and answers for the one module when it is imported; only then is
+    when the table's module is executed, now or later, and provides the one module when it is imported; only then is
     `module` imported. May be called more than once.
     """
     finder = _Finder(model_type, config, module)

@@ -1,4 +1,4 @@
-"""The processes of one launch: who is first, what each measures, and the one all-reduce that joins the parts.
+"""The processes of one launch: which is the first, the share of each, and the all-reduce that joins their results.
 
 Under `torchrun` or `accelerate launch` the environment gives the number of processes; otherwise there is one. Every
 process writes what it measured at its own samples' rows of a zeroed table, and the tables are added as bytes: each row

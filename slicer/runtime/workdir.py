@@ -1,8 +1,8 @@
-"""Work directories: who owns one, who is at work in it, and whether what lies there may be resumed.
+"""Work directories: ownership, locking, and whether unfinished work may be resumed.
 
-A directory that slicer works in holds the file `SIGN`: what lies there, and its identity, the JSON values that must be
-the same for a run to resume what another left. A directory that is not empty and has no such file is somebody else's:
-it is never written to, and never removed.
+A directory that slicer works in contains the file `SIGN`, with what the directory contains, and its identity: the JSON
+values that must be the same for a run to resume the work of another. A directory that is not empty and has no such file
+does not belong to slicer: it is never written to, and never removed.
 
     with claimed(beside(out), Processes.of_environment(), cut=cut.identity, steps=100) as work:
         ...                       # work.path is this run's alone; it is removed at the end, or resumed later
@@ -25,13 +25,13 @@ from slicer.runtime.distributed import Processes
 from slicer.runtime.files import not_writable, write_atomically
 
 SIGN = "slicer-work.json"
-_OWN = ".slicer"  # what the names of the lock, and of a sign that is being written, start with
+_OWN = ".slicer"  # the names of the lock, and of a sign that is being written, start with this
 _LOCK = f"{_OWN}.lock"
 _TRAINING = "an unfinished training"
 
 
 def beside(out: Path, kind: str = "training") -> Path:
-    """The work directory of a result that is to be `out`: a sibling, which goes when `out` is there."""
+    """The work directory of the result `out`: a sibling, which is removed when `out` is complete."""
     return out.with_name(f"{out.name}.{kind}")
 
 
@@ -64,7 +64,7 @@ class Workdir:
         path: the directory.
         identity: JSON values that a run must share with the one whose work it resumes.
         what: the contents, for messages, with an article.
-        overwrite: whether work of another identity gives way; None: there is no option for it.
+        overwrite: whether work of another identity is removed; None: the command has no such option.
         shared: whether processes of the same identity may be at work there together.
         resumable: whether there is work that would be lost; where there is none, another identity needs no permission.
         removed: glob patterns, within the directory, of what is removed when work begins anew.
@@ -98,7 +98,7 @@ class Workdir:
             self._take(alone)
             if self.shared and self._lock is not None:
                 fcntl.flock(self._lock, fcntl.LOCK_SH)
-                self._take(False)  # changing a lock lets go of it for a moment
+                self._take(False)  # changing a lock releases it for a moment
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
@@ -106,7 +106,7 @@ class Workdir:
             raise
 
     def close(self) -> None:
-        """Let other runs at the directory."""
+        """Release the lock: other runs may use the directory."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -142,8 +142,9 @@ def check_owner(path: Path) -> None:
     """Raise OutputError unless `path` is free for slicer to work in: not there, empty, or with its sign."""
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path}: exists and is not a directory; choose another place with -o")
-    signed = not path.is_dir() or (path / SIGN).is_file()
-    if not signed and not all(entry.name.startswith(_OWN) for entry in path.iterdir()):
+    names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
+    # Looked for after the listing: slicer writes the sign before anything else, perhaps at this moment.
+    if not all(name.startswith(_OWN) for name in names) and not (path / SIGN).is_file():
         raise _of_another(path, f"already exists and was not created by slicer (no {SIGN} in it)")
 
 
@@ -152,7 +153,7 @@ def _of_another(path: Path, reason: str) -> OutputError:
 
 
 def sign_of(directory: Path) -> dict[str, Any] | None:
-    """What the sign of `directory` says, "what" and "identity"; None where there is no such file.
+    """The content of the sign of `directory`, "what" and "identity"; None where there is no such file.
 
     Raises OutputError for one that slicer did not write.
     """
@@ -191,7 +192,7 @@ def owned(
     removed: tuple[str, ...] = ("*",),
     **identity: Any,
 ) -> Iterator[Workdir]:
-    """Inside the block the first of `processes` has `path` to itself, and all of them know what lies there.
+    """Inside the block the first of `processes` holds the lock of `path`, whose identity was checked for all of them.
 
     See `Workdir` for the arguments. Raises OutputError, in every process.
     """

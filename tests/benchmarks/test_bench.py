@@ -16,11 +16,11 @@ import tiny
 from click.testing import CliRunner
 from cuts import export
 
-from slicer import demo
 from slicer.benchmarks import contestants, machine, speculative, transformers_engine, workload
 from slicer.benchmarks.bench import bench
 from slicer.benchmarks.harness import RUNS, Store, run_rounds
 from slicer.benchmarks.workload import ROUNDS, Request
+from slicer.checkpoint.hub import DEMO
 from slicer.checkpoint.reader import Checkpoint
 from slicer.cli.main import main
 from slicer.errors import BenchError, OutputError, SlicerError, UsageError
@@ -108,7 +108,7 @@ def test_every_file_is_written_and_says_the_same(ideal: list[str], tmp_path: Pat
 
 
 def test_weights_are_those_of_the_checkpoint_that_export_would_write(ideal: list[str], tmp_path: Path) -> None:
-    sliced = export(Checkpoint.open(demo.path()), Plan.dropping(12, (8, 9, 10)), tmp_path / "demo-9L")
+    sliced = export(Checkpoint.open(DEMO), Plan.dropping(12, (8, 9, 10)), tmp_path / "demo-9L")
     real = bench(Request(base="demo", sliced=(str(sliced),), engine="transformers", rounds=1))
     shape = bench(sweep(drops="0,3", rounds=1))
     for a, b in zip(real["models"], shape["models"], strict=True):
@@ -165,12 +165,12 @@ def test_each_round_has_an_order_of_its_own() -> None:
 
 def test_a_config_alone_is_enough(tmp_path: Path) -> None:
     config = tmp_path / "shape.json"
-    shutil.copy(demo.path() / "config.json", config)
+    shutil.copy(DEMO / "config.json", config)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     found = contestants.shapes(None, config, "0,5", "bfloat16", scratch)
     assert [(c.label, c.layers) for c in found] == [("shape-12L", 12), ("shape-7L", 7)]
-    assert found[0].weight_bytes == Checkpoint.open(demo.path()).total_bytes
+    assert found[0].weight_bytes == Checkpoint.open(DEMO).total_bytes
     assert contestants.has_tokenizer(Path(found[1].path))
     from transformers import AutoTokenizer
 
@@ -291,7 +291,7 @@ def test_a_draft_is_measured_against_its_original(tmp_path: Path, monkeypatch: p
         return {"output_tokens_per_second": 1.0, "texts": texts, "spec_decode": {}}
 
     monkeypatch.setattr(speculative, "measure", measure)
-    draft = export(Checkpoint.open(demo.path()), Plan.dropping(12, (5, 6)), tmp_path / "demo-10L")
+    draft = export(Checkpoint.open(DEMO), Plan.dropping(12, (5, 6)), tmp_path / "demo-10L")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("And the LORD said unto\nThe captain of the ship\n")
     request = Request(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from commands import succeeds
 
-from slicer import demo
+from slicer.checkpoint.hub import DEMO
 from slicer.model.load import load_model
 
 
@@ -17,8 +17,8 @@ def held_out_ids() -> list[int]:
     """Tokens of the held-out text."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(demo.path())
-    text = (demo.path().parent / "heldout.txt").read_text("utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    text = (DEMO.parent / "heldout.txt").read_text("utf-8")
     return list(tokenizer(text, verbose=False)["input_ids"])
 
 
@@ -26,7 +26,7 @@ def held_out_ids() -> list[int]:
 def held_out_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The held-out text by itself in a directory."""
     file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_bytes((demo.path().parent / "heldout.txt").read_bytes())
+    file.write_bytes((DEMO.parent / "heldout.txt").read_bytes())
     return file
 
 
@@ -41,4 +41,4 @@ def sliced(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model() -> Any:
     """In float32; a test that changes it puts it back."""
-    return load_model(demo.path(), dtype="float32", device="cpu")
+    return load_model(DEMO, dtype="float32", device="cpu")

@@ -13,7 +13,7 @@ import sources
 import torch
 from commands import slicer, succeeds
 
-from slicer import demo
+from slicer.checkpoint.hub import DEMO
 
 LAYER_3 = {"model.layers.3.self_attn.o_proj.weight", "model.layers.3.mlp.down_proj.weight"}
 
@@ -158,7 +158,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(bare: Path, text: list[object]
     tiny = sources.save_llama(tmp_path / "tiny")
     twin = tmp_path / "twin"
     twin.mkdir()
-    for file in demo.path().iterdir():
+    for file in DEMO.iterdir():
         (twin / file.name).write_bytes(file.read_bytes())
     content = bytearray((twin / "model.safetensors").read_bytes())
     content[-1000] ^= 64

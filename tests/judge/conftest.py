@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from slicer import demo
+from slicer.checkpoint.hub import DEMO
 
 WORDS = ("king", "sea", "sword", "temple")
 
@@ -32,7 +32,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "passage": f"The king went to the house {i} and the people were glad.",
             }  # fmt: skip
             stream.write(json.dumps(row) + "\n")
-    held = (demo.path().parent / "heldout.txt").read_text("utf-8")
+    held = (DEMO.parent / "heldout.txt").read_text("utf-8")
     (root / "text").mkdir()
     with open(root / "text" / "c4-docs.jsonl", "w") as stream:
         for i in range(12):

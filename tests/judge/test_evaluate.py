@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 from processes import EVALUATION, VLLM, ForkServer
 
-from slicer import demo
+from slicer.checkpoint.hub import DEMO
 from slicer.cli.main import main
 from slicer.evaluate import backends, generation
 from slicer.evaluate.results import Evaluation
@@ -43,7 +43,7 @@ def test_the_scores_are_lm_evals_to_the_last_digit(data: Path, result: Evaluatio
         "doc_to_target": "{{answer|int}}", "doc_to_choice": ["no", "yes"], "metric_list": [{"metric": "acc"}],
     }  # fmt: skip
     found = lm_eval.simple_evaluate(
-        "hf", model_args={"pretrained": str(demo.path()), "dtype": "float32"}, tasks=[by_hand], limit=8, device="cpu",
+        "hf", model_args={"pretrained": str(DEMO), "dtype": "float32"}, tasks=[by_hand], limit=8, device="cpu",
         batch_size=1, task_manager=TaskManager(include_defaults=False),
     )  # fmt: skip
     score = result.primary("boolq")
@@ -58,7 +58,7 @@ def test_only_the_logits_asked_for_say_the_same(data: Path) -> None:
     from slicer.model.load import load_model
 
     options = SuiteSpec(tasks=("mmlu_astronomy", "boolq"), data=data, limit=8, **OPTIONS)
-    model = load_model(demo.path(), dtype="float32", device="cpu")
+    model = load_model(DEMO, dtype="float32", device="cpu")
     sizes: list[int] = []
     hook = model.lm_head.register_forward_hook(lambda *given: sizes.append(given[2].shape[1]))
     texts = ("The king went to the sea.", "He said unto them, and the temple of the city was old.")
@@ -66,7 +66,7 @@ def test_only_the_logits_asked_for_say_the_same(data: Path) -> None:
     with Suite(options) as suite:
         for last in (False, True):
             sizes.clear()
-            lm = backends.wrap(model, demo.path(), options.batch_size, last_logits_only=last)
+            lm = backends.wrap(model, DEMO, options.batch_size, last_logits_only=last)
             items = suite.run(lm, "demo", 4096).items
             few = sum(sizes)
             nats, _ = backends.text_losses(lm, texts)
@@ -131,7 +131,7 @@ def test_the_loss_is_the_models_own(data: Path, result: Evaluation) -> None:
     with Suite(options) as suite:
         assert suite.excerpts is not None
         texts = suite.excerpts.texts
-    model, tokenizer = load_model(demo.path(), **OPTIONS), AutoTokenizer.from_pretrained(str(demo.path()))
+    model, tokenizer = load_model(DEMO, **OPTIONS), AutoTokenizer.from_pretrained(str(DEMO))
     nats, count = 0.0, 0
     for text in texts:
         ids = torch.tensor([[0, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
@@ -162,8 +162,8 @@ def test_vllm_scores_as_transformers_do(forks: ForkServer, data: Path, result: E
 
 def test_a_text_beyond_the_context_is_read_in_pieces() -> None:
     options = SuiteSpec(**OPTIONS)
-    lm = backends.wrap(load_model(demo.path(), **OPTIONS), demo.path(), options.batch_size)
-    text = (demo.path().parent / "heldout.txt").read_text("utf-8")[:4000]
+    lm = backends.wrap(load_model(DEMO, **OPTIONS), DEMO, options.batch_size)
+    text = (DEMO.parent / "heldout.txt").read_text("utf-8")[:4000]
     nats, tokens = backends.text_losses(lm, [text])
     assert tokens[0] > lm.max_length and 0 < nats[0] / tokens[0] < 6
 
@@ -206,8 +206,8 @@ def test_the_command(tmp_path: Path) -> None:
 
 def test_a_tokenizer_without_special_tokens(tmp_path: Path) -> None:
     """Each text then begins with its own first token, which is not scored; samples are written all the same."""
-    text = demo.path().parent / "heldout.txt"
-    shutil.copytree(demo.path(), tmp_path / "bare")
+    text = DEMO.parent / "heldout.txt"
+    shutil.copytree(DEMO, tmp_path / "bare")
     file = tmp_path / "bare" / "tokenizer_config.json"
     config = {k: v for k, v in json.loads(file.read_text()).items() if not k.endswith("_token")}
     file.write_text(json.dumps(config))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from commands import slicer, succeeds
 
-from slicer import demo
+from slicer.checkpoint.hub import DEMO
 from slicer.errors import EvaluationError
 from slicer.evaluate.lm_tasks import draw
 from slicer.evaluate.suite import Suite, SuiteSpec, evaluate
@@ -25,8 +25,8 @@ def test_errors_are_one_less_lm_evals_accuracy(data: Path, task: str, count: int
     options = SuiteSpec(tasks=(task,), data=data, dtype="float32", device="cpu")
     with Suite(options) as suite:
         score = evaluate("demo", suite).primary(task)
-    model = load_model(demo.path(), dtype="float32", device="cpu")
-    questions = draw(task, 1000, model, demo.path(), data=data)
+    model = load_model(DEMO, dtype="float32", device="cpu")
+    questions = draw(task, 1000, model, DEMO, data=data)
     coalitions = Coalitions(Walk.in_memory(model), questions, sublayers=True)
     assert score is not None and len(questions.right) == score.items == count
     assert 1 - float(coalitions.base.mean()) == pytest.approx(score.value)
@@ -41,7 +41,7 @@ def test_shapley_values_of_a_score(data: Path, tmp_path: Path, monkeypatch: pyte
     common = ["--calibration", text, "--samples", 2, "--seq-len", 16, "--shapley", 4, "--sublayers", "--data", data]
     asked = ["--against", "task:boolq", "--questions", 3]
     for where, more in (("a", []), ("b", ["--memory", "3MB", "--beside", tmp_path / "a"])):  # the second from disk
-        succeeds("analyze", demo.path(), *common, *asked, *more, "-o", tmp_path / where)
+        succeeds("analyze", DEMO, *common, *asked, *more, "-o", tmp_path / where)
     one, two = (json.loads((tmp_path / where / "analysis.json").read_text()) for where in "ab")
     assert one["shapley"]["against"] == "task:boolq" and one["shapley"]["questions"] == 3
     assert one["shapley"]["pairs"] >= 1 and one["shapley"]["guessing"] == 0.5
@@ -55,9 +55,9 @@ def test_shapley_values_of_a_score(data: Path, tmp_path: Path, monkeypatch: pyte
 def test_only_multiple_choice_is_scored(tmp_path: Path) -> None:
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k" / "test.jsonl").write_text('{"question": "2 + 3?", "answer": "#### 5"}\n')
-    model = load_model(demo.path(), dtype="float32", device="cpu")
+    model = load_model(DEMO, dtype="float32", device="cpu")
     with pytest.raises(EvaluationError, match="gsm8k@0: not multiple choice"):
-        draw("gsm8k@0", 1, model, demo.path(), data=tmp_path)
+        draw("gsm8k@0", 1, model, DEMO, data=tmp_path)
 
 
 BAD = {
@@ -73,6 +73,6 @@ def test_bad_questions(name: str, data: Path, tmp_path: Path) -> None:
     given, code, words = BAD[name]
     text = data / "text" / "c4-docs.jsonl"
     short = ["--calibration", text, "--samples", 2, "--seq-len", 16, "--shapley", 4]
-    result = slicer("analyze", demo.path(), *short, *given, "-o", tmp_path / "out")
+    result = slicer("analyze", DEMO, *short, *given, "-o", tmp_path / "out")
     assert result.exit_code == code and words in result.output and "Traceback" not in result.output
     assert not (tmp_path / "out" / "analysis.json").exists()

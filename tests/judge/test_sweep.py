@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from cuts import export
 from processes import EVALUATION, ForkServer
 
-from slicer import demo
+from slicer.checkpoint.hub import DEMO
 from slicer.checkpoint.reader import Checkpoint
 from slicer.cli.main import main
 from slicer.errors import OutputError
@@ -40,8 +40,8 @@ def test_a_cell_is_what_the_exported_cut_scores(swept: Path, tmp_path: Path) -> 
     table = read_table(swept)
     assert table.missing == 0 and len(table.rows) == 5
     row = next(r for r in table.rows if r.n == 4 and r.strategy == "similarity" and r.heal == "none")
-    export(Checkpoint.open(demo.path()), Plan.dropping(12, row.dropped), tmp_path / "cut")
-    text = demo.path().parent / "heldout.txt"
+    export(Checkpoint.open(DEMO), Plan.dropping(12, row.dropped), tmp_path / "cut")
+    text = DEMO.parent / "heldout.txt"
     options = SuiteSpec(tasks=("c4",), text=text, limit=4, device="cpu", dtype="float32")
     with Suite(options) as suite:
         alone = evaluate(str(tmp_path / "cut"), suite)
@@ -114,7 +114,7 @@ def test_keep_writes_a_plan_that_convert_takes(tmp_path: Path) -> None:
 
 
 def test_what_keep_found_is_healed_again_as_it_was_measured(tmp_path: Path) -> None:
-    text = ["--calibration", str(demo.path().parent / "heldout.txt")]
+    text = ["--calibration", str(DEMO.parent / "heldout.txt")]
     result = sweep(tmp_path / "s", *text, "--retain", "0.9", "--metric", "c4", "--heal", "fold")
     assert result.exit_code == 0, result.output
     given = ["convert", "demo", "--plan", str(tmp_path / "s" / "plan.json"), "-o", str(tmp_path / "out")]
@@ -138,7 +138,7 @@ def test_a_passing_failure_is_no_result(tmp_path: Path, monkeypatch: pytest.Monk
         raise HealError("no matrix to solve")
 
     given = ["--heal", "fold", "--drop", "2", "--strategies", "deepest"]
-    given += ["--calibration", str(demo.path().parent / "heldout.txt")]
+    given += ["--calibration", str(DEMO.parent / "heldout.txt")]
     cell = tmp_path / "s" / "cells" / "002-deepest-fold.json"
     monkeypatch.setattr(repair, "repair", short)
     result = sweep(tmp_path / "s", *given)
@@ -183,7 +183,7 @@ def test_one_line_for_what_cannot_be(swept: Path, tmp_path: Path) -> None:
 
 def test_a_cell_is_trained_with_its_own_seed_and_rank(tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    text = ["--calibration", str(demo.path().parent / "heldout.txt"), "--drop", "3", "--strategies", "deepest"]
+    text = ["--calibration", str(DEMO.parent / "heldout.txt"), "--drop", "3", "--strategies", "deepest"]
     few = [
         "--max-steps",
         "4",

@@ -16,7 +16,7 @@ import pytest
 from cuts import export
 from processes import VLLM, ForkServer
 
-from slicer import demo
+from slicer.checkpoint.hub import DEMO
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import ServeError
 from slicer.plan.plan import Plan
@@ -33,7 +33,7 @@ PROMPT = "And the LORD said unto"
 @pytest.fixture(scope="module")
 def sliced(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("serve") / "demo-9L"
-    return export(Checkpoint.open(demo.path()), Plan.dropping(12, (4, 5, 6)), out)
+    return export(Checkpoint.open(DEMO), Plan.dropping(12, (4, 5, 6)), out)
 
 
 @pytest.fixture(scope="module")

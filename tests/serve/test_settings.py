@@ -11,7 +11,7 @@ import tiny
 from click.testing import CliRunner
 from cuts import export
 
-from slicer import demo
+from slicer.checkpoint.hub import DEMO
 from slicer.checkpoint.reader import Checkpoint
 from slicer.cli.main import main
 from slicer.errors import ServeError
@@ -27,7 +27,7 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def flags(*arguments: str, path: Path | None = None) -> tuple[str, ...]:
-    return settings.prepare(path or demo.path(), None, 3, arguments).arguments
+    return settings.prepare(path or DEMO, None, 3, arguments).arguments
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_parallelism_that_does_not_fit_is_refused(words: list[str], reason: str)
 
 
 def test_pipeline_stages_are_held_against_the_sliced_depth(tmp_path: Path) -> None:
-    out = export(Checkpoint.open(demo.path()), Plan.dropping(12, range(2, 11)), tmp_path / "o")
+    out = export(Checkpoint.open(DEMO), Plan.dropping(12, range(2, 11)), tmp_path / "o")
     with pytest.raises(ServeError, match="3 layers"):
         flags("-pp", "4", path=out)
     flags("-pp", "3", path=out)
@@ -85,7 +85,7 @@ def test_the_cache_leaves_room_for_the_weights(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_context_that_does_not_fit_the_cache_is_cut(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "long"
-    shutil.copytree(demo.path(), path)
+    shutil.copytree(DEMO, path)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 10_000_000}))
     monkeypatch.setattr(memory, "available", lambda: 4 << 30)
@@ -104,13 +104,13 @@ def test_what_the_user_says_is_left_alone() -> None:
 def test_a_draft_must_share_the_vocabulary_and_have_one_kind_of_layer(tmp_path: Path) -> None:
     other = tiny.save_tiny("llama", tmp_path / "other")
     with pytest.raises(ServeError, match="vocabulary differs"):
-        settings.prepare(demo.path(), other, 3, ())
+        settings.prepare(DEMO, other, 3, ())
     mixed = tiny.save_tiny("gemma2", tmp_path / "mixed")
     with pytest.raises(ServeError, match="mixes full_attention and sliding_attention"):
         settings.prepare(mixed, mixed, 3, ())
-    found = settings.prepare(demo.path(), demo.path(), 4, ())
+    found = settings.prepare(DEMO, DEMO, 4, ())
     said = json.loads(settings.flag(found.arguments, "--speculative-config") or "")
-    assert said == {"model": str(demo.path()), "method": "draft_model", "num_speculative_tokens": 4}
+    assert said == {"model": str(DEMO), "method": "draft_model", "num_speculative_tokens": 4}
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""What slicer must know of each model type."""
+"""The model types that slicer can slice, and how their configs are rewritten."""

@@ -1,8 +1,8 @@
 """The table of architectures: where each stores its layers, and which config fields refer to single layers.
 
 Standard library only, so a plan can be checked before anything heavy is loaded. To add an architecture, add a row to
-`ARCHITECTURES` (its model_type, and whatever differs from the defaults of `Architecture`) and a tiny configuration to
-tests/tiny.py; a test checks the row.
+`ARCHITECTURES` (its model_type, and whatever differs from the defaults of `Architecture`; where nothing does, its name
+in `_PLAIN`) and a tiny configuration to tests/tiny.py; a test checks the row.
 
 With K the kept old layer indices in order, a field is rewritten (`slicer.checkpoint.config`) by one of:
 
@@ -22,7 +22,7 @@ from typing import Any
 
 from slicer.checkpoint.architectures import rules, vllm
 from slicer.checkpoint.architectures.rules import Fields, Rule
-from slicer.checkpoint.architectures.vllm import Note, Unserved
+from slicer.checkpoint.architectures.vllm import Note
 from slicer.errors import ArchitectureError
 
 DEPTH_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -88,47 +88,40 @@ _H, _BACKBONE = ("transformer.h.",), ("backbone.layers.", "model.layers.")
 _WRAPPED = ("model.language_model.layers.", "language_model.model.layers.", "model.layers.")
 _TYPES = ("layer_types",)
 _SHARED = "its layers share one attention block, which a config with fewer layers cannot express"
-_PLAIN = Architecture()
-_LAYER_TYPES = Architecture(slices=_TYPES)
-_QWEN = Architecture(slices=_TYPES, counts=("max_window_layers",), note=vllm.qwen_windows)
+# Model types that the defaults of `Architecture` describe.
+_PLAIN = (
+    "apertus", "arcee", "cohere", "ernie4_5", "falcon_h1", "flex_olmo", "gemma", "glm", "glm4", "granite",
+    "granitemoe", "granitemoeshared", "helium", "hunyuan_v1_dense", "llama", "ministral3", "mistral",
+    "mixtral", "nemotron", "olmo", "olmo2", "olmoe", "phi", "phi3", "phimoe", "seed_oss", "stablelm",
+    "starcoder2",
+)  # fmt: skip
+_LAYER_TYPES = ("cohere2", "cwm", "gemma2", "granitemoehybrid", "ministral", "olmo3", "vaultgemma")
 _DENSE_FIRST = Architecture(counts=("first_k_dense_replace",), mtp=True, note=vllm.moe_frequency)
+_QWEN = Architecture(slices=_TYPES, counts=("max_window_layers",), note=vllm.qwen_windows)
 _GEMMA3N = Architecture(
     refuse="its layers share keys and values and slice one embedding matrix among them; not supported yet"
 )
 ARCHITECTURES: dict[str, Architecture] = {
     # model_type: where its layers are, and the fields that refer to single layers
-    "apertus": _PLAIN,
-    "arcee": _PLAIN,
-    "bamba": Architecture(reindexes=("attn_layer_indices",), note=Unserved("bamba")),
+    **dict.fromkeys(_PLAIN, Architecture()),
+    **dict.fromkeys(_LAYER_TYPES, Architecture(slices=_TYPES)),
+    **dict.fromkeys(("gemma3n", "gemma3n_text", "gemma4", "gemma4_text"), _GEMMA3N),
+    **dict.fromkeys(("deepseek_v3", "glm4_moe"), _DENSE_FIRST),
+    **dict.fromkeys(("qwen2", "qwen3"), _QWEN),
+    "bamba": Architecture(reindexes=("attn_layer_indices",), note=vllm.unserved),
     "biogpt": Architecture(prefixes=("biogpt.layers.",)),
     "bloom": Architecture("n_layer", prefixes=_H),
-    "codegen": Architecture("n_layer", prefixes=_H, note=Unserved("codegen")),
-    "cohere": _PLAIN,
-    "cohere2": _LAYER_TYPES,
-    "cwm": _LAYER_TYPES,
+    "codegen": Architecture("n_layer", prefixes=_H, note=vllm.unserved),
     "dbrx": Architecture("n_layers", prefixes=("transformer.blocks.",)),
     "deepseek_v2": Architecture(counts=("first_k_dense_replace",), note=vllm.moe_frequency),
-    "deepseek_v3": _DENSE_FIRST,
     "diffllama": Architecture(refuse="each layer's attention is computed with its index, which no config field sets"),
     "dots1": Architecture(slices=_TYPES, counts=("first_k_dense_replace", "max_window_layers")),
-    "ernie4_5": _PLAIN,
     "ernie4_5_moe": Architecture(rule=rules.ernie_moe, mtp=True),
     "exaone4": Architecture(slices=_TYPES, note=vllm.exaone4_rope),
     "falcon": Architecture(prefixes=_H),
-    "falcon_h1": _PLAIN,
     "falcon_mamba": Architecture(prefixes=_BACKBONE),
-    "flex_olmo": _PLAIN,
-    "gemma": _PLAIN,
-    "gemma2": _LAYER_TYPES,
     "gemma3": Architecture(default_depth=26, prefixes=_WRAPPED, text_config="text_config", slices=_TYPES),
     "gemma3_text": Architecture(slices=_TYPES, prefixes=("model.layers.", *_WRAPPED)),
-    "gemma3n": _GEMMA3N,
-    "gemma3n_text": _GEMMA3N,
-    "gemma4": _GEMMA3N,
-    "gemma4_text": _GEMMA3N,
-    "glm": _PLAIN,
-    "glm4": _PLAIN,
-    "glm4_moe": _DENSE_FIRST,
     "gpt2": Architecture(
         "n_layer",
         prefixes=_H,
@@ -137,21 +130,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "gpt_bigcode": Architecture("n_layer", prefixes=_H),
     "gpt_neo": Architecture(
-        "num_layers", prefixes=_H, slices=("attention_layers",), rule=rules.gpt_neo_attention, note=Unserved("gpt_neo")
+        "num_layers", prefixes=_H, slices=("attention_layers",), rule=rules.gpt_neo_attention, note=vllm.unserved
     ),
     "gpt_neox": Architecture(prefixes=("gpt_neox.layers.",)),
     "gpt_oss": Architecture(slices=_TYPES, note=vllm.gpt_oss_parity),
     "gptj": Architecture("n_layer", prefixes=_H),
-    "granite": _PLAIN,
-    "granitemoe": _PLAIN,
-    "granitemoehybrid": _LAYER_TYPES,
-    "granitemoeshared": _PLAIN,
-    "helium": _PLAIN,
-    "hunyuan_v1_dense": _PLAIN,
     "jamba": Architecture(rule=rules.periods),
     "lfm2": Architecture(slices=_TYPES, reindexes=("full_attn_idxs",)),
     "lfm2_moe": Architecture(slices=_TYPES, reindexes=("full_attn_idxs",), counts=("num_dense_layers",)),
-    "llama": _PLAIN,
     "llama4": Architecture(
         default_depth=48,
         prefixes=("language_model.model.layers.", *_WRAPPED),
@@ -170,38 +156,20 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mamba2": Architecture(prefixes=_BACKBONE),
     "minicpm3": Architecture(rule=rules.scale_depth),
     "minimax": Architecture(refuse="its linear attention decays by layer index over depth, which no field sets"),
-    "ministral": _LAYER_TYPES,
-    "ministral3": _PLAIN,
-    "mistral": _PLAIN,
-    "mixtral": _PLAIN,
     "mllama": Architecture(refuse="its cross-attention layers read another encoder; not supported yet"),
-    "mpt": Architecture("n_layers", prefixes=("transformer.blocks.",), note=Unserved("mpt")),
-    "nemotron": _PLAIN,
+    "mpt": Architecture("n_layers", prefixes=("transformer.blocks.",), note=vllm.unserved),
     "nemotron_h": Architecture(
         "layers_block_type", prefixes=_BACKBONE, slices=("layers_block_type",), rule=rules.hybrid_pattern, mtp=True
     ),
-    "olmo": _PLAIN,
-    "olmo2": _PLAIN,
-    "olmo3": _LAYER_TYPES,
-    "olmoe": _PLAIN,
     "opt": Architecture(prefixes=("model.decoder.layers.",)),
-    "persimmon": Architecture(note=Unserved("persimmon")),
-    "phi": _PLAIN,
-    "phi3": _PLAIN,
-    "phimoe": _PLAIN,
-    "qwen2": _QWEN,
+    "persimmon": Architecture(note=vllm.unserved),
     "qwen2_moe": Architecture(slices=_TYPES, counts=("max_window_layers",), rule=rules.sparse_step),
-    "qwen3": _QWEN,
     "qwen3_moe": Architecture(rule=rules.sparse_step),
     "qwen3_next": Architecture(slices=_TYPES, rule=rules.sparse_step),
-    "recurrent_gemma": Architecture(rule=rules.recurrent_blocks, note=Unserved("recurrent_gemma")),
-    "seed_oss": _PLAIN,
+    "recurrent_gemma": Architecture(rule=rules.recurrent_blocks, note=vllm.unserved),
     "slicer_blockwise": Architecture(slices=("layer_types", "block_configs"), rule=rules.attention_first),
     "smollm3": Architecture(slices=("no_rope_layers", "layer_types")),
-    "stablelm": _PLAIN,
-    "starcoder2": _PLAIN,
-    "vaultgemma": _LAYER_TYPES,
-    "xglm": Architecture("num_layers", note=Unserved("xglm")),
+    "xglm": Architecture("num_layers", note=vllm.unserved),
     "zamba": Architecture(refuse=_SHARED),
     "zamba2": Architecture(refuse=_SHARED),
 }
@@ -289,4 +257,4 @@ def slice_key(key: str, prefix: str, kept: Sequence[int], depth: int) -> str | N
 def unserved(config: Mapping[str, Any]) -> str | None:
     """Why vLLM cannot serve this model type, or None."""
     row = ARCHITECTURES.get(str(config.get("model_type")))
-    return row.note({}, (), 0) if row is not None and isinstance(row.note, Unserved) else None
+    return vllm.unserved(config, (), 0) if row is not None and row.note is vllm.unserved else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from slicer.checkpoint.architectures.rules import positions
@@ -87,14 +86,9 @@ def moe_frequency(old: Mapping[str, Any], kept: Sequence[int], depth: int) -> st
     )
 
 
-@dataclass(frozen=True)
-class Unserved:
-    """A note that applies to every cut."""
-
-    name: str
-
-    def __call__(self, old: Mapping[str, Any], kept: Sequence[int], depth: int) -> str:
-        return f"vLLM 0.32 does not serve {self.name}; run the result in transformers"
+def unserved(old: Mapping[str, Any], kept: Sequence[int], depth: int) -> str:
+    """Model types that vLLM does not serve, whatever the cut."""
+    return f"vLLM 0.32 does not serve {old['model_type']}; run the result in transformers"
 
 
 def given(config: Mapping[str, Any], name: str, depth: int) -> list[Any] | None:

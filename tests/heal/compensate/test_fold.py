@@ -11,7 +11,7 @@ import torch
 from cuts import export
 from torch import nn
 
-from slicer import demo
+from slicer.checkpoint.hub import DEMO
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import ArchitectureError, HealError
 from slicer.heal.compensate.fold import fold
@@ -218,7 +218,7 @@ def test_what_the_checkpoint_does_not_hold_stays(model: Any, text: list[torch.Te
 
 @pytest.mark.parametrize("plan", [dropping(5), HALF, PLANS["both"]], ids=["whole", "half", "both"])
 def test_a_model_streamed_from_disk_is_folded_alike(plan: Plan, model: Any, text: list[torch.Tensor]) -> None:
-    walks = [Walk.in_memory(model), Walk.out_of_core(demo.path(), dtype="float32", device="cpu")]
+    walks = [Walk.in_memory(model), Walk.out_of_core(DEMO, dtype="float32", device="cpu")]
     one, other = (fold(walk, text[:3], plan, holds=anything, solver="transform") for walk in walks)
     weights, others = changed(one), changed(other)
     assert weights.keys() == others.keys()

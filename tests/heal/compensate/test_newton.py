@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from slicer import demo
+from slicer.checkpoint.hub import DEMO
 from slicer.heal.compensate.fold import fold
 from slicer.heal.compensate.newton import DAMPING, SLACK, Matrix, Newton
 from slicer.heal.compensate.objective import MIX, Objective
@@ -123,7 +123,7 @@ def test_the_same_text_gives_the_same_bytes_with_cached_activations_too(model: A
 
 def test_activations_of_another_precision_are_not_taken(model: Any, text: list[torch.Tensor]) -> None:
     known = SourceActivations(1 << 30)
-    half = load_model(demo.path(), dtype="bfloat16", device="cpu")
+    half = load_model(DEMO, dtype="bfloat16", device="cpu")
     for each in (half, model):
         walk = Walk.in_memory(each)
         states, expected = walk.start(text[:2]), walk.start(text[:2])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cuts import changed
 
-from slicer import demo
+from slicer.checkpoint.hub import DEMO
 from slicer.checkpoint.reader import Checkpoint
 from slicer.heal.compensate.fold import fold
 from slicer.heal.patch import holds, place, written_dtype
@@ -25,8 +25,8 @@ def text(held_out_ids: list[int]) -> list[torch.Tensor]:
 
 
 def test_a_16_bit_model_is_folded_as_in_float32(text: list[torch.Tensor]) -> None:
-    checkpoint = Checkpoint.open(demo.path())
-    half, full = (load_model(demo.path(), dtype=d, device="cpu") for d in ("bfloat16", "float32"))
+    checkpoint = Checkpoint.open(DEMO)
+    half, full = (load_model(DEMO, dtype=d, device="cpu") for d in ("bfloat16", "float32"))
     before = {name: p.data_ptr() for name, p in half.named_parameters()}
     found, expected = (
         fold(Walk.in_memory(m), text, PLAN, holds=holds(checkpoint), written=torch.bfloat16) for m in (half, full)
@@ -40,7 +40,7 @@ def test_a_16_bit_model_is_folded_as_in_float32(text: list[torch.Tensor]) -> Non
 
 
 def test_it_stays_as_it_is_without_memory_for_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load_model(demo.path(), dtype="bfloat16", device="cpu")
+    model = load_model(DEMO, dtype="bfloat16", device="cpu")
     with in_float32(model) as cast:
         assert cast and model.dtype == torch.float32
     monkeypatch.setattr(memory, "available", lambda: 1 << 20)
@@ -49,7 +49,7 @@ def test_it_stays_as_it_is_without_memory_for_a_copy(monkeypatch: pytest.MonkeyP
 
 
 def test_new_weights_are_judged_as_they_will_be_written(text: list[torch.Tensor]) -> None:
-    checkpoint, model = Checkpoint.open(demo.path()), load_model(demo.path(), dtype="float32", device="cpu")
+    checkpoint, model = Checkpoint.open(DEMO), load_model(DEMO, dtype="float32", device="cpu")
     walk, written = Walk.in_memory(model), written_dtype(checkpoint, "BF16")
     found = fold(walk, text, PLAN, holds=holds(checkpoint), written=written)
     spans = place(checkpoint, PLAN, found, None, "BF16").replaced
