@@ -143,9 +143,12 @@ class ForkServer:
                 env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
             )
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, f"the process that is forked ended with {self._process.wait()}"
+        return json.loads(answer)
 
     def close(self) -> None:
         """End it, and what still runs of the commands."""

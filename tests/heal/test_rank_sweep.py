@@ -17,6 +17,8 @@ from slicer.checkpoint.hub import DEMO
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import measure_sizes
 from slicer.errors import Diverged, HealError, OutputError
+from slicer.evaluate import suite
+from slicer.evaluate.results import Evaluation, Score
 from slicer.heal.finetune.settings import Training
 from slicer.jobs.output import Written
 from slicer.jobs.request import HealRequest, Output
@@ -40,10 +42,13 @@ pytest.importorskip("peft")
 def test_it_begins_with_the_largest_and_tries_the_others_where_that_hurts(
     scores: dict[str, float], trained: set[str], picked: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def score(path: Path) -> tuple[float, float]:
-        return scores[path.name.removeprefix("rank-") if path.name != "cut" else "none"], 0.02
+    def evaluate(path: str, _: object) -> Evaluation:
+        name = Path(path).name
+        value = scores[name.removeprefix("rank-") if name != "cut" else "none"]
+        return Evaluation(path, (Score("mmlu", "acc", value, 0.02, 0.25, 100, 0),), None, None)
 
-    monkeypatch.setattr(ranks, "_scorer", lambda *_: score)
+    monkeypatch.setattr(suite, "Suite", lambda *_: None)
+    monkeypatch.setattr(suite, "evaluate", evaluate)
     whole = sources.save_llama(tmp_path / "whole")
     text = DEMO.parent / "heldout.txt"
     assert slicer("convert", whole, "--drop", "2-3", "--heal", "none", "-o", tmp_path / "cut").exit_code == 0

@@ -38,14 +38,6 @@ FEW += ["--validation-samples", 4]
 
 
 @pytest.fixture(scope="module")
-def sliced(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four layers of the embedded model, in float32."""
-    out = tmp_path_factory.mktemp("models") / "sliced"
-    succeeds("convert", "demo", "--drop", "2-9", "--heal", "none", "--dtype", "float32", "-o", out)
-    return out
-
-
-@pytest.fixture(scope="module")
 def given(sliced: Path, held_out_file: Path) -> list[object]:
     """What every training here is asked, but for its method."""
     return ["heal", sliced, "--calibration", held_out_file, "--samples", 32, "--seq-len", 32, *FEW]

@@ -76,7 +76,7 @@ def test_it_is_recorded_and_the_loss_falls(sliced: Path, trained: Path) -> None:
     assert list(history["train"]) == [str(step) for step in range(1, 13)]
     assert "0" in history["held_out"] and "12" in history["held_out"]
     card = (trained / "README.md").read_text()
-    assert f"{record['loss']['after']:.4f}" in card and "Rank 4" in card
+    assert f"{record['loss']['after']:.4f}" in card and "rank 4, alpha 4" in card
     assert (trained / "slicer" / "training.png").read_bytes()[:4] == b"\x89PNG"
     assert os.listdir(trained.parent).count("out") == 1 and "out.training" not in os.listdir(trained.parent)
     assert "qlora" in succeeds("inspect", trained).output
@@ -98,7 +98,7 @@ def test_merged_is_the_base_with_the_adapter(sliced: Path, trained: Path, tmp_pa
     assert apart < 1e-5
     named = {name.removeprefix("base_model.model.") for name, m in adapter.named_modules() if hasattr(m, "lora_A")}
     assert {f"{name}.weight" for name in named} == {key for key in old if old[key] != new[key]}
-    assert len(named) == 27
+    assert len(named) == 3 * 4
     result = slicer("merge", sliced, kept, "-o", tmp_path / "wrong")
     assert result.exit_code == 1 and str(kept / "base") in result.output
     succeeds("merge", place, kept, "-o", tmp_path / "right")
@@ -122,11 +122,23 @@ def test_merging_the_kept_adapter_by_hand_gives_the_same_bytes(
     assert "LoRA adapters merged into it: 1" in (tmp_path / "further" / "README.md").read_text()
 
 
-def test_gradient_checkpointing_changes_no_loss(sliced: Path, text: list[object], tmp_path: Path) -> None:
+def test_gradient_checkpointing_changes_no_loss(
+    sliced: Path, text: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import PreTrainedModel
+
+    turned_on: list[str] = []
+    honest, name = PreTrainedModel.gradient_checkpointing_enable, "a"
+    monkeypatch.setattr(
+        PreTrainedModel, "gradient_checkpointing_enable",
+        lambda *given, **more: turned_on.append(name) or honest(*given, **more),
+    )  # fmt: skip
     given = ["heal", sliced, "--method", "lora", *QUICK, *text, *FEW, "--max-steps", 4, "--micro-batch", 2]
     given += ["--validation-samples", 1]  # fewer than a pass takes
     succeeds(*given, "-o", tmp_path / "a")
+    name = "b"
     succeeds(*given, "--gradient-checkpointing", "-o", tmp_path / "b")
+    assert set(turned_on) == {"b"}
     a, b = history_of(tmp_path / "a"), history_of(tmp_path / "b")
     assert all(abs(a["train"][k] - b["train"][k]) < 1e-5 for k in a["train"])
     result = slicer(*given, "--report-to", "no-such-tracker", "-o", tmp_path / "c")
