@@ -55,11 +55,12 @@ class SharedModel:
     @cached_property
     def walk(self) -> Walk:
         """Over the loaded source; in a distributed run, on this process's GPU."""
-        from slicer.model.walk import Walk
+        from slicer.model.walk import SourceActivations, Walk
 
         self._progress.stage("Loading the model")
         walk = Walk.in_memory(_loaded(self.source.path, self.compute))
         walk.trust_remote_code = self.compute.trust_remote_code
+        walk.activations = SourceActivations(int(memory.ACTIVATIONS_SHARE * memory.available()))
         return walk
 
     @cached_property
@@ -103,8 +104,8 @@ def in_memory(
 
     checkpoint, compute = shared.source.checkpoint, shared.compute
     config = sliced_config(checkpoint, plan, trust_remote_code=compute.trust_remote_code)
-    text, activations = (None, None) if cell.heal == "none" else (shared.text, shared.activations)
-    patch = repair(checkpoint, shared.walk, plan, text, Compensation(cell.heal), progress, activations)
+    text = None if cell.heal == "none" else shared.text
+    patch = repair(checkpoint, shared.walk, plan, text, Compensation(cell.heal), progress)
     first = min(*plan.dropped, *patch.edits, plan.depth)
     model = shared.walk.model
     with shared.prefix.shared(first), shortened(model, plan, config, patch.edits):
