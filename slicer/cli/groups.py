@@ -153,6 +153,7 @@ VERIFY = expert(
 SHARDS = expert(
     "--max-shard-size", metavar="SIZE", default=f"{Output.max_shard_bytes // 10**9}GB", help="Largest weight file."
 )
+RESULT = (OVERWRITE, SHARDS, VERIFY, JSON)
 MEMORY = expert(
     "--memory", metavar="SIZE", show_default="what is free",
     help="Memory for weights and states, e.g. 8GB. A larger model is read from disk layer by layer.",

@@ -19,6 +19,7 @@ from typing import Any
 from slicer.errors import EvaluationError
 
 _LETTERS = "ABCD"
+_SPLIT_FIELDS = ("training_split", "validation_split", "test_split", "fewshot_split")
 # Split name of a data set or task -> names it may have in a file name.
 _SPLITS = {
     "train": ("train",),
@@ -55,7 +56,7 @@ def write_task(data: Path, name: str, config: Mapping[str, Any], yaml_path: Path
             "cache_dir": str((directory / "cache").resolve()),
         },
     }
-    for field in ("training_split", "validation_split", "test_split", "fewshot_split"):
+    for field in _SPLIT_FIELDS:
         if config.get(field) is not None and config[field] not in files:
             record[field] = None  # otherwise lm-eval fails on the missing split
     if not any(config.get(f) in files for f in ("validation_split", "test_split")):
@@ -77,17 +78,23 @@ def _converted(
     directory.mkdir(parents=True, exist_ok=True)
     written = {}
     for split, file in files.items():
-        try:
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows(file)]
-        except UnicodeDecodeError:
-            raise EvaluationError(f"{file}: not UTF-8 text; save it as UTF-8") from None
-        except OSError as error:
-            raise EvaluationError(f"{file}: cannot be read ({error.strerror})") from None
-        if not lines:
-            raise EvaluationError(f"{file}: empty; add questions")
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in _read(file, rows)]
         written[split] = directory / f"{split}.jsonl"
         written[split].write_text("".join(lines), "utf-8")
     return written
+
+
+def _read(file: Path, rows: Callable[[Path], Iterator[Any]]) -> list[Any]:
+    """All `rows` of a file. Raises EvaluationError: there are none, or they cannot be read."""
+    try:
+        found = list(rows(file))
+    except UnicodeDecodeError:
+        raise EvaluationError(f"{file}: not UTF-8 text; save it as UTF-8") from None
+    except OSError as error:
+        raise EvaluationError(f"{file}: cannot be read ({error.strerror})") from None
+    if not found:
+        raise EvaluationError(f"{file}: empty; add questions")
+    return found
 
 
 def _mmlu_files(data: Path, subject: str) -> dict[str, Path]:
@@ -136,8 +143,7 @@ def _boolq_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 def _plain_files(data: Path, name: str, config: Mapping[str, Any]) -> tuple[dict[str, Path], str]:
     root = data / name
-    fields = ("training_split", "validation_split", "test_split", "fewshot_split")
-    wanted = sorted({str(config[f]) for f in fields if config.get(f)})
+    wanted = sorted({str(config[f]) for f in _SPLIT_FIELDS if config.get(f)})
     if not root.is_dir():
         raise EvaluationError(f"{root}: no such directory; {name} needs its {' or '.join(wanted)} file there")
     found = {split: _split_file(root, split, tuple(_BUILDERS)) for split in wanted}
@@ -150,24 +156,16 @@ def _plain_files(data: Path, name: str, config: Mapping[str, Any]) -> tuple[dict
     for file in files.values():
         if file.stat().st_size == 0:
             raise EvaluationError(f"{file}: empty; add questions")
-        try:
-            if file.suffix == ".jsonl":
-                for _ in _json_lines(file):
-                    pass
-            elif file.suffix == ".csv":
-                _check_csv(file)
-        except UnicodeDecodeError:
-            raise EvaluationError(f"{file}: not UTF-8 text; save it as UTF-8") from None
+        if file.suffix == ".jsonl":
+            _read(file, _json_lines)
+        elif file.suffix == ".csv":
+            (_, header), *rows = _read(file, _csv_rows)
+            for where, fields in rows:
+                if len(fields) != len(header):
+                    raise EvaluationError(
+                        f"{where}: {len(fields)} fields, but the header has {len(header)}; fix the row"
+                    )
     return files, suffixes.pop()
-
-
-def _check_csv(file: Path) -> None:
-    """Raise EvaluationError, with the line number, for a row whose number of fields differs from the header's."""
-    header = None
-    for where, fields in _csv_rows(file):
-        header = header or fields
-        if len(fields) != len(header):
-            raise EvaluationError(f"{where}: {len(fields)} fields, but the header has {len(header)}; fix the row")
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[str, list[str]]]:

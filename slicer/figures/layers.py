@@ -21,9 +21,8 @@ _SUBLAYERS = ((BLUE, "attention"), (ORANGE, "feed-forward part"))  # in the orde
 def parts(analysis: Analysis, path: Path) -> None:
     """Plot each metric of the attention and feed-forward sublayers by layer, with standard errors."""
     tables = list(analysis.sublayers.values())
-    figure = canvas(7, 1.7 * len(tables) + 0.6)
-    for at, table in enumerate(tables):
-        axes = figure.add_subplot(len(tables), 1, at + 1)
+    figure, panels = _rows(tables, 1.7)
+    for table, axes in zip(tables, panels, strict=True):
         row, error = list(table.block(1)), list(table.standard_error[1])
         for first, (colour, name) in enumerate(_SUBLAYERS):
             values, errors = row[first::2], error[first::2]
@@ -33,12 +32,19 @@ def parts(analysis: Analysis, path: Path) -> None:
             )  # fmt: skip
         _spread(row, axes.set_yscale)
         note_flat(axes, row)
-        axes.set_title(analysis_title(table.metric), fontsize=10, loc="left")
         axes.locator_params(axis="x", integer=True)
-        if not at:
-            axes.legend(frameon=False, fontsize="small")
-    axes.set_xlabel("layer (bars: one standard error)")
+    panels[0].legend(frameon=False, fontsize="small")
+    panels[-1].set_xlabel("layer (bars: one standard error)")
     save(figure, path)
+
+
+def _rows(tables: Sequence[Distances], height: float) -> tuple[Any, list[Any]]:
+    """A figure with a wide panel of this `height` for each metric, one below the other, and these panels."""
+    figure = canvas(7, height * len(tables) + 0.6)
+    panels = [figure.add_subplot(len(tables), 1, at + 1) for at in range(len(tables))]
+    for table, axes in zip(tables, panels, strict=True):
+        axes.set_title(_title(table.metric), fontsize=10, loc="left")
+    return figure, panels
 
 
 def trade_off(one: Analysis, other: Analysis, path: Path) -> float:
@@ -64,7 +70,7 @@ def trade_off(one: Analysis, other: Analysis, path: Path) -> float:
     _spread(y, axes.set_yscale)
     axes.set_xlabel(f"on {_text(one, a.metric)}")
     axes.set_ylabel(f"on {_text(other, b.metric)}")
-    axes.set_title(f"{analysis_title(a.metric)}\nrank correlation {agreement:.2f}", fontsize=10)
+    axes.set_title(f"{_title(a.metric)}\nrank correlation {agreement:.2f}", fontsize=10)
     axes.legend(frameon=False, fontsize="small")
     save(figure, path)
     return agreement
@@ -118,7 +124,7 @@ def heat_map(
     figure, axes = plot()
     image = _heat(axes, distances)
     if chosen is not None:
-        _mark(axes, "s", chosen[0], chosen[1], block_label(*chosen))
+        _mark(axes, "s", chosen[0], chosen[1], _whole(*chosen))
     elif offset is not None:
         _mark(axes, "s", offset[0] + 0.5, offset[1] - offset[0], _half(offset))
     if chosen is not None or offset is not None:
@@ -193,7 +199,7 @@ def curves(
         axes.plot(*zip(*least, strict=True), color="black", linewidth=0.8, linestyle=":", marker=".", markersize=4,
                   label="minimum of each n")  # fmt: skip
     if chosen is not None:
-        _mark(axes, "o", chosen[0], distances.block(chosen[1])[chosen[0]], block_label(*chosen))
+        _mark(axes, "o", chosen[0], distances.block(chosen[1])[chosen[0]], _whole(*chosen))
     elif offset is not None:  # half a layer further in than the block that starts at layer i
         _mark(axes, "o", offset[0] + 0.5, offset[2], _half(offset))
     axes.set(xlabel="first layer of the block, l", ylabel=label, title=title)
@@ -209,7 +215,7 @@ def analysis_figures(analysis: Analysis, directory: Path) -> list[Path]:
     The first metric (the paper's) gets a full-size heat map and curves; all metrics share the other figures.
     """
     distances = next(iter(analysis.metrics.values()))
-    title = analysis_title(distances.metric)
+    title = _title(distances.metric)
     draw: dict[str, Callable[[Path], None]] = {
         "heat-map": partial(heat_map, distances, title=title),
         "curves": partial(curves, distances, title=title, label=title, minima=True),
@@ -248,7 +254,7 @@ def _grid(analysis: Analysis, upright: str, level: str) -> tuple[Any, list[tuple
     return figure, panels
 
 
-def analysis_title(metric: str) -> str:
+def _title(metric: str) -> str:
     """The name of a metric as a figure title."""
     title = title_of(metric)
     return title[0].upper() + title[1:]
@@ -257,15 +263,13 @@ def analysis_title(metric: str) -> str:
 def importance(analysis: Analysis, path: Path) -> None:
     """Bars of each metric by layer, with standard errors."""
     shown = [d for d in analysis.metrics.values() if 1 in d.sizes and d.metric != "healed_loss"]
-    figure = canvas(7, 1.5 * len(shown) + 0.6)
-    for at, distances in enumerate(shown):
-        axes = figure.add_subplot(len(shown), 1, at + 1)
+    figure, panels = _rows(shown, 1.5)
+    for distances, axes in zip(shown, panels, strict=True):
         row, error = list(distances.block(1)), list(distances.standard_error[1])
         least = min(v for v in row if v == v)
         colours = [BLUE if value != least else ORANGE for value in row]
         axes.bar(range(len(row)), row, yerr=error, color=colours, ecolor="black", error_kw={"linewidth": 0.8})
         note_flat(axes, row)
-        axes.set_title(analysis_title(distances.metric), fontsize=10, loc="left")
         known = sorted(v for v in row if v == v)
         if known[0] > 0 and known[-1] > 20 * known[len(known) // 2]:
             axes.set_yscale("log")  # one layer is far above the others
@@ -339,7 +343,7 @@ def chosen_blocks(analysis: Analysis, path: Path) -> None:
     save(figure, path)
 
 
-def block_label(start: int, n: int) -> str:
+def _whole(start: int, n: int) -> str:
     return f"layer {start}" if n == 1 else f"layers {start}-{start + n - 1}"
 
 

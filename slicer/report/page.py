@@ -86,7 +86,8 @@ def collect(directory: Path) -> dict[str, Any]:
         "source": source,
         "depth": table.depth if table else plan.depth if plan else distances.depth if distances else None,
         "table": table,
-        "rows": _rows(table, row) if table else [],
+        "best": row,
+        "rows": [(each, spell_layers(each.dropped), _cells(each, table)) for each in table.by_depth] if table else [],
         "verdict": said,
         "plan": plan,
         "promise": _promise(directory),
@@ -186,27 +187,12 @@ def _chosen(row: Row | None, plan: Plan | None) -> tuple[int, int] | None:
     return None
 
 
-def _rows(table: Table, best: Row | None) -> list[dict[str, Any]]:
-    """Each cell as a table row."""
-    shown = []
-    for row in table.by_depth:
-        cells = [row.printed(measure) or "–" for measure in (*table.tasks, "c4")]
-        cells.append(f"{row.loss.normalised:.3f}" if row.loss else "–")
-        health = row.health
-        cells += [f"{health.repetition[0]:.2f}", f"{health.distinct_2[0]:.2f}"] if health else ["–", "–"]
-        shown.append(
-            {
-                "best": row == best,
-                "n": row.n,
-                "fraction": f"{row.fraction:.0%}",
-                "strategy": row.label if row.n else "unpruned",
-                "heal": row.heal if row.n else "",
-                "layers": spell_layers(row.dropped),
-                "cells": cells,
-                "error": row.error,
-            }
-        )
-    return shown
+def _cells(row: Row, table: Table) -> list[str]:
+    """The values of a cell: scores, loss, loss as a share of log V, repetition and distinct-2."""
+    cells = [row.printed(measure) or "–" for measure in (*table.tasks, "c4")]
+    cells.append(f"{row.loss.normalised:.3f}" if row.loss else "–")
+    health = row.health
+    return cells + ([f"{health.repetition[0]:.2f}", f"{health.distinct_2[0]:.2f}"] if health else ["–", "–"])
 
 
 def _samples(table: Table, best: Row | None) -> list[dict[str, Any]]:

@@ -14,7 +14,6 @@ from rich.progress import (
     MofNCompleteColumn,
     ProgressColumn,
     SpinnerColumn,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -34,7 +33,6 @@ class _Bars(Progress):
 
     def __init__(self) -> None:
         self._bars: Bars | None = None
-        self._task: TaskID | None = None
         self._text, self._total, self._done = "", None, 0  # type: str, int | None, int
         self._told = time.monotonic()
 
@@ -52,16 +50,16 @@ class _Bars(Progress):
         remaining = [] if total is None else [TimeRemainingColumn()]
         self._bars = Bars(*columns, *remaining, console=STDERR, transient=True)
         self._bars.start()
-        self._task = self._bars.add_task(text, total=total, detail="")
+        self._bars.add_task(text, total=total, detail="")
 
     def advance(self, amount: int = 1) -> None:
         self._done += amount
-        if self._bars is not None and self._task is not None:
-            self._bars.advance(self._task, amount)
+        if self._bars is not None:
+            self._bars.advance(self._bars.task_ids[0], amount)
 
     def detail(self, text: str) -> None:
-        if self._bars is not None and self._task is not None:
-            self._bars.update(self._task, detail=text)
+        if self._bars is not None:
+            self._bars.update(self._bars.task_ids[0], detail=text)
         elif not STDERR.is_terminal and time.monotonic() - self._told > _QUIET_SECONDS:
             self._told = time.monotonic()
             STDERR.print(f"{self._text}: {self._done} of {self._total}, {text}")
