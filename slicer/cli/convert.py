@@ -133,7 +133,7 @@ def request_of(source: str, given: Mapping[str, Any]) -> ConvertRequest:
 def healing_of(request: ConvertRequest, given: Mapping[str, Any]) -> HealRequest | None:
     """The training that the options ask for, or that the replayed plan had where no --heal is given; None: none.
 
-    Its `cut` is not known yet. What is said goes before what the plan records.
+    Its `cut` is not known yet. Options that are given replace what the plan records.
     """
     record = request.plan.healing if request.plan is not None else None
     method, recorded, text, solver = given["heal"], None, request.text, request.compensation.solver

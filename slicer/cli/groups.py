@@ -208,8 +208,8 @@ def compute_of(given: Mapping[str, Any]) -> Compute:
     return Compute(given["device"], given.get("dtype"), memory, given["trust_remote_code"])
 
 
-def said() -> set[str]:
-    """The parameters that the command line, or a settings file, gives."""
+def explicit() -> set[str]:
+    """The parameters that the command line or a settings file sets."""
     context, sources = click.get_current_context(), (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
     return {name for name in context.params if context.get_parameter_source(name) in sources}
 
@@ -219,7 +219,7 @@ def recorded_command(unrecorded: Iterable[str] = UNRECORDED, *, defaults: bool =
 
     `defaults`: also options that were given with their default value.
     """
-    context, given = click.get_current_context(), said()
+    context, given = click.get_current_context(), explicit()
     arguments = [p for p in context.command.params if isinstance(p, click.Argument)]
     words = ["slicer", context.info_name or "", *(str(context.params[p.name or ""]) for p in arguments)]
     for parameter in context.command.params:

@@ -101,7 +101,7 @@ def sweep(source: str, **given: Any) -> None:
     axes = grid.Grid(given["drop"], names(given["strategies"]), names(given["heals"]), seeds)
     tasks: tuple[str, ...] = ()
     if given["suite"]:
-        axes, tasks = grid.paper(given["ablate"], axes, groups.said())
+        axes, tasks = grid.paper(given["ablate"], axes, groups.explicit())
     options = suite_of(given, source == "demo", tasks, share_limit=True)
     metric = bisect.check(given["retain"], given["metric"], options.tasks) if given["retain"] is not None else None
     calibration = given["calibration"] or _calibration(source, given["data"], options.text)

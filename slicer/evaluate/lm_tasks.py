@@ -24,15 +24,9 @@ _LMEVAL_SEED = 1234
 
 
 def draw(
-    task: str,
-    count: int,
-    model: Any,
-    path: Path,
-    *,
-    data: Path | None = None,
-    seed: int = 0,
+    task: str, count: int, model: Any, path: Path, *, data: Path | None = None, seed: int = 0,
     trust_remote_code: bool = False,
-) -> Questions:
+) -> Questions:  # fmt: skip
     """Draw `count` questions of a multiple-choice task with the seed (all, if it has fewer; from a group, in proportion
     to the sizes of its tasks).
 
@@ -208,10 +202,10 @@ class LmTask:
         manager: Any,
         asked: TaskSpec,
         *,
+        seed: int,
+        local: bool,
         limit: int | None = None,
         share_limit: bool = False,
-        seed: int = 0,
-        local: bool = False,
     ) -> None:
         name, shots = asked.name, asked.shots
         self.name, self.label, self.seed = name, asked.label, seed

@@ -69,8 +69,8 @@ def collect(directory: Path) -> dict[str, Any]:
         raise EvaluationError(
             f"{directory}: nothing to report: it has no sweep.json, distances.json, bench.json or slicer/plan.json"
         )
-    said = verdict.judge(table) if table else None
-    row = said.row if said else None
+    judged = verdict.judge(table) if table else None
+    row = judged.row if judged else None
     chosen, offset = _chosen(row, plan), plan.half_offset if plan and row is None else None
     healings = _healings(table, plan)
     groups: dict[str, list[Figure]] = {
@@ -88,7 +88,7 @@ def collect(directory: Path) -> dict[str, Any]:
         "table": table,
         "best": row,
         "rows": [(each, spell_layers(each.dropped), _cells(each, table)) for each in table.by_depth] if table else [],
-        "verdict": said,
+        "verdict": judged,
         "plan": plan,
         "promise": _promise(directory),
         "recommended": recommended,

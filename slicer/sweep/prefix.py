@@ -76,12 +76,9 @@ class Prefix:
 
             return forward
 
-        with replaced_forwards(self._layers[:start], instead):
-            hook = self._model.register_forward_pre_hook(before, with_kwargs=True)
-            try:
-                yield
-            finally:
-                hook.remove()
+        hook = self._model.register_forward_pre_hook(before, with_kwargs=True)
+        with hook, replaced_forwards(self._layers[:start], instead):
+            yield
 
     def _uncached(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a pass without a key-value cache."""
@@ -102,18 +99,10 @@ class Prefix:
         given = self._uncached(kwargs)
         found: list[Any] = []
 
-        def noting(i: int, real: Any) -> Any:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                output = real(*args, **kwargs)
-                if i == start - 1:
-                    found.append(output)
-                return output
-
-            return forward
-
+        hook = self._layers[start - 1].register_forward_hook(lambda *called: found.append(called[-1]))
         run = self._model.forward  # not the model: its hook calls this function
         with torch.no_grad():
-            with replaced_forwards(self._layers[:start], noting):
+            with hook:
                 expected = run(*args, **given).logits
             if len(found) != 1 or _bytes(found[0]) is None:
                 return False

@@ -13,7 +13,6 @@ from typing import Any
 
 from slicer.checkpoint.config import why_not
 from slicer.checkpoint.hub import Source, open_source
-from slicer.checkpoint.reader import Checkpoint
 from slicer.data.sources import TextSpec, check_sources, local_files
 from slicer.errors import ArchitectureError, EvaluationError, HealError, OutOfMemory
 from slicer.evaluate.results import Evaluation
@@ -99,6 +98,8 @@ def open_sweep(request: SweepRequest, progress: Progress) -> Iterator[OpenSweep]
 def _precision(request: SweepRequest, source: Source, compute: Compute) -> str:
     """The given dtype. For "auto": that of the unfinished sweep in the directory, else the faster one. It is recorded
     because the free memory may change between runs, and the cells of a table must share one precision."""
+    import torch
+
     asked = request.suite.dtype
     if asked != "auto":
         return asked
@@ -106,16 +107,9 @@ def _precision(request: SweepRequest, source: Source, compute: Compute) -> str:
     same = ("source", request.source), ("revision", source.revision), ("dtype", asked)
     if begun.get("precision") and all(begun.get(key) == value for key, value in same):
         return str(begun["precision"])
-    return "float32" if _float32_is_faster(compute.pinned(), source.checkpoint) else asked
-
-
-def _float32_is_faster(compute: Compute, checkpoint: Checkpoint) -> bool:
-    """Whether the device is a CPU without 16-bit matrix instructions (AMX), and the model fits in float32."""
-    import torch
-
-    if compute.torch_device().type != "cpu" or torch.cpu._is_amx_tile_supported():
-        return False
-    return memory.fits(checkpoint.bytes_as("float32"), "cpu")
+    is_cpu = compute.pinned().torch_device().type == "cpu"
+    float32_is_faster = is_cpu and not torch.cpu._is_amx_tile_supported()  # no matrix instructions for 16-bit numbers
+    return "float32" if float32_is_faster and memory.fits(source.checkpoint.bytes_as("float32"), "cpu") else asked
 
 
 def run_cells(sweep: OpenSweep, cells: Sequence[Cell]) -> None:

@@ -1,7 +1,7 @@
 """Stores the finished cells of a sweep on disk, so that a stopped sweep can resume and several processes can share it.
 
-A cell's result is one JSON file, there whole or not at all. A process holds a lock while it works on a cell; the system
-releases it when the process ends, however it ends.
+A cell's result is one JSON file, written atomically. A process holds a lock while it works on a cell; the system
+releases the lock when the process ends, also after a crash.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Store:
         write_atomically(directory / "sweep.json", json.dumps(record, indent=1) + "\n")
 
     def close(self) -> None:
-        """Let go of the directory, for sweeps with other settings too."""
+        """Release the directory, so that a sweep with other settings may use it."""
         self._work.close()
 
     def get(self, name: str) -> dict[str, Any] | None:

@@ -34,11 +34,11 @@ class _Bars(Progress):
     def __init__(self) -> None:
         self._bars: Bars | None = None
         self._text, self._total, self._done = "", None, 0  # type: str, int | None, int
-        self._told = time.monotonic()
+        self._printed = time.monotonic()
 
     def stage(self, text: str, total: int | None = None, unit: str = "") -> None:
         self.close()
-        self._text, self._total, self._done, self._told = text, total, 0, time.monotonic()
+        self._text, self._total, self._done, self._printed = text, total, 0, time.monotonic()
         if not STDERR.is_terminal:
             return
         name, detail = TextColumn("{task.description}"), TextColumn("{task.fields[detail]}")
@@ -60,8 +60,8 @@ class _Bars(Progress):
     def detail(self, text: str) -> None:
         if self._bars is not None:
             self._bars.update(self._bars.task_ids[0], detail=text)
-        elif not STDERR.is_terminal and time.monotonic() - self._told > _QUIET_SECONDS:
-            self._told = time.monotonic()
+        elif not STDERR.is_terminal and time.monotonic() - self._printed > _QUIET_SECONDS:
+            self._printed = time.monotonic()
             STDERR.print(f"{self._text}: {self._done} of {self._total}, {text}")
 
     def note(self, text: str) -> None:

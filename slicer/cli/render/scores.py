@@ -88,7 +88,7 @@ def print_sweep(table: SweepTable, directory: Path) -> None:
 
 
 def _aligned(value: str | None) -> str:
-    """With room for a star."""
+    """With a blank in place of the star where there is none."""
     return "-" if value is None else value if value.endswith("*") else f"{value} "
 
 
