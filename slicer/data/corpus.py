@@ -28,7 +28,6 @@ from slicer.runtime.files import atomic_file, write_atomically
 
 # One document in this many is held out; the next value is used if that gives no full sequence.
 APART = (16, 4, 2)
-_OF_SAME = "one document in {} of the same source"
 _SAMPLED = 1024  # maximum number of sequences sampled from the model; longer trainings repeat them
 IGNORED = -100  # the label that torch's cross entropy ignores
 
@@ -210,9 +209,10 @@ def _tokenize(
                 break
     if count == 0:
         raise CalibrationError(f"{source}: no text in it; pass a file with text")
+    apart_from = validation or f"one document in {share} of the same source"
     return CorpusRecord(
-        source, len(train), len(held), "answers" if train.talks else "all tokens",
-        validation or _OF_SAME.format(share), count, left_out, seed=spec.seed, column=spec.column,
+        source, len(train), len(held), "answers" if train.talks else "all tokens", apart_from, count, left_out,
+        seed=spec.seed, column=spec.column,
     )  # fmt: skip
 
 

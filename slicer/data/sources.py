@@ -1,4 +1,4 @@
-"""Documents of text, from where a `TextSpec` names them: local files, the Hub's data sets, prompts of lm-eval tasks."""
+"""Documents of text from the sources that a `TextSpec` names: local files, Hub data sets, prompts of lm-eval tasks."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def leave_out(
     *,
     progress: Progress | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Measure the model less `without`, and the same less each candidate's layers too.
+    """Measure the model without the layers `without`, and without these and the layers of each candidate.
 
     Returns float64, one row per sample: the loss of the former in nats per token [samples], the loss of each candidate
     [samples, candidates], and the KL divergence of each candidate's next-token distribution from the former's, mean

@@ -154,7 +154,7 @@ def record(
             states.save(directory / STATES)
         seconds = time.perf_counter() - started
         disk = f"{read / seconds / 1e6:,.0f} MB/s, " if (read := walk.layer_bytes(i)) else ""
-        progress.detail(f"{disk}{states.token_count / seconds:,.0f} tokens/s per layer")
+        progress.detail(f"{disk}{own * portion.seq_len / seconds:,.0f} tokens/s per layer")
         progress.advance()
     return recording
 

@@ -140,7 +140,7 @@ class PrunedRun:
     Attributes:
         walk: over the source; its batches are those of `origin`.
         gone: the sublayers removed.
-        layers: those with a sublayer that stays, from where `origin` stands to the last.
+        layers: those with a sublayer that stays, from `origin.layer` to the last.
         origin: the residual stream that enters the first of them.
         target: that of the source behind its last layer, where it is needed.
         held: numbers of the batches held out of the fit.
@@ -173,7 +173,7 @@ class PrunedRun:
             yield
 
     def run(self, b: int, *, gradient: bool = False) -> torch.Tensor:
-        """What the layers, as they are now, make of a batch: [batch, seq, d], on the device.
+        """Output of the layers, as they are now, for a batch: [batch, seq, d], on the device.
 
         With `gradient` it can be differentiated with respect to all that the layers compute.
         """

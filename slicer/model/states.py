@@ -93,11 +93,6 @@ class States:
         """Size of all states in bytes."""
         return sum(state.nbytes for state in self)
 
-    @property
-    def token_count(self) -> int:
-        """Number of tokens in all batches."""
-        return sum(batch.numel() for batch in self.tokens)
-
     def copy(self) -> States:
         """A copy that later calls of `advance` do not change."""
         other = States(self.tokens, self._budget)

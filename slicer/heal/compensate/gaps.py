@@ -64,8 +64,8 @@ def gaps_of(plan: Plan) -> list[Gap]:
 class GapPass:
     """One pass over the source, the cut as repaired so far and, on the held-out batches, the bare cut.
 
-    Iterating gives each gap with the source's residual stream at its end, [batch, seq, d] by batch. `cut` then stands
-    before the layer `gap.layer`, and the caller must advance it through that layer (unless that is -1).
+    Iterating gives each gap with the source's residual stream at its end, [batch, seq, d] by batch. `cut` is then at
+    the input of layer `gap.layer`, and the caller must advance it through that layer (unless that is -1).
 
     Attributes:
         source, cut: residual streams; `cut` is a copy made at the first gap.
@@ -120,7 +120,7 @@ class GapPass:
             self._walk.advance(i, self.cut, only=only)
 
     def finish(self) -> Losses:
-        """The losses on the held-out batches, for which all three are brought to the end of the model."""
+        """Run all three to the end of the model and return their losses on the held-out batches."""
         self.advance(self._walk.depth, self._held)
         loss = partial(walk_loss, self._walk, self.source.tokens, batches=self._held)
         return Losses(loss(self.source.__getitem__), loss(self._bare.__getitem__), loss(self.cut.__getitem__))
@@ -136,7 +136,7 @@ class GapPass:
                 self._bare[b] = self._walk.call(i, b, self._bare[b]).cpu()
 
     def _within(self, i: int) -> States:
-        """The source's stream between the sublayers of layer i, which it stands before."""
+        """The source's residual stream between the sublayers of layer i, from its stream at the input of that layer."""
         target = self.source.copy()
         with self._walk.layer(i) as layer:
             if self._midway.place(i, layer, partial(self._walk.call, i, 0, self.source[0])) is None:

@@ -1,7 +1,7 @@
 """Replacements of removed sublayers: a constant or a low-rank linear map, solved in closed form, then trained.
 
-Between two sublayers that stay, some are gone: a gap. With h the residual stream where the gap begins, in the cut as
-repaired so far, and x the source's stream where it ends, over calibration tokens t of weight w_t = 1 / |x_t|^2:
+A gap is a run of removed sublayers between two that stay. h is the residual stream at its start, in the cut as repaired
+so far, and x the source's stream at its end. Over calibration tokens t of weight w_t = 1 / |x_t|^2:
 
     bias    c = weighted mean of x_t - h_t
     linear  B z_t + c, z_t = g h_t / |h_t| (the norm of the first sublayer removed), of rank r: the ridge solution
@@ -13,7 +13,8 @@ exact: no sublayer that stays reads the stream in between.
 
 `train` then takes steps of Adam on these parameters alone, on the loss L of `slicer.heal.compensate.objective`: a batch
 of calibration sequences a step, in an order drawn by the seed. A parameter moves at most about `RATE` of its own root
-mean square a step, less toward the end. L on the held-out sequences decides which step is kept, the start included.
+mean square in a step, less toward the end. The result is the step, or the start, with the lowest L on the held-out
+sequences.
 """
 
 from __future__ import annotations
@@ -155,8 +156,8 @@ def train(
 ) -> Solved:
     """`solved` after so many steps; the same bytes for the same seed.
 
-    `batches` and `plan` are those it was solved for. Raises HealError where the model is streamed from disk: every step
-    would read it again.
+    `batches` and `plan`: those that `solved` was fitted on. Raises HealError for a model that is streamed from disk,
+    because every step would read it again.
     """
     if not walk.loaded:
         raise HealError("--heal-steps: training needs the model in memory; leave it out")

@@ -1,17 +1,17 @@
 """Second-order steps on the loss itself, over a model in memory.
 
-Least squares brings the residual stream back to the source's; what counts is the loss L (see `objective`): KL(p || q)
-from the source's predictions, and the text itself. A step of K-FAC (Martens and Grosse, arXiv 1503.05671) adds to a
-matrix W [d, f] with inputs z and loss gradients g of its outputs a multiple of
+Least squares brings the residual stream close to the source's. These steps lower the loss L itself (see `objective`):
+KL(p || q) from the source's predictions, and the loss on the text. A step of K-FAC (Martens and Grosse, arXiv
+1503.05671) adds to a matrix W [d, f] with inputs z and loss gradients g of its outputs a multiple of
 
     D = -(G + b I)^-1 (dL/dW) (A + a I)^-1,    A = E[z z^T],  G = E[g g^T]
 
 where G takes the g of tokens drawn from q, so that G (x) A is the Fisher information. With some ten thousand tokens
 the noise of dL/dW in the flat directions outweighs what a full Newton step gains there: p parameters cost p / 2N nats
-on N tokens. Hence the large a and b. All matrices step together, and the length is searched on the sequences held out.
-A length at which KL(p || q) there is more than `SLACK` above what least squares left is refused: the text must not
-lead the model away from the source. There is no learning rate: a step is one pass forward and back, and two Cholesky
-solves a matrix.
+on N tokens. Hence the large a and b. All matrices step together. The length of the step is searched on the held-out
+sequences, and is rejected if KL(p || q) on them is then more than `SLACK` above its value after least squares: the text
+must not lead the model away from the source. There is no learning rate: a step takes one forward and backward pass, and
+two Cholesky solves for each matrix.
 """
 
 from __future__ import annotations

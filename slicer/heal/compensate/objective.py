@@ -4,10 +4,10 @@ With p the source's distribution over the next token, q the pruned model's, and 
 
     L = (1 - MIX) KL(p || q) - MIX log q(y)
 
-It is judged over the whole vocabulary. Its gradients are computed over a part of it, for most rows of a large head add
-little and take most of the time: likely tokens as they are, and a sample of the others. The probability of a sampled
-token counts as many times as there are tokens to each of the sample, so that the sum over the others is right on
-average, and the loss still keeps the model from giving probability to tokens that no text has.
+L is measured over the whole vocabulary. Its gradients are computed over a part of it: all likely tokens, and a sample
+of the others, because most rows of a large head add little and take most of the time. Each sampled token is weighted by
+the number of tokens that it represents, so the sum over the others is unbiased, and the loss still keeps the model from
+giving probability to tokens that no text has.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from slicer.runtime.memory import KEPT_SHARE, free
 
 MIX = 0.25  # share of the text itself in the loss
 STRIDE = 2  # of the sequences held out, one position in so many is judged
-LIKELY = 12288  # tokens taken as they are, at most, but for those that must be among them
+LIKELY = 12288  # most likely tokens that are all included; more only where the text has more tokens
 SAMPLE = 4096  # tokens that are sampled from the others
 _CHUNK = 128  # positions whose logits are held at a time
 
@@ -129,28 +129,26 @@ class Objective:
 
 
 def _chances(logits: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
-    """q = softmax(logits + offset), float32; `offset`: the log of the number of times that each token is counted."""
+    """q = softmax(logits + offset), float32; `offset`: that of `Vocabulary`, or None."""
     return (logits.float() if offset is None else logits.float() + offset.to(logits.device)).softmax(-1)
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """`tokens`: int64 [v], ascending. `offset`: float32 [v], to be added to their logits: the log of the number of
-    tokens that each counts for."""
+    """`tokens`: int64 [v], ascending. `offset`: float32 [v], added to their logits: the log of how many tokens each
+    represents."""
 
     tokens: torch.Tensor
     offset: torch.Tensor
 
     def index(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Where `tokens`, which must be among them, stand: int64 of the same shape."""
+        """Positions in the vocabulary of `tokens`, which it must contain: int64 of the same shape."""
         return torch.searchsorted(self.tokens, tokens)
 
 
 def choose(likelihood: torch.Tensor, wanted: torch.Tensor, seed: int = 0) -> Vocabulary:
-    """The `wanted` tokens and the most likely others, by `likelihood` [V], and a sample of the rest.
-
-    All of the vocabulary where that saves little.
-    """
+    """The `wanted` tokens, the most likely others by `likelihood` [V], and a sample of the rest; or the complete
+    vocabulary if a part of it would save little."""
     size = len(likelihood)
     likelihood = likelihood.detach().float().cpu().clone()
     likelihood[wanted.flatten().cpu()] = float("inf")
@@ -167,9 +165,9 @@ def choose(likelihood: torch.Tensor, wanted: torch.Tensor, seed: int = 0) -> Voc
 
 @contextlib.contextmanager
 def narrowed(model: Any, vocabulary: Vocabulary) -> Iterator[bool]:
-    """Inside the block the head of `model` gives the logits of the vocabulary's tokens alone.
+    """Inside the block the head of `model` computes logits for the vocabulary's tokens only.
 
-    False, and the head as it is, where that is no plain matrix or the vocabulary is whole.
+    Gives False, and changes nothing, if the head is not a plain matrix or the vocabulary is complete.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or len(vocabulary.tokens) == head.weight.shape[0]:

@@ -134,7 +134,7 @@ class Solution:
 
 
 def solve(equations: NormalEquations) -> Solution | None:
-    """The ridge solution with the strength that is best on the tokens held out; None where none beats D = 0."""
+    """The ridge solution with the strength that is best on the held-out tokens; None if none is better than D = 0."""
     gram = equations.gram
     best: tuple[float, float, torch.Tensor] | None = None
     errors: dict[int, float] = {}
@@ -189,7 +189,7 @@ def reduced_rank(
 
 @dataclass(frozen=True)
 class LayerFit:
-    """One layer, number `i` of the source: what enters it in the cut, and what should leave it, by batch.
+    """One layer, number `i` of the source: its input in the cut and the output that it should have, by batch.
 
     Attributes:
         layer: the module as it is now: with its weights in place, and without the sublayers removed.
@@ -204,7 +204,7 @@ class LayerFit:
     held: range
 
     def run(self, b: int = 0) -> torch.Tensor:
-        """What the layer makes of a batch now: [batch, seq, d], on the device."""
+        """The layer's present output for a batch: [batch, seq, d], on the device."""
         return self.walk.call(self.i, b, self.entering[b])
 
 

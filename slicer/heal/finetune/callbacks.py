@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from slicer.errors import HealError
-from slicer.heal.finetune.model import packed, trainable, unpack
+from slicer.heal.finetune.model import packed, unpack
 from slicer.progress import Progress
 
 COMPLETE = "complete"  # the last file written to a checkpoint: a stopped run may leave one without it
@@ -85,7 +85,7 @@ class TrainingCallback(TrainerCallback):  # type: ignore[misc]
             return
         self._unchecked = False
         moved = not packed(model) and any(
-            parameter.grad is not None and bool(parameter.grad.ne(0).any()) for parameter in trainable(model)
+            p.grad is not None and bool(p.grad.ne(0).any()) for p in model.parameters() if p.requires_grad
         )
         accelerator = self.trainer.accelerator
         flags = accelerator.gather(torch.tensor([float(moved)], device=accelerator.device))

@@ -170,11 +170,6 @@ def packed(model: nn.Module) -> bool:
     return any(getattr(state, "packing_format_for_cpu", False) for state in states)
 
 
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters to train."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
 def most_tokens(config: dict[str, Any]) -> int | None:
     """The maximum sequence length in the config, if any."""
     text = architectures.text_config(config)
