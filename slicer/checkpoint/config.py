@@ -173,7 +173,7 @@ def expand_config(path: Path, *, trust_remote_code: bool = False) -> dict[str, A
 
 @lru_cache(maxsize=4)  # asked of every cut that is tried
 def _expanded(path: Path, content: bytes, trust_remote_code: bool) -> dict[str, Any]:
-    """What transformers makes of config.json in `path`, whose `content` tells whether it was read before."""
+    """What transformers makes of config.json in `path`, `content`: of the file, so that a changed one is read again."""
     from transformers import AutoConfig
 
     try:
