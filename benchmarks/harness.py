@@ -5,13 +5,14 @@ Drift of the machine (heat, other processes) then slows all models equally, inst
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from slicer.progress import Progress
@@ -20,7 +21,7 @@ from slicer.runtime.workdir import Workdir
 
 RUNS = "runs.jsonl"
 Run = dict[str, Any]
-# (label, round, salt, tell) -> results of one run in a fresh process
+# (label, round, tell) -> results of one run in a fresh process
 Measure = Callable[[str, int, Callable[[str], None]], Run]
 
 
@@ -34,10 +35,9 @@ class Store:
         """`force` discards the runs that are there. Raises OutputError where `directory` holds something else, or the
         runs of another benchmark."""
         self.runs: list[Run] = []
-        self._file: Path | None = None
+        self._file = file = None if directory is None else directory / RUNS
         self._work: Workdir | None = None
-        if directory is not None:
-            file = self._file = directory / RUNS
+        if directory is not None and file is not None:
             self._work = Workdir(
                 directory,
                 identity,
@@ -48,7 +48,9 @@ class Store:
             )
             self._work.claim()
             if file.exists() and not force:
-                self._read(file)
+                with contextlib.suppress(ValueError):  # the last line may be half-written
+                    for text in file.read_text("utf-8", "replace").splitlines():
+                        self.runs.append(json.loads(text))
             write_atomically(file, "".join(json.dumps(run) + "\n" for run in self.runs))
         self.resumed = len(self.runs)
 
@@ -58,13 +60,6 @@ class Store:
     def __exit__(self, *_: object) -> None:
         if self._work is not None:
             self._work.close()
-
-    def _read(self, file: Path) -> None:
-        for text in file.read_text("utf-8", "replace").splitlines():
-            try:
-                self.runs.append(json.loads(text))
-            except ValueError:
-                break
 
     def has(self, label: str, number: int) -> bool:
         """Whether this run is finished."""
@@ -90,42 +85,28 @@ def run_rounds(
         for label in random.Random(f"{seed} {number}").sample(labels, len(labels))
     ]
     missing = [pair for pair in wanted if not store.has(*pair)]
+    before = len(wanted) - len(missing)
     if store.resumed:
-        progress.note(f"{len(wanted) - len(missing)} of {len(wanted)} runs are finished already")
+        progress.note(f"{before} of {len(wanted)} runs are finished already")
     for at, (label, number) in enumerate(missing):
-        with _Bar(progress, label, number, rounds, len(wanted), len(wanted) - len(missing) + at) as tell:
+        tell = partial(_show, progress, f"Round {number} of {rounds}, {label}", len(wanted), before + at)
+        tell("starting")
+        try:
             figures = measure(label, number, tell)
+        except BaseException:
+            progress.stage("Stopping")
+            raise
         store.add({"label": label, "round": number, **figures})
-        progress.note(f"round {number} of {rounds}: {label}{_brief(figures)}")
+        note = f"round {number} of {rounds}: {label}"
+        if online := figures.get("online"):
+            token = statistics.median(next(iter(online.values()))["tpot_ms"])
+            note += f", {token:.4g} ms per token, ready after {figures['load_seconds']:.0f} s"
+        progress.note(note)
     progress.stage("Summing up")
     return [run for run in store.runs if (run["label"], run["round"]) in set(wanted)]
 
 
-def _brief(figures: Run) -> str:
-    online = figures.get("online")
-    if not online:
-        return ""
-    first = next(iter(online.values()))
-    return f", {statistics.median(first['tpot_ms']):.4g} ms per token, ready after {figures['load_seconds']:.0f} s"
-
-
-class _Bar:
-    """Progress bar of all runs, with the stage of the current run."""
-
-    def __init__(self, progress: Progress, label: str, number: int, rounds: int, total: int, done: int) -> None:
-        self._progress, self._total, self._done = progress, total, done
-        self._head = f"Round {number} of {rounds}, {label}"
-
-    def __enter__(self) -> Callable[[str], None]:
-        self._show("starting")
-        return self._show
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            self._progress.stage("Stopping")
-
-    def _show(self, what: str) -> None:
-        self._progress.stage(f"{self._head}: {what[:1].lower()}{what[1:]}", self._total, "runs")
-        self._progress.advance(self._done)
+def _show(progress: Progress, head: str, total: int, done: int, what: str) -> None:
+    """Show the stage of the current run, and the finished share of all runs."""
+    progress.stage(f"{head}: {what[:1].lower()}{what[1:]}", total, "runs")
+    progress.advance(done)

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -43,9 +42,6 @@ class Line:
     def __call__(self, layers: float) -> float:
         """The line's value for this number of layers."""
         return self.intercept + self.slope * layers
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def fit(layers: Sequence[float], values: Sequence[float]) -> Line:
@@ -99,11 +95,11 @@ def student_t(freedom: int, confidence: float = CONFIDENCE) -> float:
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """Speed-up of a depth over the deepest: measured, allowed by the line with its intercept, and ideal."""
+    """Speed-up of a depth over the deepest: measured, by the fitted line with its intercept, and ideal."""
 
     layers: int
     measured: float
-    allowed: float
+    allowed_by_intercept: float
     ideal: float
 
 
@@ -118,7 +114,7 @@ def speed_ups(line: Line, times: dict[int, float]) -> list[SpeedUp]:
         SpeedUp(
             layers=layers,
             measured=ratio(times[deepest], times[layers]),
-            allowed=ratio(line(deepest), line(layers)),
+            allowed_by_intercept=ratio(line(deepest), line(layers)),
             ideal=deepest / layers,
         )
         for layers in sorted(times, reverse=True)
@@ -149,18 +145,13 @@ def verdict(line: Line, times: dict[int, float], unit: str = "ms") -> str:
     )
 
 
-@dataclass(frozen=True)
-class Roofline:
-    """The minimum time of a step on a machine, and its bound ("memory" or "arithmetic")."""
+def roofline(nbytes: float, flops: float, bytes_per_second: float, flops_per_second: float) -> tuple[float, str]:
+    """The minimum milliseconds of a step, max(bytes / bandwidth, FLOPs / rate); its bound, "memory" or "arithmetic".
 
-    milliseconds: float
-    bound: str
-
-
-def roofline(nbytes: float, flops: float, bytes_per_second: float, flops_per_second: float) -> Roofline:
-    """max(bytes / bandwidth, FLOPs / rate); Williams et al. 2009."""
+    Williams et al. 2009.
+    """
     memory, arithmetic = nbytes / bytes_per_second, flops / flops_per_second
-    return Roofline(1000 * max(memory, arithmetic), "memory" if memory >= arithmetic else "arithmetic")
+    return 1000 * max(memory, arithmetic), "memory" if memory >= arithmetic else "arithmetic"
 
 
 # Lines of bench.json: name -> (title, unit)

@@ -10,14 +10,12 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slicer.errors import BenchError
+from slicer.benchmarks.process import run_module, seconds_of
 
 _TRIES = 7
 _MOST_BYTES = 1 << 30  # much larger than any cache
@@ -25,12 +23,7 @@ _MOST_BYTES = 1 << 30  # much larger than any cache
 
 def measure(dtype: str, on_cpu: bool) -> dict[str, Any]:
     """Bandwidth (bytes/s) and rate (FLOP/s) of this machine, from a fresh process. Raises BenchError."""
-    command = [sys.executable, "-m", "slicer.benchmarks.machine", dtype, "cpu" if on_cpu else "cuda"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise BenchError(f"measuring the machine failed: {reason[:300]}")
-    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+    return run_module("measuring the machine", "machine", dtype, "cpu" if on_cpu else "cuda")
 
 
 def describe() -> dict[str, Any]:
@@ -38,15 +31,18 @@ def describe() -> dict[str, Any]:
     import psutil
     import torch
 
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": _cores(),
         "memory_bytes": psutil.virtual_memory().total,
-        "gpus": gpus,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor() -> str:
@@ -65,7 +61,7 @@ def main() -> None:
     if device.type == "cpu":
         from slicer.runtime.memory import available
 
-        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+        torch.set_num_threads(_cores())
         size, side = min(_MOST_BYTES, available() // 8), 2048
     else:
         size, side = _MOST_BYTES, 8192
@@ -81,16 +77,7 @@ def main() -> None:
 
 def _least(work: Callable[[], Any], device: Any) -> float:
     """Seconds of the fastest of several tries."""
-    import torch
-
-    times = []
-    for _ in range(_TRIES + 1):
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
+    return min([seconds_of(work, device) for _ in range(_TRIES + 1)][1:])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ Rows = list[list[str]]
 
 def _bytes(count: float) -> str:
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= unit:
+        if abs(count) >= unit:
             return f"{count / unit:.3g} {name}"
     return f"{count:.0f} B"
 
@@ -71,7 +71,7 @@ def line_rows(result: Mapping[str, Any]) -> tuple[list[str], Rows]:
     rows = []
     for name, line in result["lines"].items():
         title, unit = LINES[name]
-        spell = _bytes_signed if unit == "bytes" else (lambda value, unit=unit: f"{value:.3g} {unit}")
+        spell = _bytes if unit == "bytes" else (lambda value, unit=unit: f"{value:.3g} {unit}")
         interval = line["slope_interval"]
         within = "-" if interval is None else f"{spell(interval[0])} to {spell(interval[1])}"
         rows.append([title, spell(line["slope"]), within, spell(line["intercept"]), f"{line['r2']:.4f}"])
@@ -95,19 +95,19 @@ def speed_rows(result: Mapping[str, Any]) -> tuple[list[str], Rows]:
 def speculative_rows(result: Mapping[str, Any]) -> tuple[list[str], Rows]:
     """One row per draft."""
     head = ["draft", "layers", "tokens/s", "speed-up", "accepted", "by position", "tokens per step", "same text"]
+
+    def spell(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
     rows = [
         [
-            row["draft"] or "(none)",
-            "-" if row["draft_layers"] is None else str(row["draft_layers"]),
-            _number(row["tokens_per_second"]),
-            f"{row['speed_up']:.2f}x",
-            "-" if row["acceptance_rate"] is None else f"{row['acceptance_rate']:.0%}",
+            row["draft"] or "(none)", spell(row["draft_layers"], "d"), _number(row["tokens_per_second"]),
+            f"{row['speed_up']:.2f}x", spell(row["acceptance_rate"], ".0%"),
             ", ".join(f"{rate:.0%}" for rate in row["acceptance_by_position"]) or "-",
-            "-" if row["mean_accepted_length"] is None else f"{row['mean_accepted_length']:.2f}",
-            f"{row['identical']} of {row['prompts']}",
+            spell(row["mean_accepted_length"], ".2f"), f"{row['identical']} of {row['prompts']}",
         ]
         for row in result["speculative"]["rows"]
-    ]
+    ]  # fmt: skip
     return head, rows
 
 
@@ -128,7 +128,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     if result.get("lines") or result.get("speculative"):
         parts += ["![by depth](bench.png)", ""]
     for title, head, rows in tables(result):
-        parts += [f"## {title}", "", *_table(head, rows), ""]
+        parts += [f"## {title}", "", *markdown_table(head, rows), ""]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     levels = ", ".join(map(str, work["concurrency"]))
     parts += [
@@ -153,10 +153,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _bytes_signed(value: float) -> str:
-    return f"-{_bytes(-value)}" if value < 0 else _bytes(value)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a markdown table."""
     lines = [f"| {' | '.join(head)} |", f"|{'|'.join('---' for _ in head)}|"]
     return [*lines, *(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)]

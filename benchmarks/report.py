@@ -7,6 +7,7 @@ import io
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import numpy as np
 
 from slicer.benchmarks.contestants import Contestant
 from slicer.benchmarks.lines import LINES, Line, fit, roofline, speed_ups, verdict
-from slicer.benchmarks.workload import Workload
+from slicer.benchmarks.workload import TIMES, Workload
 from slicer.errors import BenchError
 from slicer.runtime.files import write_atomically
 
-TIMES = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")
 PERCENTILES = (50, 90, 99)
+_OFFLINE = ("prompt_tokens_per_second", "output_tokens_per_second")
+_ONLINE = ("requests_per_second", "output_tokens_per_second")
 
 
 def summarize(
@@ -39,21 +41,13 @@ def summarize(
     fitted: dict[str, Line] = {}
     for name in LINES:
         fitted[name] = fit(depths, [model[name] for model in models])
-        result["lines"][name] = {"unit": LINES[name][1], **fitted[name].to_dict()}
+        result["lines"][name] = {"unit": LINES[name][1], **asdict(fitted[name])}
     line = fitted["time_per_output_token_ms"]
     times = _by_depth(models, "time_per_output_token_ms")
     capacity = _by_depth(models, "kv_capacity_tokens")
     deepest = max(times)
     for at in speed_ups(line, times):
-        result["speed_up"].append(
-            {
-                "layers": at.layers,
-                "measured": at.measured,
-                "allowed_by_intercept": at.allowed,
-                "ideal": at.ideal,
-                "kv_capacity_gain": capacity[at.layers] / capacity[deepest],
-            }
-        )
+        result["speed_up"].append({**asdict(at), "kv_capacity_gain": capacity[at.layers] / capacity[deepest]})
     result["verdict"] = verdict(line, times)
     return result
 
@@ -78,10 +72,7 @@ def _model(
         rounds = [run["online"][level] for run in runs]
         online[level] = {
             "requests": sum(r["requests"] for r in rounds),
-            **{
-                key: statistics.median(r[key] for r in rounds)
-                for key in ("requests_per_second", "output_tokens_per_second")
-            },
+            **{key: statistics.median(r[key] for r in rounds) for key in _ONLINE},
             **{key: _spread([v for r in rounds for v in r[key]]) for key in TIMES},
         }
 
@@ -95,13 +86,9 @@ def _model(
         kv = round(held)  # windows, pages or several devices: the effective size per token
     middle = workload.input_len + workload.output_len / 2
     peaks = (limits["bytes_per_second"], limits["flops_per_second"])
-    batch = int(low)
-    decode = roofline(contestant.read_bytes + batch * kv * middle, batch * contestant.flops_per_token, *peaks)
-    prefill = roofline(contestant.read_bytes, batch * contestant.flops_per_token * workload.input_len, *peaks)
-    offline = {
-        key: max(run["offline"][key] for run in runs)
-        for key in ("prompt_tokens_per_second", "output_tokens_per_second")
-    }
+    read, flops = contestant.read_bytes, int(low) * contestant.flops_per_token
+    decode, decode_bound = roofline(read + int(low) * kv * middle, flops, *peaks)
+    prefill, prefill_bound = roofline(read, flops * workload.input_len, *peaks)
     return {
         **contestant.to_dict(),
         "rounds": len(runs),
@@ -111,15 +98,11 @@ def _model(
         "kv_capacity_tokens": capacity,
         "peak_memory_bytes": statistics.median(run["peak_memory_bytes"] for run in runs),
         "load_seconds": min(run["load_seconds"] for run in runs),
-        "offline": offline,
+        "offline": {key: max(run["offline"][key] for run in runs) for key in _OFFLINE},
         "online": online,
         "roofline": {
-            "decode_ms": decode.milliseconds,
-            "decode_bound": decode.bound,
-            "decode_reached": decode.milliseconds / token,
-            "prefill_ms": prefill.milliseconds,
-            "prefill_bound": prefill.bound,
-            "prefill_reached": prefill.milliseconds / first,
+            "decode_ms": decode, "decode_bound": decode_bound, "decode_reached": decode / token,
+            "prefill_ms": prefill, "prefill_bound": prefill_bound, "prefill_reached": prefill / first,
         },
         "by_round": [
             {
@@ -130,16 +113,14 @@ def _model(
             }
             for run in runs
         ],
-    }
+    }  # fmt: skip
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
-    """Mean and percentiles."""
-    found = np.percentile(values, PERCENTILES) if len(values) else [float("nan")] * len(PERCENTILES)
-    return {
-        "mean": float(np.mean(values)) if len(values) else float("nan"),
-        **{f"p{p}": float(value) for p, value in zip(PERCENTILES, found, strict=True)},
-    }
+    """Mean and percentiles; NaN without values."""
+    values = values or [float("nan")]
+    found = np.percentile(values, PERCENTILES)
+    return {"mean": float(np.mean(values)), **{f"p{p}": float(v) for p, v in zip(PERCENTILES, found, strict=True)}}
 
 
 def write(directory: Path, result: Mapping[str, Any]) -> None:
@@ -147,13 +128,9 @@ def write(directory: Path, result: Mapping[str, Any]) -> None:
     from slicer.benchmarks import page
     from slicer.figures import bench as bench_figures
 
-    files = {
-        "bench.json": json.dumps(result, indent=2, allow_nan=False, default=str) + "\n",
-        "bench.csv": table(result),
-        "bench.md": page.markdown(result),
-    }
-    for name, text in files.items():
-        write_atomically(directory / name, text)
+    write_atomically(directory / "bench.json", json.dumps(result, indent=2, allow_nan=False, default=str) + "\n")
+    write_atomically(directory / "bench.csv", table(result))
+    write_atomically(directory / "bench.md", page.markdown(result))
     if result.get("lines"):
         bench_figures.lines(result, directory)
     elif result.get("speculative"):
@@ -162,27 +139,27 @@ def write(directory: Path, result: Mapping[str, Any]) -> None:
 
 def table(result: Mapping[str, Any]) -> str:
     """bench.csv: one row for each model and concurrency."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
     if result.get("speculative"):
         names = ["draft", "draft_layers", "tokens_per_second", "speed_up", "acceptance_rate", "mean_accepted_length",
                  "identical", "prompts"]  # fmt: skip
-        writer.writerow(names)
-        writer.writerows([[row.get(name) for name in names] for row in result["speculative"]["rows"]])
-        return stream.getvalue()
-    plain = ("label", "layers", "weight_bytes", "kv_bytes_per_token", "kv_capacity_tokens", "peak_memory_bytes",
-             "load_seconds", "time_per_output_token_ms", "prefill_ms")  # fmt: skip
-    statistic = ("mean", *(f"p{p}" for p in PERCENTILES))
-    writer.writerow(
-        [*plain, "offline_prompt_tokens_per_second", "offline_output_tokens_per_second", "concurrency", "requests",
-         "requests_per_second", "output_tokens_per_second", *(f"{t}_{s}" for t in TIMES for s in statistic)]
-    )  # fmt: skip
-    for model in result["models"]:
-        for level, online in model["online"].items():
-            offline = model["offline"]
-            writer.writerow(
-                [*(model[name] for name in plain), offline["prompt_tokens_per_second"],
-                 offline["output_tokens_per_second"], level, online["requests"], online["requests_per_second"],
-                 online["output_tokens_per_second"], *(online[t][s] for t in TIMES for s in statistic)]
-            )  # fmt: skip
+        rows = [{name: row.get(name) for name in names} for row in result["speculative"]["rows"]]
+    else:
+        plain = ("label", "layers", "weight_bytes", "kv_bytes_per_token", "kv_capacity_tokens", "peak_memory_bytes",
+                 "load_seconds", "time_per_output_token_ms", "prefill_ms")  # fmt: skip
+        statistic = ("mean", *(f"p{p}" for p in PERCENTILES))
+        rows = [
+            {
+                **{name: model[name] for name in plain},
+                **{f"offline_{name}": model["offline"][name] for name in _OFFLINE},
+                "concurrency": level,
+                **{name: online[name] for name in ("requests", *_ONLINE)},
+                **{f"{t}_{s}": online[t][s] for t in TIMES for s in statistic},
+            }
+            for model in result["models"]
+            for level, online in model["online"].items()
+        ]
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return stream.getvalue()

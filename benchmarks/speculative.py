@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from slicer.benchmarks.contestants import Contestant
-from slicer.benchmarks.vllm_engine import Client
+from slicer.benchmarks.vllm_engine import VARIABLES, Client, server_arguments
 from slicer.benchmarks.workload import Workload
 from slicer.errors import BenchError
-from slicer.serve import Server
+from slicer.serve.server import Server
 
 ALONE = "(no draft)"
 PROMPTS = (
@@ -69,18 +69,13 @@ def measure(
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
     """Run the original once with this draft, in a fresh process. Raises ServeError or BenchError."""
-    arguments = ["--kv-cache-memory-bytes", str(workload.kv_cache_bytes), "--max-num-seqs", "4"]
-    arguments += ["--max-model-len", str(workload.max_model_len), "--no-enable-prefix-caching"]
-    arguments += ["--seed", str(workload.seed), "--generation-config", "vllm", "--dtype", workload.dtype]
-    if workload.on_cpu and not any("enforce-eager" in word for word in workload.arguments):
-        arguments.append("--enforce-eager")
     server = Server(
         original.path,
         name=original.label,
         draft=None if draft is None else draft.path,
         speculative_tokens=speculative_tokens,
-        arguments=[*arguments, *workload.arguments],
-        variables={"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "INFO"},
+        arguments=server_arguments(workload, 4),
+        variables=VARIABLES,
         progress=tell,
     )
     client = Client()

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import re
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -19,14 +18,15 @@ from typing import Any
 import psutil
 
 from slicer.benchmarks.contestants import Contestant, has_tokenizer, write_tokenizer
-from slicer.benchmarks.workload import Workload, prompts, requests_for
+from slicer.benchmarks.process import Peak
+from slicer.benchmarks.workload import Workload, by_concurrency, offline_rates, prompts, rates
 from slicer.errors import BenchError
 from slicer.runtime.compat import answer_for_vllm
-from slicer.serve import Server
+from slicer.serve.server import DIRECT, Server
 from slicer.serve.settings import flag
 
+VARIABLES = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "INFO"}
 _SAMPLE_SECONDS = 0.2
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _ALLOCATOR = "slicer.benchmarks.vllm_engine.Allocator"
 
 
@@ -39,40 +39,39 @@ class Allocator:
         return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0
 
 
-def server_arguments(workload: Workload, dummy: bool) -> list[str]:
+def server_arguments(workload: Workload, max_num_seqs: int, *chosen: str) -> list[str]:
     """vLLM's flags for a fair run; the user's flags come last and take precedence."""
-    given = workload.arguments
-    chosen = [
-        *("--load-format", "dummy" if dummy else "auto", "--kv-cache-memory-bytes", str(workload.kv_cache_bytes)),
-        *("--max-model-len", str(workload.max_model_len), "--max-num-seqs", str(workload.batch)),
-        *("--seed", str(workload.seed), "--generation-config", "vllm", "--no-enable-prefix-caching"),
+    found = [
+        *("--kv-cache-memory-bytes", str(workload.kv_cache_bytes), "--max-model-len", str(workload.max_model_len)),
+        *("--max-num-seqs", str(max_num_seqs), "--seed", str(workload.seed)),
+        *("--generation-config", "vllm", "--no-enable-prefix-caching", *chosen),
     ]
     if workload.dtype != "auto":
-        chosen += ["--dtype", workload.dtype]
-    if workload.on_cpu and not any(w.startswith(("--enforce-eager", "--no-enforce-eager", "-cc", "--compil", "-O"))
-                                   for w in given):  # fmt: skip
-        chosen.append("--enforce-eager")  # compiling takes minutes per depth and gains little here
-    if not workload.on_cpu:
-        chosen += ["--worker-extension-cls", _ALLOCATOR]
-    return [*chosen, *given]
+        found += ["--dtype", workload.dtype]
+    compiling = ("--enforce-eager", "--no-enforce-eager", "-cc", "--compil", "-O")
+    if workload.on_cpu and not any(word.startswith(compiling) for word in workload.arguments):
+        found.append("--enforce-eager")  # compiling takes minutes per depth and gains little here
+    return [*found, *workload.arguments]
 
 
 def measure(
     contestant: Contestant, workload: Workload, salt: int, scratch: Path, tell: Callable[[str], None]
 ) -> dict[str, Any]:
     """All results of one run, times in milliseconds (load in seconds). Raises ServeError or BenchError."""
-    arguments = server_arguments(workload, contestant.dummy)
+    chosen = ["--load-format", "dummy" if contestant.dummy else "auto"]
+    if not workload.on_cpu:
+        chosen += ["--worker-extension-cls", _ALLOCATOR]
+    arguments = server_arguments(workload, workload.batch, *chosen)
     if not has_tokenizer(Path(contestant.path)) and flag(arguments, "--tokenizer") is None:
         words = scratch / f"tokenizer-{contestant.vocabulary}"
         words.mkdir(exist_ok=True)
         write_tokenizer(words, contestant.vocabulary)
         arguments += ["--tokenizer", str(words)]
-    variables = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-    if not workload.on_cpu:
-        variables["VLLM_SERVER_DEV_MODE"] = "1"  # enables /collective_rpc, on the loopback only
+    # enables /collective_rpc, on the loopback only
+    variables = VARIABLES | ({} if workload.on_cpu else {"VLLM_SERVER_DEV_MODE": "1"})
     server = Server(contestant.path, name=contestant.label, arguments=arguments, variables=variables, progress=tell)
     client = Client()
-    with _Resident(server) as resident:
+    with Peak(lambda: _resident(server), _SAMPLE_SECONDS) as resident:
         started = time.perf_counter()
         with server:
             loaded = time.perf_counter() - started
@@ -85,16 +84,15 @@ def measure(
             offline = client.offline(
                 prompts(workload, contestant.vocabulary, workload.batch, salt + 1), workload.output_len
             )
-            online = {}
-            for level in workload.concurrency:
+
+            def answer(count: int, level: int) -> dict[str, Any]:
                 tell(f"{level} concurrent")
-                if level > 1:
-                    once = max(once, offline["seconds"] * level / workload.batch)
-                count = requests_for(workload, level, once)
                 answered = client.online((asked * (count // len(asked) + 1))[:count], workload.output_len, level)
-                online[str(level)] = {k: v for k, v in answered.items() if k not in ("texts", "spec_decode")}
+                return {key: value for key, value in answered.items() if key not in ("texts", "spec_decode")}
+
+            online = by_concurrency(workload, once, offline["seconds"], answer)
             capacity = kv_capacity(server)
-            peak = resident.peak if workload.on_cpu else _allocated(server)
+            peak = resident.most if workload.on_cpu else _allocated(server)
     return {
         "load_seconds": loaded,
         "offline": offline,
@@ -120,7 +118,7 @@ class Client:
             from vllm.benchmarks.datasets import SampleRequest
         self._serve, self._sample = serve, SampleRequest
 
-    def online(self, asked: Sequence[Any], output_len: int, concurrency: int, **extra: Any) -> dict[str, Any]:
+    def online(self, asked: Sequence[Any], output_len: int, concurrency: int) -> dict[str, Any]:
         """Send all requests, `concurrency` at a time; returns every request's times in milliseconds, and its output."""
         requests = [
             self._sample(
@@ -152,7 +150,7 @@ class Client:
                     max_concurrency=concurrency,
                     lora_modules=None,
                     extra_headers=None,
-                    extra_body={"temperature": 0.0} | extra,
+                    extra_body={"temperature": 0.0},
                     ready_check_timeout_sec=0,
                 )
             )
@@ -163,18 +161,15 @@ class Client:
                 f"{reason.splitlines()[-1][:300]}"
             )
         ends = zip(found["latencies"], found["ttfts"], found["output_lens"], strict=True)
-        result = {
-            "requests": len(requests),
-            "seconds": found["duration"],
-            "requests_per_second": len(requests) / found["duration"],
-            "output_tokens_per_second": sum(found["output_lens"]) / found["duration"],
+        return {
+            **rates(len(requests), found["duration"], sum(found["output_lens"])),
             "ttft_ms": [1000 * t for t in found["ttfts"]],
             "tpot_ms": [1000 * (whole - first) / (n - 1) for whole, first, n in ends if n > 1],
             "itl_ms": [1000 * t for itls in found["itls"] for t in itls],
             "e2e_ms": [1000 * t for t in found["latencies"]],
+            "texts": found["generated_texts"],
+            "spec_decode": {key: value for key, value in found.items() if key.startswith("spec_decode")},
         }
-        rates = {key: value for key, value in found.items() if key.startswith("spec_decode")}
-        return result | {"texts": found["generated_texts"], "spec_decode": rates}
 
     def offline(self, asked: Sequence[list[int]], output_len: int) -> dict[str, float]:
         """Send all prompts in one request without streaming: throughput only."""
@@ -183,12 +178,7 @@ class Client:
         started = time.perf_counter()
         usage = _post(f"{self.server.base_url}/completions", body)["usage"]
         seconds = time.perf_counter() - started
-        return {
-            "prompts": len(asked),
-            "seconds": seconds,
-            "prompt_tokens_per_second": usage["prompt_tokens"] / seconds,
-            "output_tokens_per_second": usage["completion_tokens"] / seconds,
-        }
+        return offline_rates(len(asked), seconds, usage["prompt_tokens"], usage["completion_tokens"])
 
 
 def kv_capacity(server: Server) -> int:
@@ -202,7 +192,7 @@ def kv_capacity(server: Server) -> int:
 def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
-        with _DIRECT.open(request, timeout=3600) as answer:
+        with DIRECT.open(request, timeout=3600) as answer:
             return dict(json.loads(answer.read()))
     except OSError as error:
         raise BenchError(f"{url}: no response ({error}); the server may have run out of memory") from None
@@ -214,28 +204,12 @@ def _allocated(server: Server) -> int:
     return sum(int(part) for part in answer.get("results", []))
 
 
-class _Resident:
-    """Samples the resident memory of the server's process tree in a thread; `peak` is the maximum in bytes."""
-
-    def __init__(self, server: Server) -> None:
-        self._server, self._done = server, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self.peak = 0
-
-    def __enter__(self) -> _Resident:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._done.wait(_SAMPLE_SECONDS):
-            with contextlib.suppress(psutil.Error, AssertionError):
-                top = psutil.Process(self._server.pid)
-                total = 0
-                for process in (top, *top.children(recursive=True)):
-                    with contextlib.suppress(psutil.Error):
-                        total += process.memory_info().rss
-                self.peak = max(self.peak, total)
+def _resident(server: Server) -> int:
+    """Resident bytes of the server's process tree; 0 before it is started."""
+    total = 0
+    with contextlib.suppress(psutil.Error, AssertionError):
+        top = psutil.Process(server.pid)
+        for process in (top, *top.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_info().rss
+    return total

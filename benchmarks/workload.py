@@ -1,10 +1,11 @@
-"""The workload of a benchmark: the same prompts, lengths, concurrencies and KV cache for every model."""
+"""What is asked of a benchmark, and the workload: the same prompts, concurrencies and KV cache for every model."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from slicer.benchmarks.contestants import Contestant
@@ -13,6 +14,33 @@ from slicer.runtime import memory
 
 _MIB, _GIB = 1 << 20, 1 << 30
 _BLOCK = 128  # largest block of vLLM's KV cache, in tokens (16 to 128)
+
+ROUNDS = 3
+TIMES = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")  # of every request: first token, per token, between tokens, whole
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of `slicer bench`; None leaves a choice to `choose`. `arguments` are vLLM's own flags."""
+
+    base: str | None = None
+    sliced: tuple[str, ...] = ()
+    drops: str | None = None
+    config: Path | None = None
+    engine: str = "vllm"
+    dtype: str | None = None
+    input_len: int | None = None
+    output_len: int | None = None
+    concurrency: tuple[int, ...] | None = None
+    seconds: float | None = None
+    rounds: int = ROUNDS
+    kv_cache_bytes: int | None = None
+    seed: int = 0
+    speculative: bool = False
+    speculative_tokens: int = 3
+    prompts: Path | None = None
+    arguments: tuple[str, ...] = ()
+    command: str | None = None
 
 
 @dataclass(frozen=True)
@@ -42,37 +70,21 @@ class Workload:
     seed: int
     arguments: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "concurrency": list(self.concurrency), "arguments": list(self.arguments)}
 
-
-def choose(
-    contestants: Sequence[Contestant],
-    *,
-    engine: str,
-    on_cpu: bool,
-    dtype: str,
-    input_len: int | None = None,
-    output_len: int | None = None,
-    concurrency: Sequence[int] | None = None,
-    seconds: float | None = None,
-    kv_cache_bytes: int | None = None,
-    seed: int = 0,
-    arguments: Sequence[str] = (),
-) -> Workload:
+def choose(contestants: Sequence[Contestant], request: Request, *, on_cpu: bool, dtype: str) -> Workload:
     """Choose defaults for what is not set, so that a small machine finishes in minutes and does not swap.
 
     Raises BenchError if the lengths exceed the models' context, or the free memory.
     """
-    levels = tuple(dict.fromkeys(concurrency or ((1, 4) if on_cpu else (1, 8, 32))))
+    levels = (1,) if request.speculative else request.concurrency or ((1, 4) if on_cpu else (1, 8, 32))
+    levels = tuple(dict.fromkeys(levels))
     longest = min(c.context for c in contestants)
-    given_output, given_input = output_len, input_len
-    output_len = output_len or min(32 if on_cpu else 128, max(2, longest // 4))
-    input_len = input_len or min(128 if on_cpu else 512, longest - output_len - 16)
+    output_len = request.output_len or min(32 if on_cpu else 128, max(2, longest // 4))
+    input_len = request.input_len or min(128 if on_cpu else 512, longest - output_len - 16)
     if output_len < 2:
         raise UsageError("--output-len: a time per output token needs at least 2")
     if input_len < 1 or input_len + output_len + 16 > longest:
-        asked = f"{given_input or input_len} + {given_output or output_len} tokens (and 16 spare)"
+        asked = f"{input_len} + {output_len} tokens (and 16 spare)"
         raise BenchError(f"{asked} do not fit the models' context of {longest}: lower --input-len or --output-len")
     blocks = -(-(input_len + output_len + 16) // _BLOCK) * _BLOCK
     batch = max(8 if on_cpu else 64, max(levels))
@@ -84,8 +96,8 @@ def choose(
     free = memory.available() if on_cpu else None
     if free is not None:
         usual = min(usual, max(1 << (free // 8).bit_length() - 1, 64 * _MIB))  # a power of two, to vary less
-    budget = kv_cache_bytes or max(usual, -(-needed // _MIB) * _MIB)
-    if engine == "vllm" and free is not None:
+    budget = request.kv_cache_bytes or max(usual, -(-needed // _MIB) * _MIB)
+    if request.engine == "vllm" and free is not None:
         # The weights, their packed copy for the CPU's kernels, the cache, and vLLM itself.
         asks = 2 * weights + budget + _GIB
         if asks > free:
@@ -100,18 +112,18 @@ def choose(
             "choose a smaller shape, or drop more layers"
         )
     return Workload(
-        engine=engine,
+        engine=request.engine,
         on_cpu=on_cpu,
         dtype=dtype,
         input_len=input_len,
         output_len=output_len,
         concurrency=levels,
-        seconds=seconds if seconds is not None else (4.0 if on_cpu else 10.0),
+        seconds=(4.0 if on_cpu else 10.0) if request.seconds is None else request.seconds,
         batch=batch,
         max_model_len=min(blocks, longest),
         kv_cache_bytes=budget,
-        seed=seed,
-        arguments=tuple(arguments),
+        seed=request.seed,
+        arguments=request.arguments,
     )
 
 
@@ -122,7 +134,38 @@ def prompts(workload: Workload, vocabulary: int, count: int, salt: int = 0) -> l
     return [[source.randrange(low, high) for _ in range(workload.input_len)] for _ in range(count)]
 
 
-def requests_for(workload: Workload, concurrency: int, seconds_each: float) -> int:
-    """Number of requests that take about `workload.seconds` at this concurrency: from two waves to 64."""
-    waves = max(2 if concurrency > 1 else 4, round(workload.seconds / max(seconds_each, 1e-6)))
-    return min(waves * concurrency, max(64, 2 * concurrency))
+def by_concurrency(
+    workload: Workload, once: float, batch_seconds: float, answer: Callable[[int, int], dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """The results of `answer(count, level)`, with `count` requests, `level` at a time, for every concurrency.
+
+    `once`: seconds of one request alone; `batch_seconds`: of the offline batch. `count` requests take about
+    `workload.seconds`: from two waves to 64 requests.
+    """
+    found = {}
+    for level in workload.concurrency:
+        if level > 1:
+            once = max(once, batch_seconds * level / workload.batch)
+        waves = max(2 if level > 1 else 4, round(workload.seconds / max(once, 1e-6)))
+        found[str(level)] = answer(min(waves * level, max(64, 2 * level)), level)
+    return found
+
+
+def rates(requests: int, seconds: float, output_tokens: int) -> dict[str, Any]:
+    """What was answered in how many seconds, and per second."""
+    return {
+        "requests": requests,
+        "seconds": seconds,
+        "requests_per_second": requests / seconds,
+        "output_tokens_per_second": output_tokens / seconds,
+    }
+
+
+def offline_rates(prompts: int, seconds: float, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
+    """The throughput of one batch."""
+    return {
+        "prompts": prompts,
+        "seconds": seconds,
+        "prompt_tokens_per_second": prompt_tokens / seconds,
+        "output_tokens_per_second": output_tokens / seconds,
+    }

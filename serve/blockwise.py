@@ -40,8 +40,7 @@ class _Layer(DeciLMDecoderLayer):  # type: ignore[misc]
         width, eps = config.hidden_size, config.rms_norm_eps
         for at in ("mid", "end"):
             name = f"emulated_{at}"
-            module = _Emulated(width, ranks[at], eps, f"{prefix}.{name}") if at in ranks else None
-            setattr(self, name, module)
+            setattr(self, name, _Emulated(width, ranks[at], eps, f"{prefix}.{name}") if at in ranks else None)
 
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None

@@ -1,7 +1,7 @@
 """slicer's plugin for vLLM (entry point `vllm.general_plugins`), loaded in each of vLLM's processes.
 
 Importing it registers the configuration of the blockwise form (see `slicer`), which vLLM's own DeciLMForCausalLM then
-runs; the plugin adds the class for checkpoints in which low-rank maps stand for removed parts.
+runs; the plugin adds the class for checkpoints in which low-rank maps replace removed sublayers.
 """
 
 from __future__ import annotations

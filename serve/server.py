@@ -14,27 +14,25 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 from slicer.checkpoint import hub
 from slicer.errors import ServeError
-from slicer.serve.settings import ServerSettings, environment, prepare, require_vllm
+from slicer.serve.settings import environment, prepare, require_vllm
 
 _POLL_SECONDS = 0.25
 _GRACE_SECONDS = 20.0
-_DIRECT = urllib.request.build_opener(
-    urllib.request.ProxyHandler({})
-)  # no proxy between slicer and its own child process
+# no proxy between slicer and its own child process
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 # Messages of vLLM's parent process when a child fails, which do not contain the reason.
 _HOLLOW = re.compile(
     r"Engine core initialization failed|Engine process failed to start|EngineCore failed|See root cause above"
     r"|EngineDeadError|Executor failed|WorkerProc initialization failed|CancelledError|KeyboardInterrupt|SystemExit"
 )
+_KILLED = re.compile("exit ?code:? -9|SIGKILL")
 _PREFIX = re.compile(r"^(\([^)]*pid=\d+\)\s*)?((ERROR|CRITICAL|WARNING|INFO) [\d-]+ [\d:]+ \[[^\]]*\]\s*)?")
 _REASON = re.compile(
     r"^(?:[\w.]+\.)?(\w*(?:Error|Exception)): (.+)|^(?:vllm|[\w.]+py).*?\berror: (.+)|^\s*Value error, (.+)"
@@ -77,7 +75,7 @@ class Server:
         self._report = progress or (lambda _: None)
         path = hub.resolve(str(source)).path
         drafted = None if draft is None else hub.resolve(str(draft)).path
-        self.settings: ServerSettings = prepare(path, drafted, speculative_tokens, tuple(arguments))
+        self.settings = prepare(path, drafted, speculative_tokens, tuple(arguments))
         self.notes = self.settings.notes
         self.model = name or (str(source) if not Path(str(source)).exists() else Path(source).resolve().name)
         self.port = _claim(host, port)
@@ -107,16 +105,10 @@ class Server:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.stop()
         if kind is None or not issubclass(kind, ServeError):
-            self._forget_log()
-
-    def _forget_log(self) -> None:
-        with contextlib.suppress(OSError):
-            self.log.unlink()
+            self.log.unlink(missing_ok=True)
 
     def start(self) -> None:
         """Start vLLM and return when it is ready. Raises ServeError with vLLM's own reason."""
@@ -142,12 +134,8 @@ class Server:
         )
         try:
             self._await_health()
-        except ServeError:
-            self.stop()
-            raise
-        except BaseException:  # stopped by the user: the log is not needed
-            self.stop()
-            self._forget_log()
+        except BaseException as error:
+            self.__exit__(type(error))  # stopped by the user: the log is not needed
             raise
 
     def _await_health(self) -> None:
@@ -168,9 +156,9 @@ class Server:
     def healthy(self, timeout: float = 2.0) -> bool:
         """Whether `/health` answers with 200."""
         try:
-            with _DIRECT.open(f"{self.root_url}/health", timeout=timeout) as answer:
+            with DIRECT.open(f"{self.root_url}/health", timeout=timeout) as answer:
                 return bool(answer.status == 200)
-        except (OSError, urllib.error.URLError, ValueError):
+        except (OSError, ValueError):
             return False
 
     def wait(self) -> None:
@@ -205,8 +193,7 @@ class Server:
         """Why vLLM ended, from its log, as one line."""
         code = None if self._process is None else self._process.poll()
         lines = self._tail(400_000).decode("utf-8", "replace").splitlines()
-        stripped = [_PREFIX.sub("", line) for line in lines]
-        found = [m for line in stripped if (m := _REASON.match(line)) and not _HOLLOW.search(line)]
+        found = [m for line in lines if (m := _REASON.match(_PREFIX.sub("", line))) and not _HOLLOW.search(m.string)]
         at = f"; the log is {self.log}"
         if found:
             last = found[-1]
@@ -215,7 +202,7 @@ class Server:
                 text = next((m[4] for m in reversed(found) if m[4]), text)
             plain = kind in (None, "ValueError", "RuntimeError", "ValidationError", "AssertionError", "OSError")
             return _shorten(text if plain else f"{kind}: {text}") + at
-        if code in (-signal.SIGKILL, 128 + signal.SIGKILL) or _killed(lines):
+        if code in (-signal.SIGKILL, 128 + signal.SIGKILL) or any(_KILLED.search(line) for line in lines[-200:]):
             return f"a process was killed, probably out of memory: lower --max-model-len or the KV cache{at}"
         if any(_HOLLOW.search(line) for line in lines):
             return f"its engine process ended without a message (killed, or out of memory){at}"
@@ -243,13 +230,8 @@ class Server:
 
 
 def _shorten(text: str) -> str:
-    text = " ".join(text.split())
-    text = re.sub(r"\s*\[type=.*$", "", text)
+    text = re.sub(r"\s*\[type=.*$", "", " ".join(text.split()))
     return text if len(text) <= 400 else text[:397] + "..."
-
-
-def _killed(lines: list[str]) -> bool:
-    return any("exit code -9" in line or "exitcode: -9" in line or "SIGKILL" in line for line in lines[-200:])
 
 
 def _claim(host: str, port: int) -> int:
@@ -269,9 +251,8 @@ def _claim(host: str, port: int) -> int:
 
 
 def _die_with_parent() -> None:
-    """In the child: get a signal when slicer dies without stopping it (Linux prctl)."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    """In the child: get SIGTERM when slicer dies without stopping it (Linux prctl)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

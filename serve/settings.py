@@ -60,36 +60,35 @@ def prepare(path: Path, draft: Path | None, speculative_tokens: int, arguments: 
 
     Raises SourceError for an invalid checkpoint and ServeError for what vLLM cannot run.
     """
-    checkpoint = _open(path, arguments)
+    trust = "--trust-remote-code" in arguments
+    if flag(arguments, "--load-format") == "dummy" and not has_weights(path):
+        from slicer.model.load import blueprint
+
+        checkpoint = blueprint(path, trust_remote_code=trust)  # vLLM makes random weights; config.json is enough
+    else:
+        checkpoint = Checkpoint.open(path)
     reason = architectures.unserved(checkpoint.config)
     if reason:
         raise ServeError(f"{path}: {reason}")
     sizes = measure_sizes(checkpoint)
-    expanded = architectures.text_config(expand_config(path, trust_remote_code="--trust-remote-code" in arguments))
-    check_parallel(checkpoint, expanded, arguments)
+    expanded = architectures.text_config(expand_config(path, trust_remote_code=trust))
+    _check_parallel(checkpoint, expanded, arguments)
     cpu = on_cpu()
     if cpu:
         _check_heads(path, expanded)
-    extra: list[str] = []
+    chosen: dict[str, Any] = {}
     notes: list[str] = []
     weights = sizes.total_bytes
     if draft is not None:
         _check_draft(checkpoint, draft, expanded)
         weights += sum(f.stat().st_size for f in draft.glob("*.safetensors"))
         drafted = {"model": str(draft), "method": "draft_model", "num_speculative_tokens": speculative_tokens}
-        extra += ["--speculative-config", json.dumps(drafted)]
+        chosen["--speculative-config"] = json.dumps(drafted)
     if cpu:
-        _small_machine(sizes, weights, expanded, arguments, extra, notes)
+        fitting, notes = _small_machine(sizes, weights, expanded, arguments)
+        chosen |= fitting
+    extra = (str(word) for pair in chosen.items() for word in pair)
     return ServerSettings(path, (*extra, *arguments), tuple(notes), cpu)
-
-
-def _open(path: Path, arguments: Sequence[str]) -> Checkpoint:
-    """The checkpoint; config.json is enough if vLLM fills it with random weights."""
-    from slicer.model.load import blueprint
-
-    if flag(arguments, "--load-format") == "dummy" and not has_weights(path):
-        return blueprint(path, trust_remote_code="--trust-remote-code" in arguments)
-    return Checkpoint.open(path)
 
 
 def environment(settings: ServerSettings) -> dict[str, str]:
@@ -112,7 +111,7 @@ def flag(arguments: Sequence[str], *names: str) -> str | None:
     return None
 
 
-def check_parallel(checkpoint: Checkpoint, config: Mapping[str, Any], arguments: Sequence[str]) -> None:
+def _check_parallel(checkpoint: Checkpoint, config: Mapping[str, Any], arguments: Sequence[str]) -> None:
     """Raise ServeError if the heads or the kept layers cannot be divided as requested."""
     tensor = _whole(arguments, "--tensor-parallel-size", "-tp")
     stages = _whole(arguments, "--pipeline-parallel-size", "-pp")
@@ -157,7 +156,7 @@ def _check_heads(path: Path, config: Mapping[str, Any]) -> None:
 
 def _check_draft(target: Checkpoint, path: Path, expanded: Mapping[str, Any]) -> None:
     """Check that the draft has the target's vocabulary, and one kind of KV cache."""
-    draft = Checkpoint.open(path)
+    Checkpoint.open(path)  # raises SourceError for a damaged one
     config = architectures.text_config(expand_config(path))
     ours, theirs = config.get("vocab_size"), expanded.get("vocab_size")
     if ours != theirs or _vocabulary(path) != _vocabulary(target.path):
@@ -171,7 +170,6 @@ def _check_draft(target: Checkpoint, path: Path, expanded: Mapping[str, Any]) ->
             f"{path}: mixes {' and '.join(sorted(map(str, kinds)))} layers, but vLLM drafts support only one kind; "
             "choose a cut that keeps one kind, or another family"
         )
-    del draft
 
 
 def _vocabulary(path: Path) -> Any:
@@ -183,17 +181,15 @@ def _vocabulary(path: Path) -> Any:
 
 
 def _small_machine(
-    sizes: Sizes, weights: int, config: Mapping[str, Any], arguments: Sequence[str], extra: list[str], notes: list[str]
-) -> None:
-    """KV cache, context and dtype so that weights and cache fit in the memory that is free."""
-    if flag(arguments, "--dtype") is None:
-        extra += ["--dtype", "bfloat16"]
+    sizes: Sizes, weights: int, config: Mapping[str, Any], arguments: Sequence[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Flags for dtype, KV cache and context with which weights and cache fit in the free memory; notes about them."""
+    chosen: dict[str, Any] = {} if flag(arguments, "--dtype") is not None else {"--dtype": "bfloat16"}
+    if flag(arguments, "--kv-cache-memory-bytes") or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        return chosen, []
     free = memory.available()
-    # vLLM holds the weights once, packs a copy of the matrices for the CPU's kernels, and needs room to work.
+    # vLLM holds the weights once, packs a copy of the matrices for the CPU's kernels, and needs memory to work.
     spare = free - 2 * weights - _GIB
-    cache_size = flag(arguments, "--kv-cache-memory-bytes") or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
-    if cache_size is not None:
-        return
     if spare < _GIB // 8:
         raise ServeError(
             f"the weights need {weights / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of memory are free: too little for "
@@ -205,12 +201,14 @@ def _small_machine(
     asked = flag(arguments, "--max-model-len")
     wanted = int(asked) if asked and asked.isdecimal() else int(context)
     cache = min(spare // 2, max(_GIB, 2 * wanted * a_token), 8 * _GIB)
-    extra += ["--kv-cache-memory-bytes", str(cache)]
-    notes.append(f"KV cache of {cache / 1e9:.1f} GB (--kv-cache-memory-bytes)")
-    if asked is None:
-        fits = int(0.9 * cache / a_token) // 128 * 128
-        if fits < wanted:
-            if fits < _LEAST_CONTEXT:
-                raise ServeError("too little memory is free for a KV cache of 256 tokens; use a larger machine")
-            extra += ["--max-model-len", str(fits)]
-            notes.append(f"context of {fits} tokens instead of {wanted}, to fit that cache (--max-model-len)")
+    chosen["--kv-cache-memory-bytes"] = cache
+    notes = [f"KV cache of {cache / 1e9:.1f} GB (--kv-cache-memory-bytes)"]
+    fits = int(0.9 * cache / a_token) // 128 * 128
+    if asked is None and fits < wanted:
+        if fits < _LEAST_CONTEXT:
+            raise ServeError(
+                f"too little memory is free for a KV cache of {_LEAST_CONTEXT} tokens; use a larger machine"
+            )
+        chosen["--max-model-len"] = fits
+        notes.append(f"context of {fits} tokens instead of {wanted}, to fit that cache (--max-model-len)")
+    return chosen, notes

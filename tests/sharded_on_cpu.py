@@ -1,13 +1,14 @@
 """slicer's command with accelerate's sharding (FSDP) let through on a CPU, where accelerate itself leaves it off.
 
 All else is as on GPUs: torch's FSDP, over gloo, accelerate's plugin from its environment variables, the same Trainer.
-Run by torchrun, as `sharded_on_cpu.py heal SLICED ...`.
+Run by several processes, as `sharded_on_cpu.py heal SLICED ...`; each training step is noted on stderr.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from typing import Any
 from unittest import mock
 
@@ -16,6 +17,7 @@ from accelerate import state
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import _init_utils
 from torch.distributed.fsdp._flat_param import FlatParamHandle
+from transformers import Trainer
 
 from slicer.cli.main import main
 
@@ -47,6 +49,16 @@ setattr(FullyShardedDataParallelPlugin, "__post_init__", _on_cpu)  # noqa: B010
 # gloo can broadcast what is in memory; and what is there need not be moved there (torch would free it afterwards).
 setattr(_init_utils, "_check_module_states_for_sync_module_states", lambda _: None)  # noqa: B010
 setattr(FlatParamHandle, "to_cpu", lambda _: contextlib.nullcontext())  # noqa: B010
+
+_training_step = Trainer.training_step
+
+
+def _noted(trainer: Any, model: Any, *given: Any, **named: Any) -> Any:
+    print("training step of", type(model).__name__, file=sys.stderr)
+    return _training_step(trainer, model, *given, **named)
+
+
+setattr(Trainer, "training_step", _noted)  # noqa: B010
 
 if __name__ == "__main__":
     main()

@@ -7,22 +7,23 @@ logits either. `measure` is what `slicer convert` does (angular distance, last t
 `slicer analyze` does up to the tables. The rival is PruneMe's algorithm, reimplemented: for one block size n, a forward
 pass with output_hidden_states, and for every start the angular distance of the last non-padded token's states in
 hidden_states[l] and hidden_states[l + n]; each n is a separate run. It is timed for one n, and multiplied by all.
-The default model is the embedded one.
+Each round has another order; the first is a warm-up and is not counted. The default model is the embedded one.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
-import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from slicer.benchmarks.page import markdown_table
+from slicer.benchmarks.process import seconds_of
+from slicer.benchmarks.rivals.script import in_rounds, options
 from slicer.checkpoint.hub import DEMO
 from slicer.measure.distances import distance_tables, measure_loaded
 from slicer.measure.metrics import points_affordable
@@ -33,20 +34,14 @@ from slicer.progress import Progress
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=DEMO)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-    model = load_model(options.model, device=options.device)
+    defaults = {"model": DEMO, "device": "auto", "samples": 32, "seq_len": 256, "batch_size": 4, "rounds": 3}
+    given = options(__doc__, **defaults).parse_args()
+    model = load_model(given.model, device=given.device)
     device = model.get_input_embeddings().weight.device
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocabulary, (options.samples, options.seq_len), generator=generator)
-    batches = list(torch.split(tokens, options.batch_size))
+    tokens = torch.randint(vocabulary, (given.samples, given.seq_len), generator=generator)
+    batches = list(torch.split(tokens, given.batch_size))
     depth = model.config.get_text_config().num_hidden_layers
 
     def bare() -> None:
@@ -59,7 +54,7 @@ def main() -> None:
             walk = Walk.in_memory(model)
             width = model.config.get_text_config().hidden_size
             inside = sum(p.numel() for p in walk.layers.parameters())
-            points = points_affordable(depth + 1, width, options.samples, tokens.numel(), inside)
+            points = points_affordable(depth + 1, width, given.samples, tokens.numel(), inside)
             portion = Portion.of(batches)
             found = record(walk, portion, Path(scratch), positions=16, points=points, resumable=True)
             distance_tables(found, portion, Progress())
@@ -70,22 +65,14 @@ def main() -> None:
         "all metrics": everything,
         "one pass per n, a single n": lambda: one_n(model, batches, depth // 4),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for number in range(options.rounds + 1):  # round 0 is a warm-up
-        print(f"round {number} of {options.rounds}", file=sys.stderr)
-        for name, run in work.items():
-            started = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if number:
-                seconds[name].append(time.perf_counter() - started)
-    print(f"{depth} layers, {options.samples} sequences of {options.seq_len} tokens on {device}\n")
-    print("| | tokens/s | relative to a bare forward pass |\n|---|---|---|")
+    seconds = in_rounds({name: partial(seconds_of, call, device) for name, call in work.items()}, given.rounds)
+    print(f"{depth} layers, {given.samples} sequences of {given.seq_len} tokens on {device}\n")
+    rows = []
     for name, taken in seconds.items():
         ratios = [mine / other for mine, other in zip(taken, seconds["bare forward"], strict=True)]
-        rate = tokens.numel() / statistics.median(taken)
-        print(f"| {name} | {rate:,.0f} | {statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f}) |")
+        relative = f"{statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})"
+        rows.append([name, f"{tokens.numel() / statistics.median(taken):,.0f}", relative])
+    print(*markdown_table(["", "tokens/s", "relative to a bare forward pass"], rows), sep="\n")
     rival = statistics.median(seconds["one pass per n, a single n"]) * depth
     ours = statistics.median(seconds["all metrics"])
     print(

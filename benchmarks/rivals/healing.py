@@ -13,7 +13,7 @@ separately, and a single fold needs it too.
 from __future__ import annotations
 
 import argparse
-import resource
+import contextlib
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from slicer.benchmarks.process import peak_memory
+from slicer.benchmarks.rivals.script import options
 from slicer.checkpoint.hub import DEMO
 from slicer.checkpoint.reader import Checkpoint
 from slicer.data.calibration import token_batches
@@ -32,7 +34,8 @@ from slicer.measure.analysis import Distances
 from slicer.measure.distances import table
 from slicer.measure.metrics import angles
 from slicer.model.load import load_model
-from slicer.model.pruned import Edits, edited
+from slicer.model.pruned import Edits, pruned
+from slicer.model.verify import text_loss
 from slicer.model.walk import SourceActivations, Walk
 from slicer.plan.amounts import parse_amount, spell_layers
 from slicer.plan.blocks import select
@@ -40,76 +43,53 @@ from slicer.plan.plan import METRIC, Plan
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=DEMO)
+    defaults = {"drop": "2,4,6,8", "samples": 64, "seq_len": 512, "held_out_samples": 8, "ways": "transform,resolve"}
+    parser = options(__doc__, model=DEMO, **defaults, dtype="float32", device="auto")
     parser.add_argument("--calibration", action="append", default=[])
     parser.add_argument("--held-out", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument(
         "--halves", type=Path, metavar="FILE", help="Calibrate on every other paragraph, hold out the rest."
     )
-    parser.add_argument("--drop", default="2,4,6,8")
     parser.add_argument("--layers", help="Drop these layers instead of choosing, e.g. 10-13.")
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--held-out-samples", type=int, default=8)
-    parser.add_argument("--ways", default="transform,resolve")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device", default="auto")
-    options = parser.parse_args()
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="slicer-healing-") as scratch:
-        run(parser, options, Path(scratch))
+        run(parser, given, Path(scratch))
 
 
-def run(parser: argparse.ArgumentParser, options: argparse.Namespace, scratch: Path) -> None:
+def run(parser: argparse.ArgumentParser, given: argparse.Namespace, scratch: Path) -> None:
     """Print the table, row by row."""
-    if options.halves is not None:
-        paragraphs = options.halves.read_text("utf-8").split("\n\n")
+    if given.halves is not None:
+        paragraphs = given.halves.read_text("utf-8").split("\n\n")
         for name, part in (("fitted", paragraphs[::2]), ("held", paragraphs[1::2])):
             (scratch / f"{name}.txt").write_text("\n\n".join(part), "utf-8")
-        options.calibration.append(str(scratch / "fitted.txt"))
-        options.held_out.append(f"{options.halves.stem}={scratch / 'held.txt'}")
-    if not options.calibration or not options.held_out:
+        given.calibration.append(str(scratch / "fitted.txt"))
+        given.held_out.append(f"{given.halves.stem}={scratch / 'held.txt'}")
+    if not given.calibration or not given.held_out:
         parser.error("pass --calibration and --held-out, or --halves")
-    model = load_model(options.model, dtype=options.dtype, device=options.device)
-    checkpoint = Checkpoint.open(options.model)
-    walk, held_walk = Walk.in_memory(model), Walk.in_memory(model)
-    course, held_course = SourceActivations(1 << 62), SourceActivations(1 << 62)
+    model = load_model(given.model, dtype=given.dtype, device=given.device)
+    checkpoint = Checkpoint.open(given.model)
+    walk = Walk.in_memory(model)
+    activations = SourceActivations(1 << 62)
 
     def tokens(sources: list[str], samples: int, seed: int) -> torch.Tensor:
-        spec = TextSpec(",".join(sources), samples, options.seq_len, batch_size=samples, seed=seed)
-        return torch.cat(token_batches(spec, options.model, model).batches)
+        spec = TextSpec(",".join(sources), samples, given.seq_len, batch_size=samples, seed=seed)
+        return torch.cat(token_batches(spec, given.model, model).batches)
 
-    batches = list(tokens(options.calibration, options.samples, 0).split(4))
-    texts = dict(pair.split("=", 1) for pair in options.held_out)
-    held = {name: tokens([file], options.held_out_samples, 1) for name, file in texts.items()}
-    held_batches = [batch for part in held.values() for batch in part.split(4)]
+    batches = list(tokens(given.calibration, given.samples, 0).split(4))
+    texts = dict(pair.split("=", 1) for pair in given.held_out)
+    held = {name: tokens([file], given.held_out_samples, 1) for name, file in texts.items()}
     started = time.perf_counter()
-    distances = angular(walk, split(batches).batches, course)
+    distances = angular(walk, split(batches).batches, activations)
     print(f"activations of the source: {time.perf_counter() - started:.0f} s")
-    if options.layers is None:
-        cuts = [select(distances, int(n)).dropped for n in options.drop.split(",")]
+    if given.layers is None:
+        cuts = [select(distances, int(n)).dropped for n in given.drop.split(",")]
     else:
-        cuts = [parse_amount(options.layers).layers or ()]
+        cuts = [parse_amount(given.layers).layers or ()]
 
     def loss(dropped: Sequence[int], edits: Edits) -> list[float]:
-        """Nats a token on each held-out text, of the source without `dropped` and with `edits`."""
-        first = min([*dropped, *edits], default=walk.depth)
-        states = held_walk.start(held_batches)
-        while states.layer < first:
-            held_course.advance(held_walk, states.layer, states)
-        for i in range(first, walk.depth):
-            if i not in dropped:
-                with edited(held_walk.layers[i], edits.get(i)):
-                    held_walk.advance(i, states)
-            states.layer = i + 1
-        sums = [0.0] * len(held)
-        for b, batch in enumerate(held_batches):
-            for row in range(len(batch)):
-                logits = held_walk.head(batch[row : row + 1], states[b][row : row + 1])[0, :-1].float()
-                sums[b * len(held) // len(held_batches)] += float(
-                    torch.nn.functional.cross_entropy(logits, batch[row, 1:].to(logits.device))
-                )
-        return [total / options.held_out_samples for total in sums]
+        """Nats per token on each held-out text, of the source without `dropped` and with `edits`."""
+        with pruned(model, Plan.dropping(walk.depth, dropped), edits) if dropped else contextlib.nullcontext():
+            return [text_loss(model, [(row, row) for row in part.split(1)]) for part in held.values()]
 
     whole = loss((), {})
     names = list(held)
@@ -119,7 +99,7 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace, scratch: P
         bare = loss(dropped, {})
         gap = sum(bare) - sum(whole)
         show(dropped, "bare", bare, None, None)
-        for way in options.ways.split(","):
+        for way in given.ways.split(","):
             started = time.perf_counter()
             found = fold(
                 walk,
@@ -128,7 +108,7 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace, scratch: P
                 holds=holds(checkpoint),
                 solver=way,
                 written=written_dtype(checkpoint, None),
-                activations=course,
+                activations=activations,
             )
             seconds = time.perf_counter() - started
             now = loss(dropped, found.edits)
@@ -136,8 +116,7 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace, scratch: P
             for entry in found.report:
                 print("   ", entry, flush=True)
             print("   ", found.losses, flush=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"\npeak resident memory {peak:.1f} GB, {torch.get_num_threads()} threads")
+    print(f"\npeak resident memory {peak_memory(False) / 1e9:.1f} GB, {torch.get_num_threads()} threads")
 
 
 def show(dropped: Sequence[int], way: str, values: list[float], closed: float | None, seconds: float | None) -> None:
@@ -146,12 +125,12 @@ def show(dropped: Sequence[int], way: str, values: list[float], closed: float | 
     print(f"| {spell_layers(dropped)} | {way} | {' | '.join(cells)} |", flush=True)
 
 
-def angular(walk: Walk, batches: list[torch.Tensor], course: SourceActivations) -> Distances:
+def angular(walk: Walk, batches: list[torch.Tensor], activations: SourceActivations) -> Distances:
     """Angular distances of the last tokens; fills the activation cache that the folds use."""
     states = walk.start(batches)
     ends = [torch.cat([state[:, -1] for state in states])]
     for i in range(walk.depth):
-        course.advance(walk, i, states)
+        activations.advance(walk, i, states)
         ends.append(torch.cat([state[:, -1] for state in states]))
     return table(METRIC, angles(torch.stack(ends)), seq_len=batches[0].shape[1])
 

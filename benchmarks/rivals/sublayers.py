@@ -1,16 +1,14 @@
-"""Benchmark of dropping attention, feed-forward parts, whole layers or half-offset blocks, with each weight
-compensation.
+"""Benchmark of dropping attention, feed-forward sublayers, whole layers or half-offset blocks, with each repair.
 
     python -m slicer.benchmarks.rivals.sublayers --model DIR --calibration TEXT --held-out TEXT
         [--samples 32] [--seq-len 256] [--held-out-samples 16] [--rank 32] [--train-steps N]
-        [--shapley PASSES [--shapley-samples N]]
-        --out DIR
+        [--shapley PASSES [--shapley-samples N]] --out DIR
 
-Of each kind 1/6, 1/4 and 1/3 go, by angular distance at the last token on the calibration text, in one pass.
-Each cut is then judged by its loss on the held-out text: bare, with a constant, with a low-rank linear map
+1/6, 1/4 and 1/3 of each kind are dropped, chosen by angular distance at the last token of the calibration text, in one
+pass. For each cut the loss on the held-out text is measured: bare, with a constant, with a low-rank linear map
 (`slicer.heal.compensate.linear`) and folded (`slicer.heal.compensate.fold`), all fitted on the same calibration tokens;
-with --train-steps the linear map is also trained on them for so many steps. With
---shapley the attention parts are also chosen by leave-one-out loss and by Shapley values on the calibration text.
+with --train-steps the linear map is also trained on them for that many steps. With --shapley the attention sublayers
+are also chosen by leave-one-out loss and by Shapley values on the calibration text.
 Finished cells are kept in OUT/sublayers.json and not run again; the tables go to OUT/sublayers.md.
 """
 
@@ -24,6 +22,8 @@ from typing import Any
 
 import torch
 
+from slicer.benchmarks.page import markdown_table
+from slicer.benchmarks.rivals.script import options
 from slicer.checkpoint import hub
 from slicer.checkpoint.reader import Checkpoint
 from slicer.data.calibration import token_batches
@@ -36,6 +36,7 @@ from slicer.measure.distances import measure_halves
 from slicer.measure.shapley import Coalitions, leave_one_out, shapley
 from slicer.model.load import load_model
 from slicer.model.pruned import pruned
+from slicer.model.verify import text_loss
 from slicer.model.walk import Walk
 from slicer.plan.amounts import Amount, Goal
 from slicer.plan.blocks import rank_sublayers
@@ -50,19 +51,14 @@ TRAINED = "linear, trained"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    defaults = {"samples": 32, "held_out_samples": 16, "seq_len": 256, "batch_size": 4, "rank": 32, "dtype": "float32"}
+    parser = options(__doc__, **defaults)
     parser.add_argument("--model", required=True, help="directory, Hub id or demo")
     parser.add_argument("--calibration", required=True, help="text to choose and fit on")
     parser.add_argument("--held-out", required=True, help="text to measure the loss on")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--held-out-samples", type=int, default=16)
-    parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--train-steps", type=int, default=0, help="also train the linear maps for this many steps")
     parser.add_argument("--shapley", type=float, default=0, help="forward passes for Shapley values")
     parser.add_argument("--shapley-samples", type=int, help="calibration sequences for them [default: all]")
-    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, required=True)
     run(parser.parse_args())
 
@@ -128,16 +124,9 @@ def _cell(
     return {"loss": loss, "seconds": round(seconds, 1), "dropped": spell_dropped(plan)}
 
 
-@torch.inference_mode()
 def loss_of(model: Any, batches: Sequence[torch.Tensor]) -> float:
-    """Loss in nats per token."""
-    total, count = 0.0, 0
-    for batch in batches:
-        for row in batch.split(1):
-            logits = model(input_ids=row, use_cache=False).logits[0, :-1].float()
-            total += float(torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="sum"))
-            count += row.shape[1] - 1
-    return total / count
+    """Loss in nats per token, of one sequence at a time."""
+    return text_loss(model, [(row, row) for batch in batches for row in batch.split(1)])
 
 
 def _choices(
@@ -176,18 +165,16 @@ def tables(cells: dict[str, Any]) -> str:
     """Markdown tables: losses of every kind, fraction and method; and of the choices of attention, if measured."""
     whole = cells["whole model"]["loss"]
     ways = [way for way in (*WAYS[:3], TRAINED, WAYS[3]) if f"{KINDS[0]} {next(iter(FRACTIONS))} {way}" in cells]
-    lines = [f"Whole model: {whole:.3f} nats per token.", ""]
-    lines += ["| removed | " + " | ".join(ways) + " |", "|---|" + "---|" * len(ways)]
+    rows = []
     for kind in KINDS:
         for name in FRACTIONS:
-            row = [f"{cells[f'{kind} {name} {way}']['loss']:.3f}" for way in ways]
-            lines.append(f"| {name} of {kind}" if kind != "half-offset" else f"| {name}, half-offset")
-            lines[-1] += " | " + " | ".join(row) + " |"
+            label = f"{name}, half-offset" if kind == "half-offset" else f"{name} of {kind}"
+            rows.append([label, *(f"{cells[f'{kind} {name} {way}']['loss']:.3f}" for way in ways)])
+    lines = [f"Whole model: {whole:.3f} nats per token.", "", *markdown_table(["removed", *ways], rows)]
     if "importances" in cells:
         by = ("angular distance", "leave-one-out", "Shapley")
-        lines += ["", "| attention removed, chosen by | " + " | ".join(by) + " |", "|---|" + "---|" * len(by)]
-        for name in FRACTIONS:
-            lines.append(f"| {name} | " + " | ".join(f"{cells[f'by {b} {name}']['loss']:.3f}" for b in by) + " |")
+        rows = [[name, *(f"{cells[f'by {b} {name}']['loss']:.3f}" for b in by)] for name in FRACTIONS]
+        lines += ["", *markdown_table(["attention removed, chosen by", *by], rows)]
     return "\n".join(lines) + "\n"
 
 

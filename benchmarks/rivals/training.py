@@ -15,15 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
+from slicer.benchmarks.process import Peak, memory_of, peak_memory, run_module, synchronize
+from slicer.benchmarks.rivals.script import options
 from slicer.checkpoint.hub import DEMO
 
 WAYS = ("slicer", "bare")
@@ -31,34 +30,23 @@ _WARM = 2  # steps that are not timed
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=DEMO)
-    parser.add_argument("--calibration", default=str(DEMO.parent / "heldout.txt"))
+    parser = options(
+        __doc__, model=DEMO, calibration=str(DEMO.parent / "heldout.txt"), steps=12, seq_len=128, batch_size=2, rank=8,
+        compute="auto", gradient_checkpointing=False, rounds=3,
+    )  # fmt: skip
     parser.add_argument("--method", choices=["qlora", "lora"], default="qlora")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--compute", default="auto")
-    parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.steps < _WARM + 2:
         parser.error(f"--steps {given.steps}: the first {_WARM} are not timed; pass at least {_WARM + 2}")
-    if given.one:
-        print(json.dumps(_run(given, given.one)))
+    if given.worker:
+        way, work = given.worker
+        print(json.dumps(run(given, way, Path(work))))
         return
     best: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(prefix="slicer-training-") as work:
         for _ in range(given.rounds):
             for way in WAYS:
-                command = [sys.executable, "-m", "slicer.benchmarks.rivals.training", *sys.argv[1:], "--one", way]
-                done = subprocess.run([*command, "--work", work], capture_output=True, text=True)
-                if done.returncode:
-                    sys.exit(done.stderr[-2000:])
-                found = json.loads(done.stdout.splitlines()[-1])
+                found = run_module(way, "rivals.training", *sys.argv[1:], "--worker", way, work)
                 print(
                     f"{way:<8}{found['tokens_per_second']:>10.1f} tokens/s{found['peak_gb']:>8.2f} GB"
                     f"{found['taken_gb']:>8.2f} GB beyond the libraries{found['formula_gb']:>8.2f} GB by the formula",
@@ -71,7 +59,7 @@ def main() -> None:
     print(f"{given.method}: {ratio:.3f} x the tokens per second of the bare loop, {memory:.2f} x its peak memory")
 
 
-def _run(given: argparse.Namespace, way: str) -> dict[str, float]:
+def run(given: argparse.Namespace, way: str, work: Path) -> dict[str, float]:
     import torch
 
     from slicer.checkpoint.reader import Checkpoint
@@ -91,54 +79,29 @@ def _run(given: argparse.Namespace, way: str) -> dict[str, float]:
     on_gpu = torch.cuda.is_available()
     base = Checkpoint.open(given.model)
     settings, _ = resolve(asked, str(given.model), base.parameters, most_tokens=None, on_gpu=on_gpu)
-    corpus = prepare(TextSpec(given.calibration), settings.size, base, given.work / "corpus")
+    corpus = prepare(TextSpec(given.calibration), settings.size, base, work / "corpus")
     formula = needed(
         ModelShape.of(base.config), method=given.method, rank=given.rank,
         micro_batch=settings.micro_batch, seq_len=given.seq_len,
         gradient_checkpointing=given.gradient_checkpointing,
         bytes_a_value=getattr(torch, settings.compute).itemsize,
     )  # fmt: skip
-    with _Memory() as memory:
+    with Peak(lambda: memory_of("RssAnon")) as memory:
         model = adapters.load(base, settings, Compute())
         times = (
-            _slicer(model, corpus, settings, given.work / f"run-{os.getpid()}")
+            _slicer(model, corpus, settings, work / f"run-{os.getpid()}")
             if way == "slicer"
             else _bare(model, corpus, settings)
         )
     steps = len(times) - 1 - _WARM
     seconds = times[-1] - times[_WARM]
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory(on_gpu)
     return {
         "tokens_per_second": steps * given.batch_size * given.seq_len / seconds,
         "peak_gb": peak / 1e9,
-        "taken_gb": (peak if on_gpu else memory.taken) / 1e9,
+        "taken_gb": (peak if on_gpu else memory.most - memory.before) / 1e9,
         "formula_gb": formula["all"] / 1e9,
     }
-
-
-class _Memory:
-    """Peak anonymous memory of this process while open, beyond that at the start; bytes in `taken`."""
-
-    taken = 0
-
-    def __enter__(self) -> _Memory:
-        self._before, self._over = self._now(), threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.02):
-            self.taken = max(self.taken, self._now() - self._before)
-
-    @staticmethod
-    def _now() -> int:
-        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon"))
-        return int(line.split()[1]) * 1024
 
 
 def _slicer(model: Any, corpus: Any, settings: Any, work: Path) -> list[float]:
@@ -172,8 +135,7 @@ def _bare(model: Any, corpus: Any, settings: Any) -> list[float]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         times.append(time.monotonic())
     return times
 

@@ -32,26 +32,23 @@ def check(checkpoint: Checkpoint, config: Mapping[str, Any], plan: Plan) -> None
     `config` is config.json with transformers' defaults written out.
     """
     name = str(config.get("model_type"))
-    if any(".q_norm." in key or ".q_layernorm." in key for key in checkpoint.tensors):
-        raise ArchitectureError(
-            f"{name}: the blockwise form does not support normed queries and keys (QK-norm); {_ZEROED}"
-        )
     if name == MODEL_TYPE:
         raise ArchitectureError(
             f"{checkpoint.path}: already in the blockwise form; drop everything at once from the original"
         )
-    if name not in FAMILIES:
-        raise ArchitectureError(
-            f"{name}: the blockwise form supports only {', '.join(FAMILIES[:-1])} and {FAMILIES[-1]}; {_ZEROED}"
-        )
-    if config.get("hidden_act", "silu") != "silu":
-        raise ArchitectureError(
-            f"{name}: the blockwise form supports only silu, not {config['hidden_act']!r}; {_ZEROED}"
-        )
+    reason = None
+    if any(".q_norm." in key or ".q_layernorm." in key for key in checkpoint.tensors):
+        reason = "does not support normed queries and keys (QK-norm)"
+    elif name not in FAMILIES:
+        reason = f"supports only {', '.join(FAMILIES[:-1])} and {FAMILIES[-1]}"
+    elif config.get("hidden_act", "silu") != "silu":
+        reason = f"supports only silu, not {config['hidden_act']!r}"
+    if reason:
+        raise ArchitectureError(f"{name}: the blockwise form {reason}; {_ZEROED}")
     if plan.sublayers[0][0] in plan.no_attention:
         raise ArchitectureError(
-            f"the attention of layer {plan.sublayers[0][0]} cannot go: in the blockwise form the first layer needs its "
-            f"attention; choose others ({_ZEROED})"
+            f"the attention of layer {plan.sublayers[0][0]} cannot be dropped: in the blockwise form the first layer "
+            f"needs its attention; choose others ({_ZEROED})"
         )
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
     if heads % (kv_heads or heads):
@@ -61,24 +58,21 @@ def check(checkpoint: Checkpoint, config: Mapping[str, Any], plan: Plan) -> None
 def config_of(rewritten: Mapping[str, Any], expanded: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     """config.json of the blockwise form; `rewritten`: of the kept layers, `expanded`: of the source, with defaults."""
     merged = {**expanded, **rewritten}
-    name = merged["model_type"]
-    heads = merged["num_attention_heads"]
+    name, heads = merged["model_type"], merged["num_attention_heads"]
+    biased = name == "llama" and bool(merged.get("attention_bias"))
     group = heads // (merged.get("num_key_value_heads") or heads)
     config: dict[str, Any] = {"architectures": [STOCK_CLASS], "model_type": MODEL_TYPE}
     config |= {field: merged[field] for field in _FIELDS if field in merged}
     if config.get("head_dim") is None:
         config["head_dim"] = merged["hidden_size"] // heads
     config |= {
-        "attention_bias": name == "llama" and bool(merged.get("attention_bias")),
-        "qkv_bias": name == "qwen2" or (name == "llama" and bool(merged.get("attention_bias"))),
+        "attention_bias": biased,
+        "qkv_bias": name == "qwen2" or biased,
         "mlp_bias": name == "llama" and bool(merged.get("mlp_bias")),
     }
-    depth = len(plan.kept)
-    window = config.get("sliding_window")
-    if name == "mistral" and window is not None and not config.get("layer_types"):
-        config["layer_types"] = ["sliding_attention"] * depth
     if not config.get("layer_types"):
-        config["layer_types"] = ["full_attention"] * depth
+        windowed = name == "mistral" and config.get("sliding_window") is not None
+        config["layer_types"] = ["sliding_attention" if windowed else "full_attention"] * len(plan.kept)
     if "sliding_attention" not in config["layer_types"]:
         config["sliding_window"] = None
     blocks = []

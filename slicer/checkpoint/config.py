@@ -206,7 +206,7 @@ def sliced_config(
     config = kept_config(checkpoint, plan.kept, dtype=dtype, trust_remote_code=trust_remote_code)
     if not plan.below_layers:
         return config
-    sublayers.check_there(checkpoint, plan.no_attention, plan.no_ffn)
+    sublayers.check_there(checkpoint, plan)
     sublayers.check_joined(checkpoint, plan)
     if plan.form == "blockwise":
         expanded = expand_config(checkpoint.path, trust_remote_code=trust_remote_code)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from slicer.checkpoint import hub, tensors
 from slicer.checkpoint.hub import Source, open_source
 from slicer.checkpoint.reader import Checkpoint
-from slicer.checkpoint.sublayers import new_keys, tensors_of
+from slicer.checkpoint.sublayers import names_of, tensors_of
 from slicer.checkpoint.tensors import TensorSpan
 from slicer.errors import HealError, PlanError
 from slicer.plan.plan import Plan
@@ -55,13 +55,13 @@ def _check_source(cut: Checkpoint, whole: Checkpoint, plan: Plan) -> None:
             "pass the source it was sliced from with --base-model"
         )
     expected = tensors_of(whole, plan)
-    changed = set(new_keys(whole, plan, plan.healing.tensors if plan.healing else ()).values())
+    repaired = plan.healing.tensors if plan.healing else ()
+    changed = {new for key, new in names_of(whole, plan).items() if key in repaired}
     changed |= {key for record in plan.merged for key in record.tensors}
     if other := sorted(expected.keys() ^ cut.tensors.keys()):
         raise HealError(f"{whole.path}: is not the source of {cut.path}: tensor {other[0]} is in one only")
     for key, span in cut.tensors.items():
-        same = span.shape == expected[key].shape and (key in changed or _alike(span, expected[key]))
-        if not same:
+        if span.shape != expected[key].shape or not (key in changed or _alike(span, expected[key])):
             raise HealError(
                 f"{whole.path}: is not the source of {cut.path}: tensor {key} differs; pass the source it was sliced "
                 "from with --base-model"

@@ -71,8 +71,8 @@ def sliced(
     another shape.
     """
     tensors = {**sublayers.tensors_of(checkpoint.replacing(replaced), plan), **added}
-    names = sublayers.new_keys(checkpoint, plan, replaced)
-    repaired = {**{new: replaced[key] for key, new in names.items()}, **added}
+    names = sublayers.names_of(checkpoint, plan)
+    repaired = {**{new: replaced[key] for key, new in names.items() if key in replaced}, **added}
     changed = {key: span.make for key, span in repaired.items() if span.make is not None}
     cast = DTYPES[plan.dtype] if plan.dtype else None
     return Contents(tensors, config, checkpoint.path, checkpoint.metadata, changed, cast)

@@ -100,23 +100,22 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str] | tuple[str, 
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
-    offline = "and the Hub cannot be reached (offline or HF_HUB_OFFLINE is set)"
-    reasons: dict[type[Exception], str] = {  # the first that fits; some are children of later ones
-        hub.GatedRepoError: "gated; accept its licence on the Hub and set HF_TOKEN",
-        hub.RevisionNotFoundError: "the repository has no such revision; check the part after the @",
-        hub.RepositoryNotFoundError: "no such local directory or Hub repository (if it is private, set HF_TOKEN)",
-        hub.HFValidationError: "not a valid Hub id ({reason})",
-        hub.IncompleteSnapshotError: f"only partly in the Hub cache, {offline}; go online once to complete it",
-        hub.LocalEntryNotFoundError: f"no such local directory, not in the Hub cache, {offline}; go online or pass a "
-        "local directory",
-        Exception: "the download failed ({reason}); run the command again to resume it",
-    }
     try:
         return Path(
             snapshot_download(repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(_IGNORED))
         )
     except Exception as error:  # huggingface_hub chooses the HTTP library, and so the kinds of errors
-        words = next(words for kind, words in reasons.items() if isinstance(error, kind))
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        named = f"{repo}@{revision}" if revision else repo
-        raise HubError(f"{named}: {words.replace('{reason}', reason)}") from None
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        offline = "the Hub cannot be reached (offline or HF_HUB_OFFLINE is set); go online"
+        reasons = {  # a kind before those that it is derived from
+            hub.GatedRepoError: "gated; accept its licence on the Hub and set HF_TOKEN",
+            hub.RevisionNotFoundError: "the repository has no such revision; check the part after the @",
+            hub.RepositoryNotFoundError: "no such local directory or Hub repository (if it is private, set HF_TOKEN)",
+            hub.HFValidationError: f"not a valid Hub id ({first})",
+            hub.IncompleteSnapshotError: f"only partly in the Hub cache, and {offline} once to complete it",
+            hub.LocalEntryNotFoundError: "no such local directory, not in the Hub cache, and "
+            f"{offline} or pass a local directory",
+            Exception: f"the download failed ({first[:200]}); run the command again to resume it",
+        }
+        reason = next(words for kind, words in reasons.items() if isinstance(error, kind))
+        raise HubError(f"{repo}{f'@{revision}' if revision else ''}: {reason}") from None

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from slicer.checkpoint import tensors
 from slicer.checkpoint.architectures import table as architectures
 from slicer.checkpoint.tensors import DTYPE_BITS, TensorSpan
 from slicer.errors import SourceError
@@ -65,10 +66,12 @@ class Checkpoint:
         else:
             files = _loose_files(path) if name is None else [name]
         if is_bin:
-            tensors, metadata = _bin_tensors(path, files), {"format": "pt"}
+            by_file, metadata = {file: _bin_tensors(inside(path, file)) for file in files}, {"format": "pt"}
         else:
-            tensors, metadata = _safetensors(path, files)
-        found = _merge(path, tensors, weight_map)
+            headers = {file: read_header(inside(path, file)) for file in files}
+            by_file = {file: spans for file, (spans, _) in headers.items()}
+            metadata = next((found for _, found in headers.values() if found), {})
+        found = _merge(path, by_file, weight_map)
         if not found:
             raise SourceError(f"{path}: no tensors in the weight files; fetch the checkpoint again")
         return cls(path, config, found, metadata, is_bin)
@@ -90,14 +93,13 @@ class Checkpoint:
 
     @cached_property
     def layers(self) -> list[dict[str, TensorSpan]]:
-        """For every layer: name within the layer -> tensor."""
-        found: list[dict[str, TensorSpan]] = [{} for _ in range(self.depth)]
+        """For every decoder layer: name within the layer -> span."""
+        layers: list[dict[str, TensorSpan]] = [{} for _ in range(self.depth)]
         pattern = re.compile(re.escape(self.layer_prefix) + r"(\d+)\.(.*)")
         for key, span in self.tensors.items():
-            match = pattern.match(key)
-            if match and int(match[1]) < self.depth:
-                found[int(match[1])][match[2]] = span
-        return found
+            if (match := pattern.match(key)) and int(match[1]) < self.depth:
+                layers[int(match[1])][match[2]] = span
+        return layers
 
     @property
     def plan(self) -> Plan | None:
@@ -111,24 +113,18 @@ class Checkpoint:
 
     def bytes_as(self, dtype: str | None = None) -> int:
         """Bytes of all tensors once loaded as `dtype`, a torch name; None or "auto": as stored."""
-        if dtype is None or dtype == "auto":
-            return self.total_bytes
-        import torch
-
-        from slicer.checkpoint import tensors
-
-        name = tensors.dtype_name(torch.empty(0, dtype=getattr(torch, dtype)))
+        name = None if dtype in (None, "auto") else tensors.dtype_name(dtype)
         return sum(span.cast(name)[1] for span in self.tensors.values())
 
     @cached_property
     def identity(self) -> str:
         """A hash of the config and of where every tensor lies, with the files' dates: no byte of them is read."""
         changed = {span.file: span.file.stat().st_mtime_ns for span in self.tensors.values()}
-        tensors = [
+        places = [
             [key, span.file.name, span.dtype, span.shape, span.start, changed[span.file]]
             for key, span in self.tensors.items()
         ]
-        return hashlib.sha256(json.dumps([self.config, tensors], sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([self.config, places], sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def parameters(self) -> int:
@@ -153,10 +149,8 @@ class Checkpoint:
 
     def check_layers(self) -> None:
         """Raise SourceError unless there are tensors of all `depth` layers."""
-        pattern = re.compile(re.escape(self.layer_prefix) + r"(\d+)\.")
-        present = {int(m[1]) for key in self.tensors if (m := pattern.match(key))}
-        for i in range(self.depth):
-            if i not in present:
+        for i, layer in enumerate(self.layers):
+            if not layer:
                 raise SourceError(
                     f"{self.path}: config.json has {self.depth} layers, but there is no tensor named "
                     f"{self.layer_prefix}{i}.*; use a config and weights that belong together"
@@ -226,12 +220,10 @@ def _loose_files(path: Path) -> list[str]:
     numbered = [m for n in names if (m := re.fullmatch(r"(.+)-(\d+)-of-(\d+)\.safetensors", n))]
     if numbered:
         stem, total = numbered[0][1], int(numbered[0][3])
-        wanted = {i: None for i in range(1, total + 1)}
-        have = {int(m[2]) for m in numbered if m[1] == stem and int(m[3]) == total}
-        missing = [i for i in wanted if i not in have]
-        if missing:
+        shards = {int(m[2]): m[0] for m in numbered if m[1] == stem and int(m[3]) == total}
+        if missing := [i for i in range(1, total + 1) if i not in shards]:
             raise SourceError(f"{path}: shard {missing[0]} of {total} is missing; fetch it")
-        return [m[0] for m in numbered if m[1] == stem and int(m[3]) == total]
+        return list(shards.values())
     if len(names) == 1:
         return names
     if names:
@@ -239,15 +231,6 @@ def _loose_files(path: Path) -> list[str]:
     others = sorted(p.name for p in path.iterdir() if p.suffix in {".gguf", ".pth", ".pt", ".h5", ".msgpack", ".onnx"})
     found = f"; {others[0]} is not a supported format" if others else ""
     raise SourceError(f"{path}: no weights ({SINGLE}, {INDEX} or {BIN}){found}")
-
-
-def _safetensors(path: Path, names: list[str]) -> tuple[dict[str, dict[str, TensorSpan]], dict[str, str]]:
-    tensors: dict[str, dict[str, TensorSpan]] = {}
-    metadata: dict[str, str] = {}
-    for name in names:
-        tensors[name], found = read_header(inside(path, name))
-        metadata = metadata or found
-    return tensors, metadata
 
 
 def read_header(file: Path) -> tuple[dict[str, TensorSpan], dict[str, str]]:
@@ -308,27 +291,21 @@ def _span(file: Path, key: str, entry: Any, data_start: int) -> TensorSpan:
     return TensorSpan(file, dtype, shape, data_start + start, data_start + end)
 
 
-def _bin_tensors(path: Path, names: list[str]) -> dict[str, dict[str, TensorSpan]]:
-    from slicer.checkpoint import tensors
-
+def _bin_tensors(file: Path) -> dict[str, TensorSpan]:
     return {
-        name: {
-            key: TensorSpan(path / name, tensors.dtype_name(tensor), tuple(tensor.shape), 0, tensor.nbytes, key)
-            for key, tensor in tensors.load(inside(path, name)).items()
-        }
-        for name in names
+        key: TensorSpan(file, tensors.dtype_name(tensor.dtype), tuple(tensor.shape), 0, tensor.nbytes, key)
+        for key, tensor in tensors.load(file).items()
     }
 
 
 def _merge(
-    path: Path, tensors: dict[str, dict[str, TensorSpan]], weight_map: dict[str, str] | None
+    path: Path, by_file: dict[str, dict[str, TensorSpan]], weight_map: dict[str, str] | None
 ) -> dict[str, TensorSpan]:
     """Key -> span over all files; an index must agree with the files."""
     merged: dict[str, TensorSpan] = {}
-    for name, spans in tensors.items():
+    for name, spans in by_file.items():
         for key, span in spans.items():
-            owner = weight_map.get(key, name) if weight_map is not None else name
-            if owner != name:
+            if weight_map is not None and weight_map.get(key, name) != name:
                 continue
             if key in merged:
                 raise SourceError(f"{path}: tensor {key} is in {merged[key].file.name} and in {name}; keep one")

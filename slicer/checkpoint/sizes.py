@@ -51,7 +51,7 @@ def measure_sizes(checkpoint: Checkpoint, kept: Iterable[int] | None = None, cas
     tensors, layers = checkpoint.tensors, checkpoint.layers[: len(stay)]
     config = architectures.text_config(checkpoint.config)
     share = _expert_share(config)
-    flops = _head_parameters(tensors, config)
+    flops = _head_parameters(tensors)
     for layer in layers:
         for name, span in layer.items():
             if len(span.shape) >= 2:
@@ -80,7 +80,7 @@ def _expert_share(config: Mapping[str, Any]) -> float:
     return active / total if isinstance(total, int) and isinstance(active, int) and total else 1.0
 
 
-def _head_parameters(tensors: Mapping[str, TensorSpan], config: Mapping[str, Any]) -> int:
+def _head_parameters(tensors: Mapping[str, TensorSpan]) -> int:
     """Matrix parameters of the output head; a tied head uses the embedding."""
     for pattern in (
         r"(^|\.)(lm_head|embed_out|output)\.weight$",
@@ -136,7 +136,7 @@ class Inspection:
             "dtypes": list(self.dtypes),
             "files": self.files,
             **self.sizes.to_dict(),
-            "plan": None if self.plan is None else self.plan.to_dict(),
+            "plan": self.plan and self.plan.to_dict(),
         }
 
 

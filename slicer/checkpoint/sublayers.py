@@ -8,15 +8,20 @@ feed-forward. Standard library only.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING
 
+from slicer.checkpoint import tensors
 from slicer.checkpoint.architectures import table as architectures
 from slicer.checkpoint.architectures.table import ATTENTION_OUTPUTS, EXPERT_OUTPUTS, FEED_FORWARD_OUTPUTS
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.tensors import TensorSpan
 from slicer.errors import ArchitectureError, PlanError
 from slicer.plan.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
 
 ATTENTION, FEED_FORWARD = "attention", "feed-forward"
 _ATTENTION = {
@@ -31,8 +36,7 @@ _FEED_FORWARD_NORMS = {
     *("ln_mlp",),
 }
 _FEED_FORWARD = {*architectures.FEED_FORWARDS, "fc1", "emulated_end"}
-# Config fields for attention and feed-forward parts that read the same input (parallel); the first one, GPT-NeoX's,
-# is true if absent.
+# Config fields for attention and feed-forward parts that read the same input (parallel).
 _PARALLEL = ("use_parallel_residual", "parallel_attn", "new_decoder_architecture")
 
 
@@ -57,14 +61,18 @@ def split(layer: Mapping[str, TensorSpan]) -> dict[str, dict[str, TensorSpan]]:
     siblings = {name.partition(".")[0] for name in layer}
     found: dict[str, dict[str, TensorSpan]] = {ATTENTION: {}, FEED_FORWARD: {}}
     for name, span in layer.items():
-        part = part_of(name.partition(".")[0], siblings)
-        if part is None:
-            raise ArchitectureError(
-                f"tensor {name} of a layer belongs to neither attention nor feed-forward part; drop whole layers of "
-                "this model (--drop, --offset whole)"
-            )
-        found[part][name] = span
+        found[_part(name, siblings)][name] = span
     return found
+
+
+def _part(name: str, siblings: Collection[str]) -> str:
+    part = part_of(name.partition(".")[0], siblings)
+    if part is None:
+        raise ArchitectureError(
+            f"tensor {name} of a layer belongs to neither attention nor feed-forward part; drop whole layers of this "
+            "model (--drop, --offset whole)"
+        )
+    return part
 
 
 def adds_directly(checkpoint: Checkpoint) -> bool:
@@ -80,9 +88,9 @@ def adds_directly(checkpoint: Checkpoint) -> bool:
 def check_joinable(checkpoint: Checkpoint) -> None:
     """Raise ArchitectureError unless feed-forward follows attention: only then can halves of two layers be joined."""
     config = architectures.text_config(checkpoint.config)
+    neox = config.get("model_type") == "gpt_neox"  # parallel unless its config denies it
     reason = None
-    neox = config.get("model_type") == "gpt_neox"
-    if any(config.get(name, neox and name == _PARALLEL[0]) for name in _PARALLEL):
+    if any(config.get(name, neox and name == "use_parallel_residual") for name in _PARALLEL):
         reason = "its attention and feed-forward part run in parallel"
     for i, layer in enumerate(checkpoint.layers):
         parts = split(layer)
@@ -102,12 +110,11 @@ def check_joined(checkpoint: Checkpoint, plan: Plan) -> None:
     if not plan.joined:
         return
     check_joinable(checkpoint)
-    layers = checkpoint.layers
     for i, j in plan.joined:
-        one, other = (split(layers[k])[FEED_FORWARD] for k in (i, j))
-        shapes = [{name: span.shape for name, span in part.items()} for part in (one, other)]
-        if shapes[0] != shapes[1]:
-            name = sorted(shapes[0].items() ^ shapes[1].items())[0][0]
+        parts = [split(checkpoint.layers[k])[FEED_FORWARD] for k in (i, j)]
+        one, other = ({(name, span.shape) for name, span in part.items()} for part in parts)
+        if one != other:
+            name = min(one ^ other)[0]
             raise ArchitectureError(
                 f"the feed-forward part of layer {j} cannot replace that of layer {i}: they are of different "
                 f"kinds ({name}); choose another cut, or --offset whole"
@@ -119,87 +126,64 @@ def tensors_of(checkpoint: Checkpoint, plan: Plan) -> dict[str, TensorSpan]:
 
     The zeroed form drops only whole layers, and sets the output matrices of other removed sublayers to zero.
     """
-    if not plan.below_layers:
-        return checkpoint.sliced(plan.kept)
     zeroed = set(zeroed_keys(checkpoint, plan)) if plan.form == "zeroed" else set()
     found = {}
     for key, new in names_of(checkpoint, plan).items():
         span = checkpoint.tensors[key]
-        found[new] = span.made(key, _zeros(span)) if key in zeroed else span
+        found[new] = span.made(key, partial(_zeros, span)) if key in zeroed else span
     return found
 
 
 def names_of(checkpoint: Checkpoint, plan: Plan) -> dict[str, str]:
     """Raw key of the source -> its key in what `plan` leaves, of those that stay."""
-    attention = {i: at for at, (i, _) in enumerate(plan.sublayers)}
-    ffn = {j: at for at, (_, j) in enumerate(plan.sublayers)}
-    if plan.form != "zeroed":
-        for i in plan.no_attention:
-            del attention[i]
-        for j in plan.no_ffn:
-            del ffn[j]
+    zeroed = plan.form == "zeroed"
+    homes = {
+        ATTENTION: {i: at for at, (i, _) in enumerate(plan.sublayers) if zeroed or i not in plan.no_attention},
+        FEED_FORWARD: {j: at for at, (_, j) in enumerate(plan.sublayers) if zeroed or j not in plan.no_ffn},
+    }
     siblings = [{name.partition(".")[0] for name in layer} for layer in checkpoint.layers]
     prefix, found = checkpoint.layer_prefix, {}
-    for key, span in checkpoint.tensors.items():
+    for key in checkpoint.tensors:
         new = architectures.slice_key(key, prefix, plan.kept, plan.depth)
         match = re.match(re.escape(prefix) + r"(\d+)\.(.*)", key)
         if plan.below_layers and match and int(match[1]) < checkpoint.depth:
             i, name = int(match[1]), match[2]
-            part = part_of(name.partition(".")[0], siblings[i])
-            if part is None and not (plan.form == "zeroed" and not plan.joined):
-                split({name: span})  # raises the reason
-            at = (ffn if part == FEED_FORWARD else attention).get(i)
+            whole = zeroed and not plan.joined  # both sublayers have the same place
+            at = homes[ATTENTION if whole else _part(name, siblings[i])].get(i)
             new = None if at is None else f"{prefix}{at}.{name}"
         if new is not None:
             found[key] = new
     return found
 
 
-def new_keys(checkpoint: Checkpoint, plan: Plan, keys: Iterable[str]) -> dict[str, str]:
-    """Raw key of the source -> its key in what `plan` leaves, of those among `keys` that stay."""
-    names = names_of(checkpoint, plan)
-    return {key: names[key] for key in keys if key in names}
+def _zeros(span: TensorSpan) -> torch.Tensor:
+    import torch
+
+    return torch.zeros(span.shape, dtype=tensors.torch_dtype(span.dtype))
 
 
-def _zeros(span: TensorSpan) -> Callable[[], Any]:
-    def make() -> Any:
-        import torch
-
-        from slicer.checkpoint.tensors import torch_dtype
-
-        return torch.zeros(span.shape, dtype=torch_dtype(span.dtype))
-
-    return make
+def _outputs(checkpoint: Checkpoint, plan: Plan) -> Iterator[tuple[int, str, list[str]]]:
+    """(layer, sublayer in words, its output matrices by name within the layer) of what `plan` removes below layers."""
+    for i in plan.no_attention:
+        yield i, "attention", [n for n in checkpoint.layers[i] if n.rpartition(".")[0] in ATTENTION_OUTPUTS]
+    experts = re.compile("|".join(rf"(^|\.){pattern}$" for pattern, _ in EXPERT_OUTPUTS))
+    for i in plan.no_ffn:
+        names = [n for n in checkpoint.layers[i] if n.rpartition(".")[0] in FEED_FORWARD_OUTPUTS or experts.search(n)]
+        yield i, "feed-forward part", names
 
 
 def zeroed_keys(checkpoint: Checkpoint, plan: Plan) -> list[str]:
     """Raw keys of the output matrices of removed sublayers. Raises ArchitectureError if a sublayer has none."""
     found: list[str] = []
-    layers = checkpoint.layers
-    for gone, outputs, what in (
-        (plan.no_attention, ATTENTION_OUTPUTS, "attention"),
-        (plan.no_ffn, FEED_FORWARD_OUTPUTS, "feed-forward part"),
-    ):
-        for i in gone:
-            names = [name for name in layers[i] if name.rpartition(".")[0] in outputs]
-            if gone is plan.no_ffn:
-                experts = [p for p, _ in EXPERT_OUTPUTS]
-                names += [n for n in layers[i] if any(re.search(rf"(^|\.){p}$", n) for p in experts)]
-            if not names:
-                raise ArchitectureError(f"layer {i}: its {what} has no known output matrix to set to zero; keep it")
-            found += [f"{checkpoint.layer_prefix}{i}.{name}" for name in dict.fromkeys(names)]
+    for i, what, names in _outputs(checkpoint, plan):
+        if not names:
+            raise ArchitectureError(f"layer {i}: its {what} has no known output matrix to set to zero; keep it")
+        found += [f"{checkpoint.layer_prefix}{i}.{name}" for name in names]
     return found
 
 
-def check_there(checkpoint: Checkpoint, attention: Iterable[int], ffn: Iterable[int]) -> None:
-    """Raise PlanError for a sublayer that the source already lacks."""
-    layers = checkpoint.layers
-    for what, gone, outputs in (
-        ("attention", attention, ATTENTION_OUTPUTS),
-        ("feed-forward part", ffn, (*FEED_FORWARD_OUTPUTS,)),
-    ):
-        for i in gone:
-            names = {name.rpartition(".")[0] for name in layers[i]}
-            experts = what != "attention" and any("expert" in name for name in names)
-            if not names.intersection(outputs) and not experts:
-                raise PlanError(f"layer {i} of {checkpoint.path} has no {what} to drop; choose another layer")
+def check_there(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Raise PlanError if `plan` removes a sublayer that the source already lacks."""
+    for i, what, names in _outputs(checkpoint, plan):
+        if not names:
+            raise PlanError(f"layer {i} of {checkpoint.path} has no {what} to drop; choose another layer")

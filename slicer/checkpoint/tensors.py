@@ -17,11 +17,24 @@ from slicer.errors import SourceError
 if TYPE_CHECKING:
     import torch
 
-
-_NAMES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+DTYPES = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+}  # torch name -> safetensors name, of what can be asked
+_NAMES = DTYPES | {
+    "float64": "F64", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
 }  # fmt: skip
+DTYPE_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+FLOATS = ("F64", "F32", "F16", "BF16")
 _CHUNK = 4 << 20  # elements per step, to limit memory use
 
 
@@ -42,9 +55,9 @@ def load(file: Path) -> dict[str, torch.Tensor]:
     return content
 
 
-def dtype_name(tensor: torch.Tensor) -> str:
-    """The safetensors name of the tensor's dtype. Raises SourceError if the format does not support it."""
-    name = str(tensor.dtype).removeprefix("torch.")
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """The safetensors name of a torch dtype, or of its name. Raises SourceError if the format does not support it."""
+    name = str(dtype).removeprefix("torch.")
     if name not in _NAMES:
         raise SourceError(f"a tensor has the dtype {name}, which safetensors does not support; convert the checkpoint")
     return _NAMES[name]
@@ -63,10 +76,8 @@ def chunks(span: TensorSpan, dtype: str) -> Iterator[bytes]:
     import torch
 
     if span.key is not None:
-        flat = _content(span).flatten()
-        for start in range(0, flat.numel(), _CHUNK):
-            piece = flat[start : start + _CHUNK].to(torch_dtype(dtype))
-            yield piece.view(torch.uint8).numpy().tobytes()
+        for piece in torch.split(_content(span).flatten(), _CHUNK):
+            yield piece.to(torch_dtype(dtype)).view(torch.uint8).numpy().tobytes()
         return
     old = torch_dtype(span.dtype)
     with open(span.file, "rb") as stream:
@@ -74,11 +85,11 @@ def chunks(span: TensorSpan, dtype: str) -> Iterator[bytes]:
         for start in range(span.start, span.end, size):
             stream.seek(start)
             block = bytearray(stream.read(min(size, span.end - start)))
-            yield (torch.frombuffer(block, dtype=old).to(torch_dtype(dtype)).view(torch.uint8).numpy().tobytes())
+            yield torch.frombuffer(block, dtype=old).to(torch_dtype(dtype)).view(torch.uint8).numpy().tobytes()
 
 
 def _content(span: TensorSpan) -> torch.Tensor:
-    """A tensor that does not lie in a safetensors file: the one place where what is written comes to the CPU."""
+    """A tensor that is not in a safetensors file, on the CPU; computed ones pass here before they are written."""
     assert span.key is not None
     tensor = load(span.file)[span.key] if span.make is None else span.make()
     return tensor.detach().cpu().contiguous()
@@ -92,21 +103,6 @@ def read(span: TensorSpan) -> torch.Tensor:
         return _content(span).clone()
     block = bytearray(b"".join(chunks(span, span.dtype)))
     return torch.frombuffer(block, dtype=torch_dtype(span.dtype)).view(span.shape)
-
-
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-
-
-DTYPE_BITS = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
-    **dict.fromkeys(("U32", "I32", "F32"), 32),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-}
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from slicer.checkpoint.reader import INDEX, SINGLE
-from slicer.checkpoint.tensors import TensorSpan
+from slicer.checkpoint.tensors import TensorSpan, chunks
 from slicer.runtime.files import BLOCK, copy_range, reserve, shares_blocks
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -44,7 +44,7 @@ def write_tensors(
     """Copy `tensors` (new key -> span of the source) into safetensors shards in `directory`.
 
     One shard is `model.safetensors`; several come with `model.safetensors.index.json`. Floating-point tensors are
-    cast to `cast` (a safetensors dtype) where one is given. `progress` is told the bytes of every piece written.
+    cast to `cast` (a safetensors dtype) where one is given. `progress` gets the bytes of every piece written.
     Returns the shard files.
     """
     shards = plan_shards(tensors, max_shard_bytes, cast)
@@ -89,8 +89,8 @@ def _write_shard(
             if first.key is not None or dtype != first.dtype:
                 position = _write_through_torch(first, dtype, target, position, progress)
             else:
-                copied = (first.file, first.start, end, target, position)
-                position = copy_range(*copied, shared=shared, progress=progress)
+                place = (first.file, first.start, end, target, position)
+                position = copy_range(*place, shared=shared, progress=progress)
 
 
 def _runs(shard: Mapping[str, TensorSpan], cast: str | None) -> Iterator[tuple[TensorSpan, int]]:
@@ -110,9 +110,7 @@ def _runs(shard: Mapping[str, TensorSpan], cast: str | None) -> Iterator[tuple[T
 
 def _write_through_torch(span: TensorSpan, dtype: str, target: int, position: int, progress: Progress) -> int:
     """Write the tensor as `dtype` at `position`; returns where it ends."""
-    from slicer.checkpoint import tensors
-
-    for block in tensors.chunks(span, dtype):
+    for block in chunks(span, dtype):
         written = 0
         while written < len(block):
             written += os.pwrite(target, block[written:], position + written)

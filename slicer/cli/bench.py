@@ -71,8 +71,8 @@ def bench(context: click.Context, /, base: str | None, sliced: tuple[str, ...], 
     slicer bench BASE --drop 0,4,8,12          shapes of cuts of BASE with random weights
     slicer bench --model-config config.json    the same from a config alone
     """
-    from slicer.benchmarks.bench import Request
     from slicer.benchmarks.bench import bench as run
+    from slicer.benchmarks.workload import Request
     from slicer.cli.render import progress as bars
     from slicer.cli.render import written
     from slicer.plan.amounts import parse_counts, parse_size

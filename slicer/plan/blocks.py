@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 from slicer.errors import PlanError
 from slicer.plan.amounts import spell_layers
@@ -131,12 +131,13 @@ def best_cuts(
     if not 0 < n < depth:
         raise PlanError(f"cannot drop {n} of {depth} layers; drop between 1 and {depth - 1}")
     rows = {size: distances.block(size) for size in distances.sizes if size <= n}
-    free = _free_runs(depth, protect)
-    # Of layer i on: (left to drop, blocks left) -> the best [(sum, (first block, continuation) or None)].
-    after: list[dict[tuple[int, int], list[tuple[float, _Chain]]]] = [{} for _ in range(depth + 2)]
+    free = [0] * (depth + 1)  # how many layers from each on are not protected
+    # From layer i on: (left to drop, blocks left) -> the best [(sum, the blocks)].
+    after: list[dict[tuple[int, int], list[tuple[float, tuple[Block, ...]]]]] = [{} for _ in range(depth + 2)]
     for k in range(blocks + 1):
-        after[depth][0, k] = after[depth + 1][0, k] = [(0.0, None)]
+        after[depth][0, k] = after[depth + 1][0, k] = [(0.0, ())]
     for i in range(depth - 1, -1, -1):
+        free[i] = 0 if i in protect else free[i + 1] + 1
         for left in range(n + 1):
             for k in range(blocks + 1):
                 # Keeping i comes first, so that of equals the deeper blocks win.
@@ -145,41 +146,18 @@ def best_cuts(
                     if not k or size > left or size > free[i] or math.isnan(row[i]):
                         continue
                     rest = after[i + size + 1].get((left - size, k - 1), ())
-                    found += [(row[i] + total, (Block(i, size, float(row[i])), chain)) for total, chain in rest]
+                    found += [(row[i] + total, (Block(i, size, float(row[i])), *others)) for total, others in rest]
                 if found:
                     found.sort(key=lambda entry: entry[0])
                     after[i][left, k] = found[:count]
-    ends = after[0].get((n, blocks))
-    if not ends:
+    if (n, blocks) not in after[0]:
+        first, *_, last = (*distances.sizes, distances.sizes[-1])
         raise PlanError(
-            f"no way to drop {n} of {depth} layers in at most {blocks} blocks of {_sizes(distances)} layers "
-            f"without the protected ones; allow more --blocks, protect fewer or drop less"
+            f"no way to drop {n} of {depth} layers in at most {blocks} blocks of "
+            f"{first}{f' to {last}' if last != first else ''} layers without the protected ones; "
+            "allow more --blocks, protect fewer or drop less"
         )
-    return [Cut(_unchain(chain)) for _, chain in ends]
-
-
-_Chain: TypeAlias = "tuple[Block, _Chain] | None"  # the first block, and those after it
-
-
-def _unchain(chain: _Chain) -> tuple[Block, ...]:
-    blocks: list[Block] = []
-    while chain is not None:
-        blocks.append(chain[0])
-        chain = chain[1]
-    return tuple(blocks)
-
-
-def _free_runs(depth: int, protect: Collection[int]) -> list[int]:
-    """How many layers from each on are not protected."""
-    runs = [0] * (depth + 1)
-    for i in range(depth - 1, -1, -1):
-        runs[i] = 0 if i in protect else runs[i + 1] + 1
-    return runs
-
-
-def _sizes(distances: MeasuredDistances) -> str:
-    sizes = list(distances.sizes)
-    return f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]}"
+    return [Cut(cut) for _, cut in after[0][n, blocks]]
 
 
 def doubt(distances: MeasuredDistances, best: Cut, other: Cut) -> Doubt | None:

@@ -116,11 +116,8 @@ class Processes:
             whole[first : first + len(part)] = part
         flat = torch.cat([whole.view(-1).view(torch.uint8) for whole in joined])
         torch.distributed.all_reduce(flat)
-        at = 0
-        for index, whole in enumerate(joined):
-            joined[index] = flat[at : at + whole.nbytes].view(whole.dtype).view(whole.shape)
-            at += whole.nbytes
-        return joined
+        pieces = torch.split(flat, [whole.nbytes for whole in joined])
+        return [piece.view(whole.dtype).view(whole.shape) for piece, whole in zip(pieces, joined, strict=True)]
 
     def agree(self, value: Any) -> Any:
         """The first process's `value` (picklable), in every process."""
@@ -137,16 +134,19 @@ class Processes:
 
         A SlicerError that it raises there is raised in all of them.
         """
+        global _working_alone
         result: Any = None
         failure: SlicerError | None = None
         if self.is_first:
+            before, _working_alone = _working_alone, True
             try:
-                with _at_work():
-                    result = work()
+                result = work()
             except SlicerError as error:
                 if self.world == 1:
                     raise
                 failure = error
+            finally:
+                _working_alone = before
         failure, result = self.agree((failure, result))
         if failure is not None:
             raise failure
@@ -168,19 +168,8 @@ class Processes:
 
     def leave(self) -> None:
         """Leave the group; every process calls this at its end."""
-        if self.world == 1:
-            return
-        import torch
+        if self.world > 1:
+            import torch
 
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
-
-@contextlib.contextmanager
-def _at_work() -> Iterator[None]:
-    global _working_alone
-    before, _working_alone = _working_alone, True
-    try:
-        yield
-    finally:
-        _working_alone = before
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()

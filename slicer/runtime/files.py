@@ -129,10 +129,8 @@ def _remove_abandoned(parent: Path, name: str) -> None:
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return error.errno != errno.ESRCH  # it may be another user's
     return True
 
 

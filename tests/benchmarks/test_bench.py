@@ -18,8 +18,9 @@ from cuts import export
 
 from slicer import demo
 from slicer.benchmarks import contestants, machine, speculative, transformers_engine, workload
-from slicer.benchmarks.bench import ROUNDS, Request, bench
+from slicer.benchmarks.bench import bench
 from slicer.benchmarks.harness import RUNS, Store, run_rounds
+from slicer.benchmarks.workload import ROUNDS, Request
 from slicer.checkpoint.reader import Checkpoint
 from slicer.cli.main import main
 from slicer.errors import BenchError, OutputError, SlicerError, UsageError
@@ -143,7 +144,7 @@ def test_a_stopped_run_goes_on_where_it_was(ideal: list[str], tmp_path: Path, mo
 
 
 def test_every_depth_is_measured_several_times_unless_told_otherwise(ideal: list[str]) -> None:
-    result = bench(Request(base="demo", drops=("0", "3", "6"), engine="transformers"))
+    result = bench(Request(base="demo", drops="0,3,6", engine="transformers"))
     (times,) = set(Counter(ideal).values())
     assert times > 1 and len(result["runs"]) == 3 * times and result["rounds"] == times
 
@@ -187,17 +188,17 @@ def test_cuts_are_those_that_the_config_can_express(tmp_path: Path) -> None:
 def test_the_workload_fits_the_context() -> None:
     [model] = contestants.checkpoints("demo", (), "bfloat16")
     short = contestants.Contestant(**vars(model) | {"context": 64})
-    work = workload.choose([short], engine="vllm", on_cpu=True, dtype="bfloat16")
+    work = workload.choose([short], Request(), on_cpu=True, dtype="bfloat16")
     assert work.input_len + work.output_len + 16 <= 64
     with pytest.raises(BenchError, match="context of 64"):
-        workload.choose([short], engine="vllm", on_cpu=True, dtype="bfloat16", input_len=60)
+        workload.choose([short], Request(input_len=60), on_cpu=True, dtype="bfloat16")
 
 
 def test_what_does_not_fit_in_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     models = contestants.checkpoints("demo", (), "bfloat16")
     monkeypatch.setattr(memory, "available", lambda: 1 << 30)
     with pytest.raises(BenchError, match="needs about .* GB of memory"):
-        workload.choose(models, engine="vllm", on_cpu=True, dtype="bfloat16")
+        workload.choose(models, Request(), on_cpu=True, dtype="bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -216,7 +217,7 @@ def test_what_does_not_fit_in_memory_is_refused(monkeypatch: pytest.MonkeyPatch)
         (["{tmp}"], 1, "no config.json"),
         (["demo", "-o", "{tmp}/file"], 1, "not a directory"),
         (["demo", "-o", "{tmp}/full"], 1, "not created by slicer"),
-        (["demo", "{tmp}/other"], 1, "no cut of demo"),
+        (["demo", "{tmp}/other"], 1, "not a cut of demo"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], code: int, words: str, tmp_path: Path, ideal: list[str]) -> None:

@@ -31,18 +31,8 @@ FSDP = {
     "FSDP_SYNC_MODULE_STATES": "true",
     "FSDP_OFFLOAD_PARAMS": "false",
 }
-FEW: list[object] = [
-    "--train-from",
-    "cut",
-    "--verify",
-    "none",
-    "--lora-dropout",
-    0,
-    "--learning-rate",
-    3e-3,
-    "--micro-batch",
-    2,
-]
+FEW: list[object] = ["--train-from", "cut", "--verify", "none", "--lora-dropout", 0, "--learning-rate", 3e-3]
+FEW += ["--micro-batch", 2]
 FEW += ["--max-steps", 6, "--train-batch-size", 4, "--train-seq-len", 32, "--eval-every", 2, "--patience", 0]
 FEW += ["--validation-samples", 4]
 
@@ -72,6 +62,12 @@ def start(forks: ForkServer, given: list[object], out: Path) -> list[Run]:
 def finishes(group: list[Run]) -> None:
     for run in group:
         run.succeeds()
+        assert steps(run) > 0, "it was not sharded"
+
+
+def steps(run: Run) -> int:
+    """The training steps of this process with a sharded model."""
+    return run.errors.read_text().count("training step of FullyShardedDataParallel")
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +130,8 @@ def test_a_killed_sharded_training_goes_on(
     first.kill_when(lambda: any((tmp_path / "killed.training").glob("run/checkpoint-*/complete")))
     second.kill()
     assert not (tmp_path / "killed").exists()
-    finishes(start(forks, lora(given), tmp_path / "killed"))
+    group = start(forks, lora(given), tmp_path / "killed")
+    finishes(group)
+    assert 0 < steps(group[0]) == steps(group[1]) <= 4, "the first two of six were done"
     assert losses_apart(trained, tmp_path / "killed") == 0
     assert weights_apart(trained, tmp_path / "killed") == 0

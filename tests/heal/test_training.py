@@ -198,8 +198,14 @@ def test_all_weights_can_be_trained(sliced: Path, text: list[object], tmp_path: 
 
 
 def test_a_killed_run_goes_on_with_the_same_losses(
-    forks: ForkServer, sliced: Path, text: list[object], tmp_path: Path
+    forks: ForkServer, sliced: Path, text: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from transformers import Trainer
+
+    passes: list[str] = []
+    honest = Trainer.training_step
+    monkeypatch.setattr(Trainer, "training_step", lambda *given: passes.append(name) or honest(*given))
+    name = "undisturbed"
     given = ["heal", sliced, "--method", "lora", *QUICK, *text, *FEW, "--max-steps", 24, "--eval-every", 4]
     given += ["--patience", 0, "--lora-dropout", 0.1]
     succeeds(*given, "-o", tmp_path / "undisturbed")
@@ -209,7 +215,9 @@ def test_a_killed_run_goes_on_with_the_same_losses(
     assert not (tmp_path / "killed").exists() and work.is_dir()
     other = slicer(*given, "--learning-rate", 1e-4, "-o", tmp_path / "killed")
     assert other.exit_code == 1 and "unfinished training" in other.output
+    name = "resumed"
     succeeds(*given, "-o", tmp_path / "killed")
+    assert passes.count("resumed") <= passes.count("undisturbed") * 20 / 24
     assert history_of(tmp_path / "killed") == history_of(tmp_path / "undisturbed")
     assert files.read_tensors(tmp_path / "killed") == files.read_tensors(tmp_path / "undisturbed")
     assert not work.exists()

@@ -12,6 +12,8 @@ from slicer.evaluate import loss
 from slicer.evaluate.lm_tasks import share
 from slicer.evaluate.suite import Suite, SuiteSpec
 
+pytestmark = pytest.mark.xdist_group("lm-eval")  # one process reads its tasks for all
+
 
 def mmlu(root: Path, test: str, dev: str = "Q,a,b,c,d,A\n") -> Path:
     for split, text in (("dev", dev), ("test", test)):

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from commands import slicer, succeeds
 
 from slicer import demo
 from slicer.errors import EvaluationError
-from slicer.evaluate.lm_tasks import _QuestionBuilder, draw
+from slicer.evaluate.lm_tasks import draw
 from slicer.evaluate.suite import Suite, SuiteSpec, evaluate
+from slicer.figures import layers
 from slicer.measure.shapley import Coalitions
 from slicer.model.load import load_model
 from slicer.model.walk import Walk
+
+pytestmark = pytest.mark.xdist_group("lm-eval")  # one process reads its tasks for all
 
 
 @pytest.mark.parametrize("task, count", [("boolq", 10), ("mmlu_astronomy@5", 12)])
@@ -25,7 +27,7 @@ def test_errors_are_one_less_lm_evals_accuracy(data: Path, task: str, count: int
         score = evaluate("demo", suite).primary(task)
     model = load_model(demo.path(), dtype="float32", device="cpu")
     questions = draw(task, 1000, model, demo.path(), data=data)
-    coalitions = Coalitions(Walk.in_memory(model), questions, parts=True)
+    coalitions = Coalitions(Walk.in_memory(model), questions, sublayers=True)
     assert score is not None and len(questions.right) == score.items == count
     assert 1 - float(coalitions.base.mean()) == pytest.approx(score.value)
     assert 1 - questions.guessing == pytest.approx(1 / len(questions.choices[0]))
@@ -33,9 +35,10 @@ def test_errors_are_one_less_lm_evals_accuracy(data: Path, task: str, count: int
     assert len(rows) == len(questions.batches)  # none is run twice
 
 
-def test_shapley_values_of_a_score(data: Path, tmp_path: Path) -> None:
+def test_shapley_values_of_a_score(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "analysis_figures", lambda *_: [])  # tested elsewhere, and slow
     text = data / "text" / "c4-docs.jsonl"
-    common = ["--calibration", text, "--samples", 2, "--seq-len", 16, "--shapley", 20, "--sublayers", "--data", data]
+    common = ["--calibration", text, "--samples", 2, "--seq-len", 16, "--shapley", 4, "--sublayers", "--data", data]
     asked = ["--against", "task:boolq", "--questions", 3]
     for where, more in (("a", []), ("b", ["--memory", "3MB", "--beside", tmp_path / "a"])):  # the second from disk
         succeeds("analyze", demo.path(), *common, *asked, *more, "-o", tmp_path / where)
@@ -48,9 +51,13 @@ def test_shapley_values_of_a_score(data: Path, tmp_path: Path) -> None:
     succeeds("plan", tmp_path / "a", "--drop-attention", 3, "--metric", "shapley_score")
 
 
-def test_only_multiple_choice_is_scored() -> None:
-    with pytest.raises(EvaluationError, match="gsm8k: not multiple choice"):
-        _QuestionBuilder(None).add("gsm8k", SimpleNamespace(OUTPUT_TYPE="generate_until"), [0])
+@pytest.mark.usefixtures("own_tasks_read_once")
+def test_only_multiple_choice_is_scored(tmp_path: Path) -> None:
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "test.jsonl").write_text('{"question": "2 + 3?", "answer": "#### 5"}\n')
+    model = load_model(demo.path(), dtype="float32", device="cpu")
+    with pytest.raises(EvaluationError, match="gsm8k@0: not multiple choice"):
+        draw("gsm8k@0", 1, model, demo.path(), data=tmp_path)
 
 
 BAD = {

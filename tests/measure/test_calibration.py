@@ -16,6 +16,8 @@ from slicer.data.sources import TextSpec
 from slicer.errors import CalibrationError
 from slicer.model.load import load_model
 
+pytestmark = pytest.mark.xdist_group("lm-eval")  # one process reads its tasks for all
+
 BOS, EOS = 0, 1
 
 

@@ -86,14 +86,11 @@ def periods(new: Fields, old: Mapping[str, Any], kept: Sequence[int], depth: int
                 new[f"{kind}_layer_period"], new[f"{kind}_layer_offset"] = q, r
                 break
         else:
+            common = math.lcm(old["attn_layer_period"], old["expert_layer_period"])
             raise ArchitectureError(
                 f"{kind}_layer_period: the kept {word} layers are not evenly spaced, which jamba cannot express; "
-                f"drop multiples of {_common_period(old)} neighbouring layers"
+                f"drop multiples of {common} neighbouring layers"
             )
-
-
-def _common_period(old: Mapping[str, Any]) -> int:
-    return math.lcm(old["attn_layer_period"], old["expert_layer_period"])
 
 
 def hybrid_pattern(new: Fields, old: Mapping[str, Any], kept: Sequence[int], depth: int) -> None:

@@ -9,7 +9,7 @@ With K the kept old layer indices in order, a field is rewritten (`slicer.checkp
     slice     [x[i] for i in K]                         a list with one entry per layer
     reindex   the new positions of the members kept     a list of layer indices
     count     #{i in K: i < x}                          a threshold: layers below x are of another kind
-    rule      a function of `checkpoint.layer_fields`   anything else
+    rule      a function of `architectures.rules`       anything else
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def _row(config: Mapping[str, Any]) -> tuple[str, Architecture]:
     if name not in ARCHITECTURES:
         raise ArchitectureError(
             f"model type {name!r} is not in slicer's table, so its per-layer fields are unknown; add a row in "
-            "slicer/checkpoint/architectures.py (docs/architecture.md, 'Adding an architecture')"
+            "slicer/checkpoint/architectures/table.py (docs/architecture.md, 'Adding an architecture')"
         )
     return name, ARCHITECTURES[name]
 

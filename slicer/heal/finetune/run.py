@@ -13,7 +13,7 @@ import torch
 
 from slicer.checkpoint.cut import CutOnDisk
 from slicer.checkpoint.reader import Checkpoint
-from slicer.checkpoint.sublayers import new_keys
+from slicer.checkpoint.sublayers import names_of
 from slicer.data.corpus import Corpus
 from slicer.heal.finetune.callbacks import TrainingHistory
 from slicer.heal.finetune.distillation import distillation_loss
@@ -114,7 +114,7 @@ def _result(
     replaced, expected = result_of(base.checkpoint, history.weights, settings, compute, verify, progress)
     if losses.before is not None:
         expected = replace(expected or Expected(None, None), text=text, text_dtype=settings.compute)
-    sources = {new: old for old, new in new_keys(source, plan, source.tensors).items()}
+    sources = {new: old for old, new in names_of(source, plan).items()}
     earlier = plan.healing.tensors if plan.healing else ()
     record = HealingRecord(
         asked.method,
