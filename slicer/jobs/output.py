@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """What is to be written, and what the card and the summary tell about it.
+    """What is to be written, with the facts for its card and the summary.
 
     Attributes:
         plan: of the result; written unless it drops nothing (a checkpoint that slicer did not make).

@@ -35,7 +35,7 @@ class Recipe:
         goal, plan: how much to drop, or the plan that is replayed (or, of heal, that of the cut): one of the two.
         repair: weight compensation in closed form; its method is "none", "fold", "bias" or "linear".
         asked: False for a fold that nobody asked for: it may fail, and is left out where it does not help.
-        unhealed: why there is no repair, where that was not asked for.
+        unhealed: the reason why there is no repair, unless none was asked for.
         text: the text that is measured, repaired or trained on; None: none is read.
         halves: whether to measure within the layers too: needed, not wanted, or (None) where it can be done.
         compute: where models run, in the precision of the result.
@@ -119,7 +119,7 @@ class Recipe:
         """
         source, plan, output = cut.source.checkpoint, cut.plan, request.output
         if output.out is None:
-            raise UsageError("--output-dir: say where the healed checkpoint goes")
+            raise UsageError("--output-dir: give the directory of the healed checkpoint")
         for path in (cut.checkpoint.path, cut.source.path):
             check_output(output.out, path, overwrite=output.overwrite)
         check_space(output.out, cut.checkpoint.total_bytes)
@@ -211,55 +211,46 @@ def _repair(request: ConvertRequest, plan: Plan | None, measures: bool) -> tuple
     What was asked; else what the replayed plan had; else a fold, where text is named or measured anyway and every layer
     keeps both sublayers; else none.
     """
-    said, none = request.compensation, Compensation("none")
-    solver = said.solver or SOLVERS[0]
-    if said.method not in (None, "auto"):
-        return replace(said, solver=solver), True, None
+    given, none = request.compensation, Compensation("none")
+    solver = given.solver or SOLVERS[0]
+    if given.method not in (None, "auto"):
+        return replace(given, solver=solver), True, None
     record = None if plan is None else plan.healing
-    if said.method is None and record is not None:
+    if given.method is None and record is not None:
         if record.training is None:
-            solver = said.solver or record.solver or solver
+            solver = given.solver or record.solver or solver
             return Compensation(record.method, solver, record.rank, record.steps), True, None
         words = f"the plan was healed by training, which convert does not repeat: slicer heal --method {record.method}"
         return none, True, words
-    missing = bool(plan is not None and (plan.no_attention or plan.no_ffn))
-    missing = missing or bool(request.goal is not None and request.goal.sublayers)
+    goal = request.goal
+    missing = bool(goal and goal.sublayers) or bool(plan and (plan.no_attention or plan.no_ffn))
     if not measures and request.text.source is None:
         words = "there is no calibration text; --calibration DATA heals the cut"
-        return none, True, words if plan is None or said.method else None
-    if missing and said.method is None:
+        return none, True, words if plan is None or given.method else None
+    if missing and given.method is None:
         words = "attention or feed-forward of some layers is missing; --heal fold, bias or linear heals such a cut"
         return none, True, words
     return Compensation("fold", solver), False, None
 
 
 def _text(request: ConvertRequest, plan: Plan | None, *, reads: bool) -> TextSpec | None:
-    """The text to read: what is said, over what the replayed plan recorded.
+    """The text to read: what is given, over what the replayed plan recorded.
 
-    Raises UsageError where a replay reads none and something is said about it.
+    Raises UsageError where a replay reads none and something is given about it.
     """
     recorded = None
     if plan is not None:
         recorded = plan.healing.text if plan.healing is not None else plan.calibration
     if reads:
         return request.text.over(TextSpec() if recorded is None else TextSpec.of_record(recorded))
-    said = [name for name, value in asdict(request.text).items() if value is not None]
-    if said and plan is not None and request.compensation.method != "none":
+    given = [name for name, value in asdict(request.text).items() if value is not None]
+    if given and plan is not None and request.compensation.method != "none":
+        option = {"source": "calibration", "column": "text-column"}.get(given[0], given[0].replace("_", "-"))
         raise UsageError(
-            f"{_TEXT_OPTIONS[said[0]]}: this plan was not healed in closed form, so no text is read; also pass "
-            "--calibration DATA or --heal fold"
+            f"--{option}: this plan was not healed in closed form, so no text is read; also pass --calibration DATA or "
+            "--heal fold"
         )
     return None
-
-
-_TEXT_OPTIONS = {
-    "source": "--calibration",
-    "samples": "--samples",
-    "seq_len": "--seq-len",
-    "batch_size": "--batch-size",
-    "seed": "--seed",
-    "column": "--column",
-}
 
 
 def _halves(request: ConvertRequest, repair: Compensation, checkpoint: Checkpoint) -> bool | None:

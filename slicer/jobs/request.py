@@ -1,6 +1,6 @@
-"""What a command is asked to do: frozen values, one for one idea. In all of them None means "not said".
+"""What a command is asked to do: frozen values. In all of them None means "not given".
 
-Defaults are settled once, by `slicer.jobs.recipe`; nothing rewrites a request.
+`slicer.jobs.recipe` applies the defaults, once; nothing rewrites a request.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Text:
-    """Calibration or training text, as far as it is said; see `slicer.data.sources.TextSpec` for the fields."""
+    """Calibration or training text; see `slicer.data.sources.TextSpec` for the fields."""
 
     source: str | None = None
     samples: int | None = None
@@ -41,7 +41,7 @@ class Text:
     column: str | None = None
 
     def over(self, spec: TextSpec) -> TextSpec:
-        """`spec` with what is said here in its place."""
+        """`spec` with the fields that are given here in place of its own."""
         return replace(spec, **{k: v for k, v in asdict(self).items() if v is not None})
 
     @classmethod
@@ -78,7 +78,7 @@ class Compensation:
     """Weight compensation in closed form.
 
     Attributes:
-        method: "none", "fold", "bias", "linear" or "auto" (a fold where there is text and it helps); None: not said.
+        method: "none", "fold", "bias", "linear" or "auto" (a fold where there is text and it helps).
         solver: of a fold, one of `SOLVERS`.
         rank: of linear maps.
         steps: of training that a constant or a linear map then gets, alone.
