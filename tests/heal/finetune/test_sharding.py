@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 
-LAUNCHER = Path(__file__).resolve().parent.parent / "sharded_on_cpu.py"
+LAUNCHER = Path(__file__).resolve().parents[2] / "sharded_on_cpu.py"
 # What `accelerate launch` makes of docs/guide/scaling.md's fsdp.yaml.
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
