@@ -7,19 +7,21 @@ print(result["verdict"], result["lines"]["time_per_output_token_ms"]["r2"])
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from slicer.benchmarks import contestants, machine, report, speculative, workload
 from slicer.benchmarks.contestants import Contestant
-from slicer.benchmarks.harness import Run, Store, run_rounds
-from slicer.benchmarks.workload import Request
+from slicer.benchmarks.harness import Measure, Run, Store, run_rounds
+from slicer.benchmarks.workload import Request, Workload
 from slicer.errors import UsageError
 from slicer.progress import Progress
 from slicer.runtime.versions import versions
 from slicer.serve.settings import flag, on_cpu, require_vllm
+
+InRounds = Callable[[Sequence[str], Measure], list[Run]]  # all runs of these labels, measured or read from the store
 
 
 def bench(
@@ -32,21 +34,30 @@ def bench(
     """
     progress = progress or Progress()
     _check(request)
-    cpu = _engine_on_cpu(request)
+    if request.engine == "vllm":
+        require_vllm()
+    cpu = on_cpu() if request.engine == "vllm" else not machine.describe()["gpus"]
     dtype = flag(request.arguments, "--dtype") or request.dtype or "bfloat16"
+    asked = speculative.PROMPTS if request.prompts is None else speculative.read_prompts(request.prompts)
     with tempfile.TemporaryDirectory(prefix="slicer-bench-") as place:
         scratch = Path(place)
         progress.stage("Reading the models")
         models = _contestants(request, dtype, scratch)
-        asked = list(speculative.PROMPTS)
-        if request.prompts is not None:
-            asked = speculative.read_prompts(request.prompts)
         work = workload.choose(models, request, on_cpu=cpu, dtype=dtype)
         with Store(out, _identity(request, models, work, asked), force=force) as store:
+
+            def in_rounds(labels: Sequence[str], measure: Measure) -> list[Run]:
+                return run_rounds(labels, request.rounds, request.seed, measure, store, progress)
+
             if request.speculative:
-                found = _speculative(request, models, work, asked, store, progress)
+                found = _speculative(request, models, work, asked, in_rounds)
             else:
-                found = _sweep(request, models, work, scratch, store, progress)
+                limits = next((run["limits"] for run in store.runs if "limits" in run), None)
+                if limits is None:
+                    progress.stage("Measuring the machine")
+                    limits = machine.measure(work.dtype, work.on_cpu)
+                    store.add({"label": None, "round": 0, "limits": limits})
+                found = _sweep(models, work, scratch, limits, in_rounds)
             result = _header(request, models, work) | found
             if out is not None:
                 report.write(out, result)
@@ -54,45 +65,30 @@ def bench(
 
 
 def _sweep(
-    request: Request,
-    models: Sequence[Contestant],
-    work: workload.Workload,
-    scratch: Path,
-    store: Store,
-    progress: Progress,
+    models: Sequence[Contestant], work: Workload, scratch: Path, limits: Mapping[str, Any], in_rounds: InRounds
 ) -> dict[str, Any]:
-    if request.engine == "vllm":
+    if work.engine == "vllm":
         from slicer.benchmarks.vllm_engine import measure
     else:
         from slicer.benchmarks.transformers_engine import measure
     by_label = {model.label: model for model in models}
-    limits = next((run["limits"] for run in store.runs if "limits" in run), None)
-    if limits is None:
-        progress.stage("Measuring the machine")
-        limits = machine.measure(work.dtype, work.on_cpu)
-        store.add({"label": None, "round": 0, "limits": limits})
 
     def run(label: str, number: int, tell: Any) -> Run:
         return {"kv_cache_bytes": work.kv_cache_bytes, **measure(by_label[label], work, 2 * number, scratch, tell)}
 
-    runs = run_rounds(list(by_label), request.rounds, request.seed, run, store, progress)
+    runs = in_rounds(list(by_label), run)
     return {"limits": limits, **report.summarize(models, work, runs, limits), "runs": runs}
 
 
 def _speculative(
-    request: Request,
-    models: Sequence[Contestant],
-    work: workload.Workload,
-    asked: Sequence[str],
-    store: Store,
-    progress: Progress,
+    request: Request, models: Sequence[Contestant], work: Workload, asked: Sequence[str], in_rounds: InRounds
 ) -> dict[str, Any]:
     drafts: dict[str, Contestant | None] = dict(zip(speculative.labels(models), [None, *models[1:]], strict=True))
 
     def run(label: str, number: int, tell: Any) -> Run:
         return speculative.measure(models[0], drafts[label], work, asked, request.speculative_tokens, tell)
 
-    runs = run_rounds(list(drafts), request.rounds, request.seed, run, store, progress)
+    runs = in_rounds(list(drafts), run)
     found = speculative.summarize(models, runs, asked, request.speculative_tokens, work.dtype)
     return {"models": [m.to_dict() for m in models], "lines": {}, "speculative": found, "verdict": found["verdict"],
             "runs": runs}  # fmt: skip
@@ -106,19 +102,10 @@ def _contestants(request: Request, dtype: str, scratch: Path) -> list[Contestant
     return contestants.shapes(request.base, request.config, request.drops, dtype, scratch, trust_remote_code=trust)
 
 
-def _engine_on_cpu(request: Request) -> bool:
-    if request.engine == "vllm":
-        require_vllm()
-        return on_cpu()
-    import torch
-
-    return not torch.cuda.is_available()
-
-
 def _check(request: Request) -> None:
     if (request.base is None) == (request.config is None):
-        raise UsageError("pass BASE, a checkpoint, or --model-config, a config.json" + (
-            "; not both" if request.base is not None else ""))  # fmt: skip
+        both = "; not both" if request.base is not None else ""
+        raise UsageError(f"pass BASE, a checkpoint, or --model-config, a config.json{both}")
     if request.sliced and request.drops is not None:
         raise UsageError("pass either --drop or SLICED checkpoints, not both")
     if request.speculative and not request.sliced:
@@ -131,9 +118,7 @@ def _check(request: Request) -> None:
         raise UsageError("flags after -- are for vLLM; remove them, or use --engine vllm")
 
 
-def _identity(
-    request: Request, models: Sequence[Contestant], work: workload.Workload, asked: Sequence[str]
-) -> dict[str, Any]:
+def _identity(request: Request, models: Sequence[Contestant], work: Workload, asked: Sequence[str]) -> dict[str, Any]:
     """The settings that runs must share to be summarised together; the number of rounds may grow later."""
     kept = asdict(work)
     if request.kv_cache_bytes is None:
@@ -144,7 +129,7 @@ def _identity(
     return identity
 
 
-def _header(request: Request, models: Sequence[Contestant], work: workload.Workload) -> dict[str, Any]:
+def _header(request: Request, models: Sequence[Contestant], work: Workload) -> dict[str, Any]:
     hardware = machine.describe()
     kind = "speculative decoding" if request.speculative else "by depth"
     name = ", ".join(hardware["gpus"]) or f"{hardware['processor']} ({hardware['cores']} cores)"

@@ -78,9 +78,8 @@ def measure(
         variables=VARIABLES,
         progress=tell,
     )
-    client = Client()
+    client = Client(server)
     with server:
-        client.server = server
         tell("Warming up")
         client.online(prompts[:1], workload.output_len, 1)
         tell("Answering")

@@ -12,6 +12,8 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +43,15 @@ def main() -> None:
     model = _load(contestant, dtype, device, workload.seed)
     synchronize(device)
     loaded = time.perf_counter() - started
-    runner = _Runner(model, device, workload.output_len)
+    run = partial(_answer, model, device, workload.output_len)
     asked = prompts(workload, contestant.vocabulary, max(64, *workload.concurrency, workload.batch), spec["salt"])
-    runner.batch(asked[:1])
-    once = runner.batch(asked[1:2])["e2e_ms"][0] / 1000
-    seconds = runner.batch(asked[: workload.batch])["seconds"]
+    run(asked[:1])
+    once = run(asked[1:2])["e2e_ms"][0] / 1000
+    offline = run(asked[: workload.batch])
+    seconds = offline["seconds"]
 
     def answer(count: int, level: int) -> dict[str, Any]:
-        parts = [runner.batch([asked[(at + i) % len(asked)] for i in range(level)]) for at in range(0, count, level)]
+        parts = [run([asked[(at + i) % len(asked)] for i in range(level)]) for at in range(0, count, level)]
         spent = sum(part["seconds"] for part in parts)
         times = {key: [value for part in parts for value in part[key]] for key in TIMES}
         return {**rates(count, spent, count * workload.output_len), **times}
@@ -59,7 +62,7 @@ def main() -> None:
         "load_seconds": loaded,
         "offline": offline_rates(size, seconds, size * workload.input_len, size * workload.output_len),
         "online": online,
-        "kv_capacity_tokens": int(workload.kv_cache_bytes // runner.cache_bytes_per_token),
+        "kv_capacity_tokens": int(workload.kv_cache_bytes // offline["cache_bytes_per_token"]),
         "peak_memory_bytes": peak_memory(not workload.on_cpu),
     }
     print(json.dumps(figures))
@@ -82,39 +85,31 @@ def _load(contestant: Contestant, dtype: Any, device: Any, seed: int) -> Any:
     return model.eval()
 
 
-class _Runner:
-    """Prefill and greedy decoding of batches, step by step."""
+def _answer(model: Any, device: Any, output_len: int, asked: list[list[int]]) -> dict[str, Any]:
+    """Prefill and greedy decoding of one batch, step by step; times in milliseconds, once for every prompt."""
+    import torch
 
-    def __init__(self, model: Any, device: Any, output_len: int) -> None:
-        self._model, self._device, self._output_len = model, device, output_len
-        self.cache_bytes_per_token = 0.0
-
-    def batch(self, asked: list[list[int]]) -> dict[str, Any]:
-        """Run one batch; times in milliseconds, once for every prompt."""
-        import torch
-
-        with torch.inference_mode():
-            ids = torch.tensor(asked, device=self._device)
-            synchronize(self._device)
-            marks = [time.perf_counter()]
-            cache = None
-            for _ in range(self._output_len):
-                step = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                cache = step.past_key_values
-                ids = step.logits[:, -1:].argmax(-1)
-                synchronize(self._device)
-                marks.append(time.perf_counter())
-            self.cache_bytes_per_token = _cache_bytes(cache) / len(asked) / (len(asked[0]) + self._output_len - 1)
-        steps = [1000 * (b - a) for a, b in zip(marks, marks[1:], strict=False)]
-        whole = 1000 * (marks[-1] - marks[0])
-        each = len(asked)
-        return {
-            "seconds": marks[-1] - marks[0],
-            "ttft_ms": [steps[0]] * each,
-            "tpot_ms": [sum(steps[1:]) / (self._output_len - 1)] * each,
-            "itl_ms": steps[1:] * each,
-            "e2e_ms": [whole] * each,
-        }
+    cache = None
+    with torch.inference_mode():
+        ids = torch.tensor(asked, device=device)
+        synchronize(device)
+        marks = [time.perf_counter()]
+        for _ in range(output_len):
+            step = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = step.past_key_values
+            ids = step.logits[:, -1:].argmax(-1)
+            synchronize(device)
+            marks.append(time.perf_counter())
+    steps = [1000 * (b - a) for a, b in pairwise(marks)]
+    each = len(asked)
+    return {
+        "cache_bytes_per_token": _cache_bytes(cache) / each / (len(asked[0]) + output_len - 1),
+        "seconds": marks[-1] - marks[0],
+        "ttft_ms": [steps[0]] * each,
+        "tpot_ms": [sum(steps[1:]) / (output_len - 1)] * each,
+        "itl_ms": steps[1:] * each,
+        "e2e_ms": [1000 * (marks[-1] - marks[0])] * each,
+    }
 
 
 def _cache_bytes(cache: Any) -> int:

@@ -70,12 +70,11 @@ def measure(
     # enables /collective_rpc, on the loopback only
     variables = VARIABLES | ({} if workload.on_cpu else {"VLLM_SERVER_DEV_MODE": "1"})
     server = Server(contestant.path, name=contestant.label, arguments=arguments, variables=variables, progress=tell)
-    client = Client()
+    client = Client(server)
     with Peak(lambda: _resident(server), _SAMPLE_SECONDS) as resident:
         started = time.perf_counter()
         with server:
             loaded = time.perf_counter() - started
-            client.server = server
             asked = prompts(workload, contestant.vocabulary, max(64, 2 * max(workload.concurrency)), salt)
             tell("Warming up")
             client.online(asked[:2], workload.output_len, 1)
@@ -103,11 +102,10 @@ def measure(
 
 
 class Client:
-    """vLLM's benchmark client (vllm.benchmarks.serve), imported once."""
+    """vLLM's benchmark client (vllm.benchmarks.serve) of a server, imported before the server is started."""
 
-    server: Server
-
-    def __init__(self) -> None:
+    def __init__(self, server: Server) -> None:
+        self.server = server
         for name in ("NO_PROXY", "no_proxy"):  # no proxy for the loopback
             os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1,localhost")))
         answer_for_vllm()

@@ -95,21 +95,14 @@ def run(parser: argparse.ArgumentParser, given: argparse.Namespace, scratch: Pat
     names = list(held)
     print(f"all {walk.depth} layers: " + ", ".join(f"{n} {x:.4f}" for n, x in zip(names, whole, strict=True)))
     print(f"\n| dropped | method | {' | '.join(names)} | closed | seconds |\n|---|---|{'---|' * len(names)}---|---|")
+    settled = {"holds": holds(checkpoint), "written": written_dtype(checkpoint, None), "activations": activations}
     for dropped in cuts:
         bare = loss(dropped, {})
         gap = sum(bare) - sum(whole)
         show(dropped, "bare", bare, None, None)
         for way in given.ways.split(","):
             started = time.perf_counter()
-            found = fold(
-                walk,
-                batches,
-                Plan.dropping(walk.depth, dropped),
-                holds=holds(checkpoint),
-                solver=way,
-                written=written_dtype(checkpoint, None),
-                activations=activations,
-            )
+            found = fold(walk, batches, Plan.dropping(walk.depth, dropped), solver=way, **settled)
             seconds = time.perf_counter() - started
             now = loss(dropped, found.edits)
             show(dropped, way, now, (sum(bare) - sum(now)) / gap, seconds)
