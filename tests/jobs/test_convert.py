@@ -209,18 +209,20 @@ def test_force_replaces_a_checkpoint_only(source: Path, tmp_path: Path) -> None:
 
 def test_a_wrong_result_never_appears(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check compares logits with the source's: swap two layers behind its back and it must see."""
+    from slicer.checkpoint import sublayers
     from slicer.checkpoint.reader import Checkpoint
+    from slicer.plan.plan import Plan
 
-    honest = Checkpoint.sliced
+    honest = sublayers.tensors_of
 
-    def swapped(self: Checkpoint, kept: tuple[int, ...]) -> dict[str, object]:
-        spans = honest(self, kept)
+    def swapped(checkpoint: Checkpoint, plan: Plan) -> dict[str, object]:
+        spans = honest(checkpoint, plan)
         swap = {"model.layers.0.": "model.layers.1.", "model.layers.1.": "model.layers.0."}
         return {
             next((b + k.removeprefix(a) for a, b in swap.items() if k.startswith(a)), k): s for k, s in spans.items()
         }
 
-    monkeypatch.setattr(Checkpoint, "sliced", swapped)
+    monkeypatch.setattr(sublayers, "tensors_of", swapped)
     result = slicer("convert", source, "--drop", "3-4", "-o", tmp_path / "out")
     assert result.exit_code == 1 and "logits" in result.output
     assert not os.listdir(tmp_path)
