@@ -5,7 +5,7 @@ from __future__ import annotations
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.tensors import DTYPES
 from slicer.data.calibration import TokenBatches
-from slicer.errors import ArchitectureError, HealError
+from slicer.errors import ArchitectureError, HealError, OutOfMemory
 from slicer.heal.compensate.fold import fold
 from slicer.heal.compensate.linear import linear, train
 from slicer.heal.patch import NONE, Patch, Solved, holds, place, written_dtype
@@ -15,6 +15,7 @@ from slicer.model.walk import Walk
 from slicer.plan.plan import Plan
 from slicer.plan.records import SOLVERS, Losses
 from slicer.progress import Progress
+from slicer.runtime import memory
 
 
 def repair(
@@ -28,8 +29,9 @@ def repair(
     """The repair of the cut of `plan` from the source `checkpoint`, over which `walk` is, fitted on `text`.
 
     `NONE` where none is asked for. `walk.activations`, of the same text, spares the next fold the pass through the
-    source. Raises HealError and ArchitectureError where the cut cannot be repaired; a fold that nobody asked for is
-    left out with a note then, and where it does not lower the held-out loss.
+    source. Raises HealError and ArchitectureError where the cut cannot be repaired, OutOfMemory; a fold that nobody
+    asked for is left out with a note then, and where it does not lower the held-out loss. A training that would start
+    from that fold ends if memory runs out: started again, it may have enough.
     """
     asked, compensation = (how.asked, how.repair) if isinstance(how, Recipe) else (True, how)
     if compensation.method == "none":
@@ -38,24 +40,30 @@ def repair(
         return NONE
     assert walk is not None and text is not None
     cast = DTYPES[plan.dtype] if plan.dtype else None
+    trains, size = isinstance(how, Recipe) and how.training is not None, len(text.batches[0])
+    ways = ["--train-from cut"] * trains + [f"--batch-size {size // 4 or 1}"] * (size > 1) + ["--device cpu"]
+    solved = None
     try:
-        if compensation.method == "fold":
-            solved = fold(
-                walk,
-                text.batches,
-                plan,
-                holds=holds(checkpoint),
-                solver=compensation.solver or SOLVERS[0],
-                written=written_dtype(checkpoint, cast),
-                activations=walk.activations,
-                progress=progress,
-            )
-        else:
-            solved = _maps(walk, plan, text, compensation, progress)
+        with memory.within_memory("healing the cut", ways):
+            if compensation.method == "fold":
+                solved = fold(
+                    walk,
+                    text.batches,
+                    plan,
+                    holds=holds(checkpoint),
+                    solver=compensation.solver or SOLVERS[0],
+                    written=written_dtype(checkpoint, cast),
+                    activations=walk.activations,
+                    progress=progress,
+                )
+            else:
+                solved = _maps(walk, plan, text, compensation, progress)
     except (HealError, ArchitectureError) as error:
-        if asked:
+        if asked or (trains and isinstance(error, OutOfMemory)):
             raise
         progress.note(f"not healed: {error}")
+    if solved is None:
+        memory.release()  # what the error held
         return NONE
     if not solved.losses.falls:
         progress.note(f"{'healed as asked' if asked else 'not healed'}: {_no_help(solved.losses)}")

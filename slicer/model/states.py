@@ -85,7 +85,8 @@ class States:
         """Replace a batch's states by `value` (on any device)."""
         held = self._held[batch]
         if held is None or held.shape != value.shape or held.dtype != value.dtype:
-            self._held[batch] = held = self._budget.tensor(value.shape, value.dtype, pin=value.device.type == "cuda")
+            pin = value.is_cuda or value.is_pinned()  # copies to the device need not wait then
+            self._held[batch] = held = self._budget.tensor(value.shape, value.dtype, pin=pin)
         held.copy_(value)
 
     @property

@@ -194,7 +194,7 @@ class Walk:
         """
         with self.layer(i) as layer, torch.set_grad_enabled(gradient):
             device = next((p.device for p in layer.parameters()), self.device)
-            output = self._calls[batch][i](layer, states.to(device, non_blocking=True))
+            output = self._calls[batch][i](layer, states.to(device, non_blocking=states.is_pinned()))
             return hidden_of(output)
 
     def run(self, states: States, layers: Sequence[int]) -> States:

@@ -59,15 +59,13 @@ def train(
     logging.set_verbosity_error()
     last = _last_complete(work / "run")
     device = next(model.parameters()).device
-    if world() == 1 and device.type == "cuda":
-        os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
     history = TrainingHistory()
     callback = TrainingCallback(history, settings.asked.patience, work, progress)
     # Only complete steps: the sequences left out then do not depend on the micro-batch size.
     batch = settings.asked.batch_size
     complete = range(len(corpus.train) // batch * batch)
     ways = to_train(settings, teacher=distillation is not None and distillation.alongside)
-    with _deterministic(settings.asked.seed), within_memory("in training", ways):
+    with _deterministic(settings.asked.seed), _on(device), within_memory("in training", ways):
         try:
             trainer = _Trainer(
                 model=model,
@@ -154,6 +152,9 @@ def _arguments(settings: TrainingSettings, output: Path, device: torch.device, *
         disable_tqdm=True,
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # one GPU per process: no data parallelism by threads
+    if world() == 1 and device.type == "cuda":  # of a process that is alone it takes the first one
+        arguments._setup_devices = device
+        torch.cuda.set_device(device)
     return arguments
 
 
@@ -210,6 +211,20 @@ def _last_complete(run: Path) -> Path | None:
         elif first_process():
             shutil.rmtree(path, ignore_errors=True)
     return max(complete, key=lambda path: int(path.name.split("-")[-1]), default=None)
+
+
+@contextlib.contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    """Inside the block, accelerate and torch's generators use this GPU, in a process that is alone."""
+    if world() > 1 or device.type != "cuda":
+        yield
+        return
+    os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
+    try:
+        with torch.cuda.device(device):
+            yield
+    finally:
+        del os.environ["ACCELERATE_TORCH_DEVICE"]
 
 
 @contextlib.contextmanager
