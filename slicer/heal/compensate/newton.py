@@ -60,7 +60,7 @@ class Newton:
             for name, module in run.walk.layers[i].named_modules()
             if _stays(run, i, name) and _steps(run.walk.layers[i], name, module) and holds(i, name, module)
         )
-        self.matrices = list(_affordable(found, run.walk.device, written))
+        self.matrices = list(_affordable(found, written))
         self._size = _FIRST
         self._loss, far = self.judge()
         self._limit = (1 + SLACK) * far
@@ -179,17 +179,16 @@ def _steps(layer: nn.Module, name: str, module: nn.Module) -> bool:
     return plain and not hasattr(layer.get_submodule(name.rpartition(".")[0].partition(".")[0]), "experts")
 
 
-def _affordable(
-    matrices: Iterable[tuple[int, str, nn.Module]], device: torch.device, written: torch.dtype | None
-) -> Iterator[Matrix]:
-    """Those of the first layers whose sums fit into half of the free memory."""
-    room = int(COPY_SHARE * free(device))
+def _affordable(matrices: Iterable[tuple[int, str, nn.Module]], written: torch.dtype | None) -> Iterator[Matrix]:
+    """Those of the first layers on each device whose sums fit into half of its free memory."""
+    room: dict[torch.device, int] = {}
     for i, name, module in matrices:
-        d, f = Output(name, module).weight.shape
-        room -= 4 * (2 * d * f + d * d + f * f)
-        if room < 0:
-            return
-        yield Matrix(i, name, module, written)
+        weight = Output(name, module).weight
+        d, f = weight.shape
+        left = room.get(weight.device, int(COPY_SHARE * free(weight.device)))
+        room[weight.device] = left - 4 * (2 * d * f + d * d + f * f)
+        if room[weight.device] >= 0:
+            yield Matrix(i, name, module, written)
 
 
 class Matrix:
