@@ -26,9 +26,6 @@ class Loaded(Protocol):
     model: Any
     trust_remote_code: bool
 
-    @property
-    def loaded(self) -> bool: ...
-
 
 @dataclass(frozen=True)
 class TokenBatches:
@@ -51,16 +48,14 @@ def read_text(spec: TextSpec | None, path: Path, walk: Loaded | None, progress: 
     if spec is None or walk is None:
         return None
     progress.stage("Calibration data")
-    return token_batches(spec, path, walk.model, streamed=not walk.loaded, trust_remote_code=walk.trust_remote_code)
+    return token_batches(spec, path, walk.model, trust_remote_code=walk.trust_remote_code)
 
 
-def token_batches(
-    spec: TextSpec, path: Path, model: Any, *, streamed: bool = False, trust_remote_code: bool = False
-) -> TokenBatches:
+def token_batches(spec: TextSpec, path: Path, model: Any, *, trust_remote_code: bool = False) -> TokenBatches:
     """Make `spec.samples` sequences of `spec.seq_len` tokens for the checkpoint at `path`, in batches.
 
     Documents are shuffled with the seed, tokenized, joined with an end-of-text token, and cut into sequences; each
-    starts with BOS if the tokenizer adds it. `self` needs a `model` with loaded weights, not `streamed` from disk.
+    starts with BOS if the tokenizer adds it. `self` needs a `model` with all weights in memory.
     Raises CalibrationError if there is no text or not enough.
     """
     import torch
@@ -73,11 +68,6 @@ def token_batches(
     for part in parts_of(spec):
         if part.source != "self":
             found.append(pack(documents(part), open_tokenizer(path, trust_remote_code), part))
-        elif streamed:
-            raise CalibrationError(
-                "--calibration self: the model does not fit in memory, and sampling reads all of it for each token; "
-                "use a local .jsonl, .txt or .parquet file, or a Hub data set"
-            )
         else:
             found.append(sample_tokens(model, part))
     tokens = torch.cat(found)
@@ -89,10 +79,15 @@ def sample_tokens(model: Any, spec: TextSpec) -> torch.Tensor:
     """Sample sequences from the model at temperature 1 with the seed: int64 [samples, seq_len].
 
     They start with BOS, else EOS, else a random token. End tokens are not sampled, so every sequence is full. Raises
-    CalibrationError if the probabilities are not finite.
+    CalibrationError if some weights are not in memory, or the probabilities are not finite.
     """
     import torch
 
+    if any(weight.is_meta for weight in model.parameters()):
+        raise CalibrationError(
+            "--calibration self: the model does not fit in memory, and sampling reads all of it for each token; "
+            "use a local .jsonl, .txt or .parquet file, or a Hub data set"
+        )
     config = model.config.get_text_config()
     device = model.get_input_embeddings().weight.device
     generator = torch.Generator().manual_seed(spec.seed)

@@ -63,7 +63,8 @@ def load(base: Checkpoint, settings: TrainingSettings, compute: Compute) -> Mode
     """`base` as a model to train: with adapters that start at zero, or all weights (`full`).
 
     Full training uses float32 weights; adapters are float32 on weights in the precision of the arithmetic. Raises
-    HealError if no feed-forward matrix can have an adapter, or if some weights could not be written afterwards.
+    HealError if no feed-forward matrix can have an adapter, or if some weights could not be written afterwards;
+    torch.OutOfMemoryError if the model does not fit on all GPUs together.
     """
     method, asked = settings.asked.method, settings.asked
     if method == "full":
@@ -76,6 +77,10 @@ def load(base: Checkpoint, settings: TrainingSettings, compute: Compute) -> Mode
         quantization=nf4(settings.compute) if method == "qlora" else None,
         sharded=sharded(),
     )
+    if not sharded() and any(
+        weight.is_meta for weight in model.parameters()
+    ):  # those that accelerate loads when needed
+        raise torch.OutOfMemoryError("the GPUs are too small for the model")
     model.config.use_cache = False
     if asked.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
