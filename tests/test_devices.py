@@ -29,8 +29,8 @@ pytestmark = needs_fake_cuda
 TEXT = DEMO.parent / "heldout.txt"
 FEW = ["--calibration", TEXT, "--samples", 16, "--seq-len", 48]
 CUT = ["convert", "demo", "--drop", 4, *FEW]
-TRAINED = ["--calibration", TEXT, "--max-steps", 2, "--warmup-steps", 0, "--train-batch-size", 8, "--train-seq-len", 32]
-LORA = ["--method", "lora", "--lora-r", 2, "--lora-dropout", 0, *TRAINED]
+TRAINED = ["--calibration", TEXT, "--train-batch-size", 4, "--train-seq-len", 32, "--max-steps", 4, "--warmup-steps", 0]
+LORA = ["--method", "lora", "--lora-r", 2, "--lora-dropout", 0, "--learning-rate", 3e-3, *TRAINED]
 STREAMED = ["--memory", "4MB"]
 SUBLAYERS = ["convert", "demo", "--drop-sublayers", 6, *FEW]
 
@@ -184,18 +184,29 @@ def test_so_are_those_of_a_sweep(machine: Machine, machines: Machines) -> None:
     assert len(of(machine)) == 3 and near(of(machine), of(machines(0)))
 
 
-def test_a_model_too_large_for_one_device_is_spread(machines: Machines, tmp_path: Path) -> None:
-    """The model takes 8.8e6 bytes, the cut 6.3e6."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load, "_needs_several", NEEDS_SEVERAL)
-        result, peaks = machines(2).slicer(*ALL["bare"], "-o", tmp_path / "out", reported=6.5e6)
-        trained, _ = machines(2).slicer(
-            "heal", tmp_path / "out", *LORA, "--train-from", "cut", "-o", tmp_path / "h", reported=2e6
-        )
+def test_a_model_too_large_for_one_device_is_spread(
+    machines: Machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model takes 8.8e6 bytes."""
+    monkeypatch.setattr(load, "_needs_several", NEEDS_SEVERAL)
+    result, peaks = machines(2).slicer(*ALL["bare"], "-o", tmp_path / "out", reported=6.5e6)
     assert result.exit_code == 0 and min(peaks) > 2e6, result.output
     assert "logits (largest relative error" in result.output
-    said = [line for line in trained.stderr.splitlines() if line.startswith("slicer:")]
-    assert trained.exit_code == 1 and len(said) == 1 and "out of memory loading the model" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [(TEXT, "out of memory loading the model to train"), ("self", "--calibration self")]
+)
+def test_one_too_large_for_both_is_neither_trained_nor_sampled(
+    text: object, words: str, machines: Machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    machines(2).run("bare")
+    monkeypatch.setattr(load, "_needs_several", NEEDS_SEVERAL)
+    command = ["heal", Path("bare"), *LORA, "--train-from", "cut", "--calibration", text, "-o", tmp_path / "out"]
+    result, _ = machines(2).slicer(*command, reported=2e6)
+    said = [line for line in result.stderr.splitlines() if line.startswith("slicer:")]
+    assert result.exit_code == 1 and not os.listdir(tmp_path) and len(said) == 1 and words in said[0]
 
 
 def test_a_training_takes_the_device_it_is_given(machines: Machines) -> None:
