@@ -77,9 +77,8 @@ def load(base: Checkpoint, settings: TrainingSettings, compute: Compute) -> Mode
         quantization=nf4(settings.compute) if method == "qlora" else None,
         sharded=sharded(),
     )
-    if not sharded() and any(
-        weight.is_meta for weight in model.parameters()
-    ):  # those that accelerate loads when needed
+    # accelerate leaves weights that fit on no GPU elsewhere, and they cannot be trained there.
+    if not sharded() and any(weight.is_meta for weight in model.parameters()):
         raise torch.OutOfMemoryError("the GPUs are too small for the model")
     model.config.use_cache = False
     if asked.gradient_checkpointing:
