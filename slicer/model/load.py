@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -167,25 +166,13 @@ def _needs_several(path: Path, dtype: str, target: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def in_float32(model: Any) -> Iterator[bool]:
-    """Inside the block a loaded 16-bit `model` computes in float32, where there is memory for a copy of it.
-
-    Afterwards its parameters are the same tensors as before.
-    """
-    halves = [p for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
-    needed: Counter[torch.device] = Counter()
-    for parameter in halves:
-        needed[parameter.device] += 4 * parameter.numel()
-    if not halves or any(
-        device.type == "meta" or size > memory.COPY_SHARE * memory.free(device) for device, size in needed.items()
-    ):
-        yield False
-        return
-    before = [p.data for p in halves]
+def in_float32(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """Inside the block those of `parameters` that have 16 bits hold float32 copies; afterwards their own tensors."""
+    halves = [(p, p.data) for p in parameters if p.dtype in (torch.bfloat16, torch.float16)]
     try:
-        for parameter in halves:
-            parameter.data = parameter.data.float()
-        yield True
+        for parameter, data in halves:
+            parameter.data = data.float()
+        yield
     finally:
-        for parameter, data in zip(halves, before, strict=True):
+        for parameter, data in halves:
             parameter.data = data

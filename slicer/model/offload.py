@@ -105,7 +105,7 @@ class OffloadedModel:
     def place(self, index: int, stored: dict[str, torch.Tensor]) -> nn.Module:
         """Put weights (from `fetch`) into layer `index`, converted and on the device; returns the layer."""
         self._load(stored)
-        layer = self.layers[index]
+        layer = self.layers[index].requires_grad_(False)
         for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
             if tensor.device.type == "meta":
                 raise SourceError(

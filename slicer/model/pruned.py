@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -134,8 +134,12 @@ def pruned_logits(
     return walk.logits(states, 0).cpu()
 
 
+EditOf = Callable[[int, nn.Module], LayerEdit | None]  # the change of a layer, made while its weights are in place
+Streams = dict[int, torch.Tensor]  # by batch: the residual stream, [batch, seq, d]
+
+
 class PrunedRun:
-    """The pruned model of a loaded walk, run from one layer on, on fixed text: fits run it many times.
+    """The pruned model of a walk, loaded or streamed, run from one layer on, on fixed text: fits run it many times.
 
     Attributes:
         walk: over the source; its batches are those of `origin`.
@@ -163,17 +167,44 @@ class PrunedRun:
         target.layer, origin = first, target.copy()
         return cls(walk, plan, origin, held, walk.run(target, range(first, walk.depth)))
 
+    def ends(
+        self, batches: Iterable[int], edits: Sequence[EditOf], entering: Callable[[int, Streams], None] | None = None
+    ) -> list[Streams]:
+        """The stream behind the last layer, on the device, of the pruned model with each of `edits`.
+
+        Layer after layer, so that several edits share one read of each. `entering(i, streams)` gets what enters layer
+        i, for each edit in turn.
+        """
+        found = [{b: self.origin[b].clone() for b in batches} for _ in edits]  # a layer may write into its input
+        with torch.no_grad(), self.walk.along(self.layers):
+            for i in self.layers:
+                with self.walk.layer(i) as layer:
+                    for streams, edit in zip(found, edits, strict=True):
+                        if entering is not None:
+                            entering(i, streams)
+                        with self.pruned(i, layer, edit(i, layer)):
+                            streams.update({b: self.walk.call(i, b, x) for b, x in streams.items()})
+        return found
+
+    def losses(self, edits: Sequence[Edits]) -> list[float]:
+        """Nats a token on the batches held out, of the pruned model with each of `edits`."""
+        found = self.ends(self.held, [_given(each) for each in edits])
+        return [walk_loss(self.walk, self.origin.tokens, streams.__getitem__, self.held) for streams in found]
+
+    def pruned(self, i: int, layer: nn.Module, edit: LayerEdit | None) -> contextlib.AbstractContextManager[None]:
+        """Inside the block `layer`, number i, is that of the pruned model with `edit`."""
+        return pruned_layer(layer, i, self.gone, edit, norm_eps(self.walk.model))
+
     @contextlib.contextmanager
     def prepared(self, edits: Edits) -> Iterator[None]:
-        """Inside the block the layers are those of the pruned model with `edits`."""
+        """Inside the block all layers, of a loaded model, are those of the pruned model with `edits`."""
         with contextlib.ExitStack() as stack:
             for i in self.layers:
-                change = pruned_layer(self.walk.layers[i], i, self.gone, edits.get(i), norm_eps(self.walk.model))
-                stack.enter_context(change)
+                stack.enter_context(self.pruned(i, stack.enter_context(self.walk.layer(i)), edits.get(i)))
             yield
 
     def run(self, b: int, *, gradient: bool = False) -> torch.Tensor:
-        """Output of the layers, as they are now, for a batch: [batch, seq, d], on the device.
+        """Output of the layers, which are `prepared`, for a batch: [batch, seq, d], on the device.
 
         With `gradient` it can be differentiated with respect to all that the layers compute.
         """
@@ -184,10 +215,9 @@ class PrunedRun:
             states = self.walk.call(i, b, states, gradient=gradient)
         return states
 
-    @torch.no_grad()
-    def loss(self) -> float:
-        """Nats a token on the batches held out, of the layers as they are now."""
-        return walk_loss(self.walk, self.origin.tokens, self.run, self.held)
+
+def _given(edits: Edits) -> EditOf:
+    return lambda i, layer: edits.get(i)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from torch import nn
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import ArchitectureError, PlanError
 from slicer.model.layers import decoder_layers, hidden_in, hidden_of, replaced_forwards
-from slicer.model.load import load_model
+from slicer.model.load import in_float32, load_model
 from slicer.model.states import StateBudget, States
 from slicer.runtime import memory
 from slicer.runtime.compute import Compute
@@ -66,6 +66,7 @@ class Walk:
         self._calls: list[list[_Call]] = []  # by batch, then by layer
         self._known: dict[tuple[Any, ...], list[torch.Tensor]] = {}
         self._open: dict[int, int] = {}  # loaded layers -> number of `layer` blocks that use them
+        self._casts = False  # whether layers in use are float32
         self._shape: Callable[[torch.Tensor], Any] | None = None
         self._passed_on: list[int] = []  # ids of what a layer returns besides its states
 
@@ -129,6 +130,22 @@ class Walk:
         return self._offloaded.layer_bytes(i) if self._offloaded is not None else 0
 
     @contextlib.contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Inside the block a 16-bit model computes in float32, loaded or streamed: each layer while it is in use, and
+        what lies outside the layers all the time."""
+        within = {id(p) for layer in self.layers for p in layer.parameters()}
+        before, self._casts = self._casts, True
+        try:
+            with in_float32(p for p in self.model.parameters() if id(p) not in within):
+                yield
+        finally:
+            self._casts = before
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy on the host: in memory as far as the budget reaches, else in a file. Raises OutputError."""
+        return self._budget.tensor(tensor.shape, tensor.dtype, pin=tensor.is_cuda).copy_(tensor)
+
+    @contextlib.contextmanager
     def along(self, order: Sequence[int]) -> Iterator[None]:
         """Read layers ahead in this order inside the block. The default order is all layers."""
         before, self._order = self._order, tuple(order)
@@ -159,13 +176,20 @@ class Walk:
         if self._offloaded is not None and not self._open.get(i):
             after = self._order[self._order.index(i) + 1] if i in self._order[:-1] else None
             self._offloaded.place(i, self._offloaded.fetch(i, after))
+        precision = self._precision(i)
         self._open[i] = self._open.get(i, 0) + 1
         try:
-            yield self.layers[i]
+            with precision:
+                yield self.layers[i]
         finally:
             self._open[i] -= 1
             if self._offloaded is not None and not self._open[i]:
                 self._offloaded.release(i)
+
+    def _precision(self, i: int) -> contextlib.AbstractContextManager[None]:
+        """For layer i, whose weights are in place: float32 where that is asked for, unless it is open already."""
+        casts = self._casts and not self._open.get(i)
+        return in_float32(self.layers[i].parameters()) if casts else contextlib.nullcontext()
 
     def advance(
         self, i: int, states: States, listener: Listener | None = None, *, only: Iterable[int] | None = None
@@ -193,9 +217,12 @@ class Walk:
         With `gradient`, the output is differentiable.
         """
         with self.layer(i) as layer, torch.set_grad_enabled(gradient):
-            device = next((p.device for p in layer.parameters()), self.device)
-            output = self._calls[batch][i](layer, states.to(device, non_blocking=states.is_pinned()))
-            return hidden_of(output)
+            states = states.to(self.device_of(layer), non_blocking=states.is_pinned())
+            return hidden_of(self._calls[batch][i](layer, states))
+
+    def device_of(self, layer: nn.Module) -> torch.device:
+        """The device of a layer in use."""
+        return next((p.device for p in layer.parameters()), self.device)
 
     def run(self, states: States, layers: Sequence[int]) -> States:
         """Advance through `layers` (ascending), reading ahead along them."""
@@ -237,14 +264,15 @@ class Walk:
             with replaced_forwards(self.layers, lambda i, _: record), contextlib.suppress(_Captured):
                 self._decoder(few)
             args, kwargs = found[0]
-            if self._offloaded is not None and not self._open.get(0):
-                stored = self._offloaded.fetch(0, None)
-                self._offloaded.place(0, stored)
+            reads = self._offloaded if not self._open.get(0) else None
+            if reads is not None:
+                stored = reads.fetch(0, None)
+                reads.place(0, stored)
+            with self._precision(0):
                 output = self.layers[0](*args, **kwargs)
-                self._offloaded.release(0)
-                self._offloaded.keep(0, stored)  # layer 0 is most likely used next
-            else:
-                output = self.layers[0](*args, **kwargs)
+            if reads is not None:
+                reads.release(0)
+                reads.keep(0, stored)  # layer 0 is most likely used next
         if isinstance(output, torch.Tensor):
             return lambda states: states
         rest = output[1:]

@@ -7,9 +7,9 @@ sublayer. With z the inputs of a map W of the sublayer into the stream, W is rep
 x - h by least squares (`slicer.heal.compensate.regression`): `resolve`. `transform` is the special case D = (T - 1) W
 of ReplaceMe (arXiv 2505.02819), whose T acts on the sublayer's output.
 
-In memory, each solution of `resolve` is kept only if it lowers the loss on the held-out sequences; then all maps from
-one layer before the first gap on take second-order steps (`slicer.heal.compensate.newton`). A model that is streamed
-from disk gets the solutions alone.
+Each solution of `resolve` is kept only if it lowers the loss on the held-out sequences; then all maps from one layer
+before the first gap on take second-order steps (`slicer.heal.compensate.newton`). A model that is streamed from disk
+gets the same, layer by layer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from slicer.heal.compensate.gaps import Gap, GapPass
 from slicer.heal.compensate.newton import STEPS, Newton
 from slicer.heal.compensate.regression import LayerFit, Solution, Split, gather, norm_gain, solve, split
 from slicer.heal.patch import Holds, Solved
-from slicer.model.load import in_float32
 from slicer.model.output_maps import Output, find, parameters_after
 from slicer.model.pruned import Edits, LayerEdit, PrunedRun, edited, pruned_layer
 from slicer.model.states import States
@@ -55,7 +54,7 @@ def fold(
     `walk` is over the source; `batches` are int64 [batch, seq] without padding. `holds(i, name, module)`: whether the
     checkpoint holds the weights of a module of layer i under its name. `activations`, of the same model and batches,
     spares the next fold the pass through the source. New weights are rounded to the dtype `written` (None: the
-    model's), so that they are judged as they will be read. A 16-bit model computes in float32 where memory allows.
+    model's), so that they are judged as they will be read. A 16-bit model computes in float32.
 
     Raises HealError for too little text or where no weight can be changed, ArchitectureError where the attention of a
     layer is removed that runs beside its feed-forward sublayer.
@@ -63,7 +62,7 @@ def fold(
     if solver not in SOLVERS:
         raise UsageError(f"fold {solver!r}: choose one of {', '.join(SOLVERS)}")
     data = split(batches)
-    with in_float32(walk.model):
+    with walk.in_float32():
         precision = str(walk.model.dtype).removeprefix("torch.")
         folding = _Folding(walk, data, plan, holds, solver, written, progress or Progress())
         edits, report, losses = folding.run(activations)
@@ -99,20 +98,16 @@ class _Folding:
     least: float = 0.0  # the loss on the held-out sequences, with what was kept so far
     nearest: tuple[float, int, _Change] | None = None  # of the changes that were not kept
 
-    @property
-    def judges(self) -> bool:
-        """Whether each solution is kept only if it lowers the loss on the held-out sequences."""
-        return self.walk.loaded and self.solver == "resolve"
-
     def run(self, activations: SourceActivations | None) -> tuple[Edits, tuple[SolvedMatrix, ...], Losses]:
         """(the edits, what was solved, the losses on the held-out sequences)."""
         self.progress.stage("Healing the cut", self.walk.depth, "layers")
         both = GapPass(self.walk, self.data, self.plan, activations, self.progress)
         bare: PrunedRun | None = None
-        if self.judges:
+        if self.solver == "resolve":
             both.advance(max(0, both.gaps[0].layer - BEFORE))
             bare = PrunedRun(self.walk, self.plan, both.source.copy(), self.data.held)
-            before = self.least = self._loss(bare)
+            (self.least,) = bare.losses([{}])
+        before = self.least
         for gap, target in both:
             if gap.layer >= 0:
                 self._heal(gap, both, target)
@@ -133,59 +128,48 @@ class _Folding:
         report = tuple(entry for _, change in sorted(self.changes.items()) for entry in change.report)
         return {i: change.edit for i, change in self.changes.items()}, report, losses
 
-    def _loss(self, run: PrunedRun, edits: Edits | None = None) -> float:
-        with run.prepared(edits or {}):
-            return run.loss()
-
     def _heal(self, gap: Gap, both: GapPass, target: States) -> None:
         """Solve the sublayer before `gap` so that it puts out `target`, then advance the cut through its layer.
 
         Before a gap of whole layers `resolve` also tries to solve the attention first; before smaller gaps that only
-        fits noise.
+        fits noise. Of its solutions the one with the least loss is kept, if it lowers that.
         """
         i, cut, best = gap.layer, both.cut, _Change()
         ways: list[tuple[str, ...]] = [(gap.sublayer,)]
         whole = gap.sublayer == "ffn" and not gap.within
         if whole and self.solver == "resolve" and i not in self.plan.gone[0]:
             ways.append(("attention", "ffn"))
-        with self.walk.layer(i) as layer:
-            for sublayers in ways:
-                with pruned_layer(layer, i, self.plan.gone, None, 0.0):
-                    fit = LayerFit(self.walk, i, layer, cut, target, self.data.held)
-                    change = self._solved(fit, sublayers)
-                if not change.report:
-                    continue
-                if self.judges:
-                    run = PrunedRun(self.walk, self.plan, cut, self.data.held)
-                    loss = self._loss(run, {i: change.edit})
-                    if not loss < self.least:
-                        if self.nearest is None or loss < self.nearest[0]:
-                            self.nearest = loss, i, change
-                        continue
-                    self.least = loss
-                best = change
-                if not self.judges:
-                    break
-            if best.report:
-                self.changes[i] = best
-            with edited(layer, best.edit):
-                both.advance_cut(i)
+        with self.walk.layer(i) as layer, pruned_layer(layer, i, self.plan.gone, None, 0.0):
+            fit = LayerFit(self.walk, i, layer, cut, target, self.data.held)
+            solved = [change for way in ways if (change := self._solved(fit, way)).report]
+        if solved and self.solver != "resolve":
+            best = solved[0]
+        elif solved:
+            run = PrunedRun(self.walk, self.plan, cut, self.data.held)
+            losses = run.losses([{i: change.edit} for change in solved])
+            loss, at = min(zip(losses, range(len(losses)), strict=True))
+            if loss < self.least:
+                self.least, best = loss, solved[at]
+            elif self.nearest is None or loss < self.nearest[0]:
+                self.nearest = loss, i, solved[at]
+        if best.report:
+            self.changes[i] = best
+        with self.walk.layer(i) as layer, edited(layer, best.edit):
+            both.advance_cut(i)
 
     def _steps(self, run: PrunedRun) -> float:
         """Second-order steps from the changes so far; the loss on the held-out sequences after them."""
         self.progress.stage("Healing the cut: second-order steps", STEPS, "steps")
-        edits = {i: change.edit for i, change in self.changes.items()}
-        with run.prepared(edits), Newton(run, self.holds, self.written) as newton:
-            for number in range(STEPS):
-                if not newton.step(number):
-                    break
-                self.progress.advance()
-            for matrix in newton.stepped():
-                change = self.changes.setdefault(matrix.layer, _Change())
-                change.parameters[f"{matrix.name}.weight"] = matrix.weight.clone()
-                relative = round(float(matrix.delta.norm() / matrix.weight.float().norm()), 6)
-                change.report.append(SolvedMatrix(matrix.layer, matrix.name, "newton", change=relative))
-            return run.loss()
+        newton = Newton(run, {i: change.edit for i, change in self.changes.items()}, self.holds, self.written)
+        for number in range(STEPS):
+            if not newton.step(number):
+                break
+            self.progress.advance()
+        for matrix, weight, relative in newton.stepped():
+            change = self.changes.setdefault(matrix.layer, _Change())
+            change.parameters[matrix.key] = weight
+            change.report.append(SolvedMatrix(matrix.layer, matrix.name, "newton", change=round(relative, 6)))
+        return run.losses([{i: change.edit for i, change in self.changes.items()}])[0]
 
     def _solved(self, fit: LayerFit, sublayers: Sequence[str]) -> _Change:
         """The new weights of one layer, sublayer after sublayer."""

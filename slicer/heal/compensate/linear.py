@@ -33,7 +33,6 @@ from slicer.heal.compensate.objective import Objective
 from slicer.heal.compensate.regression import SINKS, NormalEquations, Split, reduced_rank, solve, split, token_weights
 from slicer.heal.patch import Solved, check_method
 from slicer.model.layers import norm_eps
-from slicer.model.load import in_float32
 from slicer.model.pruned import Edits, LayerEdit, PrunedRun, Replacement
 from slicer.model.states import States
 from slicer.model.walk import Walk
@@ -164,11 +163,10 @@ def train(
     losses = replace(solved.losses, solved=solved.losses.after)
     if not solved.edits:
         return replace(solved, losses=losses, steps=steps)
-    with in_float32(walk.model):
+    with walk.in_float32():
         training = ReplacementTraining(walk, split(batches), plan, solved.edits)
         best, edits = training.run(steps, seed, progress or Progress())
-        with training.pruned.prepared(edits):
-            losses = replace(losses, after=training.pruned.loss())
+        losses = replace(losses, after=training.pruned.losses([edits])[0])
     return replace(solved, edits=edits, losses=losses, steps=steps, best_step=best)
 
 
@@ -229,7 +227,7 @@ class ReplacementTraining:
     def judge(self) -> float:
         """L on the held-out sequences, nats a token, of the layers as they are now."""
         with torch.no_grad():
-            return self._objective.judge((b, self.pruned.run(b)) for b in self.pruned.held)[0]
+            return self._objective.judge([{b: self.pruned.run(b) for b in self.pruned.held}])[0][0]
 
 
 def rate(step: int, steps: int) -> float:
