@@ -54,6 +54,7 @@ class Walk:
         depth: L.
         trust_remote_code: whether the checkpoint's own Python code may run, for its tokenizer too.
         activations: cache for the folds of many cuts on one text; None: every fold runs the source itself.
+        directory: for states beyond the budget, and for finished stages of a fold; None: a temporary one, no stages.
     """
 
     def __init__(self, model: Any, offloaded: OffloadedModel | None, budget: StateBudget) -> None:
@@ -62,6 +63,7 @@ class Walk:
         self.depth = len(self.layers)
         self.trust_remote_code = False
         self.activations: SourceActivations | None = None
+        self.directory = budget.directory
         self._order: tuple[int, ...] = tuple(range(self.depth))
         self._calls: list[list[_Call]] = []  # by batch, then by layer
         self._known: dict[tuple[Any, ...], list[torch.Tensor]] = {}

@@ -12,17 +12,21 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from slicer.errors import OutputError
 from slicer.runtime.distributed import Processes
-from slicer.runtime.files import not_writable, write_atomically
+from slicer.runtime.files import atomic_file, not_writable, write_atomically
+
+if TYPE_CHECKING:
+    import torch
 
 SIGN = "slicer-work.json"
 _OWN = ".slicer"  # the names of the lock, and of a sign that is being written, start with this
@@ -238,3 +242,49 @@ class Notebook:
             if self._file is not None:
                 write_atomically(self._file, json.dumps(self.values) + "\n")
         return self.values[name]
+
+
+class Stages:
+    """Finished stages of a long computation: tensors and facts (JSON) under a name each, as files in `directory`, or
+    nowhere where that is None.
+
+    `of`: bytes that are the same for a run that may go on with the stages of another; those of other runs are removed.
+    """
+
+    def __init__(self, directory: Path | None, of: bytes) -> None:
+        self._place = None if directory is None else directory / f"stages-{hashlib.sha256(of).hexdigest()[:16]}"
+        if directory is not None and self._place is not None:
+            for old in directory.glob("stages-*"):
+                if old != self._place:
+                    shutil.rmtree(old, ignore_errors=True)
+
+    def file(self, name: str) -> Path | None:
+        """Where the stage of this name lies, whether it is finished or not."""
+        return None if self._place is None else self._place / f"{name}.safetensors"
+
+    def load(self, name: str) -> tuple[dict[str, torch.Tensor], Any] | None:
+        """(tensors, facts) of a finished stage."""
+        from safetensors import SafetensorError, safe_open
+
+        file = self.file(name)
+        if file is None or not file.is_file():
+            return None
+        try:
+            with safe_open(file, "pt") as stored:
+                return {key: stored.get_tensor(key) for key in stored.keys()}, json.loads(stored.metadata()["facts"])  # noqa: SIM118
+        except (SafetensorError, KeyError, TypeError, ValueError):  # damaged: done again
+            return None
+
+    def save(self, name: str, tensors: Mapping[str, torch.Tensor], facts: Any = None) -> None:
+        """Keep a finished stage. Raises OutputError."""
+        from safetensors.torch import save_file
+
+        if (file := self.file(name)) is not None:
+            file.parent.mkdir(exist_ok=True)
+            with atomic_file(file) as part:
+                save_file({k: t.contiguous() for k, t in tensors.items()}, part, {"facts": json.dumps(facts)})
+
+    def remove(self, name: str) -> None:
+        """Forget a stage that a later one replaces."""
+        if (file := self.file(name)) is not None:
+            file.unlink(missing_ok=True)

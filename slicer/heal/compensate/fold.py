@@ -14,9 +14,11 @@ gets the same, layer by layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import itemgetter
 
 import torch
 from torch import nn
@@ -33,6 +35,7 @@ from slicer.model.walk import SourceActivations, Walk, walk_loss
 from slicer.plan.plan import Plan
 from slicer.plan.records import SOLVERS, Losses, SolvedMatrix
 from slicer.progress import Progress
+from slicer.runtime.workdir import Stages
 
 BEFORE = 1  # layers before the one of the first gap that take second-order steps too
 _NORM_STEPS = 3  # Gauss-Newton steps where a norm follows the map
@@ -58,16 +61,25 @@ def fold(
 
     Raises HealError for too little text or where no weight can be changed, ArchitectureError where the attention of a
     layer is removed that runs beside its feed-forward sublayer.
+
+    In the directory of `walk`, if it has one, finished stages are kept: a fold that was stopped goes on after them.
     """
     if solver not in SOLVERS:
         raise UsageError(f"fold {solver!r}: choose one of {', '.join(SOLVERS)}")
     data = split(batches)
     with walk.in_float32():
         precision = str(walk.model.dtype).removeprefix("torch.")
-        folding = _Folding(walk, data, plan, holds, solver, written, progress or Progress())
+        stages = Stages(walk.directory, _identity(walk, data, plan, solver, written))
+        folding = _Folding(walk, data, plan, holds, solver, written, stages, progress or Progress())
         edits, report, losses = folding.run(activations)
     edits = {i: _in_own_dtype(walk.layers[i], edit) for i, edit in sorted(edits.items())}
     return Solved(edits, losses, "fold", solver, report=report, held_out=data.sequences, precision=precision)
+
+
+def _identity(walk: Walk, data: Split, plan: Plan, solver: str, written: torch.dtype | None) -> bytes:
+    """Equal for folds of one source that may go on with each other's stages."""
+    cut = (plan.kept, plan.no_attention, plan.no_ffn, plan.joined)
+    return repr((cut, solver, written, walk.model.dtype)).encode() + torch.cat(data.batches).numpy().tobytes()
 
 
 @dataclass
@@ -93,6 +105,7 @@ class _Folding:
     holds: Holds
     solver: str
     written: torch.dtype | None
+    stages: Stages
     progress: Progress
     changes: dict[int, _Change] = field(default_factory=dict)
     least: float = 0.0  # the loss on the held-out sequences, with what was kept so far
@@ -102,68 +115,111 @@ class _Folding:
         """(the edits, what was solved, the losses on the held-out sequences)."""
         self.progress.stage("Healing the cut", self.walk.depth, "layers")
         both = GapPass(self.walk, self.data, self.plan, activations, self.progress)
-        bare: PrunedRun | None = None
         if self.solver == "resolve":
-            both.advance(max(0, both.gaps[0].layer - BEFORE))
-            bare = PrunedRun(self.walk, self.plan, both.source.copy(), self.data.held)
-            (self.least,) = bare.losses([{}])
-        before = self.least
-        for gap, target in both:
-            if gap.layer >= 0:
-                self._heal(gap, both, target)
-        if bare is None:
-            losses = both.finish()
-        else:
-            while both.source.layer < self.walk.depth:
-                both.advance_source()
-            run = PrunedRun(self.walk, self.plan, bare.origin, self.data.held, both.source)
+            run, before = self._solutions(both)
             after = self._steps(run)
             if not self.changes and self.nearest is not None:  # who asked for a fold gets the least bad one
                 after, layer, change = self.nearest
                 self.changes = {layer: change}
             source = walk_loss(self.walk, both.source.tokens, both.source.__getitem__, self.data.held)
             losses = Losses(source, before, after)
+        else:
+            for gap, target in both:
+                self._heal(gap, both, target)
+            losses = both.finish()
         if not self.changes:
             raise HealError("no weights next to the cut can take the fold, or none gains by it; use --heal none")
         report = tuple(entry for _, change in sorted(self.changes.items()) for entry in change.report)
         return {i: change.edit for i, change in self.changes.items()}, report, losses
 
+    def _solutions(self, both: GapPass) -> tuple[PrunedRun, float]:
+        """Solve before every gap: the pruned model from one layer before the first gap on, and its loss as it was."""
+        source, first = both.source, max(0, both.gaps[0].layer - BEFORE)
+        done = self.stages.load("streams")
+        if done is not None and all(gap.layer < 0 or self.stages.load(_name(gap)) for gap in both.gaps):
+            streams, self.least = done
+            before, origin = self.least, source.copy()
+            for gap in both.gaps:
+                self._decide(gap, both.cut, source)
+            for b in range(len(source)):
+                origin[b], source[b] = streams[f"origin.{b}"], streams[f"target.{b}"]
+            origin.layer, source.layer = first, self.walk.depth
+        else:
+            both.advance(first)
+            origin = source.copy()
+            (before,) = PrunedRun(self.walk, self.plan, origin, self.data.held).losses([{}])
+            self.least = before
+            for gap, target in both:
+                self._heal(gap, both, target)
+            while source.layer < self.walk.depth:
+                both.advance_source()
+            streams = {
+                f"{name}.{b}": x
+                for name, states in (("origin", origin), ("target", source))
+                for b, x in enumerate(states)
+            }
+            self.stages.save("streams", streams, before)
+        return PrunedRun(self.walk, self.plan, origin, self.data.held, source), before
+
     def _heal(self, gap: Gap, both: GapPass, target: States) -> None:
-        """Solve the sublayer before `gap` so that it puts out `target`, then advance the cut through its layer.
+        """Solve the sublayer before `gap` so that it puts out `target`, then advance the cut through its layer."""
+        if gap.layer >= 0:
+            self._decide(gap, both.cut, target)
+            change = self.changes.get(gap.layer) or _Change()
+            with self.walk.layer(gap.layer) as layer, edited(layer, change.edit):
+                both.advance_cut(gap.layer)
+
+    def _decide(self, gap: Gap, cut: States, target: States) -> None:
+        """Enter the solution before `gap` into the changes, of `resolve` if it lowers the loss."""
+        if gap.layer < 0:
+            return
+        kept = self.stages.load(_name(gap))
+        if kept is None:
+            loss, change = self._best(gap, cut, target)
+            tensors = {f"p.{name}": t for name, t in change.parameters.items()}
+            tensors |= {f"t.{name}": t for name, t in change.transforms.items()}
+            self.stages.save(_name(gap), tensors, [loss, [entry.to_dict() for entry in change.report]])
+        else:
+            tensors, (loss, report) = kept
+            change = _Change(report=[SolvedMatrix.of(entry) for entry in report])
+            for name, tensor in tensors.items():
+                into = change.parameters if name.startswith("p.") else change.transforms
+                into[name[2:]] = tensor.to(self.walk.device)
+        if change.report and (self.solver != "resolve" or loss < self.least):
+            self.least, self.changes[gap.layer] = loss, change
+        elif change.report and (self.nearest is None or loss < self.nearest[0]):
+            self.nearest = loss, gap.layer, change
+
+    def _best(self, gap: Gap, cut: States, target: States) -> tuple[float, _Change]:
+        """(the loss on the held-out sequences, the solution with the least).
 
         Before a gap of whole layers `resolve` also tries to solve the attention first; before smaller gaps that only
-        fits noise. Of its solutions the one with the least loss is kept, if it lowers that.
+        fits noise. What is not judged has no loss.
         """
-        i, cut, best = gap.layer, both.cut, _Change()
-        ways: list[tuple[str, ...]] = [(gap.sublayer,)]
+        i, ways = gap.layer, list[tuple[str, ...]]([(gap.sublayer,)])
         whole = gap.sublayer == "ffn" and not gap.within
         if whole and self.solver == "resolve" and i not in self.plan.gone[0]:
             ways.append(("attention", "ffn"))
         with self.walk.layer(i) as layer, pruned_layer(layer, i, self.plan.gone, None, 0.0):
             fit = LayerFit(self.walk, i, layer, cut, target, self.data.held)
             solved = [change for way in ways if (change := self._solved(fit, way)).report]
-        if solved and self.solver != "resolve":
-            best = solved[0]
-        elif solved:
-            run = PrunedRun(self.walk, self.plan, cut, self.data.held)
-            losses = run.losses([{i: change.edit} for change in solved])
-            loss, at = min(zip(losses, range(len(losses)), strict=True))
-            if loss < self.least:
-                self.least, best = loss, solved[at]
-            elif self.nearest is None or loss < self.nearest[0]:
-                self.nearest = loss, i, solved[at]
-        if best.report:
-            self.changes[i] = best
-        with self.walk.layer(i) as layer, edited(layer, best.edit):
-            both.advance_cut(i)
+        if not solved or self.solver != "resolve":
+            return math.nan, solved[0] if solved else _Change()
+        losses = PrunedRun(self.walk, self.plan, cut, self.data.held).losses([{i: c.edit} for c in solved])
+        return min(zip(losses, solved, strict=True), key=itemgetter(0))
 
     def _steps(self, run: PrunedRun) -> float:
         """Second-order steps from the changes so far; the loss on the held-out sequences after them."""
         self.progress.stage("Healing the cut: second-order steps", STEPS, "steps")
         newton = Newton(run, {i: change.edit for i, change in self.changes.items()}, self.holds, self.written)
-        for number in range(STEPS):
-            if not newton.step(number):
-                break
+        number, going = 0, True
+        if (kept := self.stages.load("steps")) is not None:
+            tensors, (number, going, *state) = kept
+            newton.resume(tensors, state)
+        while going and number < STEPS:
+            going, number = newton.step(number), number + 1
+            tensors, state = newton.state
+            self.stages.save("steps", tensors, [number, going, *state])
             self.progress.advance()
         for matrix, weight, relative in newton.stepped():
             change = self.changes.setdefault(matrix.layer, _Change())
@@ -222,3 +278,8 @@ def _in_own_dtype(layer: nn.Module, edit: LayerEdit) -> LayerEdit:
     """Rounded, where it was solved in a higher precision than the layer's."""
     own = dict(layer.named_parameters())
     return replace(edit, parameters={name: t.to(own[name].dtype) for name, t in edit.parameters.items()})
+
+
+def _name(gap: Gap) -> str:
+    """Of the stage that keeps the solution before a gap."""
+    return f"gap-{gap.start}"

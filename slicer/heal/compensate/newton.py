@@ -19,7 +19,7 @@ only one layer with its factors is in memory. Lengths are compared in further sw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -70,8 +70,8 @@ class Newton:
         self._limit = (1 + SLACK) * far
 
     def step(self, number: int) -> bool:
-        """Take step `number` (the first gathers A and G) if it lowers the loss on the sequences held out."""
-        for matrix, sums in self.sums(number % PARTS, curvature=number == 0):
+        """Take step `number` if it lowers the loss on the sequences held out."""
+        for matrix, sums in self.sums(number % PARTS):
             if not bool(sums.gradient.isfinite().all()):
                 return False
             matrix.solve(sums, self._run.walk.keep)
@@ -81,6 +81,20 @@ class Newton:
             for matrix in matrices:
                 matrix.step(length)
         return length > 0
+
+    @property
+    def state(self) -> tuple[dict[str, torch.Tensor], list[float]]:
+        """What `resume` takes to go on after the steps so far."""
+        every = (matrix for matrices in self.matrices.values() for matrix in matrices)
+        return {f"{m.layer}.{m.name}": m.delta for m in every if m.delta is not None}, [self._loss, self._size]
+
+    def resume(self, deltas: Mapping[str, torch.Tensor], numbers: Sequence[float]) -> None:
+        """Go on after the steps of another run, by its `state`."""
+        self._loss, self._size = numbers
+        for matrices in self.matrices.values():
+            for matrix in matrices:
+                delta = deltas.get(f"{matrix.layer}.{matrix.name}")
+                matrix.delta = None if delta is None else self._run.walk.keep(delta)
 
     def judge(self, lengths: Sequence[float]) -> list[tuple[float, float]]:
         """L and KL(p || q) on the sequences held out, after each of these steps in the present directions."""
@@ -107,9 +121,8 @@ class Newton:
                     weight = new[matrix.key]
                     yield matrix, weight, float(delta.norm()) / float(weight.float().norm())
 
-    def sums(self, part: int, *, curvature: bool) -> Iterator[tuple[Matrix, Sums]]:
-        """What each matrix gathers from a part of the sequences fitted, from the last layer to the first; A and G only
-        with `curvature`."""
+    def sums(self, part: int) -> Iterator[tuple[Matrix, Sums]]:
+        """What each matrix gathers from a part of the sequences fitted, from the last layer to the first."""
         run, entering = self._run, dict[int, Streams]()
         generator = torch.Generator().manual_seed(0)
         fitted = [b for b in range(len(run.origin)) if b not in run.held]
@@ -121,14 +134,14 @@ class Newton:
         (last,) = run.ends(fitted, [self.edit], keep)
         slopes: dict[int, list[torch.Tensor]] = {}  # along the stream, by batch: of L, and of the tokens drawn
         for at, b in enumerate(fitted):
-            draws = curvature and at % DRAWN == 0
+            draws = at % DRAWN == 0
             both = self._objective.slopes(b, last.pop(b), generator if draws else None)
             slopes[b] = list(both[: 1 + draws])
         backward = run.layers[::-1]
         with run.walk.along(backward):
             for i in backward:
                 with run.walk.layer(i) as layer, run.pruned(i, layer, self.edit(i, layer)):
-                    found = {m: Sums(layer.get_submodule(m.name), m, curvature) for m in self.matrices[i]}
+                    found = {m: Sums(layer.get_submodule(m.name), m) for m in self.matrices[i]}
                     with attached(sums.module.register_forward_hook(sums.watch) for sums in found.values()):
                         for b, x in entering.pop(i).items():
                             slopes[b] = self._back(i, b, x.to(run.walk.device_of(layer)), slopes[b], found.values())
@@ -206,7 +219,6 @@ class Matrix:
         self.delta: torch.Tensor | None = None
         self.ratio = 0.0
         self._direction: torch.Tensor | None = None
-        self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def moved(self, first: torch.Tensor, length: float, written: torch.dtype) -> torch.Tensor:
         """W, which was `first`, with a further step of this length, rounded as it will be written; in the layout and
@@ -219,14 +231,10 @@ class Matrix:
         return (first.float() + (change.T if self._transposed else change)).to(written).to(first.dtype)
 
     def solve(self, sums: Sums, keep: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Set D, up to a factor that all matrices share, from dL/dW. A and G are factored where `sums` has them, else
-        those of an earlier step serve."""
-        if sums.inputs is not None and sums.outputs is not None:
-            self._factors = keep(_factor(sums.outputs, DAMPING[1])), keep(_factor(sums.inputs, DAMPING[0]))
-        assert self._factors is not None
-        left, right = (factor.to(sums.gradient.device) for factor in self._factors)
-        half = torch.cholesky_solve(sums.gradient, left, upper=True)
-        self._direction = keep(-torch.cholesky_solve(half.T, right, upper=True).T)
+        """Set D, up to a factor that all matrices share; A and G are factored in place."""
+        half = torch.cholesky_solve(sums.gradient, _factor(sums.outputs, DAMPING[1]), upper=True)
+        step = torch.cholesky_solve(half.T, _factor(sums.inputs, DAMPING[0]), upper=True)
+        self._direction = keep(-step.T)
         self.ratio = float(self._direction.norm()) / max(sums.size, 1e-12)
 
     def step(self, length: float) -> None:
@@ -243,19 +251,18 @@ class Sums:
 
     Attributes:
         gradient: dL/dW [d, f].
-        inputs, outputs: A [f, f], its upper triangle, and G [d, d]; None: not gathered.
+        inputs, outputs: A [f, f], its upper triangle, and G [d, d].
         size: |W|.
         z, u: input [.., f] and output [.., d] of the last run.
     """
 
-    def __init__(self, module: nn.Module, matrix: Matrix, curvature: bool) -> None:
+    def __init__(self, module: nn.Module, matrix: Matrix) -> None:
         self.module = module
         weight = Output(matrix.name, module).weight
         d, f = weight.shape
         new = partial(torch.zeros, dtype=torch.float32, device=weight.device)
         self.gradient, self.size = new(d, f), float(weight.float().norm())
-        self.inputs = new(f, f) if curvature else None
-        self.outputs = new(d, d) if curvature else None
+        self.inputs, self.outputs = new(f, f), new(d, d)
         self.z: torch.Tensor | None = None
         self.u: torch.Tensor | None = None
 
@@ -268,14 +275,12 @@ class Sums:
         assert self.z is not None
         z, g = self.z.flatten(0, -2).float(), slope.flatten(0, -2).float()
         self.gradient += g.T @ z
-        if self.inputs is not None:
-            add_gram(self.inputs, z)
+        add_gram(self.inputs, z)
 
     def draw(self, slope: torch.Tensor) -> None:
         """Add to G the gradients [.., d] of the log likelihood of drawn tokens."""
-        if self.outputs is not None:
-            g = slope.flatten(0, -2).float()
-            self.outputs += g.T @ g
+        g = slope.flatten(0, -2).float()
+        self.outputs += g.T @ g
 
 
 def _factor(matrix: torch.Tensor, strength: float) -> torch.Tensor:
