@@ -22,7 +22,7 @@ from slicer.checkpoint.config import expand_config, sliced_config
 from slicer.checkpoint.export import copy_companions
 from slicer.checkpoint.reader import Checkpoint, has_weights, read_config, refuse_quantized
 from slicer.checkpoint.sizes import measure_sizes
-from slicer.errors import ArchitectureError, BenchError, SourceError
+from slicer.errors import ArchitectureError, BenchError, SourceError, unreadable
 from slicer.model.load import blueprint
 from slicer.plan.amounts import Amount, Goal, parse_depths
 from slicer.plan.choose import choose
@@ -154,8 +154,7 @@ def _original(source: str | None, config: Path | None, scratch: Path) -> Path:
     try:
         (directory / "config.json").write_text(file.read_text("utf-8"), "utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text"
-        raise SourceError(f"{file}: cannot be read ({reason}); pass a config.json") from None
+        raise SourceError(f"{file}: cannot be read ({unreadable(error)}); pass a config.json") from None
     try:
         read_config(directory)
     except SourceError:

@@ -15,7 +15,7 @@ from typing import Any
 from slicer.benchmarks.contestants import Contestant
 from slicer.benchmarks.vllm_engine import VARIABLES, Client, server_arguments
 from slicer.benchmarks.workload import Workload
-from slicer.errors import BenchError
+from slicer.errors import BenchError, unreadable
 from slicer.serve.server import Server
 
 ALONE = "(no draft)"
@@ -36,8 +36,9 @@ def read_prompts(file: Path) -> list[str]:
     try:
         lines = [line for line in file.read_text("utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text"
-        raise BenchError(f"{file}: cannot be read ({reason}); pass a file with one prompt per line") from None
+        raise BenchError(
+            f"{file}: cannot be read ({unreadable(error)}); pass a file with one prompt per line"
+        ) from None
     found = []
     for number, line in enumerate(lines, 1):
         text: Any = line

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from slicer.errors import EvaluationError
+from slicer.errors import EvaluationError, reason_of
 from slicer.evaluate import generation
 from slicer.runtime.compat import answer_for_vllm, lm_eval_module, without_bars
 from slicer.runtime.compute import Compute
@@ -34,8 +34,7 @@ def wrap(
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # tokenizer classes raise many kinds
-        reason = " ".join(str(error).split())[:160]
-        raise EvaluationError(f"{path}: no usable tokenizer ({reason}); add the tokenizer files") from None
+        raise EvaluationError(f"{path}: no usable tokenizer ({reason_of(error)}); add the tokenizer files") from None
     automatic: int | str = "auto" if model.device.type == "cuda" else 1
     batch = automatic if batch_size == "auto" else int(batch_size)
     starts_texts = tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
@@ -91,7 +90,7 @@ def load_vllm(path: Path, compute: Compute, batch_size: str, seed: int) -> tuple
         wrapper = lm_eval_module("models.vllm_causallms").VLLM
         lm = wrapper(pretrained=str(path), batch_size=batch_size, seed=seed, **arguments)
     except Exception as error:  # vLLM raises many kinds
-        raise EvaluationError(f"{path}: vLLM cannot load it ({' '.join(str(error).split())[:200]})") from None
+        raise EvaluationError(f"{path}: vLLM cannot load it ({reason_of(error)})") from None
     return without_bars(lm), int(config["vocab_size"])
 
 

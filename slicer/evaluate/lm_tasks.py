@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from slicer.errors import EvaluationError
+from slicer.errors import EvaluationError, reason_of
 from slicer.evaluate import backends, local_tasks, scoring
 from slicer.evaluate.results import Score
 from slicer.measure.losses import Choice, Questions
@@ -212,9 +212,8 @@ class LmTask:
         try:
             self.loaded = manager.load([name])
         except Exception as error:  # data sets, the Hub and task programs raise many kinds
-            reason = " ".join(str(error).split())[:200]
             remedy = "check its files" if local else "if offline, pass local files with --data DIR"
-            raise EvaluationError(f"{name}: cannot load its data ({reason}); {remedy}") from None
+            raise EvaluationError(f"{name}: cannot load its data ({reason_of(error)}); {remedy}") from None
         group = self.loaded.get("groups", {}).get(name)
         self.leaves = [t.task_name for t in group.get_all_tasks()] if group else list(self.loaded["tasks"])
         # A tag, and a group without an aggregate metric, has only the scores of its tasks.
@@ -255,8 +254,7 @@ class LmTask:
         try:
             found = evaluator.evaluate(lm, self.loaded, limit=self.limit, samples=self.samples, log_samples=True)
         except (AssertionError, ValueError, TypeError, KeyError, IndexError) as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise EvaluationError(f"{self.label}: lm-eval cannot run it ({reason})") from error
+            raise EvaluationError(f"{self.label}: lm-eval cannot run it ({reason_of(error)})") from error
         for score in scoring.scores(self.name, self.label, self.leaves, self.loaded["tasks"], found):
             leaf = score.task.removesuffix(self.label.removeprefix(self.name))
             inside = self.leaves if leaf == self.name else [leaf]
