@@ -16,6 +16,7 @@ from pathlib import Path
 
 from slicer.data.sources import DEFAULT_DATASET, TextSpec, read_documents, stream_hub
 from slicer.errors import CalibrationError, EvaluationError
+from slicer.evaluate.compare import mean_and_error
 
 SEQUENCES = 64
 CHARACTERS = 1024
@@ -150,20 +151,12 @@ def summarise(
     """(overall loss, nats per token of each excerpt by id), from each excerpt's total `nats` and number of `tokens`."""
     n, total = len(nats), sum(tokens)
     mean = math.fsum(nats) / total
-    residuals = [x - mean * t for x, t in zip(nats, tokens, strict=True)]
-    error = math.sqrt(math.fsum(r * r for r in residuals) / (n - 1) * n) / total if n > 1 else 0.0
+    weight = n / total  # with it, the mean over excerpts is the overall loss, for paired tests
+    _, error = mean_and_error([weight * (x - mean * t) for x, t in zip(nats, tokens, strict=True)])
     size = sum(len(text.encode()) for text in excerpts.texts)
     loss = TextLoss(
-        nats_per_token=mean,
-        standard_error=error,
-        normalised=mean / math.log(vocabulary),
-        nats_per_byte=math.fsum(nats) / size,
-        vocabulary=vocabulary,
-        tokens=total,
-        sequences=n,
-        source=excerpts.source,
-        excerpts=excerpts.digest,
-    )
-    # Scaled so that the mean over excerpts is the overall loss, for paired tests.
-    weight = n / total
+        nats_per_token=mean, standard_error=error, normalised=mean / math.log(vocabulary),
+        nats_per_byte=math.fsum(nats) / size, vocabulary=vocabulary, tokens=total, sequences=n,
+        source=excerpts.source, excerpts=excerpts.digest,
+    )  # fmt: skip
     return loss, {f"{excerpts.digest}-{i}": x * weight for i, x in enumerate(nats)}

@@ -105,16 +105,9 @@ class Suite:
         directory = options.keep_tasks or Path(self._scratch.name) / "tasks"
         manager, self.files = lm_tasks.manager([task.name for task in asked], options.data, directory)
         # One at a time: lm-eval refuses a task next to a group that contains it (mmlu_astronomy, mmlu).
+        local, limit, shared = options.data is not None, options.limit, options.share_limit
         self._rounds = [
-            LmTask(
-                manager,
-                task,
-                limit=options.limit,
-                share_limit=options.share_limit,
-                seed=options.seed,
-                local=options.data is not None,
-            )
-            for task in asked
+            LmTask(manager, task, seed=options.seed, local=local, limit=limit, shared=shared) for task in asked
         ]
 
     @property
