@@ -43,8 +43,8 @@ class SharedModel:
     Each part is made when a cell first needs it; `release` frees them all.
     """
 
-    def __init__(self, source: Source, compute: Compute, text: TextSpec, progress: Progress) -> None:
-        self.source, self.compute, self._spec, self._progress = source, compute, text, progress
+    def __init__(self, source: Source, compute: Compute, spec: TextSpec, progress: Progress) -> None:
+        self.source, self.compute, self.spec, self.progress = source, compute, spec, progress
 
     def release(self) -> None:
         """Free the memory for a training, which reads from files."""
@@ -57,7 +57,7 @@ class SharedModel:
         """Over the loaded source; in a distributed run, on this process's GPU."""
         from slicer.model.walk import SourceActivations, Walk
 
-        self._progress.stage("Loading the model")
+        self.progress.stage("Loading the model")
         walk = Walk.in_memory(_loaded(self.source.path, self.compute))
         walk.trust_remote_code = self.compute.trust_remote_code
         walk.activations = SourceActivations(int(memory.ACTIVATIONS_SHARE * memory.available()))
@@ -68,7 +68,7 @@ class SharedModel:
         """The calibration text for similarity and healing."""
         from slicer.data.calibration import read_text
 
-        found = read_text(self._spec, self.source.path, self.walk, self._progress)
+        found = read_text(self.spec, self.source.path, self.walk, self.progress)
         assert found is not None
         return found
 
@@ -96,7 +96,7 @@ def evaluated(model: Any, path: Path, suite: Suite, name: str) -> Evaluation:
 
 
 def in_memory(
-    cell: Cell, plan: Plan, shared: SharedModel, suite: Suite, name: str, progress: Progress
+    cell: Cell, plan: Plan, shared: SharedModel, suite: Suite, name: str
 ) -> tuple[Evaluation, HealingRecord | None]:
     """A bare or folded cell. Raises ArchitectureError or HealError where the cut cannot be made or healed."""
     from slicer.jobs.repair import repair
@@ -105,7 +105,7 @@ def in_memory(
     checkpoint, compute = shared.source.checkpoint, shared.compute
     config = sliced_config(checkpoint, plan, trust_remote_code=compute.trust_remote_code)
     text = None if cell.heal == "none" else shared.text
-    patch = repair(checkpoint, shared.walk, plan, text, Compensation(cell.heal), progress)
+    patch = repair(checkpoint, shared.walk, plan, text, Compensation(cell.heal), shared.progress)
     first = min(*plan.dropped, *patch.edits, plan.depth)
     model = shared.walk.model
     with shared.prefix.shared(first), shortened(model, plan, config, patch.edits):
@@ -113,9 +113,8 @@ def in_memory(
 
 
 def on_disk(
-    plan: Plan, training: Training, text: TextSpec, shared: SharedModel, directory: Path, suite: Suite, name: str,
-    progress: Progress,
-) -> tuple[Evaluation, HealingRecord]:  # fmt: skip
+    plan: Plan, training: Training, shared: SharedModel, directory: Path, suite: Suite, name: str
+) -> tuple[Evaluation, HealingRecord]:
     """A trained cell, made in `directory`, which is removed afterwards. Resumes a stopped training.
 
     Raises SlicerError children.
@@ -128,17 +127,18 @@ def on_disk(
     source, compute = shared.source.name, replace(shared.compute, dtype=None)
     with (
         owned(directory, what="an unfinished training of a sweep", overwrite=True,
-              training=asdict(training), text=text.identity, dropped=plan.dropped),
+              training=asdict(training), text=shared.spec.identity, dropped=plan.dropped),
         alone(),
     ):  # fmt: skip
         if not cut.is_dir():
             bare = Compensation("none")
             output = Output(cut, verify="load")
-            convert(ConvertRequest(source, plan=plan, compensation=bare, output=output, compute=compute), progress)
+            request = ConvertRequest(source, plan=plan, compensation=bare, output=output, compute=compute)
+            convert(request, shared.progress)
         if not out.is_dir():
             output = Output(out, verify="load")
-            request = HealRequest(str(cut), source, training, text=Text.of(text), output=output, compute=compute)
-            heal(request, progress)
+            text = Text.of(shared.spec)
+            heal(HealRequest(str(cut), source, training, text=text, output=output, compute=compute), shared.progress)
     record = Plan.load(out).healing
     assert record is not None
     evaluation = evaluated(_loaded(out, shared.compute), out, suite, name)

@@ -191,9 +191,9 @@ def _evaluated(sweep: OpenSweep, cell: Cell, record: dict[str, Any]) -> Evaluati
     if cell.heal.startswith(TRAINED):
         training, place = training_of(cell, request.training), request.directory / "training" / cell.name
         record["training"] = asdict(training)
-        evaluation, healing = on_disk(plan, training, request.text, shared, place, suite, name, sweep.progress)
+        evaluation, healing = on_disk(plan, training, shared, place, suite, name)
     else:
-        evaluation, healing = in_memory(cell, plan, shared, suite, name, sweep.progress)
+        evaluation, healing = in_memory(cell, plan, shared, suite, name)
     if healing is not None:
         record["healing"] = replace(healing, tensors=()).to_dict()
     return evaluation
