@@ -17,9 +17,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from slicer.benchmarks.contestants import Contestant
 from slicer.benchmarks.process import peak_memory, run_module, synchronize
 from slicer.benchmarks.workload import TIMES, Workload, by_concurrency, offline_rates, prompts, rates
+from slicer.model.load import auto_classes, load_model
 
 
 def measure(
@@ -35,8 +38,6 @@ def main() -> None:
     """The child: load, measure, print one JSON object."""
     spec = json.loads(sys.stdin.read())
     workload, contestant = Workload(**spec["workload"]), Contestant(**spec["contestant"])
-    import torch
-
     device = torch.device("cpu" if workload.on_cpu else "cuda")
     dtype = torch.bfloat16 if workload.dtype == "auto" else getattr(torch, workload.dtype)
     started = time.perf_counter()
@@ -69,10 +70,7 @@ def main() -> None:
 
 
 def _load(contestant: Contestant, dtype: Any, device: Any, seed: int) -> Any:
-    import torch
     import transformers
-
-    from slicer.model.load import auto_classes, load_model
 
     path = Path(contestant.path)
     if not contestant.dummy:
@@ -87,8 +85,6 @@ def _load(contestant: Contestant, dtype: Any, device: Any, seed: int) -> Any:
 
 def _answer(model: Any, device: Any, output_len: int, asked: list[list[int]]) -> dict[str, Any]:
     """Prefill and greedy decoding of one batch, step by step; times in milliseconds, once for every prompt."""
-    import torch
-
     cache = None
     with torch.inference_mode():
         ids = torch.tensor(asked, device=device)
@@ -114,8 +110,6 @@ def _answer(model: Any, device: Any, output_len: int, asked: list[list[int]]) ->
 
 def _cache_bytes(cache: Any) -> int:
     """Bytes of all tensors in any kind of cache."""
-    import torch
-
     seen: dict[int, int] = {}
 
     def visit(value: Any, depth: int) -> None:

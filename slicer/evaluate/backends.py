@@ -10,6 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from slicer.checkpoint.architectures.table import text_config
+from slicer.checkpoint.reader import read_config
 from slicer.errors import EvaluationError, reason_of
 from slicer.evaluate import generation
 from slicer.runtime.compat import answer_for_vllm, lm_eval_module, without_bars
@@ -56,8 +60,6 @@ def _keep_last_logits(lm: Any, model: Any) -> None:
         longest = max((len(continuation) for _, _, continuation in requests), default=1)
 
         def call(tokens: Any, **_: Any) -> Any:
-            import torch
-
             with torch.no_grad():
                 return model(tokens, logits_to_keep=longest).logits
 
@@ -71,11 +73,6 @@ def load_vllm(path: Path, compute: Compute, batch_size: str, seed: int) -> tuple
     """(lm-eval model that runs the checkpoint at `path` in vLLM, V). Raises EvaluationError."""
     if find_spec("vllm") is None:
         raise EvaluationError("--backend vllm: vLLM is not installed; pip install 'slicer-llm[serve]'")
-    import torch
-
-    from slicer.checkpoint.architectures.table import text_config
-    from slicer.checkpoint.reader import read_config
-
     config = text_config(read_config(path))
     arguments: dict[str, Any] = {"dtype": compute.dtype or "auto", "trust_remote_code": compute.trust_remote_code}
     context = config.get("max_position_embeddings") or config.get("n_positions")
@@ -120,8 +117,6 @@ def text_losses(lm: Any, texts: Sequence[str]) -> tuple[list[float], list[int]]:
     A start token precedes the text; if there is none, the text's first token is the context. Texts longer than the
     model's context are split. Log-probabilities are computed in float32.
     """
-    import torch
-
     requests: list[tuple[tuple[str, str], list[int], list[int]]] = []
     owner: list[int] = []  # the text of each request
     counts = []

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slicer.checkpoint import hub
+from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import EvaluationError
 from slicer.evaluate import backends, lm_tasks, loss
 from slicer.evaluate.lm_tasks import LOSS, LmTask
 from slicer.evaluate.results import Evaluation, Score
+from slicer.model.load import load_model
 from slicer.progress import Progress
 from slicer.runtime import memory
 from slicer.runtime.compute import Compute
@@ -144,9 +147,6 @@ class Suite:
 
 def evaluate(source: str, suite: Suite) -> Evaluation:
     """Run `suite` on a checkpoint: a directory, a Hub id or "demo". Raises SourceError, EvaluationError."""
-    from slicer.checkpoint import hub
-    from slicer.checkpoint.reader import Checkpoint
-
     options = suite.options
     suite.progress.stage(f"{source}: loading")
     path = hub.resolve(source).path
@@ -155,8 +155,6 @@ def evaluate(source: str, suite: Suite) -> Evaluation:
         compute = Compute(options.device, options.dtype, trust_remote_code=options.trust_remote_code)
         lm, vocabulary = backends.load_vllm(path, compute, options.batch_size, options.seed)
     else:
-        from slicer.model.load import load_model
-
         model = load_model(
             path, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code
         )

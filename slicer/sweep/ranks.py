@@ -20,6 +20,7 @@ from slicer.checkpoint.export import check_output
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import measure_sizes
 from slicer.errors import Diverged, EvaluationError, HealError, UsageError
+from slicer.evaluate.suite import Suite, SuiteSpec, evaluate
 from slicer.jobs.heal import heal
 from slicer.jobs.output import Written
 from slicer.jobs.recipe import Recipe
@@ -152,8 +153,6 @@ def _scorer(search: RankSearch, compute: Compute, progress: Progress) -> Scorer:
     """The function that scores a checkpoint. Raises EvaluationError early if the task or its data is missing."""
     if search.metric == LOSS:
         return lambda path, loss: (-math.inf if loss is None else -loss, 0.0)
-    from slicer.evaluate.suite import Suite, SuiteSpec, evaluate
-
     spec = SuiteSpec((search.metric,), data=search.data, limit=search.limit, share_limit=True)
     spec = replace(spec, device=compute.device, trust_remote_code=compute.trust_remote_code)
     suite = Suite(spec, progress)
