@@ -31,10 +31,8 @@ _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parq
 
 
 def write_task(data: Path, name: str, config: Mapping[str, Any], yaml_path: Path | None, directory: Path) -> list[Path]:
-    """Write `directory`/`name`.yaml, an lm-eval task that reads the files of `data`; returns these files.
-
-    `config` and `yaml_path` are those of the original task. Raises EvaluationError: files missing, empty or malformed.
-    """
+    """Write `directory`/`name`.yaml, an lm-eval task that reads the files of `data`; returns these files. `config` and
+    `yaml_path` are those of the original task. Raises EvaluationError: files missing, empty or malformed."""
     if yaml_path is None or "class" in config:
         raise EvaluationError(f"{name}: lm-eval implements this task in Python, so it cannot read --data {data}")
     if config.get("dataset_path") == "cais/mmlu":

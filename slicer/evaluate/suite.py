@@ -62,10 +62,8 @@ class SuiteSpec:
 
 
 class Suite:
-    """The tasks with their data, and the excerpts of text. Use as a context manager.
-
-    Raises EvaluationError if a task is unknown, or its data is missing, empty or malformed.
-    """
+    """The tasks with their data, and the excerpts of text. Use as a context manager. Raises EvaluationError if a task
+    is unknown, or its data is missing, empty or malformed."""
 
     def __init__(self, options: SuiteSpec, progress: Progress | None = None) -> None:
         self.options, self.progress = options, progress or Progress()
@@ -171,9 +169,6 @@ def evaluate(source: str, suite: Suite) -> Evaluation:
 
 def describe(options: SuiteSpec) -> dict[str, Any]:
     """The options, as plain values, that two results must share to be comparable."""
-    return {
-        "tasks": list(options.tasks), "num_fewshot": options.num_fewshot, "limit": options.limit,
-        "share_limit": options.share_limit, "data": str(options.data) if options.data else None,
-        "backend": options.backend, "batch_size": options.batch_size, "seed": options.seed,
-        "dtype": options.dtype,
-    }  # fmt: skip
+    names = ("tasks", "num_fewshot", "limit", "share_limit", "data", "backend", "batch_size", "seed", "dtype")
+    data = str(options.data) if options.data else None
+    return {name: getattr(options, name) for name in names} | {"tasks": list(options.tasks), "data": data}

@@ -312,9 +312,7 @@ def agreement(analysis: Analysis, path: Path) -> None:
 
 def rank_agreement(one: Distances, other: Distances, sizes: Collection[int] | None = None) -> float:
     """Spearman's correlation of two metrics over blocks of one size, mean over `sizes` with at least three blocks.
-
-    `sizes`: None for all that both have.
-    """
+    `sizes`: None for all that both have."""
     found = []
     for n in sorted({*one.sizes} & {*other.sizes} if sizes is None else sizes):
         a, b = np.asarray(one.block(n)), np.asarray(other.block(n))

@@ -11,10 +11,8 @@ from slicer.figures.style import BLUE, ORANGE, finish, mark, plot, save, svg
 def loss_curve(
     train: Mapping[int, float], held_out: Mapping[int, float], best: int, path: Path, *, title: str = "Healing"
 ) -> None:
-    """Plot the loss (nats per token) against the step: training (running mean) and held-out text.
-
-    Marks the best held-out measurement. Writes a PNG or SVG.
-    """
+    """Plot the loss (nats per token) against the step: training (running mean) and held-out text. Marks the best held-
+    out measurement. Writes a PNG or SVG."""
     figure, axes = plot()
     steps = sorted(train)
     window = max(1, len(steps) // 50)

@@ -108,10 +108,8 @@ def in_memory(
 def on_disk(
     plan: Plan, training: Training, shared: SharedModel, directory: Path, suite: Suite, name: str
 ) -> tuple[Evaluation, HealingRecord]:
-    """A trained cell, made in `directory`, which is removed afterwards. Resumes a stopped training.
-
-    Raises SlicerError children.
-    """
+    """A trained cell, made in `directory`, which is removed afterwards. Resumes a stopped training. Raises SlicerError
+    children."""
     shared.release()
     cut, out = directory / "cut", directory / "healed"
     source, compute = shared.source.name, replace(shared.compute, dtype=None)

@@ -21,10 +21,8 @@ from slicer.plan.records import HealingRecord
 
 @dataclass(frozen=True)
 class Row:
-    """One cell: the cut, its scores, and their difference from the unpruned model.
-
-    `evaluation` is None if the architecture cannot express the cut; `error` is the reason.
-    """
+    """One cell: the cut, its scores, and their difference from the unpruned model. `evaluation` is None if the
+    architecture cannot express the cut; `error` is the reason."""
 
     name: str
     n: int
