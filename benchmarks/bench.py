@@ -131,15 +131,12 @@ def _header(request: Request, models: Sequence[Contestant], work: Workload) -> d
     hardware = machine.describe()
     kind = "speculative decoding" if request.speculative else "by depth"
     name = ", ".join(hardware["gpus"]) or f"{hardware['processor']} ({hardware['cores']} cores)"
-    options = asdict(request)
-    options["config"] = None if request.config is None else str(request.config)
-    options["prompts"] = None if request.prompts is None else str(request.prompts)
     return {
         "format": 1,
         "title": f"{models[0].label}, {kind}",
         "engine": {"vllm": "vLLM", "transformers": "transformers"}[request.engine],
         "command": request.command,
-        "request": options,
+        "request": asdict(request),
         "rounds": request.rounds,
         "seed": request.seed,
         "dummy": any(model.dummy for model in models),

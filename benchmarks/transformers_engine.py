@@ -49,7 +49,7 @@ def main() -> None:
     run(asked[:1])
     once = run(asked[1:2])["e2e_ms"][0] / 1000
     offline = run(asked[: workload.batch])
-    seconds = offline["seconds"]
+    seconds, size = offline["seconds"], workload.batch
 
     def answer(count: int, level: int) -> dict[str, Any]:
         parts = [run([asked[(at + i) % len(asked)] for i in range(level)]) for at in range(0, count, level)]
@@ -57,12 +57,10 @@ def main() -> None:
         times = {key: [value for part in parts for value in part[key]] for key in TIMES}
         return {**rates(count, spent, count * workload.output_len), **times}
 
-    online = by_concurrency(workload, once, seconds, answer)
-    size = workload.batch
     figures = {
         "load_seconds": loaded,
         "offline": offline_rates(size, seconds, size * workload.input_len, size * workload.output_len),
-        "online": online,
+        "online": by_concurrency(workload, once, seconds, answer),
         "kv_capacity_tokens": int(workload.kv_cache_bytes // offline["cache_bytes_per_token"]),
         "peak_memory_bytes": peak_memory(not workload.on_cpu),
     }
