@@ -85,3 +85,13 @@ class ServeError(SlicerError):
 
 class BenchError(SlicerError):
     """A benchmark cannot be run as requested, or its output directory belongs to another."""
+
+
+def reason_of(error: BaseException) -> str:
+    """The message of a library's error on one line, cut at 300 characters; its class if it has no message."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def unreadable(error: OSError | UnicodeDecodeError) -> str:
+    """Why a text file cannot be read."""
+    return getattr(error, "strerror", None) or "not UTF-8 text"

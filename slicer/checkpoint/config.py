@@ -20,7 +20,7 @@ from slicer.checkpoint.architectures import table as architectures
 from slicer.checkpoint.architectures.rules import Fields, check_length, positions
 from slicer.checkpoint.architectures.table import DEPTH_NAMES, Architecture, depth, lookup, text_config
 from slicer.checkpoint.reader import Checkpoint, inside
-from slicer.errors import ArchitectureError, PlanError, SourceError
+from slicer.errors import ArchitectureError, PlanError, SourceError, reason_of
 from slicer.plan.plan import Plan
 
 _ALIASES = {"layer_types": "layers_block_type", "layers_block_type": "layer_types"}
@@ -171,12 +171,11 @@ def _expanded(path: Path, content: bytes, trust_remote_code: bool) -> dict[str, 
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code, local_files_only=True)
         return dict(config.to_dict())
     except Exception as error:  # config classes raise many kinds
-        reason = " ".join(str(error).split())
-        if "trust_remote_code" in reason:
+        if "trust_remote_code" in str(error):
             raise ArchitectureError(
                 f"{path}: needs the checkpoint's own code; review it, then pass --trust-remote-code"
             ) from None
-        raise SourceError(f"{path}/config.json: transformers rejects it: {reason[:300]}") from None
+        raise SourceError(f"{path}/config.json: transformers rejects it: {reason_of(error)}") from None
 
 
 def why_not(checkpoint: Checkpoint, plan: Plan, *, trust_remote_code: bool = False) -> str | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from slicer.cli.groups import DIRECTORY, FILE, POSITIVE, Decorator, expert, option
-from slicer.errors import UsageError
+from slicer.errors import UsageError, unreadable
 from slicer.heal.finetune.settings import COMPUTE, METHODS, SCHEDULERS, STARTS, Training
 from slicer.plan.amounts import parse_counts
 
@@ -127,7 +127,7 @@ def from_file(
     try:
         node = yaml.compose(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
+        raise UsageError(f"{file}: cannot be read ({unreadable(error)})") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UsageError(f"{file} line {line}: not valid YAML ({error.problem})") from None

@@ -14,7 +14,7 @@ from typing import IO, Any
 import torch
 
 from slicer.data.sources import Conversation, Document, TextSpec
-from slicer.errors import CalibrationError
+from slicer.errors import CalibrationError, reason_of
 
 _PIECE = 64  # a document longer than this many characters per token of a sequence is split
 _TOGETHER = 256  # documents tokenized per call
@@ -167,10 +167,9 @@ def _template_errors(source: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # templates raise many kinds, also if there is none
-        reason = " ".join(str(error).split())[:160]
         raise CalibrationError(
-            f"{source}: contains conversations, but the chat template fails on them ({reason}); use plain text, or "
-            "name its column with --column"
+            f"{source}: contains conversations, but the chat template fails on them ({reason_of(error)}); use plain "
+            "text, or name its column with --column"
         ) from None
 
 
@@ -208,9 +207,8 @@ def open_tokenizer(path: Path, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # tokenizer classes raise many kinds
-        reason = " ".join(str(error).split())[:160]
         raise CalibrationError(
-            f"{path}: no usable tokenizer ({reason}); use --calibration self, or name the layers to drop"
+            f"{path}: no usable tokenizer ({reason_of(error)}); use --calibration self, or name the layers to drop"
         ) from None
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from slicer.errors import CalibrationError
+from slicer.errors import CalibrationError, reason_of
 from slicer.plan.records import TextRecord
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def read_documents(file: Path, column: str) -> list[Document]:
     try:
         return readers[suffix](file, column)
     except (OSError, UnicodeDecodeError, EOFError) as error:
-        raise CalibrationError(f"{file}: cannot be read ({' '.join(str(error).split())[:120]})") from None
+        raise CalibrationError(f"{file}: cannot be read ({reason_of(error)})") from None
 
 
 def _open(file: Path) -> TextIO:
@@ -212,7 +212,7 @@ def _read_parquet(file: Path, column: str) -> list[Document]:
         rows = parquet.read_table(file, columns=[wanted])[wanted].to_pylist()
         return [_text_of({wanted: row}, column, str(file)) for row in rows if row]
     except pyarrow.ArrowException as error:
-        raise CalibrationError(f"{file}: not a parquet file ({' '.join(str(error).split())[:120]})") from None
+        raise CalibrationError(f"{file}: not a parquet file ({reason_of(error)})") from None
 
 
 def _text_of(row: Any, column: str, where: str | None) -> Document:
@@ -261,8 +261,7 @@ def stream_hub(spec: TextSpec, split: str = "train") -> Iterator[Document]:
     except CalibrationError:
         raise
     except Exception as error:  # the network, the Hub and the data set's format raise different kinds
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise CalibrationError(f"{name}: cannot be streamed ({reason}); {_REMEDY}") from None
+        raise CalibrationError(f"{name}: cannot be streamed ({reason_of(error)}); {_REMEDY}") from None
 
 
 def prompts(name: str) -> Iterator[str]:
@@ -286,9 +285,8 @@ def prompts(name: str) -> Iterator[str]:
             for doc in _documents(task):
                 yield _text(task, doc)
     except Exception as error:  # lm-eval, datasets and the task's own code raise many kinds
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise CalibrationError(
-            f"task:{name}: cannot load its prompts ({reason}); `lm-eval ls tasks` lists the names"
+            f"task:{name}: cannot load its prompts ({reason_of(error)}); `lm-eval ls tasks` lists the names"
         ) from None
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slicer.errors import PlanError
+from slicer.errors import PlanError, unreadable
 from slicer.measure.metrics import title_of
 from slicer.plan.plan import METRIC
 from slicer.plan.records import TextRecord, plain
@@ -208,9 +208,8 @@ class Analysis:
         try:
             return cls.from_json(file.read_text("utf-8"), str(file))
         except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not text"
             raise PlanError(
-                f"{file}: cannot read the analysis ({reason}); create one with slicer analyze -o {path}"
+                f"{file}: cannot read the analysis ({unreadable(error)}); create one with slicer analyze -o {path}"
             ) from None
 
 

@@ -22,7 +22,7 @@ from slicer.checkpoint.keys import KeyMap
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sublayers import FEED_FORWARD, part_of
 from slicer.checkpoint.tensors import TensorSpan
-from slicer.errors import HealError
+from slicer.errors import HealError, reason_of
 from slicer.model.layers import is_conv1d, logits_of
 from slicer.model.load import build_on_meta, load_model, meta_tensors
 from slicer.model.verify import Expected, probe_tokens
@@ -93,10 +93,9 @@ def adapter_logits(checkpoint: Checkpoint, adapter: Adapter, places: Sequence[Pl
             if missing:
                 raise ValueError(f"it skips {missing[0]}")
         except Exception as error:  # peft raises many kinds
-            reason = " ".join(str(error).split())[:200]
             raise HealError(
-                f"{adapter.path}: peft cannot apply it to {checkpoint.path}: {reason}; use --verify load to merge "
-                "without comparing logits"
+                f"{adapter.path}: peft cannot apply it to {checkpoint.path}: {reason_of(error)}; use --verify load to "
+                "merge without comparing logits"
             ) from None
         exact = logits_of(adapted.eval(), tokens)
         adapted.merge_adapter(safe_merge=True)

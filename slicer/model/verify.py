@@ -14,7 +14,7 @@ from torch.nn import functional
 from slicer.checkpoint import tensors
 from slicer.checkpoint.export import Contents
 from slicer.checkpoint.reader import Checkpoint
-from slicer.errors import SlicerError, VerificationError
+from slicer.errors import SlicerError, VerificationError, reason_of
 from slicer.model.load import Model, build_on_meta, meta_tensors
 from slicer.model.pruned import Edits, pruned_logits
 from slicer.model.walk import Walk, open_walk
@@ -143,8 +143,7 @@ def check_load(path: Path, *, trust_remote_code: bool = False) -> None:
     except SlicerError as error:
         raise VerificationError(f"the written checkpoint cannot be opened: {error}") from None
     except Exception as error:  # config classes raise many kinds
-        reason = " ".join(str(error).split())[:300]
-        raise VerificationError(f"the written config cannot be loaded: {reason}") from None
+        raise VerificationError(f"the written config cannot be loaded: {reason_of(error)}") from None
     for kind, words in (
         ("missing_keys", "is missing"),
         ("unexpected_keys", "is not part of the architecture"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from slicer.errors import ArchitectureError, PlanError
+from slicer.errors import ArchitectureError, PlanError, unreadable
 from slicer.plan.amounts import check_layers, spell_layers
 from slicer.plan.records import HealingRecord, MergeRecord, Record, RunnerUp, TextRecord, plain
 
@@ -241,8 +241,9 @@ class Plan(Record):
         try:
             return cls.from_json(file.read_text("utf-8"), str(path))
         except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not text"
-            raise PlanError(f"{path}: cannot read the plan ({reason}); give a plan.json that slicer wrote") from None
+            raise PlanError(
+                f"{path}: cannot read the plan ({unreadable(error)}); give a plan.json that slicer wrote"
+            ) from None
 
 
 def spell_dropped(plan: Plan) -> str:

@@ -47,15 +47,13 @@ class Prefix:
         batch: list[str | None] = [None]
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            batch[0] = _name(args, kwargs)
-            if batch[0] is None:
-                return None
-            if self._trusted is None:
+            batch[0] = name = _name(args, kwargs)
+            if name is not None and self._trusted is None:
                 self._trusted = self._holds(start, args, kwargs)
-            if not self._trusted:
-                batch[0] = None
-                return None
-            return args, self._uncached(kwargs)
+            if name is not None and self._trusted:
+                return args, self._uncached(kwargs)
+            batch[0] = None
+            return None
 
         def instead(i: int, real: Any) -> Any:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -96,9 +94,7 @@ class Prefix:
 
     def _holds(self, start: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the layers pass each other only their return values; tested on one batch."""
-        given = self._uncached(kwargs)
-        found: list[Any] = []
-
+        given, found = self._uncached(kwargs), list[Any]()
         hook = self._layers[start - 1].register_forward_hook(lambda *called: found.append(called[-1]))
         run = self._model.forward  # not the model: its hook calls this function
         with torch.no_grad():

@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging
 
 from slicer.data.corpus import IGNORED, Corpus
-from slicer.errors import Diverged, HealError
+from slicer.errors import Diverged, HealError, reason_of
 from slicer.heal.finetune import model as adapters
 from slicer.heal.finetune.callbacks import COMPLETE, NO_GRADIENT, TrainingCallback, TrainingHistory
 from slicer.heal.finetune.distillation import DistillationLoss
@@ -78,8 +78,7 @@ def train(
         except (ImportError, RuntimeError, ValueError) as error:
             if settings.asked.report_to == "none":
                 raise
-            reason = " ".join(str(error).split())[:200]
-            raise HealError(f"--report-to {settings.asked.report_to}: {reason}") from None
+            raise HealError(f"--report-to {settings.asked.report_to}: {reason_of(error)}") from None
         if trainer.is_fsdp_enabled and "FULL" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type):
             raise HealError("FSDP: set fsdp_state_dict_type to FULL_STATE_DICT, to store the best weights")
         trainer.distillation = distillation
