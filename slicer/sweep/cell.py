@@ -59,8 +59,8 @@ class SharedModel:
 
         self._progress.stage("Loading the model")
         walk = Walk.in_memory(_loaded(self.source.path, self.compute))
-        walk.trust_remote_code = self.compute.trust_remote_code
-        walk.activations = SourceActivations(int(memory.ACTIVATIONS_SHARE * memory.available()))
+        walk.compute, walk.trust_remote_code = self.compute, self.compute.trust_remote_code
+        walk.activations = SourceActivations(int(memory.ACTIVATIONS_SHARE * memory.budget(self.compute)))
         return walk
 
     @cached_property
@@ -77,7 +77,7 @@ class SharedModel:
         """Cache of the layers before the cuts."""
         from slicer.sweep.prefix import Prefix
 
-        return Prefix(self.walk.model)
+        return Prefix(self.walk.model, int(memory.KEPT_SHARE * memory.budget(self.compute)))
 
 
 def _loaded(path: Path, compute: Compute) -> Any:
