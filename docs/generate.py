@@ -245,8 +245,8 @@ def training() -> list[str]:
         "beside the defaults above.",
         "## Memory by formula",
         "GB for each GPU, by the formula in [Train on several devices]"
-        "(../guide/scaling.md#how-much-memory-training-takes), with the values of the paper, one sequence in a pass and "
-        "gradient checkpointing. Printed by "
+        "(../guide/scaling.md#how-much-memory-training-takes), with the values of the paper, one sequence in a pass "
+        "and gradient checkpointing. Printed by "
         f"`python -m {memory.__name__}`.",
         output("-m", memory.__name__),
     ]

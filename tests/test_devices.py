@@ -50,6 +50,7 @@ WRITES: dict[str, list[object]] = {
 }
 STREAMS: dict[str, list[object]] = {
     "streamed": [*CUT, "--offset", "whole", *STREAMED],
+    "streamed-by-device": [*CUT, "--offset", "whole", "--device-memory", "4MB"],
     "streamed-sublayers": [*SUBLAYERS, "--heal", "bias", *STREAMED],
     "streamed-fold": ["heal", Path("bare"), *FEW, *STREAMED],
 }
@@ -254,6 +255,13 @@ def test_one_that_is_asked_for_ends_in_one_line(command: list[object], machines:
     said = [line for line in result.stderr.splitlines() if line.startswith("slicer:")]
     assert result.exit_code == 1 and not os.listdir(tmp_path)
     assert len(said) == 1 and "out of memory" in said[0] and "--device cpu" in said[0]
+
+
+def test_less_than_a_layer_of_the_device_is_one_line_with_the_figure(machines: Machines, tmp_path: Path) -> None:
+    result, _ = machines(1).slicer(*CUT, "--device-memory", "1MB", "-o", tmp_path / "out")
+    assert result.exit_code == 2 and not os.listdir(tmp_path)
+    assert "slicer: --device-memory 1MB: too little for one layer" in result.stderr
+    assert "give at least 1.8" in result.stderr
 
 
 # ---------------------------------------------------------------- that this finds what it is for
