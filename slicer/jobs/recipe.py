@@ -40,8 +40,8 @@ class Recipe:
         unhealed: the reason why there is no repair, unless none was asked for.
         text: the text that is measured, repaired or trained on; None: none is read.
         halves: whether to measure within the layers too: needed, not wanted, or (None) where it can be done.
-        compute: where models run, in the precision of the result; where the source is run, with its budgets.
-        loads: whether the source is loaded; else its layers are read one at a time. Decided by the budgets.
+        compute: where models run, in the precision of the result, and within which memory (of a training: as asked).
+        loads: whether that memory holds the whole source; else its layers are read one at a time.
         verify: "none", "load" or "logits"; of a training also "auto": logits where they can be had.
         writes: False for a dry run.
         training, settings: as asked, and every value used; None: nothing is trained.
@@ -77,7 +77,7 @@ class Recipe:
 
     @property
     def memory(self) -> MemoryRecord | None:
-        """What the plan records of it; None where the source is not run."""
+        """The memory that the source is run in, for the plan; None where it is not run."""
         host, device = self.compute.memory, self.compute.device_memory
         return MemoryRecord(host, device, self.loads) if self.needs_model and host is not None else None
 
@@ -138,7 +138,7 @@ class Recipe:
         compute = replace(request.compute, dtype=plan.dtype)
         if request.training is None:
             compute, loads = with_budgets(source, compute)
-        else:  # in the end the first process has all the memory; what is loaded first is the model to train
+        else:  # no budgets yet: the first process trains with its part, and then, alone, measures with all of it
             loads = memory.fits(source.bytes_as(compute.dtype), compute)
         recipe = cls(
             None,
