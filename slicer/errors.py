@@ -10,7 +10,7 @@
         ├── CalibrationError    calibration text is missing, unreadable or too short
         ├── HealError           the cut cannot be healed with this method or text
         │   ├── Diverged        the training loss became non-finite before it improved
-        │   └── OutOfMemory     healing ran out of memory
+        │   └── OutOfMemory     healing ran out of memory, or too little is free to begin
         ├── OutputError         the output cannot be written
         ├── VerificationError   the written checkpoint is wrong
         ├── EvaluationError     a task, its data or a result is missing or invalid
@@ -64,7 +64,8 @@ class Diverged(HealError):
 
 
 class OutOfMemory(HealError):
-    """Memory ran out while healing. Not a property of the cut: it may work on another machine or at another time."""
+    """Memory ran out while healing, or too little is free to begin. Not a property of the cut: it may work on another
+    machine or at another time."""
 
 
 class OutputError(SlicerError):

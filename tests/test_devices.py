@@ -150,6 +150,14 @@ def test_layers_that_are_read_one_at_a_time_are_on_the_device(name: str, machine
     assert losses(out) and near(losses(out), losses(machines(0).run(name)))
 
 
+def test_so_are_those_of_a_model_that_the_device_does_not_hold(machine: Machine) -> None:
+    out = machine.directory / "small-device"
+    expected = machine.run("streamed")
+    result, peaks = machine.slicer(*ALL["streamed"][:-2], "--device-memory", "4MB", "-o", out)
+    assert result.exit_code == 0 and peaks == machine.done["streamed"][1], result.output
+    assert (out / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+
+
 def test_what_is_measured_is_what_the_cpu_measures(machine: Machine, machines: Machines) -> None:
     def of(machine: Machine) -> dict[str, float]:
         return numbers(json.loads((machine.run("analyze") / "analysis.json").read_text()))
@@ -254,6 +262,13 @@ def test_one_that_is_asked_for_ends_in_one_line(command: list[object], machines:
     said = [line for line in result.stderr.splitlines() if line.startswith("slicer:")]
     assert result.exit_code == 1 and not os.listdir(tmp_path)
     assert len(said) == 1 and "out of memory" in said[0] and "--device cpu" in said[0]
+
+
+def test_less_than_a_layer_of_the_device_is_one_line_with_the_figure(machines: Machines, tmp_path: Path) -> None:
+    result, _ = machines(1).slicer(*CUT, "--device-memory", "1MB", "-o", tmp_path / "out")
+    assert result.exit_code == 2 and not os.listdir(tmp_path)
+    assert "slicer: --device-memory 1MB: too little for one layer" in result.stderr
+    assert "give at least 1.94MB" in result.stderr
 
 
 # ---------------------------------------------------------------- that this finds what it is for

@@ -52,7 +52,7 @@ from slicer.plan.amounts import parse_counts
     "Machine",
     groups.dtype_option(help="Precision to measure in.", show_default="as stored"),
     groups.DEVICE,
-    groups.MEMORY,
+    *groups.MEMORY,
     groups.TRUST,
 )  # fmt: skip
 def analyze(source: str, **given: Any) -> None:

@@ -87,7 +87,7 @@ _AMOUNTS = ("drop", "keep_layers", "max_params", "max_bytes", "drop_attention", 
     groups.VERIFY,
     groups.JSON,
 )  # fmt: skip
-@group("Machine", groups.DEVICE, groups.MEMORY, groups.TRUST)
+@group("Machine", groups.DEVICE, *groups.MEMORY, groups.TRUST)
 def convert(source: str, **given: Any) -> None:
     """Drop layers of SOURCE and write a standard checkpoint.
 

@@ -22,6 +22,7 @@ from slicer.jobs.request import VERIFICATIONS, Output, Text
 from slicer.plan.amounts import parse_size
 from slicer.plan.records import SOLVERS
 from slicer.runtime.compute import Compute
+from slicer.runtime.memory import DEVICE_SHARE, HOST_SHARE
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -49,8 +50,8 @@ OLD_NAMES: dict[str, tuple[str, ...]] = {
 }
 # Options that do not change what is written stay out of the recorded command, so the same work has the same record.
 UNRECORDED = {
-    "output_dir", "output_file", "overwrite", "dry_run", "verify", "device", "memory", "save_adapter", "config", "grid",
-    "as_json", "debug",
+    "output_dir", "output_file", "overwrite", "dry_run", "verify", "device", "memory", "device_memory", "save_adapter",
+    "config", "grid", "as_json", "debug",
 }  # fmt: skip
 
 
@@ -154,9 +155,11 @@ SHARDS = expert(
     "--max-shard-size", metavar="SIZE", default=f"{Output.max_shard_bytes // 10**9}GB", help="Largest weight file."
 )
 RESULT = (OVERWRITE, SHARDS, VERIFY, JSON)
-MEMORY = expert(
-    "--memory", metavar="SIZE", show_default="what is free",
-    help="Memory for weights and states, e.g. 8GB. A larger model is read from disk layer by layer.",
+MEMORY = (
+    expert("--memory", metavar="SIZE", show_default=f"{HOST_SHARE:.0%} of the machine's",
+           help="Memory for weights and states, e.g. 8GB. A larger model is read from disk layer by layer."),
+    expert("--device-memory", metavar="SIZE", show_default=f"{DEVICE_SHARE:.0%} of the GPU's",
+           help="The same of each GPU."),
 )  # fmt: skip
 DRAFTED = option(
     "--num-speculative-tokens",
@@ -204,8 +207,11 @@ def written_of(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def compute_of(given: Mapping[str, Any]) -> Compute:
     """Where models run; options that a command does not have are at their defaults."""
-    memory = None if given.get("memory") is None else parse_size(given["memory"], "--memory")
-    return Compute(given["device"], given.get("dtype"), memory, given["trust_remote_code"])
+    host, device = (
+        None if given.get(name) is None else parse_size(given[name], option)
+        for name, option in (("memory", "--memory"), ("device_memory", "--device-memory"))
+    )
+    return Compute(given["device"], given.get("dtype"), host, device, given["trust_remote_code"])
 
 
 def explicit() -> set[str]:

@@ -26,6 +26,7 @@ from slicer.data.sources import TextSpec
 from slicer.errors import HealError, OutputError, UsageError
 from slicer.heal.compensate.fold import fold
 from slicer.heal.patch import holds, written_dtype
+from slicer.jobs.recipe import check_memory, with_budgets
 from slicer.jobs.request import AnalyzeRequest, check_choice
 from slicer.measure.analysis import Analysis, Distances
 from slicer.measure.distances import distance_tables, record_halves, table_of_sums, tables_of_halves
@@ -41,7 +42,6 @@ from slicer.progress import Progress
 from slicer.runtime import distributed
 from slicer.runtime.distributed import Processes
 from slicer.runtime.files import atomic_file, write_atomically
-from slicer.runtime.memory import fits
 from slicer.runtime.versions import versions
 from slicer.runtime.workdir import Notebook, claimed
 
@@ -61,7 +61,8 @@ def analyze(request: AnalyzeRequest, progress: Progress | None = None) -> Analys
     _check(request, source.checkpoint.depth)
     other = None if request.beside is None else Analysis.load(request.beside)
     compute, text = request.compute, request.text.over(TextSpec())
-    loads = fits(source.checkpoint.bytes_as(compute.dtype), compute.device, compute.memory)
+    compute, loads = with_budgets(source.checkpoint, compute)
+    check_memory(source.checkpoint, compute, loads)
     processes = Processes.of_environment()
     try:
         _check_place(request.out, overwrite=request.overwrite)

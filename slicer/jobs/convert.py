@@ -78,6 +78,7 @@ def chosen_plan(source: Source, recipe: Recipe, analysis: Analysis | None, progr
         revision=source.revision,
         model_type=checkpoint.config.get("model_type"),
         dtype=recipe.compute.dtype,
+        memory=recipe.memory,
         versions=versions(),
         command=recipe.command,
         parent=checkpoint.plan,

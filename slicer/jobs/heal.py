@@ -66,7 +66,7 @@ def folded(cut: CutOnDisk, recipe: Recipe, progress: Progress) -> tuple[Result, 
     Written from the source by the plan of the cut, so an earlier repair is undone; companion files and figures are
     those of the cut.
     """
-    source, plan = cut.source, cut.plan
+    source, plan = cut.source, replace(cut.plan, memory=recipe.memory)
     with open_walk(source.checkpoint, recipe.compute, loads=recipe.loads) as walk:
         text = read_text(recipe.text, source.path, walk, progress)
         patch = repair(source.checkpoint, walk, plan, text, recipe, progress)

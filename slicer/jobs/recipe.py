@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from slicer.checkpoint import sublayers
 from slicer.checkpoint.config import sliced_config
@@ -17,14 +19,14 @@ from slicer.data.sources import TextSpec
 from slicer.errors import ArchitectureError, HealError, PlanError, UsageError
 from slicer.heal.finetune.settings import Training, TrainingSettings, resolve
 from slicer.jobs.request import Compensation, ConvertRequest, HealRequest, Selection, check_choice
-from slicer.plan.amounts import Goal
+from slicer.plan.amounts import Goal, spell_size
 from slicer.plan.plan import Plan
-from slicer.plan.records import SOLVERS
+from slicer.plan.records import SOLVERS, MemoryRecord
 from slicer.progress import Progress
+from slicer.runtime import memory
 from slicer.runtime.compute import Compute
 from slicer.runtime.distributed import Processes
 from slicer.runtime.files import check_space
-from slicer.runtime.memory import fits
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Recipe:
         unhealed: the reason why there is no repair, unless none was asked for.
         text: the text that is measured, repaired or trained on; None: none is read.
         halves: whether to measure within the layers too: needed, not wanted, or (None) where it can be done.
-        compute: where models run, in the precision of the result.
-        loads: whether the source fits in memory; else its layers are read one at a time.
+        compute: where models run, in the precision of the result, and within which memory (of a training: as asked).
+        loads: whether that memory holds the whole source; else its layers are read one at a time.
         verify: "none", "load" or "logits"; of a training also "auto": logits where they can be had.
         writes: False for a dry run.
         training, settings: as asked, and every value used; None: nothing is trained.
@@ -73,6 +75,12 @@ class Recipe:
         """Whether the source is run: to measure, to repair, or for its logits."""
         return self.measures or (self.writes and (self.repair.method != "none" or self.verify == "logits"))
 
+    @property
+    def memory(self) -> MemoryRecord | None:
+        """The memory that the source is run in, for the plan; None where it is not run."""
+        host, device = self.compute.memory, self.compute.device_memory
+        return MemoryRecord(host, device, self.loads) if self.needs_model and host is not None else None
+
     @classmethod
     def of(cls, request: ConvertRequest, source: Source) -> Recipe:
         """Of a conversion of `source`.
@@ -92,7 +100,9 @@ class Recipe:
         repair, asked, why = _repair(request, plan, measures)
         text = _text(request, plan, reads=measures or repair.method != "none")
         runs = measures or (not output.dry_run and (repair.method != "none" or output.verify in ("auto", "logits")))
-        loads = runs and fits(checkpoint.bytes_as(compute.dtype), compute.device, compute.memory)
+        loads = False
+        if runs:
+            compute, loads = with_budgets(checkpoint, compute, None if plan is None else plan.memory)
         recipe = cls(
             request.goal,
             plan,
@@ -108,6 +118,8 @@ class Recipe:
             unhealed=why,
             command=request.command,
         )
+        if recipe.needs_model:
+            check_memory(checkpoint, compute, loads)
         return replace(recipe, notes=(*notes, *_memory_notes(recipe, checkpoint, output.verify)))
 
     @classmethod
@@ -124,7 +136,10 @@ class Recipe:
             check_output(output.out, path, overwrite=output.overwrite)
         check_space(output.out, cut.checkpoint.total_bytes)
         compute = replace(request.compute, dtype=plan.dtype)
-        loads = fits(source.bytes_as(compute.dtype), compute.device, compute.memory)
+        if request.training is None:
+            compute, loads = with_budgets(source, compute)
+        else:  # no budgets yet: the first process trains with its part, and then, alone, measures with all of it
+            loads = memory.fits(source.bytes_as(compute.dtype), compute)
         recipe = cls(
             None,
             plan,
@@ -147,6 +162,7 @@ class Recipe:
                 f"{request.cut}: an adapter was merged into it, and a fold would be solved without the adapter; fold "
                 "before merging, or train on: --method lora"
             )
+        check_memory(source, compute, loads)
         return replace(recipe, notes=_memory_notes(recipe, source, output.verify))
 
     def announce(self, progress: Progress) -> None:
@@ -165,6 +181,43 @@ class Recipe:
             "fold": self.repair.solver,
             "source": cut.source.name,
         }
+
+
+def with_budgets(
+    checkpoint: Checkpoint, compute: Compute, recorded: MemoryRecord | None = None
+) -> tuple[Compute, bool]:
+    """(`compute` with its budgets as numbers, whether they hold the whole of `checkpoint`): as given, else `recorded`,
+    else by default. Raises UsageError for an unavailable device."""
+    if recorded is not None:
+        host, device = compute.memory or recorded.host, compute.device_memory or recorded.device
+        compute = replace(compute, memory=host, device_memory=device)
+    compute = memory.settled(compute)
+    files = Counter[Path]()
+    for span in checkpoint.tensors.values():
+        files[span.file] += span.nbytes
+    return compute, memory.fits(checkpoint.bytes_as(compute.dtype), compute, file=max(files.values()))
+
+
+def check_memory(checkpoint: Checkpoint, compute: Compute, loads: bool) -> None:
+    """Check the memory for what `with_budgets` decided, before work begins.
+
+    Raises UsageError for a budget that does not hold one layer, OutOfMemory where too little is free.
+    """
+    whole = checkpoint.bytes_as(compute.dtype)
+    if loads:
+        memory.check_free(memory.OVERHEAD * whole, compute)
+        return
+    loaded = measure_sizes(checkpoint, cast=DTYPES[compute.dtype] if compute.dtype else None).layer_bytes
+    layer = max(*loaded, *measure_sizes(checkpoint).layer_bytes)
+    on_device = layer + whole - sum(loaded)  # what is not in a layer stays there
+    budgets = ("--memory", compute.memory, layer), ("--device-memory", compute.device_memory, on_device)
+    for option, budget, needed in budgets:
+        if budget is not None and budget < needed:
+            raise UsageError(
+                f"{option} {spell_size(budget)}: too little for one layer of {checkpoint.path}; give at least "
+                f"{spell_size(needed, up=True)}"
+            )
+    memory.check_free(layer if compute.device_memory is None else on_device, compute, limiting=False)
 
 
 def _check_goal(request: ConvertRequest, checkpoint: Checkpoint) -> None:
@@ -304,7 +357,7 @@ def _trained(recipe: Recipe, training: Training, request: HealRequest, cut: CutO
         processes=Processes.of_environment().world,
     )
     verify = output.verify
-    if verify == "auto" and not fits(4 * cut.checkpoint.parameters, request.compute.device):  # in float32
+    if verify == "auto" and not memory.fits(4 * cut.checkpoint.parameters, request.compute):  # in float32
         verify = "load"
     text = request.text.over(TextSpec(seed=training.seed))
     return replace(recipe, text=text, verify=verify, training=training, settings=settings, notes=tuple(words))

@@ -25,6 +25,7 @@ def load_model(
     *,
     dtype: str = "auto",
     device: str = "auto",
+    device_memory: int | None = None,
     trust_remote_code: bool = False,
     quantization: Any = None,
     sharded: bool = False,
@@ -32,14 +33,15 @@ def load_model(
     """Load `path` for inference: eval mode, no gradients.
 
     `dtype` is "auto" (as stored) or a torch name; `device` as in `Compute`: with "auto" the model is spread over
-    several GPUs when one is too small, accelerate is installed and no other process is at work. `quantization` is
+    several GPUs when one (its `device_memory`, bytes; None: a share of its total) is too small, accelerate is installed
+    and no other process is at work. `quantization` is
     transformers' config of one, applied while loading. A model that is to be `sharded` over processes stays on
     the CPU, or quantized on the GPU of its process. Raises SourceError with the reason.
     """
     target = Compute(device).torch_device()
     arguments: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "local_files_only": True}
     alone = device == "auto" and target == torch.device("cuda")  # not one of several processes
-    spread = alone and not sharded and _needs_several(path, dtype, target)
+    spread = alone and not sharded and _needs_several(path, dtype, target, device_memory)
     if spread:
         arguments["device_map"] = "auto"
     if quantization is not None:
@@ -158,11 +160,11 @@ def blueprint(path: Path, *, trust_remote_code: bool = False) -> Checkpoint:
     return Checkpoint(path, config, tensors, {"format": "pt"})
 
 
-def _needs_several(path: Path, dtype: str, target: torch.device) -> bool:
+def _needs_several(path: Path, dtype: str, target: torch.device, device_memory: int | None) -> bool:
     from importlib.util import find_spec
 
-    size = Checkpoint.open(path).bytes_as(dtype)
-    return size * 1.1 > memory.free(target) and find_spec("accelerate") is not None
+    room = memory.budget(Compute(device_memory=device_memory), target)
+    return Checkpoint.open(path).bytes_as(dtype) * 1.1 > room and find_spec("accelerate") is not None
 
 
 @contextlib.contextmanager

@@ -52,6 +52,7 @@ class Walk:
         model: the transformers model; out of core, only the layer in use has weights.
         layers: its decoder layers.
         depth: L.
+        compute: where it runs, with the memory it may use.
         trust_remote_code: whether the checkpoint's own Python code may run, for its tokenizer too.
         activations: cache for the folds of many cuts on one text; None: every fold runs the source itself.
         directory: for states beyond the budget, and for finished stages of a fold; None: a temporary one, no stages.
@@ -61,7 +62,7 @@ class Walk:
         self.model, self._offloaded, self._budget = model, offloaded, budget
         self.layers = decoder_layers(model)
         self.depth = len(self.layers)
-        self.trust_remote_code = False
+        self.compute, self.trust_remote_code = Compute(), False
         self.activations: SourceActivations | None = None
         self.directory = budget.directory
         self._order: tuple[int, ...] = tuple(range(self.depth))
@@ -344,16 +345,20 @@ def open_walk(
     """A walk over the model of `checkpoint`, in the precision and on the device of `compute`.
 
     `loads`: whether the whole model is loaded; else its layers are read from disk one at a time. Weights and states
-    take up to `compute.memory` bytes; further states go to files in `directory`. The walk is closed when the block
-    ends, so a name that outlives the block keeps no model. Raises SourceError.
+    take up to `compute.memory` bytes of the host; further states go to files in `directory`. The walk is closed when
+    the block ends, so a name that outlives the block keeps no model. Raises SourceError.
     """
-    precision, limit = compute.dtype or "auto", memory.budget(compute.memory)
+    precision, limit = compute.dtype or "auto", memory.budget(compute)
     if loads:
         model = load_model(
-            checkpoint.path, dtype=precision, device=compute.device, trust_remote_code=compute.trust_remote_code
+            checkpoint.path,
+            dtype=precision,
+            device=compute.device,
+            device_memory=compute.device_memory,
+            trust_remote_code=compute.trust_remote_code,
         )
-        left = max(0, limit - checkpoint.bytes_as(compute.dtype))
-        walk = Walk.in_memory(model, memory_bytes=left, directory=directory)
+        on_host = checkpoint.bytes_as(compute.dtype) if model.device.type == "cpu" else 0
+        walk = Walk.in_memory(model, memory_bytes=max(0, limit - on_host), directory=directory)
         del model
     else:
         walk = Walk.out_of_core(
@@ -364,7 +369,7 @@ def open_walk(
             directory=directory,
             trust_remote_code=compute.trust_remote_code,
         )
-    walk.trust_remote_code = compute.trust_remote_code
+    walk.compute, walk.trust_remote_code = compute, compute.trust_remote_code
     try:
         yield walk
     finally:

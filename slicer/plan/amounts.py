@@ -262,6 +262,14 @@ def parse_size(text: str, option: str) -> int:
     return size
 
 
+def spell_size(nbytes: float, *, up: bool = False) -> str:
+    """Bytes in three digits, rounded down (or `up`), as `parse_size` reads them: "16.2GB"."""
+    unit = next((unit for unit in "TGM" if nbytes >= _UNITS[unit]), "K")
+    count = nbytes / _UNITS[unit]
+    step = 10.0 ** (len(str(int(count))) - 3)
+    return f"{round((math.ceil if up else math.floor)(count / step) * step, 2):g}{unit}B"
+
+
 def runs(layers: Iterable[int]) -> list[tuple[int, int]]:
     """[start, end) of each run of neighbours among `layers`, ascending."""
     found: list[tuple[int, int]] = []

@@ -13,7 +13,7 @@ from typing import Any
 
 from slicer.errors import ArchitectureError, PlanError, unreadable
 from slicer.plan.amounts import check_layers, spell_layers
-from slicer.plan.records import HealingRecord, MergeRecord, Record, RunnerUp, TextRecord, plain
+from slicer.plan.records import HealingRecord, MemoryRecord, MergeRecord, Record, RunnerUp, TextRecord, plain
 
 FORMAT = 3  # 1 (whole layers) and 2 (below the layer) are read as well
 FORMS = ("native", "blockwise", "zeroed")
@@ -40,6 +40,7 @@ class Plan(Record):
         parent: the plan of the source, when the source was itself sliced.
         healing: how the cut was repaired; None: it was not.
         merged: the adapters that were merged in, one after another.
+        memory: what the source was run in, which a replay does too; None: it was not run.
     """
 
     depth: int
@@ -63,6 +64,7 @@ class Plan(Record):
     no_ffn: tuple[int, ...] = ()
     joined: tuple[tuple[int, int], ...] = ()
     form: str = "native"
+    memory: MemoryRecord | None = None
 
     def __post_init__(self) -> None:
         if list(self.kept) != sorted(set(self.kept)) or any(not 0 <= i < self.depth for i in self.kept):

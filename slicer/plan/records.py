@@ -137,6 +137,21 @@ class TextRecord(Record):
 
 
 @dataclass(frozen=True)
+class MemoryRecord(Record):
+    """The memory that a cut was measured and repaired with, and what followed from it.
+
+    Attributes:
+        host: bytes of the host's memory for weights and hidden states.
+        device: the same of each GPU; None: the model ran on the CPU.
+        loaded: whether the whole source was loaded; else its layers were read from disk one at a time.
+    """
+
+    host: int
+    device: int | None
+    loaded: bool
+
+
+@dataclass(frozen=True)
 class Losses(Record):
     """Cross entropy in nats a token on text held out: of the source, of the cut before and after its repair.
 

@@ -19,13 +19,16 @@ class Compute:
     Attributes:
         device: "auto" (a GPU where there is one, else the CPU), "cpu", "cuda", "cuda:1".
         dtype: a torch name such as "bfloat16"; None: as stored.
-        memory: bytes that weights and hidden states may take; None: a safe part of what is free.
+        memory: bytes of the host's memory that weights and hidden states may take; None: a share of the total (see
+            `slicer.runtime.memory.settled`).
+        device_memory: the same of each GPU.
         trust_remote_code: whether a checkpoint's own Python code may run.
     """
 
     device: str = "auto"
     dtype: str | None = None
     memory: int | None = None
+    device_memory: int | None = None
     trust_remote_code: bool = False
 
     def torch_device(self) -> torch.device:
@@ -46,7 +49,7 @@ class Compute:
             torch.empty(0, device=target)
         except (RuntimeError, AssertionError) as error:
             raise UsageError(
-                f"--device {self.device}: not available here ({str(error).splitlines()[0][:120]})"
+                f"--device {self.device}: not available here ({str(error).splitlines()[0][:120]}); use auto or cpu"
             ) from None
         return target
 

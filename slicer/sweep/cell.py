@@ -61,8 +61,8 @@ class SharedModel:
         """Over the loaded source; in a distributed run, on this process's GPU."""
         self.progress.stage("Loading the model")
         walk = Walk.in_memory(_loaded(self.source.path, self.compute))
-        walk.trust_remote_code = self.compute.trust_remote_code
-        walk.activations = SourceActivations(int(memory.ACTIVATIONS_SHARE * memory.available()))
+        walk.compute, walk.trust_remote_code = self.compute, self.compute.trust_remote_code
+        walk.activations = SourceActivations(int(memory.ACTIVATIONS_SHARE * memory.budget(self.compute)))
         return walk
 
     @cached_property
@@ -75,7 +75,7 @@ class SharedModel:
     @cached_property
     def prefix(self) -> Prefix:
         """Cache of the layers before the cuts."""
-        return Prefix(self.walk.model)
+        return Prefix(self.walk.model, int(memory.KEPT_SHARE * memory.budget(self.compute)))
 
 
 def _loaded(path: Path, compute: Compute) -> Any:

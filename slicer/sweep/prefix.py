@@ -17,21 +17,17 @@ import torch
 from torch import nn
 
 from slicer.model.layers import decoder_layers, replaced_forwards
-from slicer.runtime.memory import KEPT_SHARE, available
 
 _HOST = torch.device("cpu")
 
 
 class Prefix:
-    """Cache of the outputs of layers 0 .. i of the unpruned `model` for each batch.
+    """Cache of the outputs of layers 0 .. i of the unpruned `model` for each batch, in up to `room` bytes."""
 
-    `room`: bytes that the cache may use; None: a quarter of the free memory.
-    """
-
-    def __init__(self, model: Any, room: int | None = None) -> None:
+    def __init__(self, model: Any, room: int) -> None:
         self._model = model
         self._layers = list(decoder_layers(model))
-        self._room = int(KEPT_SHARE * available()) if room is None else room
+        self._room = room
         self._kept: dict[tuple[int, str], Any] = {}  # (layers run, batch) -> what the last of them returned
         self._trusted: bool | None = None
         self._takes_cache_flag = "use_cache" in inspect.signature(model.forward).parameters

@@ -100,7 +100,7 @@ def open_sweep(request: SweepRequest, progress: Progress) -> Iterator[OpenSweep]
 
 def _precision(request: SweepRequest, source: Source, compute: Compute) -> str:
     """The given dtype. For "auto": that of the unfinished sweep in the directory, else the faster one. It is recorded
-    because the free memory may change between runs, and the cells of a table must share one precision."""
+    because the cells of a table must share one precision, and other machines may have less memory."""
     asked = request.suite.dtype
     if asked != "auto":
         return asked
@@ -110,7 +110,7 @@ def _precision(request: SweepRequest, source: Source, compute: Compute) -> str:
         return str(begun["precision"])
     is_cpu = compute.pinned().torch_device().type == "cpu"
     float32_is_faster = is_cpu and not torch.cpu._is_amx_tile_supported()  # no matrix instructions for 16-bit numbers
-    return "float32" if float32_is_faster and memory.fits(source.checkpoint.bytes_as("float32"), "cpu") else asked
+    return "float32" if float32_is_faster and memory.fits(source.checkpoint.bytes_as("float32"), compute) else asked
 
 
 def run_cells(sweep: OpenSweep, cells: Sequence[Cell]) -> None:

@@ -14,6 +14,7 @@ from slicer.plan.records import (
     CorpusRecord,
     HealingRecord,
     Losses,
+    MemoryRecord,
     MergeRecord,
     RankRecord,
     RunnerUp,
@@ -53,7 +54,7 @@ def full() -> Plan:
     return Plan(
         8, (0, 1, 4, 6, 7), "similarity", "org/name", "main", "llama", 0.25, "cka", (RunnerUp("3-4", 0.3),), text, 3,
         "bfloat16", {"torch": "1"}, "slicer convert", Plan.dropping(9, [2]), healing, (merge, merge), (0,), (7,),
-        ((1, 3),), "blockwise",
+        ((1, 3),), "blockwise", MemoryRecord(10**9, None, True),
     )  # fmt: skip
 
 
@@ -95,6 +96,7 @@ def test_bad_plans_are_refused_by_name(text: str) -> None:
         ({"merged": [{"adapter": 3}]}, r"plan.merged\[0\].adapter"),
         ({"parent": {"depth": 3}}, "plan.parent.kept"),
         ({"versions": ["1"]}, "plan.versions"),
+        ({"memory": {"host": "8GB", "device": None, "loaded": True}}, "plan.memory.host"),
     ],
 )
 def test_the_field_at_fault_is_named(change: dict[str, object], field: str) -> None:

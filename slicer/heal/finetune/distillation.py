@@ -306,7 +306,7 @@ def cache_teacher(
     done = 0 if cached.blank else int(found["done"])  # rows that were never computed are zeros
     if done >= count:
         return cached
-    loads = fits(teacher.bytes_as(compute.dtype), compute.device, compute.memory)
+    loads = fits(teacher.bytes_as(compute.dtype), compute)
     with open_walk(teacher, compute, loads=loads) as walk:
         progress.stage("Caching the teacher's outputs", count - done, "sequences")
         for start in range(done, count, _TOGETHER):

@@ -91,7 +91,7 @@ def _result(
 
     def loss(checkpoint: Checkpoint) -> float | None:
         """On the held-out text, nats a token; None where the model does not fit in memory."""
-        if not memory.fits(getattr(torch, settings.compute).itemsize * checkpoint.parameters, compute.device):
+        if not memory.fits(getattr(torch, settings.compute).itemsize * checkpoint.parameters, compute):
             return None
         model = load_model(
             checkpoint.path, dtype=settings.compute, device=compute.device, trust_remote_code=compute.trust_remote_code
