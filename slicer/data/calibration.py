@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -12,6 +13,7 @@ from slicer.data.sources import TextSpec, documents, parts_of
 from slicer.errors import CalibrationError
 from slicer.plan.records import TextRecord
 from slicer.progress import Progress
+from slicer.runtime.workdir import Stages
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +27,7 @@ class Loaded(Protocol):
 
     model: Any
     trust_remote_code: bool
+    directory: Path | None
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,20 @@ class TokenBatches:
 
 def read_text(spec: TextSpec | None, path: Path, walk: Loaded | None, progress: Progress) -> TokenBatches | None:
     """The text of `spec` as tokens for the model of `walk`, whose checkpoint is at `path`; None where none is asked
-    for. Raises CalibrationError as `token_batches`."""
+    for. A walk with a directory keeps them there: a run that goes on has the same text. Raises CalibrationError as
+    `token_batches`."""
+    import torch
+
     if spec is None or walk is None:
         return None
     progress.stage("Calibration data")
-    return token_batches(spec, path, walk.model, trust_remote_code=walk.trust_remote_code)
+    kept = Stages(walk.directory and walk.directory / "text", json.dumps(spec.identity).encode())
+    if (found := kept.load("tokens")) is not None:
+        tensors, record = found
+        return TokenBatches(list(torch.split(tensors["tokens"], spec.batch_size)), TextRecord.of(record))
+    text = token_batches(spec, path, walk.model, trust_remote_code=walk.trust_remote_code)
+    kept.save("tokens", {"tokens": torch.cat(text.batches)}, text.record.to_dict())
+    return text
 
 
 def token_batches(spec: TextSpec, path: Path, model: Any, *, trust_remote_code: bool = False) -> TokenBatches:

@@ -6,7 +6,6 @@ layer and each pass that was finished are kept in a work directory inside the ou
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from slicer.checkpoint.hub import Source, open_source
 from slicer.checkpoint.reader import Checkpoint
@@ -41,7 +39,7 @@ from slicer.plan.records import TextRecord
 from slicer.progress import Progress
 from slicer.runtime import distributed
 from slicer.runtime.distributed import Processes
-from slicer.runtime.files import atomic_file, write_atomically
+from slicer.runtime.files import write_atomically
 from slicer.runtime.versions import versions
 from slicer.runtime.workdir import Notebook, claimed
 
@@ -74,7 +72,7 @@ def analyze(request: AnalyzeRequest, progress: Progress | None = None) -> Analys
         ) as work:  # fmt: skip
             _announce(source.checkpoint, loads, progress)
             with open_walk(source.checkpoint, compute, loads=loads, directory=work.path) as walk:
-                batches = _shared_text(text, source.path, walk, work.path, processes, progress)
+                batches = _shared_text(text, source.path, walk, processes, progress)
                 portion = Portion.of(batches.batches, processes)
                 run = _Run(request, source, walk, batches.record, portion, work.path, progress)
                 analysis = run.measured()
@@ -249,22 +247,13 @@ class _Run:
         return table, {**about, "pairs": pairs, "passes": round(passes, 2)}
 
 
-def _shared_text(
-    spec: TextSpec, path: Path, walk: Walk, work: Path, processes: Processes, progress: Progress
-) -> TokenBatches:
-    """The same text in every process and after a restart: the first process makes and stores it."""
-    tokens_file, record_file = work / "tokens.safetensors", work / "tokens.json"
+def _shared_text(spec: TextSpec, path: Path, walk: Walk, processes: Processes, progress: Progress) -> TokenBatches:
+    """The text that the first process makes, in every process."""
 
     def made() -> tuple[torch.Tensor, TextRecord]:
-        if tokens_file.is_file() and record_file.is_file():
-            return load_file(tokens_file)["tokens"], TextRecord.of(json.loads(record_file.read_text("utf-8")))
         text = read_text(spec, path, walk, progress)
         assert text is not None
-        tokens = torch.cat(text.batches)
-        with atomic_file(tokens_file) as part:
-            save_file({"tokens": tokens}, part)
-        write_atomically(record_file, json.dumps(text.record.to_dict()))
-        return tokens, text.record
+        return torch.cat(text.batches), text.record
 
     tokens, about = processes.first(made)
     return TokenBatches(list(torch.split(tokens, spec.batch_size)), about)

@@ -17,8 +17,8 @@ from slicer.jobs.output import Result, Written, check_place, described, write_ve
 from slicer.jobs.recipe import Recipe
 from slicer.jobs.repair import repair
 from slicer.jobs.request import ConvertRequest
+from slicer.jobs.work import measured, working
 from slicer.measure.analysis import Analysis
-from slicer.measure.distances import measure
 from slicer.model.verify import expected_logits
 from slicer.model.walk import open_walk
 from slicer.plan.amounts import Amount, Goal
@@ -31,7 +31,8 @@ from slicer.runtime.versions import versions
 def convert(request: ConvertRequest, progress: Progress | None = None) -> Written:
     """Drop layers or sublayers of a source and write an ordinary checkpoint, repaired and verified.
 
-    Nothing appears at the output directory unless everything succeeded. A plan that was healed by training gives the
+    Nothing appears at the output directory unless everything succeeded; what a stopped run has finished stays in a work
+    directory beside it, from which the same request goes on. A plan that was healed by training gives the
     cut before that training, with a note. Raises SlicerError children; see `slicer.errors`.
     """
     progress = progress or Progress()
@@ -40,19 +41,20 @@ def convert(request: ConvertRequest, progress: Progress | None = None) -> Writte
     recipe = Recipe.of(request, source)  # nothing below decides again
     recipe.announce(progress)
     trusted = recipe.compute.trust_remote_code
-    opened = open_walk(source.checkpoint, recipe.compute, loads=recipe.loads) if recipe.needs_model else nullcontext()
-    with opened as walk:
-        text = read_text(recipe.text, source.path, walk, progress)
-        analysis = measure(walk, text, recipe.halves, progress) if recipe.measures and walk and text else None
-        plan = chosen_plan(source, recipe, analysis, progress)
-        bare = Result.of_cut(source, plan, NONE, analysis, trust_remote_code=trusted)
-        if request.output.dry_run:
-            return described(bare)
-        check_place(bare, request.output)
-        patch = repair(source.checkpoint, walk, plan, text, recipe, progress)
-        expected = expected_logits(walk, plan, patch.edits, recipe.verify, progress)
-    result = Result.of_cut(source, plan, patch, analysis, trust_remote_code=trusted)
-    return write_verified(result, expected, request.output, recipe.compute, progress)
+    with working(recipe, source, request.output) as directory:
+        opened = open_walk(source.checkpoint, recipe.compute, loads=recipe.loads, directory=directory)
+        with opened if recipe.needs_model else nullcontext() as walk:
+            text = read_text(recipe.text, source.path, walk, progress)
+            analysis = measured(walk, text, recipe, progress)
+            plan = chosen_plan(source, recipe, analysis, progress)
+            bare = Result.of_cut(source, plan, NONE, analysis, trust_remote_code=trusted)
+            if request.output.dry_run:
+                return described(bare)
+            check_place(bare, request.output)
+            patch = repair(source.checkpoint, walk, plan, text, recipe, progress)
+            expected = expected_logits(walk, plan, patch.edits, recipe.verify, progress)
+        result = Result.of_cut(source, plan, patch, analysis, trust_remote_code=trusted)
+        return write_verified(result, expected, request.output, recipe.compute, progress)
 
 
 def chosen_plan(source: Source, recipe: Recipe, analysis: Analysis | None, progress: Progress) -> Plan:

@@ -18,6 +18,7 @@ from slicer.jobs.output import Result, Written, write_verified
 from slicer.jobs.recipe import Recipe
 from slicer.jobs.repair import repair
 from slicer.jobs.request import HealRequest, Output
+from slicer.jobs.work import working
 from slicer.model.load import Model, load_model
 from slicer.model.verify import Expected, expected_logits
 from slicer.model.walk import open_walk
@@ -38,7 +39,7 @@ def heal(request: HealRequest, progress: Progress | None = None) -> Written | No
 
     In a distributed run every process calls this; the first one writes, and the others return None. Nothing appears at
     the output directory unless everything succeeded; a training that was stopped, or fails, leaves its work directory
-    beside it, from which the same request resumes. Raises SlicerError children; see `slicer.errors`.
+    beside it, from which the same request resumes; so does a fold. Raises SlicerError children; see `slicer.errors`.
     """
     progress = progress or Progress()
     progress.stage("Opening the checkpoints")
@@ -46,8 +47,9 @@ def heal(request: HealRequest, progress: Progress | None = None) -> Written | No
     recipe = Recipe.of_heal(request, cut)
     recipe.announce(progress)
     if recipe.settings is None:
-        result, expected = folded(cut, recipe, progress)
-        return write_verified(result, expected, request.output, recipe.compute, progress)
+        with working(recipe, cut.source, request.output) as directory:
+            result, expected = folded(cut, recipe, directory, progress)
+            return write_verified(result, expected, request.output, recipe.compute, progress)
     from slicer.heal.finetune.trainer import resumable
 
     assert request.output.out is not None  # or the recipe is refused
@@ -60,14 +62,17 @@ def heal(request: HealRequest, progress: Progress | None = None) -> Written | No
     return written if processes.is_first else None
 
 
-def folded(cut: CutOnDisk, recipe: Recipe, progress: Progress) -> tuple[Result, Expected | None]:
-    """The cut with the weights around it solved again, and the logits that it must have.
+def folded(
+    cut: CutOnDisk, recipe: Recipe, directory: Path | None, progress: Progress
+) -> tuple[Result, Expected | None]:
+    """The cut with the weights around it solved again, and the logits that it must have; `directory` keeps finished
+    stages.
 
     Written from the source by the plan of the cut, so an earlier repair is undone; companion files and figures are
     those of the cut.
     """
     source, plan = cut.source, replace(cut.plan, memory=recipe.memory)
-    with open_walk(source.checkpoint, recipe.compute, loads=recipe.loads) as walk:
+    with open_walk(source.checkpoint, recipe.compute, loads=recipe.loads, directory=directory) as walk:
         text = read_text(recipe.text, source.path, walk, progress)
         patch = repair(source.checkpoint, walk, plan, text, recipe, progress)
         expected = expected_logits(walk, plan, patch.edits, recipe.verify, progress)
@@ -140,7 +145,7 @@ def _start(cut: CutOnDisk, recipe: Recipe, corpus: Corpus, base: Path, progress:
         text, unasked = corpus.to_fold_on(recipe.text), replace(recipe, asked=False)
         with (
             within_memory("in the fold", ["--train-from cut", "--device cpu"]),
-            open_walk(source.checkpoint, compute, loads=recipe.loads) as walk,
+            open_walk(source.checkpoint, compute, loads=recipe.loads, directory=base.parent) as walk,
         ):
             patch = repair(source.checkpoint, walk, plan, text, unasked, progress)
         if patch.record is None:

@@ -44,8 +44,10 @@ def measure(walk: Walk, text: TokenBatches, halves: bool | None, progress: Progr
     if not sublayers and walk.loaded:
         layers = measure_loaded(walk.model, batches, progress)
     elif not sublayers:
-        with tempfile.TemporaryDirectory(prefix="slicer-") as work:
-            recording = record(walk, Portion.of(batches), Path(work), positions=1, progress=progress)
+        with tempfile.TemporaryDirectory(prefix="slicer-") as scratch:
+            kept = walk.directory is not None
+            place = walk.directory or Path(scratch)
+            recording = record(walk, Portion.of(batches), place, positions=1, resumable=kept, progress=progress)
             last = recording.sequences(0, recording.samples)[:, :, -1]
         layers = table(METRIC, angles(last.float()), seq_len=batches[0].shape[1])
     return Analysis(

@@ -67,7 +67,7 @@ def atomic_directory(out: Path, *, replace: bool = False) -> Iterator[Path]:
         _remove_abandoned(parent, out.name)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.slicer-{os.getpid()}-", dir=parent))
     except OSError as error:
-        _remove_empty(made)
+        remove_empty(made)
         raise not_writable(out, error) from None
     try:
         umask = os.umask(0)
@@ -77,7 +77,7 @@ def atomic_directory(out: Path, *, replace: bool = False) -> Iterator[Path]:
         _put(temporary, out, replace)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        _remove_empty(made)
+        remove_empty(made)
         denied = (*_DISK_FULL, errno.EACCES, errno.EROFS, errno.EPERM)
         if isinstance(error, OSError) and error.errno in denied:
             raise not_writable(out, error) from None
@@ -134,7 +134,8 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _remove_empty(directories: list[Path]) -> None:
+def remove_empty(directories: Iterable[Path]) -> None:
+    """Remove those of `directories` that are empty, in order."""
     for directory in directories:
         with contextlib.suppress(OSError):
             directory.rmdir()

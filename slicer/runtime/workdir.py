@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from slicer.errors import OutputError
 from slicer.runtime.distributed import Processes
-from slicer.runtime.files import atomic_file, not_writable, write_atomically
+from slicer.runtime.files import atomic_file, not_writable, remove_empty, write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +82,7 @@ class Workdir:
     resumable: Callable[[], bool] = lambda: True
     removed: tuple[str, ...] = ("*",)
     _lock: IO[bytes] | None = field(default=None, init=False, repr=False)
+    _made: list[Path] = field(default_factory=list, init=False, repr=False)  # directories around it
 
     def claim(self) -> None:
         """Make the directory, or take it where slicer made it, and lock it.
@@ -90,6 +91,7 @@ class Workdir:
         """
         try:
             check_owner(self.path)
+            self._made = [parent for parent in self.path.parents if not parent.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = lock(self.path / _LOCK)
             alone = self._lock is not None
@@ -116,8 +118,9 @@ class Workdir:
             self._lock = None
 
     def remove(self) -> None:
-        """Remove the directory and all that is in it."""
+        """Remove the directory and all that is in it, and the directories made around it that are empty."""
         shutil.rmtree(self.path, ignore_errors=True)
+        remove_empty(self._made)
 
     def _take(self, alone: bool) -> None:
         """Check the identity of what lies there; `alone`, begin anew where that may be."""
@@ -280,7 +283,7 @@ class Stages:
         from safetensors.torch import save_file
 
         if (file := self.file(name)) is not None:
-            file.parent.mkdir(exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(file) as part:
                 save_file({k: t.contiguous() for k, t in tensors.items()}, part, {"facts": json.dumps(facts)})
 

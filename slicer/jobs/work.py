@@ -1,0 +1,59 @@
+"""The work directory beside a result: what a stopped conversion or fold has finished, and goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from slicer.checkpoint.hub import Source
+from slicer.data.calibration import TokenBatches
+from slicer.jobs.output import output_name
+from slicer.jobs.recipe import Recipe
+from slicer.jobs.request import Output
+from slicer.measure.analysis import Analysis
+from slicer.measure.distances import measure
+from slicer.model.walk import Walk
+from slicer.progress import Progress
+from slicer.runtime.files import write_atomically
+from slicer.runtime.versions import versions
+from slicer.runtime.workdir import beside, claimed
+
+_MEASURED = "measured.json"
+
+
+@contextmanager
+def working(recipe: Recipe, source: Source, output: Output) -> Iterator[Path | None]:
+    """A directory of this run alone, removed when the block ends; None where no text is read or nothing is written.
+
+    It stays where the block is stopped, or fails after a measurement or a stage of a fold was finished. Another cut of
+    the same source by the same text may go on from it. Raises OutputError for a directory of other work.
+    """
+    if recipe.text is None or not recipe.writes:
+        yield None
+        return
+    place = beside(output.out or Path(output_name(source.name, "cut")), "work")
+    with claimed(
+        place, what="unfinished work", overwrite=output.overwrite,
+        resumable=lambda: (place / _MEASURED).is_file() or any(place.glob("stages-*/*")),
+        source=source.checkpoint.identity, text=recipe.text.identity, dtype=recipe.compute.dtype,
+        device=recipe.compute.torch_device().type, halves=recipe.halves, versions=versions(),
+    ) as work:  # fmt: skip
+        yield work.path
+
+
+def measured(walk: Walk | None, text: TokenBatches | None, recipe: Recipe, progress: Progress) -> Analysis | None:
+    """The distances that the cut is chosen by, or those that a stopped run found; None where nothing is measured.
+
+    Raises CalibrationError and ArchitectureError as `measure`.
+    """
+    if not recipe.measures or walk is None or text is None:
+        return None
+    file = None if walk.directory is None else walk.directory / _MEASURED
+    if file is not None and file.is_file():
+        progress.note(f"going on from {walk.directory}")
+        return Analysis.load(file)
+    analysis = measure(walk, text, recipe.halves, progress)
+    if file is not None:
+        write_atomically(file, analysis.to_json())
+    return analysis
