@@ -315,13 +315,7 @@ def test_a_kill_leaves_no_output(forks: ForkServer, source: Path, tmp_path: Path
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "heal",
-    [
-        "none",
-        pytest.param("fold", marks=pytest.mark.xfail(strict=True, reason="float32 and the steps ask what is free")),
-    ],
-)
+@pytest.mark.parametrize("heal", ["none", "fold"])
 def test_the_same_bytes_whatever_memory_is_free(
     heal: str, held_out_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
