@@ -8,7 +8,7 @@ from pathlib import Path
 
 from slicer.checkpoint.sizes import Sizes
 from slicer.plan.amounts import spell_layers
-from slicer.plan.plan import METRIC, Plan, spell_dropped
+from slicer.plan.plan import METRIC, Plan, spell_dropped, spell_left
 from slicer.plan.records import HealingRecord, MergeRecord, TrainingRecord
 
 _KEPT_FIELDS = ("license", "license_name", "license_link", "language")
@@ -92,7 +92,7 @@ def for_plan(origin: Path, plan: Plan, before: Sizes, after: Sizes, *, figures: 
     return _CARD.format(
         front="\n".join([*front, *_inherited(origin), "---", ""]),
         name=name,
-        left=_left(plan),
+        left=f"{len(plan.kept)} of {plan.depth} layers{spell_left(plan)}",
         what=what,
         sizes="\n".join(f"| {label} | {old:,} | {new:,} |" for label, old, new in rows),
         reason=_reason(plan),
@@ -125,13 +125,6 @@ def _commands(plan: Plan) -> list[str]:
 def _name(word: str) -> str:
     path = Path(word)
     return path.name if path.is_absolute() or ("/" in word and path.exists()) else word
-
-
-def _left(plan: Plan) -> str:
-    words = f"{len(plan.kept)} of {plan.depth} layers"
-    if plan.no_attention:
-        words += f", {len(plan.kept) - len(plan.no_attention)} with attention"
-    return words + (f", {len(plan.kept) - len(plan.no_ffn)} with feed-forward part" if plan.no_ffn else "")
 
 
 def _without(plan: Plan) -> str:

@@ -159,12 +159,7 @@ MEMORY = expert(
     help="Memory for weights and states, e.g. 8GB. A larger model is read from disk layer by layer.",
 )  # fmt: skip
 DRAFTED = option(
-    "--num-speculative-tokens",
-    "speculative_tokens",
-    type=POSITIVE,
-    metavar="N",
-    default=3,
-    help="Tokens to draft per step.",
+    "--num-speculative-tokens", "speculative_tokens", type=POSITIVE, default=3, help="Tokens to draft per step."
 )
 
 

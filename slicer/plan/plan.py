@@ -245,6 +245,12 @@ class Plan(Record):
             raise PlanError(f"{path}: cannot read the plan ({reason}); give a plan.json that slicer wrote") from None
 
 
+def spell_left(plan: Plan) -> str:
+    """How many of the layers that stay have which sublayer, where some lack one: ", 18 with attention"."""
+    lacking = {"attention": plan.no_attention, "feed-forward part": plan.no_ffn}
+    return "".join(f", {len(plan.kept) - len(gone)} with {what}" for what, gone in lacking.items() if gone)
+
+
 def spell_dropped(plan: Plan) -> str:
     """What a plan drops, in words: "layers 10-13", "attention of layers 3, 7"."""
     joined = dict(plan.joined)
