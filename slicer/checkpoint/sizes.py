@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,9 @@ def measure_sizes(checkpoint: Checkpoint, kept: Iterable[int] | None = None, cas
     config = architectures.text_config(checkpoint.config)
     share = _expert_share(config)
     flops = _head_parameters(tensors)
-    for layer in layers:
-        for name, span in layer.items():
-            if len(span.shape) >= 2:
-                flops += round(span.numel * (share if re.search(r"(^|\.)experts(\.|$)", name) else 1))
+    for name, span in chain.from_iterable(layer.items() for layer in layers):
+        if len(span.shape) >= 2:
+            flops += round(span.numel * (share if re.search(r"(^|\.)experts(\.|$)", name) else 1))
     return Sizes(
         depth=len(stay),
         parameters=sum(span.numel for span in tensors.values()),
@@ -82,10 +82,8 @@ def _expert_share(config: Mapping[str, Any]) -> float:
 
 def _head_parameters(tensors: Mapping[str, TensorSpan]) -> int:
     """Matrix parameters of the output head; a tied head uses the embedding."""
-    for pattern in (
-        r"(^|\.)(lm_head|embed_out|output)\.weight$",
-        r"(embed_tokens|wte|word_embeddings|embed_in|embeddings)\.weight$",
-    ):
+    head, embedding = r"(^|\.)(lm_head|embed_out|output)", r"(embed_tokens|wte|word_embeddings|embed_in|embeddings)"
+    for pattern in (rf"{head}\.weight$", rf"{embedding}\.weight$"):
         for key, span in tensors.items():
             if re.search(pattern, key) and len(span.shape) == 2:
                 return span.numel
@@ -129,15 +127,9 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        return {
-            "path": str(self.path),
-            "model_type": self.model_type,
-            "architectures": list(self.classes),
-            "dtypes": list(self.dtypes),
-            "files": self.files,
-            **self.sizes.to_dict(),
-            "plan": self.plan and self.plan.to_dict(),
-        }
+        found = {"path": str(self.path), "model_type": self.model_type, "architectures": list(self.classes)}
+        stored = {"dtypes": list(self.dtypes), "files": self.files}
+        return {**found, **stored, **self.sizes.to_dict(), "plan": self.plan and self.plan.to_dict()}
 
 
 def inspect(source: str) -> Inspection:

@@ -23,7 +23,7 @@ from slicer.data.packing import Packer, batched, check_vocabulary, mark_of, open
 from slicer.data.sources import TextSpec, is_streamed, mixed, sources_of
 from slicer.errors import CalibrationError, HealError
 from slicer.plan.records import CorpusRecord
-from slicer.progress import Progress
+from slicer.progress import SILENT, Progress
 from slicer.runtime.files import atomic_file, write_atomically
 
 # One document in this many is held out; the next value is used if that gives no full sequence.
@@ -118,7 +118,7 @@ def prepare(
     size: CorpusSize,
     checkpoint: Checkpoint,
     directory: Path,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
     *,
     validation: str | None = None,
     sampler: Callable[[], Any] | None = None,
@@ -131,7 +131,6 @@ def prepare(
     CalibrationError for missing or too little text, or a tokenizer of another model; HealError if a held-out sequence
     is among the training sequences.
     """
-    progress = progress or Progress()
     done = directory / "corpus.json"
     if not done.is_file():
         directory.mkdir(parents=True, exist_ok=True)

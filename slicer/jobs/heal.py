@@ -23,7 +23,7 @@ from slicer.model.verify import Expected, expected_logits
 from slicer.model.walk import open_walk
 from slicer.plan.plan import Plan
 from slicer.plan.records import TextRecord
-from slicer.progress import Progress
+from slicer.progress import SILENT, Progress
 from slicer.runtime.distributed import Processes
 from slicer.runtime.files import write_atomically
 from slicer.runtime.memory import within_memory
@@ -33,14 +33,13 @@ if TYPE_CHECKING:
     from slicer.data.corpus import Corpus
 
 
-def heal(request: HealRequest, progress: Progress | None = None) -> Written | None:
+def heal(request: HealRequest, progress: Progress = SILENT) -> Written | None:
     """Repair a cut that slicer made: solve the weights around it again, or train it.
 
     In a distributed run every process calls this; the first one writes, and the others return None. Nothing appears at
     the output directory unless everything succeeded; a training that was stopped, or fails, leaves its work directory
     beside it, from which the same request resumes. Raises SlicerError children; see `slicer.errors`.
     """
-    progress = progress or Progress()
     progress.stage("Opening the checkpoints")
     cut = open_cut(request.cut, request.source)  # the cut, its plan, its source: checked to belong together
     recipe = Recipe.of_heal(request, cut)

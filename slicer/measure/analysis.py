@@ -19,6 +19,8 @@ from slicer.plan.plan import METRIC
 from slicer.plan.records import TextRecord, plain
 
 FORMAT = 1
+_SHARED = ("depth", "samples", "seq_len")  # of all tables of an analysis
+_ROWS = ("distances", "standard_error", "difference_error")  # names in JSON
 
 
 @dataclass(frozen=True)
@@ -60,26 +62,18 @@ class Distances:
 
     @property
     def _rows(self) -> dict[str, Any]:
-        tables = {
-            "distances": self.mean,
-            "standard_error": self.standard_error,
-            "difference_error": self.difference_error,
-        }
+        tables = zip(_ROWS, (self.mean, self.standard_error, self.difference_error), strict=True)
         return {
             name: {str(n): [None if math.isnan(v) else v for v in row] for n, row in rows.items()}
-            for name, rows in tables.items()
+            for name, rows in tables
         }
 
     def to_json(self) -> str:
         """As JSON; equal data gives equal bytes."""
-        record = {
-            "metric": self.metric,
-            "unit": "pi radians" if self.metric.startswith("angular") else "1",
-            "depth": self.depth,
-            "samples": self.samples,
-            "seq_len": self.seq_len,
-            **self._rows,
-        }
+        record: dict[str, Any] = {"metric": self.metric, "unit": "1"}
+        if self.metric.startswith("angular"):
+            record["unit"] = "pi radians"
+        record |= {name: getattr(self, name) for name in _SHARED} | self._rows
         return json.dumps(record, indent=1) + "\n"
 
     @classmethod
@@ -92,19 +86,13 @@ class Distances:
 
     @classmethod
     def _from_record(cls, record: Mapping[str, Any]) -> Distances:
-        return cls(
-            record["depth"],
-            record["samples"],
-            record["seq_len"],
-            mean=_rows_in(record["distances"]),
-            standard_error=_rows_in(record["standard_error"]),
-            metric=record.get("metric", METRIC),
-            difference_error=_rows_in(record.get("difference_error", {})),
+        mean, error, difference = (
+            {int(n): [math.nan if v is None else float(v) for v in row] for n, row in rows.items()}
+            for rows in (record["distances"], record["standard_error"], record.get("difference_error", {}))
         )
-
-
-def _rows_in(rows: Mapping[str, Sequence[float | None]]) -> dict[int, list[float]]:
-    return {int(n): [math.nan if v is None else float(v) for v in row] for n, row in rows.items()}
+        shared = {name: record[name] for name in _SHARED}
+        metric = record.get("metric", METRIC)
+        return cls(mean=mean, standard_error=error, metric=metric, difference_error=difference, **shared)
 
 
 def _tables_out(tables: Mapping[str, Distances]) -> dict[str, Any]:
@@ -161,21 +149,15 @@ class Analysis:
         """One metric's table over sublayers. Raises PlanError if it is missing."""
         if metric not in self.sublayers:
             known = ", ".join(self.sublayers)
-            raise PlanError(
-                f"no {metric} of attention and feed-forward sublayers in this analysis"
-                + (f"; choose from {known}" if known else "; run slicer analyze with --sublayers")
-            )
+            remedy = f"choose from {known}" if known else "run slicer analyze with --sublayers"
+            raise PlanError(f"no {metric} of attention and feed-forward sublayers in this analysis; {remedy}")
         return self.sublayers[metric]
 
     def to_json(self) -> str:
         """As JSON; equal data gives equal bytes."""
-        record: dict[str, Any] = {
-            "format": FORMAT,
-            **{k: plain(getattr(self, k)) for k in _PLAIN},
-            "positions": list(self.positions),
-            "greedy": [dict(step) for step in self.greedy],
-            "metrics": _tables_out(self.metrics),
-        }
+        listed = (*_PLAIN, "positions", "greedy")
+        record: dict[str, Any] = {"format": FORMAT, **{k: plain(getattr(self, k)) for k in listed}}
+        record["metrics"] = _tables_out(self.metrics)
         if self.sublayers:
             record["sublayers"] = _tables_out(self.sublayers)
         return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
@@ -187,7 +169,7 @@ class Analysis:
             record = json.loads(text)
             if record.get("format") != FORMAT:
                 raise ValueError(f"format {record.get('format')!r} is not {FORMAT}")
-            shared = {k: record[k] for k in ("depth", "samples", "seq_len")}
+            shared = {k: record[k] for k in _SHARED}
             metrics = _tables_in(record["metrics"], shared)
             sublayers = _tables_in(record.get("sublayers") or {}, {**shared, "depth": 2 * record["depth"]})
             for table in (*metrics.values(), *sublayers.values()):

@@ -24,7 +24,7 @@ from slicer.model.layers import watch
 from slicer.model.load import Model, load_model
 from slicer.model.walk import Walk, open_walk
 from slicer.plan.amounts import runs
-from slicer.progress import Progress
+from slicer.progress import SILENT, Progress
 from slicer.runtime.compute import Compute
 from slicer.runtime.distributed import Processes
 from slicer.runtime.files import check_space, write_atomically
@@ -277,7 +277,7 @@ def cache_teacher(
     at: list[Junction],
     directory: Path,
     compute: Compute,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
     *,
     states: bool,
     logits: bool,
@@ -287,7 +287,6 @@ def cache_teacher(
     Raises HealError if the directory holds outputs of another teacher, text, cut or kind; OutputError if the disk is
     full.
     """
-    progress = progress or Progress()
     count, seq_len = len(sequences), len(sequences[0]["input_ids"])
     width = int(text_config(teacher.config)["hidden_size"])
     text = hashlib.sha256(b"".join(sequences.digests())).hexdigest()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from slicer.checkpoint.adapter import WEIGHTS
 from slicer.checkpoint.architectures import table as architectures
@@ -66,7 +67,7 @@ def load(base: Checkpoint, settings: TrainingSettings, compute: Compute) -> Mode
     HealError if no feed-forward matrix can have an adapter, or if some weights could not be written afterwards;
     torch.OutOfMemoryError if the model does not fit on all GPUs together.
     """
-    method, asked = settings.asked.method, settings.asked
+    asked, method = settings.asked, settings.asked.method
     if method == "full":
         homes_of(base, trust_remote_code=compute.trust_remote_code)
     model = load_model(
@@ -84,20 +85,13 @@ def load(base: Checkpoint, settings: TrainingSettings, compute: Compute) -> Mode
     if asked.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if method == "full":
-        model.requires_grad_(True)
-        return model
+        return model.requires_grad_(True)
     import peft
 
     names = targets(model, base)
-    config = peft.LoraConfig(
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=asked.lora_dropout,
-        target_modules=names,
-        fan_in_fan_out=any(is_conv1d(model.get_submodule(name)) for name in names),
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+    values = {"r": settings.lora_r, "lora_alpha": settings.lora_alpha, "lora_dropout": asked.lora_dropout}
+    transposed = any(is_conv1d(model.get_submodule(name)) for name in names)
+    config = peft.LoraConfig(target_modules=names, fan_in_fan_out=transposed, task_type="CAUSAL_LM", **values)
     torch.manual_seed(asked.seed)  # A is random, B is zero
     unpack(model)
     with named_as_loaded():
@@ -155,8 +149,7 @@ def _shape(module: Any) -> tuple[int, int]:
     if is_conv1d(module):
         return int(module.nx), int(module.nf)
     shape = int(module.out_features), int(module.in_features)
-    before = getattr(module, "source_cls", None)  # the class that a 4-bit layer replaced
-    return shape[::-1] if before is not None and before.__name__ == "Conv1D" else shape
+    return shape[::-1] if getattr(module, "source_cls", None) is Conv1D else shape  # the class that NF4 replaced
 
 
 def unpack(model: nn.Module) -> None:
@@ -205,10 +198,8 @@ def load_adapter(model: Model, path: Path) -> None:
     """Load an adapter written by `save_adapter` into a wrapped `model`; every process reads the file."""
     from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 
-    state = {}
-    for key, tensor in load_file(path / WEIGHTS).items():
-        name, _, kind = key.rpartition(".")
-        state[f"{name}.{_ADAPTER}.{kind}"] = tensor
+    parted = ((key.rpartition("."), tensor) for key, tensor in load_file(path / WEIGHTS).items())
+    state = {f"{name}.{_ADAPTER}.{kind}": tensor for (name, _, kind), tensor in parted}
     everywhere = FullStateDictConfig(offload_to_cpu=False, rank0_only=False)
     with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT, everywhere):
         found = model.load_state_dict(state, strict=False)
