@@ -12,8 +12,10 @@ from slicer.plan.plan import METRIC, Plan, spell_dropped, spell_left
 from slicer.plan.records import HealingRecord, MergeRecord, TrainingRecord
 
 _KEPT_FIELDS = ("license", "license_name", "license_link", "language")
-
-
+_SIZES = {
+    "layers": "depth", "parameters": "parameters", "bytes of weights": "total_bytes",
+    "FLOPs per token": "flops_per_token", "KV-cache bytes per token": "kv_bytes_per_token",
+}  # fmt: skip
 _CARD = """{front}
 # {name}, {left}
 
@@ -78,13 +80,7 @@ def for_plan(origin: Path, plan: Plan, before: Sizes, after: Sizes, *, figures: 
     else:
         gone = spell_layers(plan.dropped)
         what = f"{name} without its decoder layers {gone} (counted from 0). The other layers keep {kept}"
-    rows = (
-        ("layers", before.depth, after.depth),
-        ("parameters", before.parameters, after.parameters),
-        ("bytes of weights", before.total_bytes, after.total_bytes),
-        ("FLOPs per token", before.flops_per_token, after.flops_per_token),
-        ("KV-cache bytes per token", before.kv_bytes_per_token, after.kv_bytes_per_token),
-    )
+    rows = ((label, getattr(before, name), getattr(after, name)) for label, name in _SIZES.items())
     merged_into = {key for record in plan.merged for key in record.tensors}
     adapters = f"LoRA adapters merged into it: {len(plan.merged)}, into {len(merged_into)} of its matrices.\n\n"
     commands = [] if local else _commands(plan)
@@ -113,16 +109,15 @@ def merged(record: MergeRecord) -> str:
 
 def _commands(plan: Plan) -> list[str]:
     """What was run, in order: the cut, then each healing that was a command of its own; files by their names alone."""
-    found = []
-    record = plan.healing
+    record, found = plan.healing, list[str | None]()
     while record is not None:
-        found.append(record.command)
-        record = record.earlier
-    commands = dict.fromkeys(command for command in (plan.command, *reversed(found)) if command)
+        found, record = [record.command, *found], record.earlier
+    commands = dict.fromkeys(command for command in (plan.command, *found) if command)
     return [shlex.join(",".join(map(_name, word.split(","))) for word in shlex.split(command)) for command in commands]
 
 
 def _name(word: str) -> str:
+    """A file by its name alone; any other word as it is."""
     path = Path(word)
     return path.name if path.is_absolute() or ("/" in word and path.exists()) else word
 
@@ -154,7 +149,7 @@ def _reason(plan: Plan) -> str:
         angular = plan.metric in (None, METRIC)
         parts = bool(plan.no_attention or plan.no_ffn)
         text = plan.calibration
-        where = f"{text.samples} sequences of {text.seq_len} tokens, source: {_file(text.source)}" if text else "text"
+        where = f"{text.samples} sequences of {text.seq_len} tokens, source: {_name(text.source)}" if text else "text"
         by = (
             "They change the residual stream least: the angular distance between what enters and what leaves "
             f"{'what was cut' if plan.joined else 'them'}, at the last token, is"
@@ -173,11 +168,6 @@ def _reason(plan: Plan) -> str:
         "deepest": "They are the deepest ones, without the final layer, which stays; nothing was measured.",
         "tail": "They are the last ones; nothing was measured.",
     }.get(plan.strategy, "They were named by hand.")
-
-
-def _file(source: str) -> str:
-    """A source of text, a file by its name alone."""
-    return Path(source).name if Path(source).exists() else source
 
 
 def _repair(record: HealingRecord) -> str:
@@ -200,7 +190,7 @@ def _repair(record: HealingRecord) -> str:
         done += " in closed form"
         if text is not None:
             done += f" on {text.samples} sequences of {text.seq_len} tokens, seed {text.seed}"
-            done += f", source: {_file(text.source)}"
+            done += f", source: {_name(text.source)}"
         if record.steps:
             done += f", then trained alone for {record.steps} steps, of which step {record.best_step} was kept"
         held_out = f"{len(text.held_out) if text else 0} of these sequences that were not fitted"
@@ -239,7 +229,7 @@ def _trained(record: HealingRecord, training: TrainingRecord) -> str:
     return (
         f"By training (`{record.method}`), from {start}: {kind}. {record.steps} steps with "
         f"{settings.format(**values)}; the weights are those of step {record.best_step}. "
-        f"Data: {_file(corpus.source)}; learned: {corpus.learned}"
+        f"Data: {_name(corpus.source)}; learned: {corpus.learned}"
     )
 
 

@@ -22,10 +22,7 @@ class Sizes:
     """Size and cost of a checkpoint, or of the result of a plan.
 
     Attributes:
-        depth: decoder layers.
-        parameters: elements of all stored tensors.
-        total_bytes: bytes of all stored tensors.
-        layer_bytes: bytes of each decoder layer, in order.
+        parameters, total_bytes: of all stored tensors; layer_bytes: of each decoder layer, in order.
         flops_per_token: 2 x the matrix parameters used per token: without embedding lookups, with only the routed share
             of experts, and without attention over the context (which grows with its length).
         kv_bytes_per_token: bytes of key-value cache per token of full-attention context, in the checkpoint's dtype;
@@ -56,14 +53,9 @@ def measure_sizes(checkpoint: Checkpoint, kept: Iterable[int] | None = None, cas
     for name, span in chain.from_iterable(layer.items() for layer in layers):
         if len(span.shape) >= 2:
             flops += round(span.numel * (share if re.search(r"(^|\.)experts(\.|$)", name) else 1))
-    return Sizes(
-        depth=len(stay),
-        parameters=sum(span.numel for span in tensors.values()),
-        total_bytes=sum(span.cast(cast)[1] for span in tensors.values()),
-        layer_bytes=tuple(sum(span.cast(cast)[1] for span in layer.values()) for layer in layers),
-        flops_per_token=2 * flops,
-        kv_bytes_per_token=sum(_kv_bytes(layer, config, cast) for layer in layers),
-    )
+    total, *by_layer = (sum(span.cast(cast)[1] for span in part.values()) for part in (tensors, *layers))
+    cached = sum(_kv_bytes(layer, config, cast) for layer in layers)
+    return Sizes(len(stay), checkpoint.parameters, total, tuple(by_layer), 2 * flops, cached)
 
 
 def sizes_of(contents: Contents) -> Sizes:

@@ -181,9 +181,7 @@ def training_of(
         raise UsageError("--save-adapter: not with --rank-sweep; heal again with the rank that it picks")
     if given["seed"] is not None:
         values["seed"] = given["seed"]
-    if recorded is None:
-        return Training(**{**values, "method": method})
-    return replace(recorded, **{**values, "method": method})
+    return replace(recorded or Training(), **values, method=method)
 
 
 def rank_search_of(given: Mapping[str, Any]) -> RankSearch | None:

@@ -16,7 +16,6 @@ from slicer.progress import Progress
 if TYPE_CHECKING:
     import torch
 
-
 _SAMPLED_TOGETHER = 16  # decoding a few sequences costs about as much as one
 
 

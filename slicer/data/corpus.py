@@ -11,6 +11,8 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +62,8 @@ class Sequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """
 
     def __init__(self, file: Path, seq_len: int) -> None:
-        count = file.stat().st_size // (4 * seq_len)
-        self._tokens = torch.from_file(str(file), shared=False, size=count * seq_len, dtype=torch.int32).view(
-            count, seq_len
-        )
+        size = file.stat().st_size // (4 * seq_len) * seq_len
+        self._tokens = torch.from_file(str(file), shared=False, size=size, dtype=torch.int32).view(-1, seq_len)
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -103,13 +103,9 @@ class Corpus:
     def to_fold_on(self, spec: TextSpec) -> TokenBatches:
         """Batches of the training text, as many as `spec` requests: a fold must not use held-out text."""
         length = min(spec.seq_len, len(self.train[0]["input_ids"]))
-        pieces: list[torch.Tensor] = []
-        for i in range(len(self.train)):
-            row = self.train[i]["input_ids"]
-            pieces += list(torch.split(row[: len(row) // length * length], length))
-            if len(pieces) >= spec.samples:
-                break
-        tokens = torch.stack(pieces[: spec.samples])
+        rows = (self.train[i]["input_ids"] for i in range(len(self.train)))
+        pieces = (piece for row in rows for piece in row.unfold(0, length, length))
+        tokens = torch.stack(list(islice(pieces, spec.samples)))
         return TokenBatches.of(tokens, replace(spec, source=self.record.source))
 
 
@@ -210,7 +206,7 @@ def _tokenize(
         raise CalibrationError(f"{source}: no text in it; pass a file with text")
     apart_from = validation or f"one document in {share} of the same source"
     return CorpusRecord(
-        source, len(train), len(held), "answers" if train.talks else "all tokens", apart_from, count, left_out,
+        source, len(train), len(held), "answers" if train.stream.talks else "all tokens", apart_from, count, left_out,
         seed=spec.seed, column=spec.column,
     )  # fmt: skip
 
@@ -237,11 +233,8 @@ def _without_held_out(directory: Path, seq_len: int) -> int:
     known = set(held_out.digests())
     twice = {i for i, digest in enumerate(train.digests()) if digest in known}
     if twice:
-        size = 4 * seq_len
         file = directory / "train.bin"
         with atomic_file(file) as new, open(file, "rb") as old, open(new, "wb") as out:
-            for i in range(len(train)):
-                row = old.read(size)
-                if i not in twice:
-                    out.write(row)
+            rows = iter(partial(old.read, 4 * seq_len), b"")
+            out.writelines(row for i, row in enumerate(rows) if i not in twice)
     return len(twice)

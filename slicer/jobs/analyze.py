@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slicer.checkpoint.hub import Source, open_source
-from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.tensors import DTYPES
 from slicer.data.calibration import TokenBatches, read_text
 from slicer.data.sources import TextSpec
@@ -70,7 +69,10 @@ def analyze(request: AnalyzeRequest, progress: Progress = SILENT) -> Analysis | 
             checkpoint=source.checkpoint.identity, text=text.identity, source=request.source, dtype=compute.dtype,
             positions=request.measures.positions, processes=processes.world, versions=versions(),
         ) as work:  # fmt: skip
-            _announce(source.checkpoint, loads, progress)
+            progress.stage("Loading the model" if loads else "Reading what lies outside the layers")
+            if not loads:
+                bins = ", from pickled .bin files" if source.checkpoint.is_bin else ""
+                progress.note(f"the model does not fit in memory: layers are read from disk one at a time{bins}")
             with open_walk(source.checkpoint, compute, loads=loads, directory=work.path) as walk:
                 batches = _shared_text(text, source.path, walk, work.path, processes, progress)
                 portion = Portion.of(batches.batches, processes)
@@ -241,15 +243,6 @@ def _shared_text(
 
     tokens, about = processes.first(made)
     return TokenBatches(list(torch.split(tokens, spec.batch_size)), about)
-
-
-def _announce(checkpoint: Checkpoint, loads: bool, progress: Progress) -> None:
-    if loads:
-        progress.stage("Loading the model")
-        return
-    progress.stage("Reading what lies outside the layers")
-    bins = ", from pickled .bin files" if checkpoint.is_bin else ""
-    progress.note(f"the model does not fit in memory: layers are read from disk one at a time{bins}")
 
 
 def _check(request: AnalyzeRequest, depth: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from slicer.jobs.output import Result, Written, write_verified
 from slicer.jobs.recipe import Recipe
 from slicer.jobs.repair import repair
 from slicer.jobs.request import HealRequest, Output
-from slicer.model.load import Model, load_model
+from slicer.model.load import load_model
 from slicer.model.verify import Expected, expected_logits
 from slicer.model.walk import open_walk
 from slicer.plan.plan import Plan
@@ -89,8 +90,7 @@ def trained(
     spec, settings, compute = recipe.text, recipe.settings, recipe.compute
     assert spec is not None and settings is not None
 
-    def sampler() -> Model:
-        return load_model(cut.source.path, device=compute.device, trust_remote_code=compute.trust_remote_code)
+    sampler = partial(load_model, cut.source.path, device=compute.device, trust_remote_code=compute.trust_remote_code)
 
     def corpus_of() -> Corpus:
         with within_memory("sampling text from the source", ["--calibration DATA", "--device cpu"]):

@@ -51,6 +51,11 @@ class Values:
         """The value of each player."""
         return list(map(float, self.samples.mean(0)))
 
+    @property
+    def standard_error(self) -> list[float]:
+        """Standard error of each value; NaN for a single sample."""
+        return list(map(float, self.samples.std(0) / math.sqrt(len(self.samples))))
+
 
 class Coalitions:
     """Costs of the model without some players: loss or KL divergence on batches, or errors on `Questions`.

@@ -3,41 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from slicer.errors import PlanError
 from slicer.plan.amounts import spell_layers
+from slicer.plan.distances import Distances
 
 SURE = 2.0  # standard errors that a difference must exceed to count
-
-
-class MeasuredDistances(Protocol):
-    """What selection needs of an analysis."""
-
-    @property
-    def depth(self) -> int:
-        """L, the number of layers."""
-
-    def block(self, n: int) -> Sequence[float]:
-        """d(l, l+n) for every start l = 0..L-n."""
-
-    @property
-    def samples(self) -> int:
-        """Sequences averaged over."""
-
-    @property
-    def sizes(self) -> Sequence[int]:
-        """The block sizes measured."""
-
-    @property
-    def standard_error(self) -> Mapping[int, Sequence[float]]:
-        """n -> the standard error of each d(l, l+n)."""
-
-    @property
-    def difference_error(self) -> Mapping[int, Sequence[float]]:
-        """n -> the standard error of d(l, l+n) minus the least of that n."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +59,7 @@ class Doubt:
     samples: int | None
 
 
-def rank(distances: MeasuredDistances, n: int, protect: Collection[int] = ()) -> list[Block]:
+def rank(distances: Distances, n: int, protect: Collection[int] = ()) -> list[Block]:
     """All blocks of n layers without a protected one, closest first; of equals the deeper one first.
 
     The deeper of two equal blocks disturbs fewer of the layers after it (section 3.1 of the paper). Blocks that were
@@ -106,13 +79,13 @@ def _closest_first(row: Sequence[float], n: int, allowed: Callable[[int], bool])
     return sorted(found, key=lambda block: (block.distance, -block.start))
 
 
-def select(distances: MeasuredDistances, n: int) -> Block:
+def select(distances: Distances, n: int) -> Block:
     """Equation 6 of "The Unreasonable Ineffectiveness of the Deeper Layers": argmin over l of d(l, l+n)."""
     return rank(distances, n)[0]
 
 
 def best_cuts(
-    distances: MeasuredDistances, n: int, blocks: int = 1, protect: Collection[int] = (), count: int = 4
+    distances: Distances, n: int, blocks: int = 1, protect: Collection[int] = (), count: int = 4
 ) -> list[Cut]:
     """The `count` best ways to drop n layers in at most `blocks` separate blocks, least sum of distances first.
 
@@ -154,7 +127,7 @@ def best_cuts(
     return [Cut(cut) for _, cut in after[0][n, blocks]]
 
 
-def doubt(distances: MeasuredDistances, best: Cut, other: Cut) -> Doubt | None:
+def doubt(distances: Distances, best: Cut, other: Cut) -> Doubt | None:
     """Whether `best` and `other` cannot be told apart by `SURE` standard errors; None when they can, or are certain.
 
     For single blocks of one size the error is that of the paired difference over the same samples; for cuts of several
@@ -174,9 +147,7 @@ def doubt(distances: MeasuredDistances, best: Cut, other: Cut) -> Doubt | None:
     return Doubt(difference, error, needed)
 
 
-def rank_sublayers(
-    halves: MeasuredDistances, attention: Iterable[int], ffn: Iterable[int]
-) -> list[tuple[str, int, float]]:
+def rank_sublayers(halves: Distances, attention: Iterable[int], ffn: Iterable[int]) -> list[tuple[str, int, float]]:
     """("attention" or "ffn", layer, distance across it) of these parts, closest first; of equals the deeper one first.
 
     `halves` has the half-layers of the model as its layers: attention i is number 2i, feed-forward part i number 2i+1.
@@ -187,7 +158,7 @@ def rank_sublayers(
     return [(("attention", "ffn")[part.start % 2], part.start // 2, part.distance) for part in found]
 
 
-def rank_offset(halves: MeasuredDistances, n: int, protect: Collection[int] = ()) -> list[Block]:
+def rank_offset(halves: Distances, n: int, protect: Collection[int] = ()) -> list[Block]:
     """All half-offset cuts that make the model n layers shallower and leave protected ones whole, closest first.
 
     A block goes from after attention `start` to after attention `start` + n. `halves` as in `rank_sublayers`.

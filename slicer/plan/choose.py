@@ -15,7 +15,8 @@ from typing import Protocol
 from slicer.errors import ArchitectureError, PlanError
 from slicer.plan import blocks as ranking
 from slicer.plan.amounts import SUBLAYERS, Goal
-from slicer.plan.blocks import Cut, Doubt, MeasuredDistances
+from slicer.plan.blocks import Cut, Doubt
+from slicer.plan.distances import Distances
 from slicer.plan.plan import METRIC, Plan
 from slicer.plan.records import RunnerUp, TextRecord
 
@@ -36,13 +37,13 @@ class Measurements(Protocol):
         """ "layer" and "loss" of each step of the greedy order of removal, where it was measured."""
 
     @property
-    def sublayers(self) -> Mapping[str, MeasuredDistances]:
+    def sublayers(self) -> Mapping[str, Distances]:
         """Metric -> its table of half-layers, as in `halves`."""
 
-    def distances(self, metric: str) -> MeasuredDistances:
+    def distances(self, metric: str) -> Distances:
         """One metric between layers. Raises PlanError when it was not measured."""
 
-    def halves(self, metric: str) -> MeasuredDistances:
+    def halves(self, metric: str) -> Distances:
         """One metric between half-layers: attention i is number 2i, feed-forward part i number 2i + 1."""
 
 

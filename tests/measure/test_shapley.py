@@ -12,7 +12,6 @@ import torch
 
 from slicer.errors import UsageError
 from slicer.measure.losses import Choice, Questions, leave_out
-from slicer.measure.metrics import standard_error
 from slicer.measure.shapley import Coalitions, leave_one_out, shapley
 from slicer.model.sublayers import bypass_sublayers
 from slicer.model.walk import Walk
@@ -50,7 +49,7 @@ def test_sampling_approaches_the_mean_over_all_orders(model: Any, batches: list[
     coalitions.ceiling = float("inf")  # no order is truncated
     exact = mean_over_all_orders(coalitions)
     found = shapley(coalitions, 60)
-    for value, true, error in zip(found.mean, exact, standard_error(found.samples), strict=True):
+    for value, true, error in zip(found.mean, exact, found.standard_error, strict=True):
         assert abs(value - true) <= 4 * error + 1e-9
 
 
@@ -141,7 +140,7 @@ def test_values_of_a_score_are_those_of_brute_force(model: Any, questions: Quest
                 exact[p] += weight * (errors(gone | {p}) - errors(gone))
     found = shapley(coalitions, 60)
     assert any(abs(value) > 0.05 for value in exact)
-    for value, true, error in zip(found.mean, exact, standard_error(found.samples), strict=True):
+    for value, true, error in zip(found.mean, exact, found.standard_error, strict=True):
         assert abs(value - true) <= 4 * error + 1e-9
     assert mean_over_all_orders(coalitions) == pytest.approx(exact)
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,24 +96,20 @@ def distillation_loss(
 
         def cached() -> CachedTeacher:
             with within_memory("caching the teacher's outputs", ["--device cpu"]):
-                return cache_teacher(
-                    teacher, corpus.train, at, directory, stored, progress, states=states, logits=logits
-                )
+                kinds = {"states": states, "logits": logits}
+                return cache_teacher(teacher, corpus.train, at, directory, stored, progress, **kinds)
 
         outputs: CachedTeacher | LiveTeacher = processes.first_then_all(cached)
     else:
+        load, ways = partial(load_model, teacher.path, dtype=settings.compute), ["--teacher-cache DIR"]
         if asked.teacher_4bit:
             require("qlora")
+            load = partial(load, quantization=nf4(settings.compute))
+        else:
+            ways = ["--teacher-4bit", *ways]
         progress.stage("Loading the teacher")
-        ways = [*([] if asked.teacher_4bit else ["--teacher-4bit"]), "--teacher-cache DIR"]
         with within_memory("loading the teacher", ways):
-            model = load_model(
-                teacher.path,
-                dtype=settings.compute,
-                device=compute.pinned().device,
-                trust_remote_code=compute.trust_remote_code,
-                quantization=nf4(settings.compute) if asked.teacher_4bit else None,
-            )
+            model = load(device=compute.pinned().device, trust_remote_code=compute.trust_remote_code)
         unpack(model)
         outputs = LiveTeacher(model, at, states=states, logits=logits)
     return DistillationLoss(outputs, at, asked.mismatch_weight, asked.kl_weight)
