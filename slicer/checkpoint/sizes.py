@@ -128,12 +128,8 @@ def inspect(source: str) -> Inspection:
     """Inspect a directory, a Hub id or "demo". Raises SourceError, HubError or ArchitectureError."""
     checkpoint = Checkpoint.open(hub.resolve(source).path)
     checkpoint.check_layers()
-    return Inspection(
-        path=checkpoint.path,
-        model_type=str(architectures.text_config(checkpoint.config).get("model_type", "unknown")),
-        classes=tuple(checkpoint.config.get("architectures") or ()),
-        dtypes=tuple(sorted({span.dtype for span in checkpoint.tensors.values()})),
-        files=len({span.file for span in checkpoint.tensors.values()}),
-        sizes=measure_sizes(checkpoint),
-        plan=checkpoint.plan,
-    )
+    model_type = str(architectures.text_config(checkpoint.config).get("model_type", "unknown"))
+    classes, spans = tuple(checkpoint.config.get("architectures") or ()), checkpoint.tensors.values()
+    dtypes, files = tuple(sorted({span.dtype for span in spans})), len({span.file for span in spans})
+    sizes, plan = measure_sizes(checkpoint), checkpoint.plan
+    return Inspection(checkpoint.path, model_type, classes, dtypes, files, sizes, plan)

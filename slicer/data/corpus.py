@@ -39,8 +39,7 @@ class CorpusSize:
     """How much text a training needs.
 
     Attributes:
-        steps: of the training; batch_size: sequences of a step.
-        seq_len: tokens of a sequence.
+        steps: of the training; batch_size: sequences of a step; seq_len: tokens of a sequence.
         validation_samples: sequences that are held out.
     """
 
@@ -217,8 +216,7 @@ def _sample(spec: TextSpec, size: CorpusSize, directory: Path, model: Any) -> Co
     drawn = sample_tokens(model, replace(spec, samples=count, seq_len=size.seq_len))
     unique = list({row.numpy().tobytes(): row for row in drawn}.values())
     for name, rows in (("held-out", unique[:held]), ("train", unique[held:])):
-        data = b"".join(row.to(torch.int32).numpy().tobytes() for row in rows)
-        (directory / f"{name}.bin").write_bytes(data)
+        (directory / f"{name}.bin").write_bytes(b"".join(row.to(torch.int32).numpy().tobytes() for row in rows))
     return CorpusRecord(
         "self", max(0, len(unique) - held), min(held, len(unique)), validation="sampled alike",
         seed=spec.seed, column=spec.column,

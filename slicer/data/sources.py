@@ -38,9 +38,7 @@ class TextSpec:
             Hub data set (`name` or `name:config`), or `task:NAME` for the prompts and answers of an lm-eval task.
             Several, separated by commas, get equal numbers of samples.
             Conversations (a column `messages` or `conversations`) go through the chat template.
-        samples: number of sequences.
-        seq_len: tokens per sequence, with BOS.
-        batch_size: sequences per forward pass.
+        samples: number of sequences; seq_len: tokens in each, with BOS; batch_size: sequences per forward pass.
         seed: for the choice of documents, or for sampling.
         column: the column that holds the text.
     """

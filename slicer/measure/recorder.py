@@ -65,8 +65,7 @@ class Recording:
 
     Attributes:
         directory: holds layer-000.safetensors (x(0)) to that of x(L).
-        depth: L.
-        samples: sequences S.
+        depth: L; samples: sequences S.
         positions: recorded tokens of each sequence, ascending; the last one is the sequence's last token.
         point_positions: those used by CKA and the fold residual, as indices into `positions`.
         point_sequences: sequences, of all processes together, whose points these two use.

@@ -161,15 +161,9 @@ def _because(
 ) -> Plan:
     """`plan` with why it was chosen, and before which others."""
     text = measured.calibration if measured is not None else None
-    return replace(
-        plan,
-        strategy="similarity",
-        distance=distance,
-        metric=metric,
-        runners_up=tuple(RunnerUp(o.block, o.distance or 0.0) for o in islice(others, RUNNERS_UP)),
-        calibration=text,
-        seed=None if text is None else text.seed,
-    )
+    runners_up = tuple(RunnerUp(o.block, o.distance or 0.0) for o in islice(others, RUNNERS_UP))
+    plan = replace(plan, strategy="similarity", distance=distance, metric=metric, runners_up=runners_up)
+    return replace(plan, calibration=text, seed=None if text is None else text.seed)
 
 
 def _greedy(n: int, depth: int, order: Sequence[Mapping[str, float]], protect: Collection[int]) -> _Candidate:
@@ -188,8 +182,7 @@ def _first_expressible(
     found: Iterator[_Candidate], form: str | None, why_not: WhyNot
 ) -> tuple[list[_Candidate], _Candidate, list[_Candidate]]:
     """(those passed over, the first of `found` that can be expressed, the next); raises the first reason for none."""
-    passed: list[_Candidate] = []
-    reasons: list[str] = []
+    passed, reasons = list[_Candidate](), list[str]()
     for best in found:
         best = replace(best, plan=best.plan.in_form(form))
         if (reason := why_not(best.plan)) is None:

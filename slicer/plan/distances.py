@@ -20,9 +20,7 @@ class Distances:
     """One metric of every block measured; smaller means less change.
 
     Attributes:
-        depth: L, the number of layers.
-        samples: sequences averaged over.
-        seq_len: tokens per sequence.
+        depth: L, the number of layers; samples: sequences averaged over; seq_len: tokens of each.
         mean: n -> [d(0, n), d(1, 1+n), ..., d(L-n, L)]; angular distances in units of pi. NaN if not measured.
         standard_error: of `mean` over samples, in the same form.
         metric: its name in `slicer.measure.metrics.METRICS`.
@@ -63,10 +61,8 @@ class Distances:
 
     def to_json(self) -> str:
         """As JSON; equal data gives equal bytes."""
-        record: dict[str, Any] = {"metric": self.metric, "unit": "1"}
-        if self.metric.startswith("angular"):
-            record["unit"] = "pi radians"
-        record |= {name: getattr(self, name) for name in SHARED} | self.rows
+        about = {"metric": self.metric, "unit": "pi radians" if self.metric.startswith("angular") else "1"}
+        record = {**about, **{name: getattr(self, name) for name in SHARED}, **self.rows}
         return json.dumps(record, indent=1) + "\n"
 
     @classmethod

@@ -51,9 +51,11 @@ def print_written(done: Written) -> None:
     """Print the sizes before and after, what was dropped, repaired and merged, the checks and the warnings."""
     console = stdout()
     plan = done.plan
-    sizes = table(f"{plan.source}: {_change(plan)}", "", "before", "after", "left")
-    for (label, old, before), (_, new, after) in zip(_rows(done.before), _rows(done.after), strict=True):
-        sizes.add_row(label, before, after, f"{new / old:.1%}" if old else "-")
+    before = f"{plan.depth} to " if len(plan.kept) < plan.depth else ""
+    title = f"{plan.source}: {before}{len(plan.kept)} layers{spell_left(plan)}"
+    sizes = table(title, "", "before", "after", "left")
+    for (label, old, was), (_, new, now) in zip(_rows(done.before), _rows(done.after), strict=True):
+        sizes.add_row(label, was, now, f"{new / old:.1%}" if old else "-")
     lines = []
     if not plan.merged or done.before != done.after:  # a merge changes no size
         console.print(sizes)
@@ -86,12 +88,6 @@ _FORMS = {
     "blockwise": "blockwise: loads in vLLM if slicer is installed, and in transformers after 'import slicer'",
     "zeroed": "zeroed: loads everywhere, but costs as much as the original",
 }
-
-
-def _change(plan: Plan) -> str:
-    """For example "24 to 20 layers, 18 with attention"."""
-    layers = len(plan.kept)
-    return (f"{plan.depth} to " if layers < plan.depth else "") + f"{layers} layers{spell_left(plan)}"
 
 
 def _healed(record: HealingRecord) -> str:
