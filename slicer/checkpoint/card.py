@@ -75,11 +75,9 @@ def for_plan(origin: Path, plan: Plan, before: Sizes, after: Sizes, *, figures: 
     front += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- slicer", "- depth-pruning"]
     kept = f"their weights{f', cast to {plan.dtype}' if plan.dtype else ' bit for bit'}"
     kept += "; nothing was trained or healed." if plan.healing is None else ", but for the repair (below)."
+    gone, rest = f"its decoder layers {spell_layers(plan.dropped)}", "other layers"
     if plan.below_layers:
-        what = f"{name} without {_without(plan)} (counted from 0). The tensors that are left keep {kept}"
-    else:
-        gone = spell_layers(plan.dropped)
-        what = f"{name} without its decoder layers {gone} (counted from 0). The other layers keep {kept}"
+        gone, rest = _without(plan), "tensors that are left"
     rows = ((label, getattr(before, name), getattr(after, name)) for label, name in _SIZES.items())
     merged_into = {key for record in plan.merged for key in record.tensors}
     adapters = f"LoRA adapters merged into it: {len(plan.merged)}, into {len(merged_into)} of its matrices.\n\n"
@@ -89,7 +87,7 @@ def for_plan(origin: Path, plan: Plan, before: Sizes, after: Sizes, *, figures: 
         front="\n".join([*front, *_inherited(origin), "---", ""]),
         name=name,
         left=f"{len(plan.kept)} of {plan.depth} layers{spell_left(plan)}",
-        what=what,
+        what=f"{name} without {gone} (counted from 0). The {rest} keep {kept}",
         sizes="\n".join(f"| {label} | {old:,} | {new:,} |" for label, old, new in rows),
         reason=_reason(plan),
         repair=_repair(plan.healing) if plan.healing is not None else "",

@@ -105,14 +105,13 @@ def write(
 
 def copy_companions(source: Path, directory: Path) -> None:
     """Copy tokenizer, chat template, generation config, code and licence; not weights or the model card."""
-    skipped = {"config.json", "README.md"}
+    skipped = ("config.json", "README.md", "*.index.json")
     for file in sorted(source.rglob("*")):
-        relative, name = file.relative_to(source), file.name
+        relative = file.relative_to(source)
         if any(part.startswith(".") or part in ("slicer", "__pycache__", "original") for part in relative.parts):
             continue
-        if name in skipped or name.endswith(".index.json") or not any(fnmatch(name, p) for p in COMPANIONS):
-            continue
-        if len(relative.parts) > 1 and file.suffix not in (".py", ".jinja", ".json"):
+        wanted, unwanted = (any(fnmatch(file.name, p) for p in patterns) for patterns in (COMPANIONS, skipped))
+        if unwanted or not wanted or (len(relative.parts) > 1 and file.suffix not in (".py", ".jinja", ".json")):
             continue
         if inside(source, relative.as_posix()).is_file():
             (directory / relative).parent.mkdir(parents=True, exist_ok=True)

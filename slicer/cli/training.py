@@ -72,16 +72,10 @@ def training_options(visible: Collection[str] = ()) -> list[Decorator]:
             settings["type"] = click.Choice(_CHOICES[field.name])
         if kind == "bool":
             settings = {"default": False}
-        made.append(
-            option(
-                _NAMES.get(field.name, "--" + field.name.replace("_", "-")),
-                _TRAINS + field.name,
-                hidden=field.name not in visible,
-                metavar=_METAVARS.get(field.name, "X" if kind == "float" else None),
-                help=f"{text[:1].upper()}{text[1:]}.",
-                **settings,
-            )
-        )
+        settings["metavar"] = _METAVARS.get(field.name, "X" if kind == "float" else None)
+        settings |= {"hidden": field.name not in visible, "help": f"{text[:1].upper()}{text[1:]}."}
+        name = _NAMES.get(field.name, "--" + field.name.replace("_", "-"))
+        made.append(option(name, _TRAINS + field.name, **settings))
     return made
 
 

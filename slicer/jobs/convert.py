@@ -71,18 +71,10 @@ def chosen_plan(source: Source, recipe: Recipe, analysis: Analysis | None, progr
             )
         plan = chosen.plan
     plan = form_for(checkpoint, plan, recipe.repair.method, recipe.repair.rank)
-    return replace(
-        plan,
-        source=source.name,
-        revision=source.revision,
-        model_type=checkpoint.config.get("model_type"),
-        dtype=recipe.compute.dtype,
-        versions=versions(),
-        command=recipe.command,
-        parent=checkpoint.plan,
-        healing=None,
-        merged=(),
-    )
+    model_type, dtype = checkpoint.config.get("model_type"), recipe.compute.dtype
+    plan = replace(plan, dtype=dtype, versions=versions(), command=recipe.command, healing=None, merged=())
+    origin, parent = source.name, checkpoint.plan
+    return replace(plan, source=origin, revision=source.revision, model_type=model_type, parent=parent)
 
 
 def _fewest(goal: Goal, source: Source, recipe: Recipe, analysis: Analysis | None) -> Chosen:

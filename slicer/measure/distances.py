@@ -27,6 +27,7 @@ from slicer.plan.plan import METRIC
 from slicer.progress import SILENT, Progress
 
 _AT_ONCE = 4  # sequences whose states are in memory at a time
+Rows = Mapping[int, torch.Tensor]  # size n of a block -> values by the block's start
 
 
 def measure(walk: Walk, text: TokenBatches, halves: bool | None, progress: Progress) -> Analysis:
@@ -65,10 +66,7 @@ def measure_loaded(model: Model, batches: Sequence[torch.Tensor], progress: Prog
     found, last = list[torch.Tensor](), list[torch.Tensor]()
     device = model.get_input_embeddings().weight.device
 
-    def listener(index: int, states: torch.Tensor) -> None:
-        last.append(states[:, -1].detach().to(device, torch.float32))
-
-    with watch(model, listener):
+    with watch(model, lambda _, states: last.append(states[:, -1].detach().to(device, torch.float32))):
         for batch in batches:
             last.clear()
             model.base_model(input_ids=batch.to(device), use_cache=False)
@@ -197,13 +195,7 @@ def table(
 
 
 def table_of_rows(
-    metric: str,
-    rows: Mapping[int, torch.Tensor],
-    depth: int,
-    *,
-    seq_len: int,
-    samples: int,
-    means: Mapping[int, torch.Tensor] | None = None,
+    metric: str, rows: Rows, depth: int, *, seq_len: int, samples: int, means: Rows | None = None
 ) -> Distances:
     """The table of a metric from n -> [samples, L-n+1]; `means` if they are not the rows' means."""
     middle, errors, differences = {}, {}, {}

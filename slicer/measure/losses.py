@@ -23,6 +23,9 @@ from slicer.model.walk import Walk, next_token_loss
 from slicer.progress import SILENT, Progress
 from slicer.runtime.workdir import Notebook
 
+Batches = Sequence[torch.Tensor]  # int64 [batch, seq] each
+Layers = Collection[int]
+
 
 def block_losses(
     walk: Walk, portion: Portion, sizes: Sequence[int], book: Notebook, progress: Progress
@@ -83,12 +86,7 @@ def _taken(book: Notebook, name: str, make: Callable[[], Sequence[torch.Tensor]]
 
 
 def leave_out(
-    walk: Walk,
-    batches: Sequence[torch.Tensor],
-    candidates: Sequence[Collection[int]],
-    without: Collection[int] = (),
-    *,
-    progress: Progress = SILENT,
+    walk: Walk, batches: Batches, candidates: Sequence[Layers], without: Layers = (), *, progress: Progress = SILENT
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Measure the model without the layers `without`, and without these and the layers of each candidate.
 
@@ -127,7 +125,7 @@ def kl_divergence(full: torch.Tensor, cut: torch.Tensor) -> float:
     return float((full.exp() * (full - cut)).sum(-1).mean())
 
 
-def taylor_scores(walk: Walk, batches: Sequence[torch.Tensor], *, progress: Progress = SILENT) -> torch.Tensor:
+def taylor_scores(walk: Walk, batches: Batches, *, progress: Progress = SILENT) -> torch.Tensor:
     """First-order importance of each layer: the sum of |dL/dw * w| over its weights w, per sample: [samples, L].
 
     L is the loss of one sequence in nats per token. The backward pass recomputes each layer from its stored input, so

@@ -162,9 +162,6 @@ def _advance(recording: Recording, walk: Walk, i: int, states: States) -> None:
     inner = [recording.positions[p] for p in recording.point_positions]
     kept, outputs = list[torch.Tensor](), list[torch.Tensor]()
 
-    def keep(_batch: int, new: torch.Tensor) -> None:
-        kept.append(new[:, at].cpu())
-
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         tokens = states.tokens[len(outputs)]
         outputs.append(hidden_of(output).reshape(*tokens.shape, -1)[:, inner].cpu())
@@ -174,7 +171,7 @@ def _advance(recording: Recording, walk: Walk, i: int, states: States) -> None:
         part = mlp_of(layer) if recording.has_mlp else None
         if part is not None:
             stack.enter_context(part.register_forward_hook(hook))
-        walk.advance(i, states, keep)
+        walk.advance(i, states, lambda _, new: kept.append(new[:, at].cpu()))
     tensors = {"states": torch.cat(kept)}
     check_finite(tensors["states"][None], first=i + 1)
     if recording.has_mlp:

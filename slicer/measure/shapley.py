@@ -13,7 +13,6 @@ all states before that player.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
 from collections.abc import Sequence
@@ -133,8 +132,7 @@ class Coalitions:
                     continue
                 states = self._trail[-1].copy()
                 states.layer = min(states.layer, i)
-                with walk.layer(i) as layer, contextlib.ExitStack() as stack:
-                    stack.enter_context(without_sublayers(layer, no_attention, no_ffn))
+                with walk.layer(i) as layer, without_sublayers(layer, no_attention, no_ffn):
                     walk.advance(i, states)
                 self.layer_runs += 1
                 self._trail.append(states)

@@ -31,11 +31,8 @@ def print_analysis(analysis: Analysis, out: Path) -> None:
     sizes = sorted({max(1, round(analysis.depth * k / 8)) for k in range(1, 5)})
     closest = table("closest block of n layers, its first layer", "metric", *(f"n = {n}" for n in sizes))
     for name, found in analysis.metrics.items():
-        row = []
-        for n in sizes:
-            values = [(v, -i) for i, v in enumerate(found.mean.get(n, ())) if not math.isnan(v)]
-            row.append(f"{-min(values)[1]} ({min(values)[0]:.4f})" if values else "-")
-        closest.add_row(name, *row)
+        rows = ([(v, -i) for i, v in enumerate(found.mean.get(n, ())) if not math.isnan(v)] for n in sizes)
+        closest.add_row(name, *(f"{-min(row)[1]} ({min(row)[0]:.4f})" if row else "-" for row in rows))
     console.print(closest)
     if analysis.sublayers:
         console.print(_parts_table(analysis))

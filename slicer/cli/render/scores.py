@@ -84,12 +84,11 @@ def print_kept(found: Deepest, share: float, metric: str, plan: Path, source: st
     """Print the cuts tried by the bisection, and the command that makes the best one."""
     console = stdout()
     for kept in found.tried:
-        if kept.error is not None:
-            console.print(f"drop {kept.n:<4} not possible: {kept.error}")
-            continue
-        verdict = "retained" if kept.kept else "not retained"
-        doubt = "" if kept.sure else " (within the error: use more items)"
-        console.print(f"drop {kept.n:<4} {kept.share:.1%} of {metric}: {verdict}{doubt}")
+        words = f"not possible: {kept.error}"
+        if kept.error is None:
+            doubt = "" if kept.sure else " (within the error: use more items)"
+            words = f"{kept.share:.1%} of {metric}: {'retained' if kept.kept else 'not retained'}{doubt}"
+        console.print(f"drop {kept.n:<4} {words}")
     if found.best is not None:
         console.print(f"deepest   dropping {found.best.n} layers retains {found.best.share:.1%} of {metric}")
         console.print(f"next      slicer convert {source} --plan {plan}")

@@ -253,8 +253,7 @@ class CachedTeacher:
         for i in range(last + 1):
             if i in self._states:
                 for b, first in enumerate(starts):
-                    kept = states[b].cpu().to(torch.bfloat16)
-                    self._states[i][first : first + len(batches[b])] = kept
+                    self._states[i][first : first + len(batches[b])] = states[b].cpu().to(torch.bfloat16)
             if i < last:
                 walk.advance(i, states)
         if self._top is None:

@@ -8,6 +8,7 @@ checks for packed weights and missing gradients.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -48,16 +49,10 @@ def nf4(dtype: str) -> Any:
     """transformers' quantization config of NF4 with double quantization, with arithmetic in `dtype` (a torch name)."""
     from transformers import BitsAndBytesConfig
 
-    compute = getattr(torch, dtype)
-    # FSDP shards the stored tensors, and needs all of them in one dtype.
-    storage = {"bnb_4bit_quant_storage": compute} if sharded() else {}
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
-        **storage,
-    )
+    values = {"quant_type": "nf4", "use_double_quant": True, "compute_dtype": getattr(torch, dtype)}
+    if sharded():  # FSDP shards the stored tensors, and needs all of them in one dtype
+        values["quant_storage"] = values["compute_dtype"]
+    return BitsAndBytesConfig(load_in_4bit=True, **{f"bnb_4bit_{name}": value for name, value in values.items()})
 
 
 def load(base: Checkpoint, settings: TrainingSettings, compute: Compute) -> Model:
@@ -70,14 +65,10 @@ def load(base: Checkpoint, settings: TrainingSettings, compute: Compute) -> Mode
     asked, method = settings.asked, settings.asked.method
     if method == "full":
         homes_of(base, trust_remote_code=compute.trust_remote_code)
-    model = load_model(
-        base.path,
-        dtype="float32" if method == "full" else settings.compute,
-        device=compute.pinned().device,
-        trust_remote_code=compute.trust_remote_code,
-        quantization=nf4(settings.compute) if method == "qlora" else None,
-        sharded=sharded(),
-    )
+    place = partial(load_model, device=compute.pinned().device, trust_remote_code=compute.trust_remote_code)
+    dtype = "float32" if method == "full" else settings.compute
+    quantization = nf4(settings.compute) if method == "qlora" else None
+    model = place(base.path, dtype=dtype, quantization=quantization, sharded=sharded())
     # accelerate leaves weights that fit on no GPU elsewhere, and they cannot be trained there.
     if not sharded() and any(weight.is_meta for weight in model.parameters()):
         raise torch.OutOfMemoryError("the GPUs are too small for the model")
