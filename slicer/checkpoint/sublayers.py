@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
 
 from slicer.checkpoint import tensors
 from slicer.checkpoint.architectures import table as architectures
@@ -19,9 +18,6 @@ from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.tensors import TensorSpan
 from slicer.errors import ArchitectureError, PlanError
 from slicer.plan.plan import Plan
-
-if TYPE_CHECKING:
-    import torch
 
 ATTENTION, FEED_FORWARD = "attention", "feed-forward"
 _ATTENTION = {
@@ -47,9 +43,8 @@ def part_of(name: str, siblings: Collection[str]) -> str | None:
     that has a norm of its own (Gemma 2) or the attention has no norm before it (OLMo 2).
     """
     if name == "post_attention_layernorm":
-        behind = "pre_feedforward_layernorm" in siblings or (
-            "input_layernorm" not in siblings and "post_feedforward_layernorm" in siblings
-        )
+        norms = {"pre_feedforward_layernorm", "post_feedforward_layernorm", "input_layernorm"}.intersection(siblings)
+        behind = "pre_feedforward_layernorm" in norms or norms == {"post_feedforward_layernorm"}
         return ATTENTION if behind else FEED_FORWARD
     if name in _ATTENTION:
         return ATTENTION
@@ -130,7 +125,7 @@ def tensors_of(checkpoint: Checkpoint, plan: Plan) -> dict[str, TensorSpan]:
     found = {}
     for key, new in names_of(checkpoint, plan).items():
         span = checkpoint.tensors[key]
-        found[new] = span.made(key, partial(_zeros, span)) if key in zeroed else span
+        found[new] = span.made(key, partial(tensors.zeros, span)) if key in zeroed else span
     return found
 
 
@@ -154,12 +149,6 @@ def names_of(checkpoint: Checkpoint, plan: Plan) -> dict[str, str]:
         if new is not None:
             found[key] = new
     return found
-
-
-def _zeros(span: TensorSpan) -> torch.Tensor:
-    import torch
-
-    return torch.zeros(span.shape, dtype=tensors.torch_dtype(span.dtype))
 
 
 def _outputs(checkpoint: Checkpoint, plan: Plan) -> Iterator[tuple[int, str, list[str]]]:

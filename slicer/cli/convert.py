@@ -109,10 +109,9 @@ def convert(source: str, **given: Any) -> None:
     healing = healing_of(request, given)
     search = rank_search_of(given)
     with progress.bars() as bars:
-        if healing is None:
-            done: Written | None = run(request, bars)
-        elif request.output.dry_run:
-            done = run(bare(request), bars)
+        done: Written | None
+        if healing is None or request.output.dry_run:
+            done = run(request if healing is None else bare(request), bars)
         else:
             done = convert_then_heal(request, healing, bars, search)
     written.report(done, given["as_json"])

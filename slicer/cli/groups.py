@@ -162,12 +162,7 @@ MEMORY = (
            help="The same of each GPU."),
 )  # fmt: skip
 DRAFTED = option(
-    "--num-speculative-tokens",
-    "speculative_tokens",
-    type=POSITIVE,
-    metavar="N",
-    default=3,
-    help="Tokens to draft per step.",
+    "--num-speculative-tokens", "speculative_tokens", type=POSITIVE, default=3, help="Tokens to draft per step."
 )
 
 

@@ -72,16 +72,10 @@ def training_options(visible: Collection[str] = ()) -> list[Decorator]:
             settings["type"] = click.Choice(_CHOICES[field.name])
         if kind == "bool":
             settings = {"default": False}
-        made.append(
-            option(
-                _NAMES.get(field.name, "--" + field.name.replace("_", "-")),
-                _TRAINS + field.name,
-                hidden=field.name not in visible,
-                metavar=_METAVARS.get(field.name, "X" if kind == "float" else None),
-                help=f"{text[:1].upper()}{text[1:]}.",
-                **settings,
-            )
-        )
+        settings["metavar"] = _METAVARS.get(field.name, "X" if kind == "float" else None)
+        settings |= {"hidden": field.name not in visible, "help": f"{text[:1].upper()}{text[1:]}."}
+        name = _NAMES.get(field.name, "--" + field.name.replace("_", "-"))
+        made.append(option(name, _TRAINS + field.name, **settings))
     return made
 
 
@@ -181,9 +175,7 @@ def training_of(
         raise UsageError("--save-adapter: not with --rank-sweep; heal again with the rank that it picks")
     if given["seed"] is not None:
         values["seed"] = given["seed"]
-    if recorded is None:
-        return Training(**{**values, "method": method})
-    return replace(recorded, **{**values, "method": method})
+    return replace(recorded or Training(), **values, method=method)
 
 
 def rank_search_of(given: Mapping[str, Any]) -> RankSearch | None:

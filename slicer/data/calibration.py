@@ -18,7 +18,6 @@ from slicer.runtime.workdir import Stages
 if TYPE_CHECKING:
     import torch
 
-
 _SAMPLED_TOGETHER = 16  # decoding a few sequences costs about as much as one
 
 

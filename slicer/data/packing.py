@@ -102,8 +102,8 @@ class Packer:
     """
 
     def __init__(self, file: Path, tokenizer: Any, seq_len: int) -> None:
-        self._file, self._stream = file, TokenStream(tokenizer, seq_len, mark_prompts=True)
-        self._count = 0
+        self._file, self._count = file, 0
+        self.stream = TokenStream(tokenizer, seq_len, mark_prompts=True)
 
     def __enter__(self) -> Packer:
         self._out: IO[bytes] = open(self._file, "wb")
@@ -115,16 +115,11 @@ class Packer:
     def __len__(self) -> int:
         return self._count
 
-    @property
-    def talks(self) -> bool:
-        """Whether there was a conversation."""
-        return self._stream.talks
-
     def add(self, pieces: Sequence[Piece], source: str, *, most: int) -> None:
         """Append `pieces` until there are `most` sequences."""
         if self._count >= most:
             return
-        for row in self._stream.add(pieces, source):
+        for row in self.stream.add(pieces, source):
             if max(row[1:]) < 0:  # the first token is BOS, or has nothing before it: it is not predicted
                 continue
             self._out.write(torch.tensor(row, dtype=torch.int32).numpy().tobytes())
@@ -223,8 +218,5 @@ def check_vocabulary(path: Path, largest: int, vocabulary: int | None) -> None:
 
 def leading_token(tokenizer: Any) -> int | None:
     """The token that the tokenizer adds before a text, if any."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    special = tokenizer("a")["input_ids"]
-    if len(special) > len(plain) and special[:1] != plain[:1]:
-        return int(special[0])
-    return None
+    plain, special = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    return int(special[0]) if len(special) > len(plain) and special[:1] != plain[:1] else None

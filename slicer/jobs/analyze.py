@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from slicer.checkpoint.hub import Source, open_source
-from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.tensors import DTYPES
 from slicer.data.calibration import TokenBatches, read_text
 from slicer.data.sources import TextSpec
@@ -36,7 +35,7 @@ from slicer.model.walk import Walk, open_walk
 from slicer.plan.blocks import rank
 from slicer.plan.plan import METRIC, Plan
 from slicer.plan.records import TextRecord
-from slicer.progress import Progress
+from slicer.progress import SILENT, Progress
 from slicer.runtime import distributed
 from slicer.runtime.distributed import Processes
 from slicer.runtime.files import write_atomically
@@ -47,13 +46,12 @@ CANDIDATES = 4  # closest blocks of a size that are compared by their loss after
 _PARTIAL = ".partial"  # holds one work directory a process; removed at the end
 
 
-def analyze(request: AnalyzeRequest, progress: Progress | None = None) -> Analysis | None:
+def analyze(request: AnalyzeRequest, progress: Progress = SILENT) -> Analysis | None:
     """Measure a source into the directory `request.out`: analysis.json and figures.
 
     If stopped, the same request resumes after the last finished layer or pass. In a distributed run every process
     calls this, and all but the first return None. Raises SlicerError children; see `slicer.errors`.
     """
-    progress = progress or Progress()
     progress.stage("Opening the checkpoint")
     source = open_source(request.source)
     _check(request, source.checkpoint.depth)
@@ -70,7 +68,10 @@ def analyze(request: AnalyzeRequest, progress: Progress | None = None) -> Analys
             checkpoint=source.checkpoint.identity, text=text.identity, source=request.source, dtype=compute.dtype,
             positions=request.measures.positions, processes=processes.world, versions=versions(),
         ) as work:  # fmt: skip
-            _announce(source.checkpoint, loads, progress)
+            progress.stage("Loading the model" if loads else "Reading what lies outside the layers")
+            if not loads:
+                bins = ", from pickled .bin files" if source.checkpoint.is_bin else ""
+                progress.note(f"the model does not fit in memory: layers are read from disk one at a time{bins}")
             with open_walk(source.checkpoint, compute, loads=loads, directory=work.path) as walk:
                 batches = _shared_text(text, source.path, walk, processes, progress)
                 portion = Portion.of(batches.batches, processes)
@@ -108,9 +109,8 @@ class _Run:
         layers, sublayers = distance_tables(recording, portion, progress), dict[str, Distances]()
         base: float | None = None
         if wanted.losses:
-            found = block_losses(walk, portion, wanted.losses, book, progress)
-            base = found.base
-            layers |= found.tables
+            tables, base = block_losses(walk, portion, wanted.losses, book, progress)
+            layers |= tables
         greedy: tuple[dict[str, float], ...] = ()
         if wanted.greedy:
             greedy, base = greedy_order(walk, portion, wanted.greedy, book, progress)
@@ -148,22 +148,11 @@ class _Run:
     def recording(self) -> Recording:
         """The residual stream of this process's sequences, with as many points for CKA as are cheap."""
         checkpoint, portion = self.source.checkpoint, self.portion
-        points = points_affordable(
-            self.walk.depth + 1,
-            self.walk.model.config.get_text_config().hidden_size,
-            portion.samples,
-            portion.samples * portion.seq_len,
-            sum(s.numel for key, s in checkpoint.tensors.items() if key.startswith(checkpoint.layer_prefix)),
-        )
-        return record(
-            self.walk,
-            portion,
-            self.work,
-            positions=self.request.measures.positions,
-            points=points,
-            resumable=True,
-            progress=self.progress,
-        )
+        width, tokens = self.walk.model.config.get_text_config().hidden_size, portion.samples * portion.seq_len
+        parameters = sum(s.numel for key, s in checkpoint.tensors.items() if key.startswith(checkpoint.layer_prefix))
+        points = points_affordable(self.walk.depth + 1, width, portion.samples, tokens, parameters)
+        at, progress = self.request.measures.positions, self.progress
+        return record(self.walk, portion, self.work, positions=at, points=points, resumable=True, progress=progress)
 
     def questions(self) -> Questions | None:
         """The questions of --against task:NAME."""
@@ -173,30 +162,21 @@ class _Run:
         from slicer.evaluate import lm_tasks
 
         self.progress.stage("Drawing questions")
-        return lm_tasks.draw(
-            wanted.against.removeprefix("task:"),
-            wanted.questions,
-            self.walk.model,
-            self.source.path,
-            data=wanted.data,
-            seed=self.text.seed,
-            trust_remote_code=self.request.compute.trust_remote_code,
-        )
+        task, trusted = wanted.against.removeprefix("task:"), self.request.compute.trust_remote_code
+        how: dict[str, Any] = {"data": wanted.data, "seed": self.text.seed, "trust_remote_code": trusted}
+        return lm_tasks.draw(task, wanted.questions, self.walk.model, self.source.path, **how)
 
     def healed_table(self, distances: Distances, book: Notebook) -> Distances:
         """The rise of the held-out loss over the full model's, nats a token, of the closest blocks by `distances` after
         a fold. NaN for blocks that were not tried or cannot be folded. It has no standard errors."""
 
+        walk, checkpoint = self.walk, self.source.checkpoint
+        how: dict[str, Any] = {"holds": holds(checkpoint), "written": written_dtype(checkpoint, None)}
+
         def increase(dropped: Sequence[int]) -> float | None:
+            plan = Plan.dropping(walk.depth, dropped)
             try:
-                loss = fold(
-                    self.walk,
-                    self.portion.batches,
-                    Plan.dropping(self.walk.depth, dropped),
-                    holds=holds(self.source.checkpoint),
-                    written=written_dtype(self.source.checkpoint, None),
-                    progress=self.progress,
-                ).losses
+                loss = fold(walk, self.portion.batches, plan, progress=self.progress, **how).losses
             except HealError:
                 return None
             assert loss.after is not None and loss.source is not None
@@ -213,9 +193,7 @@ class _Run:
         if not rows:
             raise HealError("none of the closest blocks can be healed; leave --healed out")
         unknown = {n: [math.nan] * len(row) for n, row in rows.items()}
-        return Distances(
-            distances.depth, distances.samples, distances.seq_len, rows, unknown, "healed_loss", dict(unknown)
-        )
+        return replace(distances, metric="healed_loss", mean=rows, standard_error=unknown, difference_error=unknown)
 
     def single_sublayers(self, against: str) -> Distances:
         """The loss or the KL divergence without each single sublayer."""
@@ -226,10 +204,8 @@ class _Run:
     def shapley_table(self, questions: Questions | None) -> tuple[Distances, Mapping[str, Any]]:
         """The Shapley values of layers, or of sublayers where these are measured, and their settings."""
         wanted, progress = self.request.measures, self.progress
-        against = wanted.against if questions is None else AGAINST[0]
-        coalitions = Coalitions(
-            self.walk, questions or self.portion.batches, sublayers=wanted.sublayers, against=against
-        )
+        against, asked = wanted.against if questions is None else AGAINST[0], questions or self.portion.batches
+        coalitions = Coalitions(self.walk, asked, sublayers=wanted.sublayers, against=against)
         about: dict[str, Any] = {"against": wanted.against}
         if questions is not None:
             count, score = len(questions.right), 1 - float(coalitions.base.mean())
@@ -257,15 +233,6 @@ def _shared_text(spec: TextSpec, path: Path, walk: Walk, processes: Processes, p
 
     tokens, about = processes.first(made)
     return TokenBatches(list(torch.split(tokens, spec.batch_size)), about)
-
-
-def _announce(checkpoint: Checkpoint, loads: bool, progress: Progress) -> None:
-    if loads:
-        progress.stage("Loading the model")
-        return
-    progress.stage("Reading what lies outside the layers")
-    bins = ", from pickled .bin files" if checkpoint.is_bin else ""
-    progress.note(f"the model does not fit in memory: layers are read from disk one at a time{bins}")
 
 
 def _check(request: AnalyzeRequest, depth: int) -> None:

@@ -24,18 +24,17 @@ from slicer.model.walk import open_walk
 from slicer.plan.amounts import Amount, Goal
 from slicer.plan.choose import Chosen, choose
 from slicer.plan.plan import Plan
-from slicer.progress import Progress
+from slicer.progress import SILENT, Progress
 from slicer.runtime.versions import versions
 
 
-def convert(request: ConvertRequest, progress: Progress | None = None) -> Written:
+def convert(request: ConvertRequest, progress: Progress = SILENT) -> Written:
     """Drop layers or sublayers of a source and write an ordinary checkpoint, repaired and verified.
 
     Nothing appears at the output directory unless everything succeeded; what a stopped run has finished stays in a work
     directory beside it, from which the same request goes on. A plan that was healed by training gives the
     cut before that training, with a note. Raises SlicerError children; see `slicer.errors`.
     """
-    progress = progress or Progress()
     progress.stage("Opening the checkpoint")
     source = open_source(request.source)  # config and headers: no tensor is read
     recipe = Recipe.of(request, source)  # nothing below decides again
@@ -74,19 +73,10 @@ def chosen_plan(source: Source, recipe: Recipe, analysis: Analysis | None, progr
             )
         plan = chosen.plan
     plan = form_for(checkpoint, plan, recipe.repair.method, recipe.repair.rank)
-    return replace(
-        plan,
-        source=source.name,
-        revision=source.revision,
-        model_type=checkpoint.config.get("model_type"),
-        dtype=recipe.compute.dtype,
-        memory=recipe.memory,
-        versions=versions(),
-        command=recipe.command,
-        parent=checkpoint.plan,
-        healing=None,
-        merged=(),
-    )
+    model_type = checkpoint.config.get("model_type")
+    plan = replace(plan, source=source.name, revision=source.revision, model_type=model_type, parent=checkpoint.plan)
+    plan = replace(plan, dtype=recipe.compute.dtype, memory=recipe.memory, healing=None, merged=())
+    return replace(plan, versions=versions(), command=recipe.command)
 
 
 def _fewest(goal: Goal, source: Source, recipe: Recipe, analysis: Analysis | None) -> Chosen:
@@ -96,15 +86,8 @@ def _fewest(goal: Goal, source: Source, recipe: Recipe, analysis: Analysis | Non
     asked = partial(why_not, checkpoint, trust_remote_code=recipe.compute.trust_remote_code)
     first = goal.count(checkpoint.depth)
     for n in range(first, checkpoint.depth) if goal.budget else [first]:
-        chosen = choose(
-            Goal(drop=Amount(count=n)) if goal.budget else goal,
-            checkpoint.depth,
-            analysis,
-            asked,
-            strategy=selection.strategy,
-            offset=selection.offset,
-            form=selection.form,
-        )
+        wanted = Goal(drop=Amount(count=n)) if goal.budget else goal
+        chosen = choose(wanted, checkpoint.depth, analysis, asked, **vars(selection))
         sizes = measure_sizes(checkpoint, chosen.plan.kept, cast)
         if goal.met(sizes.parameters, sizes.total_bytes):
             return chosen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,12 +20,12 @@ from slicer.jobs.recipe import Recipe
 from slicer.jobs.repair import repair
 from slicer.jobs.request import HealRequest, Output
 from slicer.jobs.work import working
-from slicer.model.load import Model, load_model
+from slicer.model.load import load_model
 from slicer.model.verify import Expected, expected_logits
 from slicer.model.walk import open_walk
 from slicer.plan.plan import Plan
 from slicer.plan.records import TextRecord
-from slicer.progress import Progress
+from slicer.progress import SILENT, Progress
 from slicer.runtime.distributed import Processes
 from slicer.runtime.files import write_atomically
 from slicer.runtime.memory import within_memory
@@ -34,14 +35,13 @@ if TYPE_CHECKING:
     from slicer.data.corpus import Corpus
 
 
-def heal(request: HealRequest, progress: Progress | None = None) -> Written | None:
+def heal(request: HealRequest, progress: Progress = SILENT) -> Written | None:
     """Repair a cut that slicer made: solve the weights around it again, or train it.
 
     In a distributed run every process calls this; the first one writes, and the others return None. Nothing appears at
     the output directory unless everything succeeded; a training that was stopped, or fails, leaves its work directory
     beside it, from which the same request resumes; so does a fold. Raises SlicerError children; see `slicer.errors`.
     """
-    progress = progress or Progress()
     progress.stage("Opening the checkpoints")
     cut = open_cut(request.cut, request.source)  # the cut, its plan, its source: checked to belong together
     recipe = Recipe.of_heal(request, cut)
@@ -95,8 +95,7 @@ def trained(
     spec, settings, compute = recipe.text, recipe.settings, recipe.compute
     assert spec is not None and settings is not None
 
-    def sampler() -> Model:
-        return load_model(cut.source.path, device=compute.device, trust_remote_code=compute.trust_remote_code)
+    sampler = partial(load_model, cut.source.path, device=compute.device, trust_remote_code=compute.trust_remote_code)
 
     def corpus_of() -> Corpus:
         with within_memory("sampling text from the source", ["--calibration DATA", "--device cpu"]):

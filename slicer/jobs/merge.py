@@ -19,17 +19,16 @@ from slicer.model.adapter import Place, adapter_logits, merged_spans, placed
 from slicer.model.verify import Expected
 from slicer.plan.plan import Plan
 from slicer.plan.records import MergeRecord
-from slicer.progress import Progress
+from slicer.progress import SILENT, Progress
 from slicer.runtime.memory import OVERHEAD, check_free, fits
 
 
-def merge(request: MergeRequest, progress: Progress | None = None) -> Written:
+def merge(request: MergeRequest, progress: Progress = SILENT) -> Written:
     """Merge the adapter into the checkpoint, written whole or not at all.
 
     With `renumber`, the layer numbers of the adapter are mapped by the checkpoint's plan, and those of dropped layers
     are left out. Raises HealError if the adapter does not fit, other SlicerErrors.
     """
-    progress = progress or Progress()
     progress.stage("Opening the checkpoint and the adapter")
     source = open_source(request.cut)
     base, trusted = source.checkpoint, request.compute.trust_remote_code

@@ -18,7 +18,7 @@ from slicer.jobs.request import Output
 from slicer.measure.analysis import Analysis
 from slicer.model.verify import Errors, Expected, check_contents
 from slicer.plan.plan import Plan
-from slicer.plan.records import MergeRecord
+from slicer.plan.records import MergeRecord, plain
 from slicer.progress import Progress
 from slicer.runtime.compute import Compute
 from slicer.runtime.files import atomic_directory, check_space
@@ -72,14 +72,9 @@ class Result:
             contents = replace(contents, origin=origin, continues=True)
         # They are on how vLLM reads the source's own architecture.
         native = plan.form != "blockwise" and len(plan.kept) < plan.depth
-        return cls(
-            contents,
-            replace(plan, healing=patch.record),
-            measure_sizes(checkpoint),
-            output_name(source.name, plan.size_name),
-            analysis,
-            warnings=tuple(configs.warnings(checkpoint.config, plan.kept, config)) if native else (),
-        )
+        warnings = tuple(configs.warnings(checkpoint.config, plan.kept, config)) if native else ()
+        name, plan = output_name(source.name, plan.size_name), replace(plan, healing=patch.record)
+        return cls(contents, plan, measure_sizes(checkpoint), name, analysis, warnings=warnings)
 
     @classmethod
     def of_base(
@@ -96,15 +91,9 @@ class Result:
         `plan`: of the base; the record of `patch`, if any, becomes its `healing`. `before`: sizes of the source; None:
         those of the base.
         """
-        healing = patch.record or plan.healing
-        return cls(
-            export.unchanged(base, patch.replaced),
-            replace(plan, healing=healing),
-            before or measure_sizes(base),
-            output_name(str(base.path), plan.size_name),
-            history=history,
-            merge=merge,
-        )
+        contents, name = export.unchanged(base, patch.replaced), output_name(str(base.path), plan.size_name)
+        plan = replace(plan, healing=patch.record or plan.healing)
+        return cls(contents, plan, before or measure_sizes(base), name, history=history, merge=merge)
 
 
 def output_name(source: str, size: str) -> str:
@@ -143,32 +132,15 @@ class Written:
 
     def to_dict(self) -> dict[str, object]:
         """For `--json`: plain values, the plan under its own names."""
-        plan = self.plan
-        below = {
-            "no_attention": list(plan.no_attention),
-            "no_ffn": list(plan.no_ffn),
-            "joined": [list(pair) for pair in plan.joined],
-            "form": plan.form,
-        }
+        below = ("no_attention", "no_ffn", "joined", "form") if self.plan.below_layers else ()
+        cut = ("source", "revision", "model_type", "strategy", "kept", "dropped", *below, "distance", "runners_up")
         return {
             "out": None if self.out is None else str(self.out),
-            "source": plan.source,
-            "revision": plan.revision,
-            "model_type": plan.model_type,
-            "strategy": plan.strategy,
-            "kept": list(plan.kept),
-            "dropped": list(plan.dropped),
-            **(below if plan.below_layers else {}),
-            "distance": plan.distance,
-            "runners_up": [other.to_dict() for other in plan.runners_up],
+            **{name: plain(getattr(self.plan, name)) for name in cut},
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
-            "healing": plan.healing and plan.healing.to_dict(),
-            "merged": [record.to_dict() for record in plan.merged],
-            "verified": self.verified,
-            "logits_error": self.logits_error,
-            "rounding_error": self.rounding_error,
-            "warnings": list(self.warnings),
+            **{name: plain(getattr(self.plan, name)) for name in ("healing", "merged")},
+            **{name: plain(getattr(self, name)) for name in ("verified", "logits_error", "rounding_error", "warnings")},
         }
 
 

@@ -21,7 +21,7 @@ from slicer.model.layers import hidden_of
 from slicer.model.states import States
 from slicer.model.sublayers import mlp_of
 from slicer.model.walk import Walk
-from slicer.progress import Progress
+from slicer.progress import SILENT, Progress
 from slicer.runtime.distributed import Processes
 from slicer.runtime.files import atomic_file
 
@@ -65,8 +65,7 @@ class Recording:
 
     Attributes:
         directory: holds layer-000.safetensors (x(0)) to that of x(L).
-        depth: L.
-        samples: sequences S.
+        depth: L; samples: sequences S.
         positions: recorded tokens of each sequence, ascending; the last one is the sequence's last token.
         point_positions: those used by CKA and the fold residual, as indices into `positions`.
         point_sequences: sequences, of all processes together, whose points these two use.
@@ -121,7 +120,7 @@ def record(
     positions: int,
     points: int = 0,
     resumable: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Recording:
     """Run `portion` through all layers and record x(l) at `positions` tokens of each sequence.
 
@@ -129,7 +128,6 @@ def record(
     recorded too. With `resumable`, states are saved after every layer and a stopped recording continues; the caller
     must use the same model and batches. Raises CalibrationError for states that are not finite, OutputError.
     """
-    progress = progress or Progress()
     batches = portion.batches
     at = spread(portion.seq_len, positions)
     inner = spread(len(at), max(1, points // portion.samples)) if points else ()
@@ -141,8 +139,7 @@ def record(
     if resumable and not _resume(recording, states):
         states = walk.start(batches)
     if states.layer == 0:
-        kept = torch.cat([state[:, list(at)] for state in states])
-        _write(recording, 0, {"states": kept})
+        _write(recording, 0, {"states": torch.cat([state[:, list(at)] for state in states])})
     progress.stage("Measuring layers", walk.depth, "layers")
     if states.layer:
         progress.note(f"resuming after layer {states.layer - 1}")
@@ -163,11 +160,7 @@ def _advance(recording: Recording, walk: Walk, i: int, states: States) -> None:
     """Replace x(i) by x(i+1) and write its recorded parts."""
     at = list(recording.positions)
     inner = [recording.positions[p] for p in recording.point_positions]
-    kept: list[torch.Tensor] = []
-    outputs: list[torch.Tensor] = []
-
-    def keep(_batch: int, new: torch.Tensor) -> None:
-        kept.append(new[:, at].cpu())
+    kept, outputs = list[torch.Tensor](), list[torch.Tensor]()
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         tokens = states.tokens[len(outputs)]
@@ -178,7 +171,7 @@ def _advance(recording: Recording, walk: Walk, i: int, states: States) -> None:
         part = mlp_of(layer) if recording.has_mlp else None
         if part is not None:
             stack.enter_context(part.register_forward_hook(hook))
-        walk.advance(i, states, keep)
+        walk.advance(i, states, lambda _, new: kept.append(new[:, at].cpu()))
     tensors = {"states": torch.cat(kept)}
     check_finite(tensors["states"][None], first=i + 1)
     if recording.has_mlp:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from slicer.errors import PlanError, UsageError
 
@@ -165,37 +166,23 @@ def parse_amount(text: str, option: str = "--drop") -> Amount:
     return Amount(layers=tuple(sorted(layers)))
 
 
-def parse_goal(
-    drop: str | None = None,
-    keep: int | None = None,
-    max_params: str | None = None,
-    max_bytes: str | None = None,
-    drop_attention: str | None = None,
-    drop_ffn: str | None = None,
-    drop_sublayers: str | None = None,
-) -> Goal | None:
-    """The goal of the options of these names; None where none is given. Raises UsageError."""
-    given = (drop, keep, max_params, max_bytes, drop_attention, drop_ffn, drop_sublayers)
-    if all(value is None for value in given):
-        return None
-    return Goal(
-        parse_amount(drop) if drop is not None else None,
-        keep,
-        parse_size(max_params, "--max-params") if max_params is not None else None,
-        parse_size(max_bytes, "--max-bytes") if max_bytes is not None else None,
-        parse_amount(drop_attention, "--drop-attention") if drop_attention is not None else None,
-        parse_amount(drop_ffn, "--drop-ffn") if drop_ffn is not None else None,
-        parse_amount(drop_sublayers, "--drop-sublayers") if drop_sublayers is not None else None,
-    )
+def parse_goal(*, keep: int | None = None, **texts: str | None) -> Goal | None:
+    """The goal of the options named as the fields of `Goal`; None where none is given. Raises UsageError."""
+    given: dict[str, Any] = {} if keep is None else {"keep": keep}
+    for name, text in texts.items():
+        if text is not None:
+            read = parse_size if name.startswith("max_") else parse_amount
+            given[name] = read(text, f"--{name.replace('_', '-')}")
+    return Goal(**given) if given else None
 
 
-def parse_protected(text: str, depth: int, option: str = "--protect") -> frozenset[int]:
+def parse_protected(text: str, depth: int) -> frozenset[int]:
     """Read `0,1,-1` or `0-3,-2`: layers that must stay, negative ones counted from the end.
 
     Raises UsageError for what is no list of layers, PlanError for a layer that is not in the model.
     """
-    layers = _layers(text, option, "layers like 0,1,-1 or 0-3", depth)
-    check_layers(layers, depth, f"{option} {text}: ")
+    layers = _layers(text, "--protect", "layers like 0,1,-1 or 0-3", depth)
+    check_layers(layers, depth, f"--protect {text}: ")
     return frozenset(layers)
 
 

@@ -3,45 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from slicer.errors import PlanError
 from slicer.plan.amounts import spell_layers
+from slicer.plan.distances import Distances
 
 SURE = 2.0  # standard errors that a difference must exceed to count
-
-
-class BlockDistances(Protocol):
-    """What selection needs of an analysis."""
-
-    @property
-    def depth(self) -> int:
-        """L, the number of layers."""
-
-    def block(self, n: int) -> Sequence[float]:
-        """d(l, l+n) for every start l = 0..L-n."""
-
-
-class MeasuredDistances(BlockDistances, Protocol):
-    """What is needed to tell whether two cuts differ by more than their errors."""
-
-    @property
-    def samples(self) -> int:
-        """Sequences averaged over."""
-
-    @property
-    def sizes(self) -> Sequence[int]:
-        """The block sizes measured."""
-
-    @property
-    def standard_error(self) -> Mapping[int, Sequence[float]]:
-        """n -> the standard error of each d(l, l+n)."""
-
-    @property
-    def difference_error(self) -> Mapping[int, Sequence[float]]:
-        """n -> the standard error of d(l, l+n) minus the least of that n."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +51,7 @@ class Cut:
 class Doubt:
     """How far the best choice is from the next: the difference, its standard error, and what would settle it.
 
-    Attributes:
-        samples: sequences that would make the difference as large as `SURE` standard errors; None when there is no
-            difference at all.
+    `samples`: sequences that would make the difference as large as `SURE` standard errors; None for no difference.
     """
 
     difference: float
@@ -92,7 +59,7 @@ class Doubt:
     samples: int | None
 
 
-def rank(distances: BlockDistances, n: int, protect: Collection[int] = ()) -> list[Block]:
+def rank(distances: Distances, n: int, protect: Collection[int] = ()) -> list[Block]:
     """All blocks of n layers without a protected one, closest first; of equals the deeper one first.
 
     The deeper of two equal blocks disturbs fewer of the layers after it (section 3.1 of the paper). Blocks that were
@@ -112,13 +79,13 @@ def _closest_first(row: Sequence[float], n: int, allowed: Callable[[int], bool])
     return sorted(found, key=lambda block: (block.distance, -block.start))
 
 
-def select(distances: BlockDistances, n: int) -> Block:
+def select(distances: Distances, n: int) -> Block:
     """Equation 6 of "The Unreasonable Ineffectiveness of the Deeper Layers": argmin over l of d(l, l+n)."""
     return rank(distances, n)[0]
 
 
 def best_cuts(
-    distances: MeasuredDistances, n: int, blocks: int = 1, protect: Collection[int] = (), count: int = 4
+    distances: Distances, n: int, blocks: int = 1, protect: Collection[int] = (), count: int = 4
 ) -> list[Cut]:
     """The `count` best ways to drop n layers in at most `blocks` separate blocks, least sum of distances first.
 
@@ -160,7 +127,7 @@ def best_cuts(
     return [Cut(cut) for _, cut in after[0][n, blocks]]
 
 
-def doubt(distances: MeasuredDistances, best: Cut, other: Cut) -> Doubt | None:
+def doubt(distances: Distances, best: Cut, other: Cut) -> Doubt | None:
     """Whether `best` and `other` cannot be told apart by `SURE` standard errors; None when they can, or are certain.
 
     For single blocks of one size the error is that of the paired difference over the same samples; for cuts of several
@@ -180,23 +147,18 @@ def doubt(distances: MeasuredDistances, best: Cut, other: Cut) -> Doubt | None:
     return Doubt(difference, error, needed)
 
 
-def rank_sublayers(
-    halves: BlockDistances, attention: Iterable[int], ffn: Iterable[int]
-) -> list[tuple[str, int, float]]:
+def rank_sublayers(halves: Distances, attention: Iterable[int], ffn: Iterable[int]) -> list[tuple[str, int, float]]:
     """("attention" or "ffn", layer, distance across it) of these parts, closest first; of equals the deeper one first.
 
     `halves` has the half-layers of the model as its layers: attention i is number 2i, feed-forward part i number 2i+1.
     """
     row = halves.block(1)
-    found = [("attention", i, float(row[2 * i])) for i in attention]
-    found += [("ffn", i, float(row[2 * i + 1])) for i in ffn]
-    return sorted(
-        (part for part in found if not math.isnan(part[2])),
-        key=lambda part: (part[2], -2 * part[1] - (part[0] == "ffn")),
-    )
+    numbers = [*(2 * i for i in attention), *(2 * i + 1 for i in ffn)]
+    found = _closest_first(row, 1, set(numbers).__contains__)
+    return [(("attention", "ffn")[part.start % 2], part.start // 2, part.distance) for part in found]
 
 
-def rank_offset(halves: BlockDistances, n: int, protect: Collection[int] = ()) -> list[Block]:
+def rank_offset(halves: Distances, n: int, protect: Collection[int] = ()) -> list[Block]:
     """All half-offset cuts that make the model n layers shallower and leave protected ones whole, closest first.
 
     A block goes from after attention `start` to after attention `start` + n. `halves` as in `rank_sublayers`.

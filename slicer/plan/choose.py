@@ -13,18 +13,10 @@ from itertools import islice
 from typing import Protocol
 
 from slicer.errors import ArchitectureError, PlanError
+from slicer.plan import blocks as ranking
 from slicer.plan.amounts import SUBLAYERS, Goal
-from slicer.plan.blocks import (
-    Cut,
-    Doubt,
-    MeasuredDistances,
-    best_cuts,
-    deepest,
-    doubt,
-    rank_offset,
-    rank_sublayers,
-    tail,
-)
+from slicer.plan.blocks import Cut, Doubt
+from slicer.plan.distances import Distances
 from slicer.plan.plan import METRIC, Plan
 from slicer.plan.records import RunnerUp, TextRecord
 
@@ -45,13 +37,13 @@ class Measurements(Protocol):
         """ "layer" and "loss" of each step of the greedy order of removal, where it was measured."""
 
     @property
-    def sublayers(self) -> Mapping[str, MeasuredDistances]:
+    def sublayers(self) -> Mapping[str, Distances]:
         """Metric -> its table of half-layers, as in `halves`."""
 
-    def distances(self, metric: str) -> MeasuredDistances:
+    def distances(self, metric: str) -> Distances:
         """One metric between layers. Raises PlanError when it was not measured."""
 
-    def halves(self, metric: str) -> MeasuredDistances:
+    def halves(self, metric: str) -> Distances:
         """One metric between half-layers: attention i is number 2i, feed-forward part i number 2i + 1."""
 
 
@@ -110,7 +102,7 @@ def choose(
         if best.distance is not None:
             plan = _because(plan, best.distance, [*passed, *others], metric, measured)
         if measured is not None and not passed and best.cut and others and others[0].cut:
-            unsure = doubt(measured.distances(metric), best.cut, others[0].cut)
+            unsure = ranking.doubt(measured.distances(metric), best.cut, others[0].cut)
     if goal.sublayers:
         plan = _without_sublayers(plan, goal, measured, metric, protect, form)
         if (reason := why_not(plan)) is not None:
@@ -137,7 +129,7 @@ def _unmeasured(n: int, depth: int, strategy: str, seed: int) -> Iterator[_Candi
     elif strategy == "deepest_expressible":  # the final layer stays where it can
         tries = (range(start, start + n) for start in (*range(depth - n - 1, -1, -1), depth - n))
     else:
-        tries = [{"deepest": deepest, "tail": tail}[strategy](depth, n)]
+        tries = [{"deepest": ranking.deepest, "tail": ranking.tail}[strategy](depth, n)]
     for layers in tries:
         drawn = seed if strategy == "random" else None
         yield _Candidate(replace(Plan.dropping(depth, layers), strategy=strategy, seed=drawn))
@@ -152,10 +144,10 @@ def _by_distance(
     found: list[_Candidate] = []
     if offset != "half":
         count = depth if blocks == 1 else RUNNERS_UP + 1
-        for cut in best_cuts(measured.distances(metric), n, blocks, protect, count):
+        for cut in ranking.best_cuts(measured.distances(metric), n, blocks, protect, count):
             found.append(_Candidate(Plan.dropping(depth, cut.dropped), cut.distance, str(cut), cut))
     if offset == "half" or (offset == "auto" and metric in measured.sublayers):
-        for block in rank_offset(measured.halves(metric), n, protect):
+        for block in ranking.rank_offset(measured.halves(metric), n, protect):
             i, j = block.start, block.start + n
             plan = replace(Plan.dropping(depth, range(i + 1, j + 1)), joined=((i, j),))
             found.append(_Candidate(plan, block.distance, f"half-offset {i}-{j}"))
@@ -169,15 +161,9 @@ def _because(
 ) -> Plan:
     """`plan` with why it was chosen, and before which others."""
     text = measured.calibration if measured is not None else None
-    return replace(
-        plan,
-        strategy="similarity",
-        distance=distance,
-        metric=metric,
-        runners_up=tuple(RunnerUp(o.block, o.distance or 0.0) for o in islice(others, RUNNERS_UP)),
-        calibration=text,
-        seed=None if text is None else text.seed,
-    )
+    runners_up = tuple(RunnerUp(o.block, o.distance or 0.0) for o in islice(others, RUNNERS_UP))
+    plan = replace(plan, strategy="similarity", distance=distance, metric=metric, runners_up=runners_up)
+    return replace(plan, calibration=text, seed=None if text is None else text.seed)
 
 
 def _greedy(n: int, depth: int, order: Sequence[Mapping[str, float]], protect: Collection[int]) -> _Candidate:
@@ -196,8 +182,7 @@ def _first_expressible(
     found: Iterator[_Candidate], form: str | None, why_not: WhyNot
 ) -> tuple[list[_Candidate], _Candidate, list[_Candidate]]:
     """(those passed over, the first of `found` that can be expressed, the next); raises the first reason for none."""
-    passed: list[_Candidate] = []
-    reasons: list[str] = []
+    passed, reasons = list[_Candidate](), list[str]()
     for best in found:
         best = replace(best, plan=best.plan.in_form(form))
         if (reason := why_not(best.plan)) is None:
@@ -220,7 +205,7 @@ def _without_sublayers(
         assert measured is not None
         # In the blockwise form the first layer keeps its attention.
         first = plan.sublayers[0][0] if form != "zeroed" else None
-        ranked = rank_sublayers(
+        ranked = ranking.rank_sublayers(
             measured.halves(metric),
             (i for i, _ in plan.sublayers if i != first and i not in protect),
             (j for _, j in plan.sublayers if j not in protect),

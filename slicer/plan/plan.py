@@ -178,13 +178,10 @@ class Plan(Record):
         check_layers(attention | ffn, self.depth)
         empty = [(i, j) for i, j in self.sublayers if i in attention and j in ffn]
         heads, tails = {i for i, _ in empty}, {j for _, j in empty}
-        return replace(
-            self,
-            kept=tuple(i for i in self.kept if i not in heads),
-            joined=tuple(pair for pair in self.joined if pair not in empty),
-            no_attention=tuple(sorted(attention - heads)),
-            no_ffn=tuple(sorted(ffn - tails)),
-        )
+        kept = tuple(i for i in self.kept if i not in heads)
+        joined = tuple(pair for pair in self.joined if pair not in empty)
+        no_attention, no_ffn = tuple(sorted(attention - heads)), tuple(sorted(ffn - tails))
+        return replace(self, kept=kept, joined=joined, no_attention=no_attention, no_ffn=no_ffn)
 
     def in_form(self, asked: str | None) -> Plan:
         """This plan in the form `asked`; None: "blockwise" where a sublayer is missing, else "native".
@@ -246,6 +243,12 @@ class Plan(Record):
             raise PlanError(
                 f"{path}: cannot read the plan ({unreadable(error)}); give a plan.json that slicer wrote"
             ) from None
+
+
+def spell_left(plan: Plan) -> str:
+    """How many of the layers that stay have which sublayer, where some lack one: ", 18 with attention"."""
+    lacking = {"attention": plan.no_attention, "feed-forward part": plan.no_ffn}
+    return "".join(f", {len(plan.kept) - len(gone)} with {what}" for what, gone in lacking.items() if gone)
 
 
 def spell_dropped(plan: Plan) -> str:

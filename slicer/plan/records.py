@@ -48,14 +48,9 @@ class Record:
             given = cls.upgraded({cls.renamed.get(str(name), str(name)): v for name, v in value.items()})
         except (TypeError, KeyError, ValueError, AttributeError):
             raise _wrong(where, value, "what slicer wrote") from None
-        kinds = typing.get_type_hints(cls)
-        return cls(
-            **{
-                f.name: _read(kinds[f.name], given.get(f.name), f"{where}.{f.name}")
-                for f in fields(cls)
-                if f.name in given or f.name in cls._required()
-            }
-        )
+        kinds, names = typing.get_type_hints(cls), given.keys() | cls._required()
+        wanted = (f.name for f in fields(cls) if f.name in names)
+        return cls(**{name: _read(kinds[name], given.get(name), f"{where}.{name}") for name in wanted})
 
     @classmethod
     def _required(cls) -> set[str]:

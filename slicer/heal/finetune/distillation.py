@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from slicer.model.layers import watch
 from slicer.model.load import Model, load_model
 from slicer.model.walk import Walk, open_walk
 from slicer.plan.amounts import runs
-from slicer.progress import Progress
+from slicer.progress import SILENT, Progress
 from slicer.runtime.compute import Compute
 from slicer.runtime.distributed import Processes
 from slicer.runtime.files import check_space, write_atomically
@@ -95,24 +96,20 @@ def distillation_loss(
 
         def cached() -> CachedTeacher:
             with within_memory("caching the teacher's outputs", ["--device cpu"]):
-                return cache_teacher(
-                    teacher, corpus.train, at, directory, stored, progress, states=states, logits=logits
-                )
+                kinds = {"states": states, "logits": logits}
+                return cache_teacher(teacher, corpus.train, at, directory, stored, progress, **kinds)
 
         outputs: CachedTeacher | LiveTeacher = processes.first_then_all(cached)
     else:
+        load, ways = partial(load_model, teacher.path, dtype=settings.compute), ["--teacher-cache DIR"]
         if asked.teacher_4bit:
             require("qlora")
+            load = partial(load, quantization=nf4(settings.compute))
+        else:
+            ways = ["--teacher-4bit", *ways]
         progress.stage("Loading the teacher")
-        ways = [*([] if asked.teacher_4bit else ["--teacher-4bit"]), "--teacher-cache DIR"]
         with within_memory("loading the teacher", ways):
-            model = load_model(
-                teacher.path,
-                dtype=settings.compute,
-                device=compute.pinned().device,
-                trust_remote_code=compute.trust_remote_code,
-                quantization=nf4(settings.compute) if asked.teacher_4bit else None,
-            )
+            model = load(device=compute.pinned().device, trust_remote_code=compute.trust_remote_code)
         unpack(model)
         outputs = LiveTeacher(model, at, states=states, logits=logits)
     return DistillationLoss(outputs, at, asked.mismatch_weight, asked.kl_weight)
@@ -256,8 +253,7 @@ class CachedTeacher:
         for i in range(last + 1):
             if i in self._states:
                 for b, first in enumerate(starts):
-                    kept = states[b].cpu().to(torch.bfloat16)
-                    self._states[i][first : first + len(batches[b])] = kept
+                    self._states[i][first : first + len(batches[b])] = states[b].cpu().to(torch.bfloat16)
             if i < last:
                 walk.advance(i, states)
         if self._top is None:
@@ -277,7 +273,7 @@ def cache_teacher(
     at: list[Junction],
     directory: Path,
     compute: Compute,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
     *,
     states: bool,
     logits: bool,
@@ -287,7 +283,6 @@ def cache_teacher(
     Raises HealError if the directory holds outputs of another teacher, text, cut or kind; OutputError if the disk is
     full.
     """
-    progress = progress or Progress()
     count, seq_len = len(sequences), len(sequences[0]["input_ids"])
     width = int(text_config(teacher.config)["hidden_size"])
     text = hashlib.sha256(b"".join(sequences.digests())).hexdigest()
