@@ -149,7 +149,7 @@ SOLVER = expert(
 VERIFY = expert(
     "--verify", type=click.Choice(VERIFICATIONS), default=Output.verify,
     help="Check before the output appears. load: every key and shape. logits: also the logits, against the source with "
-    "the dropped layers bypassed. auto: logits if the model fits in memory.",
+    "the dropped layers bypassed. auto: logits if the model fits in memory, or text is read.",
 )  # fmt: skip
 SHARDS = expert(
     "--max-shard-size", metavar="SIZE", default=f"{Output.max_shard_bytes // 10**9}GB", help="Largest weight file."

@@ -113,7 +113,7 @@ class Recipe:
             _halves(request, repair, checkpoint),
             compute,
             loads,
-            _verify(output.verify, loads) if not output.dry_run else "none",
+            _verify(output.verify, loads or text is not None) if not output.dry_run else "none",
             writes=not output.dry_run,
             unhealed=why,
             command=request.command,
@@ -150,7 +150,7 @@ class Recipe:
             False,
             compute,
             loads,
-            _verify(output.verify, loads),
+            _verify(output.verify, loads or request.training is None),
             command=request.command,
         )
         if request.training is not None:
@@ -321,15 +321,16 @@ def _halves(request: ConvertRequest, repair: Compensation, checkpoint: Checkpoin
     return None
 
 
-def _verify(asked: str, loads: bool) -> str:
-    return asked if asked != "auto" else "logits" if loads else "load"
+def _verify(asked: str, runs: bool) -> str:
+    """`asked`; of "auto", the logits where the source is loaded or run anyway."""
+    return asked if asked != "auto" else "logits" if runs else "load"
 
 
 def _memory_notes(recipe: Recipe, checkpoint: Checkpoint, verify: str) -> tuple[str, ...]:
     """What follows where the model does not fit in memory."""
     notes = []
     if recipe.writes and verify == "auto" and recipe.verify == "load":
-        notes.append("the model does not fit in memory: its keys and shapes are checked, its logits are not")
+        notes.append("the model does not fit in memory: keys and shapes are checked, logits are not (--verify logits)")
     if recipe.needs_model and not recipe.loads:
         pickled = ", out of pickled .bin files" if checkpoint.is_bin else ""
         notes.append(f"the model does not fit in memory: its layers are read from disk one at a time{pickled}")

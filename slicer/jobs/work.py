@@ -8,6 +8,7 @@ from pathlib import Path
 
 from slicer.checkpoint.hub import Source
 from slicer.data.calibration import TokenBatches
+from slicer.errors import OutOfMemory, OutputError
 from slicer.jobs.output import output_name
 from slicer.jobs.recipe import Recipe
 from slicer.jobs.request import Output
@@ -26,20 +27,26 @@ _MEASURED = "measured.json"
 def working(recipe: Recipe, source: Source, output: Output) -> Iterator[Path | None]:
     """A directory of this run alone, removed when the block ends; None where no text is read or nothing is written.
 
-    It stays where the block is stopped, or fails after a measurement or a stage of a fold was finished. Another cut of
-    the same source by the same text may go on from it. Raises OutputError for a directory of other work.
+    It stays where the block is stopped, or runs out of memory or of disk, after a measurement or a stage of a fold was
+    finished. Another cut of the same source by the same text may go on from it. Raises OutputError for a directory of
+    other work.
     """
     if recipe.text is None or not recipe.writes:
         yield None
         return
     place = beside(output.out or Path(output_name(source.name, "cut")), "work")
+    useless = False  # another attempt would fail too
     with claimed(
         place, what="unfinished work", overwrite=output.overwrite,
-        resumable=lambda: (place / _MEASURED).is_file() or any(place.glob("stages-*/*")),
+        resumable=lambda: not useless and ((place / _MEASURED).is_file() or any(place.glob("stages-*/*"))),
         source=source.checkpoint.identity, text=recipe.text.identity, dtype=recipe.compute.dtype,
         device=recipe.compute.torch_device().type, halves=recipe.halves, versions=versions(),
     ) as work:  # fmt: skip
-        yield work.path
+        try:
+            yield work.path
+        except Exception as error:
+            useless = not isinstance(error, (OutOfMemory, OutputError))
+            raise
 
 
 def measured(walk: Walk | None, text: TokenBatches | None, recipe: Recipe, progress: Progress) -> Analysis | None:

@@ -149,11 +149,17 @@ SMALL = Compute("cpu", memory=300_000)  # two layers of the source, whose weight
 
 
 @pytest.mark.parametrize(
-    ("asked", "loads", "checked"),
-    [("auto", True, "logits"), ("auto", False, "load"), ("logits", False, "logits"), ("none", True, "none")],
+    ("asked", "drop", "loads", "checked"),
+    [
+        *(("auto", "2", True, "logits"), ("auto", "2", False, "logits"), ("auto", "2-3", False, "load")),
+        *(("auto", "2-3", True, "logits"), ("logits", "2-3", False, "logits"), ("none", "2", True, "none")),
+    ],
 )
-def test_logits_are_compared_while_the_model_fits(source: Source, asked: str, loads: bool, checked: str) -> None:
-    found = made(source, output=Output(verify=asked), compute=Compute("cpu") if loads else SMALL)
+def test_logits_are_compared_where_the_model_fits_or_is_run_anyway(
+    source: Source, asked: str, drop: str, loads: bool, checked: str
+) -> None:
+    compute = Compute("cpu") if loads else SMALL
+    found = made(source, goal=goal(drop=drop), output=Output(verify=asked), compute=compute)
     assert found.verify == checked and found.loads is loads
     assert any("memory" in note for note in found.notes) is not loads
 
