@@ -81,7 +81,6 @@ BUILDERS = (
     "slicer.model.load",
     "slicer.model.verify",
     "slicer.model.blockwise",
-    "slicer.demo.train",
     "slicer.benchmarks",
 )
 
@@ -248,7 +247,7 @@ def test_the_core_imports_only_what_it_declares() -> None:
     undeclared = {
         f"{module}: {target}"
         for module in modules()
-        if not module.startswith(("slicer.benchmarks", "slicer.serve", "slicer.heal", "slicer.demo.train"))
+        if not module.startswith(("slicer.benchmarks", "slicer.serve", "slicer.heal"))
         for target, _ in imports(module)
         if target.split(".")[0] not in known
     }
