@@ -33,10 +33,9 @@ def load_model(
     """Load `path` for inference: eval mode, no gradients.
 
     `dtype` is "auto" (as stored) or a torch name; `device` as in `Compute`: with "auto" the model is spread over
-    several GPUs when one (its `device_memory`, bytes; None: a share of its total) is too small, accelerate is installed
-    and no other process is at work. `quantization` is
-    transformers' config of one, applied while loading. A model that is to be `sharded` over processes stays on
-    the CPU, or quantized on the GPU of its process. Raises SourceError with the reason.
+    several GPUs when one (its `device_memory`, bytes; None: a share of its total) is too small and no other process is
+    at work. `quantization` is transformers' config of one, applied while loading. A model that is to be `sharded` over
+    processes stays on the CPU, or quantized on the GPU of its process. Raises SourceError with the reason.
     """
     target = Compute(device).torch_device()
     arguments: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "local_files_only": True}
@@ -44,13 +43,14 @@ def load_model(
     spread = alone and not sharded and _needs_several(path, dtype, target, device_memory)
     if spread:
         arguments["device_map"] = "auto"
+    elif quantization is not None or (target.type != "cpu" and not sharded):  # straight there, not through the host
+        arguments["device_map"] = {"": target}
     if quantization is not None:
-        arguments.setdefault("device_map", {"": target})  # also where it is sharded: on this process's own GPU
         arguments["quantization_config"] = quantization
     failing = f"{path}: transformers cannot load it"
     model = _first_working(path, lambda auto: auto.from_pretrained(str(path), **arguments), failing)
     model.requires_grad_(False)
-    return model.eval() if spread or sharded or quantization is not None else model.eval().to(target)
+    return model.eval()
 
 
 def auto_classes(path: Path) -> list[Any]:
@@ -161,10 +161,8 @@ def blueprint(path: Path, *, trust_remote_code: bool = False) -> Checkpoint:
 
 
 def _needs_several(path: Path, dtype: str, target: torch.device, device_memory: int | None) -> bool:
-    from importlib.util import find_spec
-
     room = memory.budget(Compute(device_memory=device_memory), target)
-    return Checkpoint.open(path).bytes_as(dtype) * 1.1 > room and find_spec("accelerate") is not None
+    return Checkpoint.open(path).bytes_as(dtype) * 1.1 > room
 
 
 @contextlib.contextmanager

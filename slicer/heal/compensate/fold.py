@@ -206,7 +206,8 @@ class _Folding:
         if not solved or self.solver != "resolve":
             return math.nan, solved[0] if solved else _Change()
         losses = PrunedRun(self.walk, self.plan, cut, self.data.held).losses([{i: c.edit} for c in solved])
-        return min(zip(losses, solved, strict=True), key=itemgetter(0))
+        known = [math.inf if math.isnan(loss) else loss for loss in losses]
+        return min(zip(known, solved, strict=True), key=itemgetter(0))
 
     def _steps(self, run: PrunedRun) -> float:
         """Second-order steps from the changes so far; the loss on the held-out sequences after them."""
