@@ -144,6 +144,17 @@ class Walk:
         finally:
             self._casts = before
 
+    @contextlib.contextmanager
+    def reserved(self, nbytes: int) -> Iterator[None]:
+        """Inside the block states leave so much more of the host's memory free; a block on a GPU needs none of it."""
+        limit = self._budget.limit
+        if limit is not None and self.device.type == "cpu":
+            self._budget.limit = max(0, limit - nbytes)
+        try:
+            yield
+        finally:
+            self._budget.limit = limit
+
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy on the host: in memory as far as the budget reaches, else in a file. Raises OutputError."""
         return self._budget.tensor(tensor.shape, tensor.dtype, pin=tensor.is_cuda).copy_(tensor)

@@ -67,7 +67,7 @@ def fold(
     if solver not in SOLVERS:
         raise UsageError(f"fold {solver!r}: choose one of {', '.join(SOLVERS)}")
     data = split(batches)
-    with walk.in_float32():
+    with walk.reserved(working_bytes(walk)), walk.in_float32():
         precision = str(walk.model.dtype).removeprefix("torch.")
         stages = Stages(walk.directory, _identity(walk, data, plan, solver, written))
         folding = _Folding(walk, data, plan, holds, solver, written, stages, progress or Progress())
@@ -80,6 +80,20 @@ def _identity(walk: Walk, data: Split, plan: Plan, solver: str, written: torch.d
     """Equal for folds of one source that may go on with each other's stages."""
     cut = (plan.kept, plan.no_attention, plan.no_ffn, plan.joined)
     return repr((cut, solver, written, walk.model.dtype)).encode() + torch.cat(data.batches).numpy().tobytes()
+
+
+def working_bytes(walk: Walk) -> int:
+    """Bytes that a fold takes beside the model and the states.
+
+    Of a 16-bit model the float32 copies of one layer and of what lies outside the layers; and the sums of a solve,
+    8 (f^2 + 3 d f), or of a step, at most 4 (f^2 + 5 d f + 5 d^2).
+    """
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in walk.layers]
+    outside = sum(p.numel() for p in walk.model.parameters()) - sum(sizes)
+    shapes = [p.shape[-2:] for layer in walk.layers for p in layer.parameters() if p.ndim > 1]
+    d, f = int(walk.model.config.get_text_config().hidden_size), max(max(shape) for shape in shapes)
+    copies = 4 * (max(sizes) + outside) if walk.model.dtype in (torch.bfloat16, torch.float16) else 0
+    return copies + max(8 * (f**2 + 3 * d * f), 4 * (f**2 + 5 * d * f + 5 * d**2))
 
 
 @dataclass
