@@ -8,7 +8,7 @@ checks for packed weights and missing gradients.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -65,10 +65,9 @@ def load(base: Checkpoint, settings: TrainingSettings, compute: Compute) -> Mode
     asked, method = settings.asked, settings.asked.method
     if method == "full":
         homes_of(base, trust_remote_code=compute.trust_remote_code)
-    place = partial(load_model, device=compute.pinned().device, trust_remote_code=compute.trust_remote_code)
-    dtype = "float32" if method == "full" else settings.compute
+    place = replace(compute.pinned(), dtype="float32" if method == "full" else settings.compute)
     quantization = nf4(settings.compute) if method == "qlora" else None
-    model = place(base.path, dtype=dtype, quantization=quantization, sharded=sharded())
+    model = load_model(base.path, place, quantization=quantization, sharded=sharded())
     # accelerate leaves weights that fit on no GPU elsewhere, and they cannot be trained there.
     if not sharded() and any(weight.is_meta for weight in model.parameters()):
         raise torch.OutOfMemoryError("the GPUs are too small for the model")

@@ -224,7 +224,7 @@ def test_a_model_streamed_from_disk_gets_the_same_fold(
 ) -> None:
     """Solutions, judgements and second-order steps, with states and factors in memory or in files."""
     loaded = Walk.in_memory(load_model(DEMO, dtype=dtype, device="cpu"))
-    streamed = Walk.out_of_core(DEMO, dtype=dtype, device="cpu", memory_bytes=1)
+    streamed = Walk.out_of_core(DEMO, dtype=dtype, device="cpu", memory=1)
     one, other = (
         fold(walk, text[:3], plan, holds=anything, solver=solver, written=torch.bfloat16) for walk in (loaded, streamed)
     )
