@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from slicer.measure.metrics import check_finite
@@ -99,8 +101,6 @@ class Recording:
         return self._read(layer + 1, "mlp", 0, sequences).flatten(0, 1)
 
     def _read(self, layer: int, name: str, first: int, last: int) -> torch.Tensor:
-        from safetensors import safe_open
-
         with safe_open(_file(self.directory, layer), "pt") as stored:
             tensor: torch.Tensor = stored.get_slice(name)[first:last]
         return tensor
@@ -184,8 +184,6 @@ def _file(directory: Path, layer: int) -> Path:
 
 
 def _write(recording: Recording, layer: int, tensors: dict[str, torch.Tensor]) -> None:
-    from safetensors.torch import save_file
-
     with atomic_file(_file(recording.directory, layer)) as part:
         save_file({k: v.contiguous() for k, v in tensors.items()}, part)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 from transformers.pytorch_utils import Conv1D
 
 from slicer.checkpoint.adapter import WEIGHTS
@@ -170,7 +171,6 @@ _ADAPTER = "default"  # peft's default adapter name
 def wraps_adapter(model: Model) -> bool:
     """Whether `model` is a peft model wrapped by FSDP."""
     from peft import PeftModel
-    from torch.distributed.fsdp import FullyShardedDataParallel
 
     return isinstance(model, FullyShardedDataParallel) and isinstance(model.module, PeftModel)
 
@@ -186,8 +186,6 @@ def save_adapter(model: Model, state: Mapping[str, torch.Tensor], path: Path) ->
 
 def load_adapter(model: Model, path: Path) -> None:
     """Load an adapter written by `save_adapter` into a wrapped `model`; every process reads the file."""
-    from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
-
     parted = ((key.rpartition("."), tensor) for key, tensor in load_file(path / WEIGHTS).items())
     state = {f"{name}.{_ADAPTER}.{kind}": tensor for (name, _, kind), tensor in parted}
     everywhere = FullStateDictConfig(offload_to_cpu=False, rank0_only=False)
