@@ -101,16 +101,12 @@ class Server:
         assert self._process is not None
         return self._process.pid
 
-    def __enter__(self) -> Server:
-        self.start()
-        return self
-
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.stop()
         if kind is None or not issubclass(kind, ServeError):
             self.log.unlink(missing_ok=True)
 
-    def start(self) -> None:
+    def __enter__(self) -> Server:
         """Start vLLM and return when it is ready. Raises ServeError with vLLM's own reason."""
         command = [
             *(sys.executable, "-m", "slicer.serve.launch", "serve", str(self.settings.path)),
@@ -137,6 +133,7 @@ class Server:
         except BaseException as error:
             self.__exit__(type(error))  # stopped by the user: the log is not needed
             raise
+        return self
 
     def _await_health(self) -> None:
         deadline = time.monotonic() + self._timeout

@@ -191,7 +191,10 @@ def _describe(result: Result, after: Sizes, directory: Path) -> None:
     if result.analysis is not None:
         _draw(result.analysis, plan, notes)
     if result.history is not None:
-        _draw_training(result.history, notes)
+        train, held_out, best = result.history.train, result.history.held_out, result.history.best
+        losses = {"train": train, "held_out": held_out, "best_step": best}
+        (notes / "training.json").write_text(json.dumps(losses, indent=1) + "\n", "utf-8")
+        loss_curve(train, held_out, best, notes / "training.png")
         if plan.healing is not None and plan.healing.training is not None:  # `--config` takes the file
             settings = yaml.safe_dump(dict(plan.healing.training.settings), sort_keys=False)
             (notes / "training.yaml").write_text(settings, "utf-8")
@@ -213,9 +216,3 @@ def _draw(measured: Analysis, plan: Plan, directory: Path) -> None:
     chosen = (plan.dropped[0], n) if n and not plan.joined else None
     layers.heat_map(distances, directory / "distances.png", chosen=chosen, offset=plan.half_offset)
     layers.curves(distances, directory / "curves.png", chosen=chosen, offset=plan.half_offset)
-
-
-def _draw_training(history: TrainingHistory, directory: Path) -> None:
-    losses = {"train": history.train, "held_out": history.held_out, "best_step": history.best}
-    (directory / "training.json").write_text(json.dumps(losses, indent=1) + "\n", "utf-8")
-    loss_curve(history.train, history.held_out, history.best, directory / "training.png")

@@ -12,7 +12,7 @@ import torch
 
 from slicer.checkpoint.architectures import table as architectures
 from slicer.checkpoint.reader import Checkpoint, read_config
-from slicer.checkpoint.tensors import TensorSpan, torch_dtype
+from slicer.checkpoint.tensors import DTYPES, TensorSpan, torch_dtype
 from slicer.errors import SourceError
 from slicer.runtime import memory
 from slicer.runtime.compute import Compute
@@ -139,8 +139,8 @@ def blueprint(path: Path, *, trust_remote_code: bool = False) -> Checkpoint:
 
     described, model = _first_working(path, build, f"{path}/config.json: transformers cannot build it")
     stored = str(architectures.text_config(config).get("dtype") or described.dtype or "bfloat16")
-    name = {"float32": "F32", "float16": "F16"}.get(stored.removeprefix("torch."), "BF16")
-    size = 4 if name == "F32" else 2
+    name = DTYPES.get(stored.removeprefix("torch."), "BF16")
+    size = torch_dtype(name).itemsize
     tensors = {  # a tied head is listed once, as stored
         key: TensorSpan(path / "config.json", name, tuple(value.shape), 0, size * value.numel())
         for key, value in model.named_parameters()

@@ -19,7 +19,7 @@ from slicer.model.load import Model, build_on_meta
 from slicer.model.pruned import Edits, pruned_logits
 from slicer.model.walk import Walk, open_walk
 from slicer.plan.plan import Plan
-from slicer.progress import Progress
+from slicer.progress import SILENT, Progress
 from slicer.runtime.compute import Compute
 
 # Maximum rounding difference: both runs do the same operations on the same weights, so only the order of summation may
@@ -73,7 +73,7 @@ class Errors:
 
 
 def expected_logits(
-    walk: Walk | None, plan: Plan, edits: Edits, verify: str, progress: Progress | None = None
+    walk: Walk | None, plan: Plan, edits: Edits, verify: str, progress: Progress = SILENT
 ) -> Expected | None:
     """The logits of the source, pruned by `plan` with `edits`, on a few random tokens, from a loaded or streamed walk.
 
@@ -81,8 +81,7 @@ def expected_logits(
     """
     if verify != "logits" or walk is None:
         return None
-    if progress is not None:
-        progress.stage("Reference logits of the pruned source")
+    progress.stage("Reference logits of the pruned source")
     tokens = probe_tokens(walk.model.config.get_text_config().vocab_size)
     return Expected(tokens, pruned_logits(walk, tokens, plan, edits), loads=walk.loaded)
 

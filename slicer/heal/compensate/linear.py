@@ -23,6 +23,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -99,11 +100,10 @@ def _rows(cut: States, target: States) -> Iterator[Row]:
 
 def _constant(rows: partial[Iterator[Row]], data: Split) -> tuple[Replacement, float]:
     """(the constant, the share of the squared error left on the held-out sequences)."""
-    total, weights = torch.zeros(0), 0.0
-    for b, h, change, weight in rows():
+    total: Any = 0.0
+    weights = 0.0
+    for b, _, change, weight in rows():
         if b not in data.held:
-            if not len(total):
-                total = torch.zeros(h.shape[1], dtype=torch.float64)
             total += (weight[:, None] * change).sum(0, dtype=torch.float64)
             weights += float(weight.sum())
     bias = (total / weights).float()
@@ -176,7 +176,9 @@ class ReplacementTraining:
     def __init__(self, walk: Walk, data: Split, plan: Plan, edits: Edits) -> None:
         self.pruned = PrunedRun.of_source(walk, plan, data.batches, data.held, min(edits))
         self._objective = Objective(walk, self.pruned.target, data.held)
-        self.leaves = {i: _mapped(edit, _leaf) for i, edit in edits.items()}
+        self.leaves = {
+            i: _mapped(edit, lambda t: t.detach().float().clone().requires_grad_()) for i, edit in edits.items()
+        }
         self._parameters = [
             tensor
             for edit in self.leaves.values()
@@ -246,7 +248,3 @@ def _mapped(edit: LayerEdit, change: Callable[[torch.Tensor], torch.Tensor]) -> 
         return replace(replacement, **{n: change(t) for n, t in tensors.items() if t is not None})
 
     return replace(edit, behind={name: mapped(found) for name, found in edit.behind.items()})
-
-
-def _leaf(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().float().clone().requires_grad_()

@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -318,7 +319,7 @@ def norm_gain(fit: LayerFit, output: Output) -> tuple[torch.Tensor, float]:
 
     Each component apart: the g that brings g u / |u| closest to the output wanted, by least squares.
     """
-    sums = [torch.zeros(0)] * 2
+    sums: list[Any] = [0.0, 0.0]  # of the sequences fitted, and of those held out
     with watching(fit.layer, output) as seen:
         for b in range(len(fit.entering)):
             h = fit.run(b)
@@ -331,10 +332,9 @@ def norm_gain(fit: LayerFit, output: Output) -> tuple[torch.Tensor, float]:
                 weight = token_weights(wanted)[:, None]
                 terms = [weight * direction * r, weight * direction.square(), weight * r.square()]
                 added = torch.stack([term.sum(0) for term in terms]).double()
-                at = int(b in fit.held)
-                sums[at] = sums[at] + added if len(sums[at]) else added
+                sums[b in fit.held] += added
     cross, own, _ = sums[0]
-    change = cross / own.clamp_min(1e-30)
+    change: torch.Tensor = cross / own.clamp_min(1e-30)
     cross, own, power = sums[1]
     after = power - 2 * change * cross + change.square() * own
     return change, float(after.sum() / power.sum().clamp_min(1e-30))
