@@ -7,7 +7,6 @@ continues after the last finished layer.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import nn
 
 from slicer.measure.metrics import check_finite
 from slicer.model.layers import hidden_of
-from slicer.model.states import States
+from slicer.model.states import Batches, States
 from slicer.model.sublayers import mlp_of
 from slicer.model.walk import Walk
 from slicer.progress import SILENT, Progress
@@ -40,13 +39,13 @@ class Portion:
         samples: sequences of all processes.
     """
 
-    batches: Sequence[torch.Tensor]
+    batches: Batches
     first: int
     samples: int
     processes: Processes = Processes()
 
     @classmethod
-    def of(cls, batches: Sequence[torch.Tensor], processes: Processes = Processes()) -> Portion:  # noqa: B008
+    def of(cls, batches: Batches, processes: Processes = Processes()) -> Portion:  # noqa: B008
         """This process's portion of all `batches`. Raises UsageError where some process gets none."""
         own, first = processes.of(batches)
         return cls(own, first, sum(map(len, batches)), processes)

@@ -21,7 +21,7 @@ from torch import nn
 from slicer.errors import ArchitectureError
 from slicer.model.layers import decoder_layers, hidden_in, logits_of, norm_eps, on_hidden
 from slicer.model.load import Model
-from slicer.model.states import States
+from slicer.model.states import Batches, States
 from slicer.model.sublayers import attention_outputs, bypass_sublayers, ffn_outputs, without_sublayers
 from slicer.model.walk import Walk, walk_loss
 from slicer.plan.plan import Plan
@@ -153,9 +153,7 @@ class PrunedRun:
         self.layers = [i for i in range(origin.layer, walk.depth) if i not in self.gone[0] & self.gone[1]]
 
     @classmethod
-    def of_source(
-        cls, walk: Walk, plan: Plan, batches: Sequence[torch.Tensor], held: Sequence[int], first: int
-    ) -> PrunedRun:
+    def of_source(cls, walk: Walk, plan: Plan, batches: Batches, held: Sequence[int], first: int) -> PrunedRun:
         """From layer `first` on, or from the first layer that lacks something; runs the source on `batches`."""
         first = min([first, *plan.gone[0], *plan.gone[1]])
         target = walk.run(walk.start(batches), range(first))

@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 
 from slicer.errors import OutputError
 from slicer.runtime.files import atomic_file
+
+Batches = Sequence[torch.Tensor]  # int64 [batch, seq] each, no padding
 
 
 class StateBudget:

@@ -87,13 +87,7 @@ def expected_logits(
 
 
 def check_contents(
-    directory: Path,
-    contents: Contents,
-    expected: Expected | None,
-    compute: Compute,
-    progress: Progress,
-    *,
-    load: bool = True,
+    directory: Path, contents: Contents, expected: Expected | None, compute: Compute, progress: Progress, load: bool
 ) -> Errors:
     """Check what was written to `directory`: with `load`, every key and shape on the meta device; the changed tensors
     bit for bit; then logits and loss, as far as they are `expected`.

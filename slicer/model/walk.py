@@ -22,7 +22,7 @@ from slicer.errors import ArchitectureError, PlanError
 from slicer.model.layers import decoder_layers, hidden_in, hidden_of, replaced_forwards
 from slicer.model.load import in_float32, load_model
 from slicer.model.offload import OffloadedModel
-from slicer.model.states import StateBudget, States
+from slicer.model.states import Batches, StateBudget, States
 from slicer.runtime import memory
 from slicer.runtime.compute import Compute
 
@@ -152,7 +152,7 @@ class Walk:
         finally:
             self._order = before
 
-    def start(self, batches: Sequence[torch.Tensor]) -> States:
+    def start(self, batches: Batches) -> States:
         """Record the arguments of every layer and return x(0) of every batch (int64 [batch, seq], no padding).
 
         Raises ArchitectureError if the layers pass each other more than hidden states.
@@ -366,9 +366,7 @@ def next_token_loss(log_probabilities: torch.Tensor, tokens: torch.Tensor, reduc
     return nn.functional.nll_loss(log_probabilities[:-1], following, reduction=reduction)
 
 
-def walk_loss(
-    walk: Walk, tokens: Sequence[torch.Tensor], last: Callable[[int], torch.Tensor], batches: Iterable[int]
-) -> float:
+def walk_loss(walk: Walk, tokens: Batches, last: Callable[[int], torch.Tensor], batches: Iterable[int]) -> float:
     """Mean next-token cross entropy of these `batches` of `tokens`, nats, from `last(b)`, [batch, seq, d], taken as
     x(L) of batch b. Computes the logits of one sequence at a time, because they are large."""
     total, count = 0.0, 0

@@ -21,7 +21,6 @@ which is at most 2.5 times the 8 f^2 of G where f >= 2 d. Beside it there are a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,7 +30,7 @@ from torch import nn
 
 from slicer.errors import HealError
 from slicer.model.output_maps import Observed, Output, arriving, watching
-from slicer.model.states import States
+from slicer.model.states import Batches, States
 from slicer.model.walk import Walk
 
 HELD_OUT = 16  # one sequence in so many (at least one)
@@ -54,7 +53,7 @@ class Split:
     sequences: tuple[int, ...]
 
 
-def split(batches: Sequence[torch.Tensor]) -> Split:
+def split(batches: Batches) -> Split:
     """Hold one sequence in `HELD_OUT` out: these choose the ridge strengths and give the losses.
 
     Raises HealError for too few sequences.
@@ -100,16 +99,10 @@ class NormalEquations:
         self._held_weight = 0.0
 
     def add(
-        self,
-        features: torch.Tensor,
-        change: torch.Tensor,
-        weight: torch.Tensor | None = None,
-        *,
-        held_out: bool = False,
+        self, features: torch.Tensor, change: torch.Tensor, weight: torch.Tensor, *, held_out: bool = False
     ) -> None:
-        """Add tokens: `features` [tokens, f], `change` [tokens, d], `weight` [tokens] (one each where None)."""
-        weight = torch.ones(len(features), device=features.device) if weight is None else weight.float()
-        root = weight.sqrt()[:, None]
+        """Add tokens: `features` [tokens, f], `change` [tokens, d], `weight` [tokens]."""
+        root = weight.float().sqrt()[:, None]
         z, r = features.float() * root, change.float() * root
         if held_out:
             self._held.append((z, r))
