@@ -105,13 +105,9 @@ def form_for(checkpoint: Checkpoint, plan: Plan, method: str | None, rank: int |
     if isinstance(width := config.get("hidden_size"), int):
         check_method(method, rank, width)
     name = str(config.get("model_type"))
-    if plan.form == "blockwise":
+    biased = all(_bias_key(checkpoint, sublayer, 0) for sublayer in ("attention", "ffn"))
+    if plan.form == "blockwise" or (method == "bias" and (biased or (name, plan.form) == ("llama", "native"))):
         return plan
-    if method == "bias":
-        if all(_bias_key(checkpoint, sublayer, 0) for sublayer in ("attention", "ffn")):
-            return plan
-        if name == "llama" and plan.form == "native":
-            return plan
     if plan.form == "zeroed" or name not in blockwise.FAMILIES:
         what = "a bias" if method == "bias" else "a linear map"
         kind = f"{name} checkpoint in the zeroed form" if plan.form == "zeroed" else f"{name} checkpoint"

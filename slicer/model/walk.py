@@ -191,8 +191,8 @@ class Walk:
 
     def advance(
         self, i: int, states: States, listener: Listener | None = None, *, only: Iterable[int] | None = None
-    ) -> States:
-        """Run layer i over all batches; replaces `states` in place by x(i+1) and returns them.
+    ) -> None:
+        """Run layer i over all batches; replaces `states` in place by x(i+1).
 
         `only`: the batches to run, if the others are no longer needed. `listener(b, x)` gets the new states of each
         batch, [batch, seq, d], on the device. Hooks on the module of `layer(i)` are active. States of any earlier layer
@@ -207,7 +207,6 @@ class Walk:
                     listener(b, new)
                 states[b] = new
         states.layer = i + 1
-        return states
 
     def call(self, i: int, batch: int, states: torch.Tensor, *, gradient: bool = False) -> torch.Tensor:
         """Output of layer i for `states`, [batch, seq, d], as x(i) of that batch; stores nothing.
