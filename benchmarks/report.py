@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from slicer.benchmarks import page
 from slicer.benchmarks.contestants import Contestant
 from slicer.benchmarks.lines import LINES, fit, roofline, speed_ups, verdict
 from slicer.benchmarks.workload import TIMES, Workload
 from slicer.errors import BenchError
+from slicer.figures import bench as figures
 from slicer.runtime.files import write_atomically
 
 PERCENTILES = (50, 90, 99)
@@ -121,16 +123,13 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 def write(directory: Path, result: Mapping[str, Any]) -> None:
     """Write bench.json, bench.csv, bench.md, and the figure as PNG and SVG, each atomically."""
-    from slicer.benchmarks import page
-    from slicer.figures import bench as bench_figures
-
     write_atomically(directory / "bench.json", json.dumps(result, indent=2, allow_nan=False, default=str) + "\n")
     write_atomically(directory / "bench.csv", table(result))
     write_atomically(directory / "bench.md", page.markdown(result))
     if result.get("lines"):
-        bench_figures.lines(result, directory)
+        figures.lines(result, directory)
     elif result.get("speculative"):
-        bench_figures.speculative(result, directory)
+        figures.speculative(result, directory)
 
 
 def table(result: Mapping[str, Any]) -> str:

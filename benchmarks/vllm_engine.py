@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from slicer.benchmarks.contestants import Contestant, has_tokenizer, write_tokenizer
 from slicer.benchmarks.process import Peak
@@ -39,8 +40,6 @@ class Allocator:
     """Mixin for vLLM's GPU workers (--worker-extension-cls): peak bytes of their allocator."""
 
     def peak_allocated_bytes(self) -> int:
-        import torch
-
         return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0
 
 

@@ -77,12 +77,7 @@ TRANSITIVE = {
     "psutil": "accelerate",
 }
 # The only places that build a transformers model: everything else asks these, or works on the files.
-BUILDERS = (
-    "slicer.model.load",
-    "slicer.model.verify",
-    "slicer.model.blockwise",
-    "slicer.benchmarks",
-)
+BUILDERS = ("slicer.model.load", "slicer.model.verify", "slicer.model.blockwise", "slicer.benchmarks")
 
 
 @cache

@@ -122,7 +122,7 @@ def work(model: Path, out: Path, tokens: int, layers: int, memory: str) -> dict[
     out.mkdir(parents=True, exist_ok=True)
     watch = Watch()
     with Peak(lambda: memory_of("RssAnon")) as anonymous:
-        walk = Walk.out_of_core(model, device="cpu", memory_bytes=parse_size(memory, "--memory"))
+        walk = Walk.out_of_core(model, device="cpu", memory=parse_size(memory, "--memory"))
         batch = torch.randint(VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(0))
         if out.name == "busy":  # only measures the speed of computing
             states = walk.start([batch])

@@ -112,7 +112,7 @@ def run(given: argparse.Namespace) -> None:
         orders["angular distance"] = [i for _, i, _ in rank_sublayers(halves, range(1, depth), ())]
         for name, fraction in FRACTIONS.items():
             for by, order in orders.items():
-                plan = Plan.cutting(depth, attention=order[: round(fraction * depth)])
+                plan = Plan.whole(depth).without(order[: round(fraction * depth)], ())
                 book.take(f"by {by} {name}", partial(cell, plan, "bare"))
     (given.out / "sublayers.md").write_text(tables(book.values), "utf-8")
     print(tables(book.values))

@@ -6,7 +6,9 @@ import json
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
+
+import torch
 
 from slicer.data.packing import check_vocabulary, open_tokenizer, pack
 from slicer.data.sources import TextSpec, documents, parts_of
@@ -14,9 +16,6 @@ from slicer.errors import CalibrationError
 from slicer.plan.records import TextRecord
 from slicer.progress import Progress
 from slicer.runtime.workdir import Stages
-
-if TYPE_CHECKING:
-    import torch
 
 _SAMPLED_TOGETHER = 16  # decoding a few sequences costs about as much as one
 
@@ -39,8 +38,6 @@ class TokenBatches:
     @classmethod
     def of(cls, tokens: torch.Tensor, spec: TextSpec) -> TokenBatches:
         """The sequences `tokens`, int64 [samples, seq_len], in the batches of `spec`."""
-        import torch
-
         return cls(list(torch.split(tokens, spec.batch_size)), spec.record(tokens))
 
 
@@ -48,8 +45,6 @@ def read_text(spec: TextSpec | None, path: Path, walk: Loaded | None, progress: 
     """The text of `spec` as tokens for the model of `walk`, whose checkpoint is at `path`; None where none is asked
     for. A walk with a directory keeps them there: a run that goes on has the same text. Raises CalibrationError as
     `token_batches`."""
-    import torch
-
     if spec is None or walk is None:
         return None
     progress.stage("Calibration data")
@@ -69,8 +64,6 @@ def token_batches(spec: TextSpec, path: Path, model: Any, *, trust_remote_code: 
     starts with BOS if the tokenizer adds it. `self` needs a `model` with all weights in memory.
     Raises CalibrationError if there is no text or not enough.
     """
-    import torch
-
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if isinstance(limit, int) and spec.seq_len > limit:
@@ -92,8 +85,6 @@ def sample_tokens(model: Any, spec: TextSpec) -> torch.Tensor:
     They start with BOS, else EOS, else a random token. End tokens are not sampled, so every sequence is full. Raises
     CalibrationError if some weights are not in memory, or the probabilities are not finite.
     """
-    import torch
-
     if any(weight.is_meta for weight in model.parameters()):
         raise CalibrationError(
             "--calibration self: the model does not fit in memory, and sampling reads all of it for each token; "

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from slicer.errors import EvaluationError, reason_of
@@ -228,8 +229,6 @@ class LmTask:
 
     def reseed(self) -> None:
         """Reset the few-shot samplers before requests are built, so each run uses the same examples."""
-        import numpy
-
         seed = _LMEVAL_SEED + self.seed
         random.seed(self.seed)
         numpy.random.seed(seed)

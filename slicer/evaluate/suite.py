@@ -149,13 +149,11 @@ def evaluate(source: str, suite: Suite) -> Evaluation:
     suite.progress.stage(f"{source}: loading")
     path = hub.resolve(source).path
     Checkpoint.open(path)
+    compute = Compute(options.device, options.dtype, trust_remote_code=options.trust_remote_code)
     if options.backend == "vllm":
-        compute = Compute(options.device, options.dtype, trust_remote_code=options.trust_remote_code)
         lm, vocabulary = backends.load_vllm(path, compute, options.batch_size, options.seed)
     else:
-        model = load_model(
-            path, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code
-        )
+        model = load_model(path, compute)
         lm = backends.wrap(model, path, options.batch_size, trust_remote_code=options.trust_remote_code)
         vocabulary = backends.vocabulary_of(model)
         del model

@@ -16,6 +16,8 @@ from slicer.measure.metrics import title_of
 if TYPE_CHECKING:
     from slicer.measure.analysis import Analysis, Distances
 
+Whole = tuple[int, int] | None  # (first layer, number of layers) of a dropped block
+Offset = tuple[int, int, float] | None  # (i, j, distance) of a half-offset block, from after attention i to after j
 _CURVES = 6  # of the block sizes that are drawn
 _SUBLAYERS = ((BLUE, "attention"), (ORANGE, "feed-forward part"))  # in the order of a layer
 
@@ -114,14 +116,14 @@ def heat_map(
     distances: Distances,
     path: Path,
     *,
-    chosen: tuple[int, int] | None = None,
-    offset: tuple[int, int, float] | None = None,
+    chosen: Whole = None,
+    offset: Offset = None,
     title: str = "Angular distance d(l, l+n)",
 ) -> None:
     """Figure 4 of the paper: d(l, l+n) by start l and size n, each row scaled to its own minimum and maximum.
 
-    Marks the dropped block: `chosen`, the (start, n) of whole layers, or `offset`, the (i, j, distance) of a
-    half-offset block, drawn half a layer further in. Writes a PNG or SVG, by the suffix.
+    Marks the dropped block: `chosen`, of whole layers, or `offset`, a half-offset one, drawn half a layer further in.
+    Writes a PNG or SVG, by the suffix.
     """
     figure, axes = plot()
     image = _heat(axes, distances)
@@ -135,9 +137,7 @@ def heat_map(
     save(figure, path)
 
 
-def _dropped(
-    distances: Distances, chosen: tuple[int, int] | None, offset: tuple[int, int, float] | None
-) -> tuple[float, int, float, str] | None:
+def _dropped(distances: Distances, chosen: Whole, offset: Offset) -> tuple[float, int, float, str] | None:
     """(place on the axis of layers, number of layers, distance, label) of the dropped block."""
     if chosen is not None:
         start, n = chosen
@@ -171,16 +171,15 @@ def curves(
     distances: Distances,
     path: Path,
     *,
-    chosen: tuple[int, int] | None = None,
-    offset: tuple[int, int, float] | None = None,
+    chosen: Whole = None,
+    offset: Offset = None,
     title: str = "Where a block changes the residual stream least",
     label: str = "angular distance d(l, l+n), units of pi",
     minima: bool = False,
 ) -> None:
     """Figure 1c of the paper: d(l, l+n) against l, one curve for each of some block sizes n. Writes a PNG or SVG.
 
-    `chosen`: (first layer, n) of the marked block; `offset`: (i, j, distance) of a half-offset block, from after
-    attention i to after attention j. `minima` marks the minimum of each n and joins those of all n.
+    Marks the block `chosen` or `offset`. `minima` marks the minimum of each n and joins those of all n.
     """
     from matplotlib import colormaps
 

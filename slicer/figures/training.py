@@ -8,9 +8,7 @@ from pathlib import Path
 from slicer.figures.style import BLUE, ORANGE, finish, mark, plot, save, svg
 
 
-def loss_curve(
-    train: Mapping[int, float], held_out: Mapping[int, float], best: int, path: Path, *, title: str = "Healing"
-) -> None:
+def loss_curve(train: Mapping[int, float], held_out: Mapping[int, float], best: int, path: Path) -> None:
     """Plot the loss (nats per token) against the step: training (running mean) and held-out text. Marks the best held-
     out measurement. Writes a PNG or SVG."""
     figure, axes = plot()
@@ -26,7 +24,7 @@ def loss_curve(
     axes.plot(at, [held_out[s] for s in at], color=ORANGE, marker="o", markersize=4, label="held out")
     if best in held_out:
         mark(axes, "s", best, held_out[best], f"kept: step {best}")
-    axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
+    axes.set(xlabel="step", ylabel="loss, nats per token", title="Healing")
     axes.legend(frameon=False)
     save(figure, path)
 

@@ -105,13 +105,9 @@ def form_for(checkpoint: Checkpoint, plan: Plan, method: str | None, rank: int |
     if isinstance(width := config.get("hidden_size"), int):
         check_method(method, rank, width)
     name = str(config.get("model_type"))
-    if plan.form == "blockwise":
+    biased = all(_bias_key(checkpoint, sublayer, 0) for sublayer in ("attention", "ffn"))
+    if plan.form == "blockwise" or (method == "bias" and (biased or (name, plan.form) == ("llama", "native"))):
         return plan
-    if method == "bias":
-        if all(_output_key(checkpoint, sublayer, 0, "bias") for sublayer in ("attention", "ffn")):
-            return plan
-        if name == "llama" and plan.form == "native":
-            return plan
     if plan.form == "zeroed" or name not in blockwise.FAMILIES:
         what = "a bias" if method == "bias" else "a linear map"
         kind = f"{name} checkpoint in the zeroed form" if plan.form == "zeroed" else f"{name} checkpoint"
@@ -204,10 +200,16 @@ class _Placing:
     def put_behind(self, sublayer: str, layer: int, replacement: Replacement) -> None:
         """`replacement` follows a sublayer of the source."""
         at = self._position[sublayer][layer]
-        key = _output_key(self._checkpoint, sublayer, layer, "bias")
         if replacement.down is not None:
-            self._low_rank(at, "mid" if sublayer == "attention" else "end", replacement)
-        elif key is not None:
+            slot = "mid" if sublayer == "attention" else "end"
+            block = self.config.setdefault("block_configs", {}).setdefault(at, {"emulated_ranks": {}})
+            block["emulated_ranks"][slot] = len(replacement.down)
+            self.config["architectures"] = [blockwise.OWN_CLASS]
+            new = {"norm.weight": replacement.gain, "down.weight": replacement.down, "up.weight": replacement.up}
+            for name, tensor in {**new, "up.bias": replacement.bias}.items():
+                assert tensor is not None
+                self._add(f"{at}.emulated_{slot}.{name}", tensor)
+        elif (key := _bias_key(self._checkpoint, sublayer, layer)) is not None:
             old = tensors.read(self._checkpoint.tensors[key]).float()
             self.replace(key, old + replacement.bias.cpu())
         else:
@@ -233,15 +235,6 @@ class _Placing:
                     bias = biases.get(at) if name == names[-1] else None
                     self._add(f"{at}.{name}.bias", torch.zeros(size) if bias is None else bias)
 
-    def _low_rank(self, at: int, slot: str, new: Replacement) -> None:
-        assert new.down is not None and new.up is not None and new.gain is not None
-        block = self.config.setdefault("block_configs", {}).setdefault(at, {"emulated_ranks": {}})
-        block["emulated_ranks"][slot] = len(new.down)
-        self.config["architectures"] = [blockwise.OWN_CLASS]
-        tensors = {"norm.weight": new.gain, "down.weight": new.down, "up.weight": new.up, "up.bias": new.bias}
-        for name, tensor in tensors.items():
-            self._add(f"{at}.emulated_{slot}.{name}", tensor)
-
     def _add(self, name: str, tensor: torch.Tensor) -> None:
         prefix = self._checkpoint.layer_prefix
         first = next(span for key, span in self._checkpoint.tensors.items() if key.startswith(prefix))
@@ -256,17 +249,13 @@ class _Placing:
 def _expert_keys(checkpoint: Checkpoint, i: int, name: str) -> dict[str, int]:
     """Raw key -> axis of the hidden size, of the tensors that a map of the experts' sum is multiplied into."""
     prefix = f"{checkpoint.layer_prefix}{i}."
-    found = {}
-    for key in checkpoint.tensors:
-        if key.startswith(f"{prefix}{name}."):
-            for pattern, axis in EXPERT_OUTPUTS:
-                if re.search(rf"(^|\.){pattern}$", key.removeprefix(prefix)):
-                    found[key] = axis
-    return found
+    keys = [key for key in checkpoint.tensors if key.startswith(f"{prefix}{name}.")]
+    outputs = [(re.compile(rf"\.{pattern}$"), axis) for pattern, axis in EXPERT_OUTPUTS]
+    return {key: axis for key in keys for ending, axis in outputs if ending.search(key)}
 
 
-def _output_key(checkpoint: Checkpoint, sublayer: str, layer: int, kind: str) -> str | None:
-    """Raw key of the weight or bias of a sublayer's output matrix, where it is known by name."""
+def _bias_key(checkpoint: Checkpoint, sublayer: str, layer: int) -> str | None:
+    """Raw key of the bias of a sublayer's output matrix, where the checkpoint has one."""
     names = ATTENTION_OUTPUTS if sublayer == "attention" else FEED_FORWARD_OUTPUTS
-    keys = (f"{checkpoint.layer_prefix}{layer}.{name}.{kind}" for name in names)
+    keys = (f"{checkpoint.layer_prefix}{layer}.{name}.bias" for name in names)
     return next((key for key in keys if key in checkpoint.tensors), None)

@@ -21,6 +21,8 @@ from slicer.checkpoint.tensors import DTYPES
 from slicer.data.calibration import TokenBatches, read_text
 from slicer.data.sources import TextSpec
 from slicer.errors import HealError, OutputError, UsageError
+from slicer.evaluate import lm_tasks
+from slicer.figures import layers as figures
 from slicer.heal.compensate.fold import fold
 from slicer.heal.patch import holds, written_dtype
 from slicer.jobs.recipe import check_memory, with_budgets
@@ -159,8 +161,6 @@ class _Run:
         wanted = self.request.measures
         if not wanted.against.startswith("task:"):
             return None
-        from slicer.evaluate import lm_tasks
-
         self.progress.stage("Drawing questions")
         task, trusted = wanted.against.removeprefix("task:"), self.request.compute.trust_remote_code
         how: dict[str, Any] = {"data": wanted.data, "seed": self.text.seed, "trust_remote_code": trusted}
@@ -274,12 +274,10 @@ def _check_place(out: Path, *, overwrite: bool) -> None:
 
 def _publish(analysis: Analysis, other: Analysis | None, out: Path, progress: Progress) -> None:
     """Write the figures, then analysis.json: if that exists, everything does."""
-    from slicer.figures import layers
-
-    layers.analysis_figures(analysis, out)
+    figures.analysis_figures(analysis, out)
     if analysis.sublayers:
-        layers.parts(analysis, out / "parts.png+svg")
+        figures.parts(analysis, out / "parts.png+svg")
     if other is not None:
-        agreement = layers.trade_off(analysis, other, out / "trade-off.png+svg")
+        agreement = figures.trade_off(analysis, other, out / "trade-off.png+svg")
         progress.note(f"trade-off.png compares the two texts: rank correlation {agreement:.2f}")
     write_atomically(out / "analysis.json", analysis.to_json())

@@ -7,12 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from slicer.checkpoint import card, export
 from slicer.checkpoint import config as configs
 from slicer.checkpoint.export import Contents, check_output
 from slicer.checkpoint.hub import Source
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import Sizes, measure_sizes, sizes_of
+from slicer.figures import layers
+from slicer.figures.training import loss_curve
 from slicer.heal.patch import Patch
 from slicer.jobs.request import Output
 from slicer.measure.analysis import Analysis
@@ -187,9 +191,10 @@ def _describe(result: Result, after: Sizes, directory: Path) -> None:
     if result.analysis is not None:
         _draw(result.analysis, plan, notes)
     if result.history is not None:
-        import yaml
-
-        _draw_training(result.history, notes)
+        train, held_out, best = result.history.train, result.history.held_out, result.history.best
+        losses = {"train": train, "held_out": held_out, "best_step": best}
+        (notes / "training.json").write_text(json.dumps(losses, indent=1) + "\n", "utf-8")
+        loss_curve(train, held_out, best, notes / "training.png")
         if plan.healing is not None and plan.healing.training is not None:  # `--config` takes the file
             settings = yaml.safe_dump(dict(plan.healing.training.settings), sort_keys=False)
             (notes / "training.yaml").write_text(settings, "utf-8")
@@ -203,8 +208,6 @@ def _describe(result: Result, after: Sizes, directory: Path) -> None:
 
 
 def _draw(measured: Analysis, plan: Plan, directory: Path) -> None:
-    from slicer.figures import layers
-
     distances = measured.distances()
     (directory / "distances.json").write_text(distances.to_json(), "utf-8")
     if measured.sublayers and plan.below_layers:
@@ -213,11 +216,3 @@ def _draw(measured: Analysis, plan: Plan, directory: Path) -> None:
     chosen = (plan.dropped[0], n) if n and not plan.joined else None
     layers.heat_map(distances, directory / "distances.png", chosen=chosen, offset=plan.half_offset)
     layers.curves(distances, directory / "curves.png", chosen=chosen, offset=plan.half_offset)
-
-
-def _draw_training(history: TrainingHistory, directory: Path) -> None:
-    from slicer.figures.training import loss_curve
-
-    losses = {"train": history.train, "held_out": history.held_out, "best_step": history.best}
-    (directory / "training.json").write_text(json.dumps(losses, indent=1) + "\n", "utf-8")
-    loss_curve(history.train, history.held_out, history.best, directory / "training.png")

@@ -140,19 +140,10 @@ class Recipe:
             compute, loads = with_budgets(source, compute)
         else:  # no budgets yet: the first process trains with its part, and then, alone, measures with all of it
             loads = memory.fits(source.bytes_as(compute.dtype), compute)
-        recipe = cls(
-            None,
-            plan,
-            Selection(form=plan.form),
-            replace(request.compensation, solver=request.compensation.solver or SOLVERS[0]),
-            True,
-            request.text.over(TextSpec()),
-            False,
-            compute,
-            loads,
-            _verify(output.verify, loads or request.training is None),
-            command=request.command,
-        )
+        selection, text = Selection(form=plan.form), request.text.over(TextSpec())
+        verify = _verify(output.verify, loads or request.training is None)
+        repair = replace(request.compensation, solver=request.compensation.solver or SOLVERS[0])
+        recipe = cls(None, plan, selection, repair, True, text, False, compute, loads, verify, command=request.command)
         if request.training is not None:
             return _trained(recipe, request.training, request, cut)
         if request.compensation.method != "fold":

@@ -8,12 +8,12 @@ from slicer.data.calibration import TokenBatches
 from slicer.errors import ArchitectureError, HealError, OutOfMemory
 from slicer.heal.compensate.fold import fold
 from slicer.heal.compensate.linear import linear, train
-from slicer.heal.patch import NONE, Patch, Solved, holds, place, written_dtype
+from slicer.heal.patch import NONE, Patch, holds, place, written_dtype
 from slicer.jobs.recipe import Recipe
 from slicer.jobs.request import Compensation
 from slicer.model.walk import Walk
 from slicer.plan.plan import Plan
-from slicer.plan.records import SOLVERS, Losses
+from slicer.plan.records import SOLVERS
 from slicer.progress import Progress
 from slicer.runtime import memory
 
@@ -57,7 +57,11 @@ def repair(
                     progress=progress,
                 )
             else:
-                solved = _maps(walk, plan, text, compensation, progress)
+                assert compensation.method is not None
+                batches, seed = text.batches, text.record.seed
+                solved = linear(walk, batches, plan, compensation.method, compensation.rank, progress=progress)
+                if compensation.steps:  # of the constants or maps alone
+                    solved = train(walk, batches, plan, solved, compensation.steps, seed=seed, progress=progress)
     except (HealError, ArchitectureError) as error:
         if asked or (trains and isinstance(error, OutOfMemory)):
             raise
@@ -65,25 +69,12 @@ def repair(
     if solved is None:
         memory.release()  # what the error held
         return NONE
-    if not solved.losses.falls:
-        progress.note(f"{'healed as asked' if asked else 'not healed'}: {_no_help(solved.losses)}")
+    losses = solved.losses
+    if not losses.falls:
+        progress.note(
+            f"{'healed as asked' if asked else 'not healed'}: it does not lower the loss on calibration text held out "
+            f"({losses.after:.4f} nats a token, {losses.before:.4f} without)"
+        )
         if not asked:
             return NONE
     return place(checkpoint, plan, solved, text.record, cast)
-
-
-def _maps(walk: Walk, plan: Plan, text: TokenBatches, compensation: Compensation, progress: Progress) -> Solved:
-    """Constants or linear maps behind the sublayers that stay, trained alone where steps are asked for."""
-    assert compensation.method is not None
-    solved = linear(walk, text.batches, plan, compensation.method, compensation.rank, progress=progress)
-    if compensation.steps:
-        steps, seed = compensation.steps, text.record.seed
-        solved = train(walk, text.batches, plan, solved, steps, seed=seed, progress=progress)
-    return solved
-
-
-def _no_help(losses: Losses) -> str:
-    return (
-        f"it does not lower the loss on calibration text held out ({losses.after:.4f} nats a token, "
-        f"{losses.before:.4f} without)"
-    )

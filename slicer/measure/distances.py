@@ -21,6 +21,7 @@ from slicer.measure.metrics import METRICS, angles, check_finite, cka, fold_resi
 from slicer.measure.recorder import Portion, Recording, record
 from slicer.model.layers import watch
 from slicer.model.load import Model
+from slicer.model.states import Batches
 from slicer.model.sublayers import MidLayerTap
 from slicer.model.walk import Walk
 from slicer.plan.plan import METRIC
@@ -58,7 +59,7 @@ def measure(walk: Walk, text: TokenBatches, halves: bool | None, progress: Progr
 
 
 @torch.inference_mode()
-def measure_loaded(model: Model, batches: Sequence[torch.Tensor], progress: Progress = SILENT) -> Distances:
+def measure_loaded(model: Model, batches: Batches, progress: Progress = SILENT) -> Distances:
     """The angular distances of last tokens between the layers of a loaded model, also where these cannot be run one by
     one; `batches`: int64 [batch, seq] each, no padding.
 
@@ -79,9 +80,7 @@ def measure_loaded(model: Model, batches: Sequence[torch.Tensor], progress: Prog
     return table(METRIC, torch.cat(found), seq_len=batches[0].shape[1])
 
 
-def measure_halves(
-    walk: Walk, batches: Sequence[torch.Tensor], *, progress: Progress = SILENT
-) -> tuple[Distances, Distances]:
+def measure_halves(walk: Walk, batches: Batches, *, progress: Progress = SILENT) -> tuple[Distances, Distances]:
     """The angular distances of last tokens between layers, and between sublayers (a table of depth 2L), in one pass
     over `batches` (int64 [batch, seq] each, no padding).
 
@@ -102,7 +101,7 @@ def tables_of_halves(stacked: torch.Tensor, seq_len: int) -> dict[str, Distances
     return {name: table(name, torch.cat([part[name] for part in parts]), seq_len=seq_len) for name in names}
 
 
-def record_halves(walk: Walk, batches: Sequence[torch.Tensor], *, progress: Progress = SILENT) -> torch.Tensor:
+def record_halves(walk: Walk, batches: Batches, *, progress: Progress = SILENT) -> torch.Tensor:
     """The last token's residual stream before, inside and after every layer: [2L+1, samples, d].
 
     Raises as `measure_halves`.

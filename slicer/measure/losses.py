@@ -18,12 +18,11 @@ import torch
 from slicer.measure.analysis import Distances
 from slicer.measure.distances import table_of_rows, table_of_sums
 from slicer.measure.recorder import Portion
-from slicer.model.states import States
+from slicer.model.states import Batches, States
 from slicer.model.walk import Walk, next_token_loss
 from slicer.progress import SILENT, Progress
 from slicer.runtime.workdir import Notebook
 
-Batches = Sequence[torch.Tensor]  # int64 [batch, seq] each
 Layers = Collection[int]
 
 
@@ -198,7 +197,7 @@ class Questions:
     """
 
     name: str
-    batches: Sequence[torch.Tensor]
+    batches: Batches
     choices: Sequence[Sequence[Choice]]
     right: Sequence[frozenset[int]]
 

@@ -7,18 +7,19 @@ continues after the last finished layer.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from slicer.measure.metrics import check_finite
 from slicer.model.layers import hidden_of
-from slicer.model.states import States
+from slicer.model.states import Batches, States
 from slicer.model.sublayers import mlp_of
 from slicer.model.walk import Walk
 from slicer.progress import SILENT, Progress
@@ -38,13 +39,13 @@ class Portion:
         samples: sequences of all processes.
     """
 
-    batches: Sequence[torch.Tensor]
+    batches: Batches
     first: int
     samples: int
     processes: Processes = Processes()
 
     @classmethod
-    def of(cls, batches: Sequence[torch.Tensor], processes: Processes = Processes()) -> Portion:  # noqa: B008
+    def of(cls, batches: Batches, processes: Processes = Processes()) -> Portion:  # noqa: B008
         """This process's portion of all `batches`. Raises UsageError where some process gets none."""
         own, first = processes.of(batches)
         return cls(own, first, sum(map(len, batches)), processes)
@@ -99,8 +100,6 @@ class Recording:
         return self._read(layer + 1, "mlp", 0, sequences).flatten(0, 1)
 
     def _read(self, layer: int, name: str, first: int, last: int) -> torch.Tensor:
-        from safetensors import safe_open
-
         with safe_open(_file(self.directory, layer), "pt") as stored:
             tensor: torch.Tensor = stored.get_slice(name)[first:last]
         return tensor
@@ -184,8 +183,6 @@ def _file(directory: Path, layer: int) -> Path:
 
 
 def _write(recording: Recording, layer: int, tensors: dict[str, torch.Tensor]) -> None:
-    from safetensors.torch import save_file
-
     with atomic_file(_file(recording.directory, layer)) as part:
         save_file({k: v.contiguous() for k, v in tensors.items()}, part)
 

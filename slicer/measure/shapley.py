@@ -22,7 +22,7 @@ import torch
 
 from slicer.errors import ArchitectureError, UsageError
 from slicer.measure.losses import Questions, kl_divergence
-from slicer.model.states import States
+from slicer.model.states import Batches, States
 from slicer.model.sublayers import attention_outputs, ffn_outputs, without_sublayers
 from slicer.model.walk import Walk, next_token_loss
 from slicer.progress import SILENT, Progress
@@ -70,9 +70,7 @@ class Coalitions:
     Raises UsageError for an unknown `against`, ArchitectureError for a layer without one of the sublayers.
     """
 
-    def __init__(
-        self, walk: Walk, of: Sequence[torch.Tensor] | Questions, *, sublayers: bool, against: str = "loss"
-    ) -> None:
+    def __init__(self, walk: Walk, of: Batches | Questions, *, sublayers: bool, against: str = "loss") -> None:
         if against not in AGAINST:
             raise UsageError(f"--against {against!r}: choose from {', '.join(AGAINST)}")
         self._questions = of if isinstance(of, Questions) else None

@@ -72,18 +72,13 @@ def watching(layer: nn.Module, output: Output) -> Iterator[Observed]:
     """Keep the tensors of `output` in each run of the layer inside the block."""
     seen = Observed()
 
-    def into(module: nn.Module, args: Any) -> None:
-        seen.features = args[0]
-
-    def out_of(module: nn.Module, args: Any, result: Any) -> None:
-        seen.output = hidden_of(result)
+    def through(module: nn.Module, args: Any, result: Any) -> None:
+        seen.features, seen.output = args[0] if args else None, hidden_of(result)
 
     def out_of_norm(module: nn.Module, args: Any, result: Any) -> None:
         seen.normed = result
 
-    handles = [output.module.register_forward_hook(out_of)]
-    if output.kind != "experts":
-        handles.append(output.module.register_forward_pre_hook(into))
+    handles = [output.module.register_forward_hook(through)]
     if output.norm is not None:
         handles.append(layer.get_submodule(output.norm).register_forward_hook(out_of_norm))
     with attached(handles):

@@ -21,7 +21,7 @@ from torch import nn
 from slicer.errors import ArchitectureError
 from slicer.model.layers import decoder_layers, hidden_in, logits_of, norm_eps, on_hidden
 from slicer.model.load import Model
-from slicer.model.states import States
+from slicer.model.states import Batches, States
 from slicer.model.sublayers import attention_outputs, bypass_sublayers, ffn_outputs, without_sublayers
 from slicer.model.walk import Walk, walk_loss
 from slicer.plan.plan import Plan
@@ -120,18 +120,13 @@ def pruned_logits(
 ) -> torch.Tensor:
     """Logits [batch, seq, vocabulary], on the CPU, of `tokens` [batch, seq] by the model of `walk`, loaded or streamed,
     without what `plan` removes (None: the whole model) and with `edits`."""
-    edits = edits or {}
+    plan, edits = plan or Plan.whole(walk.depth), edits or {}
     if walk.loaded:
-        with pruned(walk.model, plan, edits) if plan is not None else contextlib.nullcontext():
+        with pruned(walk.model, plan, edits):
             return logits_of(walk.model, tokens)
-    gone: Gone = plan.gone if plan is not None else (frozenset(), frozenset())
-    states = walk.start([tokens])
-    order = [i for i in range(walk.depth) if i not in gone[0] & gone[1]]
-    with walk.along(order):
-        for i in order:
-            with walk.layer(i) as layer, pruned_layer(layer, i, gone, edits.get(i), norm_eps(walk.model)):
-                walk.advance(i, states)
-    return walk.logits(states, 0).cpu()
+    run = PrunedRun(walk, plan, walk.start([tokens]), ())
+    (streams,) = run.ends([0], [_given(edits)])
+    return walk.head(tokens, streams[0]).cpu()
 
 
 EditOf = Callable[[int, nn.Module], LayerEdit | None]  # the change of a layer, made while its weights are in place
@@ -158,9 +153,7 @@ class PrunedRun:
         self.layers = [i for i in range(origin.layer, walk.depth) if i not in self.gone[0] & self.gone[1]]
 
     @classmethod
-    def of_source(
-        cls, walk: Walk, plan: Plan, batches: Sequence[torch.Tensor], held: Sequence[int], first: int
-    ) -> PrunedRun:
+    def of_source(cls, walk: Walk, plan: Plan, batches: Batches, held: Sequence[int], first: int) -> PrunedRun:
         """From layer `first` on, or from the first layer that lacks something; runs the source on `batches`."""
         first = min([first, *plan.gone[0], *plan.gone[1]])
         target = walk.run(walk.start(batches), range(first))
@@ -235,9 +228,9 @@ def shortened(model: Model, plan: Plan, config: Mapping[str, Any], edits: Edits 
     with tempfile.TemporaryDirectory(prefix="slicer-config-") as scratch:
         (Path(scratch) / "config.json").write_text(json.dumps(config), "utf-8")
         new = type(model.config).from_pretrained(scratch).get_text_config()
-    changed = {key: value for key, value in new.__dict__.items() if not key.startswith("_")}
     # Set by loading, not by config.json: how attention runs, and in which precision.
-    changed = {key: value for key, value in changed.items() if key not in ("dtype", "torch_dtype")}
+    loaded = ("dtype", "torch_dtype")
+    changed = {key: v for key, v in new.__dict__.items() if not key.startswith("_") and key not in loaded}
     numbers = [
         (module, attribute, getattr(module, attribute))
         for layer in layers

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -20,13 +21,10 @@ from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import ArchitectureError, PlanError
 from slicer.model.layers import decoder_layers, hidden_in, hidden_of, replaced_forwards
 from slicer.model.load import in_float32, load_model
-from slicer.model.states import StateBudget, States
+from slicer.model.offload import OffloadedModel
+from slicer.model.states import Batches, StateBudget, States
 from slicer.runtime import memory
 from slicer.runtime.compute import Compute
-
-if TYPE_CHECKING:
-    from slicer.model.offload import OffloadedModel
-
 
 Listener = Callable[[int, torch.Tensor], None]
 _Call = Callable[[nn.Module, torch.Tensor], Any]  # calls a layer on hidden states, with recorded other arguments
@@ -52,7 +50,6 @@ class Walk:
         model: the transformers model; out of core, only the layer in use has weights.
         layers: its decoder layers.
         depth: L.
-        compute: where it runs, with the memory it may use.
         trust_remote_code: whether the checkpoint's own Python code may run, for its tokenizer too.
         activations: cache for the folds of many cuts on one text; None: every fold runs the source itself.
         directory: for states beyond the budget, and for finished stages of a fold; None: a temporary one, no stages.
@@ -62,7 +59,7 @@ class Walk:
         self.model, self._offloaded, self._budget = model, offloaded, budget
         self.layers = decoder_layers(model)
         self.depth = len(self.layers)
-        self.compute, self.trust_remote_code = Compute(), False
+        self.trust_remote_code = False
         self.activations: SourceActivations | None = None
         self.directory = budget.directory
         self._order: tuple[int, ...] = tuple(range(self.depth))
@@ -82,27 +79,25 @@ class Walk:
     def out_of_core(
         cls,
         checkpoint: Checkpoint | Path,
+        compute: Compute = Compute(),  # noqa: B008 (frozen)
         *,
-        dtype: str = "auto",
-        device: str = "auto",
-        memory_bytes: int | None = None,
         directory: Path | None = None,
-        trust_remote_code: bool = False,
-    ) -> Walk:
+        **changed: Any,
+    ) -> Self:
         """Walk over a checkpoint on disk, with one layer in memory while the next one is read.
 
-        `memory_bytes` limits weights and states together: states get what the layers leave. If it is too small for two
-        layers, the next one is not read ahead. `dtype` and `device` as in `load_model`. Raises SourceError.
+        `changed` are fields of `compute` with another value. Its `memory` limits weights and states together: states
+        get what the layers leave. If it is too small for two layers, the next one is not read ahead; None: no limit.
+        Raises SourceError.
         """
-        from slicer.model.offload import OffloadedModel
-
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = Checkpoint.open(checkpoint)
-        target = Compute(device).torch_device()
-        offloaded = OffloadedModel(checkpoint, dtype=dtype, device=target, trust_remote_code=trust_remote_code)
+        compute = replace(compute, **changed)
+        offloaded, limit = OffloadedModel(checkpoint, compute), compute.memory
         largest = max(map(offloaded.layer_bytes, range(len(offloaded.layers))))
-        ahead = memory_bytes is None or memory_bytes >= 3 * largest
-        limit = None if memory_bytes is None else max(0, memory_bytes - (2 if ahead else 1) * largest)
+        ahead = limit is None or limit >= 3 * largest
+        if limit is not None:
+            limit = max(0, limit - (2 if ahead else 1) * largest)
         offloaded.reads_ahead = ahead
         return cls(offloaded.model, offloaded, StateBudget(limit, directory))
 
@@ -168,7 +163,7 @@ class Walk:
         finally:
             self._order = before
 
-    def start(self, batches: Sequence[torch.Tensor]) -> States:
+    def start(self, batches: Batches) -> States:
         """Record the arguments of every layer and return x(0) of every batch (int64 [batch, seq], no padding).
 
         Raises ArchitectureError if the layers pass each other more than hidden states.
@@ -207,8 +202,8 @@ class Walk:
 
     def advance(
         self, i: int, states: States, listener: Listener | None = None, *, only: Iterable[int] | None = None
-    ) -> States:
-        """Run layer i over all batches; replaces `states` in place by x(i+1) and returns them.
+    ) -> None:
+        """Run layer i over all batches; replaces `states` in place by x(i+1).
 
         `only`: the batches to run, if the others are no longer needed. `listener(b, x)` gets the new states of each
         batch, [batch, seq, d], on the device. Hooks on the module of `layer(i)` are active. States of any earlier layer
@@ -223,7 +218,6 @@ class Walk:
                     listener(b, new)
                 states[b] = new
         states.layer = i + 1
-        return states
 
     def call(self, i: int, batch: int, states: torch.Tensor, *, gradient: bool = False) -> torch.Tensor:
         """Output of layer i for `states`, [batch, seq, d], as x(i) of that batch; stores nothing.
@@ -359,28 +353,15 @@ def open_walk(
     take up to `compute.memory` bytes of the host; further states go to files in `directory`. The walk is closed when
     the block ends, so a name that outlives the block keeps no model. Raises SourceError.
     """
-    precision, limit = compute.dtype or "auto", memory.budget(compute)
+    limit = memory.budget(compute)
     if loads:
-        model = load_model(
-            checkpoint.path,
-            dtype=precision,
-            device=compute.device,
-            device_memory=compute.device_memory,
-            trust_remote_code=compute.trust_remote_code,
-        )
+        model = load_model(checkpoint.path, compute)
         on_host = checkpoint.bytes_as(compute.dtype) if model.device.type == "cpu" else 0
         walk = Walk.in_memory(model, memory_bytes=max(0, limit - on_host), directory=directory)
         del model
     else:
-        walk = Walk.out_of_core(
-            checkpoint,
-            dtype=precision,
-            device=compute.device,
-            memory_bytes=limit,
-            directory=directory,
-            trust_remote_code=compute.trust_remote_code,
-        )
-    walk.compute, walk.trust_remote_code = compute, compute.trust_remote_code
+        walk = Walk.out_of_core(checkpoint, compute, memory=limit, directory=directory)
+    walk.trust_remote_code = compute.trust_remote_code
     try:
         yield walk
     finally:
@@ -395,9 +376,7 @@ def next_token_loss(log_probabilities: torch.Tensor, tokens: torch.Tensor, reduc
     return nn.functional.nll_loss(log_probabilities[:-1], following, reduction=reduction)
 
 
-def walk_loss(
-    walk: Walk, tokens: Sequence[torch.Tensor], last: Callable[[int], torch.Tensor], batches: Iterable[int]
-) -> float:
+def walk_loss(walk: Walk, tokens: Batches, last: Callable[[int], torch.Tensor], batches: Iterable[int]) -> float:
     """Mean next-token cross entropy of these `batches` of `tokens`, nats, from `last(b)`, [batch, seq, d], taken as
     x(L) of batch b. Computes the logits of one sequence at a time, because they are large."""
     total, count = 0.0, 0

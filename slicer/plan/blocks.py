@@ -62,8 +62,9 @@ class Doubt:
 def rank(distances: Distances, n: int, protect: Collection[int] = ()) -> list[Block]:
     """All blocks of n layers without a protected one, closest first; of equals the deeper one first.
 
-    The deeper of two equal blocks disturbs fewer of the layers after it (section 3.1 of the paper). Blocks that were
-    not measured (NaN) are left out. Raises PlanError when no block is left.
+    The first is equation 6 of "The Unreasonable Ineffectiveness of the Deeper Layers": argmin over l of d(l, l+n). The
+    deeper of two equal blocks disturbs fewer of the layers after it (section 3.1 of the paper). Blocks that were not
+    measured (NaN) are left out. Raises PlanError when no block is left.
     """
     if not 0 < n < distances.depth:
         raise PlanError(f"cannot drop {n} of {distances.depth} layers; drop between 1 and {distances.depth - 1}")
@@ -77,11 +78,6 @@ def _closest_first(row: Sequence[float], n: int, allowed: Callable[[int], bool])
     """The blocks of a row of distances by start, without those not measured; of equals the deeper one first."""
     found = [Block(start, n, float(d)) for start, d in enumerate(row) if not math.isnan(d) and allowed(start)]
     return sorted(found, key=lambda block: (block.distance, -block.start))
-
-
-def select(distances: Distances, n: int) -> Block:
-    """Equation 6 of "The Unreasonable Ineffectiveness of the Deeper Layers": argmin over l of d(l, l+n)."""
-    return rank(distances, n)[0]
 
 
 def best_cuts(

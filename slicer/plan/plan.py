@@ -156,22 +156,6 @@ class Plan(Record):
             raise PlanError(f"the plan drops nothing: all {depth} layers stay; drop at least one")
         return cls(depth, tuple(i for i in range(depth) if i not in gone))
 
-    @classmethod
-    def cutting(
-        cls,
-        depth: int,
-        layers: Iterable[int] = (),
-        attention: Iterable[int] = (),
-        ffn: Iterable[int] = (),
-        form: str = "native",
-    ) -> Plan:
-        """The plan that drops `layers`, the attention of some and the feed-forward part of some (source indices).
-
-        A layer that would lose both sublayers is dropped. Raises PlanError for a sublayer named twice.
-        """
-        base = cls.dropping(depth, gone) if (gone := set(layers)) else cls.whole(depth)
-        return replace(base.without(attention, ffn), form=form)
-
     def without(self, attention: Iterable[int], ffn: Iterable[int]) -> Plan:
         """This plan without these sublayers of its layers too; a layer that would lose both goes."""
         attention, ffn = {*attention, *self.no_attention}, {*ffn, *self.no_ffn}

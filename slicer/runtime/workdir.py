@@ -188,22 +188,14 @@ def _spelled(values: Mapping[str, Any], key: str) -> str:
 
 
 @contextlib.contextmanager
-def owned(
-    path: Path,
-    processes: Processes = Processes(),  # noqa: B008 (frozen)
-    /,
-    *,
-    what: str = _TRAINING,
-    overwrite: bool | None = None,
-    resumable: Callable[[], bool] = lambda: True,
-    removed: tuple[str, ...] = ("*",),
-    **identity: Any,
-) -> Iterator[Workdir]:
+def owned(path: Path, processes: Processes = Processes(), /, **given: Any) -> Iterator[Workdir]:  # noqa: B008 (frozen)
     """Inside the block the first of `processes` holds the lock of `path`, whose identity was checked for all of them.
 
-    See `Workdir` for the arguments. Raises OutputError, in every process.
+    `given`: `what`, `overwrite`, `resumable` and `removed` of `Workdir`; the others are its identity. Raises
+    OutputError, in every process.
     """
-    work = Workdir(path, identity, what, overwrite, False, resumable, removed)
+    options = {name: given.pop(name) for name in ("what", "overwrite", "resumable", "removed") if name in given}
+    work = Workdir(path, given, **options)
     try:
         processes.first(work.claim)
         yield work

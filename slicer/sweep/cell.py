@@ -60,8 +60,8 @@ class SharedModel:
     def walk(self) -> Walk:
         """Over the loaded source; in a distributed run, on this process's GPU."""
         self.progress.stage("Loading the model")
-        walk = Walk.in_memory(_loaded(self.source.path, self.compute))
-        walk.compute, walk.trust_remote_code = self.compute, self.compute.trust_remote_code
+        walk = Walk.in_memory(load_model(self.source.path, self.compute))
+        walk.trust_remote_code = self.compute.trust_remote_code
         walk.activations = SourceActivations(int(memory.ACTIVATIONS_SHARE * memory.budget(self.compute)))
         return walk
 
@@ -76,12 +76,6 @@ class SharedModel:
     def prefix(self) -> Prefix:
         """Cache of the layers before the cuts."""
         return Prefix(self.walk.model, int(memory.KEPT_SHARE * memory.budget(self.compute)))
-
-
-def _loaded(path: Path, compute: Compute) -> Any:
-    return load_model(
-        path, dtype=compute.dtype or "auto", device=compute.device, trust_remote_code=compute.trust_remote_code
-    )
 
 
 def evaluated(model: Any, path: Path, suite: Suite, name: str) -> Evaluation:
@@ -129,7 +123,7 @@ def on_disk(
             heal(HealRequest(str(cut), source, training, text=text, output=output, compute=compute), shared.progress)
     record = Plan.load(out).healing
     assert record is not None
-    evaluation = evaluated(_loaded(out, shared.compute), out, suite, name)
+    evaluation = evaluated(load_model(out, shared.compute), out, suite, name)
     shutil.rmtree(directory, ignore_errors=True)
     with contextlib.suppress(OSError):  # not empty: another process trains in it
         directory.parent.rmdir()

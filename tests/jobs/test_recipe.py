@@ -229,7 +229,7 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(source: Source, t
         (PlanError, "has 6", {"plan": Plan.dropping(9, [1])}),
         (OutputError, "not empty", {"output": Output(taken)}),
         (OutputError, "no config.json", {"output": Output(taken, overwrite=True)}),
-        (ArchitectureError, "native", {"plan": Plan.cutting(6, attention=[2]), "selection": Selection(form="native")}),
+        (ArchitectureError, "native", {"plan": Plan.whole(6).without([2], []), "selection": Selection(form="native")}),
     ]
     for kind, words, given in cases:
         with pytest.raises(kind, match=words):

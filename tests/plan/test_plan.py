@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from cuts import cutting
 
 from slicer.errors import ArchitectureError, PlanError
 from slicer.plan.plan import Plan
@@ -110,7 +111,7 @@ def test_what_is_dropped_is_enough() -> None:
 
 
 def test_sublayers_go_and_a_layer_without_both_is_dropped() -> None:
-    plan = Plan.cutting(6, [1], attention=[2, 3], ffn=[3, 4])
+    plan = cutting(6, [1], attention=[2, 3], ffn=[3, 4])
     assert plan.dropped == (1, 3) and plan.no_attention == (2,) and plan.no_ffn == (4,)
     assert plan.without([4], []).dropped == (1, 3, 4)
     assert plan.gone == (frozenset({1, 2, 3}), frozenset({1, 3, 4})) and not plan.complete
@@ -119,11 +120,11 @@ def test_sublayers_go_and_a_layer_without_both_is_dropped() -> None:
     assert half.without([1], [3]).dropped == (1, 2, 3) and half.without([1], [3]).joined == ()
     for wrong in ({"layers": [2], "attention": [2]}, {"ffn": [6]}, {"layers": [-1]}):
         with pytest.raises(PlanError):
-            Plan.cutting(6, **wrong)  # type: ignore[arg-type]
+            cutting(6, **wrong)  # type: ignore[arg-type]
 
 
 def test_the_form_follows_from_what_is_missing() -> None:
-    missing, whole = Plan.cutting(6, attention=[2]), Plan.dropping(6, [2])
+    missing, whole = cutting(6, attention=[2]), Plan.dropping(6, [2])
     assert missing.in_form(None).form == "blockwise" and whole.in_form(None).form == "native"
     assert missing.in_form("zeroed").form == "zeroed" and whole.in_form("zeroed").form == "native"
     with pytest.raises(ArchitectureError, match="--format native"):

@@ -20,9 +20,10 @@ sequences.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,11 +35,11 @@ from slicer.heal.compensate.regression import SINKS, NormalEquations, Split, red
 from slicer.heal.patch import Solved, check_method
 from slicer.model.layers import norm_eps
 from slicer.model.pruned import Edits, LayerEdit, PrunedRun, Replacement
-from slicer.model.states import States
+from slicer.model.states import Batches, States
 from slicer.model.walk import Walk
 from slicer.plan.plan import Plan
 from slicer.plan.records import SolvedMatrix
-from slicer.progress import Progress
+from slicer.progress import SILENT, Progress
 
 RATE = 0.02
 WARM_UP = 0.1  # share of the steps in which the rate rises
@@ -48,22 +49,16 @@ _TRAINED = ("bias", "down", "up")
 
 
 def linear(
-    walk: Walk,
-    batches: Sequence[torch.Tensor],
-    plan: Plan,
-    method: str,
-    rank: int | None = None,
-    *,
-    progress: Progress | None = None,
+    walk: Walk, batches: Batches, plan: Plan, method: str, rank: int | None = None, *, progress: Progress = SILENT
 ) -> Solved:
     """Fill the gaps that `plan` leaves in the source, over which `walk` is, by `method`: "bias" or "linear" of `rank`.
 
-    `batches`: int64 [batch, seq], no padding. Raises HealError for too little text or where no sublayer stays before a
+    Raises HealError for too little text or where no sublayer stays before a
     gap, ArchitectureError where the attention of a layer is removed that runs beside its feed-forward sublayer.
     """
     check_method(method, rank, walk.model.config.get_text_config().hidden_size)
     rank = rank if method == "linear" else None
-    progress, data = progress or Progress(), split(batches)
+    data = split(batches)
     progress.stage("Replacing the removed sublayers", walk.depth, "layers")
     both, eps = GapPass(walk, data, plan, None, progress), norm_eps(walk.model)
     edits: dict[int, LayerEdit] = {}
@@ -99,11 +94,10 @@ def _rows(cut: States, target: States) -> Iterator[Row]:
 
 def _constant(rows: partial[Iterator[Row]], data: Split) -> tuple[Replacement, float]:
     """(the constant, the share of the squared error left on the held-out sequences)."""
-    total, weights = torch.zeros(0), 0.0
-    for b, h, change, weight in rows():
+    total: Any = 0.0
+    weights = 0.0
+    for b, _, change, weight in rows():
         if b not in data.held:
-            if not len(total):
-                total = torch.zeros(h.shape[1], dtype=torch.float64)
             total += (weight[:, None] * change).sum(0, dtype=torch.float64)
             weights += float(weight.sum())
     bias = (total / weights).float()
@@ -144,14 +138,7 @@ def _gain(walk: Walk, gap: Gap) -> torch.Tensor:
 
 
 def train(
-    walk: Walk,
-    batches: Sequence[torch.Tensor],
-    plan: Plan,
-    solved: Solved,
-    steps: int,
-    *,
-    seed: int = 0,
-    progress: Progress | None = None,
+    walk: Walk, batches: Batches, plan: Plan, solved: Solved, steps: int, *, seed: int = 0, progress: Progress = SILENT
 ) -> Solved:
     """`solved` after so many steps; the same bytes for the same seed.
 
@@ -165,7 +152,7 @@ def train(
         return replace(solved, losses=losses, steps=steps)
     with walk.in_float32():
         training = ReplacementTraining(walk, split(batches), plan, solved.edits)
-        best, edits = training.run(steps, seed, progress or Progress())
+        best, edits = training.run(steps, seed, progress)
         losses = replace(losses, after=training.pruned.losses([edits])[0])
     return replace(solved, edits=edits, losses=losses, steps=steps, best_step=best)
 
@@ -176,7 +163,9 @@ class ReplacementTraining:
     def __init__(self, walk: Walk, data: Split, plan: Plan, edits: Edits) -> None:
         self.pruned = PrunedRun.of_source(walk, plan, data.batches, data.held, min(edits))
         self._objective = Objective(walk, self.pruned.target, data.held)
-        self.leaves = {i: _mapped(edit, _leaf) for i, edit in edits.items()}
+        self.leaves = {
+            i: _mapped(edit, lambda t: t.detach().float().clone().requires_grad_()) for i, edit in edits.items()
+        }
         self._parameters = [
             tensor
             for edit in self.leaves.values()
@@ -246,7 +235,3 @@ def _mapped(edit: LayerEdit, change: Callable[[torch.Tensor], torch.Tensor]) -> 
         return replace(replacement, **{n: change(t) for n, t in tensors.items() if t is not None})
 
     return replace(edit, behind={name: mapped(found) for name, found in edit.behind.items()})
-
-
-def _leaf(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().float().clone().requires_grad_()

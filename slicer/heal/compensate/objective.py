@@ -42,14 +42,12 @@ class Objective:
     def __init__(self, walk: Walk, target: States, held: Sequence[int]) -> None:
         self._walk, self._target, self._held = walk, target, held
         self._certainty = 0.0  # sum of p log p over the positions judged
-        likelihood: torch.Tensor | None = None
+        likelihood: Any = 0.0
         for b in held:
             for at in self._positions(b):
                 p = self._source(b, at)
                 self._certainty -= float(torch.special.entr(p).double().sum())
-                sums = p.sum((0, 1))
-                likelihood = sums if likelihood is None else likelihood + sums
-        assert likelihood is not None
+                likelihood += p.sum((0, 1))
         self._vocabulary = choose(likelihood, torch.cat([tokens.flatten() for tokens in target.tokens]))
 
     @torch.no_grad()

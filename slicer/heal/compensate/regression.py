@@ -21,16 +21,16 @@ which is at most 2.5 times the 8 f^2 of G where f >= 2 d. Beside it there are a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from slicer.errors import HealError
 from slicer.model.output_maps import Observed, Output, arriving, watching
-from slicer.model.states import States
+from slicer.model.states import Batches, States
 from slicer.model.walk import Walk
 
 HELD_OUT = 16  # one sequence in so many (at least one)
@@ -53,7 +53,7 @@ class Split:
     sequences: tuple[int, ...]
 
 
-def split(batches: Sequence[torch.Tensor]) -> Split:
+def split(batches: Batches) -> Split:
     """Hold one sequence in `HELD_OUT` out: these choose the ridge strengths and give the losses.
 
     Raises HealError for too few sequences.
@@ -99,16 +99,10 @@ class NormalEquations:
         self._held_weight = 0.0
 
     def add(
-        self,
-        features: torch.Tensor,
-        change: torch.Tensor,
-        weight: torch.Tensor | None = None,
-        *,
-        held_out: bool = False,
+        self, features: torch.Tensor, change: torch.Tensor, weight: torch.Tensor, *, held_out: bool = False
     ) -> None:
-        """Add tokens: `features` [tokens, f], `change` [tokens, d], `weight` [tokens] (one each where None)."""
-        weight = torch.ones(len(features), device=features.device) if weight is None else weight.float()
-        root = weight.sqrt()[:, None]
+        """Add tokens: `features` [tokens, f], `change` [tokens, d], `weight` [tokens]."""
+        root = weight.float().sqrt()[:, None]
         z, r = features.float() * root, change.float() * root
         if held_out:
             self._held.append((z, r))
@@ -318,7 +312,7 @@ def norm_gain(fit: LayerFit, output: Output) -> tuple[torch.Tensor, float]:
 
     Each component apart: the g that brings g u / |u| closest to the output wanted, by least squares.
     """
-    sums = [torch.zeros(0)] * 2
+    sums: list[Any] = [0.0, 0.0]  # of the sequences fitted, and of those held out
     with watching(fit.layer, output) as seen:
         for b in range(len(fit.entering)):
             h = fit.run(b)
@@ -331,10 +325,9 @@ def norm_gain(fit: LayerFit, output: Output) -> tuple[torch.Tensor, float]:
                 weight = token_weights(wanted)[:, None]
                 terms = [weight * direction * r, weight * direction.square(), weight * r.square()]
                 added = torch.stack([term.sum(0) for term in terms]).double()
-                at = int(b in fit.held)
-                sums[at] = sums[at] + added if len(sums[at]) else added
+                sums[b in fit.held] += added
     cross, own, _ = sums[0]
-    change = cross / own.clamp_min(1e-30)
+    change: torch.Tensor = cross / own.clamp_min(1e-30)
     cross, own, power = sums[1]
     after = power - 2 * change * cross + change.square() * own
     return change, float(after.sum() / power.sum().clamp_min(1e-30))

@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +100,13 @@ def distillation_loss(
 
         outputs: CachedTeacher | LiveTeacher = processes.first_then_all(cached)
     else:
-        load, ways = partial(load_model, teacher.path, dtype=settings.compute), ["--teacher-cache DIR"]
         if asked.teacher_4bit:
             require("qlora")
-            load = partial(load, quantization=nf4(settings.compute))
-        else:
-            ways = ["--teacher-4bit", *ways]
+        ways = ["--teacher-4bit"] * (not asked.teacher_4bit) + ["--teacher-cache DIR"]
+        quantization = nf4(settings.compute) if asked.teacher_4bit else None
         progress.stage("Loading the teacher")
         with within_memory("loading the teacher", ways):
-            model = load(device=compute.pinned().device, trust_remote_code=compute.trust_remote_code)
+            model = load_model(teacher.path, compute.pinned(), dtype=settings.compute, quantization=quantization)
         unpack(model)
         outputs = LiveTeacher(model, at, states=states, logits=logits)
     return DistillationLoss(outputs, at, asked.mismatch_weight, asked.kl_weight)

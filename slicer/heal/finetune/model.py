@@ -8,7 +8,7 @@ checks for packed weights and missing gradients.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 from transformers.pytorch_utils import Conv1D
 
 from slicer.checkpoint.adapter import WEIGHTS
@@ -65,10 +66,9 @@ def load(base: Checkpoint, settings: TrainingSettings, compute: Compute) -> Mode
     asked, method = settings.asked, settings.asked.method
     if method == "full":
         homes_of(base, trust_remote_code=compute.trust_remote_code)
-    place = partial(load_model, device=compute.pinned().device, trust_remote_code=compute.trust_remote_code)
-    dtype = "float32" if method == "full" else settings.compute
+    place = replace(compute.pinned(), dtype="float32" if method == "full" else settings.compute)
     quantization = nf4(settings.compute) if method == "qlora" else None
-    model = place(base.path, dtype=dtype, quantization=quantization, sharded=sharded())
+    model = load_model(base.path, place, quantization=quantization, sharded=sharded())
     # accelerate leaves weights that fit on no GPU elsewhere, and they cannot be trained there.
     if not sharded() and any(weight.is_meta for weight in model.parameters()):
         raise torch.OutOfMemoryError("the GPUs are too small for the model")
@@ -171,7 +171,6 @@ _ADAPTER = "default"  # peft's default adapter name
 def wraps_adapter(model: Model) -> bool:
     """Whether `model` is a peft model wrapped by FSDP."""
     from peft import PeftModel
-    from torch.distributed.fsdp import FullyShardedDataParallel
 
     return isinstance(model, FullyShardedDataParallel) and isinstance(model.module, PeftModel)
 
@@ -187,8 +186,6 @@ def save_adapter(model: Model, state: Mapping[str, torch.Tensor], path: Path) ->
 
 def load_adapter(model: Model, path: Path) -> None:
     """Load an adapter written by `save_adapter` into a wrapped `model`; every process reads the file."""
-    from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
-
     parted = ((key.rpartition("."), tensor) for key, tensor in load_file(path / WEIGHTS).items())
     state = {f"{name}.{_ADAPTER}.{kind}": tensor for (name, _, kind), tensor in parted}
     everywhere = FullStateDictConfig(offload_to_cpu=False, rank0_only=False)

@@ -93,10 +93,7 @@ def _result(
         """On the held-out text, nats a token; None where the model does not fit in memory."""
         if not memory.fits(getattr(torch, settings.compute).itemsize * checkpoint.parameters, compute):
             return None
-        model = load_model(
-            checkpoint.path, dtype=settings.compute, device=compute.device, trust_remote_code=compute.trust_remote_code
-        )
-        return text_loss(model, text)
+        return text_loss(load_model(checkpoint.path, compute, dtype=settings.compute), text)
 
     progress.stage("Measuring the loss before")
     losses = Losses(loss(source), loss(base.checkpoint))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuts import cutting
 from torch import nn
 
 from slicer.checkpoint.hub import DEMO
@@ -84,9 +85,7 @@ def test_a_step_solves_with_both_factors(transposed: bool) -> None:
     assert torch.allclose(new.T if transposed else new, first + 2 * expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "plan", [PLAN, Plan.cutting(12, attention=DROPPED, form="zeroed")], ids=["layers", "attention"]
-)
+@pytest.mark.parametrize("plan", [PLAN, cutting(12, attention=DROPPED, form="zeroed")], ids=["layers", "attention"])
 def test_steps_lower_the_loss_of_text_that_took_no_part(plan: Plan, model: Any, text: list[torch.Tensor]) -> None:
     """Neither fitted nor used to choose the lengths; and they lead no further from the source than they may."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

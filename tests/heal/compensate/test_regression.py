@@ -20,10 +20,10 @@ def data(tokens: int, f: int = 300, d: int = 7, noise: float = 0.0) -> tuple[tor
 
 
 def gathered(z: torch.Tensor, r: torch.Tensor, weight: torch.Tensor | None = None) -> NormalEquations:
-    equations = NormalEquations(z.shape[1], r.shape[1])
+    equations, weight = NormalEquations(z.shape[1], r.shape[1]), torch.ones(len(z)) if weight is None else weight
     for at, start in enumerate(range(0, len(z), 100)):
         piece = slice(start, start + 100)
-        equations.add(z[piece], r[piece], None if weight is None else weight[piece], held_out=at % 4 == 3)
+        equations.add(z[piece], r[piece], weight[piece], held_out=at % 4 == 3)
     return equations
 
 
@@ -131,8 +131,8 @@ def test_a_higher_rank_leaves_no_larger_error_on_what_it_is_fitted_to() -> None:
     truth = torch.randn(10, 12, generator=generator)
     r = z @ truth.T + 0.1 * torch.randn(400, 10, generator=generator)
     equations = NormalEquations(12, 10)
-    equations.add(z[:300], r[:300])
-    equations.add(z[300:], r[300:], held_out=True)
+    equations.add(z[:300], r[:300], torch.ones(300))
+    equations.add(z[300:], r[300:], torch.ones(100), held_out=True)
     solution = solve(equations)
     assert solution is not None
     errors = []
