@@ -17,6 +17,7 @@ from slicer.measure.distances import measure
 from slicer.model.walk import Walk
 from slicer.progress import Progress
 from slicer.runtime.files import write_atomically
+from slicer.runtime.memory import within_memory
 from slicer.runtime.versions import versions
 from slicer.runtime.workdir import beside, claimed
 
@@ -60,7 +61,9 @@ def measured(walk: Walk | None, text: TokenBatches | None, recipe: Recipe, progr
     if file is not None and file.is_file():
         progress.note(f"going on from {walk.directory}")
         return Analysis.load(file)
-    analysis = measure(walk, text, recipe.halves, progress)
+    size = len(text.batches[0])
+    with within_memory("measuring", [f"--batch-size {size // 4 or 1}", "--device cpu"]):
+        analysis = measure(walk, text, recipe.halves, progress)
     if file is not None:
         write_atomically(file, analysis.to_json())
     return analysis

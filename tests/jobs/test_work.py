@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import slicer, succeeds
 from processes import ForkServer
 
 from slicer.heal.compensate import fold
 from slicer.heal.compensate.newton import STEPS, Newton
-from slicer.jobs import work
+from slicer.jobs import analyze, work
 from slicer.runtime.workdir import Stages
 
 
@@ -104,3 +105,39 @@ def test_other_work_in_the_directory_is_one_line(held_out_file: Path, tmp_path: 
     failed = slicer(*converting(held_out_file, out))
     assert failed.exit_code == 1 and len(failed.stderr.strip().splitlines()) == 1 and "out.work" in failed.stderr
     assert [p.name for p in place.iterdir()] == ["mine.txt"] and not out.exists()
+
+
+def test_out_of_memory_in_healing_that_was_asked_for_keeps_the_work(
+    done: Path, held_out_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line, then the same command goes on; the fold that nobody asked for is in tests/test_devices.py."""
+
+    def full(*_: Any) -> bool:
+        raise MemoryError
+
+    calls: list[str] = []
+    counted(monkeypatch, work, "measure", calls)
+    command = [*converting(held_out_file, tmp_path / "out"), "--heal", "fold"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Newton, "step", full)
+        failed = slicer(*command)
+    assert failed.exit_code == 1 and "out of memory healing the cut" in failed.stderr.splitlines()[-1]
+    assert [p.name for p in tmp_path.iterdir()] == ["out.work"]
+    succeeds(*command)
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert weights == (done / "model.safetensors").read_bytes() and calls == ["measure"]
+
+
+@pytest.mark.parametrize(("command", "owner", "name"), [("convert", work, "measure"), ("analyze", analyze, "record")])
+def test_out_of_memory_in_measuring_is_one_line(
+    command: str, owner: Any, name: str, held_out_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(owner, name, full)
+    _, *given = converting(held_out_file, tmp_path / "out")
+    failed = slicer(command, *(given if command == "convert" else [given[0], *given[3:]]))
+    said = failed.stderr.strip().splitlines()[-1]
+    assert failed.exit_code == 1 and said == "slicer: out of memory measuring; give --batch-size 1 or --device cpu"
+    assert not (tmp_path / "out.work").exists()
