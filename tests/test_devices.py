@@ -239,7 +239,7 @@ def test_a_model_that_is_not_loaded_gives_no_text(command: list[object], machine
 # ---------------------------------------------------------------- too little memory
 
 
-SMALL = 30e6  # bytes of a device that holds the model, and not what the fold of it takes
+SMALL = 16e6  # bytes of a device that holds the model, and not what the fold of it takes
 
 
 def test_a_fold_by_default_that_does_not_fit_leaves_the_bare_cut(machines: Machines) -> None:
@@ -260,7 +260,7 @@ def test_one_that_is_asked_for_ends_in_one_line(command: list[object], machines:
     machines(1).run("bare")
     result, _ = machines(1).slicer(*command, "-o", tmp_path / "out", memory=SMALL)
     said = [line for line in result.stderr.splitlines() if line.startswith("slicer:")]
-    assert result.exit_code == 1 and not os.listdir(tmp_path)
+    assert result.exit_code == 1 and set(os.listdir(tmp_path)) <= {"out.work"}, "what was measured may stay"
     assert len(said) == 1 and "out of memory" in said[0] and "--device cpu" in said[0]
 
 
