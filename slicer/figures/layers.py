@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from slicer.measure.analysis import Analysis, Distances
 
 _CURVES = 6  # of the block sizes that are drawn
-_SUBLAYERS = ((BLUE, "attention"), (ORANGE, "feed-forward part"))  # in the order of a layer
+_SUBLAYERS = ((BLUE, "attention"), (ORANGE, "feed-forward"))  # in the order of a layer
 
 
 def parts(analysis: Analysis, path: Path) -> None:
