@@ -33,8 +33,8 @@ def load_model(
     """Load `path` for inference: eval mode, no gradients.
 
     `dtype` is "auto" (as stored) or a torch name; `device` as in `Compute`: with "auto" the model is spread over
-    several GPUs when one (its `device_memory`, bytes; None: a share of its total) is too small, accelerate is installed
-    and no other process is at work. `quantization` is
+    several GPUs if one (its `device_memory`, bytes; None: a share of its total) is too small, accelerate is installed
+    and there is no other process. `quantization` is
     transformers' config of one, applied while loading. A model that is to be `sharded` over processes stays on
     the CPU, or quantized on the GPU of its process. Raises SourceError with the reason.
     """
@@ -45,7 +45,7 @@ def load_model(
     if spread:
         arguments["device_map"] = "auto"
     if quantization is not None:
-        arguments.setdefault("device_map", {"": target})  # also where it is sharded: on this process's own GPU
+        arguments.setdefault("device_map", {"": target})  # also if sharded: the GPU of this process
         arguments["quantization_config"] = quantization
     failing = f"{path}: transformers cannot load it"
     model = _first_working(path, lambda auto: auto.from_pretrained(str(path), **arguments), failing)
@@ -163,13 +163,13 @@ def blueprint(path: Path, *, trust_remote_code: bool = False) -> Checkpoint:
 def _needs_several(path: Path, dtype: str, target: torch.device, device_memory: int | None) -> bool:
     from importlib.util import find_spec
 
-    room = memory.budget(Compute(device_memory=device_memory), target)
-    return Checkpoint.open(path).bytes_as(dtype) * 1.1 > room and find_spec("accelerate") is not None
+    budget = memory.budget(Compute(device_memory=device_memory), target)
+    return Checkpoint.open(path).bytes_as(dtype) * 1.1 > budget and find_spec("accelerate") is not None
 
 
 @contextlib.contextmanager
 def in_float32(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
-    """Inside the block those of `parameters` that have 16 bits hold float32 copies; afterwards their own tensors."""
+    """Inside the block, 16-bit `parameters` hold float32 copies; afterwards their own tensors again."""
     halves = [(p, p.data) for p in parameters if p.dtype in (torch.bfloat16, torch.float16)]
     try:
         for parameter, data in halves:
