@@ -1,4 +1,4 @@
-"""Weight compensation of a cut in closed form: solved in memory, and placed where it is written."""
+"""Weight compensation of a cut in closed form: solved in memory, then placed in the tensors of the output."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def repair(
     how: Recipe | Compensation,
     progress: Progress,
 ) -> Patch:
-    """The repair of the cut of `plan` from the source `checkpoint`, over which `walk` is, fitted on `text`.
+    """The repair of the cut of `plan` from the source `checkpoint`, fitted on `text`; `walk`: over the source.
 
-    `NONE` where none is asked for. `walk.activations`, of the same text, spares the next fold the pass through the
-    source. Raises HealError and ArchitectureError where the cut cannot be repaired, OutOfMemory; a fold that nobody
-    asked for is left out with a note then, and where it does not lower the held-out loss. A training that would start
-    from that fold ends if memory runs out: started again, it may have enough.
+    `NONE` if the recipe has no repair. With `walk.activations` (of the same text), the next fold skips the pass through
+    the source. Raises HealError and ArchitectureError if the cut cannot be repaired, OutOfMemory. An automatic fold is
+    left out instead, with a note, also if it does not lower the held-out loss; but if memory runs out before a
+    training, OutOfMemory is raised, because a second run may have enough.
     """
     asked, compensation = (how.asked, how.repair) if isinstance(how, Recipe) else (True, how)
     if compensation.method == "none":
@@ -63,7 +63,7 @@ def repair(
             raise
         progress.note(f"not healed: {error}")
     if solved is None:
-        memory.release()  # what the error held
+        memory.release()  # memory that the error referred to
         return NONE
     if not solved.losses.falls:
         progress.note(f"{'healed as asked' if asked else 'not healed'}: {_no_help(solved.losses)}")
@@ -73,7 +73,7 @@ def repair(
 
 
 def _maps(walk: Walk, plan: Plan, text: TokenBatches, compensation: Compensation, progress: Progress) -> Solved:
-    """Constants or linear maps behind the sublayers that stay, trained alone where steps are asked for."""
+    """Constants or linear maps behind the sublayers that stay; then trained, if steps are requested."""
     assert compensation.method is not None
     solved = linear(walk, text.batches, plan, compensation.method, compensation.rank, progress=progress)
     if compensation.steps:
@@ -84,6 +84,6 @@ def _maps(walk: Walk, plan: Plan, text: TokenBatches, compensation: Compensation
 
 def _no_help(losses: Losses) -> str:
     return (
-        f"it does not lower the loss on calibration text held out ({losses.after:.4f} nats a token, "
+        f"it does not lower the loss on held-out calibration text ({losses.after:.4f} nats a token, "
         f"{losses.before:.4f} without)"
     )
