@@ -70,8 +70,8 @@ def _sweep(
     engine = vllm_engine if work.engine == "vllm" else transformers_engine
     by_label = {model.label: model for model in models}
 
-    def run(label: str, number: int, tell: Any) -> Run:
-        found = engine.measure(by_label[label], work, 2 * number, scratch, tell)
+    def run(label: str, number: int, status: Any) -> Run:
+        found = engine.measure(by_label[label], work, 2 * number, scratch, status)
         return {"kv_cache_bytes": work.kv_cache_bytes, **found}
 
     runs = in_rounds(list(by_label), run)
@@ -83,8 +83,8 @@ def _speculative(
 ) -> dict[str, Any]:
     drafts: dict[str, Contestant | None] = dict(zip(speculative.labels(models), [None, *models[1:]], strict=True))
 
-    def run(label: str, number: int, tell: Any) -> Run:
-        return speculative.measure(models[0], drafts[label], work, asked, request.speculative_tokens, tell)
+    def run(label: str, number: int, status: Any) -> Run:
+        return speculative.measure(models[0], drafts[label], work, asked, request.speculative_tokens, status)
 
     runs = in_rounds(list(drafts), run)
     found = speculative.summarize(models, runs, asked, request.speculative_tokens, work.dtype)

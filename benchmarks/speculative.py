@@ -64,7 +64,7 @@ def measure(
     workload: Workload,
     prompts: Sequence[str],
     speculative_tokens: int,
-    tell: Callable[[str], None],
+    status: Callable[[str], None],
 ) -> dict[str, Any]:
     """Run the original once with this draft, in a fresh process. Raises ServeError or BenchError."""
     server = Server(
@@ -74,13 +74,13 @@ def measure(
         speculative_tokens=speculative_tokens,
         arguments=server_arguments(workload, 4),
         variables=VARIABLES,
-        progress=tell,
+        progress=status,
     )
     client = Client(server)
     with server:
-        tell("Warming up")
+        status("Warming up")
         client.online(prompts[:1], workload.output_len, 1)
-        tell("Answering")
+        status("Answering")
         found = client.online(prompts, workload.output_len, 1)
     return {
         key: found[key] for key in ("seconds", "output_tokens_per_second", "ttft_ms", "e2e_ms", "texts", "spec_decode")

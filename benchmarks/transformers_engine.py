@@ -26,10 +26,10 @@ from slicer.model.load import auto_classes, load_model
 
 
 def measure(
-    contestant: Contestant, workload: Workload, salt: int, scratch: Path, tell: Callable[[str], None]
+    contestant: Contestant, workload: Workload, salt: int, scratch: Path, status: Callable[[str], None]
 ) -> dict[str, Any]:
     """All results of one run in a child process, as `vllm_engine.measure`. Raises BenchError."""
-    tell("Running on transformers")
+    status("Running on transformers")
     spec = json.dumps({"contestant": asdict(contestant), "workload": asdict(workload), "salt": salt})
     return run_module(f"{contestant.label}: transformers", "transformers_engine", stdin=spec)
 

@@ -59,7 +59,7 @@ def server_arguments(workload: Workload, max_num_seqs: int, *chosen: str) -> lis
 
 
 def measure(
-    contestant: Contestant, workload: Workload, salt: int, scratch: Path, tell: Callable[[str], None]
+    contestant: Contestant, workload: Workload, salt: int, scratch: Path, status: Callable[[str], None]
 ) -> dict[str, Any]:
     """All results of one run, times in milliseconds (load in seconds). Raises ServeError or BenchError."""
     chosen = ["--load-format", "dummy" if contestant.dummy else "auto"]
@@ -73,22 +73,22 @@ def measure(
         arguments += ["--tokenizer", str(words)]
     # enables /collective_rpc, on the loopback only
     variables = VARIABLES | ({} if workload.on_cpu else {"VLLM_SERVER_DEV_MODE": "1"})
-    server = Server(contestant.path, name=contestant.label, arguments=arguments, variables=variables, progress=tell)
+    server = Server(contestant.path, name=contestant.label, arguments=arguments, variables=variables, progress=status)
     client = Client(server)
     with Peak(lambda: _resident(server), _SAMPLE_SECONDS) as resident:
         started = time.perf_counter()
         with server:
             loaded = time.perf_counter() - started
             asked = prompts(workload, contestant.vocabulary, max(64, 2 * max(workload.concurrency)), salt)
-            tell("Warming up")
+            status("Warming up")
             client.online(asked[:2], workload.output_len, 1)
             once = client.online(asked[2:3], workload.output_len, 1)["e2e_ms"][0] / 1000
-            tell("Offline")
+            status("Offline")
             together = prompts(workload, contestant.vocabulary, workload.batch, salt + 1)
             offline = client.offline(together, workload.output_len)
 
             def answer(count: int, level: int) -> dict[str, Any]:
-                tell(f"{level} concurrent")
+                status(f"{level} concurrent")
                 answered = client.online((asked * (count // len(asked) + 1))[:count], workload.output_len, level)
                 return {key: value for key, value in answered.items() if key not in ("texts", "spec_decode")}
 

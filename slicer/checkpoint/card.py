@@ -106,7 +106,7 @@ def merged(record: MergeRecord) -> str:
 
 
 def _commands(plan: Plan) -> list[str]:
-    """What was run, in order: the cut, then each healing that was a command of its own; files by their names alone."""
+    """The commands that were run, in order: the cut, then each separate healing; files by name, without directories."""
     record, found = plan.healing, list[str | None]()
     while record is not None:
         found, record = [record.command, *found], record.earlier
@@ -124,9 +124,8 @@ def _without(plan: Plan) -> str:
     text = f"the {spell_dropped(plan)}".replace("; ", ", the ")
     for i, j in plan.joined:
         text = text.replace(
-            f"the from after attention {i} to after attention {j} (half-offset)",
-            f"what lies between the attention of layer {i} and the feed-forward part of layer {j}, which are now one "
-            "layer",
+            f"the half-offset block from after attention {i} to after attention {j}",
+            f"what lies between the attention of layer {i} and the feed-forward of layer {j}, which are now one layer",
         )
     return text
 
@@ -157,7 +156,7 @@ def _reason(plan: Plan) -> str:
         unit = "in units of pi, " if angular else ""
         words = f"{by} {plan.distance:.4f}{' in all' if parts else ''} ({unit}mean of {where})."
         if plan.below_layers:
-            words += " The stream was read after every attention and every feed-forward part."
+            words += " The stream was read after every attention and every feed-forward."
         elif angular:
             words += " It is equation 7 of Gromov et al., *The Unreasonable Ineffectiveness of the Deeper Layers*."
         others = ", ".join(f"{other.block} ({other.distance:.4f})" for other in plan.runners_up)

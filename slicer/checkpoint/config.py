@@ -179,7 +179,7 @@ def _expanded(path: Path, content: bytes, trust_remote_code: bool) -> dict[str, 
 
 
 def why_not(checkpoint: Checkpoint, plan: Plan, *, trust_remote_code: bool = False) -> str | None:
-    """The reason why config.json cannot express the cut of `plan`; None where it can. Raises as `sliced_config`."""
+    """The reason why config.json cannot express the cut of `plan`; None if it can. Raises as `sliced_config`."""
     try:
         sliced_config(checkpoint, plan, trust_remote_code=trust_remote_code)
     except ArchitectureError as error:
@@ -231,7 +231,7 @@ def kept_config(
 
 
 def _read_again(checkpoint: Checkpoint, config: Fields, trust_remote_code: bool) -> dict[str, Any]:
-    """The new config.json as transformers reads it. Raises ArchitectureError where it rejects it."""
+    """The new config.json as transformers reads it. Raises ArchitectureError if it rejects it."""
     with tempfile.TemporaryDirectory(prefix="slicer-config-") as scratch:
         if trust_remote_code:  # the config class may be the checkpoint's own code
             for file in checkpoint.path.glob("*.py"):

@@ -89,7 +89,7 @@ def write(
 ) -> None:
     """Fill the empty `directory` with weights, config.json and companion files. `progress` gets the bytes of pieces.
 
-    Raises OutputError where the space does not suffice.
+    Raises OutputError if the space does not suffice.
     """
     check_space(directory, contents.total_bytes + (1 << 20))
     copy_companions(contents.origin, directory)

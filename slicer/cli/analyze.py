@@ -17,7 +17,7 @@ from slicer.plan.amounts import parse_counts
 @click.argument("source")
 @groups.text_options()
 @group(
-    "What to measure beside the distances",
+    "What to measure besides the distances",
     option("--losses", metavar="N,...",
            help="Loss and KL divergence without each block of these sizes, e.g. 1,4. One pass per size."),
     option("--greedy", type=groups.POSITIVE, metavar="N",

@@ -127,9 +127,9 @@ def evaluate(models: tuple[str, ...], **given: Any) -> None:
 
 
 def suite_of(given: Mapping[str, Any], demo: bool, tasks: tuple[str, ...] = (), **more: Any) -> SuiteSpec:
-    """What to measure, by the options of eval and sweep. `tasks`: where none are named.
+    """What to measure, from the options of eval and sweep. `tasks`: the default tasks.
 
-    `demo`: the embedded model is among the models; it gets text of its own where no data is named: it needs no network.
+    `demo`: the embedded model is among the models; by default it is measured on embedded text, without network.
     Raises UsageError for an invalid batch size.
     """
     from slicer.checkpoint.hub import DEMO

@@ -1,4 +1,4 @@
-"""The command line: options in, one line of error or a summary out. What a command needs is imported when it runs."""
+"""The command line: options in, a summary or one line of error out. The imports of a command run with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options of training, made from its dataclass; YAML files with values for options; the training asked for."""
+"""The options of training, made from its dataclass; YAML files with values for options; the requested training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from slicer.sweep.ranks import RankSearch
 
 _OF_RANK = ("rank_metric", "rank_data", "rank_limit")
-_TRAINS = "training_"  # what the names of the parameters of training begin with
+_TRAINS = "training_"  # prefix of the parameters of training
 
 
 def attributes(cls: type[Any]) -> tuple[str, dict[str, str]]:
@@ -53,7 +53,7 @@ _METAVARS = {"validation": "DATA", "teacher": "SOURCE", "teacher_cache": "DIR", 
 
 
 def training_options(visible: Collection[str] = ()) -> list[Decorator]:
-    """An option for every field of `Training` but `method` and `seed`, which are options of their own.
+    """An option for every field of `Training` except `method` and `seed`, which have separate options.
 
     The help is the docstring of the field; the fields in `visible` are not for experts only.
     """
@@ -154,9 +154,9 @@ def from_file(
 def training_of(
     given: Mapping[str, Any], method: str | None, option: str, recorded: Training | None = None
 ) -> Training | None:
-    """The training asked for, over the `recorded` one of a plan that is replayed; None if `method` does not train.
+    """The requested training, over the `recorded` one of a replayed plan; None if `method` does not train.
 
-    Raises UsageError where options of training are given and nothing is trained.
+    Raises UsageError if options of training are given and nothing is trained.
     """
     values: dict[str, Any] = {f.name: given.get(_TRAINS + f.name) for f in fields(Training)}
     values = {name: value for name, value in values.items() if value is not None and value is not False}
@@ -179,7 +179,7 @@ def training_of(
 
 
 def rank_search_of(given: Mapping[str, Any]) -> RankSearch | None:
-    """How to pick the rank of the adapters; None where it is not asked for."""
+    """How to pick the rank of the adapters; None if it is not asked for."""
     if given["rank_sweep"] is None:
         return None
     from slicer.sweep.ranks import RankSearch

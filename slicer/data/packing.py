@@ -158,7 +158,7 @@ def answers(messages: Conversation, tokenizer: Any, source: str) -> list[tuple[s
 
 @contextlib.contextmanager
 def _template_errors(source: str) -> Iterator[None]:
-    """Raise CalibrationError where the chat template rejects a conversation of `source`."""
+    """Raise CalibrationError if the chat template rejects a conversation of `source`."""
     try:
         yield
     except Exception as error:  # templates raise many kinds, also if there is none

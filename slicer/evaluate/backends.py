@@ -120,7 +120,7 @@ def text_losses(lm: Any, texts: Sequence[str]) -> tuple[list[float], list[int]]:
     requests: list[tuple[tuple[str, str], list[int], list[int]]] = []
     owner: list[int] = []  # the text of each request
     counts = []
-    room = lm.max_length - 1
+    most = lm.max_length - 1
     for at, text in enumerate(texts):
         tokens = list(lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if getattr(lm, "starts_texts", True):
@@ -128,7 +128,7 @@ def text_losses(lm: Any, texts: Sequence[str]) -> tuple[list[float], list[int]]:
         else:
             start, tokens = tokens[:1], tokens[1:]
         counts.append(len(tokens))
-        pieces = [tokens[i : i + room] for i in range(0, len(tokens), room)]
+        pieces = [tokens[i : i + most] for i in range(0, len(tokens), most)]
         requests += [(("", text), start, piece) for piece in pieces]
         owner += [at] * len(pieces)
     nats = [0.0] * len(texts)

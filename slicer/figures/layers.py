@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Whole = tuple[int, int] | None  # (first layer, number of layers) of a dropped block
 Offset = tuple[int, int, float] | None  # (i, j, distance) of a half-offset block, from after attention i to after j
 _CURVES = 6  # of the block sizes that are drawn
-_SUBLAYERS = ((BLUE, "attention"), (ORANGE, "feed-forward part"))  # in the order of a layer
+_SUBLAYERS = ((BLUE, "attention"), (ORANGE, "feed-forward"))  # in the order of a layer
 
 
 def parts(analysis: Analysis, path: Path) -> None:

@@ -1,7 +1,7 @@
-"""The repair of a cut, as it is found in memory (`Solved`) and as it is written to disk (`Patch`).
+"""The repair of a cut, as solved in memory (`Solved`) and as written to disk (`Patch`).
 
 `place` turns one into the other: new weights replace tensors of the source; a constant or a low-rank map behind a
-sublayer goes into a bias that is there, or into new tensors that fields of config.json turn on.
+sublayer is stored in an existing bias, or in new tensors that fields of config.json turn on.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ Holds = Callable[[int, str, nn.Module], bool]
 
 @dataclass(frozen=True)
 class Solved:
-    """What weight compensation found, in memory.
+    """The result of weight compensation, in memory.
 
     Attributes:
-        edits: layer of the source -> what changes in it, in the dtypes of the model.
+        edits: layer of the source -> its changes, in the dtypes of the model.
         losses: nats a token on the held-out sequences.
         method: "fold", "bias" or "linear". solver: of a fold. rank: of linear maps.
-        report: what was solved, by layer. held_out: numbers of the sequences held out.
+        report: what was solved, by layer. held_out: numbers of the held-out sequences.
         steps, best_step: of training; 0: as solved. precision: torch dtype of the arithmetic.
     """
 
@@ -62,7 +62,7 @@ class Patch:
     """The repair of a cut, ready to be written.
 
     Attributes:
-        edits: the same change as it is applied to the loaded source.
+        edits: the same change, to apply to the loaded source.
         replaced: raw key of the source -> the tensor that is written instead.
         added: key of the result -> a tensor that the source does not have.
         config: fields of config.json that turn the added tensors on; of "block_configs", layer of the result -> fields.
@@ -95,9 +95,9 @@ def check_method(method: str, rank: int | None, width: int) -> None:
 
 
 def form_for(checkpoint: Checkpoint, plan: Plan, method: str | None, rank: int | None = None) -> Plan:
-    """`plan` in a form that can hold the repair by `method` (None: of no method).
+    """`plan` in a form that can store the repair by `method` (None: no repair).
 
-    Raises UsageError for a rank that does not suit the model, ArchitectureError where no form can hold the repair.
+    Raises UsageError for a rank that does not suit the model, ArchitectureError if no form can store the repair.
     """
     if method not in MAPS:
         return plan
@@ -143,10 +143,9 @@ def written_dtype(checkpoint: Checkpoint, cast: str | None) -> torch.dtype:
 def place(
     checkpoint: Checkpoint, plan: Plan, solved: Solved, text: TextRecord | None, cast: str | None = None
 ) -> Patch:
-    """`solved`, which was fitted on `text`, as it is written into the cut of `plan` from the source `checkpoint`.
+    """`solved`, which was fitted on `text`, as a patch of the cut of `plan` from the source `checkpoint`.
 
-    `cast`: safetensors dtype of the output; None: as stored. All tensors are on the CPU, in the dtype they are written
-    in.
+    `cast`: safetensors dtype of the output; None: as stored. All tensors are on the CPU, in the dtype of the output.
     """
     placing = _Placing(checkpoint, plan, cast)
     for i, edit in sorted(solved.edits.items()):
@@ -186,19 +185,19 @@ class _Placing:
         }
 
     def replace(self, key: str, tensor: torch.Tensor) -> None:
-        """`tensor` is written in the place of this tensor of the source."""
+        """Write `tensor` in place of this tensor of the source."""
         dtype = self._checkpoint.tensors[key].cast(self._cast)[0]
         self.replaced[key] = self._span(key, tensor, dtype)
 
     def multiply(self, i: int, name: str, matrix: torch.Tensor) -> None:
-        """`matrix` [d, d] is multiplied into every expert of a module of layer i."""
+        """Multiply `matrix` [d, d] into every expert of a module of layer i."""
         for key, axis in _expert_keys(self._checkpoint, i, name).items():
             old = tensors.read(self._checkpoint.tensors[key]).double()
             new = torch.tensordot(old, matrix.double().cpu(), dims=([axis], [1])).movedim(-1, axis)
             self.replace(key, new)
 
     def put_behind(self, sublayer: str, layer: int, replacement: Replacement) -> None:
-        """`replacement` follows a sublayer of the source."""
+        """Add `replacement` behind a sublayer of the source."""
         at = self._position[sublayer][layer]
         if replacement.down is not None:
             slot = "mid" if sublayer == "attention" else "end"
@@ -216,7 +215,7 @@ class _Placing:
             self._biases[sublayer][at] = replacement.bias
 
     def turn_on_biases(self) -> None:
-        """The new biases, where a field of config.json adds biases to all layers; zeros in the others."""
+        """Add new biases if a field of config.json turns biases on for all layers: zeros in the other layers."""
         for sublayer, flag in (("attention", "attention_bias"), ("ffn", "mlp_bias")):
             biases = self._biases[sublayer]
             if not biases:
@@ -241,13 +240,13 @@ class _Placing:
         self.added[prefix + name] = self._span(prefix + name, tensor, first.cast(self._cast)[0])
 
     def _span(self, key: str, tensor: torch.Tensor, dtype: str) -> TensorSpan:
-        """`tensor` on the CPU, so that the device's memory is free, in the dtype it is written in."""
+        """`tensor` on the CPU, so that the device's memory is free, in the dtype of the output."""
         ready = tensor.detach().to("cpu", tensors.torch_dtype(dtype)).contiguous()
         return TensorSpan(self._checkpoint.path, dtype, tuple(ready.shape), 0, ready.nbytes, key, lambda: ready)
 
 
 def _expert_keys(checkpoint: Checkpoint, i: int, name: str) -> dict[str, int]:
-    """Raw key -> axis of the hidden size, of the tensors that a map of the experts' sum is multiplied into."""
+    """Raw key -> axis of the hidden size, of the tensors into which a map of the experts' sum is multiplied."""
     prefix = f"{checkpoint.layer_prefix}{i}."
     keys = [key for key in checkpoint.tensors if key.startswith(f"{prefix}{name}.")]
     outputs = [(re.compile(rf"\.{pattern}$"), axis) for pattern, axis in EXPERT_OUTPUTS]

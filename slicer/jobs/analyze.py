@@ -45,7 +45,7 @@ from slicer.runtime.memory import within_memory
 from slicer.runtime.versions import versions
 from slicer.runtime.workdir import Notebook, claimed
 
-CANDIDATES = 4  # closest blocks of a size that are compared by their loss after a fold
+CANDIDATES = 4  # number of closest blocks of a size that are compared by their loss after a fold
 _PARTIAL = ".partial"  # holds one work directory a process; removed at the end
 
 
@@ -71,7 +71,7 @@ def analyze(request: AnalyzeRequest, progress: Progress = SILENT) -> Analysis | 
             checkpoint=source.checkpoint.identity, text=text.identity, source=request.source, dtype=compute.dtype,
             positions=request.measures.positions, processes=processes.world, versions=versions(),
         ) as work:  # fmt: skip
-            progress.stage("Loading the model" if loads else "Reading what lies outside the layers")
+            progress.stage("Loading the model" if loads else "Reading the modules outside the layers")
             if not loads:
                 bins = ", from pickled .bin files" if source.checkpoint.is_bin else ""
                 progress.note(f"the model does not fit in memory: layers are read from disk one at a time{bins}")
@@ -262,7 +262,7 @@ def _check(request: AnalyzeRequest, depth: int) -> None:
 
 
 def _check_place(out: Path, *, overwrite: bool) -> None:
-    """Raise OutputError where `out` holds a finished analysis that may not be replaced, or something else."""
+    """Raise OutputError if `out` holds a finished analysis that may not be replaced, or something else."""
     if (out / _PARTIAL).is_dir() or not out.is_dir():  # the work directory is checked when it is claimed
         return
     if (out / "analysis.json").exists():

@@ -1,4 +1,4 @@
-"""`slicer convert`: open, decide, measure, choose, repair, write what was verified."""
+"""`slicer convert`: open, decide, measure, choose, repair, write and verify."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from slicer.runtime.versions import versions
 def convert(request: ConvertRequest, progress: Progress = SILENT) -> Written:
     """Drop layers or sublayers of a source and write an ordinary checkpoint, repaired and verified.
 
-    Nothing appears at the output directory unless everything succeeded; what a stopped run has finished stays in a work
-    directory beside it, from which the same request goes on. A plan that was healed by training gives the
-    cut before that training, with a note. Raises SlicerError children; see `slicer.errors`.
+    Nothing appears at the output directory unless everything succeeded; the finished stages of a stopped
+    run stay in a work directory beside it, from which the same request resumes. A plan that was healed by training
+    gives the cut before that training, with a note. Raises SlicerError children; see `slicer.errors`.
     """
     progress.stage("Opening the checkpoint")
     source = open_source(request.source)  # config and headers: no tensor is read
-    recipe = Recipe.of(request, source)  # nothing below decides again
+    recipe = Recipe.of(request, source)  # all decisions; nothing below changes them
     recipe.announce(progress)
     trusted = recipe.compute.trust_remote_code
     with working(recipe, source, request.output) as directory:
@@ -57,9 +57,9 @@ def convert(request: ConvertRequest, progress: Progress = SILENT) -> Written:
 
 
 def chosen_plan(source: Source, recipe: Recipe, analysis: Analysis | None, progress: Progress) -> Plan:
-    """The plan that reaches the goal, or the one that is replayed, with its origin.
+    """The plan for the goal, or the replayed plan, with its origin.
 
-    Raises PlanError where no cut reaches the goal, ArchitectureError where the config can express none.
+    Raises PlanError if no cut reaches the goal, ArchitectureError if the config can express none.
     """
     checkpoint = source.checkpoint
     plan = recipe.plan
@@ -68,8 +68,8 @@ def chosen_plan(source: Source, recipe: Recipe, analysis: Analysis | None, progr
         chosen = _fewest(recipe.goal, source, recipe, analysis)
         if chosen.passed_over:
             progress.note(
-                f"layers {chosen.passed_over} lie closest, but this architecture's config cannot express that cut; "
-                "the closest block that it can express was taken"
+                f"the closest block is {chosen.passed_over}, which the config of this architecture cannot express; the "
+                "closest block that it can express was taken"
             )
         plan = chosen.plan
     plan = form_for(checkpoint, plan, recipe.repair.method, recipe.repair.rank)
@@ -80,7 +80,7 @@ def chosen_plan(source: Source, recipe: Recipe, analysis: Analysis | None, progr
 
 
 def _fewest(goal: Goal, source: Source, recipe: Recipe, analysis: Analysis | None) -> Chosen:
-    """The cut of `goal`; of a budget, of the fewest layers that meet it."""
+    """The cut for `goal`; for a budget, that with the fewest layers that meets it."""
     checkpoint, selection = source.checkpoint, recipe.selection
     cast = DTYPES[recipe.compute.dtype] if recipe.compute.dtype else None
     asked = partial(why_not, checkpoint, trust_remote_code=recipe.compute.trust_remote_code)

@@ -1,4 +1,4 @@
-"""`slicer heal`: repairs a cut on disk, in closed form or by training, and writes what was verified."""
+"""`slicer heal`: repairs a cut on disk, in closed form or by training, and writes and verifies the result."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def heal(request: HealRequest, progress: Progress = SILENT) -> Written | None:
     """Repair a cut that slicer made: solve the weights around it again, or train it.
 
     In a distributed run every process calls this; the first one writes, and the others return None. Nothing appears at
-    the output directory unless everything succeeded; a training that was stopped, or fails, leaves its work directory
-    beside it, from which the same request resumes; so does a fold. Raises SlicerError children; see `slicer.errors`.
+    the output directory unless everything succeeded; a training or a fold that stops or fails leaves its work
+    directory beside it, from which the same request resumes. Raises SlicerError children; see `slicer.errors`.
     """
     progress.stage("Opening the checkpoints")
     cut = open_cut(request.cut, request.source)  # the cut, its plan, its source: checked to belong together
@@ -65,8 +65,7 @@ def heal(request: HealRequest, progress: Progress = SILENT) -> Written | None:
 def folded(
     cut: CutOnDisk, recipe: Recipe, directory: Path | None, progress: Progress
 ) -> tuple[Result, Expected | None]:
-    """The cut with the weights around it solved again, and the logits that it must have; `directory` keeps finished
-    stages.
+    """The cut with the weights around it solved again, and its expected logits; `directory` keeps finished stages.
 
     Written from the source by the plan of the cut, so an earlier repair is undone; companion files and figures are
     those of the cut.
@@ -85,7 +84,7 @@ def folded(
 def trained(
     cut: CutOnDisk, recipe: Recipe, work: Path, processes: Processes, progress: Progress
 ) -> tuple[Result, Expected | None]:
-    """The cut, trained, and what it must have; `work`: directory of this training alone, where a stopped one resumes.
+    """The trained cut, and its expected logits and loss; `work`: directory of this training, from which it resumes.
 
     Every process of a launch calls this; only in the first one are the two complete.
     """
@@ -116,11 +115,11 @@ def trained(
 
 
 def start(cut: CutOnDisk, recipe: Recipe, corpus: Corpus, work: Path, progress: Progress) -> CutOnDisk:
-    """What a training starts from: the cut folded on the training text, or without an earlier repair, written into
-    `work`; or the cut as it is.
+    """The checkpoint that training starts from: the cut folded on the training text, or without an earlier repair,
+    written into `work`; or the cut itself.
 
-    Decided once for all runs that resume each other. Raises HealError for a bare start of a cut that was repaired and
-    then had an adapter merged into it.
+    Decided by the first run, and the same for all runs that resume it. Raises HealError for a bare start of a cut that
+    was repaired and then had an adapter merged into it.
     """
     decided = work / "base.json"
     if not decided.is_file():
@@ -162,7 +161,7 @@ def _start(cut: CutOnDisk, recipe: Recipe, corpus: Corpus, base: Path, progress:
 def _write_trained(
     result: Result, expected: Expected | None, request: HealRequest, recipe: Recipe, progress: Progress
 ) -> Written:
-    """Write the result, then the adapter, which belongs to a checkpoint that is in place."""
+    """Write the result; then the adapter, if the checkpoint is in place."""
     from slicer.heal.finetune.result import save_adapter
 
     assert recipe.settings is not None and result.history is not None

@@ -33,15 +33,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """What is to be written, with the facts for its card and the summary.
+    """What to write, with the facts for the model card and the summary.
 
     Attributes:
         plan: of the result; written unless it drops nothing (a checkpoint that slicer did not make).
         before: sizes of the source.
-        name: of the directory, where none is given.
-        analysis: what the cut was chosen by, to be drawn. history: of a training, to be drawn.
+        name: of the directory, if none is given.
+        analysis: the measurements that the cut was chosen by, and history: of a training; both for the figures.
         warnings: about checkpoints that load but do not work everywhere.
-        merge: the adapter that is merged in, to be entered with the outcome of the check.
+        merge: the record of a merged adapter; the results of the check are added to it.
     """
 
     contents: Contents
@@ -67,14 +67,14 @@ class Result:
         """The cut of `plan` from `source`, repaired by `patch`.
 
         `origin`: the same cut on disk, whose companion files and figures are kept; None: the source's companion files.
-        Raises ArchitectureError where config.json cannot express the cut.
+        Raises ArchitectureError if config.json cannot express the cut.
         """
         checkpoint = source.checkpoint
         config = configs.sliced_config(checkpoint, plan, dtype=plan.dtype, trust_remote_code=trust_remote_code)
         contents = export.sliced(checkpoint, plan, patch.configured(config), patch.replaced, patch.added)
         if origin is not None:
             contents = replace(contents, origin=origin, continues=True)
-        # They are on how vLLM reads the source's own architecture.
+        # These warnings are about how vLLM reads the architecture of the source.
         native = plan.form != "blockwise" and len(plan.kept) < plan.depth
         warnings = tuple(configs.warnings(checkpoint.config, plan.kept, config)) if native else ()
         name, plan = output_name(source.name, plan.size_name), replace(plan, healing=patch.record)
@@ -101,13 +101,13 @@ class Result:
 
 
 def output_name(source: str, size: str) -> str:
-    """The name of a result where none is given: "Llama-2-7b-hf-24L" of org/Llama-2-7b-hf@main and "24L"."""
+    """The name of a result if none is given: "Llama-2-7b-hf-24L" of org/Llama-2-7b-hf@main and "24L"."""
     name = source.rsplit("@", 1)[0] if not Path(source).exists() else str(Path(source).resolve())
     return f"{Path(name).name or 'model'}-{size}"
 
 
 def check_place(result: Result, output: Output) -> None:
-    """Raise OutputError where `result` cannot be written: the place is taken, or the space does not suffice."""
+    """Raise OutputError if `result` cannot be written: the directory may not be replaced, or the disk is too full."""
     out = output.out or Path(result.name)
     check_output(out, result.contents.origin, overwrite=output.overwrite)
     check_space(out, result.contents.total_bytes)
@@ -122,7 +122,7 @@ class Written:
         before, after: sizes of the source and of the result.
         verified: how the result was checked: "none", "load", "logits", or "nothing written".
         logits_error: largest difference from the expected logits, relative to the largest logit; rounding_error: the
-            part of it that rounding the weights makes.
+            part that comes from rounding the weights.
     """
 
     out: Path | None
@@ -151,10 +151,10 @@ class Written:
 def write_verified(
     result: Result, expected: Expected | None, output: Output, compute: Compute, progress: Progress
 ) -> Written:
-    """Write `result` to `output.out` (None: a directory named after it), checked, whole or not at all.
+    """Write `result` to `output.out` (None: a directory with its name), verified, whole or not at all.
 
     `expected`: the logits to compare with, and the text to measure the loss on, which becomes the record's
-    `loss.after`; None: keys, shapes and changed tensors are checked alone. `output.verify` "none" skips the check of
+    `loss.after`; None: only keys, shapes and changed tensors are checked. `output.verify` "none" skips the check of
     keys and shapes. Raises OutputError, VerificationError.
     """
     out, after = output.out or Path(result.name), sizes_of(result.contents)
@@ -177,7 +177,7 @@ def write_verified(
 
 
 def described(result: Result) -> Written:
-    """What would be written, of a dry run."""
+    """What would be written: the result of a dry run."""
     after = sizes_of(result.contents)
     return Written(None, result.plan, result.before, after, "nothing written", warnings=result.warnings)
 
@@ -185,7 +185,7 @@ def described(result: Result) -> Written:
 def _describe(result: Result, after: Sizes, directory: Path) -> None:
     """Write plan, figures and model card."""
     plan, origin, notes = result.plan, result.contents.origin, directory / "slicer"
-    if plan.gone != (frozenset(), frozenset()):  # else slicer did not make the checkpoint, and there is no plan of it
+    if plan.gone != (frozenset(), frozenset()):  # else slicer did not make the checkpoint, and there is no plan
         notes.mkdir(exist_ok=True)
         (notes / "plan.json").write_text(plan.to_json(), "utf-8")
     if result.analysis is not None:

@@ -1,4 +1,4 @@
-"""What a command does, decided once from its request: the repair, the text, the checks, where the model runs."""
+"""The recipe of a command: repair, text, checks, device and memory, decided once from its request."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ from slicer.runtime.files import check_space
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a command does. Made by `Recipe.of` or `Recipe.of_heal`; nothing decides again later.
+    """All decisions of a command. Made by `Recipe.of` or `Recipe.of_heal`, and never changed afterwards.
 
     Attributes:
-        goal, plan: how much to drop, or the plan that is replayed (or, of heal, that of the cut): one of the two.
+        goal, plan: how much to drop, or the replayed plan (for heal: the plan of the cut); one of the two is given.
         repair: weight compensation in closed form; its method is "none", "fold", "bias" or "linear".
-        asked: False for a fold that nobody asked for: it may fail, and is left out where it does not help.
-        unhealed: the reason why there is no repair, unless none was asked for.
-        text: the text that is measured, repaired or trained on; None: none is read.
-        halves: whether to measure within the layers too: needed, not wanted, or (None) where it can be done.
-        compute: where models run, in the precision of the result, and within which memory (of a training: as asked).
-        loads: whether that memory holds the whole source; else its layers are read one at a time.
-        verify: "none", "load" or "logits"; of a training also "auto": logits where they can be had.
+        asked: False for an automatic fold: it may fail, and is left out if it does not help.
+        unhealed: why there is no repair; None: there is one, or the request has "none".
+        text: the text to measure, repair or train on; None: no text is read.
+        halves: whether to measure between sublayers too: True (needed), False, or None (if possible).
+        compute: device, precision of the result, and memory (for a training: as in the request).
+        loads: whether the whole source fits in that memory; else its layers are read one at a time.
+        verify: "none", "load" or "logits"; for a training also "auto": logits if they can be computed.
         writes: False for a dry run.
-        training, settings: as asked, and every value used; None: nothing is trained.
-        notes: for the user, beforehand.
+        training, settings: as in the request, and every value used; None: nothing is trained.
+        notes: for the user, printed before the work.
     """
 
     goal: Goal | None
@@ -72,21 +72,21 @@ class Recipe:
 
     @property
     def needs_model(self) -> bool:
-        """Whether the source is run: to measure, to repair, or for its logits."""
+        """Whether the source model is run: to measure, to repair, or for its logits."""
         return self.measures or (self.writes and (self.repair.method != "none" or self.verify == "logits"))
 
     @property
     def memory(self) -> MemoryRecord | None:
-        """The memory that the source is run in, for the plan; None where it is not run."""
+        """The memory budgets of the source model, for the plan; None if it is not run."""
         host, device = self.compute.memory, self.compute.device_memory
         return MemoryRecord(host, device, self.loads) if self.needs_model and host is not None else None
 
     @classmethod
     def of(cls, request: ConvertRequest, source: Source) -> Recipe:
-        """Of a conversion of `source`.
+        """The recipe of a conversion of `source`.
 
         Raises UsageError for options that contradict each other, PlanError for a goal out of reach or a plan of another
-        model, ArchitectureError for a cut that cannot be written, OutputError for a place that is taken.
+        model, ArchitectureError for a cut that cannot be written, OutputError for an output that may not be replaced.
         """
         checkpoint, output, compute = source.checkpoint, request.output, request.compute
         check_choice("--dtype", compute.dtype, tuple(DTYPES))
@@ -95,7 +95,9 @@ class Recipe:
         _check_goal(request, checkpoint)
         plan, notes = _replayed(request, checkpoint), []
         if plan is not None and plan.merged:
-            notes.append("an adapter was merged into that plan's checkpoint; slicer merge does it again to this one")
+            notes.append(
+                "an adapter was merged into the checkpoint of this plan; to merge it into this one, use slicer merge"
+            )
         measures = request.goal is not None and request.goal.measured(request.selection.strategy)
         repair, asked, why = _repair(request, plan, measures)
         text = _text(request, plan, reads=measures or repair.method != "none")
@@ -124,10 +126,10 @@ class Recipe:
 
     @classmethod
     def of_heal(cls, request: HealRequest, cut: CutOnDisk) -> Recipe:
-        """Of a repair or a training of a cut on disk.
+        """The recipe of a repair or a training of a cut on disk.
 
-        Raises UsageError for options that contradict each other, HealError for a cut that cannot be repaired so,
-        OutputError for a place that is taken.
+        Raises UsageError for options that contradict each other, HealError for a cut that cannot be repaired this way,
+        OutputError for an output that may not be replaced.
         """
         source, plan, output = cut.source.checkpoint, cut.plan, request.output
         if output.out is None:
@@ -138,7 +140,7 @@ class Recipe:
         compute = replace(request.compute, dtype=plan.dtype)
         if request.training is None:
             compute, loads = with_budgets(source, compute)
-        else:  # no budgets yet: the first process trains with its part, and then, alone, measures with all of it
+        else:  # no budgets yet: the first process trains with its part of the memory, then measures with all of it
             loads = memory.fits(source.bytes_as(compute.dtype), compute)
         selection, text = Selection(form=plan.form), request.text.over(TextSpec())
         verify = _verify(output.verify, loads or request.training is None)
@@ -157,14 +159,14 @@ class Recipe:
         return replace(recipe, notes=_memory_notes(recipe, source, output.verify))
 
     def announce(self, progress: Progress) -> None:
-        """Pass on the notes, and what takes time first."""
+        """Show the notes and the first long stage."""
         for note in self.notes:
             progress.note(note)
         if self.needs_model:
-            progress.stage("Loading the model" if self.loads else "Reading what lies outside the layers")
+            progress.stage("Loading the model" if self.loads else "Reading the modules outside the layers")
 
     def marks(self, cut: CutOnDisk) -> Mapping[str, object]:
-        """JSON values that a training must share with the one whose work it resumes."""
+        """JSON values that must be equal for a training to resume the work of another."""
         return {
             "cut": cut.checkpoint.identity,
             "text": self.text and self.text.identity,
@@ -177,8 +179,8 @@ class Recipe:
 def with_budgets(
     checkpoint: Checkpoint, compute: Compute, recorded: MemoryRecord | None = None
 ) -> tuple[Compute, bool]:
-    """(`compute` with its budgets as numbers, whether they hold the whole of `checkpoint`): as given, else `recorded`,
-    else by default. Raises UsageError for an unavailable device."""
+    """(`compute` with its budgets as numbers, whether the whole `checkpoint` fits in them): as given, else `recorded`,
+    else the defaults. Raises UsageError for an unavailable device."""
     if recorded is not None:
         host, device = compute.memory or recorded.host, compute.device_memory or recorded.device
         compute = replace(compute, memory=host, device_memory=device)
@@ -192,7 +194,7 @@ def with_budgets(
 def check_memory(checkpoint: Checkpoint, compute: Compute, loads: bool) -> None:
     """Check the memory for what `with_budgets` decided, before work begins.
 
-    Raises UsageError for a budget that does not hold one layer, OutOfMemory where too little is free.
+    Raises UsageError for a budget that does not hold one layer, OutOfMemory if too little is free.
     """
     whole = checkpoint.bytes_as(compute.dtype)
     if loads:
@@ -200,7 +202,7 @@ def check_memory(checkpoint: Checkpoint, compute: Compute, loads: bool) -> None:
         return
     loaded = measure_sizes(checkpoint, cast=DTYPES[compute.dtype] if compute.dtype else None).layer_bytes
     layer = max(*loaded, *measure_sizes(checkpoint).layer_bytes)
-    on_device = layer + whole - sum(loaded)  # what is not in a layer stays there
+    on_device = layer + whole - sum(loaded)  # the modules outside the layers stay there
     budgets = ("--memory", compute.memory, layer), ("--device-memory", compute.device_memory, on_device)
     for option, budget, needed in budgets:
         if budget is not None and budget < needed:
@@ -234,7 +236,7 @@ def _check_goal(request: ConvertRequest, checkpoint: Checkpoint) -> None:
 
 
 def _replayed(request: ConvertRequest, checkpoint: Checkpoint) -> Plan | None:
-    """The saved plan, in the form that is asked for. Raises PlanError or ArchitectureError where it does not fit."""
+    """The saved plan, in the form of the request. Raises PlanError or ArchitectureError if it does not fit."""
     plan = request.plan
     if plan is None:
         return None
@@ -250,10 +252,10 @@ def _replayed(request: ConvertRequest, checkpoint: Checkpoint) -> Plan | None:
 
 
 def _repair(request: ConvertRequest, plan: Plan | None, measures: bool) -> tuple[Compensation, bool, str | None]:
-    """(the repair, whether it was asked for, why there is none where that was not).
+    """(the repair, whether it was asked for, the reason if there is none without being asked for).
 
-    What was asked; else what the replayed plan had; else a fold, where text is named or measured anyway and every layer
-    keeps both sublayers; else none.
+    The requested repair; else that of the replayed plan; else a fold, if text is named or measured anyway and every
+    layer keeps both sublayers; else none.
     """
     given, none = request.compensation, Compensation("none")
     solver = given.solver or SOLVERS[0]
@@ -278,9 +280,9 @@ def _repair(request: ConvertRequest, plan: Plan | None, measures: bool) -> tuple
 
 
 def _text(request: ConvertRequest, plan: Plan | None, *, reads: bool) -> TextSpec | None:
-    """The text to read: what is given, over what the replayed plan recorded.
+    """The text to read: the given fields, over those that the replayed plan recorded.
 
-    Raises UsageError where a replay reads none and something is given about it.
+    Raises UsageError if a replay reads no text, but options of the text are given.
     """
     recorded = None
     if plan is not None:
@@ -298,7 +300,7 @@ def _text(request: ConvertRequest, plan: Plan | None, *, reads: bool) -> TextSpe
 
 
 def _halves(request: ConvertRequest, repair: Compensation, checkpoint: Checkpoint) -> bool | None:
-    """Whether to measure within the layers too: needed, not wanted, or (None) where it can be done, as it may win."""
+    """Whether to measure between sublayers too: True (needed), False, or None: if possible, for offset "auto"."""
     goal, offset = request.goal, request.selection.offset
     if offset == "half" or (goal is not None and goal.sublayers):
         return True
@@ -313,17 +315,17 @@ def _halves(request: ConvertRequest, repair: Compensation, checkpoint: Checkpoin
 
 
 def _verify(asked: str, runs: bool) -> str:
-    """`asked`; of "auto", the logits where the source is loaded or run anyway."""
+    """`asked`; for "auto": "logits" if the source is loaded or run anyway, else "load"."""
     return asked if asked != "auto" else "logits" if runs else "load"
 
 
 def _memory_notes(recipe: Recipe, checkpoint: Checkpoint, verify: str) -> tuple[str, ...]:
-    """What follows where the model does not fit in memory."""
+    """Notes for a model that does not fit in memory."""
     notes = []
     if recipe.writes and verify == "auto" and recipe.verify == "load":
         notes.append("the model does not fit in memory: keys and shapes are checked, logits are not (--verify logits)")
     if recipe.needs_model and not recipe.loads:
-        pickled = ", out of pickled .bin files" if checkpoint.is_bin else ""
+        pickled = ", from pickled .bin files" if checkpoint.is_bin else ""
         notes.append(f"the model does not fit in memory: its layers are read from disk one at a time{pickled}")
     return tuple(notes)
 

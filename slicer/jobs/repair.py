@@ -1,4 +1,4 @@
-"""Weight compensation of a cut in closed form: solved in memory, and placed where it is written."""
+"""Weight compensation of a cut in closed form: solved in memory, then placed in the tensors of the output."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def repair(
     how: Recipe | Compensation,
     progress: Progress,
 ) -> Patch:
-    """The repair of the cut of `plan` from the source `checkpoint`, over which `walk` is, fitted on `text`.
+    """The repair of the cut of `plan` from the source `checkpoint`, fitted on `text`; `walk`: over the source.
 
-    `NONE` where none is asked for. `walk.activations`, of the same text, spares the next fold the pass through the
-    source. Raises HealError and ArchitectureError where the cut cannot be repaired, OutOfMemory; a fold that nobody
-    asked for is left out with a note then, and where it does not lower the held-out loss. A training that would start
-    from that fold ends if memory runs out: started again, it may have enough.
+    `NONE` if the recipe has no repair. With `walk.activations` (of the same text), the next fold skips the pass through
+    the source. Raises HealError and ArchitectureError if the cut cannot be repaired, OutOfMemory. An automatic fold is
+    left out instead, with a note, also if it does not lower the held-out loss; but if memory runs out before a
+    training, OutOfMemory is raised, because a second run may have enough.
     """
     asked, compensation = (how.asked, how.repair) if isinstance(how, Recipe) else (True, how)
     if compensation.method == "none":
@@ -67,7 +67,7 @@ def repair(
             raise
         progress.note(f"not healed: {error}")
     if solved is None:
-        memory.release()  # what the error held
+        memory.release()  # memory that the error referred to
         return NONE
     losses = solved.losses
     if not losses.falls:

@@ -1,4 +1,4 @@
-"""The work directory beside a result: what a stopped conversion or fold has finished, and goes on from."""
+"""The work directory beside a result: the finished stages of a conversion or fold, from which it resumes."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _MEASURED = "measured.json"
 
 @contextmanager
 def working(recipe: Recipe, source: Source, output: Output) -> Iterator[Path | None]:
-    """A directory of this run alone, removed when the block ends; None where no text is read or nothing is written.
+    """A work directory, locked by this run; None if no text is read or nothing is written.
 
-    It stays where the block is stopped, or runs out of memory or of disk, after a measurement or a stage of a fold was
-    finished. Another cut of the same source by the same text may go on from it. Raises OutputError for a directory of
-    other work.
+    It is removed when the block ends, but kept if the block is stopped, or runs out of memory or disk, after a
+    measurement or a stage of a fold was finished. Another cut of the same source and text may resume from it. Raises
+    OutputError for a directory with other work.
     """
     if recipe.text is None or not recipe.writes:
         yield None
@@ -40,7 +40,7 @@ def working(recipe: Recipe, source: Source, output: Output) -> Iterator[Path | N
     with claimed(
         place, what="unfinished work", overwrite=output.overwrite,
         resumable=lambda: not useless and ((place / _MEASURED).is_file() or any(place.glob("stages-*/*"))),
-        source=source.checkpoint.identity, text=recipe.text.identity, dtype=recipe.compute.dtype,
+        checkpoint=source.checkpoint.identity, text=recipe.text.identity, dtype=recipe.compute.dtype,
         device=recipe.compute.torch_device().type, halves=recipe.halves, versions=versions(),
     ) as work:  # fmt: skip
         try:
@@ -51,7 +51,7 @@ def working(recipe: Recipe, source: Source, output: Output) -> Iterator[Path | N
 
 
 def measured(walk: Walk | None, text: TokenBatches | None, recipe: Recipe, progress: Progress) -> Analysis | None:
-    """The distances that the cut is chosen by, or those that a stopped run found; None where nothing is measured.
+    """The distances to choose the cut by, measured now or by a stopped run; None if nothing is measured.
 
     Raises CalibrationError and ArchitectureError as `measure`.
     """
@@ -59,7 +59,7 @@ def measured(walk: Walk | None, text: TokenBatches | None, recipe: Recipe, progr
         return None
     file = None if walk.directory is None else walk.directory / _MEASURED
     if file is not None and file.is_file():
-        progress.note(f"going on from {walk.directory}")
+        progress.note(f"resuming from {walk.directory}")
         return Analysis.load(file)
     size = len(text.batches[0])
     with within_memory("measuring", [f"--batch-size {size // 4 or 1}", "--device cpu"]):

@@ -35,7 +35,7 @@ def measure(walk: Walk, text: TokenBatches, halves: bool | None, progress: Progr
     """The angular distances of last tokens over `text`, in one pass: an analysis with one metric.
 
     `halves`: between sublayers too; None: where the layers can be run within. Raises CalibrationError for states that
-    are not finite, ArchitectureError where `halves` are asked for and a layer lacks a sublayer, or cannot be run alone.
+    are not finite, ArchitectureError if `halves` are asked for and a layer lacks a sublayer, or cannot be run alone.
     """
     batches, sublayers = text.batches, {}
     if halves is not False:

@@ -46,7 +46,7 @@ class Portion:
 
     @classmethod
     def of(cls, batches: Batches, processes: Processes = Processes()) -> Portion:  # noqa: B008
-        """This process's portion of all `batches`. Raises UsageError where some process gets none."""
+        """This process's portion of all `batches`. Raises UsageError if some process gets none."""
         own, first = processes.of(batches)
         return cls(own, first, sum(map(len, batches)), processes)
 

@@ -155,7 +155,7 @@ def _needs_several(path: Path, compute: Compute, target: torch.device) -> bool:
 
 @contextlib.contextmanager
 def in_float32(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
-    """Inside the block those of `parameters` that have 16 bits hold float32 copies; afterwards their own tensors."""
+    """Inside the block, 16-bit `parameters` hold float32 copies; afterwards their own tensors again."""
     halves = [(p, p.data) for p in parameters if p.dtype in (torch.bfloat16, torch.float16)]
     try:
         for parameter, data in halves:

@@ -21,7 +21,7 @@ from slicer.checkpoint import tensors
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.tensors import TensorSpan
 from slicer.errors import SourceError
-from slicer.model.buffers import Buffers, room
+from slicer.model.buffers import Buffers, buffer_bytes
 from slicer.model.layers import decoder_layers
 from slicer.model.load import build_on_meta
 from slicer.runtime.compute import Compute
@@ -34,7 +34,7 @@ class OffloadedModel:
         model: the transformers model, in eval mode; parameters of absent layers are on the meta device.
         layers: its decoder layers.
         device: device of the weights.
-        reads_ahead: whether `fetch` reads the layer after while one is in use.
+        reads_ahead: whether `fetch` reads the next layer while one is in use.
         bytes_read: bytes of layers read from disk.
 
     Raises SourceError if tensors are missing or have wrong shapes.
@@ -60,7 +60,7 @@ class OffloadedModel:
         self.reads_ahead, self.bytes_read = True, 0
         self._coming: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
         self._reader: ThreadPoolExecutor | None = None
-        self._buffers = Buffers(max(room(spans.values()) for spans in self._spans))
+        self._buffers = Buffers(max(buffer_bytes(spans.values()) for spans in self._spans))
         self._load(outside)
         self._tie()
         self._fill_buffers()
@@ -85,7 +85,7 @@ class OffloadedModel:
         return stored
 
     def keep(self, index: int, stored: dict[str, torch.Tensor]) -> None:
-        """Keep what `fetch` gave, for the next call of it."""
+        """Keep the result of `fetch` for its next call."""
         ready: Future[dict[str, torch.Tensor]] = Future()
         ready.set_result(stored)
         self._coming = (index, ready)

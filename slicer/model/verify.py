@@ -39,12 +39,12 @@ class Expected:
     """What a written checkpoint is checked against, computed before it is written.
 
     Attributes:
-        tokens: int64 [batch, seq], on which the logits were computed; None where no logits are compared.
+        tokens: int64 [batch, seq] on which the logits were computed; None: no logits are compared.
         logits: that the checkpoint must have, [batch, seq, V], on the CPU.
-        exact: those of weights that were not rounded to their stored dtype (adapters, training); None where nothing was
-            rounded. Where they are given, all logits are of float32 arithmetic.
-        text: (tokens, labels) int64 [batch, seq] of held-out text, labels below 0 where no loss is taken: the loss on
-            it is measured on the written checkpoint.
+        exact: logits of weights that are not rounded to their stored dtype (adapters, training); None: nothing was
+            rounded. If given, all logits are computed in float32.
+        text: (tokens, labels) int64 [batch, seq] of held-out text, labels below 0 at tokens without loss. The loss
+            of the written checkpoint is measured on it.
         loads: whether the checkpoint fits in memory; else its layers are read one at a time, and no loss is measured.
         text_dtype: torch name of the precision in which that loss is measured.
     """
@@ -63,7 +63,7 @@ class Errors:
 
     Attributes:
         same: largest difference from the expected logits, relative to the largest logit; None: not compared.
-        rounding: the same from the `exact` ones; None: there are none.
+        rounding: the same for the `exact` ones; None: there are none.
         loss: nats a token on the held-out text; None: not measured.
     """
 

@@ -68,7 +68,7 @@ class Walk:
         self._open: dict[int, int] = {}  # loaded layers -> number of `layer` blocks that use them
         self._casts = False  # whether layers in use are float32
         self._shape: Callable[[torch.Tensor], Any] | None = None
-        self._passed_on: list[int] = []  # ids of what a layer returns besides its states
+        self._passed_on: list[int] = []  # ids of the values that a layer returns besides its states
 
     @classmethod
     def in_memory(cls, model: Any, *, memory_bytes: int | None = None, directory: Path | None = None) -> Self:
@@ -129,8 +129,8 @@ class Walk:
 
     @contextlib.contextmanager
     def in_float32(self) -> Iterator[None]:
-        """Inside the block a 16-bit model computes in float32, loaded or streamed: each layer while it is in use, and
-        what lies outside the layers all the time."""
+        """Inside the block, a 16-bit model computes in float32, loaded or streamed: each layer while it is in use, the
+        modules outside the layers all the time."""
         within = {id(p) for layer in self.layers for p in layer.parameters()}
         before, self._casts = self._casts, True
         try:
@@ -151,7 +151,7 @@ class Walk:
             self._budget.limit = limit
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy on the host: in memory as far as the budget reaches, else in a file. Raises OutputError."""
+        """A copy on the host: in memory up to the budget, else in a file. Raises OutputError."""
         return self._budget.tensor(tensor.shape, tensor.dtype, pin=tensor.is_cuda).copy_(tensor)
 
     @contextlib.contextmanager
@@ -196,7 +196,7 @@ class Walk:
                 self._offloaded.release(i)
 
     def _precision(self, i: int) -> contextlib.AbstractContextManager[None]:
-        """For layer i, whose weights are in place: float32 where that is asked for, unless it is open already."""
+        """For layer i, whose weights are in place: float32 inside `in_float32`, unless the layer is open already."""
         casts = self._casts and not self._open.get(i)
         return in_float32(self.layers[i].parameters()) if casts else contextlib.nullcontext()
 
@@ -392,11 +392,11 @@ def walk_loss(walk: Walk, tokens: Batches, last: Callable[[int], torch.Tensor], 
 class SourceActivations:
     """Caches the output of every layer for a fixed set of batches, so repeated passes through the source are skipped.
 
-    Uses up to `room` bytes; layers that do not fit are run again.
+    Uses up to `budget` bytes; layers that do not fit are run again.
     """
 
-    def __init__(self, room: int) -> None:
-        self._room = room
+    def __init__(self, budget: int) -> None:
+        self._budget = budget
         self._kept: dict[int, list[torch.Tensor]] = {}
         self._tokens: list[torch.Tensor] | None = None
 
@@ -412,6 +412,6 @@ class SourceActivations:
             states.layer = i + 1
             return
         walk.advance(i, states)
-        if kept is None and states.nbytes <= self._room:
-            self._room -= states.nbytes
+        if kept is None and states.nbytes <= self._budget:
+            self._budget -= states.nbytes
             self._kept[i] = [state.clone() for state in states]

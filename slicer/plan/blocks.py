@@ -1,4 +1,4 @@
-"""Distances -> the blocks of layers and the sublayers that can go, closest first. Pure arithmetic."""
+"""Distances -> the blocks of layers, or the sublayers, that can be dropped, closest first. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Doubt:
-    """How far the best choice is from the next: the difference, its standard error, and what would settle it.
+    """The difference between the best choice and the next, its standard error, and the samples that would decide.
 
     `samples`: sequences that would make the difference as large as `SURE` standard errors; None for no difference.
     """
@@ -60,7 +60,7 @@ class Doubt:
 
 
 def rank(distances: Distances, n: int, protect: Collection[int] = ()) -> list[Block]:
-    """All blocks of n layers without a protected one, closest first; of equals the deeper one first.
+    """All blocks of n layers without a protected one, closest first; of equal blocks the deeper one first.
 
     The first is equation 6 of "The Unreasonable Ineffectiveness of the Deeper Layers": argmin over l of d(l, l+n). The
     deeper of two equal blocks disturbs fewer of the layers after it (section 3.1 of the paper). Blocks that were not
@@ -75,7 +75,7 @@ def rank(distances: Distances, n: int, protect: Collection[int] = ()) -> list[Bl
 
 
 def _closest_first(row: Sequence[float], n: int, allowed: Callable[[int], bool]) -> list[Block]:
-    """The blocks of a row of distances by start, without those not measured; of equals the deeper one first."""
+    """The blocks of a row of distances by start, without those not measured; of equal ones the deeper first."""
     found = [Block(start, n, float(d)) for start, d in enumerate(row) if not math.isnan(d) and allowed(start)]
     return sorted(found, key=lambda block: (block.distance, -block.start))
 
@@ -103,7 +103,7 @@ def best_cuts(
         free[i] = 0 if i in protect else free[i + 1] + 1
         for left in range(n + 1):
             for k in range(blocks + 1):
-                # Keeping i comes first, so that of equals the deeper blocks win.
+                # Keeping i comes first, so that of equal sums the deeper blocks win.
                 found = list(after[i + 1].get((left, k), ()))
                 for size, row in rows.items():
                     if not k or size > left or size > free[i] or math.isnan(row[i]):
@@ -124,7 +124,7 @@ def best_cuts(
 
 
 def doubt(distances: Distances, best: Cut, other: Cut) -> Doubt | None:
-    """Whether `best` and `other` cannot be told apart by `SURE` standard errors; None when they can, or are certain.
+    """The doubt if `best` and `other` differ by less than `SURE` standard errors; None if by more, or for exact values.
 
     For single blocks of one size the error is that of the paired difference over the same samples; for cuts of several
     blocks, that of the blocks they do not share, taken as independent.
@@ -132,7 +132,7 @@ def doubt(distances: Distances, best: Cut, other: Cut) -> Doubt | None:
     mine, theirs = ([b for b in a.blocks if b not in c.blocks] for a, c in ((best, other), (other, best)))
     if len(mine) == len(theirs) == 1 and mine[0].n == theirs[0].n and mine[0].n in distances.difference_error:
         row = distances.difference_error[mine[0].n]
-        # Against the least of this n; where neither is it (protected layers), the errors add up at worst.
+        # Relative to the best of this n; if neither is that one (protected layers), the sum is an upper bound.
         error = row[theirs[0].start] + row[mine[0].start]
     else:
         error = math.sqrt(sum(distances.standard_error[b.n][b.start] ** 2 for b in (*mine, *theirs)))
@@ -144,9 +144,9 @@ def doubt(distances: Distances, best: Cut, other: Cut) -> Doubt | None:
 
 
 def rank_sublayers(halves: Distances, attention: Iterable[int], ffn: Iterable[int]) -> list[tuple[str, int, float]]:
-    """("attention" or "ffn", layer, distance across it) of these parts, closest first; of equals the deeper one first.
+    """("attention" or "ffn", layer, distance across it) of these sublayers, closest first; of equals the deeper.
 
-    `halves` has the half-layers of the model as its layers: attention i is number 2i, feed-forward part i number 2i+1.
+    `halves`: the table over sublayers. Attention i is number 2i, feed-forward i is number 2i + 1.
     """
     row = halves.block(1)
     numbers = [*(2 * i for i in attention), *(2 * i + 1 for i in ffn)]
@@ -155,7 +155,7 @@ def rank_sublayers(halves: Distances, attention: Iterable[int], ffn: Iterable[in
 
 
 def rank_offset(halves: Distances, n: int, protect: Collection[int] = ()) -> list[Block]:
-    """All half-offset cuts that make the model n layers shallower and leave protected ones whole, closest first.
+    """All half-offset cuts that make the model n layers shallower and keep protected layers whole, closest first.
 
     A block goes from after attention `start` to after attention `start` + n. `halves` as in `rank_sublayers`.
     """

@@ -1,7 +1,7 @@
 """Memory: the budget of each device, what fits into it, and whether an error means that it ran out.
 
-A budget follows from the options and from the total memory of a device, never from what happens to be free: so the same
-command does the same on every machine of a kind. What is free is only checked, before work begins (`check_free`).
+A budget follows from the options and from the total memory of a device, never from the free memory: the same command
+does the same on every machine of a kind. Free memory is only checked before work begins (`check_free`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 
-HOST_SHARE = 0.7  # of the total that is the budget where none is given; the rest is the system's and other programs'
-DEVICE_SHARE = 0.9  # the same of a GPU, of which the rest is CUDA's
+HOST_SHARE = 0.7  # default budget, as a share of the total; the rest is for the system and other programs
+DEVICE_SHARE = 0.9  # the same for a GPU; the rest is for CUDA
 OVERHEAD = 1.3  # of a loaded model beside its weights: activations, buffers and the loader's own copies
 # Shares of a budget that one use may take, so that the others keep theirs.
 KEPT_SHARE = 0.25  # outputs kept so that nothing is computed twice: of the first layers, of the source's head
@@ -51,7 +51,7 @@ def total(device: torch.device) -> int:
 def available() -> int:
     """Bytes of the host's memory that can be taken without swapping, within the limits of the control groups.
 
-    Page cache counts as available, in a container too: the kernel gives it up when memory is asked for.
+    Page cache counts as available, in a container too: the kernel frees it on demand.
     """
     import psutil
 
@@ -82,7 +82,7 @@ def _page_cache(statistics: Path, names: Sequence[str]) -> int:
 
 
 def free(device: torch.device) -> int:
-    """Bytes free on a device; of a GPU, with those that torch holds and does not use."""
+    """Bytes free on a device; of a GPU, including bytes that torch holds without using them."""
     if device.type != "cuda":
         return available()
     import torch
@@ -104,7 +104,7 @@ def devices(compute: Compute) -> list[torch.device]:
 def settled(compute: Compute) -> Compute:
     """`compute` with its budgets, `memory` and (on GPUs) `device_memory`, as numbers.
 
-    Where they are not given they are shares of the total, and of several processes each has an equal part. Raises
+    By default they are shares of the total; several processes have equal parts of it. Raises
     UsageError for an unavailable device.
     """
     import torch
@@ -166,7 +166,7 @@ def check_free(needed: float, compute: Compute, limiting: bool = True) -> None:
 
 
 def release() -> None:
-    """Free what nothing refers to any more, torch's unused GPU memory too, before other models or processes need it."""
+    """Free unreferenced memory, also torch's unused GPU memory, before other models or processes need it."""
     import torch
 
     gc.collect()  # models of transformers and peft are in reference cycles

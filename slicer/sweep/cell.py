@@ -88,7 +88,7 @@ def evaluated(model: Any, path: Path, suite: Suite, name: str) -> Evaluation:
 def in_memory(
     cell: Cell, plan: Plan, shared: SharedModel, suite: Suite, name: str
 ) -> tuple[Evaluation, HealingRecord | None]:
-    """A bare or folded cell. Raises ArchitectureError or HealError where the cut cannot be made or healed."""
+    """A bare or folded cell. Raises ArchitectureError or HealError if the cut cannot be made or healed."""
     checkpoint, compute = shared.source.checkpoint, shared.compute
     config = sliced_config(checkpoint, plan, trust_remote_code=compute.trust_remote_code)
     text = None if cell.heal == "none" else shared.text

@@ -22,12 +22,12 @@ _HOST = torch.device("cpu")
 
 
 class Prefix:
-    """Cache of the outputs of layers 0 .. i of the unpruned `model` for each batch, in up to `room` bytes."""
+    """Cache of the outputs of layers 0 .. i of the unpruned `model` for each batch, in up to `budget` bytes."""
 
-    def __init__(self, model: Any, room: int) -> None:
+    def __init__(self, model: Any, budget: int) -> None:
         self._model = model
         self._layers = list(decoder_layers(model))
-        self._room = room
+        self._budget = budget
         self._kept: dict[tuple[int, str], Any] = {}  # (layers run, batch) -> what the last of them returned
         self._trusted: bool | None = None
         self._takes_cache_flag = "use_cache" in inspect.signature(model.forward).parameters
@@ -84,8 +84,8 @@ class Prefix:
 
     def _keep(self, start: int, name: str, output: Any) -> None:
         size = _bytes(output)
-        if size is not None and size <= self._room:
-            self._room -= size
+        if size is not None and size <= self._budget:
+            self._budget -= size
             self._kept[start, name] = _copy(output, _HOST)
 
     def _holds(self, start: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

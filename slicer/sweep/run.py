@@ -145,7 +145,7 @@ def check_text(sweep: OpenSweep, cells: Sequence[Cell]) -> None:
 
 
 def plan_of(sweep: OpenSweep, cell: Cell) -> Plan:
-    """Which layers a cell drops. Raises PlanError, ArchitectureError where no such cut can be expressed."""
+    """Which layers a cell drops. Raises PlanError, ArchitectureError if no such cut can be expressed."""
     asked = partial(why_not, sweep.source.checkpoint, trust_remote_code=sweep.shared.compute.trust_remote_code)
     measured = _measured(sweep) if cell.strategy == "similarity" else None
     goal = Goal(drop=Amount(count=cell.n))

@@ -47,7 +47,7 @@ def print_analysis(analysis: Analysis, out: Path) -> None:
 def _parts_table(analysis: Analysis) -> Table:
     """The least important attention and feed-forward sublayers by every metric."""
     title = "least important attention and feed-forward sublayers"
-    made = table(title, "metric", "attention", "feed-forward part", texts=3)
+    made = table(title, "metric", "attention", "feed-forward", texts=3)
     for name, found in analysis.sublayers.items():
         cells = []
         for at in (0, 1):
@@ -87,7 +87,7 @@ def heat_lines(distances: Distances, width: int) -> list[str]:
 
 
 def print_chosen(chosen: Chosen, samples: int, file: Path) -> None:
-    """The chosen layers and why: the runners-up, their distance, and whether the best two can be told apart.
+    """The chosen layers and why: the runners-up, their distance, and whether the best two can be distinguished.
 
     `samples`: the sequences measured.
     """
@@ -108,7 +108,7 @@ def print_chosen(chosen: Chosen, samples: int, file: Path) -> None:
         if doubt.samples is not None:
             settle = f"about {doubt.samples:,} samples are needed to decide"
         console.print(
-            f"warning   the best two cannot be told apart on {samples} samples: they differ by "
+            f"warning   the best two cannot be distinguished on {samples} samples: they differ by "
             f"{doubt.difference:.4f} with a standard error of {doubt.error:.4f}; {settle}"
         )
     console.print(f"written   {file}\nnext      slicer convert {plan.source or 'SOURCE'} --plan {file}")

@@ -80,8 +80,8 @@ def bars() -> Iterator[Progress]:
 
 
 def stdout() -> Console:
-    """The console that results are printed on."""
-    return Console(highlight=False, soft_wrap=True, markup=False)
+    """The console that results are printed on; 200 columns wide if piped, so that no table cell is cut."""
+    return Console(highlight=False, soft_wrap=True, markup=False, width=None if os.isatty(1) else 200)
 
 
 def table(title: str, *columns: str, texts: int = 1) -> Table:

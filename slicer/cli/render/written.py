@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 
 from slicer.cli.render.progress import STDERR, stdout, table
 from slicer.plan.amounts import spell_layers
@@ -146,7 +144,7 @@ def print_inspection(found: Inspection) -> None:
             ("healed", _healed(plan.healing) if plan.healing else "no"),
         ]
     for label, text in facts:
-        console.print(f"{label:<18}{text}")
+        console.print(f"{label:<20}{text}")
 
 
 def print_demo(shown: Shown) -> None:
@@ -178,8 +176,8 @@ def print_ready(base_url: str, model: str, has_key: bool) -> None:
 
 
 def print_tables(tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]]) -> None:
-    """Print (title, head, rows) tables; the first column is text, the others numbers. Full width if piped."""
-    console = stdout() if os.isatty(1) else Console(highlight=False, markup=False, width=200)
+    """Print (title, head, rows) tables; the first column is text, the others numbers."""
+    console = stdout()
     for title, head, rows in tables:
         shown = table(title, *head)
         for row in rows:

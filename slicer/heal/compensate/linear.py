@@ -12,7 +12,7 @@ there. Gaps are filled in order. A constant is written into the output bias of t
 exact: no sublayer that stays reads the stream in between.
 
 `train` then takes steps of Adam on these parameters alone, on the loss L of `slicer.heal.compensate.objective`: a batch
-of calibration sequences a step, in an order drawn by the seed. A parameter moves at most about `RATE` of its own root
+of calibration sequences per step, in an order drawn by the seed. A parameter moves at most about `RATE` of its own root
 mean square in a step, less toward the end. The result is the step, or the start, with the lowest L on the held-out
 sequences.
 """
@@ -42,8 +42,8 @@ from slicer.plan.records import SolvedMatrix
 from slicer.progress import SILENT, Progress
 
 RATE = 0.02
-WARM_UP = 0.1  # share of the steps in which the rate rises
-JUDGED = 16  # times that L is computed on the held-out sequences
+WARM_UP = 0.1  # share of the steps during which the rate rises
+JUDGED = 16  # number of times that L is computed on the held-out sequences
 _BETAS = (0.9, 0.99)
 _TRAINED = ("bias", "down", "up")
 
@@ -51,10 +51,10 @@ _TRAINED = ("bias", "down", "up")
 def linear(
     walk: Walk, batches: Batches, plan: Plan, method: str, rank: int | None = None, *, progress: Progress = SILENT
 ) -> Solved:
-    """Fill the gaps that `plan` leaves in the source, over which `walk` is, by `method`: "bias" or "linear" of `rank`.
+    """Replace the sublayers that `plan` removes from the source of `walk` by `method`: "bias", or "linear" of `rank`.
 
-    Raises HealError for too little text or where no sublayer stays before a
-    gap, ArchitectureError where the attention of a layer is removed that runs beside its feed-forward sublayer.
+    `batches`: int64 [batch, seq], no padding. Raises HealError for too little text or if no sublayer stays before a
+    gap, ArchitectureError if the attention of a layer with parallel attention and feed-forward is removed alone.
     """
     check_method(method, rank, walk.model.config.get_text_config().hidden_size)
     rank = rank if method == "linear" else None
@@ -66,8 +66,8 @@ def linear(
     for gap, target in both:
         if gap.layer < 0:
             raise HealError(
-                f"nothing stands before the {'ffn' if gap.start % 2 else 'attention'} of layer {gap.start // 2}, so "
-                "its replacement has no place; keep the first layer, or heal with --heal fold"
+                f"no sublayer stays before the {'ffn' if gap.start % 2 else 'attention'} of layer {gap.start // 2}, so "
+                "a replacement cannot be added behind one; keep the first layer, or heal with --heal fold"
             )
         both.advance_cut(gap.layer)
         rows = partial(_rows, both.cut, target)
@@ -112,7 +112,7 @@ def _constant(rows: partial[Iterator[Row]], data: Split) -> tuple[Replacement, f
 def _low_rank(
     rows: partial[Iterator[Row]], data: Split, gain: torch.Tensor, rank: int, eps: float
 ) -> tuple[Replacement, float] | None:
-    """(the map, the share of the squared error left on the held-out sequences); None where nothing lowers that."""
+    """(the map, the share of the squared error left on the held-out sequences); None if nothing lowers that."""
     equations: NormalEquations | None = None
     for b, h, change, weight in rows():
         z = gain * nn.functional.rms_norm(h, h.shape[-1:], None, eps)
@@ -140,9 +140,9 @@ def _gain(walk: Walk, gap: Gap) -> torch.Tensor:
 def train(
     walk: Walk, batches: Batches, plan: Plan, solved: Solved, steps: int, *, seed: int = 0, progress: Progress = SILENT
 ) -> Solved:
-    """`solved` after so many steps; the same bytes for the same seed.
+    """`solved` after this number of training steps; the same bytes for the same seed.
 
-    `batches` and `plan`: those that `solved` was fitted on. Raises HealError for a model that is streamed from disk,
+    `batches` and `plan`: those of the fit of `solved`. Raises HealError for a model that is streamed from disk,
     because every step would read it again.
     """
     if not walk.loaded:
@@ -158,7 +158,7 @@ def train(
 
 
 class ReplacementTraining:
-    """Steps on the replacements of `edits`. Attributes: `pruned`: the cut; `leaves`: the edits, as they are trained."""
+    """Trains the replacements of `edits`. Attributes: `pruned`: the cut; `leaves`: the edits in training."""
 
     def __init__(self, walk: Walk, data: Split, plan: Plan, edits: Edits) -> None:
         self.pruned = PrunedRun.of_source(walk, plan, data.batches, data.held, min(edits))

@@ -6,8 +6,8 @@ With p the source's distribution over the next token, q the pruned model's, and 
 
 L is measured over the whole vocabulary. Its gradients are computed over a part of it: all likely tokens, and a sample
 of the others, because most rows of a large head add little and take most of the time. Each sampled token is weighted by
-the number of tokens that it represents, so the sum over the others is unbiased, and the loss still keeps the model from
-giving probability to tokens that no text has.
+the number of tokens that it represents, so the sum over the others is unbiased, and the loss still
+penalises probability on tokens that occur in no text.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from slicer.model.states import States
 from slicer.model.walk import Walk
 
 MIX = 0.25  # share of the text itself in the loss
-STRIDE = 2  # of the sequences held out, one position in so many is judged
+STRIDE = 2  # one position in this many of the held-out sequences is judged
 LIKELY = 12288  # most likely tokens that are all included; more only where the text has more tokens
 SAMPLE = 4096  # tokens that are sampled from the others
 _CHUNK = 128  # positions whose logits are held at a time
 
 
 class Objective:
-    """L of the model that `walk` goes over.
+    """L of the model of `walk`.
 
     Args:
         target: the states of the source behind its last layer, and the tokens.
@@ -52,7 +52,7 @@ class Objective:
 
     @torch.no_grad()
     def judge(self, models: Sequence[Mapping[int, torch.Tensor]]) -> list[tuple[float, float]]:
-        """L and KL(p || q) of each of `models`: by batch held out, its stream behind the last layer [batch, seq, d]."""
+        """L and KL(p || q) of each of `models`: by held-out batch, its stream behind the last layer [batch, seq, d]."""
         far, text, count = [self._certainty] * len(models), [0.0] * len(models), 0
         for b in self._held:
             for at in self._positions(b):

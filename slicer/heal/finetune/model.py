@@ -90,7 +90,7 @@ def load(base: Checkpoint, settings: TrainingSettings, compute: Compute) -> Mode
 
 
 def targets(model: Model, checkpoint: Checkpoint) -> list[str]:
-    """Names of the matrices that get an adapter: the linear ones of every layer's feed-forward part.
+    """Names of the matrices that get an adapter: the linear ones of every layer's feed-forward sublayer.
 
     Found by structure with `slicer.model.sublayers.mlp_of`: gate, up and down projections of Llama and similar models,
     fc1 and fc2 of Phi and OPT, w1, w2 and c_proj of Qwen. Skips routers, and experts that are slices of one tensor
@@ -117,7 +117,7 @@ def targets(model: Model, checkpoint: Checkpoint) -> list[str]:
 
 
 def _feed_forward(layer: nn.Module, names: list[str]) -> list[str]:
-    """Those of the modules `names` of the layer that are in its feed-forward part."""
+    """Those of the modules `names` of the layer that are in its feed-forward sublayer."""
     part = mlp_of(layer)
     if part is not None and _linear(part):  # fc1 and fc2 are direct children of the layer
         return [name for name in names if "." not in name]

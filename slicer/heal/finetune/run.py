@@ -90,7 +90,7 @@ def _result(
     text = corpus.held_out_batches(settings.micro_batch)
 
     def loss(checkpoint: Checkpoint) -> float | None:
-        """On the held-out text, nats a token; None where the model does not fit in memory."""
+        """On the held-out text, nats a token; None if the model does not fit in memory."""
         if not memory.fits(getattr(torch, settings.compute).itemsize * checkpoint.parameters, compute):
             return None
         return text_loss(load_model(checkpoint.path, compute, dtype=settings.compute), text)

@@ -206,7 +206,7 @@ def test_what_cannot_be_healed_says_why(model: Any, text: list[torch.Tensor]) ->
         with pytest.raises(HealError, match="next to the cut"):
             fold(walk, text[:2], plan, holds=lambda i, name, module: False)
     parallel = tiny.tiny_model("phi").requires_grad_(False)
-    with pytest.raises(ArchitectureError, match="side by side"):
+    with pytest.raises(ArchitectureError, match="in parallel"):
         plan = cutting(tiny.DEPTH, attention=[3], form="zeroed")
         fold(Walk.in_memory(parallel), random_batches(), plan, holds=anything)
 
