@@ -190,8 +190,10 @@ class Newton:
                 break
             from_, by = (best, 2.0) if best == max(tried) else (least, 0.5)
             best = best_with([from_ * by, from_ * by * by])
-        if best:  # its half and its double have more loss
-            best = best_with([best * share for share in (0.75, 1.25, 1.5, 1.75)])
+        if best:  # the least loss lies between this length and its double, which has more
+            whole, half = best, 1.5 * best
+            best_with([half])
+            best = best_with([(1.75 if tried[half] < tried[whole] else 1.25) * whole])
         self._size = best * largest or _FIRST
         return best, tried[best]
 
