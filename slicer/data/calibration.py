@@ -43,7 +43,7 @@ class TokenBatches:
 
 def read_text(spec: TextSpec | None, path: Path, walk: Loaded | None, progress: Progress) -> TokenBatches | None:
     """The text of `spec` as tokens for the model of `walk`, whose checkpoint is at `path`; None if none is asked
-    for. A walk with a directory keeps them there: a run that goes on has the same text. Raises CalibrationError as
+    for. A walk with a directory keeps them there: a run that resumes has the same text. Raises CalibrationError as
     `token_batches`."""
     if spec is None or walk is None:
         return None

@@ -67,9 +67,12 @@ class TextSpec:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a run to resume another: the values, and sizes and dates of local files."""
+        """What must be the same for a run to resume another: the values, and sizes and dates of local files.
+
+        The batch size may differ: a run that was out of memory needs a smaller one.
+        """
         files = [(path.stat().st_size, path.stat().st_mtime_ns) for path in local_files(self)]
-        return {**asdict(self), "files": files}
+        return {name: value for name, value in asdict(self).items() if name != "batch_size"} | {"files": files}
 
 
 def check_sources(spec: TextSpec) -> None:

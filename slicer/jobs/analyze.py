@@ -41,7 +41,7 @@ from slicer.progress import SILENT, Progress
 from slicer.runtime import distributed
 from slicer.runtime.distributed import Processes
 from slicer.runtime.files import write_atomically
-from slicer.runtime.memory import within_memory
+from slicer.runtime.memory import smaller, within_memory
 from slicer.runtime.versions import versions
 from slicer.runtime.workdir import Notebook, claimed
 
@@ -79,7 +79,7 @@ def analyze(request: AnalyzeRequest, progress: Progress = SILENT) -> Analysis | 
                 batches = _shared_text(text, source.path, walk, processes, progress)
                 portion = Portion.of(batches.batches, processes)
                 run = _Run(request, source, walk, batches.record, portion, work.path, progress)
-                with within_memory("measuring", [f"--batch-size {text.batch_size // 4 or 1}", "--device cpu"]):
+                with within_memory("measuring", smaller(text.batch_size)):
                     analysis = run.measured()
             if not processes.is_first:
                 return None

@@ -40,8 +40,8 @@ def repair(
         return NONE
     assert walk is not None and text is not None
     cast = DTYPES[plan.dtype] if plan.dtype else None
-    trains, size = isinstance(how, Recipe) and how.training is not None, len(text.batches[0])
-    ways = ["--train-from cut"] * trains + [f"--batch-size {size // 4 or 1}"] * (size > 1) + ["--device cpu"]
+    trains = isinstance(how, Recipe) and how.training is not None
+    ways = ["--train-from cut"] * trains + memory.smaller(len(text.batches[0]))
     solved = None
     try:
         with memory.within_memory("healing the cut", ways):

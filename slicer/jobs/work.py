@@ -17,7 +17,7 @@ from slicer.measure.distances import measure
 from slicer.model.walk import Walk
 from slicer.progress import Progress
 from slicer.runtime.files import write_atomically
-from slicer.runtime.memory import within_memory
+from slicer.runtime.memory import smaller, within_memory
 from slicer.runtime.versions import versions
 from slicer.runtime.workdir import beside, claimed
 
@@ -29,8 +29,8 @@ def working(recipe: Recipe, source: Source, output: Output) -> Iterator[Path | N
     """A work directory, locked by this run; None if no text is read or nothing is written.
 
     It is removed when the block ends, but kept if the block is stopped, or runs out of memory or disk, after a
-    measurement or a stage of a fold was finished. Another cut of the same source and text may resume from it. Raises
-    OutputError for a directory with other work.
+    measurement or a stage of a fold was finished. Another cut of the same source and text may resume from it, also on
+    another device or with another batch size. Raises OutputError for a directory with other work.
     """
     if recipe.text is None or not recipe.writes:
         yield None
@@ -41,7 +41,7 @@ def working(recipe: Recipe, source: Source, output: Output) -> Iterator[Path | N
         place, what="unfinished work", overwrite=output.overwrite,
         resumable=lambda: not useless and ((place / _MEASURED).is_file() or any(place.glob("stages-*/*"))),
         checkpoint=source.checkpoint.identity, text=recipe.text.identity, dtype=recipe.compute.dtype,
-        device=recipe.compute.torch_device().type, halves=recipe.halves, versions=versions(),
+        halves=recipe.halves, versions=versions(),
     ) as work:  # fmt: skip
         try:
             yield work.path
@@ -61,8 +61,7 @@ def measured(walk: Walk | None, text: TokenBatches | None, recipe: Recipe, progr
     if file is not None and file.is_file():
         progress.note(f"resuming from {walk.directory}")
         return Analysis.load(file)
-    size = len(text.batches[0])
-    with within_memory("measuring", [f"--batch-size {size // 4 or 1}", "--device cpu"]):
+    with within_memory("measuring", smaller(len(text.batches[0]))):
         analysis = measure(walk, text, recipe.halves, progress)
     if file is not None:
         write_atomically(file, analysis.to_json())

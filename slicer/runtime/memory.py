@@ -104,8 +104,8 @@ def devices(compute: Compute) -> list[torch.device]:
 def settled(compute: Compute) -> Compute:
     """`compute` with its budgets, `memory` and (on GPUs) `device_memory`, as numbers.
 
-    By default they are shares of the total; several processes have equal parts of it. Raises
-    UsageError for an unavailable device.
+    By default they are shares of the total; several processes have equal parts of it. Raises UsageError for an
+    unavailable device.
     """
     import torch
 
@@ -183,6 +183,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     words = str(error).lower()
     signs = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, RuntimeError) and any(sign in words for sign in signs)
+
+
+def smaller(batch_size: int) -> list[str]:
+    """The options with which work on batches of so many sequences takes less memory, for `within_memory`."""
+    return [f"--batch-size {batch_size // 4 or 1}"] * (batch_size > 1) + ["--device cpu"]
 
 
 @contextlib.contextmanager

@@ -254,15 +254,14 @@ class Stages:
                 if old != self._place:
                     shutil.rmtree(old, ignore_errors=True)
 
-    def file(self, name: str) -> Path | None:
-        """The file of the stage of this name, whether it exists or not."""
+    def _file(self, name: str) -> Path | None:
         return None if self._place is None else self._place / f"{name}.safetensors"
 
     def load(self, name: str) -> tuple[dict[str, torch.Tensor], Any] | None:
         """(tensors, facts) of a finished stage, or None."""
         from safetensors import SafetensorError, safe_open
 
-        file = self.file(name)
+        file = self._file(name)
         if file is None or not file.is_file():
             return None
         try:
@@ -275,12 +274,7 @@ class Stages:
         """Keep a finished stage. Raises OutputError."""
         from safetensors.torch import save_file
 
-        if (file := self.file(name)) is not None:
+        if (file := self._file(name)) is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(file) as part:
                 save_file({k: t.contiguous() for k, t in tensors.items()}, part, {"facts": json.dumps(facts)})
-
-    def remove(self, name: str) -> None:
-        """Remove a stage that a later one replaces."""
-        if (file := self.file(name)) is not None:
-            file.unlink(missing_ok=True)

@@ -111,22 +111,26 @@ def test_other_work_in_the_directory_is_one_line(held_out_file: Path, tmp_path: 
 def test_out_of_memory_in_healing_that_was_asked_for_keeps_the_work(
     done: Path, held_out_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One line, then the same command goes on; the fold that nobody asked for is in tests/test_devices.py."""
+    """One line; then the same command resumes, and so does the one that the line advises. The fold that nobody asked
+    for is in tests/test_devices.py."""
 
     def full(*_: Any) -> bool:
         raise MemoryError
 
     calls: list[str] = []
     counted(monkeypatch, work, "measure", calls)
-    command = [*converting(held_out_file, tmp_path / "out"), "--heal", "fold"]
-    with monkeypatch.context() as patch:
-        patch.setattr(Newton, "step", full)
-        failed = slicer(*command)
-    assert failed.exit_code == 1 and "out of memory healing the cut" in failed.stderr.splitlines()[-1]
-    assert [p.name for p in tmp_path.iterdir()] == ["out.work"]
-    succeeds(*command)
-    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
-    assert weights == (done / "model.safetensors").read_bytes() and calls == ["measure"]
+    for name, advised in (("same", False), ("advised", True)):
+        out = tmp_path / name
+        command = [*converting(held_out_file, out), "--heal", "fold"]
+        with monkeypatch.context() as patch:
+            patch.setattr(Newton, "step", full)
+            failed = slicer(*command)
+        said = failed.stderr.splitlines()[-1]
+        assert failed.exit_code == 1 and "out of memory healing the cut; give --batch-size 1 or --device cpu" in said
+        assert (tmp_path / f"{name}.work").is_dir() and not out.exists()
+        succeeds(*command, *(["--batch-size", 1, "--device", "cpu"] if advised else []))
+        assert advised or (out / "model.safetensors").read_bytes() == (done / "model.safetensors").read_bytes()
+    assert calls == ["measure"] * 2 and sorted(p.name for p in tmp_path.iterdir()) == ["advised", "same"]
 
 
 @pytest.mark.parametrize(("command", "owner", "name"), [("convert", work, "measure"), ("analyze", analyze, "record")])

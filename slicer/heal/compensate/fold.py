@@ -30,11 +30,11 @@ from slicer.heal.compensate.regression import LayerFit, Solution, Split, gather,
 from slicer.heal.patch import Holds, Solved
 from slicer.model.output_maps import Output, find, parameters_after
 from slicer.model.pruned import Edits, LayerEdit, PrunedRun, edited, pruned_layer
-from slicer.model.states import States
+from slicer.model.states import Batches, States
 from slicer.model.walk import SourceActivations, Walk, walk_loss
 from slicer.plan.plan import Plan
 from slicer.plan.records import SOLVERS, Losses, SolvedMatrix
-from slicer.progress import Progress
+from slicer.progress import SILENT, Progress
 from slicer.runtime.workdir import Stages
 
 BEFORE = 1  # layers before the one of the first gap that take second-order steps too
@@ -43,14 +43,14 @@ _NORM_STEPS = 3  # Gauss-Newton steps where a norm follows the map
 
 def fold(
     walk: Walk,
-    batches: Sequence[torch.Tensor],
+    batches: Batches,
     plan: Plan,
     *,
     holds: Holds,
     solver: str = SOLVERS[0],
     written: torch.dtype | None = None,
     activations: SourceActivations | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Solved:
     """Solve the maps before each gap that `plan` leaves again, in order, each on the states of the repaired model.
 
@@ -70,7 +70,7 @@ def fold(
     with walk.reserved(working_bytes(walk)), walk.in_float32():
         precision = str(walk.model.dtype).removeprefix("torch.")
         stages = Stages(walk.directory, _identity(walk, data, plan, solver, written))
-        folding = _Folding(walk, data, plan, holds, solver, written, stages, progress or Progress())
+        folding = _Folding(walk, data, plan, holds, solver, written, stages, progress)
         edits, report, losses = folding.run(activations)
     edits = {i: _in_own_dtype(walk.layers[i], edit) for i, edit in sorted(edits.items())}
     return Solved(edits, losses, "fold", solver, report=report, held_out=data.sequences, precision=precision)
@@ -79,7 +79,9 @@ def fold(
 def _identity(walk: Walk, data: Split, plan: Plan, solver: str, written: torch.dtype | None) -> bytes:
     """Equal for folds of one source that may go on with each other's stages."""
     cut = (plan.kept, plan.no_attention, plan.no_ffn, plan.joined)
-    return repr((cut, solver, written, walk.model.dtype)).encode() + torch.cat(data.batches).numpy().tobytes()
+    shapes = [tuple(batch.shape) for batch in data.batches]
+    values = (cut, solver, written, walk.model.dtype, walk.device.type, shapes)
+    return repr(values).encode() + torch.cat(data.batches).numpy().tobytes()
 
 
 def working_bytes(walk: Walk) -> int:
@@ -230,7 +232,7 @@ class _Folding:
         number, going = 0, True
         if (kept := self.stages.load("steps")) is not None:
             tensors, (number, going, *state) = kept
-            newton.resume(tensors, state)
+            newton.resume(tensors, state, ends=not going or number == STEPS)
         while going and number < STEPS:
             going, number = newton.step(number), number + 1
             tensors, state = newton.state

@@ -85,13 +85,13 @@ class Newton:
 
     @property
     def state(self) -> tuple[dict[str, torch.Tensor], list[float]]:
-        """What `resume` takes to go on after the steps so far."""
+        """What `resume` needs to continue after the steps so far."""
         every = (matrix for matrices in self.matrices.values() for matrix in matrices)
         return {f"{m.layer}.{m.name}": m.delta for m in every if m.delta is not None}, [self._loss, self._size]
 
-    def resume(self, deltas: Mapping[str, torch.Tensor], numbers: Sequence[float]) -> None:
-        """Continue after the steps of another run, by its `state`; gathers A and G again."""
-        for matrix, sums in self.sums(0, curvature=True):
+    def resume(self, deltas: Mapping[str, torch.Tensor], numbers: Sequence[float], *, ends: bool) -> None:
+        """Continue after the steps of another run, by its `state`; gathers A and G again, unless there it `ends`."""
+        for matrix, sums in () if ends else self.sums(0, curvature=True):
             matrix.factor(sums, self._run.walk.keep)
         self._loss, self._size = numbers
         for matrices in self.matrices.values():
