@@ -150,6 +150,12 @@ def test_layers_that_are_read_one_at_a_time_are_on_the_device(name: str, machine
     assert losses(out) and near(losses(out), losses(machines(0).run(name)))
 
 
+def test_without_a_fold_little_more_than_a_layer_is_on_the_device(machines: Machines) -> None:
+    out, loaded = machines(1).directory / "streamed-bare", machines(1).run("whole") and machines(1).done["whole"][1][0]
+    result, (peak,) = machines(1).slicer(*CUT, "--heal", "none", *STREAMED, "-o", out)
+    assert result.exit_code == 0 and 1e6 < peak < loaded / 4, result.output
+
+
 def test_so_are_those_of_a_model_that_the_device_does_not_hold(machine: Machine) -> None:
     out = machine.directory / "small-device"
     expected = machine.run("streamed")
