@@ -55,8 +55,8 @@ def plan(directory: Path, **given: Any) -> None:
     if goal.named or any(amount.layers for amount in goal.sublayers.values()):
         raise UsageError("give fractions or counts; slicer convert takes named layers without a plan")
     protect = frozenset() if given["protect"] is None else parse_protected(given["protect"], analysis.depth)
-    how = {"metric": given["metric"], "blocks": given["blocks"], "protect": protect}
-    chosen = choose(goal, analysis.depth, analysis, lambda plan: None, **how)
+    metric, blocks = given["metric"], given["blocks"]
+    chosen = choose(goal, analysis.depth, analysis, lambda plan: None, metric=metric, blocks=blocks, protect=protect)
     origin: dict[str, Any] = {k: getattr(analysis, k) for k in ("source", "revision", "model_type", "versions")}
     made = replace(chosen.plan, **origin, command=groups.recorded_command())
     file = given["output_file"] or (directory if directory.is_dir() else directory.parent) / "plan.json"

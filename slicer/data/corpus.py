@@ -95,8 +95,10 @@ class Corpus:
 
     def held_out_batches(self, batch_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(tokens, labels) of the held-out sequences, int64 [batch, seq_len] each."""
-        batches = torch.utils.data.DataLoader(self.held_out, batch_size)
-        return [(batch["input_ids"], batch["labels"]) for batch in batches]
+        # Not by a DataLoader, which draws from the generator that dropout and the order of the batches use.
+        rows = [self.held_out[i] for i in range(len(self.held_out))]
+        tokens, labels = (torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels"))
+        return list(zip(torch.split(tokens, batch_size), torch.split(labels, batch_size), strict=True))
 
     def to_fold_on(self, spec: TextSpec) -> TokenBatches:
         """Batches of the training text, as many as `spec` requests: a fold must not use held-out text."""

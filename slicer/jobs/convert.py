@@ -73,10 +73,19 @@ def chosen_plan(source: Source, recipe: Recipe, analysis: Analysis | None, progr
             )
         plan = chosen.plan
     plan = form_for(checkpoint, plan, recipe.repair.method, recipe.repair.rank)
-    model_type = checkpoint.config.get("model_type")
-    plan = replace(plan, source=source.name, revision=source.revision, model_type=model_type, parent=checkpoint.plan)
-    plan = replace(plan, dtype=recipe.compute.dtype, memory=recipe.memory, healing=None, merged=())
-    return replace(plan, versions=versions(), command=recipe.command)
+    return replace(
+        plan,
+        source=source.name,
+        revision=source.revision,
+        model_type=checkpoint.config.get("model_type"),
+        dtype=recipe.compute.dtype,
+        memory=recipe.memory,
+        versions=versions(),
+        command=recipe.command,
+        parent=checkpoint.plan,
+        healing=None,
+        merged=(),
+    )
 
 
 def _fewest(goal: Goal, source: Source, recipe: Recipe, analysis: Analysis | None) -> Chosen:

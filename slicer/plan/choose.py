@@ -162,8 +162,15 @@ def _because(
     """`plan` with the reason for the choice and the runners-up."""
     text = measured.calibration if measured is not None else None
     runners_up = tuple(RunnerUp(o.block, o.distance or 0.0) for o in islice(others, RUNNERS_UP))
-    plan = replace(plan, strategy="similarity", distance=distance, metric=metric, runners_up=runners_up)
-    return replace(plan, calibration=text, seed=None if text is None else text.seed)
+    return replace(
+        plan,
+        strategy="similarity",
+        distance=distance,
+        metric=metric,
+        runners_up=runners_up,
+        calibration=text,
+        seed=None if text is None else text.seed,
+    )
 
 
 def _greedy(n: int, depth: int, order: Sequence[Mapping[str, float]], protect: Collection[int]) -> _Candidate:

@@ -95,8 +95,9 @@ def distillation_loss(
 
         def cached() -> CachedTeacher:
             with within_memory("caching the teacher's outputs", ["--device cpu"]):
-                kinds = {"states": states, "logits": logits}
-                return cache_teacher(teacher, corpus.train, at, directory, stored, progress, **kinds)
+                return cache_teacher(
+                    teacher, corpus.train, at, directory, stored, progress, states=states, logits=logits
+                )
 
         outputs: CachedTeacher | LiveTeacher = processes.first_then_all(cached)
     else:

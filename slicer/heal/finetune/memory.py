@@ -97,8 +97,9 @@ def main() -> None:
     print("| model | method | GPUs | weights | trained | unpacked | activations | logits | all |")
     print("|---|---|---|---|---|---|---|---|---|")
     for (name, shape, rank, seq_len), method, gpus in product(models, ("qlora", "lora", "full"), (1, 2, 8)):
-        size = {"rank": rank, "micro_batch": 1, "seq_len": seq_len, "gpus": gpus}
-        row = needed(shape, method=method, gradient_checkpointing=True, **size)
+        row = needed(
+            shape, method=method, rank=rank, micro_batch=1, seq_len=seq_len, gpus=gpus, gradient_checkpointing=True
+        )
         figures = " | ".join(f"{value / 1e9:.1f}" for value in row.values())
         print(f"| {name} | {method} | {gpus} | {figures} |")
 

@@ -50,10 +50,15 @@ def nf4(dtype: str) -> Any:
     """transformers' quantization config of NF4 with double quantization, with arithmetic in `dtype` (a torch name)."""
     from transformers import BitsAndBytesConfig
 
-    values = {"quant_type": "nf4", "use_double_quant": True, "compute_dtype": getattr(torch, dtype)}
-    if sharded():  # FSDP shards the stored tensors, and needs all of them in one dtype
-        values["quant_storage"] = values["compute_dtype"]
-    return BitsAndBytesConfig(load_in_4bit=True, **{f"bnb_4bit_{name}": value for name, value in values.items()})
+    compute = getattr(torch, dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+        # FSDP shards the stored tensors, and needs all of them in one dtype.
+        bnb_4bit_quant_storage=compute if sharded() else None,
+    )
 
 
 def load(base: Checkpoint, settings: TrainingSettings, compute: Compute) -> Model:
