@@ -180,7 +180,9 @@ def with_budgets(
     checkpoint: Checkpoint, compute: Compute, recorded: MemoryRecord | None = None
 ) -> tuple[Compute, bool]:
     """(`compute` with its budgets as numbers, whether the whole `checkpoint` fits in them): as given, else `recorded`,
-    else the defaults. Raises UsageError for an unavailable device."""
+    else the defaults. Raises UsageError for an unavailable device, or for the memory of one that is not used."""
+    if compute.device_memory is not None and compute.torch_device().type != "cuda":
+        raise UsageError("--device-memory: the model runs on the CPU; give --memory")
     if recorded is not None:
         host, device = compute.memory or recorded.host, compute.device_memory or recorded.device
         compute = replace(compute, memory=host, device_memory=device)

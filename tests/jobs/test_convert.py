@@ -335,3 +335,12 @@ def test_less_than_a_layer_is_one_line_with_the_figure(command: str, text: Path,
     failed = slicer(command, source, *more, *calibrated(text), "--memory", "99KB", "-o", tmp_path / "out")
     said = f"slicer: --memory 99KB: too little for one layer of {source}; give at least 124KB"
     assert failed.exit_code == 2 and failed.stderr.strip() == said and not any(tmp_path.iterdir())
+
+
+def test_the_memory_of_a_gpu_that_is_not_used_is_refused(text: Path, source: Path, tmp_path: Path) -> None:
+    given = ["--drop", 2, *calibrated(text), "--device", "cpu", "--device-memory", "4GB"]
+    failed = slicer("convert", source, *given, "-o", tmp_path / "out")
+    assert failed.exit_code == 2 and failed.stderr.strip().startswith(
+        "slicer: --device-memory: the model runs on the CPU"
+    )
+    assert not any(tmp_path.iterdir())
