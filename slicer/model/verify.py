@@ -21,6 +21,7 @@ from slicer.model.walk import Walk, open_walk
 from slicer.plan.plan import Plan
 from slicer.progress import SILENT, Progress
 from slicer.runtime.compute import Compute
+from slicer.runtime.memory import within_memory
 
 # Maximum rounding difference: both runs do the same operations on the same weights, so only the order of summation may
 # differ by some units in the last place, while a wrong layer gives a large error.
@@ -57,6 +58,9 @@ class Expected:
     text_dtype: str = "float32"
 
 
+_WITHOUT_LOGITS = ("--verify load", "--device cpu")
+
+
 @dataclass(frozen=True)
 class Errors:
     """What the checks of a written checkpoint measured.
@@ -77,13 +81,14 @@ def expected_logits(
 ) -> Expected | None:
     """The logits of the source, pruned by `plan` with `edits`, on a few random tokens, from a loaded or streamed walk.
 
-    None unless `verify` is "logits".
+    None unless `verify` is "logits". Raises OutOfMemory.
     """
     if verify != "logits" or walk is None:
         return None
     progress.stage("Reference logits of the pruned source")
     tokens = probe_tokens(walk.model.config.get_text_config().vocab_size)
-    return Expected(tokens, pruned_logits(walk, tokens, plan, edits), loads=walk.loaded)
+    with within_memory("comparing logits", _WITHOUT_LOGITS):
+        return Expected(tokens, pruned_logits(walk, tokens, plan, edits), loads=walk.loaded)
 
 
 def check_contents(
@@ -93,7 +98,7 @@ def check_contents(
     bit for bit; then logits and loss, as far as they are `expected`.
 
     `compute.dtype`: the precision of expected logits without `exact` ones; None: as stored. Raises VerificationError
-    naming what is wrong.
+    naming what is wrong, OutOfMemory.
     """
     if load:
         progress.stage("Checking every key and shape")
@@ -108,11 +113,12 @@ def check_contents(
     if expected.tokens is not None and expected.logits is not None:
         progress.stage("Comparing logits")
         dtype = compute.dtype if expected.exact is None else "float32"
-        try:
-            with open_walk(Checkpoint.open(directory), replace(compute, dtype=dtype), loads=expected.loads) as walk:
-                logits = pruned_logits(walk, expected.tokens)
-        except SlicerError as error:
-            raise VerificationError(f"the written checkpoint does not load: {error}") from None
+        with within_memory("comparing logits", _WITHOUT_LOGITS):
+            try:
+                with open_walk(Checkpoint.open(directory), replace(compute, dtype=dtype), loads=expected.loads) as walk:
+                    logits = pruned_logits(walk, expected.tokens)
+            except SlicerError as error:
+                raise VerificationError(f"the written checkpoint does not load: {error}") from None
         same = compare_logits(logits, expected.logits)
         if expected.exact is not None:
             rounding = compare_logits(logits, expected.exact, _rounding(contents))

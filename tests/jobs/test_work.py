@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from slicer.heal.compensate import fold
 from slicer.heal.compensate.newton import STEPS, Newton
 from slicer.jobs import analyze, work
+from slicer.model import verify
 from slicer.runtime.workdir import Stages
 
 
@@ -169,3 +170,30 @@ def test_a_full_disk_is_one_line_and_keeps_the_work(
     assert [p.name for p in tmp_path.iterdir()] == ["out.work"]
     succeeds(*converting(held_out_file, out))
     assert tree(out) == tree(done)
+
+
+@pytest.mark.parametrize("call", [1, 2], ids=["of the source", "of the result"])
+def test_out_of_memory_in_the_logits_keeps_the_work(
+    call: int, done: Path, held_out_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no fault of the written checkpoint; and without logits nothing is measured or solved again."""
+    logits, calls = verify.pruned_logits, list[str]()
+
+    def full(*given: Any) -> torch.Tensor:
+        calls.append("logits")
+        if len(calls) == call:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return logits(*given)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(verify, "pruned_logits", full)
+        failed = slicer(*converting(held_out_file, out))
+    said = "slicer: out of memory comparing logits; give --verify load or --device cpu"
+    assert failed.exit_code == 1 and failed.stderr.strip().splitlines()[-1] == said
+    assert [p.name for p in tmp_path.iterdir()] == ["out.work"]
+    calls.clear()
+    for owner, name in ((work, "measure"), (Newton, "step")):
+        counted(monkeypatch, owner, name, calls)
+    succeeds(*converting(held_out_file, out), "--verify", "load")
+    assert not calls and (out / "model.safetensors").read_bytes() == (done / "model.safetensors").read_bytes()
