@@ -192,12 +192,13 @@ def _repair(record: HealingRecord) -> str:
             done += f", then trained alone for {record.steps} steps, of which step {record.best_step} was kept"
         held_out = f"{len(text.held_out) if text else 0} of these sequences that were not fitted"
     shown = {"original": loss.source, "cut": loss.before, "as solved": loss.solved, "repaired": loss.after}
-    known = {name: value for name, value in shown.items() if value is not None}
+    known = {name: value for name, value in shown.items() if value is not None and not record.kinds}
     lines = [
         "## What was added for the removed sublayers" if record.adds_maps else "## How the cut was healed",
         "",
-        f"{done}. Loss in nats per token on {held_out}:",
+        f"{done}. {'Distance from the original' if record.kinds else f'Loss in nats per token on {held_out}'}:",
         "",
+        *_kinds(record),
     ]
     if known:
         values = (f"{value:.4f}" for value in known.values())
@@ -205,6 +206,29 @@ def _repair(record: HealingRecord) -> str:
     if training is not None:
         lines += ["![Loss while it was trained](slicer/training.png)", ""]
     return "\n".join([*lines, ""])
+
+
+def _kinds(record: HealingRecord) -> list[str]:
+    """The table of the distances from the original."""
+    if not record.kinds:
+        return []
+    rows = [
+        f"| {kind.kind}{' (other documents of the text that was fitted)' if kind.seen else ''} | {kind.documents} "
+        f"| {kind.before:.3f} | {kind.after:.3f} | {kind.closed:.0%} ± {kind.closed_error:.0%} "
+        f"| {kind.agreement_before:.0%}, {kind.agreement_after:.0%} "
+        f"| {kind.perplexity_source:.3g}, {kind.perplexity_before:.3g}, {kind.perplexity_after:.3g} |"
+        for kind in record.kinds
+    ]
+    return [
+        "| text | documents | KL cut | KL healed | closed | same next token: cut, healed "
+        "| perplexity: original, cut, healed |",
+        "|---|---|---|---|---|---|---|",
+        *rows,
+        "",
+        "KL: from the original's distribution over the next token, in nats a token. None of this text was fitted, or "
+        "used to choose anything.",
+        "",
+    ]
 
 
 def _trained(record: HealingRecord, training: TrainingRecord) -> str:

@@ -71,6 +71,7 @@ _AMOUNTS = ("drop", "keep_layers", "max_params", "max_bytes", "drop_attention", 
            "text and it helps. bias, linear: add a constant or a low-rank map. qlora, lora, full: fold, then train."),
     option("--rank", type=groups.POSITIVE, help="Rank of the maps of --heal linear."),
     groups.SOLVER,
+    groups.ADAPT,
     expert("--heal-steps", type=click.IntRange(min=0), metavar="N", show_default="0",
            help="Then train the additions of bias or linear, and nothing else, for N steps."),
     CONFIG,
@@ -124,7 +125,7 @@ def request_of(source: str, given: Mapping[str, Any]) -> ConvertRequest:
     plan = Plan.load(given["plan_file"]) if given["plan_file"] is not None else None
     selection = Selection(given["strategy"], given["offset"], given["format"])
     method = given["heal"] if given["heal"] in COMPENSATIONS else None
-    compensation = Compensation(method, given["solver"], given["rank"], given["heal_steps"])
+    compensation = Compensation(method, given["solver"], given["rank"], given["heal_steps"], given["adapt"])
     text = groups.text_of(given, source if plan is None else None)
     return ConvertRequest(source, goal, plan, selection, compensation, text, **groups.written_of(given))
 
@@ -144,7 +145,7 @@ def healing_of(request: ConvertRequest, given: Mapping[str, Any]) -> HealRequest
     training = training_of(given, method, "--heal", recorded)
     if training is None:
         return None
-    fold, adapter = Compensation("fold", solver), given["save_adapter"]
+    fold, adapter = Compensation("fold", solver, adapt=given["adapt"]), given["save_adapter"]
     return HealRequest(
         "", request.source, training, fold, text, request.output, request.compute, adapter, request.command
     )

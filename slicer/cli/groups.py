@@ -148,6 +148,11 @@ SOLVER = expert(
     help="Of a fold. resolve: the output matrices, by ridge regression. transform: one linear map behind the "
     "feed-forward (ReplaceMe).",
 )  # fmt: skip
+ADAPT = expert(
+    "--adapt", default=False,
+    help="Of a fold: also adapt the model to the kind of the calibration text. It then writes such text better, and is "
+    "further from its source on all other text.",
+)  # fmt: skip
 VERIFY = expert(
     "--verify", type=click.Choice(VERIFICATIONS), default=Output.verify,
     help="Check before the output appears. load: every key and shape. logits: also the logits, against the source with "

@@ -23,6 +23,7 @@ from slicer.jobs.request import Compensation, HealRequest
            help="fold: solve existing matrices again in closed form. qlora, lora: train adapters on the feed-forward, "
            "on 4-bit weights or those as stored, and merge them. full: train all weights."),
     groups.SOLVER,
+    groups.ADAPT,
     CONFIG,
     *training_options(visible=("max_steps", "learning_rate", "lora_r", "batch_size", "seq_len")),
     *rank_options(visible=True),
@@ -46,7 +47,8 @@ def heal(sliced: str, **given: Any) -> None:
     from slicer.sweep.ranks import heal_with_best_rank
 
     training = training_of(given, given["method"], "--method")
-    fold, text, adapter = Compensation("fold", given["solver"]), groups.text_of(given), given["save_adapter"]
+    fold = Compensation("fold", given["solver"], adapt=given["adapt"])
+    text, adapter = groups.text_of(given), given["save_adapter"]
     written_as = groups.written_of(given)
     request = HealRequest(sliced, given["source"], training, fold, text, save_adapter=adapter, **written_as)
     search = rank_search_of(given)

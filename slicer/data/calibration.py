@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from slicer.data.packing import check_vocabulary, open_tokenizer, pack
+from slicer.data.kinds import DOCUMENTS, KindText, is_reported, of_all_kinds
+from slicer.data.packing import check_vocabulary, held_out, open_tokenizer, pack
 from slicer.data.sources import TextSpec, documents, parts_of
 from slicer.errors import CalibrationError
 from slicer.plan.records import TextRecord
@@ -30,10 +31,12 @@ class Loaded(Protocol):
 
 @dataclass(frozen=True)
 class TokenBatches:
-    """`batches`: int64 tensors [batch, seq_len]; `record`: where they come from, for plan.json and analysis.json."""
+    """`batches`: int64 tensors [batch, seq_len]; `record`: where they come from, for plan.json and analysis.json.
+    `kinds`: documents to report a repair on, which are in none of the batches."""
 
     batches: list[torch.Tensor]
     record: TextRecord
+    kinds: tuple[KindText, ...] = ()
 
     @classmethod
     def of(cls, tokens: torch.Tensor, spec: TextSpec) -> TokenBatches:
@@ -50,10 +53,17 @@ def read_text(spec: TextSpec | None, path: Path, walk: Loaded | None, progress: 
     progress.stage("Calibration data")
     kept = Stages(walk.directory and walk.directory / "text", json.dumps(spec.identity).encode())
     if (found := kept.load("tokens")) is not None:
-        tensors, record = found
-        return TokenBatches(list(torch.split(tensors["tokens"], spec.batch_size)), TextRecord.of(record))
+        tensors, (record, kinds) = found
+        batches = list(torch.split(tensors["tokens"], spec.batch_size))
+        read = [
+            KindText(kind, tuple(tensors[f"{at}.{n}"] for n in range(count)), seen)
+            for at, (kind, count, seen) in enumerate(kinds)
+        ]
+        return TokenBatches(batches, TextRecord.of(record), tuple(read))
     text = token_batches(spec, path, walk.model, trust_remote_code=walk.trust_remote_code)
-    kept.save("tokens", {"tokens": torch.cat(text.batches)}, text.record.to_dict())
+    tensors = {f"{at}.{n}": t for at, kind in enumerate(text.kinds) for n, t in enumerate(kind.documents)}
+    kinds = [(kind.kind, len(kind.documents), kind.seen) for kind in text.kinds]
+    kept.save("tokens", {"tokens": torch.cat(text.batches), **tensors}, [text.record.to_dict(), kinds])
     return text
 
 
@@ -68,15 +78,22 @@ def token_batches(spec: TextSpec, path: Path, model: Any, *, trust_remote_code: 
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if isinstance(limit, int) and spec.seq_len > limit:
         raise CalibrationError(f"--seq-len {spec.seq_len}: the model's context is {limit} tokens; lower it")
-    found = []
+    found, kinds, held = list[torch.Tensor](), list[KindText](), held_out(spec.samples)
+    tokenizer = open_tokenizer(path, trust_remote_code) if spec.source != "self" else None
     for part in parts_of(spec):
-        if part.source != "self":
-            found.append(pack(documents(part), open_tokenizer(path, trust_remote_code), part))
-        else:
+        first = sum(map(len, found))
+        if part.source == "self":
             found.append(sample_tokens(model, part))
+            continue
+        own = [row - first for row in held if first <= row < first + part.samples]
+        unreported = (document for document in documents(part) if not is_reported(document))
+        packed = pack(unreported, tokenizer, part, own, DOCUMENTS)
+        found.append(packed.tokens)
+        kinds.append(KindText.of(part.kind, packed.report, tokenizer, seen=True))
     tokens = torch.cat(found)
     check_vocabulary(path, int(tokens.max()), model.get_input_embeddings().weight.shape[0])
-    return TokenBatches.of(tokens, spec)
+    kinds += of_all_kinds(tokenizer or open_tokenizer(path, trust_remote_code))
+    return replace(TokenBatches.of(tokens, spec), kinds=tuple(kind for kind in kinds if len(kind.documents) > 1))
 
 
 def sample_tokens(model: Any, spec: TextSpec) -> torch.Tensor:

@@ -6,7 +6,8 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +17,7 @@ import torch
 from slicer.data.sources import Conversation, Document, TextSpec
 from slicer.errors import CalibrationError, reason_of
 
+HELD_OUT = 16  # one sequence in this many is held out (at least one)
 _PIECE = 64  # a document longer than this many characters per token of a sequence is split
 _TOGETHER = 256  # documents tokenized per call
 Piece = tuple[Document, bool]  # a document or a part of one, and whether the document ends with it
@@ -73,26 +75,80 @@ class TokenStream:
         return ids
 
 
-def pack(documents: Iterable[Document], tokenizer: Any, spec: TextSpec) -> torch.Tensor:
-    """The first `spec.samples` sequences of `documents`: int64 [samples, seq_len].
+def held_out(count: int) -> list[int]:
+    """Which of `count` sequences are held out of the fit, to choose by: one in `HELD_OUT`, at least one."""
+    return list(range(HELD_OUT // 2, count, HELD_OUT)) or [count // 2]
+
+
+def purpose_of(document: Document) -> str:
+    """ "fit", "choose" or "report", by a hash of its words: 13, 1 and 2 documents in 16."""
+    bucket = int(mark_of(document)[:8], 16) % 16
+    return "choose" if bucket == 0 else "report" if bucket < 3 else "fit"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """`tokens`: int64 [samples, seq_len]. `report`: documents that are in none of them. `apart`: whether the sequences
+    held out are of other documents than those fitted; else there were too few documents."""
+
+    tokens: torch.Tensor
+    report: list[Document]
+    apart: bool
+
+
+def pack(
+    documents: Iterable[Document], tokenizer: Any, spec: TextSpec, held: Collection[int] = (), report: int = 0
+) -> Packed:
+    """`spec.samples` sequences, those numbered `held` of documents to choose by; and `report` documents to report on.
 
     Raises CalibrationError if there is too little text.
     """
-    stream, rows, found = TokenStream(tokenizer, spec.seq_len), list[list[int]](), False
+    read, left = [], list[Document]()
+    rows = {"fit": list[list[int]](), "choose": list[list[int]]()}
+    streams = {purpose: TokenStream(tokenizer, spec.seq_len) for purpose in rows}
+    wanted = {"fit": spec.samples - len(held), "choose": len(held)}
     for document in documents:
         if isinstance(document, str) and not document.strip():
             continue
-        found = True
-        rows += islice(stream.add([(document, True)], spec.name), spec.samples - len(rows))
-        if len(rows) == spec.samples:
-            return torch.tensor(rows, dtype=torch.int64)
+        read.append(document)
+        purpose = purpose_of(document) if held or report else "fit"
+        if purpose == "report":
+            left.append(document)
+        elif missing := wanted[purpose] - len(rows[purpose]):
+            rows[purpose] += islice(streams[purpose].add([(document, True)], spec.name), missing)
+        if len(left) >= report and all(len(rows[each]) == count for each, count in wanted.items()):
+            break
+    apart = all(len(rows[each]) == count for each, count in wanted.items())
+    if not apart:  # too few documents, or too little text
+        stream, left = TokenStream(tokenizer, spec.seq_len), []
+        together = (row for document in read for row in stream.add([(document, True)], spec.name))
+        rows = {"fit": list(islice(together, spec.samples)), "choose": []}
+        held = ()
+        _check_enough(len(rows["fit"]), stream, spec, bool(read))
+    sources = {purpose: iter(found) for purpose, found in rows.items()}
+    order = (sources["choose" if row in held else "fit"] for row in range(spec.samples))
+    return Packed(torch.tensor([next(source) for source in order], dtype=torch.int64), left[:report], apart)
+
+
+def _check_enough(rows: int, stream: TokenStream, spec: TextSpec, found: bool) -> None:
+    """Raise CalibrationError unless there are as many `rows` as `spec` asks for."""
+    if rows == spec.samples:
+        return
     if not found:
         raise CalibrationError(f"{spec.name}: no text in it; pass a file with text, or --calibration self")
-    remedy = f", or use --samples {len(rows)} or fewer" if rows else ""
+    remedy = f", or use --samples {rows} or fewer" if rows else ""
     raise CalibrationError(
         f"{spec.name}: too short: {stream.count} tokens; {spec.samples} sequences of {spec.seq_len} need "
         f"{spec.samples * stream.body}; pass more text{remedy}"
     )
+
+
+def encoded(document: Document, tokenizer: Any) -> list[int]:
+    """The tokens of one document, with BOS if the tokenizer adds it."""
+    stream = TokenStream(tokenizer, 2)
+    text = document
+    ids = stream._ids([text])[0] if isinstance(text, str) else stream._conversation(text, "")
+    return ([] if stream._bos is None else [stream._bos]) + ids
 
 
 class Packer:

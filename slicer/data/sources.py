@@ -55,6 +55,11 @@ class TextSpec:
         """The name of the source: that of the default data set if none is given."""
         return self.source or ":".join(DEFAULT_DATASET)
 
+    @property
+    def kind(self) -> str:
+        """The name of the source, without directory and suffixes."""
+        return Path(self.name).name.partition(".")[0] if local_files(self) else self.name
+
     @classmethod
     def of_record(cls, record: TextRecord) -> TextSpec:
         """The text that a record describes, to read it again."""

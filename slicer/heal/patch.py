@@ -24,7 +24,7 @@ from slicer.checkpoint.tensors import TensorSpan
 from slicer.errors import ArchitectureError, UsageError
 from slicer.model.pruned import Edits, Replacement
 from slicer.plan.plan import Plan
-from slicer.plan.records import MAPS, HealingRecord, Losses, SolvedMatrix, TextRecord
+from slicer.plan.records import MAPS, HealingRecord, KindRecord, Losses, SolvedMatrix, TextRecord
 
 _BIASES = {
     "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
@@ -43,6 +43,7 @@ class Solved:
         method: "fold", "bias" or "linear". solver: of a fold. rank: of linear maps.
         report: what was solved, by layer. held_out: numbers of the held-out sequences.
         steps, best_step: of training; 0: as solved. precision: torch dtype of the arithmetic.
+        kinds: the distance from the source on several kinds of text. adapt: whether it was fitted to the text itself.
     """
 
     edits: Edits
@@ -55,6 +56,8 @@ class Solved:
     steps: int = 0
     best_step: int = 0
     precision: str | None = None
+    kinds: tuple[KindRecord, ...] = ()
+    adapt: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,8 @@ def place(
         solved.best_step,
         solved.precision,
         solved.report,
+        solved.adapt,
+        solved.kinds,
     )
     return Patch(solved.edits, placing.replaced, placing.added, placing.config, record)
 

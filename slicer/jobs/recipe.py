@@ -285,7 +285,7 @@ def _repair(request: ConvertRequest, plan: Plan | None, measures: bool) -> tuple
     if given.method is None and record is not None:
         if record.training is None:
             solver = given.solver or record.solver or solver
-            return Compensation(record.method, solver, record.rank, record.steps), True, None
+            return Compensation(record.method, solver, record.rank, record.steps, record.adapt), True, None
         words = f"the plan was healed by training, which convert does not repeat: slicer heal --method {record.method}"
         return none, True, words
     goal = request.goal
@@ -296,7 +296,7 @@ def _repair(request: ConvertRequest, plan: Plan | None, measures: bool) -> tuple
     if missing and given.method is None:
         words = "attention or feed-forward of some layers is missing; --heal fold, bias or linear heals such a cut"
         return none, True, words
-    return Compensation("fold", solver), False, None
+    return Compensation("fold", solver, adapt=given.adapt), False, None
 
 
 def _text(request: ConvertRequest, plan: Plan | None, *, reads: bool) -> TextSpec | None:

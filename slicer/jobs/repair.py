@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.tensors import DTYPES
 from slicer.data.calibration import TokenBatches
@@ -11,6 +13,7 @@ from slicer.heal.compensate.linear import linear, train
 from slicer.heal.patch import NONE, Patch, holds, place, written_dtype
 from slicer.jobs.recipe import Recipe
 from slicer.jobs.request import Compensation
+from slicer.measure.faithfulness import faithfulness
 from slicer.model.walk import Walk
 from slicer.plan.plan import Plan
 from slicer.plan.records import SOLVERS
@@ -53,6 +56,7 @@ def repair(
                     holds=holds(checkpoint),
                     solver=compensation.solver or SOLVERS[0],
                     written=written_dtype(checkpoint, cast),
+                    adapt=compensation.adapt,
                     activations=walk.activations,
                     progress=progress,
                 )
@@ -69,12 +73,10 @@ def repair(
     if solved is None:
         memory.release()  # memory that the error referred to
         return NONE
-    losses = solved.losses
-    if not losses.falls:
-        progress.note(
-            f"{'healed as asked' if asked else 'not healed'}: it does not lower the loss on calibration text held out "
-            f"({losses.after:.4f} nats a token, {losses.before:.4f} without)"
-        )
+    kinds = faithfulness(walk, plan, solved.edits, text.kinds, progress)
+    if worse := [kind for kind in kinds if kind.rises]:
+        which = ", ".join(f"{kind.kind} (KL {kind.before:.3f} to {kind.after:.3f})" for kind in worse)
+        progress.note(f"{'healed as asked' if asked else 'not healed'}: it leads away from the source on {which}")
         if not asked:
             return NONE
-    return place(checkpoint, plan, solved, text.record, cast)
+    return place(checkpoint, plan, replace(solved, kinds=kinds, adapt=compensation.adapt), text.record, cast)

@@ -82,12 +82,14 @@ class Compensation:
         solver: of a fold, one of `SOLVERS`.
         rank: of linear maps.
         steps: training steps of the constants or linear maps, and of nothing else.
+        adapt: whether a fold also adapts the model to the kind of the calibration text.
     """
 
     method: str | None = None
     solver: str | None = None
     rank: int | None = None
     steps: int | None = None
+    adapt: bool = False
 
     def __post_init__(self) -> None:
         check_choice("--heal", self.method, COMPENSATIONS)

@@ -125,7 +125,7 @@ def pruned_logits(
         with pruned(walk.model, plan, edits):
             return logits_of(walk.model, tokens)
     run = PrunedRun(walk, plan, walk.start([tokens]), ())
-    (streams,) = run.ends([0], [_given(edits)])
+    (streams,) = run.ends([0], [given(edits)])
     return walk.head(tokens, streams[0]).cpu()
 
 
@@ -186,7 +186,7 @@ class PrunedRun:
 
     def losses(self, edits: Sequence[Edits]) -> list[float]:
         """The loss on the held-out batches, in nats a token, of the pruned model with each of `edits`."""
-        found = self.ends(self.held, [_given(each) for each in edits])
+        found = self.ends(self.held, [given(each) for each in edits])
         return [walk_loss(self.walk, self.origin.tokens, streams.__getitem__, self.held) for streams in found]
 
     def pruned(self, i: int, layer: nn.Module, edit: LayerEdit | None) -> contextlib.AbstractContextManager[None]:
@@ -214,7 +214,8 @@ class PrunedRun:
         return states
 
 
-def _given(edits: Edits) -> EditOf:
+def given(edits: Edits) -> EditOf:
+    """`edits`, made beforehand, for `PrunedRun.ends`."""
     return lambda i, layer: edits.get(i)
 
 

@@ -194,6 +194,44 @@ class SolvedMatrix(Record):
 
 
 @dataclass(frozen=True)
+class KindRecord(Record):
+    """How far a cut is from its source on text of one kind that took no part in the repair.
+
+    Attributes:
+        kind: its name. seen: whether the repair was fitted on other text of this kind.
+        documents, tokens: how many.
+        before, after: KL(source || cut) without and with the repair, nats a token, mean over documents.
+        change_error, closed_error: standard errors over documents, of `after` - `before` and of `closed`.
+        agreement_before, agreement_after: share of tokens at which the most likely next one is the source's.
+        perplexity_source, perplexity_before, perplexity_after: of the text.
+    """
+
+    kind: str
+    seen: bool
+    documents: int
+    tokens: int
+    before: float
+    after: float
+    change_error: float
+    closed_error: float
+    agreement_before: float
+    agreement_after: float
+    perplexity_source: float
+    perplexity_before: float
+    perplexity_after: float
+
+    @property
+    def closed(self) -> float:
+        """The share of the distance that the repair closes."""
+        return 1 - self.after / max(self.before, 1e-12)
+
+    @property
+    def rises(self) -> bool:
+        """Whether the repair leads away from the source, by more than twice the error."""
+        return self.after - self.before > 2 * self.change_error
+
+
+@dataclass(frozen=True)
 class CorpusRecord(Record):
     """The text of a training run, in packed sequences.
 
@@ -277,6 +315,8 @@ class HealingRecord(Record):
         solver: of a fold; rank: of linear maps.
         steps, best_step: of training; best_step is the one whose weights were kept (0: those it started from).
         precision: torch dtype that the fold was computed in.
+        adapt: whether a fold was also fitted to the text itself, not only to the source.
+        kinds: the distance from the source on text of several kinds; the repair was neither fitted nor chosen on it.
         earlier: the repair that this one continued from.
     """
 
@@ -290,6 +330,8 @@ class HealingRecord(Record):
     best_step: int = 0
     precision: str | None = None
     solved: tuple[SolvedMatrix, ...] = ()
+    adapt: bool = False
+    kinds: tuple[KindRecord, ...] = ()
     training: TrainingRecord | None = None
     earlier: HealingRecord | None = None
     command: str | None = None

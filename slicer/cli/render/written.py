@@ -15,6 +15,8 @@ from slicer.plan.plan import METRIC, Plan, spell_dropped, spell_left
 from slicer.plan.records import HealingRecord
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from slicer.checkpoint.sizes import Inspection, Sizes
     from slicer.demo.show import Shown
     from slicer.jobs.output import Written
@@ -67,8 +69,8 @@ def print_written(done: Written) -> None:
         lines.append(("trained", f"{record.steps} steps{ends.get(record.training.ended, '')}; {kept}"))
     if record is not None:
         lines.append(("healed", _healed(record)))
-        if not record.loss.falls:
-            lines.append(("warning", "the loss did not fall; use the checkpoint without healing"))
+        if (record.kinds and any(kind.rises for kind in record.kinds)) or not (record.kinds or record.loss.falls):
+            lines.append(("warning", "healing leads away from the source; use the checkpoint without it"))
     if plan.merged:
         merged = plan.merged[-1]
         left = f", {len(merged.left_out)} of dropped layers left out" if merged.left_out else ""
@@ -80,6 +82,24 @@ def print_written(done: Written) -> None:
     lines.append(("written", str(done.out) if done.out else "nothing (dry run)"))
     for label, text in lines:
         console.print(f"{label:<10}{text}")
+    if record is not None and record.kinds:
+        console.print(_kinds(record))
+
+
+def _kinds(record: HealingRecord) -> Table:
+    """The distance from the source by kind of text."""
+    shown = table(
+        "Distance from the source, on text that took no part in healing",
+        "kind", "n", "KL cut", "KL healed", "closed", "same next token", "perplexity: source, cut, healed",
+    )  # fmt: skip
+    for kind in record.kinds:
+        shown.add_row(
+            kind.kind + (" (fitted kind)" if kind.seen else ""), f"{kind.documents}", f"{kind.before:.3f}",
+            f"{kind.after:.3f}", f"{kind.closed:.0%} ±{kind.closed_error:.0%}",
+            f"{kind.agreement_before:.0%} to {kind.agreement_after:.0%}",
+            f"{kind.perplexity_source:.3g}, {kind.perplexity_before:.3g}, {kind.perplexity_after:.3g}",
+        )  # fmt: skip
+    return shown
 
 
 _FORMS = {
@@ -91,6 +111,14 @@ _FORMS = {
 def _healed(record: HealingRecord) -> str:
     loss = record.measured
     rank = f" of rank {record.rank}" if record.rank else ""
+    if record.kinds:
+        unseen = [kind for kind in record.kinds if not kind.seen]
+        parts = [f"{kind.closed:.0%} on {kind.kind}" for kind in record.kinds if kind.seen]
+        if unseen:
+            least = min(unseen, key=lambda kind: kind.closed)
+            mean = sum(kind.closed for kind in unseen) / len(unseen)
+            parts.append(f"{mean:.0%} on kinds it never read (least: {least.closed:.0%} on {least.kind})")
+        return f"{record.method}{rank}: closes {', '.join(parts)} of the distance from the source"
     steps = [("", loss.before), (" to ", loss.solved), (" to ", loss.after)]
     words = "".join(f"{word}{value:.3f}" for word, value in steps if value is not None)
     source = "" if loss.source is None else f" (all layers: {loss.source:.3f})"

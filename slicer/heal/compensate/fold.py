@@ -7,9 +7,9 @@ sublayer. With z the inputs of a map W of the sublayer into the stream, W is rep
 x - h by least squares (`slicer.heal.compensate.regression`): `resolve`. `transform` is the special case D = (T - 1) W
 of ReplaceMe (arXiv 2505.02819), whose T acts on the sublayer's output.
 
-Each solution of `resolve` is kept only if it lowers the loss on the held-out sequences; then all maps from one layer
-before the first gap on take second-order steps (`slicer.heal.compensate.newton`). A model that is streamed from disk
-gets the same, layer by layer.
+Each solution of `resolve` is kept only if it lowers L (see `objective`) on the held-out sequences; then all maps from
+one layer before the first gap on take second-order steps (`slicer.heal.compensate.newton`). A model that is streamed
+from disk gets the same, layer by layer.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from slicer.checkpoint.architectures.table import ATTENTION_OUTPUTS, FEED_FORWAR
 from slicer.errors import HealError, UsageError
 from slicer.heal.compensate.gaps import Gap, GapPass
 from slicer.heal.compensate.newton import STEPS, Newton
-from slicer.heal.compensate.objective import LIKELY, LOGITS, SAMPLE
+from slicer.heal.compensate.objective import ADAPTS, LIKELY, LOGITS, SAMPLE, Objective
 from slicer.heal.compensate.regression import LayerFit, Solution, Split, gather, norm_gain, solve, split
 from slicer.heal.patch import Holds, Solved
 from slicer.model.output_maps import Output, find, parameters_after
 from slicer.model.precision import HALVES
-from slicer.model.pruned import Edits, LayerEdit, PrunedRun, edited, pruned_layer
+from slicer.model.pruned import Edits, LayerEdit, PrunedRun, edited, given, pruned_layer
 from slicer.model.states import Batches, States
 from slicer.model.walk import SourceActivations, Walk, walk_loss
 from slicer.plan.plan import Plan
@@ -52,15 +52,17 @@ def fold(
     holds: Holds,
     solver: str = SOLVERS[0],
     written: torch.dtype | None = None,
+    adapt: bool = False,
     activations: SourceActivations | None = None,
     progress: Progress = SILENT,
 ) -> Solved:
     """Solve the maps before each gap that `plan` leaves again, in order, each on the states of the repaired model.
 
     `walk` is over the source; `batches` are int64 [batch, seq] without padding. `holds(i, name, module)`: whether the
-    checkpoint holds the weights of a module of layer i under its name. `activations`, of the same model and batches,
-    spares the next fold the pass through the source. New weights are rounded to the dtype `written` (None: the
-    model's), so that they are judged as they will be read. A 16-bit model computes in float32.
+    checkpoint holds the weights of a module of layer i under its name. `adapt`: whether the model is to be adapted to
+    the kind of text too. `activations`, of the same model and batches, spares the next fold the pass through the
+    source. New weights are rounded to the dtype `written` (None: the model's), so that they are judged as they will be
+    read. A 16-bit model computes in float32.
 
     Raises HealError for too little text or where no weight can be changed, ArchitectureError where the attention of a
     layer is removed that runs beside its feed-forward sublayer.
@@ -73,18 +75,18 @@ def fold(
     stored: torch.dtype = walk.model.dtype
     precision = str(torch.float32 if stored in HALVES else stored).removeprefix("torch.")
     with walk.reserved(_reserved(walk, data)), walk.in_float32():
-        stages = Stages(walk.directory, _identity(walk, data, plan, solver, written))
-        folding = _Folding(walk, data, plan, holds, solver, written, stages, progress)
+        stages = Stages(walk.directory, _identity(walk, data, plan, solver, written, adapt))
+        folding = _Folding(walk, data, plan, holds, solver, written, ADAPTS if adapt else 0.0, stages, progress)
         edits, report, losses = folding.run(activations)
     edits = {i: _in_own_dtype(walk.layers[i], edit) for i, edit in sorted(edits.items())}
     return Solved(edits, losses, "fold", solver, report=report, held_out=data.sequences, precision=precision)
 
 
-def _identity(walk: Walk, data: Split, plan: Plan, solver: str, written: torch.dtype | None) -> bytes:
+def _identity(walk: Walk, data: Split, plan: Plan, solver: str, written: torch.dtype | None, adapt: bool) -> bytes:
     """Equal for folds of one source that may go on with each other's stages."""
     cut = (plan.kept, plan.no_attention, plan.no_ffn, plan.joined)
     shapes = [tuple(batch.shape) for batch in data.batches]
-    values = (cut, solver, written, walk.model.dtype, walk.device.type, shapes)
+    values = (cut, solver, written, adapt, walk.model.dtype, walk.device.type, shapes)
     return repr(values).encode() + torch.cat(data.batches).numpy().tobytes()
 
 
@@ -149,11 +151,13 @@ class _Folding:
     holds: Holds
     solver: str
     written: torch.dtype | None
+    adapts: float
     stages: Stages
     progress: Progress
     changes: dict[int, _Change] = field(default_factory=dict)
-    least: float = 0.0  # the loss on the held-out sequences, with what was kept so far
+    least: float = 0.0  # L on the held-out sequences, with what was kept so far
     nearest: tuple[float, int, _Change] | None = None  # of the changes that were not kept
+    objective: Objective | None = None  # over the held-out sequences alone
 
     def run(self, activations: SourceActivations | None) -> tuple[Edits, tuple[SolvedMatrix, ...], Losses]:
         """(the edits, what was solved, the losses on the held-out sequences)."""
@@ -181,8 +185,8 @@ class _Folding:
         source, first = both.source, max(0, both.gaps[0].layer - BEFORE)
         done = self.stages.load("streams")
         if done is not None and all(gap.layer < 0 or self.stages.load(_name(gap)) for gap in both.gaps):
-            streams, self.least = done
-            before, origin = self.least, source.copy()
+            streams, (before, self.least) = done
+            origin = source.copy()
             for gap in both.gaps:
                 self._decide(gap, both.cut, source)
             for b in range(len(source)):
@@ -190,9 +194,13 @@ class _Folding:
             origin.layer, source.layer = first, self.walk.depth
         else:
             both.advance(first)
-            origin = source.copy()
-            (before,) = PrunedRun(self.walk, self.plan, origin, self.data.held).losses([{}])
-            self.least = before
+            origin, ends = source.copy(), source.copy()
+            for i in range(first, self.walk.depth):
+                self.walk.advance(i, ends, only=self.data.held)
+            self.objective = Objective(self.walk, ends, self.data.held, self.adapts)
+            run = PrunedRun(self.walk, self.plan, origin, self.data.held)
+            (before,) = run.losses([{}])
+            (self.least,) = start = self._judged(run, [_Change()])
             for gap, target in both:
                 self._heal(gap, both, target)
             while source.layer < self.walk.depth:
@@ -202,7 +210,7 @@ class _Folding:
                 for name, states in (("origin", origin), ("target", source))
                 for b, x in enumerate(states)
             }
-            self.stages.save("streams", streams, before)
+            self.stages.save("streams", streams, [before, *start])
         return PrunedRun(self.walk, self.plan, origin, self.data.held, source), before
 
     def _heal(self, gap: Gap, both: GapPass, target: States) -> None:
@@ -249,16 +257,21 @@ class _Folding:
             solved = [change for way in ways if (change := self._solved(fit, way)).report]
         if not solved or self.solver != "resolve":
             return math.nan, solved[0] if solved else _Change()
-        losses = PrunedRun(self.walk, self.plan, cut, self.data.held).losses([{i: c.edit} for c in solved])
+        losses = self._judged(PrunedRun(self.walk, self.plan, cut, self.data.held), solved, i)
         known = [math.inf if math.isnan(loss) else loss for loss in losses]
         return min(zip(known, solved, strict=True), key=itemgetter(0))
+
+    def _judged(self, run: PrunedRun, changes: Sequence[_Change], i: int = 0) -> list[float]:
+        """L on the held-out sequences of the pruned model with each of these changes of layer i."""
+        assert self.objective is not None
+        ends = run.ends(run.held, [given({i: change.edit}) for change in changes])
+        return [loss for loss, _ in self.objective.judge(ends)]
 
     def _steps(self, run: PrunedRun) -> float:
         """Second-order steps from the changes so far; the loss on the held-out sequences after them."""
         self.progress.stage("Healing the cut: second-order steps", STEPS, "steps")
-        newton = Newton(
-            run, {i: change.edit for i, change in self.changes.items()}, self.holds, self.written, self.stages
-        )
+        edits = {i: change.edit for i, change in self.changes.items()}
+        newton = Newton(run, edits, self.holds, self.written, self.stages, self.adapts)
         number, going = 0, True
         if (kept := self.stages.load("steps")) is not None:
             tensors, (number, going, *state) = kept

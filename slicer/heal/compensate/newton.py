@@ -1,8 +1,8 @@
 """Second-order steps on the loss itself.
 
 Least squares brings the residual stream close to the source's. These steps lower the loss L itself (see `objective`):
-KL(p || q) from the source's predictions, and the loss on the text. A step of K-FAC (Martens and Grosse, arXiv
-1503.05671) adds to a matrix W [d, f] with inputs z and loss gradients g of its outputs a multiple of
+KL(p || q) from the source's predictions and, where asked for, the loss on the text. A step of K-FAC (Martens and
+Grosse, arXiv 1503.05671) adds to a matrix W [d, f] with inputs z and loss gradients g of its outputs a multiple of
 
     D = -(G + b I)^-1 (dL/dW) (A + a I)^-1,    A = E[z z^T],  G = E[g g^T]
 
@@ -58,6 +58,7 @@ class Newton:
         holds: whether the checkpoint holds the weights of a module of a layer.
         written: what new weights are rounded to; None: their own dtype.
         stages: where what a step has finished is kept.
+        adapts: the share of the text itself in L.
     """
 
     def __init__(
@@ -67,9 +68,10 @@ class Newton:
         holds: Holds,
         written: torch.dtype | None = None,
         stages: Stages = Stages(None, b""),  # noqa: B008 (nothing is kept)
+        adapts: float = 0.0,
     ) -> None:
         self._run, self._start, self._written, self._stages = run, edits, written, stages
-        self._objective = Objective(run.walk, run.target, run.held)
+        self._objective = Objective(run.walk, run.target, run.held, adapts)
         self.matrices = {
             i: [
                 Matrix(i, name, is_conv1d(module))

@@ -2,7 +2,9 @@
 
 With p the source's distribution over the next token, q the pruned model's, and y the token that follows, in nats:
 
-    L = (1 - MIX) KL(p || q) - MIX log q(y)
+    L = (1 - a) KL(p || q) - a log q(y)
+
+a is 0, so that nothing is learned but the source; with `ADAPTS` the model is also adapted to the kind of text.
 
 L is measured over the whole vocabulary. Its gradients are computed over a part of it: all likely tokens, and a sample
 of the others, because most rows of a large head add little and take most of the time. Each sampled token is weighted by
@@ -24,7 +26,7 @@ from torch import nn
 from slicer.model.states import States
 from slicer.model.walk import Walk
 
-MIX = 0.25  # share of the text itself in the loss
+ADAPTS = 0.25  # a, where the model is to be adapted to the text
 STRIDE = 2  # one position in this many of the held-out sequences is judged
 LIKELY = 12288  # most likely tokens that are all included; more only where the text has more tokens
 SAMPLE = 4096  # tokens that are sampled from the others
@@ -38,10 +40,11 @@ class Objective:
     Args:
         target: the states of the source behind its last layer, and the tokens.
         held: the batches that L is judged on.
+        adapts: a.
     """
 
-    def __init__(self, walk: Walk, target: States, held: Sequence[int]) -> None:
-        self._walk, self._target, self._held = walk, target, held
+    def __init__(self, walk: Walk, target: States, held: Sequence[int], adapts: float = 0.0) -> None:
+        self._walk, self._target, self._held, self._adapts = walk, target, held, adapts
         self._size = int(walk.model.config.get_text_config().vocab_size)
         self._certainty = 0.0  # sum of p log p over the positions judged
         likelihood: Any = 0.0
@@ -67,7 +70,8 @@ class Objective:
                     far[k] += float((size - torch.linalg.vecdot(p, logits)).double().sum())
                     right = logits.gather(-1, following)[..., 0]
                     text[k] += float(((size - right) * there).double().sum())
-        return [(((1 - MIX) * f + MIX * t) / count, f / count) for f, t in zip(far, text, strict=True)]
+        a = self._adapts
+        return [(((1 - a) * f + a * t) / count, f / count) for f, t in zip(far, text, strict=True)]
 
     def slopes(
         self, b: int, last: torch.Tensor, generator: torch.Generator | None
@@ -116,13 +120,13 @@ class Objective:
         return tokens[:, positions.clamp(max=tokens.shape[1] - 1)][..., None], there
 
     def _wanted(self, b: int, at: _Piece, offset: torch.Tensor | None) -> torch.Tensor:
-        """(1 - MIX) p + MIX (the token that follows): dL/dlogits is q less this. In the narrowed vocabulary where there
+        """(1 - a) p + a (the token that follows): dL/dlogits is q less this. In the narrowed vocabulary where there
         is an offset."""
         p = self._source(b, at, offset)
         following, there = self._following(b, at)
         if offset is not None:
             following = self._vocabulary.index(following)
-        share = (MIX * there).to(p.device)[None, :, None].expand(len(p), -1, 1)
+        share = (self._adapts * there).to(p.device)[None, :, None].expand(len(p), -1, 1)
         return p.mul_(1 - share).scatter_add_(-1, following.to(p.device), share.contiguous())
 
 

@@ -29,12 +29,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from slicer.data.packing import held_out
 from slicer.errors import HealError
 from slicer.model.output_maps import Observed, Output, arriving, watching
 from slicer.model.states import Batches, States
 from slicer.model.walk import Walk
 
-HELD_OUT = 16  # one sequence in this many is held out (at least one)
 MIN_SEQUENCES = 4
 TOGETHER = 1024  # tokens in a batch, at most: gradients need all that the layers behind the cut compute on it
 SINKS = 4  # positions at the start of a sequence that are left out
@@ -55,7 +55,7 @@ class Split:
 
 
 def split(batches: Batches) -> Split:
-    """Hold out one sequence in `HELD_OUT`, to choose the ridge strengths and to measure the losses.
+    """Hold out the sequences of `slicer.data.packing.held_out`, to choose ridge strengths and lengths of steps by.
 
     Raises HealError for too few sequences.
     """
@@ -65,7 +65,7 @@ def split(batches: Batches) -> Split:
             f"{count} calibration sequences of {length} tokens are too few to heal on; give at least "
             f"{MIN_SEQUENCES} of {2 * SINKS + 1} (--samples, --seq-len)"
         )
-    held = list(range(HELD_OUT // 2, count, HELD_OUT)) or [count // 2]
+    held = held_out(count)
     size = max(1, min(len(batches[0]), TOGETHER // length))
     sequences = torch.cat(list(batches))
     apart = torch.zeros(count, dtype=torch.bool)
