@@ -171,8 +171,8 @@ def place(
         solved.best_step,
         solved.precision,
         solved.report,
-        solved.adapt,
-        solved.kinds,
+        adapt=solved.adapt,
+        kinds=solved.kinds,
     )
     return Patch(solved.edits, placing.replaced, placing.added, placing.config, record)
 

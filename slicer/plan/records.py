@@ -330,11 +330,11 @@ class HealingRecord(Record):
     best_step: int = 0
     precision: str | None = None
     solved: tuple[SolvedMatrix, ...] = ()
-    adapt: bool = False
-    kinds: tuple[KindRecord, ...] = ()
     training: TrainingRecord | None = None
     earlier: HealingRecord | None = None
     command: str | None = None
+    adapt: bool = False
+    kinds: tuple[KindRecord, ...] = ()
 
     @property
     def measured(self) -> Losses:

@@ -34,7 +34,7 @@ def bare(text: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def folded(text: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("folded") / "folded"
-    succeeds("convert", "demo", "--drop", "4-6", "--heal", "auto", *text, "-o", out)
+    succeeds("convert", "demo", "--drop", "4-6", "--heal", "fold", *text, "-o", out)
     return out
 
 
@@ -60,7 +60,9 @@ def test_it_is_recorded_with_figures(bare: Path, folded: Path) -> None:
     assert record["loss"]["after"] < record["loss"]["before"]
     assert LAYER_3 & set(record["tensors"])
     card = (folded / "README.md").read_text()
-    assert f"{record['loss']['after']:.4f}" in card and "`mlp.down_proj` of layer 3" in card
+    own, *others = record["kinds"]
+    assert own["seen"] and own["after"] < own["before"] and not any(kind["seen"] for kind in others)
+    assert f"{own['after']:.3f}" in card and "`mlp.down_proj` of layer 3" in card
     assert "nothing was trained or healed" in (bare / "README.md").read_text()
     assert json.loads((bare / "slicer" / "plan.json").read_text())["healing"] is None
     assert "fold" in succeeds("inspect", folded).output

@@ -13,7 +13,7 @@ from torch import nn
 from slicer.checkpoint.hub import DEMO
 from slicer.heal.compensate.fold import fold
 from slicer.heal.compensate.newton import DAMPING, SLACK, Matrix, Newton, Sums
-from slicer.heal.compensate.objective import MIX, Objective
+from slicer.heal.compensate.objective import ADAPTS, Objective
 from slicer.model.layers import bypass
 from slicer.model.load import load_model
 from slicer.model.pruned import PrunedRun
@@ -38,25 +38,26 @@ def run_of(model: Any, text: list[torch.Tensor], held: Sequence[int], plan: Plan
     return PrunedRun.of_source(Walk.in_memory(model), plan, text, held, 3)
 
 
-def loss(model: Any, batch: torch.Tensor) -> torch.Tensor:
+def loss(model: Any, batch: torch.Tensor, adapts: float) -> torch.Tensor:
     """L of one sequence, summed over its positions, with plain autograd."""
     with torch.no_grad():
         p = model(input_ids=batch).logits[0].softmax(-1)
     with bypass(model, DROPPED):
         q = model(input_ids=batch).logits[0].log_softmax(-1)
-    share = torch.full((len(q), 1), MIX)
+    share = torch.full((len(q), 1), adapts)
     share[-1] = 0
     kl = ((1 - share) * p * (p.log() - q)).sum()
-    return kl - MIX * q[:-1].gather(-1, batch[0, 1:, None]).sum()
+    return kl - adapts * q[:-1].gather(-1, batch[0, 1:, None]).sum()
 
 
-def test_the_gradient_is_that_of_the_loss(model: Any, text: list[torch.Tensor]) -> None:
-    newton = Newton(run_of(model, text[:16], range(14, 16)), {}, anything)
+@pytest.mark.parametrize("adapts", [0.0, ADAPTS])
+def test_the_gradient_is_that_of_the_loss(adapts: float, model: Any, text: list[torch.Tensor]) -> None:
+    newton = Newton(run_of(model, text[:16], range(14, 16)), {}, anything, adapts=adapts)
     every = (found for _, found, _ in newton.sums(0, curvature=True))
     found = {(m.layer, m.name): sums for layer in every for m, sums in layer.items()}[7, "mlp.down_proj"]
     weight = model.get_parameter("model.layers.7.mlp.down_proj.weight").requires_grad_()
     try:
-        total = sum((loss(model, batch) for batch in text[:14][::3]), torch.zeros(()))
+        total = sum((loss(model, batch, adapts) for batch in text[:14][::3]), torch.zeros(()))
         (expected,) = torch.autograd.grad(total, weight)
     finally:
         weight.requires_grad_(False)
