@@ -28,7 +28,7 @@ from typing import Any
 from slicer.benchmarks import machine
 from slicer.benchmarks.page import markdown_table
 from slicer.benchmarks.process import module_command
-from slicer.benchmarks.rivals.script import options
+from slicer.benchmarks.script import options
 from slicer.errors import SlicerError
 from slicer.runtime.files import write_atomically
 from slicer.runtime.versions import versions

@@ -21,8 +21,7 @@ import torch
 from slicer.benchmarks.lines import LINEAR, fit
 from slicer.benchmarks.process import Peak, memory_of, seconds_of
 from slicer.benchmarks.rivals import training
-from slicer.benchmarks.rivals.script import write_llama
-from slicer.benchmarks.rivals.streaming import read_plainly
+from slicer.benchmarks.script import read_plainly, write_llama
 from slicer.benchmarks.transformers_engine import generate
 from slicer.checkpoint.config import sliced_config
 from slicer.checkpoint.export import copy_companions

@@ -26,7 +26,8 @@ def test_every_package_is_listed() -> None:
         for folder, package in folders.items()
         for file in folder.rglob("__init__.py")
     }
-    assert found == set(setuptools_config()["packages"])
+    scripts = {"slicer.benchmarks.rivals"}  # of the repository, not installed
+    assert found - scripts == set(setuptools_config()["packages"])
 
 
 def test_every_data_file_is_covered() -> None:

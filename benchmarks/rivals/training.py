@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from slicer.benchmarks.process import Peak, memory_of, peak_memory, run_module, synchronize
-from slicer.benchmarks.rivals.script import options
+from slicer.benchmarks.script import options
 from slicer.checkpoint.hub import DEMO
 
 WAYS = ("slicer", "bare")
