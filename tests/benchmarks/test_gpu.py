@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from phases_that_end import Ending
 
 from slicer.benchmarks import gpu
-from slicer.benchmarks.gpu_phases import Bench, Line, check, conversion_bytes
+from slicer.benchmarks.gpu import PHASES, Line, conversion_bytes, lines
 from slicer.checkpoint.hub import DEMO
 from slicer.checkpoint.reader import Checkpoint
 from slicer.data.sources import TextSpec
-from slicer.plan.plan import Plan
 
 # A GPU machine may have none of these. None in sys.modules: importing it fails, and find_spec finds nothing.
 MISSING = ("cloup", "lm_eval", "vllm", "datasets", "peft", "bitsandbytes")
-PHASES = gpu.phases(["tiny"])
+NAMES = ["demo demo", "convert demo", *(f"{phase} tiny" for phase in PHASES)]
 
 
-def read(directory: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((directory / "gpu.json").read_text("utf-8"))
+def read(directory: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((directory / "gpu.json").read_text("utf-8"))["lines"]
     return found
 
 
-def verdicts(found: dict[str, Any], phase: str) -> list[str]:
-    return [line["verdict"] for line in found["lines"] if line["phase"] == phase]
+def bench(directory: Path) -> Ending:
+    return Ending(directory, "tiny", torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -51,24 +49,22 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_phase_ends_without_the_libraries_that_may_be_missing(whole: Path) -> None:
     """Whether a line is PASS depends on the machine's load; that no phase ends with an error does not."""
     found = read(whole)
-    assert list(found["seconds"]) == PHASES
-    broken = [line for line in found["lines"] if line["what"] in ("ended with an error", "stopped", "not begun")]
+    assert list(dict.fromkeys(line["phase"] for line in found)) == NAMES
+    broken = [line for line in found if line["what"] in ("ended with an error", "stopped")]
     assert not broken, broken
-    skipped = {line["phase"]: line["figure"] for line in found["lines"] if line["verdict"] == "SKIP"}
-    assert {phase for phase in PHASES if phase.startswith("train")} <= skipped.keys()
-    assert all("peft" in reason for phase, reason in skipped.items() if phase.startswith("train"))
-    assert verdicts(found, "demo") == ["PASS", "PASS"]
-    assert "PASS" in verdicts(found, "convert tiny loaded")
+    skipped = {line["phase"]: line["figure"] for line in found if line["verdict"] == "SKIP"}
+    assert skipped.keys() == {"train lora tiny", "train qlora tiny"}
+    assert all("peft" in reason for reason in skipped.values())
+    assert [line["verdict"] for line in found if line["phase"] == "demo demo"] == ["PASS", "PASS"]
 
 
 def test_figures_and_page(whole: Path) -> None:
     found = read(whole)
-    loaded, streamed = (found["figures"][f"convert demo {way}"] for way in ("loaded", "streamed"))
-    assert loaded["verified"] == "logits" and loaded["loss"]["after"] < loaded["loss"]["before"]
+    loaded, streamed = (line["data"] for line in found if line["phase"] == "convert demo" and "loss" in line["data"])
+    assert loaded["loss"]["after"] < loaded["loss"]["before"] and loaded["peak_bytes"] > 0
     assert not loaded["notes"] and any("from disk" in note for note in streamed["notes"])
-    assert {"prefill_r2", "decode_r2", "decode_tokens_per_second_a_layer"} <= found["figures"]["depth tiny"].keys()
     page = (whole / "gpu.md").read_text("utf-8")
-    assert all(f"| {line['phase']} | {line['verdict']} |" in page for line in found["lines"])
+    assert all(f"| {line['phase']} | {line['verdict']} | {line['what']} |" in page for line in found)
     assert [file.name for file in whole.iterdir() if file.is_dir()] == []  # no checkpoint stays
 
 
@@ -76,82 +72,80 @@ def test_figures_and_page(whole: Path) -> None:
 def test_training_against_a_bare_loop(method: str, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
-    bench = Bench(tmp_path, torch.device("cpu"), True, {})
-    assert [line.verdict for line in bench.run("write tiny")] == ["PASS"]
-    speed, memory = bench.run(f"train tiny {method}")
-    assert "SKIP" not in (speed.verdict, memory.verdict)
-    assert all(way["tokens_per_second"] > 0 for way in bench.figures[f"train tiny {method}"].values())
+    assert [line.passed for line in bench(tmp_path).write()] == [True]
+    speed, memory = bench(tmp_path).train(method)
+    assert speed.passed is not None and memory.passed is not None
+    assert all(way["tokens_per_second"] > 0 for way in speed.data.values())
 
 
-def begin(out: Path) -> gpu.Report:
-    machine = {"gpus": [], "processor": "none", "cores": 1, "memory_bytes": 1}
-    report = gpu.Report(out, {"command": "", "machine": machine, "versions": {}})
-    report.save()
-    return report
+def test_an_installed_wheel_has_no_rivals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.setitem(sys.modules, "slicer.benchmarks.rivals", None)
+    (line,) = bench(tmp_path).train("lora")
+    assert line.passed is None and "slicer.benchmarks.rivals" in line.figure
 
 
-def test_a_phase_that_fails_does_not_end_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def demo(bench: Bench) -> Iterator[Line]:
-        yield check("first", True, "said before the failure")
-        raise RuntimeError("no kernel\nfor this")
-
-    monkeypatch.setattr(Bench, "demo", demo)
-    begin(tmp_path)
-    given = argparse.Namespace(output_dir=tmp_path, device="auto", tiny=True)
-    gpu.work(given, ["demo", "depth tiny", "write tiny"], time.monotonic() + 60, tmp_path)
-    found = read(tmp_path)
-    assert [line["verdict"] for line in found["lines"]] == ["PASS", "FAIL", "SKIP", "PASS"]
-    assert "RuntimeError: no kernel for this" in found["lines"][1]["figure"]
-    assert "demo" in found["lines"][1]["traceback"]
-    gpu.work(given, ["demo", "write tiny"], time.monotonic() + 60, tmp_path)  # another process begins no phase again
-    assert read(tmp_path) == found
+def test_a_phase_that_fails_says_what_and_where(tmp_path: Path) -> None:
+    first, failure = lines(bench(tmp_path), "fails", time.monotonic() + 300)
+    assert first == Line(True, "first", "said before the failure")
+    assert not failure.passed and failure.figure == "RuntimeError: no kernel for this"
+    assert "in fails" in failure.data["traceback"]
 
 
-def test_a_process_that_dies_costs_one_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dies = (
-        "import os, sys; from pathlib import Path; from slicer.benchmarks import gpu\n"
-        f"report = gpu.Report(Path({str(tmp_path)!r}))\n"
-        f"left = [name for name in {PHASES!r} if name not in report.seconds]\n"
-        "if left: report.seconds[left[0]] = None; report.save(); os.kill(os.getpid(), 9)\n"
-    )
-    monkeypatch.setattr(gpu, "module_command", lambda *_: [sys.executable, "-c", dies])
-    monkeypatch.setattr(sys, "argv", ["gpu", "--tiny", "--output-dir", str(tmp_path)])
+def test_a_process_that_dies_costs_one_phase(tmp_path: Path) -> None:
+    (line,) = lines(bench(tmp_path), "dies", time.monotonic() + 300)
+    assert line == Line(False, "stopped", "its process ended with -9")
+
+
+def test_a_phase_is_stopped_when_the_time_is_over(tmp_path: Path) -> None:
+    began = time.monotonic()
+    (line,) = lines(bench(tmp_path), "waits", began + 2)
+    assert line == Line(None, "stopped", "the time is over") and time.monotonic() - began < 100
+
+
+def test_all_phases_are_skipped_without_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(sys, "argv", ["gpu", "--tiny", "--output-dir", str(tmp_path), "--minutes", "0"])
     with pytest.raises(SystemExit) as ended:
         gpu.main()
     assert ended.value.code == 1
-    found = read(tmp_path)
-    assert [line["phase"] for line in found["lines"]] == PHASES
-    assert all(line["verdict"] == "FAIL" and "-9" in line["figure"] for line in found["lines"])
+    assert [(line["phase"], line["verdict"]) for line in read(tmp_path)] == [(name, "SKIP") for name in NAMES]
 
 
-def test_the_time_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    waits = (
-        "import time; from pathlib import Path; from slicer.benchmarks import gpu\n"
-        f"report = gpu.Report(Path({str(tmp_path)!r})); report.seconds['demo'] = None; report.save(); time.sleep(600)\n"
-    )
-    monkeypatch.setattr(gpu, "module_command", lambda *_: [sys.executable, "-c", waits])
-    monkeypatch.setattr(sys, "argv", ["gpu", "--tiny", "--output-dir", str(tmp_path), "--minutes", "0.1"])
-    began = time.monotonic()
-    with pytest.raises(SystemExit) as ended:
-        gpu.main()
-    assert ended.value.code == 1 and time.monotonic() - began < 60
-    assert {(line["verdict"], line["figure"]) for line in read(tmp_path)["lines"]} == {("SKIP", "the time is over")}
-
-
-def test_a_device_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--device", "cuda"], "--device cuda: not available"), (["--sizes", "1b,9b"], "--sizes 9b: choose from")],
+)
+def test_what_is_not_there_is_said_at_once(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    begin(tmp_path)
-    given = argparse.Namespace(output_dir=tmp_path, device="cuda", tiny=True)
-    with pytest.raises(SystemExit, match="--device cuda: not available"):
-        gpu.work(given, PHASES, time.monotonic() + 60, tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(sys, "argv", ["gpu", *options, "--output-dir", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main()
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_imports_do_not_use_cuda() -> None:
+    """A process that has used CUDA, or only counted its devices, cannot be forked into one that uses it."""
+    script = (
+        "import torch\n"
+        "def refuse(*_): raise AssertionError('CUDA was used')\n"
+        "torch.cuda.is_available = torch.cuda.device_count = torch.cuda._lazy_init = refuse\n"
+        "import slicer.benchmarks.gpu\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
 
 
 def test_the_formula_of_a_conversion() -> None:
-    """More weights in memory when loaded than when streamed; every matrix that steps counts."""
+    """More weights in memory when loaded than when streamed, and more states of more text."""
     checkpoint, text = Checkpoint.open(DEMO), TextSpec(samples=16, seq_len=64, batch_size=2)
-    late, early = Plan.dropping(12, [9]), Plan.dropping(12, [3])
-    loaded = conversion_bytes(checkpoint, late, text, streamed=False)
-    assert conversion_bytes(checkpoint, late, text, streamed=True) < loaded
-    assert loaded < conversion_bytes(checkpoint, early, text, streamed=False)
-    assert loaded > checkpoint.total_bytes
+    loaded, streamed = (conversion_bytes(checkpoint, text, streamed=streamed) for streamed in (False, True))
+    assert streamed < loaded and checkpoint.total_bytes < loaded
+    assert loaded < conversion_bytes(checkpoint, TextSpec(samples=64, seq_len=64, batch_size=2), streamed=False)
