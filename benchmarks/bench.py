@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from slicer.benchmarks import contestants, machine, report, speculative, workload
+from slicer.benchmarks import contestants, machine, report, speculative, transformers_engine, vllm_engine, workload
 from slicer.benchmarks.contestants import Contestant
 from slicer.benchmarks.harness import Measure, Run, Store, run_rounds
 from slicer.benchmarks.workload import Request, Workload
@@ -67,14 +67,12 @@ def bench(
 def _sweep(
     models: Sequence[Contestant], work: Workload, scratch: Path, limits: Mapping[str, Any], in_rounds: InRounds
 ) -> dict[str, Any]:
-    if work.engine == "vllm":
-        from slicer.benchmarks.vllm_engine import measure
-    else:
-        from slicer.benchmarks.transformers_engine import measure
+    engine = vllm_engine if work.engine == "vllm" else transformers_engine
     by_label = {model.label: model for model in models}
 
-    def run(label: str, number: int, tell: Any) -> Run:
-        return {"kv_cache_bytes": work.kv_cache_bytes, **measure(by_label[label], work, 2 * number, scratch, tell)}
+    def run(label: str, number: int, status: Any) -> Run:
+        found = engine.measure(by_label[label], work, 2 * number, scratch, status)
+        return {"kv_cache_bytes": work.kv_cache_bytes, **found}
 
     runs = in_rounds(list(by_label), run)
     return {"limits": limits, **report.summarize(models, work, runs, limits), "runs": runs}
@@ -85,8 +83,8 @@ def _speculative(
 ) -> dict[str, Any]:
     drafts: dict[str, Contestant | None] = dict(zip(speculative.labels(models), [None, *models[1:]], strict=True))
 
-    def run(label: str, number: int, tell: Any) -> Run:
-        return speculative.measure(models[0], drafts[label], work, asked, request.speculative_tokens, tell)
+    def run(label: str, number: int, status: Any) -> Run:
+        return speculative.measure(models[0], drafts[label], work, asked, request.speculative_tokens, status)
 
     runs = in_rounds(list(drafts), run)
     found = speculative.summarize(models, runs, asked, request.speculative_tokens, work.dtype)
@@ -133,15 +131,12 @@ def _header(request: Request, models: Sequence[Contestant], work: Workload) -> d
     hardware = machine.describe()
     kind = "speculative decoding" if request.speculative else "by depth"
     name = ", ".join(hardware["gpus"]) or f"{hardware['processor']} ({hardware['cores']} cores)"
-    options = asdict(request)
-    options["config"] = None if request.config is None else str(request.config)
-    options["prompts"] = None if request.prompts is None else str(request.prompts)
     return {
         "format": 1,
         "title": f"{models[0].label}, {kind}",
         "engine": {"vllm": "vLLM", "transformers": "transformers"}[request.engine],
         "command": request.command,
-        "request": options,
+        "request": asdict(request),
         "rounds": request.rounds,
         "seed": request.seed,
         "dummy": any(model.dummy for model in models),

@@ -22,7 +22,7 @@ from slicer.checkpoint.config import expand_config, sliced_config
 from slicer.checkpoint.export import copy_companions
 from slicer.checkpoint.reader import Checkpoint, has_weights, read_config, refuse_quantized
 from slicer.checkpoint.sizes import measure_sizes
-from slicer.errors import ArchitectureError, BenchError, SourceError
+from slicer.errors import ArchitectureError, BenchError, SourceError, unreadable
 from slicer.model.load import blueprint
 from slicer.plan.amounts import Amount, Goal, parse_depths
 from slicer.plan.choose import choose
@@ -84,14 +84,9 @@ def checkpoints(base: str, sliced: Sequence[str], dtype: str) -> list[Contestant
 
 
 def shapes(
-    source: str | None,
-    config: Path | None,
-    drops: str | None,
-    dtype: str,
-    scratch: Path,
-    *,
-    trust_remote_code: bool = False,
-) -> list[Contestant]:
+    source: str | None, config: Path | None, drops: str | None, dtype: str, scratch: Path,
+    *, trust_remote_code: bool = False,
+) -> list[Contestant]:  # fmt: skip
     """Make a directory in `scratch` for every number of layers to drop (0: the whole model).
 
     `source` names a checkpoint of which only config.json and the tokenizer are needed; else `config` is a
@@ -104,21 +99,17 @@ def shapes(
         refuse_quantized(whole)
         whole.check_layers()
     name = _short(source) if source is not None else _config_name(config or original)
-    made = []
-    depth = whole.depth
+    made, depth = [], whole.depth
     usual = sorted({0, round(depth / 6), round(depth / 3), depth // 2})
     for n in usual if drops is None else parse_depths(drops, depth):
         plan, rewritten = _cut(whole, n, trust_remote_code)
-        directory = scratch / f"{name}-{whole.depth - n}L"
+        directory = scratch / f"{name}-{depth - n}L"
         directory.mkdir()
         copy_companions(original, directory)
         (directory / "config.json").write_text(json.dumps(rewritten, indent=2), "utf-8")
         write_tokenizer(directory, _vocabulary(rewritten, directory))
-        shape, dropped = whole, ()
-        if plan is not None:
-            shape = Checkpoint(directory, rewritten, whole.sliced(plan.kept), {"format": "pt"})
-            dropped = plan.dropped
-        made.append(_contestant(f"{name}-{whole.depth - n}L", shape, directory, dtype, dummy=True, dropped=dropped))
+        shape = Checkpoint(directory, rewritten, whole.sliced(plan.kept), {"format": "pt"}) if n else whole
+        made.append(_contestant(directory.name, shape, directory, dtype, dummy=True, dropped=plan.dropped))
     return made
 
 
@@ -154,8 +145,7 @@ def _original(source: str | None, config: Path | None, scratch: Path) -> Path:
     try:
         (directory / "config.json").write_text(file.read_text("utf-8"), "utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text"
-        raise SourceError(f"{file}: cannot be read ({reason}); pass a config.json") from None
+        raise SourceError(f"{file}: cannot be read ({unreadable(error)}); pass a config.json") from None
     try:
         read_config(directory)
     except SourceError:
@@ -163,11 +153,11 @@ def _original(source: str | None, config: Path | None, scratch: Path) -> Path:
     return directory
 
 
-def _cut(whole: Checkpoint, n: int, trust_remote_code: bool) -> tuple[Plan | None, dict[str, Any]]:
+def _cut(whole: Checkpoint, n: int, trust_remote_code: bool) -> tuple[Plan, dict[str, Any]]:
     """The deepest cut of n layers that config and vLLM can express; keeps the final layer if possible."""
     if n == 0:
         architectures.lookup(whole.config)
-        return None, dict(whole.config)
+        return Plan(whole.depth, tuple(range(whole.depth))), dict(whole.config)
 
     def why_not(plan: Plan, *, strict: bool = True) -> str | None:
         try:
@@ -177,11 +167,11 @@ def _cut(whole: Checkpoint, n: int, trust_remote_code: bool) -> tuple[Plan | Non
         found = configs.warnings(whole.config, plan.kept, rewritten) if strict else ()
         return found[0] if found else None
 
-    goal, strategy = Goal(drop=Amount(count=n)), "deepest_expressible"
+    chosen = partial(choose, Goal(drop=Amount(count=n)), whole.depth, None, strategy="deepest_expressible")
     try:
-        plan = choose(goal, whole.depth, None, why_not, strategy=strategy).plan
+        plan = chosen(why_not).plan
     except ArchitectureError:
-        plan = choose(goal, whole.depth, None, partial(why_not, strict=False), strategy=strategy).plan
+        plan = chosen(partial(why_not, strict=False)).plan
     return plan, sliced_config(whole, plan, trust_remote_code=trust_remote_code)
 
 
@@ -192,7 +182,7 @@ def _contestant(
     if cast is None:  # as stored; vLLM serves float32 as bfloat16
         stored = {span.dtype for span in checkpoint.tensors.values()}
         cast = "F16" if stored == {"F16"} else "BF16"
-    served, stored_sizes = measure_sizes(checkpoint, cast=cast), measure_sizes(checkpoint)
+    served = measure_sizes(checkpoint, cast=cast)
     config = architectures.text_config(checkpoint.config)
     if dropped is None and (path / "slicer" / "plan.json").is_file():
         dropped = Plan.load(path).dropped
@@ -204,7 +194,7 @@ def _contestant(
         dummy=dummy,
         dropped=dropped,
         weight_bytes=served.total_bytes,
-        checkpoint_bytes=stored_sizes.total_bytes,
+        checkpoint_bytes=measure_sizes(checkpoint).total_bytes,
         parameters=served.parameters,
         kv_bytes_per_token=served.kv_bytes_per_token,
         flops_per_token=served.flops_per_token,

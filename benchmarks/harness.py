@@ -21,7 +21,7 @@ from slicer.runtime.workdir import Workdir
 
 RUNS = "runs.jsonl"
 Run = dict[str, Any]
-# (label, round, tell) -> results of one run in a fresh process
+# (label, round, status) -> results of one run in a fresh process
 Measure = Callable[[str, int, Callable[[str], None]], Run]
 
 
@@ -32,7 +32,7 @@ class Store:
     """
 
     def __init__(self, directory: Path | None, identity: Mapping[str, Any], *, force: bool = False) -> None:
-        """`force` discards the runs that are there. Raises OutputError where `directory` holds something else, or the
+        """`force` discards the runs that are there. Raises OutputError if `directory` holds something else, or the
         runs of another benchmark."""
         self.runs: list[Run] = []
         self._file = file = None if directory is None else directory / RUNS
@@ -89,10 +89,10 @@ def run_rounds(
     if store.resumed:
         progress.note(f"{before} of {len(wanted)} runs are finished already")
     for at, (label, number) in enumerate(missing):
-        tell = partial(_show, progress, f"Round {number} of {rounds}, {label}", len(wanted), before + at)
-        tell("starting")
+        status = partial(_show, progress, f"Round {number} of {rounds}, {label}", len(wanted), before + at)
+        status("starting")
         try:
-            figures = measure(label, number, tell)
+            figures = measure(label, number, status)
         except BaseException:
             progress.stage("Stopping")
             raise

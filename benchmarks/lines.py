@@ -8,7 +8,7 @@ numpy.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,10 +45,8 @@ class Line:
 
 
 def fit(layers: Sequence[float], values: Sequence[float]) -> Line:
-    """Fit a least-squares line through (layers, values), with Student's t intervals.
-
-    Raises BenchError for fewer than two different depths, and for values that are not finite.
-    """
+    """Fit a least-squares line through (layers, values), with Student's t intervals. Raises BenchError for fewer than
+    two different depths, and for values that are not finite."""
     x, y = np.asarray(layers, dtype=float), np.asarray(values, dtype=float)
     if x.shape != y.shape or len(set(x.tolist())) < 2:
         raise BenchError("a line needs at least two different depths: pass more (--drop 0,4,8)")
@@ -107,18 +105,11 @@ def speed_ups(line: Line, times: dict[int, float]) -> list[SpeedUp]:
     """The speed-up of each depth in `times` (layers -> time) over the deepest."""
     deepest = max(times)
 
-    def ratio(above: float, below: float) -> float:
-        return above / below if below > 0 else math.nan
+    def gain(time: Callable[[int], float], layers: int) -> float:
+        return time(deepest) / time(layers) if time(layers) > 0 else math.nan
 
-    return [
-        SpeedUp(
-            layers=layers,
-            measured=ratio(times[deepest], times[layers]),
-            allowed_by_intercept=ratio(line(deepest), line(layers)),
-            ideal=deepest / layers,
-        )
-        for layers in sorted(times, reverse=True)
-    ]
+    depths = sorted(times, reverse=True)
+    return [SpeedUp(n, gain(times.__getitem__, n), gain(line, n), deepest / n) for n in depths]
 
 
 def verdict(line: Line, times: dict[int, float], unit: str = "ms") -> str:

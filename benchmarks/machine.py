@@ -15,7 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
+
 from slicer.benchmarks.process import run_module, seconds_of
+from slicer.runtime.memory import available
 
 _TRIES = 7
 _MOST_BYTES = 1 << 30  # much larger than any cache
@@ -28,9 +32,6 @@ def measure(dtype: str, on_cpu: bool) -> dict[str, Any]:
 
 def describe() -> dict[str, Any]:
     """Hardware and versions, as far as the system reports them."""
-    import psutil
-    import torch
-
     return {
         "processor": _processor(),
         "cores": _cores(),
@@ -55,12 +56,8 @@ def _processor() -> str:
 
 def main() -> None:
     """The child: print bytes read per second and floating-point operations per second."""
-    import torch
-
     dtype, device = getattr(torch, sys.argv[1]), torch.device(sys.argv[2])
     if device.type == "cpu":
-        from slicer.runtime.memory import available
-
         torch.set_num_threads(_cores())
         size, side = min(_MOST_BYTES, available() // 8), 2048
     else:

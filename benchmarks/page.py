@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-Rows = list[list[str]]
+Rows = list[dict[str, str]]  # column -> cell
+_TIMES = {"first token ms": "ttft_ms", "per token ms": "tpot_ms", "between tokens ms": "itl_ms",
+          "whole response ms": "e2e_ms"}  # fmt: skip
 
 
 def _bytes(count: float) -> str:
@@ -20,105 +22,102 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def depth_rows(result: Mapping[str, Any]) -> tuple[list[str], Rows]:
+def depth_rows(result: Mapping[str, Any]) -> Rows:
     """One row per model with its costs."""
-    head = ["model", "layers", "ms per token", "prefill ms", "offline tokens/s", "weights", "KV per token",
-            "KV tokens", "peak memory", "load s", "of the roofline"]  # fmt: skip
-    rows = [
-        [
-            model["label"],
-            str(model["layers"]),
-            _number(model["time_per_output_token_ms"]),
-            _number(model["prefill_ms"]),
-            f"{_number(model['offline']['prompt_tokens_per_second'])} in, "
+    return [
+        {
+            "model": model["label"],
+            "layers": str(model["layers"]),
+            "ms per token": _number(model["time_per_output_token_ms"]),
+            "prefill ms": _number(model["prefill_ms"]),
+            "offline tokens/s": f"{_number(model['offline']['prompt_tokens_per_second'])} in, "
             f"{_number(model['offline']['output_tokens_per_second'])} out",
-            _bytes(model["weight_bytes"]),
-            _bytes(model["kv_bytes_per_token"]),
-            f"{model['kv_capacity_tokens']:,}",
-            _bytes(model["peak_memory_bytes"]),
-            _number(model["load_seconds"]),
-            f"{model['roofline']['decode_reached']:.0%}",
-        ]
+            "weights": _bytes(model["weight_bytes"]),
+            "KV per token": _bytes(model["kv_bytes_per_token"]),
+            "KV tokens": f"{model['kv_capacity_tokens']:,}",
+            "peak memory": _bytes(model["peak_memory_bytes"]),
+            "load s": _number(model["load_seconds"]),
+            "of the roofline": f"{model['roofline']['decode_reached']:.0%}",
+        }
         for model in result["models"]
     ]
-    return head, rows
 
 
-def online_rows(result: Mapping[str, Any]) -> tuple[list[str], Rows]:
+def online_rows(result: Mapping[str, Any]) -> Rows:
     """One row for each model and concurrency: p50 / p99 of every time."""
-    head = ["model", "concurrent", "requests/s", "tokens/s", "first token ms", "per token ms", "between tokens ms",
-            "whole response ms"]  # fmt: skip
-
-    def times(online: Mapping[str, Any], key: str) -> str:
-        return f"{_number(online[key]['p50'])} / {_number(online[key]['p99'])}"
-
-    rows = [
-        [
-            model["label"], level, _number(online["requests_per_second"]), _number(online["output_tokens_per_second"]),
-            *(times(online, key) for key in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")),
-        ]
+    return [
+        {
+            "model": model["label"],
+            "concurrent": level,
+            "requests/s": _number(online["requests_per_second"]),
+            "tokens/s": _number(online["output_tokens_per_second"]),
+            **{name: f"{_number(online[key]['p50'])} / {_number(online[key]['p99'])}" for name, key in _TIMES.items()},
+        }
         for model in result["models"]
         for level, online in model["online"].items()
-    ]  # fmt: skip
-    return head, rows
+    ]
 
 
-def line_rows(result: Mapping[str, Any]) -> tuple[list[str], Rows]:
+def line_rows(result: Mapping[str, Any]) -> Rows:
     """One row per fitted line."""
     from slicer.benchmarks.lines import LINES
 
-    head = ["against the layers", "per layer", "95% interval", "fixed", "R2"]
     rows = []
     for name, line in result["lines"].items():
         title, unit = LINES[name]
         spell = _bytes if unit == "bytes" else (lambda value, unit=unit: f"{value:.3g} {unit}")
-        interval = line["slope_interval"]
-        within = "-" if interval is None else f"{spell(interval[0])} to {spell(interval[1])}"
-        rows.append([title, spell(line["slope"]), within, spell(line["intercept"]), f"{line['r2']:.4f}"])
-    return head, rows
+        row = {"against the layers": title, "per layer": spell(line["slope"])}
+        row["95% interval"] = " to ".join(map(spell, line["slope_interval"] or ())) or "-"
+        rows.append({**row, "fixed": spell(line["intercept"]), "R2": f"{line['r2']:.4f}"})
+    return rows
 
 
-def speed_rows(result: Mapping[str, Any]) -> tuple[list[str], Rows]:
+def speed_rows(result: Mapping[str, Any]) -> Rows:
     """One row per depth: speed-up measured, allowed by the intercept, and ideal."""
-    head = ["layers", "dropped", "speed-up", "intercept allows", "ideal L/(L-n)", "KV capacity"]
-    deepest = max((row["layers"] for row in result["speed_up"]), default=0)
-    rows = [
-        [
-            str(row["layers"]), f"{1 - row['layers'] / deepest:.0%}", f"{row['measured']:.2f}x",
-            f"{row['allowed_by_intercept']:.2f}x", f"{row['ideal']:.2f}x", f"{row['kv_capacity_gain']:.3f}x",
-        ]
+    deepest = max(row["layers"] for row in result["speed_up"])
+    return [
+        {
+            "layers": str(row["layers"]),
+            "dropped": f"{1 - row['layers'] / deepest:.0%}",
+            "speed-up": f"{row['measured']:.2f}x",
+            "intercept allows": f"{row['allowed_by_intercept']:.2f}x",
+            "ideal L/(L-n)": f"{row['ideal']:.2f}x",
+            "KV capacity": f"{row['kv_capacity_gain']:.3f}x",
+        }
         for row in result["speed_up"]
-    ]  # fmt: skip
-    return head, rows
+    ]
 
 
-def speculative_rows(result: Mapping[str, Any]) -> tuple[list[str], Rows]:
+def speculative_rows(result: Mapping[str, Any]) -> Rows:
     """One row per draft."""
-    head = ["draft", "layers", "tokens/s", "speed-up", "accepted", "by position", "tokens per step", "same text"]
 
     def spell(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
-    rows = [
-        [
-            row["draft"] or "(none)", spell(row["draft_layers"], "d"), _number(row["tokens_per_second"]),
-            f"{row['speed_up']:.2f}x", spell(row["acceptance_rate"], ".0%"),
-            ", ".join(f"{rate:.0%}" for rate in row["acceptance_by_position"]) or "-",
-            spell(row["mean_accepted_length"], ".2f"), f"{row['identical']} of {row['prompts']}",
-        ]
+    return [
+        {
+            "draft": row["draft"] or "(none)",
+            "layers": spell(row["draft_layers"], "d"),
+            "tokens/s": _number(row["tokens_per_second"]),
+            "speed-up": f"{row['speed_up']:.2f}x",
+            "accepted": spell(row["acceptance_rate"], ".0%"),
+            "by position": ", ".join(f"{rate:.0%}" for rate in row["acceptance_by_position"]) or "-",
+            "tokens per step": spell(row["mean_accepted_length"], ".2f"),
+            "same text": f"{row['identical']} of {row['prompts']}",
+        }
         for row in result["speculative"]["rows"]
-    ]  # fmt: skip
-    return head, rows
+    ]
 
 
-def tables(result: Mapping[str, Any]) -> list[tuple[str, list[str], Rows]]:
+def tables(result: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, head, rows) of every table that has data."""
     if result.get("speculative"):
-        return [("Speculative decoding", *speculative_rows(result))]
-    found = [("Cost by depth", *depth_rows(result)), ("Online (p50 / p99)", *online_rows(result))]
-    if result["lines"]:
-        found += [("Lines", *line_rows(result)), ("Speed-up per token", *speed_rows(result))]
-    return found
+        found = {"Speculative decoding": speculative_rows(result)}
+    else:
+        found = {"Cost by depth": depth_rows(result), "Online (p50 / p99)": online_rows(result)}
+        if result["lines"]:
+            found |= {"Lines": line_rows(result), "Speed-up per token": speed_rows(result)}
+    return [(title, list(rows[0]), [list(row.values()) for row in rows]) for title, rows in found.items()]
 
 
 def markdown(result: Mapping[str, Any]) -> str:

@@ -22,10 +22,8 @@ def module_command(module: str, *arguments: object) -> list[str]:
 
 
 def run_module(what: str, module: str, *arguments: object, stdin: str | None = None) -> dict[str, Any]:
-    """Run a module of the benchmarks in a fresh process; returns the JSON object in its last line of output.
-
-    Raises BenchError with the last line of its error output; the message begins with `what`.
-    """
+    """Run a module of the benchmarks in a fresh process; returns the JSON object in its last line of output. Raises
+    BenchError with the last line of its error output; the message begins with `what`."""
     done = subprocess.run(module_command(module, *arguments), input=stdin, capture_output=True, text=True)
     if done.returncode == -signal.SIGKILL:
         raise BenchError(f"{what}: its process was killed, probably out of memory")

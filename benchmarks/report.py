@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from slicer.benchmarks import page
 from slicer.benchmarks.contestants import Contestant
-from slicer.benchmarks.lines import LINES, Line, fit, roofline, speed_ups, verdict
+from slicer.benchmarks.lines import LINES, fit, roofline, speed_ups, verdict
 from slicer.benchmarks.workload import TIMES, Workload
 from slicer.errors import BenchError
+from slicer.figures import bench as figures
 from slicer.runtime.files import write_atomically
 
 PERCENTILES = (50, 90, 99)
@@ -33,23 +35,20 @@ def summarize(
     add time. Percentiles are over the requests of all rounds.
     """
     models = [_model(c, workload, [run for run in runs if run["label"] == c.label], limits) for c in contestants]
-    result: dict[str, Any] = {"models": models, "lines": {}, "speed_up": [], "verdict": None}
     if len({c.layers for c in contestants}) < 2:
-        result["verdict"] = "only one depth: pass more (SLICED... or --drop) for a line"
-        return result
+        alone = "only one depth: pass more (SLICED... or --drop) for a line"
+        return {"models": models, "lines": {}, "speed_up": [], "verdict": alone}
     depths = [model["layers"] for model in models]
-    fitted: dict[str, Line] = {}
-    for name in LINES:
-        fitted[name] = fit(depths, [model[name] for model in models])
-        result["lines"][name] = {"unit": LINES[name][1], **asdict(fitted[name])}
-    line = fitted["time_per_output_token_ms"]
-    times = _by_depth(models, "time_per_output_token_ms")
+    fitted = {name: fit(depths, [model[name] for model in models]) for name in LINES}
+    line, times = fitted["time_per_output_token_ms"], _by_depth(models, "time_per_output_token_ms")
     capacity = _by_depth(models, "kv_capacity_tokens")
-    deepest = max(times)
-    for at in speed_ups(line, times):
-        result["speed_up"].append({**asdict(at), "kv_capacity_gain": capacity[at.layers] / capacity[deepest]})
-    result["verdict"] = verdict(line, times)
-    return result
+    whole = capacity[max(times)]
+    return {
+        "models": models,
+        "lines": {name: {"unit": LINES[name][1], **asdict(each)} for name, each in fitted.items()},
+        "speed_up": [{**asdict(s), "kv_capacity_gain": capacity[s.layers] / whole} for s in speed_ups(line, times)],
+        "verdict": verdict(line, times),
+    }
 
 
 def _by_depth(models: Sequence[Mapping[str, Any]], name: str) -> dict[int, float]:
@@ -76,10 +75,17 @@ def _model(
             **{key: _spread([v for r in rounds for v in r[key]]) for key in TIMES},
         }
 
-    def typical(key: str) -> float:
-        return min(statistics.median(run["online"][low][key]) for run in runs)
-
-    token, first = typical("tpot_ms"), typical("ttft_ms")
+    by_round = [
+        {
+            "round": run["round"],
+            "time_per_output_token_ms": statistics.median(run["online"][low]["tpot_ms"]),
+            "prefill_ms": statistics.median(run["online"][low]["ttft_ms"]),
+            "load_seconds": run["load_seconds"],
+        }
+        for run in runs
+    ]
+    fastest = ("time_per_output_token_ms", "prefill_ms", "load_seconds")
+    token, first, loaded = (min(each[key] for each in by_round) for key in fastest)
     kv = contestant.kv_bytes_per_token
     held = budget / capacity
     if not kv or abs(held / kv - 1) > 0.02:
@@ -97,22 +103,14 @@ def _model(
         "kv_bytes_per_token": kv,
         "kv_capacity_tokens": capacity,
         "peak_memory_bytes": statistics.median(run["peak_memory_bytes"] for run in runs),
-        "load_seconds": min(run["load_seconds"] for run in runs),
+        "load_seconds": loaded,
         "offline": {key: max(run["offline"][key] for run in runs) for key in _OFFLINE},
         "online": online,
         "roofline": {
             "decode_ms": decode, "decode_bound": decode_bound, "decode_reached": decode / token,
             "prefill_ms": prefill, "prefill_bound": prefill_bound, "prefill_reached": prefill / first,
         },
-        "by_round": [
-            {
-                "round": run["round"],
-                "time_per_output_token_ms": statistics.median(run["online"][low]["tpot_ms"]),
-                "prefill_ms": statistics.median(run["online"][low]["ttft_ms"]),
-                "load_seconds": run["load_seconds"],
-            }
-            for run in runs
-        ],
+        "by_round": by_round,
     }  # fmt: skip
 
 
@@ -125,16 +123,13 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 def write(directory: Path, result: Mapping[str, Any]) -> None:
     """Write bench.json, bench.csv, bench.md, and the figure as PNG and SVG, each atomically."""
-    from slicer.benchmarks import page
-    from slicer.figures import bench as bench_figures
-
     write_atomically(directory / "bench.json", json.dumps(result, indent=2, allow_nan=False, default=str) + "\n")
     write_atomically(directory / "bench.csv", table(result))
     write_atomically(directory / "bench.md", page.markdown(result))
     if result.get("lines"):
-        bench_figures.lines(result, directory)
+        figures.lines(result, directory)
     elif result.get("speculative"):
-        bench_figures.speculative(result, directory)
+        figures.speculative(result, directory)
 
 
 def table(result: Mapping[str, Any]) -> str:

@@ -18,15 +18,12 @@ VOCABULARY = 32000
 
 
 def options(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
-    """A parser with an option for each default, of its type; False makes a flag.
-
-    `--worker ARGUMENTS` is for the script's own child processes.
-    """
+    """A parser with an option for each default, of its type; False makes a flag. `--worker ARGUMENTS` is for the
+    script's own child processes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in defaults.items():
-        kind: dict[str, Any] = {"action": "store_true"} if default is False else {"type": type(default)}
-        if isinstance(default, Path):
-            kind["type"] = Path
+        parse = Path if isinstance(default, Path) else type(default)  # not PosixPath
+        kind: dict[str, Any] = {"action": "store_true"} if default is False else {"type": parse}
         shown = "" if default is False else f"[default: {default}]"
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=shown, **kind)
     parser.add_argument("--worker", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
@@ -66,10 +63,8 @@ def read_plainly(path: Path, most: int = 10) -> float:
 
 
 def write_llama(path: Path, shard_size: str | None = None, **shape: int) -> None:
-    """Write a Llama with random bfloat16 weights: in shards of `shard_size`, or one file for each layer.
-
-    `shape` are the fields of its config.json that differ from those of Llama-2-7B.
-    """
+    """Write a Llama with random bfloat16 weights: in shards of `shard_size`, or one file for each layer. `shape` are
+    the fields of its config.json that differ from those of Llama-2-7B."""
     import torch
     import transformers
     from huggingface_hub import split_torch_state_dict_into_shards

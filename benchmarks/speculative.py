@@ -6,6 +6,7 @@ of identical ones is counted, because logits of verified tokens may be rounded d
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 from slicer.benchmarks.contestants import Contestant
 from slicer.benchmarks.vllm_engine import VARIABLES, Client, server_arguments
 from slicer.benchmarks.workload import Workload
-from slicer.errors import BenchError
+from slicer.errors import BenchError, unreadable
 from slicer.serve.server import Server
 
 ALONE = "(no draft)"
@@ -36,23 +37,20 @@ def read_prompts(file: Path) -> list[str]:
     try:
         lines = [line for line in file.read_text("utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text"
-        raise BenchError(f"{file}: cannot be read ({reason}); pass a file with one prompt per line") from None
-    found = []
-    for number, line in enumerate(lines, 1):
-        text: Any = line
-        if file.suffix == ".jsonl":
-            try:
-                row = json.loads(line)
-                text = row.get("prompt", row.get("text"))
-            except (ValueError, AttributeError):
-                text = None
-        if not isinstance(text, str):
-            raise BenchError(f'{file}:{number}: not a JSON object with "prompt" or "text"; fix the line')
-        found.append(text)
-    if not found:
+        raise BenchError(
+            f"{file}: cannot be read ({unreadable(error)}); pass a file with one prompt per line"
+        ) from None
+    if not lines:
         raise BenchError(f"{file}: no prompts; pass a file with one prompt per line")
-    return found
+    return [_prompt(line, f"{file}:{n}") for n, line in enumerate(lines, 1)] if file.suffix == ".jsonl" else lines
+
+
+def _prompt(line: str, where: str) -> str:
+    with contextlib.suppress(ValueError, AttributeError):
+        row = json.loads(line)
+        if isinstance(text := row.get("prompt", row.get("text")), str):
+            return text
+    raise BenchError(f'{where}: not a JSON object with "prompt" or "text"; fix the line')
 
 
 def labels(contestants: Sequence[Contestant]) -> list[str]:
@@ -66,7 +64,7 @@ def measure(
     workload: Workload,
     prompts: Sequence[str],
     speculative_tokens: int,
-    tell: Callable[[str], None],
+    status: Callable[[str], None],
 ) -> dict[str, Any]:
     """Run the original once with this draft, in a fresh process. Raises ServeError or BenchError."""
     server = Server(
@@ -76,13 +74,13 @@ def measure(
         speculative_tokens=speculative_tokens,
         arguments=server_arguments(workload, 4),
         variables=VARIABLES,
-        progress=tell,
+        progress=status,
     )
     client = Client(server)
     with server:
-        tell("Warming up")
+        status("Warming up")
         client.online(prompts[:1], workload.output_len, 1)
-        tell("Answering")
+        status("Answering")
         found = client.online(prompts, workload.output_len, 1)
     return {
         key: found[key] for key in ("seconds", "output_tokens_per_second", "ttft_ms", "e2e_ms", "texts", "spec_decode")
@@ -101,34 +99,32 @@ def summarize(
     alone = [run for run in runs if run["label"] == ALONE]
     slow = statistics.median(run["output_tokens_per_second"] for run in alone)
     reference = alone[0]["texts"]
-    layers = {contestant.label: contestant.layers for contestant in contestants}
+    layers = {contestant.label: contestant.layers for contestant in contestants[1:]}
     for label in labels(contestants):
         mine = [run for run in runs if run["label"] == label]
         speed = statistics.median(run["output_tokens_per_second"] for run in mine)
         stats = [run["spec_decode"] for run in mine if run["spec_decode"]]
         texts = mine[-1]["texts"]
-        same = [a == b for a, b in zip(reference, texts, strict=True)]
-        rows.append(
-            {
-                "draft": None if label == ALONE else label,
-                "draft_layers": layers.get(label) if label != ALONE else None,
-                "tokens_per_second": speed,
-                "speed_up": speed / slow,
-                "acceptance_rate": _median(stats, "spec_decode_acceptance_rate", 0.01),
-                "mean_accepted_length": _median(stats, "spec_decode_acceptance_length", 1.0),
-                "acceptance_by_position": [
-                    statistics.median(rates)
-                    for rates in zip(*(s["spec_decode_per_position_acceptance_rates"] for s in stats), strict=True)
-                ],
-                "identical": sum(same),
-                "prompts": len(same),
-                "outputs_identical": all(same),
-                "first_difference": next(
-                    ({"prompt": prompts[i], "alone": reference[i], "drafted": texts[i]}
-                     for i, equal in enumerate(same) if not equal), None
-                ),
-            }
-        )  # fmt: skip
+        positions = zip(*(s["spec_decode_per_position_acceptance_rates"] for s in stats), strict=True)
+        differing = [
+            {"prompt": prompt, "alone": a, "drafted": b}
+            for prompt, a, b in zip(prompts, reference, texts, strict=True)
+            if a != b
+        ]
+        row = {
+            "draft": None if label == ALONE else label,
+            "draft_layers": layers.get(label),
+            "tokens_per_second": speed,
+            "speed_up": speed / slow,
+            "acceptance_rate": _median(stats, "spec_decode_acceptance_rate", 0.01),
+            "mean_accepted_length": _median(stats, "spec_decode_acceptance_length", 1.0),
+            "acceptance_by_position": [statistics.median(rates) for rates in positions],
+            "identical": len(texts) - len(differing),
+            "prompts": len(texts),
+            "outputs_identical": not differing,
+            "first_difference": next(iter(differing), None),
+        }
+        rows.append(row)
     drafted = [row for row in rows if row["draft"] is not None]
     best = max(drafted, key=lambda row: row["speed_up"])
     if best["speed_up"] > 1:

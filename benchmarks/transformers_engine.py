@@ -17,16 +17,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from slicer.benchmarks.contestants import Contestant
 from slicer.benchmarks.process import peak_memory, run_module, synchronize
 from slicer.benchmarks.workload import TIMES, Workload, by_concurrency, offline_rates, prompts, rates
+from slicer.model.load import auto_classes, load_model
 
 
 def measure(
-    contestant: Contestant, workload: Workload, salt: int, scratch: Path, tell: Callable[[str], None]
+    contestant: Contestant, workload: Workload, salt: int, scratch: Path, status: Callable[[str], None]
 ) -> dict[str, Any]:
     """All results of one run in a child process, as `vllm_engine.measure`. Raises BenchError."""
-    tell("Running on transformers")
+    status("Running on transformers")
     spec = json.dumps({"contestant": asdict(contestant), "workload": asdict(workload), "salt": salt})
     return run_module(f"{contestant.label}: transformers", "transformers_engine", stdin=spec)
 
@@ -35,8 +38,6 @@ def main() -> None:
     """The child: load, measure, print one JSON object."""
     spec = json.loads(sys.stdin.read())
     workload, contestant = Workload(**spec["workload"]), Contestant(**spec["contestant"])
-    import torch
-
     device = torch.device("cpu" if workload.on_cpu else "cuda")
     dtype = torch.bfloat16 if workload.dtype == "auto" else getattr(torch, workload.dtype)
     started = time.perf_counter()
@@ -48,7 +49,7 @@ def main() -> None:
     run(asked[:1])
     once = run(asked[1:2])["e2e_ms"][0] / 1000
     offline = run(asked[: workload.batch])
-    seconds = offline["seconds"]
+    seconds, size = offline["seconds"], workload.batch
 
     def answer(count: int, level: int) -> dict[str, Any]:
         parts = [run([asked[(at + i) % len(asked)] for i in range(level)]) for at in range(0, count, level)]
@@ -56,12 +57,10 @@ def main() -> None:
         times = {key: [value for part in parts for value in part[key]] for key in TIMES}
         return {**rates(count, spent, count * workload.output_len), **times}
 
-    online = by_concurrency(workload, once, seconds, answer)
-    size = workload.batch
     figures = {
         "load_seconds": loaded,
         "offline": offline_rates(size, seconds, size * workload.input_len, size * workload.output_len),
-        "online": online,
+        "online": by_concurrency(workload, once, seconds, answer),
         "kv_capacity_tokens": int(workload.kv_cache_bytes // offline["cache_bytes_per_token"]),
         "peak_memory_bytes": peak_memory(not workload.on_cpu),
     }
@@ -69,10 +68,7 @@ def main() -> None:
 
 
 def _load(contestant: Contestant, dtype: Any, device: Any, seed: int) -> Any:
-    import torch
     import transformers
-
-    from slicer.model.load import auto_classes, load_model
 
     path = Path(contestant.path)
     if not contestant.dummy:
@@ -87,8 +83,6 @@ def _load(contestant: Contestant, dtype: Any, device: Any, seed: int) -> Any:
 
 def generate(model: Any, device: Any, output_len: int, asked: list[list[int]]) -> dict[str, Any]:
     """Prefill and greedy decoding of one batch, step by step; times in milliseconds, once for every prompt."""
-    import torch
-
     cache = None
     with torch.inference_mode():
         ids = torch.tensor(asked, device=device)
@@ -114,8 +108,6 @@ def generate(model: Any, device: Any, output_len: int, asked: list[list[int]]) -
 
 def _cache_bytes(cache: Any) -> int:
     """Bytes of all tensors in any kind of cache."""
-    import torch
-
     seen: dict[int, int] = {}
 
     def visit(value: Any, depth: int) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from slicer.benchmarks.contestants import Contestant, has_tokenizer, write_tokenizer
 from slicer.benchmarks.process import Peak
@@ -27,6 +28,11 @@ from slicer.serve.settings import flag
 
 VARIABLES = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "INFO"}
 _SAMPLE_SECONDS = 0.2
+# Arguments that the client requires.
+_UNUSED: dict[str, Any] = {
+    **dict.fromkeys(("tokenizer", "logprobs", "lora_modules", "extra_headers")), "num_warmups": 0, "profile": False,
+    "selected_percentile_metrics": [], "selected_percentiles": [], "goodput_config_dict": {},
+}  # fmt: skip
 _ALLOCATOR = "slicer.benchmarks.vllm_engine.Allocator"
 
 
@@ -34,8 +40,6 @@ class Allocator:
     """Mixin for vLLM's GPU workers (--worker-extension-cls): peak bytes of their allocator."""
 
     def peak_allocated_bytes(self) -> int:
-        import torch
-
         return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0
 
 
@@ -55,7 +59,7 @@ def server_arguments(workload: Workload, max_num_seqs: int, *chosen: str) -> lis
 
 
 def measure(
-    contestant: Contestant, workload: Workload, salt: int, scratch: Path, tell: Callable[[str], None]
+    contestant: Contestant, workload: Workload, salt: int, scratch: Path, status: Callable[[str], None]
 ) -> dict[str, Any]:
     """All results of one run, times in milliseconds (load in seconds). Raises ServeError or BenchError."""
     chosen = ["--load-format", "dummy" if contestant.dummy else "auto"]
@@ -69,36 +73,32 @@ def measure(
         arguments += ["--tokenizer", str(words)]
     # enables /collective_rpc, on the loopback only
     variables = VARIABLES | ({} if workload.on_cpu else {"VLLM_SERVER_DEV_MODE": "1"})
-    server = Server(contestant.path, name=contestant.label, arguments=arguments, variables=variables, progress=tell)
+    server = Server(contestant.path, name=contestant.label, arguments=arguments, variables=variables, progress=status)
     client = Client(server)
     with Peak(lambda: _resident(server), _SAMPLE_SECONDS) as resident:
         started = time.perf_counter()
         with server:
             loaded = time.perf_counter() - started
             asked = prompts(workload, contestant.vocabulary, max(64, 2 * max(workload.concurrency)), salt)
-            tell("Warming up")
+            status("Warming up")
             client.online(asked[:2], workload.output_len, 1)
             once = client.online(asked[2:3], workload.output_len, 1)["e2e_ms"][0] / 1000
-            tell("Offline")
-            offline = client.offline(
-                prompts(workload, contestant.vocabulary, workload.batch, salt + 1), workload.output_len
-            )
+            status("Offline")
+            together = prompts(workload, contestant.vocabulary, workload.batch, salt + 1)
+            offline = client.offline(together, workload.output_len)
 
             def answer(count: int, level: int) -> dict[str, Any]:
-                tell(f"{level} concurrent")
+                status(f"{level} concurrent")
                 answered = client.online((asked * (count // len(asked) + 1))[:count], workload.output_len, level)
                 return {key: value for key, value in answered.items() if key not in ("texts", "spec_decode")}
 
-            online = by_concurrency(workload, once, offline["seconds"], answer)
-            capacity = kv_capacity(server)
-            peak = resident.most if workload.on_cpu else _allocated(server)
-    return {
-        "load_seconds": loaded,
-        "offline": offline,
-        "online": online,
-        "kv_capacity_tokens": capacity,
-        "peak_memory_bytes": peak,
-    }
+            return {
+                "load_seconds": loaded,
+                "offline": offline,
+                "online": by_concurrency(workload, once, offline["seconds"], answer),
+                "kv_capacity_tokens": kv_capacity(server),
+                "peak_memory_bytes": resident.most if workload.on_cpu else _allocated(server),
+            }
 
 
 class Client:
@@ -118,46 +118,24 @@ class Client:
 
     def online(self, asked: Sequence[Any], output_len: int, concurrency: int) -> dict[str, Any]:
         """Send all requests, `concurrency` at a time; returns every request's times in milliseconds, and its output."""
+        lengths = [len(prompt) if isinstance(prompt, list) else 0 for prompt in asked]
         requests = [
-            self._sample(
-                prompt=prompt, prompt_len=len(prompt) if isinstance(prompt, list) else 0, expected_output_len=output_len
-            )
-            for prompt in asked
+            self._sample(prompt=prompt, prompt_len=length, expected_output_len=output_len)
+            for prompt, length in zip(asked, lengths, strict=True)
         ]
+        server = self.server
+        running = self._serve.benchmark(
+            task_type=self._serve.TaskType.GENERATION, endpoint_type="openai", ready_check_timeout_sec=0,
+            api_url=f"{server.base_url}/completions", base_url=server.root_url, model_id=server.model,
+            model_name=server.model, input_requests=requests, max_concurrency=concurrency, ignore_eos=True,
+            request_rate=float("inf"), burstiness=1.0, extra_body={"temperature": 0.0}, disable_tqdm=True,
+            **_UNUSED,
+        )  # fmt: skip
         with contextlib.redirect_stdout(io.StringIO()):
-            found = asyncio.run(
-                self._serve.benchmark(
-                    task_type=self._serve.TaskType.GENERATION,
-                    endpoint_type="openai",
-                    api_url=f"{self.server.base_url}/completions",
-                    base_url=self.server.root_url,
-                    model_id=self.server.model,
-                    model_name=self.server.model,
-                    tokenizer=None,
-                    input_requests=requests,
-                    logprobs=None,
-                    request_rate=float("inf"),
-                    burstiness=1.0,
-                    disable_tqdm=True,
-                    num_warmups=0,
-                    profile=False,
-                    selected_percentile_metrics=[],
-                    selected_percentiles=[],
-                    ignore_eos=True,
-                    goodput_config_dict={},
-                    max_concurrency=concurrency,
-                    lora_modules=None,
-                    extra_headers=None,
-                    extra_body={"temperature": 0.0},
-                    ready_check_timeout_sec=0,
-                )
-            )
+            found = asyncio.run(running)
         if found["failed"] or not found["completed"]:
-            reason = next((error for error in found["errors"] if error), "no reason reported").strip()
-            raise BenchError(
-                f"{self.server.model}: {found['failed']} of {len(requests)} requests failed: "
-                f"{reason.splitlines()[-1][:300]}"
-            )
+            reason = next((error for error in found["errors"] if error), "no reason reported").strip().splitlines()[-1]
+            raise BenchError(f"{server.model}: {found['failed']} of {len(requests)} requests failed: {reason[:300]}")
         ends = zip(found["latencies"], found["ttfts"], found["output_lens"], strict=True)
         return {
             **rates(len(requests), found["duration"], sum(found["output_lens"])),

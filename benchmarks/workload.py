@@ -72,10 +72,8 @@ class Workload:
 
 
 def choose(contestants: Sequence[Contestant], request: Request, *, on_cpu: bool, dtype: str) -> Workload:
-    """Choose defaults for what is not set, so that a small machine finishes in minutes and does not swap.
-
-    Raises BenchError if the lengths exceed the models' context, or the free memory.
-    """
+    """Choose defaults for what is not set, so that a small machine finishes in minutes and does not swap. Raises
+    BenchError if the lengths exceed the models' context, or the free memory."""
     levels = (1,) if request.speculative else request.concurrency or ((1, 4) if on_cpu else (1, 8, 32))
     levels = tuple(dict.fromkeys(levels))
     longest = min(c.context for c in contestants)

@@ -244,8 +244,9 @@ def training() -> list[str]:
         f"For every model: {settings.WARMUP} warm-up steps (at most a tenth of the steps) and alpha equal to the rank, "
         "beside the defaults above.",
         "## Memory by formula",
-        "GB for each GPU, by the formula in [Train on several devices](../guide/scaling.md#how-much-memory), with "
-        "the values of the paper, one sequence in a pass and gradient checkpointing. Printed by "
+        "GB for each GPU, by the formula in [Train on several devices]"
+        "(../guide/scaling.md#how-much-memory-training-takes), with the values of the paper, one sequence in a pass "
+        "and gradient checkpointing. Printed by "
         f"`python -m {memory.__name__}`.",
         output("-m", memory.__name__),
     ]

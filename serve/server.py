@@ -32,10 +32,19 @@ _HOLLOW = re.compile(
     r"Engine core initialization failed|Engine process failed to start|EngineCore failed|See root cause above"
     r"|EngineDeadError|Executor failed|WorkerProc initialization failed|CancelledError|KeyboardInterrupt|SystemExit"
 )
+_ENGINE_DIED = re.compile(rb"EngineDeadError|Engine core proc \S+ died|died unexpectedly")  # a worker of the API server
 _KILLED = re.compile("exit ?code:? -9|SIGKILL")
 _PREFIX = re.compile(r"^(\([^)]*pid=\d+\)\s*)?((ERROR|CRITICAL|WARNING|INFO) [\d-]+ [\d:]+ \[[^\]]*\]\s*)?")
 _REASON = re.compile(
     r"^(?:[\w.]+\.)?(\w*(?:Error|Exception)): (.+)|^(?:vllm|[\w.]+py).*?\berror: (.+)|^\s*Value error, (.+)"
+)
+# What vLLM logs when it has come to a stage, the last one first.
+_STAGES = (
+    (b"Starting vLLM server", "Opening the endpoint"),
+    (b"KV cache size", "Warming up"),
+    (b"Loading weights took", "Warming up"),
+    (b"Starting to load model", "Loading weights"),
+    (b"Initializing a V1", "Starting the engine"),
 )
 
 
@@ -101,16 +110,12 @@ class Server:
         assert self._process is not None
         return self._process.pid
 
-    def __enter__(self) -> Server:
-        self.start()
-        return self
-
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.stop()
         if kind is None or not issubclass(kind, ServeError):
             self.log.unlink(missing_ok=True)
 
-    def start(self) -> None:
+    def __enter__(self) -> Server:
         """Start vLLM and return when it is ready. Raises ServeError with vLLM's own reason."""
         command = [
             *(sys.executable, "-m", "slicer.serve.launch", "serve", str(self.settings.path)),
@@ -137,6 +142,7 @@ class Server:
         except BaseException as error:
             self.__exit__(type(error))  # stopped by the user: the log is not needed
             raise
+        return self
 
     def _await_health(self) -> None:
         deadline = time.monotonic() + self._timeout
@@ -170,14 +176,11 @@ class Server:
                 self._process.wait(timeout=2.0)
             except subprocess.TimeoutExpired:
                 # The API server may survive its engine; one that is only busy answers within a minute.
-                silent = 0 if self._engine_lives() and self.healthy(timeout=10.0) else silent + 1
+                dead = _ENGINE_DIED.search(self._tail(8192)) or not self.healthy(timeout=10.0)
+                silent = silent + 1 if dead else 0
                 if silent < 6:
                     continue
             raise ServeError(f"vLLM stopped: {self.reason()}")
-
-    def _engine_lives(self) -> bool:
-        """False if a worker process of the API server has ended."""
-        return not re.search(rb"EngineDeadError|Engine core proc \S+ died|died unexpectedly", self._tail(8192))
 
     def stop(self) -> None:
         """Stop vLLM and all its child processes; does nothing if it is not running."""
@@ -217,16 +220,7 @@ class Server:
     def _stage(self) -> str:
         """The current startup stage, from the log."""
         tail = self._tail(200_000)
-        for mark, stage in (
-            (b"Starting vLLM server", "Opening the endpoint"),
-            (b"KV cache size", "Warming up"),
-            (b"Loading weights took", "Warming up"),
-            (b"Starting to load model", "Loading weights"),
-            (b"Initializing a V1", "Starting the engine"),
-        ):
-            if mark in tail:
-                return stage
-        return "Starting vLLM"
+        return next((stage for mark, stage in _STAGES if mark in tail), "Starting vLLM")
 
 
 def _shorten(text: str) -> str:

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,6 @@ def require_vllm() -> None:
 
 def on_cpu() -> bool:
     """Whether the installed vLLM runs on the CPU."""
-    from importlib.metadata import PackageNotFoundError, distribution
-
     import torch
 
     try:

@@ -10,7 +10,7 @@
         ├── CalibrationError    calibration text is missing, unreadable or too short
         ├── HealError           the cut cannot be healed with this method or text
         │   ├── Diverged        the training loss became non-finite before it improved
-        │   └── OutOfMemory     healing ran out of memory
+        │   └── OutOfMemory     healing ran out of memory, or too little is free to begin
         ├── OutputError         the output cannot be written
         ├── VerificationError   the written checkpoint is wrong
         ├── EvaluationError     a task, its data or a result is missing or invalid
@@ -64,7 +64,8 @@ class Diverged(HealError):
 
 
 class OutOfMemory(HealError):
-    """Memory ran out while healing. Not a property of the cut: it may work on another machine or at another time."""
+    """Memory ran out while healing, or too little is free to begin. Not a property of the cut: it may work on another
+    machine or at another time."""
 
 
 class OutputError(SlicerError):
@@ -85,3 +86,13 @@ class ServeError(SlicerError):
 
 class BenchError(SlicerError):
     """A benchmark cannot be run as requested, or its output directory belongs to another."""
+
+
+def reason_of(error: BaseException) -> str:
+    """The message of a library's error on one line, cut at 300 characters; its class if it has no message."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def unreadable(error: OSError | UnicodeDecodeError) -> str:
+    """Why a text file cannot be read."""
+    return getattr(error, "strerror", None) or "not UTF-8 text"

@@ -20,3 +20,6 @@ class Progress:
 
     def note(self, text: str) -> None:
         """A message that the user may want to act on."""
+
+
+SILENT = Progress()

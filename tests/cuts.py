@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,14 @@ from slicer.jobs.request import Output
 from slicer.plan.plan import Plan
 from slicer.progress import Progress
 from slicer.runtime.compute import Compute
+
+
+def cutting(
+    depth: int, layers: Iterable[int] = (), attention: Iterable[int] = (), ffn: Iterable[int] = (), form: str = "native"
+) -> Plan:
+    """The plan that drops `layers`, the attention of some and the feed-forward part of some (source indices)."""
+    base = Plan.dropping(depth, gone) if (gone := set(layers)) else Plan.whole(depth)
+    return replace(base.without(attention, ffn), form=form)
 
 
 def export(checkpoint: Checkpoint, plan: Plan, out: Path, patch: Patch = NONE, *, dtype: str | None = None) -> Path:

@@ -146,8 +146,16 @@ def test_a_checkpoint_that_is_written_is_right(name: str, machine: Machine, mach
 def test_layers_that_are_read_one_at_a_time_are_on_the_device(name: str, machine: Machine, machines: Machines) -> None:
     out = machine.run(name)
     loaded = machines(1).run("whole") and machines(1).done["whole"][1][0]
-    assert 1e6 < machine.done[name][1][0] < loaded / 4
+    assert 1e6 < machine.done[name][1][0] < 0.8 * loaded
     assert losses(out) and near(losses(out), losses(machines(0).run(name)))
+
+
+def test_so_are_those_of_a_model_that_the_device_does_not_hold(machine: Machine) -> None:
+    out = machine.directory / "small-device"
+    expected = machine.run("streamed")
+    result, peaks = machine.slicer(*ALL["streamed"][:-2], "--device-memory", "4MB", "-o", out)
+    assert result.exit_code == 0 and peaks == machine.done["streamed"][1], result.output
+    assert (out / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
 
 
 def test_what_is_measured_is_what_the_cpu_measures(machine: Machine, machines: Machines) -> None:
@@ -231,7 +239,7 @@ def test_a_model_that_is_not_loaded_gives_no_text(command: list[object], machine
 # ---------------------------------------------------------------- too little memory
 
 
-SMALL = 30e6  # bytes of a device that holds the model, and not what the fold of it takes
+SMALL = 16e6  # bytes of a device that holds the model, and not what the fold of it takes
 
 
 def test_a_fold_by_default_that_does_not_fit_leaves_the_bare_cut(machines: Machines) -> None:
@@ -252,8 +260,15 @@ def test_one_that_is_asked_for_ends_in_one_line(command: list[object], machines:
     machines(1).run("bare")
     result, _ = machines(1).slicer(*command, "-o", tmp_path / "out", memory=SMALL)
     said = [line for line in result.stderr.splitlines() if line.startswith("slicer:")]
-    assert result.exit_code == 1 and not os.listdir(tmp_path)
+    assert result.exit_code == 1 and set(os.listdir(tmp_path)) <= {"out.work"}, "what was measured may stay"
     assert len(said) == 1 and "out of memory" in said[0] and "--device cpu" in said[0]
+
+
+def test_less_than_a_layer_of_the_device_is_one_line_with_the_figure(machines: Machines, tmp_path: Path) -> None:
+    result, _ = machines(1).slicer(*CUT, "--device-memory", "1MB", "-o", tmp_path / "out")
+    assert result.exit_code == 2 and not os.listdir(tmp_path)
+    assert "slicer: --device-memory 1MB: too little for one layer" in result.stderr
+    assert "give at least 1.94MB" in result.stderr
 
 
 # ---------------------------------------------------------------- that this finds what it is for

@@ -92,7 +92,7 @@ def test_the_list_of_files_is_complete() -> None:
             listed.add(folders[level] + name)
     found = {
         named(file)
-        for folder in ("slicer", "serve", "benchmarks")
+        for folder in ("slicer", "serve", "benchmarks", "examples")
         for file in (ROOT / folder).rglob("*.py")
         if file.name != "__init__.py" or file.parent == ROOT / "slicer"
     }

@@ -1,6 +1,6 @@
-"""The law of the house: one folder a floor, imports only downwards, no circle, libraries in their rooms.
+"""The order of the folders: imports only go down, there is no import cycle, and libraries stay in their folders.
 
-Every import counts: at the top, inside functions and under TYPE_CHECKING. docs/architecture.md explains the floors.
+Every import counts: at the top, inside functions and under TYPE_CHECKING. docs/architecture.md explains the order.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"slicer": ROOT / "slicer", "slicer.serve": ROOT / "serve", "slicer.benchmarks": ROOT / "benchmarks"}
 
-# The floors, lowest first. A folder imports itself and the floors below it; folders of one floor do not meet.
-FLOORS: tuple[tuple[str, ...], ...] = (
+# The order, lowest first. A folder imports itself and lower ones; folders on one line do not import each other.
+ORDER: tuple[tuple[str, ...], ...] = (
     ("errors", "progress"),
     ("plan",),
     ("runtime",),
@@ -38,10 +38,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("demo",),
     ("cli",),
 )
-# Arrows that the floors alone would allow, and the law forbids.
+# Imports that the order would allow, but that are forbidden.
 FORBIDDEN = (("heal", "measure"), ("figures", "evaluate"))
-# Which modules may import a library, now or later in a function.
-ROOMS = {
+# Which modules may import a library, at the top or inside functions.
+USERS = {
     "click": ("slicer.cli",),
     "rich": ("slicer.cli",),
     "torch": (
@@ -77,13 +77,7 @@ TRANSITIVE = {
     "psutil": "accelerate",
 }
 # The only places that build a transformers model: everything else asks these, or works on the files.
-BUILDERS = (
-    "slicer.model.load",
-    "slicer.model.verify",
-    "slicer.model.blockwise",
-    "slicer.demo.train",
-    "slicer.benchmarks",
-)
+BUILDERS = ("slicer.model.load", "slicer.model.verify", "slicer.model.blockwise", "slicer.benchmarks")
 
 
 @cache
@@ -133,14 +127,14 @@ def within(module: str, prefix: str) -> bool:
     return module == prefix or module.startswith(prefix + ".")
 
 
-def room(module: str) -> str:
+def folder_of(module: str) -> str:
     """The folder that a module lies in; of a file at the root its own name."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else ""
 
 
-def floor(folder: str) -> int | None:
-    return next((level for level, folders in enumerate(FLOORS) if folder in folders), None)
+def position(folder: str) -> int | None:
+    return next((level for level, folders in enumerate(ORDER) if folder in folders), None)
 
 
 def arrows() -> list[tuple[str, str]]:
@@ -153,22 +147,22 @@ def arrows() -> list[tuple[str, str]]:
     ]
 
 
-def test_every_folder_has_a_floor() -> None:
-    homeless = {room(m) for m in modules() if floor(room(m)) is None} - {"", "__main__"}
-    assert not homeless, f"give these a floor in FLOORS, or move them into a folder: {sorted(homeless)}"
+def test_every_folder_is_in_the_order() -> None:
+    missing = {folder_of(m) for m in modules() if position(folder_of(m)) is None} - {"", "__main__"}
+    assert not missing, f"add these to ORDER, or move them into a folder: {sorted(missing)}"
 
 
 def test_imports_point_down() -> None:
     upward = [
         f"{a} -> {b}"
         for a, b in arrows()
-        if (own := floor(room(a))) is not None
-        and room(a) != room(b)
-        and ((other := floor(room(b))) is None or other >= own)
+        if (own := position(folder_of(a))) is not None
+        and folder_of(a) != folder_of(b)
+        and ((other := position(folder_of(b))) is None or other >= own)
     ]
     assert not upward, "imports of a later stage:\n" + "\n".join(upward)
-    sideways = [f"{a} -> {b}" for a, b in arrows() if (room(a), room(b)) in FORBIDDEN]
-    assert not sideways, "the law forbids:\n" + "\n".join(sideways)
+    sideways = [f"{a} -> {b}" for a, b in arrows() if (folder_of(a), folder_of(b)) in FORBIDDEN]
+    assert not sideways, "forbidden imports:\n" + "\n".join(sideways)
 
 
 def test_nobody_imports_the_package_itself() -> None:
@@ -207,29 +201,29 @@ def test_imports_inside_functions_and_for_types_are_seen(tmp_path: Path, monkeyp
 
 
 def test_no_name_in_these_lists_is_stale() -> None:
-    folders = {room(module) for module in modules()}
-    listed = {folder for folders_ in FLOORS for folder in folders_} | {f for pair in FORBIDDEN for f in pair}
+    folders = {folder_of(module) for module in modules()}
+    listed = {folder for folders_ in ORDER for folder in folders_} | {f for pair in FORBIDDEN for f in pair}
     assert listed <= folders, f"no such folder: {sorted(listed - folders)}"
-    for library, rooms in ROOMS.items():
-        for place in rooms:
+    for library, allowed in USERS.items():
+        for place in allowed:
             users = [m for m in modules() if within(m, place) and any(within(t, library) for t, _ in imports(m))]
-            assert users, f"ROOMS[{library!r}] names {place}, where nothing imports it"
+            assert users, f"USERS[{library!r}] names {place}, where nothing imports it"
     named = {*STDLIB_ONLY, *BUILDERS}
     assert all(any(within(module, name) for module in modules()) for name in named), named
 
 
-@pytest.mark.parametrize("library", sorted(ROOMS))
-def test_a_library_stays_in_its_rooms(library: str) -> None:
+@pytest.mark.parametrize("library", sorted(USERS))
+def test_a_library_stays_in_its_folders(library: str) -> None:
     strays = [
         module
         for module in modules()
         if any(within(target, library) for target, _ in imports(module))
-        and not any(within(module, place) for place in ROOMS[library])
+        and not any(within(module, place) for place in USERS[library])
     ]
-    assert not strays, f"{library} belongs in {', '.join(ROOMS[library])}, and these import it: {strays}"
+    assert not strays, f"{library} belongs in {', '.join(USERS[library])}, and these import it: {strays}"
 
 
-def test_the_lower_floors_need_only_the_standard_library() -> None:
+def test_the_lower_folders_need_only_the_standard_library() -> None:
     foreign = [
         f"{module}: {target}"
         for module in modules()
@@ -244,11 +238,11 @@ def test_the_core_imports_only_what_it_declares() -> None:
     """A library that merely happens to be installed here is missing on someone else's machine."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in project["dependencies"]}
-    known = declared | TRANSITIVE.keys() | ROOMS.keys() | sys.stdlib_module_names | {"slicer"}
+    known = declared | TRANSITIVE.keys() | USERS.keys() | sys.stdlib_module_names | {"slicer"}
     undeclared = {
         f"{module}: {target}"
         for module in modules()
-        if not module.startswith(("slicer.benchmarks", "slicer.serve", "slicer.heal", "slicer.demo.train"))
+        if not module.startswith(("slicer.benchmarks", "slicer.serve", "slicer.heal"))
         for target, _ in imports(module)
         if target.split(".")[0] not in known
     }

@@ -38,7 +38,7 @@ from slicer.model.pruned import Edits, pruned
 from slicer.model.verify import text_loss
 from slicer.model.walk import SourceActivations, Walk
 from slicer.plan.amounts import parse_amount, spell_layers
-from slicer.plan.blocks import select
+from slicer.plan.blocks import rank
 from slicer.plan.plan import METRIC, Plan
 
 
@@ -82,7 +82,7 @@ def run(parser: argparse.ArgumentParser, given: argparse.Namespace, scratch: Pat
     distances = angular(walk, split(batches).batches, activations)
     print(f"activations of the source: {time.perf_counter() - started:.0f} s")
     if given.layers is None:
-        cuts = [select(distances, int(n)).dropped for n in given.drop.split(",")]
+        cuts = [rank(distances, int(n))[0].dropped for n in given.drop.split(",")]
     else:
         cuts = [parse_amount(given.layers).layers or ()]
 

@@ -54,18 +54,18 @@ def run(scratch: Path, layers: int, given: argparse.Namespace) -> None:
         num_attention_heads=HEADS, num_key_value_heads=HEADS,
     )  # fmt: skip
 
-    def walk(name: str, tokens: int, layers: int = layers) -> dict[str, float]:
+    def worker(name: str, tokens: int, layers: int = layers) -> tuple[object, ...]:
         drop_cache(model)
-        worker = ("--worker", model, scratch / name, tokens, layers, given.memory)
-        return run_module(f"the run {name!r}", "rivals.streaming", *worker)
+        return ("rivals.streaming", "--worker", model, scratch / name, tokens, layers, given.memory)
+
+    def walk(name: str, *asked: int) -> dict[str, float]:
+        return run_module(f"the run {name!r}", *worker(name, *asked))
 
     plain = read_plainly(model)
     report = walk("whole", given.tokens)
     plain_again = read_plainly(model)
     out = scratch / "killed"
-    drop_cache(model)
-    worker = module_command("rivals.streaming", "--worker", model, out, given.tokens, layers, given.memory)
-    victim = subprocess.Popen(worker, stdout=subprocess.DEVNULL)
+    victim = subprocess.Popen(module_command(*worker("killed", given.tokens)), stdout=subprocess.DEVNULL)
     while not (out / f"layer-{layers // 2:03d}.safetensors").exists():
         if victim.poll() is not None:
             sys.exit("the run finished before it could be killed")
@@ -122,7 +122,7 @@ def work(model: Path, out: Path, tokens: int, layers: int, memory: str) -> dict[
     out.mkdir(parents=True, exist_ok=True)
     watch = Watch()
     with Peak(lambda: memory_of("RssAnon")) as anonymous:
-        walk = Walk.out_of_core(model, device="cpu", memory_bytes=parse_size(memory, "--memory"))
+        walk = Walk.out_of_core(model, device="cpu", memory=parse_size(memory, "--memory"))
         batch = torch.randint(VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(0))
         if out.name == "busy":  # only measures the speed of computing
             states = walk.start([batch])

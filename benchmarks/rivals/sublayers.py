@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from slicer.measure.analysis import Analysis
 from slicer.measure.distances import measure_halves
 from slicer.measure.shapley import Coalitions, leave_one_out, shapley
 from slicer.model.load import load_model
-from slicer.model.pruned import pruned
+from slicer.model.pruned import Edits, pruned
 from slicer.model.verify import text_loss
 from slicer.model.walk import Walk
 from slicer.plan.amounts import Amount, Goal
@@ -71,29 +71,49 @@ def run(given: argparse.Namespace) -> None:
     if book.take("settings", lambda: settings) != settings:
         raise SystemExit(f"{given.out / 'sublayers.json'}: holds figures of other settings; choose another --out")
     path = hub.resolve(given.model).path
-    model = load_model(path, dtype=given.dtype, device="cpu")
+    source, model = Checkpoint.open(path), load_model(path, dtype=given.dtype, device="cpu")
+    walk = Walk.in_memory(model)
+    depth = walk.depth
 
-    def batches(source: str, samples: int) -> list[torch.Tensor]:
-        spec = TextSpec(source=source, samples=samples, seq_len=given.seq_len, batch_size=given.batch_size)
+    def batches(text: str, samples: int) -> list[torch.Tensor]:
+        spec = TextSpec(source=text, samples=samples, seq_len=given.seq_len, batch_size=given.batch_size)
         return token_batches(spec, path, model).batches
 
-    fitted, judged = (batches(given.calibration, given.samples), batches(given.held_out, given.held_out_samples))
-    walk = Walk.in_memory(model)
-    book.take("whole model", lambda: {"loss": loss_of(model, judged)})
+    fitted, judged = batches(given.calibration, given.samples), batches(given.held_out, given.held_out_samples)
+    # nats per token, of one sequence at a time
+    rows = [(row, row) for batch in judged for row in batch.split(1)]
+
+    def cell(plan: Plan, way: str) -> dict[str, Any]:
+        started = time.perf_counter()
+        edits: Edits = {}
+        if way == "fold":
+            edits = fold(walk, fitted, plan, holds=holds(source), written=written_dtype(source, None)).edits
+        elif way != "bare":
+            found = linear(walk, fitted, plan, way.split(",")[0], given.rank if "linear" in way else None)
+            edits = (train(walk, fitted, plan, found, given.train_steps) if way == TRAINED else found).edits
+        seconds = time.perf_counter() - started
+        with pruned(model, plan, edits):
+            loss = text_loss(model, rows)
+        return {"loss": loss, "seconds": round(seconds, 1), "dropped": spell_dropped(plan)}
+
+    book.take("whole model", lambda: {"loss": text_loss(model, rows)})
     layers, halves = measure_halves(walk, fitted)
     measured = Analysis(layers.depth, layers.samples, layers.seq_len, {METRIC: layers}, sublayers={METRIC: halves})
-    depth = walk.depth
     for name, fraction in FRACTIONS.items():
-        n = round(fraction * depth)
         for kind in KINDS:
-            plan = chosen(kind, n, measured)
+            plan = chosen(kind, round(fraction * depth), measured)
             for way in (*WAYS, *([TRAINED] if given.train_steps else [])):
                 key = f"{kind} {name} {way}"
-                book.take(key, lambda p=plan, w=way: _cell(walk, model, fitted, judged, p, w, given))
-                print(key, book.values[key]["loss"], flush=True)
+                print(key, book.take(key, partial(cell, plan, way))["loss"], flush=True)
     if given.shapley:
-        few = torch.cat(fitted)[: given.shapley_samples].split(given.batch_size)
-        _choices(book, walk, model, few, judged, halves, given)
+        few = list(torch.cat(fitted)[: given.shapley_samples].split(given.batch_size))
+        found = book.take("importances", lambda: importances(walk, few, given.shapley))
+        orders = {by: sorted(range(1, depth), key=lambda i: found[by][2 * i]) for by in ("leave-one-out", "Shapley")}
+        orders["angular distance"] = [i for _, i, _ in rank_sublayers(halves, range(1, depth), ())]
+        for name, fraction in FRACTIONS.items():
+            for by, order in orders.items():
+                plan = Plan.whole(depth).without(order[: round(fraction * depth)], ())
+                book.take(f"by {by} {name}", partial(cell, plan, "bare"))
     (given.out / "sublayers.md").write_text(tables(book.values), "utf-8")
     print(tables(book.values))
 
@@ -106,59 +126,14 @@ def chosen(kind: str, n: int, measured: Analysis) -> Plan:
     return choose(goal.get(kind, Goal(drop=amount)), measured.depth, measured, lambda plan: None, offset=offset).plan
 
 
-def _cell(
-    walk: Walk, model: Any, fitted: Any, judged: Any, plan: Plan, way: str, given: argparse.Namespace
-) -> dict[str, Any]:
-    started = time.perf_counter()
-    found = None
-    if way == "fold":
-        source = Checkpoint.open(hub.resolve(given.model).path)
-        found = fold(walk, fitted, plan, holds=holds(source), written=written_dtype(source, None))
-    elif way != "bare":
-        found = linear(walk, fitted, plan, way.split(",")[0], given.rank if "linear" in way else None)
-    if way == TRAINED and found is not None:
-        found = train(walk, fitted, plan, found, given.train_steps)
-    seconds = time.perf_counter() - started
-    with pruned(model, plan, found.edits if found is not None else {}):
-        loss = loss_of(model, judged)
-    return {"loss": loss, "seconds": round(seconds, 1), "dropped": spell_dropped(plan)}
-
-
-def loss_of(model: Any, batches: Sequence[torch.Tensor]) -> float:
-    """Loss in nats per token, of one sequence at a time."""
-    return text_loss(model, [(row, row) for batch in batches for row in batch.split(1)])
-
-
-def _choices(
-    book: Notebook, walk: Walk, model: Any, fitted: Any, judged: Any, halves: Any, given: argparse.Namespace
-) -> None:
-    """Losses without the attention sublayers chosen by each of three importance metrics, bare."""
-    depth = walk.depth
-
-    def values() -> dict[str, Any]:
-        coalitions = Coalitions(walk, fitted, sublayers=True)
-        alone = leave_one_out(coalitions)
-        together = shapley(coalitions, given.shapley)
-        return {
-            "loss": 0.0,
-            "leave-one-out": alone.mean,
-            "Shapley": together.mean,
-            "pairs": len(together.samples),
-            "error": together.standard_error,
-            "passes": together.passes,
-        }
-
-    book.take("importances", values)
-    found = book.values["importances"]
-    orders = {
-        "angular distance": [i for _, i, _ in rank_sublayers(halves, range(1, depth), ())],
-        "leave-one-out": sorted(range(1, depth), key=lambda i: found["leave-one-out"][2 * i]),
-        "Shapley": sorted(range(1, depth), key=lambda i: found["Shapley"][2 * i]),
-    }
-    for name, fraction in FRACTIONS.items():
-        for by, order in orders.items():
-            plan = Plan.cutting(depth, attention=order[: round(fraction * depth)])
-            book.take(f"by {by} {name}", lambda p=plan: _cell(walk, model, fitted, judged, p, "bare", given))
+def importances(walk: Walk, batches: list[torch.Tensor], passes: float) -> dict[str, Any]:
+    """The importance of every sublayer for the loss on `batches`, by leaving it out and by its Shapley value."""
+    coalitions = Coalitions(walk, batches, sublayers=True)
+    alone, together = leave_one_out(coalitions), shapley(coalitions, passes)
+    return {
+        "loss": 0.0, "leave-one-out": alone.mean, "Shapley": together.mean, "pairs": len(together.samples),
+        "error": together.standard_error, "passes": together.passes,
+    }  # fmt: skip
 
 
 def tables(cells: dict[str, Any]) -> str:

@@ -21,9 +21,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from slicer.benchmarks.process import Peak, memory_of, peak_memory, run_module, synchronize
 from slicer.benchmarks.script import options
 from slicer.checkpoint.hub import DEMO
+from slicer.checkpoint.reader import Checkpoint
+from slicer.data.corpus import prepare
+from slicer.data.sources import TextSpec
+from slicer.heal.finetune import model as adapters
+from slicer.heal.finetune.memory import ModelShape, needed
+from slicer.heal.finetune.settings import Training, resolve
+from slicer.progress import Progress
+from slicer.runtime.compute import Compute
 
 WAYS = ("slicer", "bare")
 _WARM = 2  # steps that are not timed
@@ -60,16 +70,6 @@ def main() -> None:
 
 
 def run(given: argparse.Namespace, way: str, work: Path) -> dict[str, float]:
-    import torch
-
-    from slicer.checkpoint.reader import Checkpoint
-    from slicer.data.corpus import prepare
-    from slicer.data.sources import TextSpec
-    from slicer.heal.finetune import model as adapters
-    from slicer.heal.finetune.memory import ModelShape, needed
-    from slicer.heal.finetune.settings import Training, resolve
-    from slicer.runtime.compute import Compute
-
     adapters.require(given.method)
     asked = Training(
         method=given.method, max_steps=given.steps, batch_size=given.batch_size, micro_batch=given.batch_size,
@@ -88,11 +88,10 @@ def run(given: argparse.Namespace, way: str, work: Path) -> dict[str, float]:
     )  # fmt: skip
     with Peak(lambda: memory_of("RssAnon")) as memory:
         model = adapters.load(base, settings, Compute())
-        times = (
-            _slicer(model, corpus, settings, work / f"run-{os.getpid()}")
-            if way == "slicer"
-            else _bare(model, corpus, settings)
-        )
+        if way == "slicer":
+            times = _slicer(model, corpus, settings, work / f"run-{os.getpid()}")
+        else:
+            times = _bare(model, corpus, settings)
     steps = len(times) - 1 - _WARM
     seconds = times[-1] - times[_WARM]
     peak = peak_memory(on_gpu)
@@ -106,8 +105,7 @@ def run(given: argparse.Namespace, way: str, work: Path) -> dict[str, float]:
 
 def _slicer(model: Any, corpus: Any, settings: Any, work: Path) -> list[float]:
     """The end time of each step, in seconds."""
-    from slicer.heal.finetune.trainer import train
-    from slicer.progress import Progress
+    from slicer.heal.finetune.trainer import train  # imports transformers
 
     class Clock(Progress):
         times: list[float] = []
@@ -121,8 +119,6 @@ def _slicer(model: Any, corpus: Any, settings: Any, work: Path) -> list[float]:
 
 
 def _bare(model: Any, corpus: Any, settings: Any) -> list[float]:
-    import torch
-
     device = model.get_input_embeddings().weight.device
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=settings.learning_rate)
     model.train()

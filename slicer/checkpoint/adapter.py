@@ -73,14 +73,13 @@ class Adapter:
                 copies[module] = span
             else:
                 halves.setdefault(module, {})[match[2]] = span
-        for module, found in halves.items():
-            if len(found) < 2:
-                there, other = ("A", "B") if "A" in found else ("B", "A")
-                raise HealError(f"{path}: {module} has {there} but not {other}; save the adapter again")
         if not halves:
             raise HealError(f"{path}: no adapter weights; save the adapter again")
-        pairs = {module: (found["A"], found["B"]) for module, found in halves.items()}
-        return cls(path, config, pairs, copies)
+        for module, found in halves.items():
+            for there, other in ("AB", "BA"):
+                if other not in found:
+                    raise HealError(f"{path}: {module} has {there} but not {other}; save the adapter again")
+        return cls(path, config, {name: (half["A"], half["B"]) for name, half in halves.items()}, copies)
 
     @property
     def sha256(self) -> str:

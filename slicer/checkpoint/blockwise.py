@@ -1,4 +1,4 @@
-"""The blockwise form: layers without attention or without feed-forward part, served by vLLM's DeciLMForCausalLM.
+"""The blockwise form: layers without attention or without feed-forward sublayer, served by vLLM's DeciLMForCausalLM.
 
 That class (vLLM 0.32, `nemotron_nas.py`) supports Llama's layer, with or without biases, silu, any rotary embedding, no
 norm of queries and keys, and needs attention in the first layer. Standard library only.

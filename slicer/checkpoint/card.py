@@ -8,12 +8,14 @@ from pathlib import Path
 
 from slicer.checkpoint.sizes import Sizes
 from slicer.plan.amounts import spell_layers
-from slicer.plan.plan import METRIC, Plan, spell_dropped
+from slicer.plan.plan import METRIC, Plan, spell_dropped, spell_left
 from slicer.plan.records import HealingRecord, MergeRecord, TrainingRecord
 
 _KEPT_FIELDS = ("license", "license_name", "license_link", "language")
-
-
+_SIZES = {
+    "layers": "depth", "parameters": "parameters", "bytes of weights": "total_bytes",
+    "FLOPs per token": "flops_per_token", "KV-cache bytes per token": "kv_bytes_per_token",
+}  # fmt: skip
 _CARD = """{front}
 # {name}, {left}
 
@@ -73,18 +75,10 @@ def for_plan(origin: Path, plan: Plan, before: Sizes, after: Sizes, *, figures: 
     front += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- slicer", "- depth-pruning"]
     kept = f"their weights{f', cast to {plan.dtype}' if plan.dtype else ' bit for bit'}"
     kept += "; nothing was trained or healed." if plan.healing is None else ", but for the repair (below)."
+    gone, rest = f"its decoder layers {spell_layers(plan.dropped)}", "other layers"
     if plan.below_layers:
-        what = f"{name} without {_without(plan)} (counted from 0). The tensors that are left keep {kept}"
-    else:
-        gone = spell_layers(plan.dropped)
-        what = f"{name} without its decoder layers {gone} (counted from 0). The other layers keep {kept}"
-    rows = (
-        ("layers", before.depth, after.depth),
-        ("parameters", before.parameters, after.parameters),
-        ("bytes of weights", before.total_bytes, after.total_bytes),
-        ("FLOPs per token", before.flops_per_token, after.flops_per_token),
-        ("KV-cache bytes per token", before.kv_bytes_per_token, after.kv_bytes_per_token),
-    )
+        gone, rest = _without(plan), "tensors that are left"
+    rows = ((label, getattr(before, name), getattr(after, name)) for label, name in _SIZES.items())
     merged_into = {key for record in plan.merged for key in record.tensors}
     adapters = f"LoRA adapters merged into it: {len(plan.merged)}, into {len(merged_into)} of its matrices.\n\n"
     commands = [] if local else _commands(plan)
@@ -92,8 +86,8 @@ def for_plan(origin: Path, plan: Plan, before: Sizes, after: Sizes, *, figures: 
     return _CARD.format(
         front="\n".join([*front, *_inherited(origin), "---", ""]),
         name=name,
-        left=_left(plan),
-        what=what,
+        left=f"{len(plan.kept)} of {plan.depth} layers{spell_left(plan)}",
+        what=f"{name} without {gone} (counted from 0). The {rest} keep {kept}",
         sizes="\n".join(f"| {label} | {old:,} | {new:,} |" for label, old, new in rows),
         reason=_reason(plan),
         repair=_repair(plan.healing) if plan.healing is not None else "",
@@ -112,35 +106,26 @@ def merged(record: MergeRecord) -> str:
 
 
 def _commands(plan: Plan) -> list[str]:
-    """What was run, in order: the cut, then each healing that was a command of its own; files by their names alone."""
-    found = []
-    record = plan.healing
+    """The commands that were run, in order: the cut, then each separate healing; files by name, without directories."""
+    record, found = plan.healing, list[str | None]()
     while record is not None:
-        found.append(record.command)
-        record = record.earlier
-    commands = dict.fromkeys(command for command in (plan.command, *reversed(found)) if command)
+        found, record = [record.command, *found], record.earlier
+    commands = dict.fromkeys(command for command in (plan.command, *found) if command)
     return [shlex.join(",".join(map(_name, word.split(","))) for word in shlex.split(command)) for command in commands]
 
 
 def _name(word: str) -> str:
+    """A file by its name alone; any other word as it is."""
     path = Path(word)
     return path.name if path.is_absolute() or ("/" in word and path.exists()) else word
-
-
-def _left(plan: Plan) -> str:
-    words = f"{len(plan.kept)} of {plan.depth} layers"
-    if plan.no_attention:
-        words += f", {len(plan.kept) - len(plan.no_attention)} with attention"
-    return words + (f", {len(plan.kept) - len(plan.no_ffn)} with feed-forward part" if plan.no_ffn else "")
 
 
 def _without(plan: Plan) -> str:
     text = f"the {spell_dropped(plan)}".replace("; ", ", the ")
     for i, j in plan.joined:
         text = text.replace(
-            f"the from after attention {i} to after attention {j} (half-offset)",
-            f"what lies between the attention of layer {i} and the feed-forward part of layer {j}, which are now one "
-            "layer",
+            f"the half-offset block from after attention {i} to after attention {j}",
+            f"what lies between the attention of layer {i} and the feed-forward of layer {j}, which are now one layer",
         )
     return text
 
@@ -161,7 +146,7 @@ def _reason(plan: Plan) -> str:
         angular = plan.metric in (None, METRIC)
         parts = bool(plan.no_attention or plan.no_ffn)
         text = plan.calibration
-        where = f"{text.samples} sequences of {text.seq_len} tokens, source: {_file(text.source)}" if text else "text"
+        where = f"{text.samples} sequences of {text.seq_len} tokens, source: {_name(text.source)}" if text else "text"
         by = (
             "They change the residual stream least: the angular distance between what enters and what leaves "
             f"{'what was cut' if plan.joined else 'them'}, at the last token, is"
@@ -171,7 +156,7 @@ def _reason(plan: Plan) -> str:
         unit = "in units of pi, " if angular else ""
         words = f"{by} {plan.distance:.4f}{' in all' if parts else ''} ({unit}mean of {where})."
         if plan.below_layers:
-            words += " The stream was read after every attention and every feed-forward part."
+            words += " The stream was read after every attention and every feed-forward."
         elif angular:
             words += " It is equation 7 of Gromov et al., *The Unreasonable Ineffectiveness of the Deeper Layers*."
         others = ", ".join(f"{other.block} ({other.distance:.4f})" for other in plan.runners_up)
@@ -180,11 +165,6 @@ def _reason(plan: Plan) -> str:
         "deepest": "They are the deepest ones, without the final layer, which stays; nothing was measured.",
         "tail": "They are the last ones; nothing was measured.",
     }.get(plan.strategy, "They were named by hand.")
-
-
-def _file(source: str) -> str:
-    """A source of text, a file by its name alone."""
-    return Path(source).name if Path(source).exists() else source
 
 
 def _repair(record: HealingRecord) -> str:
@@ -207,7 +187,7 @@ def _repair(record: HealingRecord) -> str:
         done += " in closed form"
         if text is not None:
             done += f" on {text.samples} sequences of {text.seq_len} tokens, seed {text.seed}"
-            done += f", source: {_file(text.source)}"
+            done += f", source: {_name(text.source)}"
         if record.steps:
             done += f", then trained alone for {record.steps} steps, of which step {record.best_step} was kept"
         held_out = f"{len(text.held_out) if text else 0} of these sequences that were not fitted"
@@ -246,7 +226,7 @@ def _trained(record: HealingRecord, training: TrainingRecord) -> str:
     return (
         f"By training (`{record.method}`), from {start}: {kind}. {record.steps} steps with "
         f"{settings.format(**values)}; the weights are those of step {record.best_step}. "
-        f"Data: {_file(corpus.source)}; learned: {corpus.learned}"
+        f"Data: {_name(corpus.source)}; learned: {corpus.learned}"
     )
 
 

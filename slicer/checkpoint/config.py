@@ -20,7 +20,7 @@ from slicer.checkpoint.architectures import table as architectures
 from slicer.checkpoint.architectures.rules import Fields, check_length, positions
 from slicer.checkpoint.architectures.table import DEPTH_NAMES, Architecture, depth, lookup, text_config
 from slicer.checkpoint.reader import Checkpoint, inside
-from slicer.errors import ArchitectureError, PlanError, SourceError
+from slicer.errors import ArchitectureError, PlanError, SourceError, reason_of
 from slicer.plan.plan import Plan
 
 _ALIASES = {"layer_types": "layers_block_type", "layers_block_type": "layer_types"}
@@ -171,16 +171,15 @@ def _expanded(path: Path, content: bytes, trust_remote_code: bool) -> dict[str, 
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code, local_files_only=True)
         return dict(config.to_dict())
     except Exception as error:  # config classes raise many kinds
-        reason = " ".join(str(error).split())
-        if "trust_remote_code" in reason:
+        if "trust_remote_code" in str(error):
             raise ArchitectureError(
                 f"{path}: needs the checkpoint's own code; review it, then pass --trust-remote-code"
             ) from None
-        raise SourceError(f"{path}/config.json: transformers rejects it: {reason[:300]}") from None
+        raise SourceError(f"{path}/config.json: transformers rejects it: {reason_of(error)}") from None
 
 
 def why_not(checkpoint: Checkpoint, plan: Plan, *, trust_remote_code: bool = False) -> str | None:
-    """The reason why config.json cannot express the cut of `plan`; None where it can. Raises as `sliced_config`."""
+    """The reason why config.json cannot express the cut of `plan`; None if it can. Raises as `sliced_config`."""
     try:
         sliced_config(checkpoint, plan, trust_remote_code=trust_remote_code)
     except ArchitectureError as error:
@@ -232,7 +231,7 @@ def kept_config(
 
 
 def _read_again(checkpoint: Checkpoint, config: Fields, trust_remote_code: bool) -> dict[str, Any]:
-    """The new config.json as transformers reads it. Raises ArchitectureError where it rejects it."""
+    """The new config.json as transformers reads it. Raises ArchitectureError if it rejects it."""
     with tempfile.TemporaryDirectory(prefix="slicer-config-") as scratch:
         if trust_remote_code:  # the config class may be the checkpoint's own code
             for file in checkpoint.path.glob("*.py"):

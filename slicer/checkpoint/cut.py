@@ -29,8 +29,8 @@ class CutOnDisk:
 def open_cut(cut: str, source: str | None = None) -> CutOnDisk:
     """Open `cut` (Hub id or directory) and its `source`; None: the one that its plan names.
 
-    Raises PlanError where there is no plan or it names no source, HealError where `source` is another model or layers
-    of the cut lack attention or feed-forward, SourceError where one of them cannot be opened.
+    Raises PlanError if there is no plan or it names no source, HealError if `source` is another model or layers
+    of the cut lack attention or feed-forward, SourceError if one of them cannot be opened.
     """
     checkpoint = Checkpoint.open(hub.resolve(cut).path)
     plan = Plan.load(checkpoint.path)

@@ -89,7 +89,7 @@ def write(
 ) -> None:
     """Fill the empty `directory` with weights, config.json and companion files. `progress` gets the bytes of pieces.
 
-    Raises OutputError where the space does not suffice.
+    Raises OutputError if the space does not suffice.
     """
     check_space(directory, contents.total_bytes + (1 << 20))
     copy_companions(contents.origin, directory)
@@ -99,26 +99,19 @@ def write(
         if inside(contents.origin, f"slicer/{file.name}").is_file():
             (directory / "slicer").mkdir(exist_ok=True)
             shutil.copyfile(file, directory / "slicer" / file.name)
-    write_tensors(
-        directory,
-        contents.tensors,
-        contents.metadata,
-        cast=contents.cast,
-        max_shard_bytes=max_shard_bytes,
-        progress=progress,
-    )
+    tensors, metadata, cast = contents.tensors, contents.metadata, contents.cast
+    write_tensors(directory, tensors, metadata, cast=cast, max_shard_bytes=max_shard_bytes, progress=progress)
 
 
 def copy_companions(source: Path, directory: Path) -> None:
     """Copy tokenizer, chat template, generation config, code and licence; not weights or the model card."""
-    skipped = {"config.json", "README.md"}
+    skipped = ("config.json", "README.md", "*.index.json")
     for file in sorted(source.rglob("*")):
-        relative, name = file.relative_to(source), file.name
+        relative = file.relative_to(source)
         if any(part.startswith(".") or part in ("slicer", "__pycache__", "original") for part in relative.parts):
             continue
-        if name in skipped or name.endswith(".index.json") or not any(fnmatch(name, p) for p in COMPANIONS):
-            continue
-        if len(relative.parts) > 1 and file.suffix not in (".py", ".jinja", ".json"):
+        wanted, unwanted = (any(fnmatch(file.name, p) for p in patterns) for patterns in (COMPANIONS, skipped))
+        if unwanted or not wanted or (len(relative.parts) > 1 and file.suffix not in (".py", ".jinja", ".json")):
             continue
         if inside(source, relative.as_posix()).is_file():
             (directory / relative).parent.mkdir(parents=True, exist_ok=True)
@@ -128,16 +121,20 @@ def copy_companions(source: Path, directory: Path) -> None:
 def check_output(out: Path, source: Path, *, overwrite: bool = False) -> None:
     """Raise OutputError if `out` may not be written: occupied, not replaceable, or overlapping with `source`."""
     real, real_source = out.resolve(), source.resolve()
-    if real == real_source or real.is_relative_to(real_source):
+    if real.is_relative_to(real_source):
         raise OutputError(f"{out}: inside the source directory; choose another directory with -o")
     if real_source.is_relative_to(real):
         raise OutputError(f"{out}: contains the source directory; choose another directory with -o")
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise OutputError(f"{out}: not a directory; choose another one with -o")
-    if out.is_dir() and any(out.iterdir()):
+    check_replaceable(out, "checkpoints", "config.json", overwrite=overwrite, name=str(out), by=" with -o")
+
+
+def check_replaceable(place: Path, kind: str, file: str, *, overwrite: bool, name: str, by: str = "") -> None:
+    """Raise OutputError if `place` is no directory, or is full and may not be replaced: without `overwrite`, or where
+    it lacks the `file` that all of the `kind` have. `name`: of the place; `by`: how to choose another."""
+    if place.is_symlink() or (place.exists() and not place.is_dir()):
+        raise OutputError(f"{name}: not a directory; choose another one{by}")
+    if place.is_dir() and any(place.iterdir()):
         if not overwrite:
-            raise OutputError(f"{out}: not empty; choose another directory with -o, or replace it with --overwrite")
-        if not (out / "config.json").is_file():
-            raise OutputError(
-                f"{out}: --overwrite replaces only checkpoints, and this has no config.json; remove it yourself"
-            )
+            raise OutputError(f"{name}: not empty; choose another directory{by}, or replace it with --overwrite")
+        if not (place / file).is_file():
+            raise OutputError(f"{name}: --overwrite replaces only {kind}, and this has no {file}; remove it yourself")

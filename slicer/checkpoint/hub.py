@@ -61,9 +61,8 @@ def resolve(source: str, *, weights: bool = True) -> Location:
         return Location("demo", DEMO)
     path = Path(source).expanduser()
     if path.exists():
-        parts = path.resolve().parts
-        revision = parts[-1] if len(parts) > 1 and parts[-2] == "snapshots" else None
-        return Location(source, path, revision)
+        real = path.resolve()
+        return Location(source, path, real.name if real.parent.name == "snapshots" else None)
     match = re.fullmatch(r"([\w.-]+/)?([\w.-]+)(?:@([\w./-]+))?", source)
     if match is None or source.startswith((".", "/", "~")) or (match[1] is None and match[3] is None):
         raise SourceError(f"{source}: no such directory, and not a Hub id like org/name or org/name@revision")

@@ -13,7 +13,7 @@ import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -60,11 +60,8 @@ class Checkpoint:
         known = (SINGLE, INDEX, BIN, BIN_INDEX)
         name = next((n for n in known if (path / n).exists() or (path / n).is_symlink()), None)
         is_bin = name in (BIN, BIN_INDEX)
-        weight_map = _read_index(path, name) if name in (INDEX, BIN_INDEX) else None
-        if weight_map is not None:
-            files = sorted(set(weight_map.values()))
-        else:
-            files = _loose_files(path) if name is None else [name]
+        weight_map = _read_index(path, name) if name in (INDEX, BIN_INDEX) else {}
+        files = sorted(set(weight_map.values())) or (_loose_files(path) if name is None else [name])
         if is_bin:
             by_file, metadata = {file: _bin_tensors(inside(path, file)) for file in files}, {"format": "pt"}
         else:
@@ -120,10 +117,8 @@ class Checkpoint:
     def identity(self) -> str:
         """A hash of the config and of where every tensor lies, with the files' dates: no byte of them is read."""
         changed = {span.file: span.file.stat().st_mtime_ns for span in self.tensors.values()}
-        places = [
-            [key, span.file.name, span.dtype, span.shape, span.start, changed[span.file]]
-            for key, span in self.tensors.items()
-        ]
+        spans = self.tensors.items()
+        places = [[key, s.file.name, s.dtype, s.shape, s.start, changed[s.file]] for key, s in spans]
         return hashlib.sha256(json.dumps([self.config, places], sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -133,12 +128,8 @@ class Checkpoint:
 
     def sliced(self, kept: Iterable[int]) -> dict[str, TensorSpan]:
         """New key -> old tensor, for the checkpoint that keeps the layers `kept`."""
-        kept = tuple(kept)
-        renamed = {
-            architectures.slice_key(key, self.layer_prefix, kept, self.depth): span
-            for key, span in self.tensors.items()
-        }
-        return {key: span for key, span in renamed.items() if key is not None}
+        renamed = partial(architectures.slice_key, prefix=self.layer_prefix, kept=tuple(kept), depth=self.depth)
+        return {new: span for key, span in self.tensors.items() if (new := renamed(key)) is not None}
 
     def replacing(self, spans: Mapping[str, TensorSpan]) -> Checkpoint:
         """This checkpoint with some tensors replaced. Raises SourceError for unknown keys or other shapes."""
@@ -165,8 +156,9 @@ def has_weights(path: Path) -> bool:
 def read_config(path: Path) -> dict[str, Any]:
     """config.json of the directory `path`. Raises SourceError."""
     if not (path / "config.json").exists():
-        hint = "only adapter weights; merge the adapter first" if (path / "adapter_config.json").exists() else ""
-        hint = hint or "pass a transformers checkpoint directory"
+        hint = "pass a transformers checkpoint directory"
+        if (path / "adapter_config.json").exists():
+            hint = "only adapter weights; merge the adapter first"
         raise SourceError(f"{path}: no config.json ({hint})")
     return _read_json(inside(path, "config.json"))
 
@@ -181,10 +173,8 @@ def inside(root: Path, name: str) -> Path:
         raise SourceError(
             f"{root}: refers to file {name!r} outside the directory, which is not allowed; fetch it again"
         )
-    file = root / name
-    real_root = root.resolve()
-    target = file.resolve()
-    allowed = [real_root]
+    file, real_root = root / name, root.resolve()
+    target, allowed = file.resolve(), [real_root]
     if real_root.parent.name == "snapshots":
         allowed.append(real_root.parent.parent / "blobs")
     if not any(target.is_relative_to(place) for place in allowed):
@@ -276,8 +266,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorSpan], dict[str, str]]:
 def _span(file: Path, key: str, entry: Any, data_start: int) -> TensorSpan:
     try:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        whole = all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in (*shape, start, end))
-        if not whole or not isinstance(dtype, str):
+        if not isinstance(dtype, str) or not all(type(i) is int and i >= 0 for i in (*shape, start, end)):
             raise ValueError
     except (KeyError, TypeError, ValueError):
         raise SourceError(f"{file}: the header entry of tensor {key} is malformed; fetch the file again") from None
@@ -298,19 +287,17 @@ def _bin_tensors(file: Path) -> dict[str, TensorSpan]:
     }
 
 
-def _merge(
-    path: Path, by_file: dict[str, dict[str, TensorSpan]], weight_map: dict[str, str] | None
-) -> dict[str, TensorSpan]:
+def _merge(path: Path, by_file: dict[str, dict[str, TensorSpan]], weight_map: dict[str, str]) -> dict[str, TensorSpan]:
     """Key -> span over all files; an index must agree with the files."""
     merged: dict[str, TensorSpan] = {}
     for name, spans in by_file.items():
         for key, span in spans.items():
-            if weight_map is not None and weight_map.get(key, name) != name:
+            if weight_map.get(key, name) != name:
                 continue
             if key in merged:
                 raise SourceError(f"{path}: tensor {key} is in {merged[key].file.name} and in {name}; keep one")
             merged[key] = span
-    for key, name in (weight_map or {}).items():
+    for key, name in weight_map.items():
         if key not in merged:
             raise SourceError(f"{path}: the index lists tensor {key} in {name}, but it is not there; fetch both")
     return merged
@@ -319,8 +306,7 @@ def _merge(
 def refuse_quantized(checkpoint: Checkpoint) -> None:
     """Raise SourceError for a checkpoint whose weights are quantized."""
     for part in (checkpoint.config, architectures.text_config(checkpoint.config)):
-        quantization = part.get("quantization_config")
-        if quantization:
+        if quantization := part.get("quantization_config"):
             method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
             raise SourceError(
                 f"{checkpoint.path}: quantized ({method}), but only float32, float16 and bfloat16 checkpoints "

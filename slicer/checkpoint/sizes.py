@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,7 @@ class Sizes:
     """Size and cost of a checkpoint, or of the result of a plan.
 
     Attributes:
-        depth: decoder layers.
-        parameters: elements of all stored tensors.
-        total_bytes: bytes of all stored tensors.
-        layer_bytes: bytes of each decoder layer, in order.
+        parameters, total_bytes: of all stored tensors; layer_bytes: of each decoder layer, in order.
         flops_per_token: 2 x the matrix parameters used per token: without embedding lookups, with only the routed share
             of experts, and without attention over the context (which grows with its length).
         kv_bytes_per_token: bytes of key-value cache per token of full-attention context, in the checkpoint's dtype;
@@ -52,18 +50,12 @@ def measure_sizes(checkpoint: Checkpoint, kept: Iterable[int] | None = None, cas
     config = architectures.text_config(checkpoint.config)
     share = _expert_share(config)
     flops = _head_parameters(tensors)
-    for layer in layers:
-        for name, span in layer.items():
-            if len(span.shape) >= 2:
-                flops += round(span.numel * (share if re.search(r"(^|\.)experts(\.|$)", name) else 1))
-    return Sizes(
-        depth=len(stay),
-        parameters=sum(span.numel for span in tensors.values()),
-        total_bytes=sum(span.cast(cast)[1] for span in tensors.values()),
-        layer_bytes=tuple(sum(span.cast(cast)[1] for span in layer.values()) for layer in layers),
-        flops_per_token=2 * flops,
-        kv_bytes_per_token=sum(_kv_bytes(layer, config, cast) for layer in layers),
-    )
+    for name, span in chain.from_iterable(layer.items() for layer in layers):
+        if len(span.shape) >= 2:
+            flops += round(span.numel * (share if re.search(r"(^|\.)experts(\.|$)", name) else 1))
+    total, *by_layer = (sum(span.cast(cast)[1] for span in part.values()) for part in (tensors, *layers))
+    cached = sum(_kv_bytes(layer, config, cast) for layer in layers)
+    return Sizes(len(stay), checkpoint.parameters, total, tuple(by_layer), 2 * flops, cached)
 
 
 def sizes_of(contents: Contents) -> Sizes:
@@ -82,10 +74,8 @@ def _expert_share(config: Mapping[str, Any]) -> float:
 
 def _head_parameters(tensors: Mapping[str, TensorSpan]) -> int:
     """Matrix parameters of the output head; a tied head uses the embedding."""
-    for pattern in (
-        r"(^|\.)(lm_head|embed_out|output)\.weight$",
-        r"(embed_tokens|wte|word_embeddings|embed_in|embeddings)\.weight$",
-    ):
+    head, embedding = r"(^|\.)(lm_head|embed_out|output)", r"(embed_tokens|wte|word_embeddings|embed_in|embeddings)"
+    for pattern in (rf"{head}\.weight$", rf"{embedding}\.weight$"):
         for key, span in tensors.items():
             if re.search(pattern, key) and len(span.shape) == 2:
                 return span.numel
@@ -129,27 +119,17 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        return {
-            "path": str(self.path),
-            "model_type": self.model_type,
-            "architectures": list(self.classes),
-            "dtypes": list(self.dtypes),
-            "files": self.files,
-            **self.sizes.to_dict(),
-            "plan": self.plan and self.plan.to_dict(),
-        }
+        found = {"path": str(self.path), "model_type": self.model_type, "architectures": list(self.classes)}
+        stored = {"dtypes": list(self.dtypes), "files": self.files}
+        return {**found, **stored, **self.sizes.to_dict(), "plan": self.plan and self.plan.to_dict()}
 
 
 def inspect(source: str) -> Inspection:
     """Inspect a directory, a Hub id or "demo". Raises SourceError, HubError or ArchitectureError."""
     checkpoint = Checkpoint.open(hub.resolve(source).path)
     checkpoint.check_layers()
-    return Inspection(
-        path=checkpoint.path,
-        model_type=str(architectures.text_config(checkpoint.config).get("model_type", "unknown")),
-        classes=tuple(checkpoint.config.get("architectures") or ()),
-        dtypes=tuple(sorted({span.dtype for span in checkpoint.tensors.values()})),
-        files=len({span.file for span in checkpoint.tensors.values()}),
-        sizes=measure_sizes(checkpoint),
-        plan=checkpoint.plan,
-    )
+    model_type = str(architectures.text_config(checkpoint.config).get("model_type", "unknown"))
+    classes, spans = tuple(checkpoint.config.get("architectures") or ()), checkpoint.tensors.values()
+    dtypes, files = tuple(sorted({span.dtype for span in spans})), len({span.file for span in spans})
+    sizes, plan = measure_sizes(checkpoint), checkpoint.plan
+    return Inspection(checkpoint.path, model_type, classes, dtypes, files, sizes, plan)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
 
 from slicer.checkpoint import tensors
 from slicer.checkpoint.architectures import table as architectures
@@ -19,9 +18,6 @@ from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.tensors import TensorSpan
 from slicer.errors import ArchitectureError, PlanError
 from slicer.plan.plan import Plan
-
-if TYPE_CHECKING:
-    import torch
 
 ATTENTION, FEED_FORWARD = "attention", "feed-forward"
 _ATTENTION = {
@@ -36,20 +32,19 @@ _FEED_FORWARD_NORMS = {
     *("ln_mlp",),
 }
 _FEED_FORWARD = {*architectures.FEED_FORWARDS, "fc1", "emulated_end"}
-# Config fields for attention and feed-forward parts that read the same input (parallel).
+# Config fields for attention and feed-forward sublayers that read the same input (parallel).
 _PARALLEL = ("use_parallel_residual", "parallel_attn", "new_decoder_architecture")
 
 
 def part_of(name: str, siblings: Collection[str]) -> str | None:
     """ATTENTION or FEED_FORWARD for the first name of a key within its layer; None if unknown.
 
-    `siblings`: all such names of the layer. `post_attention_layernorm` belongs to the feed-forward part (Llama), unless
-    that has a norm of its own (Gemma 2) or the attention has no norm before it (OLMo 2).
+    `siblings`: all such names of the layer. `post_attention_layernorm` belongs to the feed-forward (Llama), unless the
+    feed-forward has another norm (Gemma 2) or the attention has no norm before it (OLMo 2).
     """
     if name == "post_attention_layernorm":
-        behind = "pre_feedforward_layernorm" in siblings or (
-            "input_layernorm" not in siblings and "post_feedforward_layernorm" in siblings
-        )
+        norms = {"pre_feedforward_layernorm", "post_feedforward_layernorm", "input_layernorm"}.intersection(siblings)
+        behind = "pre_feedforward_layernorm" in norms or norms == {"post_feedforward_layernorm"}
         return ATTENTION if behind else FEED_FORWARD
     if name in _ATTENTION:
         return ATTENTION
@@ -69,7 +64,7 @@ def _part(name: str, siblings: Collection[str]) -> str:
     part = part_of(name.partition(".")[0], siblings)
     if part is None:
         raise ArchitectureError(
-            f"tensor {name} of a layer belongs to neither attention nor feed-forward part; drop whole layers of this "
+            f"tensor {name} of a layer belongs to neither attention nor feed-forward; drop whole layers of this "
             "model (--drop, --offset whole)"
         )
     return part
@@ -91,14 +86,14 @@ def check_joinable(checkpoint: Checkpoint) -> None:
     neox = config.get("model_type") == "gpt_neox"  # parallel unless its config denies it
     reason = None
     if any(config.get(name, neox and name == "use_parallel_residual") for name in _PARALLEL):
-        reason = "its attention and feed-forward part run in parallel"
+        reason = "its attention and feed-forward sublayer run in parallel"
     for i, layer in enumerate(checkpoint.layers):
         parts = split(layer)
         if not parts[ATTENTION] or not parts[FEED_FORWARD]:
-            reason = reason or f"layer {i} does not have both attention and feed-forward part"
+            reason = reason or f"layer {i} does not have both attention and feed-forward sublayer"
         names = {name.partition(".")[0] for name in parts[FEED_FORWARD]}
         if not names & (_FEED_FORWARD_NORMS | {"post_attention_layernorm"}):
-            reason = reason or "its attention and feed-forward part share a norm and run in parallel"
+            reason = reason or "its attention and feed-forward sublayer share a norm and run in parallel"
     if reason:
         raise ArchitectureError(
             f"{config.get('model_type')}: no half-offset cut is possible: {reason}; use --offset whole"
@@ -106,7 +101,7 @@ def check_joinable(checkpoint: Checkpoint) -> None:
 
 
 def check_joined(checkpoint: Checkpoint, plan: Plan) -> None:
-    """Raise ArchitectureError unless feed-forward parts that swap places are of the same kind."""
+    """Raise ArchitectureError unless feed-forward sublayers that swap places are of the same kind."""
     if not plan.joined:
         return
     check_joinable(checkpoint)
@@ -116,7 +111,7 @@ def check_joined(checkpoint: Checkpoint, plan: Plan) -> None:
         if one != other:
             name = min(one ^ other)[0]
             raise ArchitectureError(
-                f"the feed-forward part of layer {j} cannot replace that of layer {i}: they are of different "
+                f"the feed-forward sublayer of layer {j} cannot replace that of layer {i}: they are of different "
                 f"kinds ({name}); choose another cut, or --offset whole"
             )
 
@@ -130,7 +125,7 @@ def tensors_of(checkpoint: Checkpoint, plan: Plan) -> dict[str, TensorSpan]:
     found = {}
     for key, new in names_of(checkpoint, plan).items():
         span = checkpoint.tensors[key]
-        found[new] = span.made(key, partial(_zeros, span)) if key in zeroed else span
+        found[new] = span.made(key, partial(tensors.zeros, span)) if key in zeroed else span
     return found
 
 
@@ -156,12 +151,6 @@ def names_of(checkpoint: Checkpoint, plan: Plan) -> dict[str, str]:
     return found
 
 
-def _zeros(span: TensorSpan) -> torch.Tensor:
-    import torch
-
-    return torch.zeros(span.shape, dtype=tensors.torch_dtype(span.dtype))
-
-
 def _outputs(checkpoint: Checkpoint, plan: Plan) -> Iterator[tuple[int, str, list[str]]]:
     """(layer, sublayer in words, its output matrices by name within the layer) of what `plan` removes below layers."""
     for i in plan.no_attention:
@@ -169,7 +158,7 @@ def _outputs(checkpoint: Checkpoint, plan: Plan) -> Iterator[tuple[int, str, lis
     experts = re.compile("|".join(rf"(^|\.){pattern}$" for pattern, _ in EXPERT_OUTPUTS))
     for i in plan.no_ffn:
         names = [n for n in checkpoint.layers[i] if n.rpartition(".")[0] in FEED_FORWARD_OUTPUTS or experts.search(n)]
-        yield i, "feed-forward part", names
+        yield i, "feed-forward", names
 
 
 def zeroed_keys(checkpoint: Checkpoint, plan: Plan) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,7 @@ from slicer.errors import SourceError
 if TYPE_CHECKING:
     import torch
 
-DTYPES = {
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-}  # torch name -> safetensors name, of what can be asked
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # torch -> safetensors name, of what can be asked
 _NAMES = DTYPES | {
     "float64": "F64", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
     "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
@@ -105,6 +101,13 @@ def read(span: TensorSpan) -> torch.Tensor:
     return torch.frombuffer(block, dtype=torch_dtype(span.dtype)).view(span.shape)
 
 
+def zeros(span: TensorSpan) -> torch.Tensor:
+    """A tensor of zeros of the dtype and shape of `span`."""
+    import torch
+
+    return torch.zeros(span.shape, dtype=torch_dtype(span.dtype))
+
+
 @dataclass(frozen=True)
 class TensorSpan:
     """Byte range of one tensor: `file[start:end]`, counted from the start of the file.
@@ -121,10 +124,9 @@ class TensorSpan:
     key: str | None = None
     make: Callable[[], Any] | None = None
 
-    def made(self, key: str, make: Callable[[], Any], dtype: str | None = None) -> TensorSpan:
-        """A span whose tensor `make` computes when it is read, in `dtype` (None: the same as this one)."""
-        dtype, nbytes = self.cast(dtype)
-        return TensorSpan(self.file, dtype, self.shape, 0, nbytes, key, make)
+    def made(self, key: str, make: Callable[[], Any]) -> TensorSpan:
+        """A span like this one whose tensor `make` computes when it is read."""
+        return replace(self, start=0, end=self.nbytes, key=key, make=make)
 
     @property
     def nbytes(self) -> int:

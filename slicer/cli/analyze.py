@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import click
@@ -16,7 +17,7 @@ from slicer.plan.amounts import parse_counts
 @click.argument("source")
 @groups.text_options()
 @group(
-    "What to measure beside the distances",
+    "What to measure besides the distances",
     option("--losses", metavar="N,...",
            help="Loss and KL divergence without each block of these sizes, e.g. 1,4. One pass per size."),
     option("--greedy", type=groups.POSITIVE, metavar="N",
@@ -52,7 +53,7 @@ from slicer.plan.amounts import parse_counts
     "Machine",
     groups.dtype_option(help="Precision to measure in.", show_default="as stored"),
     groups.DEVICE,
-    groups.MEMORY,
+    *groups.MEMORY,
     groups.TRUST,
 )  # fmt: skip
 def analyze(source: str, **given: Any) -> None:
@@ -69,19 +70,7 @@ def analyze(source: str, **given: Any) -> None:
     from slicer.cli.render import layers, progress
     from slicer.jobs.analyze import analyze as run
 
-    names = (
-        "losses",
-        "healed",
-        "positions",
-        "greedy",
-        "taylor",
-        "sublayers",
-        "shapley",
-        "against",
-        "questions",
-        "data",
-    )
-    asked = {name: given[name] for name in names if given[name] is not None}
+    asked = {f.name: given[f.name] for f in fields(Measures) if given[f.name] is not None}
     for name in asked.keys() & {"losses", "healed"}:
         asked[name] = parse_counts(asked[name], f"--{name}")
     out, text, compute = given["output_dir"], groups.text_of(given, source), groups.compute_of(given)
@@ -90,9 +79,7 @@ def analyze(source: str, **given: Any) -> None:
     )
     with progress.bars() as bars:
         analysis = run(request, bars)
-    if analysis is None:
-        return  # another process prints it
-    if given["as_json"]:
+    if analysis is not None and given["as_json"]:
         click.echo(analysis.to_json(), nl=False)
-    else:
-        layers.print_analysis(analysis, request.out)
+    elif analysis is not None:  # else another process prints it
+        layers.print_analysis(analysis, out)

@@ -6,7 +6,7 @@ import json
 import shlex
 import signal
 import sys
-from pathlib import Path
+from dataclasses import fields
 from typing import Any
 
 import click
@@ -76,20 +76,13 @@ def bench(context: click.Context, /, base: str | None, sliced: tuple[str, ...], 
     from slicer.cli.render import progress, written
     from slicer.plan.amounts import parse_counts, parse_size
 
-    names = (
-        "drops", "config", "engine", "dtype", "input_len", "output_len", "seconds", "rounds", "seed", "speculative",
-        "speculative_tokens", "prompts",
-    )  # fmt: skip
-    request = Request(
-        base,
-        sliced,
-        concurrency=None if given["concurrency"] is None else parse_counts(given["concurrency"], "--concurrency"),
-        kv_cache_bytes=None if given["kv_cache"] is None else parse_size(given["kv_cache"], "--kv-cache"),
-        arguments=context.meta["vllm"],
-        command=shlex.join(["slicer", *sys.argv[1:]]),
-        **{name: given[name] for name in names},
-    )
-    out: Path | None = given["output_dir"]
+    asked = {f.name: given[f.name] for f in fields(Request) if f.name in given}
+    if given["concurrency"] is not None:
+        asked["concurrency"] = parse_counts(given["concurrency"], "--concurrency")
+    if given["kv_cache"] is not None:
+        asked["kv_cache_bytes"] = parse_size(given["kv_cache"], "--kv-cache")
+    command, out = shlex.join(["slicer", *sys.argv[1:]]), given["output_dir"]
+    request = Request(base, sliced, arguments=context.meta["vllm"], command=command, **asked)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job would ignore it
     with progress.bars() as bars:
         try:

@@ -1,4 +1,4 @@
-"""The command `slicer convert`. A cut that is trained is two jobs, composed here: the bare cut, then its training."""
+"""The command `slicer convert`. Convert with training is two jobs, composed here: the bare cut, then its training."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ _AMOUNTS = ("drop", "keep_layers", "max_params", "max_bytes", "drop_attention", 
     option("--keep-layers", type=int, metavar="N", help="Keep this many layers."),
     option("--max-params", metavar="SIZE", help="Drop the fewest layers that leave at most SIZE parameters, e.g. 5B."),
     option("--max-bytes", metavar="SIZE", help="Drop the fewest layers that leave at most SIZE of weights, e.g. 16GB."),
-    option("--drop-attention", metavar="AMOUNT", help="Attention of this many layers, beside --drop or alone."),
-    option("--drop-ffn", metavar="AMOUNT", help="Feed-forward of this many layers, likewise."),
+    option("--drop-attention", metavar="AMOUNT", help="Drop the attention of this many layers; alone, or with --drop."),
+    option("--drop-ffn", metavar="AMOUNT", help="Drop the feed-forward of this many layers; alone, or with --drop."),
     option("--drop-sublayers", metavar="AMOUNT",
-           help="This many sublayers of either kind, least important first."),
+           help="Drop this many sublayers of either kind, least important first."),
     option("--plan", "plan_file", **groups.FILE, help="Replay a saved plan.json, with its healing."),
 )  # fmt: skip
 @group(
@@ -72,7 +72,7 @@ _AMOUNTS = ("drop", "keep_layers", "max_params", "max_bytes", "drop_attention", 
     option("--rank", type=groups.POSITIVE, help="Rank of the maps of --heal linear."),
     groups.SOLVER,
     expert("--heal-steps", type=click.IntRange(min=0), metavar="N", show_default="0",
-           help="Then train what bias or linear added, and nothing else, for N steps."),
+           help="Then train the additions of bias or linear, and nothing else, for N steps."),
     CONFIG,
     *training_options(),
     *rank_options(visible=False),
@@ -87,7 +87,7 @@ _AMOUNTS = ("drop", "keep_layers", "max_params", "max_bytes", "drop_attention", 
     groups.VERIFY,
     groups.JSON,
 )  # fmt: skip
-@group("Machine", groups.DEVICE, groups.MEMORY, groups.TRUST)
+@group("Machine", groups.DEVICE, *groups.MEMORY, groups.TRUST)
 def convert(source: str, **given: Any) -> None:
     """Drop layers of SOURCE and write a standard checkpoint.
 
@@ -103,23 +103,22 @@ def convert(source: str, **given: Any) -> None:
     from slicer.jobs.convert import convert as run
 
     if given["heal"] in METHODS and given["rank"] is not None:
-        click.echo("note: --rank of adapters is now --lora-r; the old name goes in slicer 0.3", err=True)
+        click.echo("note: --rank of adapters is now --lora-r; the old name will be removed in slicer 0.3", err=True)
         given["training_lora_r"], given["rank"] = given["rank"], None
     request = request_of(source, given)
     healing = healing_of(request, given)
     search = rank_search_of(given)
     with progress.bars() as bars:
-        if healing is None:
-            done: Written | None = run(request, bars)
-        elif request.output.dry_run:
-            done = run(bare(request), bars)
+        done: Written | None
+        if healing is None or request.output.dry_run:
+            done = run(request if healing is None else bare(request), bars)
         else:
             done = convert_then_heal(request, healing, bars, search)
     written.report(done, given["as_json"])
 
 
 def request_of(source: str, given: Mapping[str, Any]) -> ConvertRequest:
-    """What the options of the command ask for, training apart."""
+    """The request of the options of this command, without training."""
     amounts = {name: given[name] for name in _AMOUNTS}
     goal = parse_goal(keep=amounts.pop("keep_layers"), **amounts)
     plan = Plan.load(given["plan_file"]) if given["plan_file"] is not None else None
@@ -131,7 +130,7 @@ def request_of(source: str, given: Mapping[str, Any]) -> ConvertRequest:
 
 
 def healing_of(request: ConvertRequest, given: Mapping[str, Any]) -> HealRequest | None:
-    """The training that the options ask for, or that the replayed plan had where no --heal is given; None: none.
+    """The training of the options, or without --heal that of the replayed plan; None: no training.
 
     Its `cut` is not known yet. Options that are given replace what the plan records.
     """
@@ -152,15 +151,15 @@ def healing_of(request: ConvertRequest, given: Mapping[str, Any]) -> HealRequest
 
 
 def bare(request: ConvertRequest) -> ConvertRequest:
-    """The same cut without repair, of whole layers: training takes no others. Raises HealError for a request for them.
+    """The same cut without repair, of whole layers, which training needs; "auto" could give a half-offset cut.
 
-    (A bare cut may otherwise be a half-offset one, where that is closer.)
+    Raises HealError if the request is for a cut below the layer.
     """
     goal, plan = request.goal, request.plan
     below = (goal is not None and bool(goal.sublayers)) or (plan is not None and not plan.complete)
     if below or request.selection.offset == "half":
         raise HealError(
-            f"{request.source}: training takes whole layers; heal cuts below the layer with --heal fold, bias or linear"
+            f"{request.source}: training needs whole layers; heal a cut of sublayers with --heal fold, bias or linear"
         )
     selection = replace(request.selection, offset="whole")
     return replace(request, compensation=Compensation("none"), selection=selection, command=None)
@@ -190,7 +189,7 @@ def convert_then_heal(
     cut = bare(request)
     require(method)
     source = open_source(request.source).path
-    if out is not None:  # before the cut is made, which may take long
+    if out is not None:  # before the cut is made, which may take a long time
         check_output(out, source, overwrite=overwrite)
         check_adapter_output(healing.save_adapter, method, out, [source], overwrite=overwrite)
     place = beside(out, "cut") if out is not None else Path(output_name(request.source, "cut"))

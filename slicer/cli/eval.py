@@ -113,25 +113,23 @@ def evaluate(models: tuple[str, ...], **given: Any) -> None:
                     found[model] = run(model, suite)
     results = [found[model] for model in models]
     compared = [differences(results[0], other) for other in results[1:]]
-    record = {
-        "results": [result.to_dict() for result in results],
-        "differences": [
-            {"model": other.model, "against": results[0].model, "measures": [d.to_dict() for d in rows]}
-            for other, rows in zip(results[1:], compared, strict=True)
-        ],
-    }
+    differ = [
+        {"model": other.model, "against": results[0].model, "measures": [d.to_dict() for d in rows]}
+        for other, rows in zip(results[1:], compared, strict=True)
+    ]
+    text = json.dumps({"results": [result.to_dict() for result in results], "differences": differ}, indent=1)
     if out is not None:
-        write_atomically(out, json.dumps(record, indent=1) + "\n")
+        write_atomically(out, text + "\n")
     if given["as_json"]:
-        click.echo(json.dumps(record, indent=1))
+        click.echo(text)
     else:
         scores.print_evaluations(results, compared)
 
 
 def suite_of(given: Mapping[str, Any], demo: bool, tasks: tuple[str, ...] = (), **more: Any) -> SuiteSpec:
-    """What to measure, by the options of eval and sweep. `tasks`: where none are named.
+    """What to measure, from the options of eval and sweep. `tasks`: the default tasks.
 
-    `demo`: the embedded model is among the models; it gets text of its own where no data is named: it needs no network.
+    `demo`: the embedded model is among the models; by default it is measured on embedded text, without network.
     Raises UsageError for an invalid batch size.
     """
     from slicer.checkpoint.hub import DEMO

@@ -1,6 +1,6 @@
-"""What the commands share: the command class, groups of options, old names, settings files, and requests from options.
+"""Shared by the commands: the command class, groups of options, old names, and requests from options.
 
-Options of a group are visible, or `expert`: shown by --help-all only. Their defaults come from the values they fill.
+Options are visible, or `expert`: shown only by --help-all. Their defaults are those of the values that they set.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from slicer.jobs.request import VERIFICATIONS, Output, Text
 from slicer.plan.amounts import parse_size
 from slicer.plan.records import SOLVERS
 from slicer.runtime.compute import Compute
+from slicer.runtime.memory import DEVICE_SHARE, HOST_SHARE
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-# Names of slicer 0.1, accepted until 0.3, and their present names: of several, the one that the command has. A command
-# that has the old name itself keeps it. An empty entry: the option had one value; it is ignored.
+# Names of slicer 0.1, accepted until 0.3, and their present names; of several names, the one that the command has. A
+# command that itself has an option of the old name keeps it. Empty: the option had only one value, and is ignored.
 OLD_NAMES: dict[str, tuple[str, ...]] = {
     "--out": ("--output-dir", "--output-file"),
     "--force": ("--overwrite",),
@@ -49,8 +50,8 @@ OLD_NAMES: dict[str, tuple[str, ...]] = {
 }
 # Options that do not change what is written stay out of the recorded command, so the same work has the same record.
 UNRECORDED = {
-    "output_dir", "output_file", "overwrite", "dry_run", "verify", "device", "memory", "save_adapter", "config", "grid",
-    "as_json", "debug",
+    "output_dir", "output_file", "overwrite", "dry_run", "verify", "device", "memory", "device_memory", "save_adapter",
+    "config", "grid", "as_json", "debug",
 }  # fmt: skip
 
 
@@ -82,12 +83,14 @@ class Command(cloup.Command):
                 continue
             new = next((name for name in OLD_NAMES[old] if name in known), None)
             if new is not None:
-                click.echo(f"note: {old} is now {new}; the old name goes in slicer 0.3", err=True)
+                click.echo(f"note: {old} is now {new}; the old name will be removed in slicer 0.3", err=True)
                 found.append(new + equals + value)
             elif OLD_NAMES[old] or "--lora-r" not in known:
                 found.append(word)  # this command never had it
             else:
-                click.echo(f"note: {old} is ignored: it had one value; it goes in slicer 0.3", err=True)
+                click.echo(
+                    f"note: {old} is ignored, because it had only one value; it will be removed in slicer 0.3", err=True
+                )
                 if not equals:
                     next(words, None)
         return found + args[at:]
@@ -119,7 +122,7 @@ class Option(cloup.Option):
 
 
 def option(*names: str, **settings: Any) -> Decorator:
-    """An option; a flag where its default is False."""
+    """An option; a flag if its default is False."""
     if settings.get("default") is False:
         settings["is_flag"] = True
     if isinstance(settings.get("type"), click.IntRange) and settings.get("metavar") is None:
@@ -148,23 +151,20 @@ SOLVER = expert(
 VERIFY = expert(
     "--verify", type=click.Choice(VERIFICATIONS), default=Output.verify,
     help="Check before the output appears. load: every key and shape. logits: also the logits, against the source with "
-    "the dropped layers bypassed. auto: logits if the model fits in memory.",
+    "the dropped layers bypassed. auto: logits if the model fits in memory or text is read.",
 )  # fmt: skip
 SHARDS = expert(
     "--max-shard-size", metavar="SIZE", default=f"{Output.max_shard_bytes // 10**9}GB", help="Largest weight file."
 )
 RESULT = (OVERWRITE, SHARDS, VERIFY, JSON)
-MEMORY = expert(
-    "--memory", metavar="SIZE", show_default="what is free",
-    help="Memory for weights and states, e.g. 8GB. A larger model is read from disk layer by layer.",
+MEMORY = (
+    expert("--memory", metavar="SIZE", show_default=f"{HOST_SHARE:.0%} of the machine's",
+           help="Memory for weights and states, e.g. 8GB. A larger model is read from disk layer by layer."),
+    expert("--device-memory", metavar="SIZE", show_default=f"{DEVICE_SHARE:.0%} of the GPU's",
+           help="The same of each GPU."),
 )  # fmt: skip
 DRAFTED = option(
-    "--num-speculative-tokens",
-    "speculative_tokens",
-    type=POSITIVE,
-    metavar="N",
-    default=3,
-    help="Tokens to draft per step.",
+    "--num-speculative-tokens", "speculative_tokens", type=POSITIVE, default=3, help="Tokens to draft per step."
 )
 
 
@@ -189,23 +189,25 @@ def text_options(default: str = "allenai/c4, streamed; self for the demo model")
 
 
 def text_of(given: Mapping[str, Any], source: str | None = None) -> Text:
-    """The text asked for. The demo model gets text of its own where none is named: it needs no network."""
+    """The text of the options. By default the demo model samples its own text, so it needs no network."""
     names = ("samples", "seq_len", "batch_size", "seed", "column")
     return Text(given["calibration"] or ("self" if source == "demo" else None), **{k: given[k] for k in names})
 
 
 def written_of(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that all requests for a checkpoint have: where it goes and how it is checked, where models run, and
-    the command."""
+    """The fields that all requests for a checkpoint have: output and checks, device and memory, the command."""
     shard = parse_size(given["max_shard_size"], "--max-shard-size")
     output = Output(given["output_dir"], given["overwrite"], given["verify"], shard, given.get("dry_run", False))
     return {"output": output, "compute": compute_of(given), "command": recorded_command()}
 
 
 def compute_of(given: Mapping[str, Any]) -> Compute:
-    """Where models run; options that a command does not have are at their defaults."""
-    memory = None if given.get("memory") is None else parse_size(given["memory"], "--memory")
-    return Compute(given["device"], given.get("dtype"), memory, given["trust_remote_code"])
+    """Where models run; options that a command does not have get their defaults."""
+    host, device = (
+        None if given.get(name) is None else parse_size(given[name], option)
+        for name, option in (("memory", "--memory"), ("device_memory", "--device-memory"))
+    )
+    return Compute(given["device"], given.get("dtype"), host, device, given["trust_remote_code"])
 
 
 def explicit() -> set[str]:

@@ -29,7 +29,7 @@ from slicer.jobs.request import Compensation, HealRequest
 )  # fmt: skip
 @groups.text_options("allenai/c4, streamed")
 @group("Output", groups.output_dir(help="Directory of the healed checkpoint.", required=True), *groups.RESULT)
-@group("Machine", groups.DEVICE, groups.MEMORY, groups.TRUST)
+@group("Machine", groups.DEVICE, *groups.MEMORY, groups.TRUST)
 def heal(sliced: str, **given: Any) -> None:
     """Close the cut in SLICED, a checkpoint that slicer made.
 

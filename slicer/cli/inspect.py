@@ -15,7 +15,7 @@ from slicer.cli import groups
 def inspect(source: str, as_json: bool, debug: bool) -> None:
     """Show the architecture, sizes and costs of SOURCE.
 
-    Of a sliced checkpoint also what was dropped and how it was healed.
+    For a sliced checkpoint, also what was dropped and how it was healed.
 
     \b
     slicer inspect demo

@@ -1,4 +1,4 @@
-"""The command line: options in, one line of error or a summary out. What a command needs is imported when it runs."""
+"""The command line: options in, a summary or one line of error out. The imports of a command run with it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from slicer.cli.plan import plan
 from slicer.cli.report import report
 from slicer.cli.serve import serve
 from slicer.cli.sweep import sweep
-from slicer.errors import SlicerError
+from slicer.errors import SlicerError, reason_of
 
 
 class _Group(cloup.Group):
@@ -58,8 +58,7 @@ class _Group(cloup.Group):
         except Exception as error:
             if debug:
                 raise
-            reason = " ".join(str(error).split())[:400] or type(error).__name__
-            _fail(f"{type(error).__name__}: {reason} (run again with --debug for the traceback)", 1)
+            _fail(f"{type(error).__name__}: {reason_of(error)} (run again with --debug for the traceback)", 1)
 
 
 def _terminate(_signal: int, _frame: object) -> NoReturn:

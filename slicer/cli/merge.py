@@ -21,7 +21,7 @@ from slicer.jobs.request import MergeRequest
     help="ADAPTER was trained on the unsliced model: renumber its layers and leave out the dropped ones.",
 )
 @group("Output", groups.output_dir(help="Directory of the merged checkpoint.", required=True), *groups.RESULT)
-@group("Machine", groups.DEVICE, groups.MEMORY, groups.TRUST)
+@group("Machine", groups.DEVICE, *groups.MEMORY, groups.TRUST)
 def merge(sliced: str, adapter: Path, **given: Any) -> None:
     """Merge the LoRA adapter ADAPTER into the checkpoint SLICED.
 

@@ -19,16 +19,16 @@ from slicer.plan.plan import METRIC
 @group(
     "How much to drop",
     option("--drop", metavar="AMOUNT", help="Layers: fraction 0.4 or count 8."),
-    option("--drop-attention", metavar="AMOUNT", help="Attention of this many layers."),
-    option("--drop-ffn", metavar="AMOUNT", help="Feed-forward of this many layers."),
+    option("--drop-attention", metavar="AMOUNT", help="Drop the attention of this many layers."),
+    option("--drop-ffn", metavar="AMOUNT", help="Drop the feed-forward of this many layers."),
     option("--drop-sublayers", metavar="AMOUNT",
-           help="This many sublayers of either kind, least important first."),
+           help="Drop this many sublayers of either kind, least important first."),
 )  # fmt: skip
 @group(
     "How to choose",
     option("--metric", type=click.Choice([*METRICS, "greedy"]), default=METRIC, help="Metric to choose by."),
     option("--blocks", type=groups.POSITIVE, default=1,
-           help="Largest number of separate blocks; the optimum is exact."),
+           help="Maximum number of separate blocks; the best choice is found exactly."),
     option("--protect", metavar="LAYERS", help="Layers to keep, e.g. 0,1,-1 (from the end) or 0-3."),
 )  # fmt: skip
 @group("Output", groups.output_file(help="Plan file.", show_default="plan.json in DIRECTORY"), groups.JSON)
@@ -51,7 +51,7 @@ def plan(directory: Path, **given: Any) -> None:
     analysis = Analysis.load(directory)
     goal = parse_goal(**{k: given[k] for k in ("drop", "drop_attention", "drop_ffn", "drop_sublayers")})
     if goal is None:
-        raise UsageError("say how much to drop: --drop, --drop-attention, --drop-ffn or --drop-sublayers")
+        raise UsageError("give an amount to drop: --drop, --drop-attention, --drop-ffn or --drop-sublayers")
     if goal.named or any(amount.layers for amount in goal.sublayers.values()):
         raise UsageError("give fractions or counts; slicer convert takes named layers without a plan")
     protect = frozenset() if given["protect"] is None else parse_protected(given["protect"], analysis.depth)

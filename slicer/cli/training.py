@@ -1,4 +1,4 @@
-"""The options of training, made from its dataclass; YAML files with values for options; the training asked for."""
+"""The options of training, made from its dataclass; YAML files with values for options; the requested training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from slicer.cli.groups import DIRECTORY, FILE, POSITIVE, Decorator, expert, option
-from slicer.errors import UsageError
+from slicer.errors import UsageError, unreadable
 from slicer.heal.finetune.settings import COMPUTE, METHODS, SCHEDULERS, STARTS, Training
 from slicer.plan.amounts import parse_counts
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from slicer.sweep.ranks import RankSearch
 
 _OF_RANK = ("rank_metric", "rank_data", "rank_limit")
-_TRAINS = "training_"  # what the names of the parameters of training begin with
+_TRAINS = "training_"  # prefix of the parameters of training
 
 
 def attributes(cls: type[Any]) -> tuple[str, dict[str, str]]:
@@ -53,7 +53,7 @@ _METAVARS = {"validation": "DATA", "teacher": "SOURCE", "teacher_cache": "DIR", 
 
 
 def training_options(visible: Collection[str] = ()) -> list[Decorator]:
-    """An option for every field of `Training` but `method` and `seed`, which are options of their own.
+    """An option for every field of `Training` except `method` and `seed`, which have separate options.
 
     The help is the docstring of the field; the fields in `visible` are not for experts only.
     """
@@ -72,16 +72,10 @@ def training_options(visible: Collection[str] = ()) -> list[Decorator]:
             settings["type"] = click.Choice(_CHOICES[field.name])
         if kind == "bool":
             settings = {"default": False}
-        made.append(
-            option(
-                _NAMES.get(field.name, "--" + field.name.replace("_", "-")),
-                _TRAINS + field.name,
-                hidden=field.name not in visible,
-                metavar=_METAVARS.get(field.name, "X" if kind == "float" else None),
-                help=f"{text[:1].upper()}{text[1:]}.",
-                **settings,
-            )
-        )
+        settings["metavar"] = _METAVARS.get(field.name, "X" if kind == "float" else None)
+        settings |= {"hidden": field.name not in visible, "help": f"{text[:1].upper()}{text[1:]}."}
+        name = _NAMES.get(field.name, "--" + field.name.replace("_", "-"))
+        made.append(option(name, _TRAINS + field.name, **settings))
     return made
 
 
@@ -127,7 +121,7 @@ def from_file(
     try:
         node = yaml.compose(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
+        raise UsageError(f"{file}: cannot be read ({unreadable(error)})") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UsageError(f"{file} line {line}: not valid YAML ({error.problem})") from None
@@ -160,9 +154,9 @@ def from_file(
 def training_of(
     given: Mapping[str, Any], method: str | None, option: str, recorded: Training | None = None
 ) -> Training | None:
-    """The training asked for, over the `recorded` one of a plan that is replayed; None if `method` does not train.
+    """The requested training, over the `recorded` one of a replayed plan; None if `method` does not train.
 
-    Raises UsageError where options of training are given and nothing is trained.
+    Raises UsageError if options of training are given and nothing is trained.
     """
     values: dict[str, Any] = {f.name: given.get(_TRAINS + f.name) for f in fields(Training)}
     values = {name: value for name, value in values.items() if value is not None and value is not False}
@@ -181,13 +175,11 @@ def training_of(
         raise UsageError("--save-adapter: not with --rank-sweep; heal again with the rank that it picks")
     if given["seed"] is not None:
         values["seed"] = given["seed"]
-    if recorded is None:
-        return Training(**{**values, "method": method})
-    return replace(recorded, **{**values, "method": method})
+    return replace(recorded or Training(), **values, method=method)
 
 
 def rank_search_of(given: Mapping[str, Any]) -> RankSearch | None:
-    """How to pick the rank of the adapters; None where it is not asked for."""
+    """How to pick the rank of the adapters; None if it is not asked for."""
     if given["rank_sweep"] is None:
         return None
     from slicer.sweep.ranks import RankSearch

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
+
+import torch
 
 from slicer.data.packing import check_vocabulary, open_tokenizer, pack
 from slicer.data.sources import TextSpec, documents, parts_of
 from slicer.errors import CalibrationError
 from slicer.plan.records import TextRecord
 from slicer.progress import Progress
-
-if TYPE_CHECKING:
-    import torch
-
+from slicer.runtime.workdir import Stages
 
 _SAMPLED_TOGETHER = 16  # decoding a few sequences costs about as much as one
 
@@ -25,6 +25,7 @@ class Loaded(Protocol):
 
     model: Any
     trust_remote_code: bool
+    directory: Path | None
 
 
 @dataclass(frozen=True)
@@ -37,18 +38,23 @@ class TokenBatches:
     @classmethod
     def of(cls, tokens: torch.Tensor, spec: TextSpec) -> TokenBatches:
         """The sequences `tokens`, int64 [samples, seq_len], in the batches of `spec`."""
-        import torch
-
         return cls(list(torch.split(tokens, spec.batch_size)), spec.record(tokens))
 
 
 def read_text(spec: TextSpec | None, path: Path, walk: Loaded | None, progress: Progress) -> TokenBatches | None:
-    """The text of `spec` as tokens for the model of `walk`, whose checkpoint is at `path`; None where none is asked
-    for. Raises CalibrationError as `token_batches`."""
+    """The text of `spec` as tokens for the model of `walk`, whose checkpoint is at `path`; None if none is asked
+    for. A walk with a directory keeps them there: a run that goes on has the same text. Raises CalibrationError as
+    `token_batches`."""
     if spec is None or walk is None:
         return None
     progress.stage("Calibration data")
-    return token_batches(spec, path, walk.model, trust_remote_code=walk.trust_remote_code)
+    kept = Stages(walk.directory and walk.directory / "text", json.dumps(spec.identity).encode())
+    if (found := kept.load("tokens")) is not None:
+        tensors, record = found
+        return TokenBatches(list(torch.split(tensors["tokens"], spec.batch_size)), TextRecord.of(record))
+    text = token_batches(spec, path, walk.model, trust_remote_code=walk.trust_remote_code)
+    kept.save("tokens", {"tokens": torch.cat(text.batches)}, text.record.to_dict())
+    return text
 
 
 def token_batches(spec: TextSpec, path: Path, model: Any, *, trust_remote_code: bool = False) -> TokenBatches:
@@ -58,8 +64,6 @@ def token_batches(spec: TextSpec, path: Path, model: Any, *, trust_remote_code: 
     starts with BOS if the tokenizer adds it. `self` needs a `model` with all weights in memory.
     Raises CalibrationError if there is no text or not enough.
     """
-    import torch
-
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if isinstance(limit, int) and spec.seq_len > limit:
@@ -81,8 +85,6 @@ def sample_tokens(model: Any, spec: TextSpec) -> torch.Tensor:
     They start with BOS, else EOS, else a random token. End tokens are not sampled, so every sequence is full. Raises
     CalibrationError if some weights are not in memory, or the probabilities are not finite.
     """
-    import torch
-
     if any(weight.is_meta for weight in model.parameters()):
         raise CalibrationError(
             "--calibration self: the model does not fit in memory, and sampling reads all of it for each token; "

@@ -11,6 +11,8 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from slicer.data.packing import Packer, batched, check_vocabulary, mark_of, open
 from slicer.data.sources import TextSpec, is_streamed, mixed, sources_of
 from slicer.errors import CalibrationError, HealError
 from slicer.plan.records import CorpusRecord
-from slicer.progress import Progress
+from slicer.progress import SILENT, Progress
 from slicer.runtime.files import atomic_file, write_atomically
 
 # One document in this many is held out; the next value is used if that gives no full sequence.
@@ -37,8 +39,7 @@ class CorpusSize:
     """How much text a training needs.
 
     Attributes:
-        steps: of the training; batch_size: sequences of a step.
-        seq_len: tokens of a sequence.
+        steps: of the training; batch_size: sequences of a step; seq_len: tokens of a sequence.
         validation_samples: sequences that are held out.
     """
 
@@ -60,10 +61,8 @@ class Sequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """
 
     def __init__(self, file: Path, seq_len: int) -> None:
-        count = file.stat().st_size // (4 * seq_len)
-        self._tokens = torch.from_file(str(file), shared=False, size=count * seq_len, dtype=torch.int32).view(
-            count, seq_len
-        )
+        size = file.stat().st_size // (4 * seq_len) * seq_len
+        self._tokens = torch.from_file(str(file), shared=False, size=size, dtype=torch.int32).view(-1, seq_len)
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -96,20 +95,15 @@ class Corpus:
 
     def held_out_batches(self, batch_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(tokens, labels) of the held-out sequences, int64 [batch, seq_len] each."""
-        rows = [self.held_out[i] for i in range(len(self.held_out))]
-        tokens, labels = (torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels"))
-        return list(zip(torch.split(tokens, batch_size), torch.split(labels, batch_size), strict=True))
+        batches = torch.utils.data.DataLoader(self.held_out, batch_size)
+        return [(batch["input_ids"], batch["labels"]) for batch in batches]
 
     def to_fold_on(self, spec: TextSpec) -> TokenBatches:
         """Batches of the training text, as many as `spec` requests: a fold must not use held-out text."""
         length = min(spec.seq_len, len(self.train[0]["input_ids"]))
-        pieces: list[torch.Tensor] = []
-        for i in range(len(self.train)):
-            row = self.train[i]["input_ids"]
-            pieces += list(torch.split(row[: len(row) // length * length], length))
-            if len(pieces) >= spec.samples:
-                break
-        tokens = torch.stack(pieces[: spec.samples])
+        rows = (self.train[i]["input_ids"] for i in range(len(self.train)))
+        pieces = (piece for row in rows for piece in row.unfold(0, length, length))
+        tokens = torch.stack(list(islice(pieces, spec.samples)))
         return TokenBatches.of(tokens, replace(spec, source=self.record.source))
 
 
@@ -118,7 +112,7 @@ def prepare(
     size: CorpusSize,
     checkpoint: Checkpoint,
     directory: Path,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
     *,
     validation: str | None = None,
     sampler: Callable[[], Any] | None = None,
@@ -131,7 +125,6 @@ def prepare(
     CalibrationError for missing or too little text, or a tokenizer of another model; HealError if a held-out sequence
     is among the training sequences.
     """
-    progress = progress or Progress()
     done = directory / "corpus.json"
     if not done.is_file():
         directory.mkdir(parents=True, exist_ok=True)
@@ -211,7 +204,7 @@ def _tokenize(
         raise CalibrationError(f"{source}: no text in it; pass a file with text")
     apart_from = validation or f"one document in {share} of the same source"
     return CorpusRecord(
-        source, len(train), len(held), "answers" if train.talks else "all tokens", apart_from, count, left_out,
+        source, len(train), len(held), "answers" if train.stream.talks else "all tokens", apart_from, count, left_out,
         seed=spec.seed, column=spec.column,
     )  # fmt: skip
 
@@ -222,8 +215,7 @@ def _sample(spec: TextSpec, size: CorpusSize, directory: Path, model: Any) -> Co
     drawn = sample_tokens(model, replace(spec, samples=count, seq_len=size.seq_len))
     unique = list({row.numpy().tobytes(): row for row in drawn}.values())
     for name, rows in (("held-out", unique[:held]), ("train", unique[held:])):
-        data = b"".join(row.to(torch.int32).numpy().tobytes() for row in rows)
-        (directory / f"{name}.bin").write_bytes(data)
+        (directory / f"{name}.bin").write_bytes(b"".join(row.to(torch.int32).numpy().tobytes() for row in rows))
     return CorpusRecord(
         "self", max(0, len(unique) - held), min(held, len(unique)), validation="sampled alike",
         seed=spec.seed, column=spec.column,
@@ -238,11 +230,8 @@ def _without_held_out(directory: Path, seq_len: int) -> int:
     known = set(held_out.digests())
     twice = {i for i, digest in enumerate(train.digests()) if digest in known}
     if twice:
-        size = 4 * seq_len
         file = directory / "train.bin"
         with atomic_file(file) as new, open(file, "rb") as old, open(new, "wb") as out:
-            for i in range(len(train)):
-                row = old.read(size)
-                if i not in twice:
-                    out.write(row)
+            rows = iter(partial(old.read, 4 * seq_len), b"")
+            out.writelines(row for i, row in enumerate(rows) if i not in twice)
     return len(twice)

@@ -14,7 +14,7 @@ from typing import IO, Any
 import torch
 
 from slicer.data.sources import Conversation, Document, TextSpec
-from slicer.errors import CalibrationError
+from slicer.errors import CalibrationError, reason_of
 
 _PIECE = 64  # a document longer than this many characters per token of a sequence is split
 _TOGETHER = 256  # documents tokenized per call
@@ -102,8 +102,8 @@ class Packer:
     """
 
     def __init__(self, file: Path, tokenizer: Any, seq_len: int) -> None:
-        self._file, self._stream = file, TokenStream(tokenizer, seq_len, mark_prompts=True)
-        self._count = 0
+        self._file, self._count = file, 0
+        self.stream = TokenStream(tokenizer, seq_len, mark_prompts=True)
 
     def __enter__(self) -> Packer:
         self._out: IO[bytes] = open(self._file, "wb")
@@ -115,16 +115,11 @@ class Packer:
     def __len__(self) -> int:
         return self._count
 
-    @property
-    def talks(self) -> bool:
-        """Whether there was a conversation."""
-        return self._stream.talks
-
     def add(self, pieces: Sequence[Piece], source: str, *, most: int) -> None:
         """Append `pieces` until there are `most` sequences."""
         if self._count >= most:
             return
-        for row in self._stream.add(pieces, source):
+        for row in self.stream.add(pieces, source):
             if max(row[1:]) < 0:  # the first token is BOS, or has nothing before it: it is not predicted
                 continue
             self._out.write(torch.tensor(row, dtype=torch.int32).numpy().tobytes())
@@ -163,14 +158,13 @@ def answers(messages: Conversation, tokenizer: Any, source: str) -> list[tuple[s
 
 @contextlib.contextmanager
 def _template_errors(source: str) -> Iterator[None]:
-    """Raise CalibrationError where the chat template rejects a conversation of `source`."""
+    """Raise CalibrationError if the chat template rejects a conversation of `source`."""
     try:
         yield
     except Exception as error:  # templates raise many kinds, also if there is none
-        reason = " ".join(str(error).split())[:160]
         raise CalibrationError(
-            f"{source}: contains conversations, but the chat template fails on them ({reason}); use plain text, or "
-            "name its column with --column"
+            f"{source}: contains conversations, but the chat template fails on them ({reason_of(error)}); use plain "
+            "text, or name its column with --column"
         ) from None
 
 
@@ -208,9 +202,8 @@ def open_tokenizer(path: Path, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # tokenizer classes raise many kinds
-        reason = " ".join(str(error).split())[:160]
         raise CalibrationError(
-            f"{path}: no usable tokenizer ({reason}); use --calibration self, or name the layers to drop"
+            f"{path}: no usable tokenizer ({reason_of(error)}); use --calibration self, or name the layers to drop"
         ) from None
 
 
@@ -225,8 +218,5 @@ def check_vocabulary(path: Path, largest: int, vocabulary: int | None) -> None:
 
 def leading_token(tokenizer: Any) -> int | None:
     """The token that the tokenizer adds before a text, if any."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    special = tokenizer("a")["input_ids"]
-    if len(special) > len(plain) and special[:1] != plain[:1]:
-        return int(special[0])
-    return None
+    plain, special = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    return int(special[0]) if len(special) > len(plain) and special[:1] != plain[:1] else None

@@ -13,12 +13,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from slicer.errors import CalibrationError
+from slicer.errors import CalibrationError, reason_of
 from slicer.plan.records import TextRecord
 
 if TYPE_CHECKING:
     import torch
-
 
 DEFAULT_DATASET = ("allenai/c4", "en")
 _SHUFFLE_BUFFER = 1000  # documents of a stream that are shuffled together
@@ -39,9 +38,7 @@ class TextSpec:
             Hub data set (`name` or `name:config`), or `task:NAME` for the prompts and answers of an lm-eval task.
             Several, separated by commas, get equal numbers of samples.
             Conversations (a column `messages` or `conversations`) go through the chat template.
-        samples: number of sequences.
-        seq_len: tokens per sequence, with BOS.
-        batch_size: sequences per forward pass.
+        samples: number of sequences; seq_len: tokens in each, with BOS; batch_size: sequences per forward pass.
         seed: for the choice of documents, or for sampling.
         column: the column that holds the text.
     """
@@ -164,7 +161,7 @@ def read_documents(file: Path, column: str) -> list[Document]:
     try:
         return readers[suffix](file, column)
     except (OSError, UnicodeDecodeError, EOFError) as error:
-        raise CalibrationError(f"{file}: cannot be read ({' '.join(str(error).split())[:120]})") from None
+        raise CalibrationError(f"{file}: cannot be read ({reason_of(error)})") from None
 
 
 def _open(file: Path) -> TextIO:
@@ -212,22 +209,21 @@ def _read_parquet(file: Path, column: str) -> list[Document]:
         rows = parquet.read_table(file, columns=[wanted])[wanted].to_pylist()
         return [_text_of({wanted: row}, column, str(file)) for row in rows if row]
     except pyarrow.ArrowException as error:
-        raise CalibrationError(f"{file}: not a parquet file ({' '.join(str(error).split())[:120]})") from None
+        raise CalibrationError(f"{file}: not a parquet file ({reason_of(error)})") from None
 
 
 def _text_of(row: Any, column: str, where: str | None) -> Document:
     """The row's text, or its conversation if it has no such column or the column holds a list of turns."""
     if isinstance(row, str):
         return row
-    found = None
-    if isinstance(row, dict):
-        found = next((row[name] for name in (column, *_CONVERSATIONS) if name in row), None)
+    columns = row if isinstance(row, dict) else {}
+    found = next((columns[name] for name in (column, *_CONVERSATIONS) if name in columns), None)
     if isinstance(found, str):
         return found
     if isinstance(found, list) and (messages := _messages(found)):
         return messages
-    if not isinstance(row, dict) or column not in row:
-        names = ", ".join(row) if isinstance(row, dict) else "none"
+    if column not in columns:
+        names = ", ".join(columns) if isinstance(row, dict) else "none"
         raise CalibrationError(f"{where}: no column {column!r} ({names}); name it with --column")
     raise CalibrationError(f"{where}: column {column!r} has no text; name another one with --column")
 
@@ -247,9 +243,8 @@ def _messages(found: list[Any]) -> Conversation:
 def stream_hub(spec: TextSpec, split: str = "train") -> Iterator[Document]:
     """Documents of a Hub data set, streamed and shuffled with the seed. Raises CalibrationError if unreachable."""
     name, config = DEFAULT_DATASET if spec.source is None else (*spec.source.split(":", 1), None)[:2]
-    if any(
-        os.environ.get(k, "").upper() in ("1", "TRUE", "YES", "ON") for k in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
-    ):
+    offline = (os.environ.get(name, "").upper() for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))
+    if any(value in ("1", "TRUE", "YES", "ON") for value in offline):
         raise CalibrationError(f"{name}: cannot be streamed offline (HF_HUB_OFFLINE is set); {_REMEDY}")
     import datasets
 
@@ -261,8 +256,7 @@ def stream_hub(spec: TextSpec, split: str = "train") -> Iterator[Document]:
     except CalibrationError:
         raise
     except Exception as error:  # the network, the Hub and the data set's format raise different kinds
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise CalibrationError(f"{name}: cannot be streamed ({reason}); {_REMEDY}") from None
+        raise CalibrationError(f"{name}: cannot be streamed ({reason_of(error)}); {_REMEDY}") from None
 
 
 def prompts(name: str) -> Iterator[str]:
@@ -286,9 +280,8 @@ def prompts(name: str) -> Iterator[str]:
             for doc in _documents(task):
                 yield _text(task, doc)
     except Exception as error:  # lm-eval, datasets and the task's own code raise many kinds
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise CalibrationError(
-            f"task:{name}: cannot load its prompts ({reason}); `lm-eval ls tasks` lists the names"
+            f"task:{name}: cannot load its prompts ({reason_of(error)}); `lm-eval ls tasks` lists the names"
         ) from None
 
 

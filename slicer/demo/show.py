@@ -6,10 +6,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from slicer.checkpoint.hub import DEMO
 from slicer.jobs.convert import convert
 from slicer.jobs.output import Written
 from slicer.jobs.request import ConvertRequest, Output, Text
+from slicer.model.load import load_model
 from slicer.plan.amounts import Goal, parse_amount
 from slicer.progress import Progress
 
@@ -44,10 +47,7 @@ def show(drop: str, out: Path | None, progress: Progress) -> Shown:
 
 def _continue(path: Path, new_tokens: int = 40) -> str:
     """The greedy continuation of the prompt, as one line."""
-    import torch
     from transformers import AutoTokenizer
-
-    from slicer.model.load import load_model
 
     tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     model = load_model(path, dtype="float32", device="cpu")

@@ -10,7 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from slicer.errors import EvaluationError
+import torch
+
+from slicer.checkpoint.architectures.table import text_config
+from slicer.checkpoint.reader import read_config
+from slicer.errors import EvaluationError, reason_of
 from slicer.evaluate import generation
 from slicer.runtime.compat import answer_for_vllm, lm_eval_module, without_bars
 from slicer.runtime.compute import Compute
@@ -34,8 +38,7 @@ def wrap(
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # tokenizer classes raise many kinds
-        reason = " ".join(str(error).split())[:160]
-        raise EvaluationError(f"{path}: no usable tokenizer ({reason}); add the tokenizer files") from None
+        raise EvaluationError(f"{path}: no usable tokenizer ({reason_of(error)}); add the tokenizer files") from None
     automatic: int | str = "auto" if model.device.type == "cuda" else 1
     batch = automatic if batch_size == "auto" else int(batch_size)
     starts_texts = tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
@@ -57,8 +60,6 @@ def _keep_last_logits(lm: Any, model: Any) -> None:
         longest = max((len(continuation) for _, _, continuation in requests), default=1)
 
         def call(tokens: Any, **_: Any) -> Any:
-            import torch
-
             with torch.no_grad():
                 return model(tokens, logits_to_keep=longest).logits
 
@@ -72,11 +73,6 @@ def load_vllm(path: Path, compute: Compute, batch_size: str, seed: int) -> tuple
     """(lm-eval model that runs the checkpoint at `path` in vLLM, V). Raises EvaluationError."""
     if find_spec("vllm") is None:
         raise EvaluationError("--backend vllm: vLLM is not installed; pip install 'slicer-llm[serve]'")
-    import torch
-
-    from slicer.checkpoint.architectures.table import text_config
-    from slicer.checkpoint.reader import read_config
-
     config = text_config(read_config(path))
     arguments: dict[str, Any] = {"dtype": compute.dtype or "auto", "trust_remote_code": compute.trust_remote_code}
     context = config.get("max_position_embeddings") or config.get("n_positions")
@@ -91,7 +87,7 @@ def load_vllm(path: Path, compute: Compute, batch_size: str, seed: int) -> tuple
         wrapper = lm_eval_module("models.vllm_causallms").VLLM
         lm = wrapper(pretrained=str(path), batch_size=batch_size, seed=seed, **arguments)
     except Exception as error:  # vLLM raises many kinds
-        raise EvaluationError(f"{path}: vLLM cannot load it ({' '.join(str(error).split())[:200]})") from None
+        raise EvaluationError(f"{path}: vLLM cannot load it ({reason_of(error)})") from None
     return without_bars(lm), int(config["vocab_size"])
 
 
@@ -121,12 +117,10 @@ def text_losses(lm: Any, texts: Sequence[str]) -> tuple[list[float], list[int]]:
     A start token precedes the text; if there is none, the text's first token is the context. Texts longer than the
     model's context are split. Log-probabilities are computed in float32.
     """
-    import torch
-
     requests: list[tuple[tuple[str, str], list[int], list[int]]] = []
     owner: list[int] = []  # the text of each request
     counts = []
-    room = lm.max_length - 1
+    most = lm.max_length - 1
     for at, text in enumerate(texts):
         tokens = list(lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if getattr(lm, "starts_texts", True):
@@ -134,7 +128,7 @@ def text_losses(lm: Any, texts: Sequence[str]) -> tuple[list[float], list[int]]:
         else:
             start, tokens = tokens[:1], tokens[1:]
         counts.append(len(tokens))
-        pieces = [tokens[i : i + room] for i in range(0, len(tokens), room)]
+        pieces = [tokens[i : i + most] for i in range(0, len(tokens), most)]
         requests += [(("", text), start, piece) for piece in pieces]
         owner += [at] * len(pieces)
     nats = [0.0] * len(texts)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
-from slicer.errors import EvaluationError
+from slicer.errors import EvaluationError, reason_of
 from slicer.evaluate import backends, local_tasks, scoring
 from slicer.evaluate.results import Score
 from slicer.measure.losses import Choice, Questions
@@ -90,12 +91,12 @@ def _right(name: str, task: Any, instances: list[Any]) -> list[bool]:
     """Whether each choice is right: calls lm-eval's own scoring once per choice, with that choice as the likeliest."""
     # for acc_mutual_info each choice is requested a second time, without the question
     requested_twice = "acc_mutual_info" in getattr(task, "_metric_fn_list", {})
+    count = len(instances)
     try:
-        found = []
-        for k in range(len(instances) // (2 if requested_twice else 1)):
-            results = [(0.0 if k == at else -1.0, False) for at in range(len(instances))]
-            found.append(bool(task.process_results(instances[0].doc, results)["acc"]))
-        return found
+        return [
+            bool(task.process_results(instances[0].doc, [(-float(at != k), False) for at in range(count)])["acc"])
+            for k in range(count // 2 if requested_twice else count)
+        ]
     except (KeyError, ValueError, AssertionError, IndexError, TypeError):
         raise EvaluationError(
             f"{name}: lm-eval does not score it by accuracy (acc); choose another task, or --against loss"
@@ -114,27 +115,24 @@ def manager(tasks: Sequence[str], data: Path | None, directory: Path) -> tuple[A
     """
     lm_tasks = lm_eval_module("tasks")
     root = Path(lm_tasks.__file__).parent
-    families = {task.split("_")[0] for task in tasks}
-    where: dict[str, Any] = {"include_path": []}
-    found = None
-    if families <= _QUICK.keys():
-        where = {"include_defaults": False, "include_path": [root / _QUICK[f] for f in sorted(families)]}
-        found = lm_tasks.TaskManager(**where)
-    if found is None or any(task not in found.task_index for task in tasks):
-        where = {"include_path": []}
+    quick = [root / _QUICK[family] for family in sorted({task.split("_")[0] for task in tasks} & _QUICK.keys())]
+    found = lm_tasks.TaskManager(include_defaults=False, include_path=quick)
+    if any(task not in found.task_index for task in tasks):
         found = lm_tasks.TaskManager()
+    index = found.task_index
     for task in tasks:
-        if task not in found.task_index:
+        if task not in index:
             near = difflib.get_close_matches(task, [LOSS, *found.all_tasks], n=5, cutoff=0.6)
             hint = f"similar: {', '.join(near)}" if near else "`lm_eval ls tasks` lists all tasks"
             raise EvaluationError(f"task {task}: no such task; {hint}")
     if data is None:
         return found, []
-    index = found.task_index
     files: list[Path] = []
     for leaf in sorted({leaf for task in tasks for leaf in leaves(task, index)}):
         files += local_tasks.write_task(data, leaf, index[leaf].cfg or {}, index[leaf].yaml_path, directory)
-    return lm_tasks.TaskManager(**{**where, "include_path": [*where["include_path"], directory]}), files
+    # The local tasks replace those of the same name; lm-eval's own files are not read again.
+    index.update(lm_tasks.TaskManager(include_defaults=False, include_path=directory).task_index)
+    return found, files
 
 
 @dataclass(frozen=True)
@@ -198,23 +196,15 @@ class LmTask:
     """One task, group or tag with one number of examples; `label` is its name in the results."""
 
     def __init__(
-        self,
-        manager: Any,
-        asked: TaskSpec,
-        *,
-        seed: int,
-        local: bool,
-        limit: int | None = None,
-        share_limit: bool = False,
+        self, manager: Any, asked: TaskSpec, *, seed: int, local: bool, limit: int | None = None, shared: bool = False
     ) -> None:
         name, shots = asked.name, asked.shots
         self.name, self.label, self.seed = name, asked.label, seed
         try:
             self.loaded = manager.load([name])
         except Exception as error:  # data sets, the Hub and task programs raise many kinds
-            reason = " ".join(str(error).split())[:200]
             remedy = "check its files" if local else "if offline, pass local files with --data DIR"
-            raise EvaluationError(f"{name}: cannot load its data ({reason}); {remedy}") from None
+            raise EvaluationError(f"{name}: cannot load its data ({reason_of(error)}); {remedy}") from None
         group = self.loaded.get("groups", {}).get(name)
         self.leaves = [t.task_name for t in group.get_all_tasks()] if group else list(self.loaded["tasks"])
         # A tag, and a group without an aggregate metric, has only the scores of its tasks.
@@ -227,7 +217,7 @@ class LmTask:
                 task.set_config(key="num_fewshot", value=0)
             if asked.order:
                 _reorder(task, asked.order)
-        self.samples = self._shared(limit) if share_limit and limit else None
+        self.samples = self._shared(limit) if shared and limit else None
         self.limit = None if self.samples else limit
 
     def _shared(self, limit: int) -> dict[str, list[int]]:
@@ -239,8 +229,6 @@ class LmTask:
 
     def reseed(self) -> None:
         """Reset the few-shot samplers before requests are built, so each run uses the same examples."""
-        import numpy
-
         seed = _LMEVAL_SEED + self.seed
         random.seed(self.seed)
         numpy.random.seed(seed)
@@ -255,8 +243,7 @@ class LmTask:
         try:
             found = evaluator.evaluate(lm, self.loaded, limit=self.limit, samples=self.samples, log_samples=True)
         except (AssertionError, ValueError, TypeError, KeyError, IndexError) as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise EvaluationError(f"{self.label}: lm-eval cannot run it ({reason})") from error
+            raise EvaluationError(f"{self.label}: lm-eval cannot run it ({reason_of(error)})") from error
         for score in scoring.scores(self.name, self.label, self.leaves, self.loaded["tasks"], found):
             leaf = score.task.removesuffix(self.label.removeprefix(self.name))
             inside = self.leaves if leaf == self.name else [leaf]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from slicer.errors import EvaluationError
+from slicer.errors import EvaluationError, unreadable
 
 _LETTERS = "ABCD"
 _SPLIT_FIELDS = ("training_split", "validation_split", "test_split", "fewshot_split")
@@ -31,21 +31,19 @@ _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parq
 
 
 def write_task(data: Path, name: str, config: Mapping[str, Any], yaml_path: Path | None, directory: Path) -> list[Path]:
-    """Write `directory`/`name`.yaml, an lm-eval task that reads the files of `data`; returns these files.
-
-    `config` and `yaml_path` are those of the original task. Raises EvaluationError: files missing, empty or malformed.
-    """
+    """Write `directory`/`name`.yaml, an lm-eval task that reads the files of `data`; returns these files. `config` and
+    `yaml_path` are those of the original task. Raises EvaluationError: files missing, empty or malformed."""
     if yaml_path is None or "class" in config:
         raise EvaluationError(f"{name}: lm-eval implements this task in Python, so it cannot read --data {data}")
     if config.get("dataset_path") == "cais/mmlu":
-        given = _mmlu_files(data, str(config["dataset_name"]))
-        files, builder = _converted(given, _mmlu_rows, directory / name), "json"
+        given, builder = _mmlu_files(data, str(config["dataset_name"])), "json"
+        files = _converted(given, _mmlu_rows, directory / name)
     elif name == "boolq":
-        given = _boolq_files(data)
-        files, builder = _converted(given, _boolq_rows, directory / name), "json"
+        given, builder = _boolq_files(data), "json"
+        files = _converted(given, _boolq_rows, directory / name)
     else:
-        files, builder = _plain_files(data, name, config)
-        given = files
+        given, builder = _plain_files(data, name, config)
+        files = given
     record: dict[str, Any] = {
         "include": str(yaml_path),
         "task": name,
@@ -88,10 +86,8 @@ def _read(file: Path, rows: Callable[[Path], Iterator[Any]]) -> list[Any]:
     """All `rows` of a file. Raises EvaluationError: there are none, or they cannot be read."""
     try:
         found = list(rows(file))
-    except UnicodeDecodeError:
-        raise EvaluationError(f"{file}: not UTF-8 text; save it as UTF-8") from None
-    except OSError as error:
-        raise EvaluationError(f"{file}: cannot be read ({error.strerror})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"{file}: cannot be read ({unreadable(error)}); pass UTF-8 text") from None
     if not found:
         raise EvaluationError(f"{file}: empty; add questions")
     return found

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from slicer.data.sources import DEFAULT_DATASET, TextSpec, read_documents, stream_hub
 from slicer.errors import CalibrationError, EvaluationError
+from slicer.evaluate.compare import mean_and_error
 
 SEQUENCES = 64
 CHARACTERS = 1024
@@ -59,8 +60,8 @@ def find_text(data: Path) -> Path:
     or test; one named for training comes last. Raises EvaluationError."""
     for folder in (data / "c4", data / "text", data):
         files = [f for f in folder.glob("*" if folder.name == "c4" else "c4*") if _holds_text(f)]
-        for file in sorted(files, key=lambda f: (not _held_out(f), "train" in f.name, f.name)):
-            return file
+        if files:
+            return min(files, key=lambda f: (not _held_out(f), "train" in f.name, f.name))
     raise EvaluationError(
         f"{data}: no text for the loss: no c4*.jsonl (or .txt, .parquet) in it, c4/ or text/; pass --text FILE"
     )
@@ -74,8 +75,8 @@ def other_text(data: Path, measured: Path | None) -> Path | None:
         if folder == data:  # may also hold the questions of tasks
             files = [f for f in files if f.name.startswith("c4") or "train" in f.name]
         free = [f for f in files if measured is None or f.resolve() != measured.resolve()]
-        for file in sorted(free, key=lambda f: (not f.name.startswith("c4"), "train" not in f.name)):
-            return file
+        if free:
+            return min(free, key=lambda f: (not f.name.startswith("c4"), "train" not in f.name))
     return None
 
 
@@ -92,9 +93,7 @@ def draw(
     column: str = "text",
 ) -> Excerpts:  # fmt: skip
     """Draw `sequences` excerpts of `characters` each from a local file, or from C4's validation split on the Hub.
-
-    Deterministic in the file and the arguments. Raises EvaluationError (no text), CalibrationError (malformed).
-    """
+    Deterministic in the file and the arguments. Raises EvaluationError (no text), CalibrationError (malformed)."""
     if file is None:
         documents, source = _stream(4 * sequences, seed), ":".join((*DEFAULT_DATASET, _SPLIT))
     else:
@@ -150,20 +149,12 @@ def summarise(
     """(overall loss, nats per token of each excerpt by id), from each excerpt's total `nats` and number of `tokens`."""
     n, total = len(nats), sum(tokens)
     mean = math.fsum(nats) / total
-    residuals = [x - mean * t for x, t in zip(nats, tokens, strict=True)]
-    error = math.sqrt(math.fsum(r * r for r in residuals) / (n - 1) * n) / total if n > 1 else 0.0
+    weight = n / total  # with it, the mean over excerpts is the overall loss, for paired tests
+    _, error = mean_and_error([weight * (x - mean * t) for x, t in zip(nats, tokens, strict=True)])
     size = sum(len(text.encode()) for text in excerpts.texts)
     loss = TextLoss(
-        nats_per_token=mean,
-        standard_error=error,
-        normalised=mean / math.log(vocabulary),
-        nats_per_byte=math.fsum(nats) / size,
-        vocabulary=vocabulary,
-        tokens=total,
-        sequences=n,
-        source=excerpts.source,
-        excerpts=excerpts.digest,
-    )
-    # Scaled so that the mean over excerpts is the overall loss, for paired tests.
-    weight = n / total
+        nats_per_token=mean, standard_error=error, normalised=mean / math.log(vocabulary),
+        nats_per_byte=math.fsum(nats) / size, vocabulary=vocabulary, tokens=total, sequences=n,
+        source=excerpts.source, excerpts=excerpts.digest,
+    )  # fmt: skip
     return loss, {f"{excerpts.digest}-{i}": x * weight for i, x in enumerate(nats)}

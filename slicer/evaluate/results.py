@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slicer.errors import EvaluationError
+from slicer.errors import EvaluationError, unreadable
 from slicer.evaluate.compare import Difference, paired
 from slicer.evaluate.generation import GenerationHealth
 from slicer.evaluate.loss import TextLoss
 
-FORMAT = 2  # format 1 stored perplexity items as log-likelihoods
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -60,24 +60,19 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Evaluation:
-        """Read the output of `to_dict`. Raises KeyError or TypeError for anything else."""
-        health, items = None, dict(record["items"])
-        if given := record["health"]:
-            samples = tuple((str(prompt), str(text)) for prompt, text in given["samples"])
-            health = GenerationHealth(**{**{name: tuple(pair) for name, pair in given.items()}, "samples": samples})
-        if record.get("format") == 1:
-            for key in items:
-                if key.endswith("/perplexity"):
-                    items[key] = {name: -value for name, value in items[key].items()}
+        """Read the output of `to_dict`. Raises ValueError, KeyError or TypeError for anything else."""
+        values = dict(record)
+        if values.pop("format") != FORMAT:
+            raise ValueError(f"not in format {FORMAT}")
+        scores, loss, health = (values.pop(name) for name in ("scores", "loss", "health"))
+        if health:
+            samples = tuple((prompt, text) for prompt, text in health["samples"])
+            health = GenerationHealth(**{name: tuple(pair) for name, pair in health.items()} | {"samples": samples})
         return cls(
-            model=str(record["model"]),
-            scores=tuple(Score(**score) for score in record["scores"]),
-            loss=TextLoss(**record["loss"]) if record["loss"] else None,
-            health=health,
-            items=items,
-            options=record["options"],
-            versions=record["versions"],
-            seconds=float(record["seconds"]),
+            scores=tuple(Score(**score) for score in scores),
+            loss=TextLoss(**loss) if loss else None,
+            health=health or None,
+            **values,
         )
 
     @classmethod
@@ -93,8 +88,8 @@ class Evaluation:
                     )
                 record = record["results"][0]
             return cls.from_dict(record)
-        except OSError as error:
-            raise EvaluationError(f"{file}: cannot be read ({error.strerror})") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise EvaluationError(f"{file}: cannot be read ({unreadable(error)})") from None
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise EvaluationError(f"{file}: not a result of `slicer eval --json`; run it again") from None
 

@@ -33,19 +33,17 @@ def scores(
             if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             error = table[name].get(f"{metric}_stderr,{kind}")
-            chance = _chance(inside, tasks, found["samples"]) if metric.startswith("acc") else None
-            found_scores.append(
-                Score(
-                    task=name + label.removeprefix(task),
-                    metric=metric if kind == "none" else key,
-                    value=float(value),
-                    standard_error=float(error) if isinstance(error, int | float) else None,
-                    chance=chance,
-                    items=docs,
-                    shots=int(tasks[inside[0]].get_config("num_fewshot") or 0),
-                    higher_is_better=bool(found["higher_is_better"].get(name, {}).get(metric, True)),
-                )
+            score = Score(
+                task=name + label.removeprefix(task),
+                metric=metric if kind == "none" else key,
+                value=float(value),
+                standard_error=float(error) if isinstance(error, int | float) else None,
+                chance=_chance(inside, tasks, found["samples"]) if metric.startswith("acc") else None,
+                items=docs,
+                shots=int(tasks[inside[0]].get_config("num_fewshot") or 0),
+                higher_is_better=bool(found["higher_is_better"].get(name, {}).get(metric, True)),
             )
+            found_scores.append(score)
     return found_scores
 
 

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slicer.checkpoint import hub
+from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import EvaluationError
 from slicer.evaluate import backends, lm_tasks, loss
 from slicer.evaluate.lm_tasks import LOSS, LmTask
 from slicer.evaluate.results import Evaluation, Score
+from slicer.model.load import load_model
 from slicer.progress import Progress
 from slicer.runtime import memory
 from slicer.runtime.compute import Compute
@@ -59,10 +62,8 @@ class SuiteSpec:
 
 
 class Suite:
-    """The tasks with their data, and the excerpts of text. Use as a context manager.
-
-    Raises EvaluationError if a task is unknown, or its data is missing, empty or malformed.
-    """
+    """The tasks with their data, and the excerpts of text. Use as a context manager. Raises EvaluationError if a task
+    is unknown, or its data is missing, empty or malformed."""
 
     def __init__(self, options: SuiteSpec, progress: Progress | None = None) -> None:
         self.options, self.progress = options, progress or Progress()
@@ -105,16 +106,9 @@ class Suite:
         directory = options.keep_tasks or Path(self._scratch.name) / "tasks"
         manager, self.files = lm_tasks.manager([task.name for task in asked], options.data, directory)
         # One at a time: lm-eval refuses a task next to a group that contains it (mmlu_astronomy, mmlu).
+        local, limit, shared = options.data is not None, options.limit, options.share_limit
         self._rounds = [
-            LmTask(
-                manager,
-                task,
-                limit=options.limit,
-                share_limit=options.share_limit,
-                seed=options.seed,
-                local=options.data is not None,
-            )
-            for task in asked
+            LmTask(manager, task, seed=options.seed, local=local, limit=limit, shared=shared) for task in asked
         ]
 
     @property
@@ -151,22 +145,15 @@ class Suite:
 
 def evaluate(source: str, suite: Suite) -> Evaluation:
     """Run `suite` on a checkpoint: a directory, a Hub id or "demo". Raises SourceError, EvaluationError."""
-    from slicer.checkpoint import hub
-    from slicer.checkpoint.reader import Checkpoint
-
     options = suite.options
     suite.progress.stage(f"{source}: loading")
     path = hub.resolve(source).path
     Checkpoint.open(path)
+    compute = Compute(options.device, options.dtype, trust_remote_code=options.trust_remote_code)
     if options.backend == "vllm":
-        compute = Compute(options.device, options.dtype, trust_remote_code=options.trust_remote_code)
         lm, vocabulary = backends.load_vllm(path, compute, options.batch_size, options.seed)
     else:
-        from slicer.model.load import load_model
-
-        model = load_model(
-            path, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code
-        )
+        model = load_model(path, compute)
         lm = backends.wrap(model, path, options.batch_size, trust_remote_code=options.trust_remote_code)
         vocabulary = backends.vocabulary_of(model)
         del model
@@ -180,9 +167,6 @@ def evaluate(source: str, suite: Suite) -> Evaluation:
 
 def describe(options: SuiteSpec) -> dict[str, Any]:
     """The options, as plain values, that two results must share to be comparable."""
-    return {
-        "tasks": list(options.tasks), "num_fewshot": options.num_fewshot, "limit": options.limit,
-        "share_limit": options.share_limit, "data": str(options.data) if options.data else None,
-        "backend": options.backend, "batch_size": options.batch_size, "seed": options.seed,
-        "dtype": options.dtype,
-    }  # fmt: skip
+    names = ("tasks", "num_fewshot", "limit", "share_limit", "data", "backend", "batch_size", "seed", "dtype")
+    data = str(options.data) if options.data else None
+    return {name: getattr(options, name) for name in names} | {"tasks": list(options.tasks), "data": data}

@@ -7,15 +7,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from slicer.errors import PlanError
-from slicer.figures.style import BLUE, BOTH, ORANGE, canvas, plot, save
+from slicer.figures.style import BLUE, BOTH, ORANGE, canvas, mark, plot, save
 from slicer.measure.metrics import title_of
 
 if TYPE_CHECKING:
     from slicer.measure.analysis import Analysis, Distances
 
+Whole = tuple[int, int] | None  # (first layer, number of layers) of a dropped block
+Offset = tuple[int, int, float] | None  # (i, j, distance) of a half-offset block, from after attention i to after j
 _CURVES = 6  # of the block sizes that are drawn
-_SUBLAYERS = ((BLUE, "attention"), (ORANGE, "feed-forward part"))  # in the order of a layer
+_SUBLAYERS = ((BLUE, "attention"), (ORANGE, "feed-forward"))  # in the order of a layer
 
 
 def parts(analysis: Analysis, path: Path) -> None:
@@ -112,22 +116,20 @@ def heat_map(
     distances: Distances,
     path: Path,
     *,
-    chosen: tuple[int, int] | None = None,
-    offset: tuple[int, int, float] | None = None,
+    chosen: Whole = None,
+    offset: Offset = None,
     title: str = "Angular distance d(l, l+n)",
 ) -> None:
     """Figure 4 of the paper: d(l, l+n) by start l and size n, each row scaled to its own minimum and maximum.
 
-    Marks the dropped block: `chosen`, the (start, n) of whole layers, or `offset`, the (i, j, distance) of a
-    half-offset block, drawn half a layer further in. Writes a PNG or SVG, by the suffix.
+    Marks the dropped block: `chosen`, of whole layers, or `offset`, a half-offset one, drawn half a layer further in.
+    Writes a PNG or SVG, by the suffix.
     """
     figure, axes = plot()
     image = _heat(axes, distances)
-    if chosen is not None:
-        _mark(axes, "s", chosen[0], chosen[1], _whole(*chosen))
-    elif offset is not None:
-        _mark(axes, "s", offset[0] + 0.5, offset[1] - offset[0], _half(offset))
-    if chosen is not None or offset is not None:
+    if block := _dropped(distances, chosen, offset):
+        start, n, _, name = block
+        mark(axes, "s", start, n, name)
         axes.legend(loc="upper right", frameon=False)
     axes.set(xlabel="first layer of the block, l", ylabel="layers in the block, n", title=title)
     axes.locator_params(integer=True)
@@ -135,17 +137,19 @@ def heat_map(
     save(figure, path)
 
 
-def _mark(axes: Any, marker: str, x: float, y: float, name: str) -> None:
-    """Mark the block that was dropped."""
-    axes.plot(
-        x, y, marker=marker, markersize=9, markerfacecolor="none", markeredgecolor="red", linestyle="none",
-        label=f"dropped: {name}",
-    )  # fmt: skip
+def _dropped(distances: Distances, chosen: Whole, offset: Offset) -> tuple[float, int, float, str] | None:
+    """(place on the axis of layers, number of layers, distance, label) of the dropped block."""
+    if chosen is not None:
+        start, n = chosen
+        layers = f"layer {start}" if n == 1 else f"layers {start}-{start + n - 1}"
+        return start, n, distances.block(n)[start], f"dropped: {layers}"
+    if offset is not None:  # half a layer further in than the block that starts at layer i
+        i, j, distance = offset
+        return i + 0.5, j - i, distance, f"dropped: half-offset, {i} to {j}"
+    return None
 
 
 def _heat(axes: Any, distances: Distances, percentile: float = 100) -> Any:
-    import numpy as np
-
     depth = distances.depth
     grid = np.full((depth, depth), np.nan)
     sizes = [n for n in distances.sizes if n < depth]
@@ -167,41 +171,39 @@ def curves(
     distances: Distances,
     path: Path,
     *,
-    chosen: tuple[int, int] | None = None,
-    offset: tuple[int, int, float] | None = None,
+    chosen: Whole = None,
+    offset: Offset = None,
     title: str = "Where a block changes the residual stream least",
     label: str = "angular distance d(l, l+n), units of pi",
     minima: bool = False,
 ) -> None:
     """Figure 1c of the paper: d(l, l+n) against l, one curve for each of some block sizes n. Writes a PNG or SVG.
 
-    `chosen`: (first layer, n) of the marked block; `offset`: (i, j, distance) of a half-offset block, from after
-    attention i to after attention j. `minima` marks the minimum of each n and joins those of all n.
+    Marks the block `chosen` or `offset`. `minima` marks the minimum of each n and joins those of all n.
     """
-    import numpy as np
     from matplotlib import colormaps
 
     depth = distances.depth
     sizes = sorted({max(1, round(depth * k / (2 * _CURVES))) for k in range(1, _CURVES + 1)})
     sizes = [n for n in sizes if n in distances.sizes] or list(distances.sizes)
-    marked = chosen[1] if chosen is not None else offset[1] - offset[0] if offset is not None else None
-    if marked is not None:
-        sizes = sorted({*sizes, marked} - {depth})
+    block = _dropped(distances, chosen, offset)
+    if block:
+        sizes = sorted({*sizes, block[1]} - {depth})
     figure, axes = plot()
     for at, n in enumerate(sizes):
         row, error = np.asarray(distances.block(n)), np.asarray(distances.standard_error[n])
         colour = colormaps["viridis"](at / max(1, len(sizes) - 1))
-        axes.plot(range(len(row)), row, color=colour, linewidth=2.4 if n == marked else 1.2, label=f"n = {n}")
+        width = 2.4 if block and n == block[1] else 1.2
+        axes.plot(range(len(row)), row, color=colour, linewidth=width, label=f"n = {n}")
         axes.fill_between(range(len(row)), row - error, row + error, color=colour, alpha=0.15, linewidth=0)
     if minima:
         rows = [list(distances.block(n)) for n in distances.sizes if n <= max(sizes)]
         least = [(row.index(min(row)), min(row)) for row in rows]
         axes.plot(*zip(*least, strict=True), color="black", linewidth=0.8, linestyle=":", marker=".", markersize=4,
                   label="minimum of each n")  # fmt: skip
-    if chosen is not None:
-        _mark(axes, "o", chosen[0], distances.block(chosen[1])[chosen[0]], _whole(*chosen))
-    elif offset is not None:  # half a layer further in than the block that starts at layer i
-        _mark(axes, "o", offset[0] + 0.5, offset[2], _half(offset))
+    if block:
+        start, _, distance, name = block
+        mark(axes, "o", start, distance, name)
     axes.set(xlabel="first layer of the block, l", ylabel=label, title=title)
     axes.set_ylim(bottom=0)
     axes.locator_params(axis="x", integer=True)
@@ -291,8 +293,6 @@ def note_flat(axes: Any, values: Sequence[float]) -> None:
 
 def agreement(analysis: Analysis, path: Path) -> None:
     """Spearman's rank correlation between the metrics, mean over the block sizes."""
-    import numpy as np
-
     names, tables = list(analysis.metrics), analysis.metrics.values()
     grid = np.array([[rank_agreement(one, other) for other in tables] for one in tables])
     figure, axes = plot(1.6 + 0.75 * len(names), 1.2 + 0.7 * len(names))
@@ -311,11 +311,7 @@ def agreement(analysis: Analysis, path: Path) -> None:
 
 def rank_agreement(one: Distances, other: Distances, sizes: Collection[int] | None = None) -> float:
     """Spearman's correlation of two metrics over blocks of one size, mean over `sizes` with at least three blocks.
-
-    `sizes`: None for all that both have.
-    """
-    import numpy as np
-
+    `sizes`: None for all that both have."""
     found = []
     for n in sorted({*one.sizes} & {*other.sizes} if sizes is None else sizes):
         a, b = np.asarray(one.block(n)), np.asarray(other.block(n))
@@ -341,11 +337,3 @@ def chosen_blocks(analysis: Analysis, path: Path) -> None:
         axes.locator_params(integer=True)
     figure.suptitle("The block that each metric would drop", fontsize=11)
     save(figure, path)
-
-
-def _whole(start: int, n: int) -> str:
-    return f"layer {start}" if n == 1 else f"layers {start}-{start + n - 1}"
-
-
-def _half(offset: tuple[int, int, float]) -> str:
-    return f"half-offset, {offset[0]} to {offset[1]}"

@@ -31,6 +31,13 @@ def plot(width: float = 7, height: float = 4.6) -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
+def mark(axes: Any, marker: str, x: float, y: float, label: str) -> None:
+    """A red outline around the point that was chosen."""
+    axes.plot(
+        x, y, marker=marker, markersize=9, markerfacecolor="none", markeredgecolor="red", linestyle="none", label=label
+    )
+
+
 def finish(axes: Any, **labels: Any) -> None:
     """Labels, a faint grid and the legend, as all line plots have them."""
     axes.set(**labels)

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from slicer.figures.style import BLUE, ORANGE, finish, plot, save, svg
+from slicer.figures.style import BLUE, ORANGE, finish, mark, plot, save, svg
 
 
-def loss_curve(
-    train: Mapping[int, float], held_out: Mapping[int, float], best: int, path: Path, *, title: str = "Healing"
-) -> None:
-    """Plot the loss (nats per token) against the step: training (running mean) and held-out text.
-
-    Marks the best held-out measurement. Writes a PNG or SVG.
-    """
+def loss_curve(train: Mapping[int, float], held_out: Mapping[int, float], best: int, path: Path) -> None:
+    """Plot the loss (nats per token) against the step: training (running mean) and held-out text. Marks the best held-
+    out measurement. Writes a PNG or SVG."""
     figure, axes = plot()
     steps = sorted(train)
     window = max(1, len(steps) // 50)
@@ -27,11 +23,8 @@ def loss_curve(
     at = sorted(held_out)
     axes.plot(at, [held_out[s] for s in at], color=ORANGE, marker="o", markersize=4, label="held out")
     if best in held_out:
-        axes.plot(
-            best, held_out[best], marker="s", markersize=10, markerfacecolor="none", markeredgecolor="red",
-            linestyle="none", label=f"kept: step {best}",
-        )  # fmt: skip
-    axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
+        mark(axes, "s", best, held_out[best], f"kept: step {best}")
+    axes.set(xlabel="step", ylabel="loss, nats per token", title="Healing")
     axes.legend(frameon=False)
     save(figure, path)
 

@@ -1,1 +1,1 @@
-"""Closing the cut: weight compensation in closed form, and training."""
+"""Healing of a cut: weight compensation in closed form, and training."""

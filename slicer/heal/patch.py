@@ -1,7 +1,7 @@
-"""The repair of a cut, as it is found in memory (`Solved`) and as it is written to disk (`Patch`).
+"""The repair of a cut, as solved in memory (`Solved`) and as written to disk (`Patch`).
 
 `place` turns one into the other: new weights replace tensors of the source; a constant or a low-rank map behind a
-sublayer goes into a bias that is there, or into new tensors that fields of config.json turn on.
+sublayer is stored in an existing bias, or in new tensors that fields of config.json turn on.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ Holds = Callable[[int, str, nn.Module], bool]
 
 @dataclass(frozen=True)
 class Solved:
-    """What weight compensation found, in memory.
+    """The result of weight compensation, in memory.
 
     Attributes:
-        edits: layer of the source -> what changes in it, in the dtypes of the model.
+        edits: layer of the source -> its changes, in the dtypes of the model.
         losses: nats a token on the held-out sequences.
         method: "fold", "bias" or "linear". solver: of a fold. rank: of linear maps.
-        report: what was solved, by layer. held_out: numbers of the sequences held out.
+        report: what was solved, by layer. held_out: numbers of the held-out sequences.
         steps, best_step: of training; 0: as solved. precision: torch dtype of the arithmetic.
     """
 
@@ -62,7 +62,7 @@ class Patch:
     """The repair of a cut, ready to be written.
 
     Attributes:
-        edits: the same change as it is applied to the loaded source.
+        edits: the same change, to apply to the loaded source.
         replaced: raw key of the source -> the tensor that is written instead.
         added: key of the result -> a tensor that the source does not have.
         config: fields of config.json that turn the added tensors on; of "block_configs", layer of the result -> fields.
@@ -95,9 +95,9 @@ def check_method(method: str, rank: int | None, width: int) -> None:
 
 
 def form_for(checkpoint: Checkpoint, plan: Plan, method: str | None, rank: int | None = None) -> Plan:
-    """`plan` in a form that can hold the repair by `method` (None: of no method).
+    """`plan` in a form that can store the repair by `method` (None: no repair).
 
-    Raises UsageError for a rank that does not suit the model, ArchitectureError where no form can hold the repair.
+    Raises UsageError for a rank that does not suit the model, ArchitectureError if no form can store the repair.
     """
     if method not in MAPS:
         return plan
@@ -105,13 +105,9 @@ def form_for(checkpoint: Checkpoint, plan: Plan, method: str | None, rank: int |
     if isinstance(width := config.get("hidden_size"), int):
         check_method(method, rank, width)
     name = str(config.get("model_type"))
-    if plan.form == "blockwise":
+    biased = all(_bias_key(checkpoint, sublayer, 0) for sublayer in ("attention", "ffn"))
+    if plan.form == "blockwise" or (method == "bias" and (biased or (name, plan.form) == ("llama", "native"))):
         return plan
-    if method == "bias":
-        if all(_output_key(checkpoint, sublayer, 0, "bias") for sublayer in ("attention", "ffn")):
-            return plan
-        if name == "llama" and plan.form == "native":
-            return plan
     if plan.form == "zeroed" or name not in blockwise.FAMILIES:
         what = "a bias" if method == "bias" else "a linear map"
         kind = f"{name} checkpoint in the zeroed form" if plan.form == "zeroed" else f"{name} checkpoint"
@@ -147,10 +143,9 @@ def written_dtype(checkpoint: Checkpoint, cast: str | None) -> torch.dtype:
 def place(
     checkpoint: Checkpoint, plan: Plan, solved: Solved, text: TextRecord | None, cast: str | None = None
 ) -> Patch:
-    """`solved`, which was fitted on `text`, as it is written into the cut of `plan` from the source `checkpoint`.
+    """`solved`, which was fitted on `text`, as a patch of the cut of `plan` from the source `checkpoint`.
 
-    `cast`: safetensors dtype of the output; None: as stored. All tensors are on the CPU, in the dtype they are written
-    in.
+    `cast`: safetensors dtype of the output; None: as stored. All tensors are on the CPU, in the dtype of the output.
     """
     placing = _Placing(checkpoint, plan, cast)
     for i, edit in sorted(solved.edits.items()):
@@ -190,31 +185,37 @@ class _Placing:
         }
 
     def replace(self, key: str, tensor: torch.Tensor) -> None:
-        """`tensor` is written in the place of this tensor of the source."""
+        """Write `tensor` in place of this tensor of the source."""
         dtype = self._checkpoint.tensors[key].cast(self._cast)[0]
         self.replaced[key] = self._span(key, tensor, dtype)
 
     def multiply(self, i: int, name: str, matrix: torch.Tensor) -> None:
-        """`matrix` [d, d] is multiplied into every expert of a module of layer i."""
+        """Multiply `matrix` [d, d] into every expert of a module of layer i."""
         for key, axis in _expert_keys(self._checkpoint, i, name).items():
             old = tensors.read(self._checkpoint.tensors[key]).double()
             new = torch.tensordot(old, matrix.double().cpu(), dims=([axis], [1])).movedim(-1, axis)
             self.replace(key, new)
 
     def put_behind(self, sublayer: str, layer: int, replacement: Replacement) -> None:
-        """`replacement` follows a sublayer of the source."""
+        """Add `replacement` behind a sublayer of the source."""
         at = self._position[sublayer][layer]
-        key = _output_key(self._checkpoint, sublayer, layer, "bias")
         if replacement.down is not None:
-            self._low_rank(at, "mid" if sublayer == "attention" else "end", replacement)
-        elif key is not None:
+            slot = "mid" if sublayer == "attention" else "end"
+            block = self.config.setdefault("block_configs", {}).setdefault(at, {"emulated_ranks": {}})
+            block["emulated_ranks"][slot] = len(replacement.down)
+            self.config["architectures"] = [blockwise.OWN_CLASS]
+            new = {"norm.weight": replacement.gain, "down.weight": replacement.down, "up.weight": replacement.up}
+            for name, tensor in {**new, "up.bias": replacement.bias}.items():
+                assert tensor is not None
+                self._add(f"{at}.emulated_{slot}.{name}", tensor)
+        elif (key := _bias_key(self._checkpoint, sublayer, layer)) is not None:
             old = tensors.read(self._checkpoint.tensors[key]).float()
             self.replace(key, old + replacement.bias.cpu())
         else:
             self._biases[sublayer][at] = replacement.bias
 
     def turn_on_biases(self) -> None:
-        """The new biases, where a field of config.json adds biases to all layers; zeros in the others."""
+        """Add new biases if a field of config.json turns biases on for all layers: zeros in the other layers."""
         for sublayer, flag in (("attention", "attention_bias"), ("ffn", "mlp_bias")):
             biases = self._biases[sublayer]
             if not biases:
@@ -233,40 +234,27 @@ class _Placing:
                     bias = biases.get(at) if name == names[-1] else None
                     self._add(f"{at}.{name}.bias", torch.zeros(size) if bias is None else bias)
 
-    def _low_rank(self, at: int, slot: str, new: Replacement) -> None:
-        assert new.down is not None and new.up is not None and new.gain is not None
-        block = self.config.setdefault("block_configs", {}).setdefault(at, {"emulated_ranks": {}})
-        block["emulated_ranks"][slot] = len(new.down)
-        self.config["architectures"] = [blockwise.OWN_CLASS]
-        tensors = {"norm.weight": new.gain, "down.weight": new.down, "up.weight": new.up, "up.bias": new.bias}
-        for name, tensor in tensors.items():
-            self._add(f"{at}.emulated_{slot}.{name}", tensor)
-
     def _add(self, name: str, tensor: torch.Tensor) -> None:
         prefix = self._checkpoint.layer_prefix
         first = next(span for key, span in self._checkpoint.tensors.items() if key.startswith(prefix))
         self.added[prefix + name] = self._span(prefix + name, tensor, first.cast(self._cast)[0])
 
     def _span(self, key: str, tensor: torch.Tensor, dtype: str) -> TensorSpan:
-        """`tensor` on the CPU, so that the device's memory is free, in the dtype it is written in."""
+        """`tensor` on the CPU, so that the device's memory is free, in the dtype of the output."""
         ready = tensor.detach().to("cpu", tensors.torch_dtype(dtype)).contiguous()
         return TensorSpan(self._checkpoint.path, dtype, tuple(ready.shape), 0, ready.nbytes, key, lambda: ready)
 
 
 def _expert_keys(checkpoint: Checkpoint, i: int, name: str) -> dict[str, int]:
-    """Raw key -> axis of the hidden size, of the tensors that a map of the experts' sum is multiplied into."""
+    """Raw key -> axis of the hidden size, of the tensors into which a map of the experts' sum is multiplied."""
     prefix = f"{checkpoint.layer_prefix}{i}."
-    found = {}
-    for key in checkpoint.tensors:
-        if key.startswith(f"{prefix}{name}."):
-            for pattern, axis in EXPERT_OUTPUTS:
-                if re.search(rf"(^|\.){pattern}$", key.removeprefix(prefix)):
-                    found[key] = axis
-    return found
+    keys = [key for key in checkpoint.tensors if key.startswith(f"{prefix}{name}.")]
+    outputs = [(re.compile(rf"\.{pattern}$"), axis) for pattern, axis in EXPERT_OUTPUTS]
+    return {key: axis for key in keys for ending, axis in outputs if ending.search(key)}
 
 
-def _output_key(checkpoint: Checkpoint, sublayer: str, layer: int, kind: str) -> str | None:
-    """Raw key of the weight or bias of a sublayer's output matrix, where it is known by name."""
+def _bias_key(checkpoint: Checkpoint, sublayer: str, layer: int) -> str | None:
+    """Raw key of the bias of a sublayer's output matrix, where the checkpoint has one."""
     names = ATTENTION_OUTPUTS if sublayer == "attention" else FEED_FORWARD_OUTPUTS
-    keys = (f"{checkpoint.layer_prefix}{layer}.{name}.{kind}" for name in names)
+    keys = (f"{checkpoint.layer_prefix}{layer}.{name}.bias" for name in names)
     return next((key for key in keys if key in checkpoint.tensors), None)

@@ -1,1 +1,1 @@
-"""One file a command: the stages of each in order."""
+"""The jobs, one file each: their stages in order."""

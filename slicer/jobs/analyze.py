@@ -6,26 +6,26 @@ layer and each pass that was finished are kept in a work directory inside the ou
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from slicer.checkpoint.hub import Source, open_source
-from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.tensors import DTYPES
 from slicer.data.calibration import TokenBatches, read_text
 from slicer.data.sources import TextSpec
 from slicer.errors import HealError, OutputError, UsageError
+from slicer.evaluate import lm_tasks
+from slicer.figures import layers as figures
 from slicer.heal.compensate.fold import fold
 from slicer.heal.patch import holds, written_dtype
+from slicer.jobs.recipe import check_memory, with_budgets
 from slicer.jobs.request import AnalyzeRequest, check_choice
 from slicer.measure.analysis import Analysis, Distances
 from slicer.measure.distances import distance_tables, record_halves, table_of_sums, tables_of_halves
@@ -37,31 +37,31 @@ from slicer.model.walk import Walk, open_walk
 from slicer.plan.blocks import rank
 from slicer.plan.plan import METRIC, Plan
 from slicer.plan.records import TextRecord
-from slicer.progress import Progress
+from slicer.progress import SILENT, Progress
 from slicer.runtime import distributed
 from slicer.runtime.distributed import Processes
-from slicer.runtime.files import atomic_file, write_atomically
-from slicer.runtime.memory import fits
+from slicer.runtime.files import write_atomically
+from slicer.runtime.memory import within_memory
 from slicer.runtime.versions import versions
 from slicer.runtime.workdir import Notebook, claimed
 
-CANDIDATES = 4  # closest blocks of a size that are compared by their loss after a fold
+CANDIDATES = 4  # number of closest blocks of a size that are compared by their loss after a fold
 _PARTIAL = ".partial"  # holds one work directory a process; removed at the end
 
 
-def analyze(request: AnalyzeRequest, progress: Progress | None = None) -> Analysis | None:
+def analyze(request: AnalyzeRequest, progress: Progress = SILENT) -> Analysis | None:
     """Measure a source into the directory `request.out`: analysis.json and figures.
 
     If stopped, the same request resumes after the last finished layer or pass. In a distributed run every process
     calls this, and all but the first return None. Raises SlicerError children; see `slicer.errors`.
     """
-    progress = progress or Progress()
     progress.stage("Opening the checkpoint")
     source = open_source(request.source)
     _check(request, source.checkpoint.depth)
     other = None if request.beside is None else Analysis.load(request.beside)
     compute, text = request.compute, request.text.over(TextSpec())
-    loads = fits(source.checkpoint.bytes_as(compute.dtype), compute.device, compute.memory)
+    compute, loads = with_budgets(source.checkpoint, compute)
+    check_memory(source.checkpoint, compute, loads)
     processes = Processes.of_environment()
     try:
         _check_place(request.out, overwrite=request.overwrite)
@@ -71,12 +71,16 @@ def analyze(request: AnalyzeRequest, progress: Progress | None = None) -> Analys
             checkpoint=source.checkpoint.identity, text=text.identity, source=request.source, dtype=compute.dtype,
             positions=request.measures.positions, processes=processes.world, versions=versions(),
         ) as work:  # fmt: skip
-            _announce(source.checkpoint, loads, progress)
+            progress.stage("Loading the model" if loads else "Reading the modules outside the layers")
+            if not loads:
+                bins = ", from pickled .bin files" if source.checkpoint.is_bin else ""
+                progress.note(f"the model does not fit in memory: layers are read from disk one at a time{bins}")
             with open_walk(source.checkpoint, compute, loads=loads, directory=work.path) as walk:
-                batches = _shared_text(text, source.path, walk, work.path, processes, progress)
+                batches = _shared_text(text, source.path, walk, processes, progress)
                 portion = Portion.of(batches.batches, processes)
                 run = _Run(request, source, walk, batches.record, portion, work.path, progress)
-                analysis = run.measured()
+                with within_memory("measuring", [f"--batch-size {text.batch_size // 4 or 1}", "--device cpu"]):
+                    analysis = run.measured()
             if not processes.is_first:
                 return None
             progress.stage("Drawing")
@@ -109,9 +113,8 @@ class _Run:
         layers, sublayers = distance_tables(recording, portion, progress), dict[str, Distances]()
         base: float | None = None
         if wanted.losses:
-            found = block_losses(walk, portion, wanted.losses, book, progress)
-            base = found.base
-            layers |= found.tables
+            tables, base = block_losses(walk, portion, wanted.losses, book, progress)
+            layers |= tables
         greedy: tuple[dict[str, float], ...] = ()
         if wanted.greedy:
             greedy, base = greedy_order(walk, portion, wanted.greedy, book, progress)
@@ -149,55 +152,33 @@ class _Run:
     def recording(self) -> Recording:
         """The residual stream of this process's sequences, with as many points for CKA as are cheap."""
         checkpoint, portion = self.source.checkpoint, self.portion
-        points = points_affordable(
-            self.walk.depth + 1,
-            self.walk.model.config.get_text_config().hidden_size,
-            portion.samples,
-            portion.samples * portion.seq_len,
-            sum(s.numel for key, s in checkpoint.tensors.items() if key.startswith(checkpoint.layer_prefix)),
-        )
-        return record(
-            self.walk,
-            portion,
-            self.work,
-            positions=self.request.measures.positions,
-            points=points,
-            resumable=True,
-            progress=self.progress,
-        )
+        width, tokens = self.walk.model.config.get_text_config().hidden_size, portion.samples * portion.seq_len
+        parameters = sum(s.numel for key, s in checkpoint.tensors.items() if key.startswith(checkpoint.layer_prefix))
+        points = points_affordable(self.walk.depth + 1, width, portion.samples, tokens, parameters)
+        at, progress = self.request.measures.positions, self.progress
+        return record(self.walk, portion, self.work, positions=at, points=points, resumable=True, progress=progress)
 
     def questions(self) -> Questions | None:
         """The questions of --against task:NAME."""
         wanted = self.request.measures
         if not wanted.against.startswith("task:"):
             return None
-        from slicer.evaluate import lm_tasks
-
         self.progress.stage("Drawing questions")
-        return lm_tasks.draw(
-            wanted.against.removeprefix("task:"),
-            wanted.questions,
-            self.walk.model,
-            self.source.path,
-            data=wanted.data,
-            seed=self.text.seed,
-            trust_remote_code=self.request.compute.trust_remote_code,
-        )
+        task, trusted = wanted.against.removeprefix("task:"), self.request.compute.trust_remote_code
+        how: dict[str, Any] = {"data": wanted.data, "seed": self.text.seed, "trust_remote_code": trusted}
+        return lm_tasks.draw(task, wanted.questions, self.walk.model, self.source.path, **how)
 
     def healed_table(self, distances: Distances, book: Notebook) -> Distances:
         """The rise of the held-out loss over the full model's, nats a token, of the closest blocks by `distances` after
         a fold. NaN for blocks that were not tried or cannot be folded. It has no standard errors."""
 
+        walk, checkpoint = self.walk, self.source.checkpoint
+        how: dict[str, Any] = {"holds": holds(checkpoint), "written": written_dtype(checkpoint, None)}
+
         def increase(dropped: Sequence[int]) -> float | None:
+            plan = Plan.dropping(walk.depth, dropped)
             try:
-                loss = fold(
-                    self.walk,
-                    self.portion.batches,
-                    Plan.dropping(self.walk.depth, dropped),
-                    holds=holds(self.source.checkpoint),
-                    written=written_dtype(self.source.checkpoint, None),
-                    progress=self.progress,
-                ).losses
+                loss = fold(walk, self.portion.batches, plan, progress=self.progress, **how).losses
             except HealError:
                 return None
             assert loss.after is not None and loss.source is not None
@@ -214,9 +195,7 @@ class _Run:
         if not rows:
             raise HealError("none of the closest blocks can be healed; leave --healed out")
         unknown = {n: [math.nan] * len(row) for n, row in rows.items()}
-        return Distances(
-            distances.depth, distances.samples, distances.seq_len, rows, unknown, "healed_loss", dict(unknown)
-        )
+        return replace(distances, metric="healed_loss", mean=rows, standard_error=unknown, difference_error=unknown)
 
     def single_sublayers(self, against: str) -> Distances:
         """The loss or the KL divergence without each single sublayer."""
@@ -227,10 +206,8 @@ class _Run:
     def shapley_table(self, questions: Questions | None) -> tuple[Distances, Mapping[str, Any]]:
         """The Shapley values of layers, or of sublayers where these are measured, and their settings."""
         wanted, progress = self.request.measures, self.progress
-        against = wanted.against if questions is None else AGAINST[0]
-        coalitions = Coalitions(
-            self.walk, questions or self.portion.batches, sublayers=wanted.sublayers, against=against
-        )
+        against, asked = wanted.against if questions is None else AGAINST[0], questions or self.portion.batches
+        coalitions = Coalitions(self.walk, asked, sublayers=wanted.sublayers, against=against)
         about: dict[str, Any] = {"against": wanted.against}
         if questions is not None:
             count, score = len(questions.right), 1 - float(coalitions.base.mean())
@@ -248,34 +225,16 @@ class _Run:
         return table, {**about, "pairs": pairs, "passes": round(passes, 2)}
 
 
-def _shared_text(
-    spec: TextSpec, path: Path, walk: Walk, work: Path, processes: Processes, progress: Progress
-) -> TokenBatches:
-    """The same text in every process and after a restart: the first process makes and stores it."""
-    tokens_file, record_file = work / "tokens.safetensors", work / "tokens.json"
+def _shared_text(spec: TextSpec, path: Path, walk: Walk, processes: Processes, progress: Progress) -> TokenBatches:
+    """The text that the first process makes, in every process."""
 
     def made() -> tuple[torch.Tensor, TextRecord]:
-        if tokens_file.is_file() and record_file.is_file():
-            return load_file(tokens_file)["tokens"], TextRecord.of(json.loads(record_file.read_text("utf-8")))
         text = read_text(spec, path, walk, progress)
         assert text is not None
-        tokens = torch.cat(text.batches)
-        with atomic_file(tokens_file) as part:
-            save_file({"tokens": tokens}, part)
-        write_atomically(record_file, json.dumps(text.record.to_dict()))
-        return tokens, text.record
+        return torch.cat(text.batches), text.record
 
     tokens, about = processes.first(made)
     return TokenBatches(list(torch.split(tokens, spec.batch_size)), about)
-
-
-def _announce(checkpoint: Checkpoint, loads: bool, progress: Progress) -> None:
-    if loads:
-        progress.stage("Loading the model")
-        return
-    progress.stage("Reading what lies outside the layers")
-    bins = ", from pickled .bin files" if checkpoint.is_bin else ""
-    progress.note(f"the model does not fit in memory: layers are read from disk one at a time{bins}")
 
 
 def _check(request: AnalyzeRequest, depth: int) -> None:
@@ -303,7 +262,7 @@ def _check(request: AnalyzeRequest, depth: int) -> None:
 
 
 def _check_place(out: Path, *, overwrite: bool) -> None:
-    """Raise OutputError where `out` holds a finished analysis that may not be replaced, or something else."""
+    """Raise OutputError if `out` holds a finished analysis that may not be replaced, or something else."""
     if (out / _PARTIAL).is_dir() or not out.is_dir():  # the work directory is checked when it is claimed
         return
     if (out / "analysis.json").exists():
@@ -317,12 +276,10 @@ def _check_place(out: Path, *, overwrite: bool) -> None:
 
 def _publish(analysis: Analysis, other: Analysis | None, out: Path, progress: Progress) -> None:
     """Write the figures, then analysis.json: if that exists, everything does."""
-    from slicer.figures import layers
-
-    layers.analysis_figures(analysis, out)
+    figures.analysis_figures(analysis, out)
     if analysis.sublayers:
-        layers.parts(analysis, out / "parts.png+svg")
+        figures.parts(analysis, out / "parts.png+svg")
     if other is not None:
-        agreement = layers.trade_off(analysis, other, out / "trade-off.png+svg")
+        agreement = figures.trade_off(analysis, other, out / "trade-off.png+svg")
         progress.note(f"trade-off.png compares the two texts: rank correlation {agreement:.2f}")
     write_atomically(out / "analysis.json", analysis.to_json())

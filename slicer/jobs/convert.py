@@ -1,4 +1,4 @@
-"""`slicer convert`: open, decide, measure, choose, repair, write what was verified."""
+"""`slicer convert`: open, decide, measure, choose, repair, write and verify."""
 
 from __future__ import annotations
 
@@ -17,48 +17,49 @@ from slicer.jobs.output import Result, Written, check_place, described, write_ve
 from slicer.jobs.recipe import Recipe
 from slicer.jobs.repair import repair
 from slicer.jobs.request import ConvertRequest
+from slicer.jobs.work import measured, working
 from slicer.measure.analysis import Analysis
-from slicer.measure.distances import measure
 from slicer.model.verify import expected_logits
 from slicer.model.walk import open_walk
 from slicer.plan.amounts import Amount, Goal
 from slicer.plan.choose import Chosen, choose
 from slicer.plan.plan import Plan
-from slicer.progress import Progress
+from slicer.progress import SILENT, Progress
 from slicer.runtime.versions import versions
 
 
-def convert(request: ConvertRequest, progress: Progress | None = None) -> Written:
+def convert(request: ConvertRequest, progress: Progress = SILENT) -> Written:
     """Drop layers or sublayers of a source and write an ordinary checkpoint, repaired and verified.
 
-    Nothing appears at the output directory unless everything succeeded. A plan that was healed by training gives the
-    cut before that training, with a note. Raises SlicerError children; see `slicer.errors`.
+    Nothing appears at the output directory unless everything succeeded; the finished stages of a stopped
+    run stay in a work directory beside it, from which the same request resumes. A plan that was healed by training
+    gives the cut before that training, with a note. Raises SlicerError children; see `slicer.errors`.
     """
-    progress = progress or Progress()
     progress.stage("Opening the checkpoint")
     source = open_source(request.source)  # config and headers: no tensor is read
-    recipe = Recipe.of(request, source)  # nothing below decides again
+    recipe = Recipe.of(request, source)  # all decisions; nothing below changes them
     recipe.announce(progress)
     trusted = recipe.compute.trust_remote_code
-    opened = open_walk(source.checkpoint, recipe.compute, loads=recipe.loads) if recipe.needs_model else nullcontext()
-    with opened as walk:
-        text = read_text(recipe.text, source.path, walk, progress)
-        analysis = measure(walk, text, recipe.halves, progress) if recipe.measures and walk and text else None
-        plan = chosen_plan(source, recipe, analysis, progress)
-        bare = Result.of_cut(source, plan, NONE, analysis, trust_remote_code=trusted)
-        if request.output.dry_run:
-            return described(bare)
-        check_place(bare, request.output)
-        patch = repair(source.checkpoint, walk, plan, text, recipe, progress)
-        expected = expected_logits(walk, plan, patch.edits, recipe.verify, progress)
-    result = Result.of_cut(source, plan, patch, analysis, trust_remote_code=trusted)
-    return write_verified(result, expected, request.output, recipe.compute, progress)
+    with working(recipe, source, request.output) as directory:
+        opened = open_walk(source.checkpoint, recipe.compute, loads=recipe.loads, directory=directory)
+        with opened if recipe.needs_model else nullcontext() as walk:
+            text = read_text(recipe.text, source.path, walk, progress)
+            analysis = measured(walk, text, recipe, progress)
+            plan = chosen_plan(source, recipe, analysis, progress)
+            bare = Result.of_cut(source, plan, NONE, analysis, trust_remote_code=trusted)
+            if request.output.dry_run:
+                return described(bare)
+            check_place(bare, request.output)
+            patch = repair(source.checkpoint, walk, plan, text, recipe, progress)
+            expected = expected_logits(walk, plan, patch.edits, recipe.verify, progress)
+        result = Result.of_cut(source, plan, patch, analysis, trust_remote_code=trusted)
+        return write_verified(result, expected, request.output, recipe.compute, progress)
 
 
 def chosen_plan(source: Source, recipe: Recipe, analysis: Analysis | None, progress: Progress) -> Plan:
-    """The plan that reaches the goal, or the one that is replayed, with its origin.
+    """The plan for the goal, or the replayed plan, with its origin.
 
-    Raises PlanError where no cut reaches the goal, ArchitectureError where the config can express none.
+    Raises PlanError if no cut reaches the goal, ArchitectureError if the config can express none.
     """
     checkpoint = source.checkpoint
     plan = recipe.plan
@@ -67,41 +68,26 @@ def chosen_plan(source: Source, recipe: Recipe, analysis: Analysis | None, progr
         chosen = _fewest(recipe.goal, source, recipe, analysis)
         if chosen.passed_over:
             progress.note(
-                f"layers {chosen.passed_over} lie closest, but this architecture's config cannot express that cut; "
-                "the closest block that it can express was taken"
+                f"the closest block is {chosen.passed_over}, which the config of this architecture cannot express; the "
+                "closest block that it can express was taken"
             )
         plan = chosen.plan
     plan = form_for(checkpoint, plan, recipe.repair.method, recipe.repair.rank)
-    return replace(
-        plan,
-        source=source.name,
-        revision=source.revision,
-        model_type=checkpoint.config.get("model_type"),
-        dtype=recipe.compute.dtype,
-        versions=versions(),
-        command=recipe.command,
-        parent=checkpoint.plan,
-        healing=None,
-        merged=(),
-    )
+    model_type = checkpoint.config.get("model_type")
+    plan = replace(plan, source=source.name, revision=source.revision, model_type=model_type, parent=checkpoint.plan)
+    plan = replace(plan, dtype=recipe.compute.dtype, memory=recipe.memory, healing=None, merged=())
+    return replace(plan, versions=versions(), command=recipe.command)
 
 
 def _fewest(goal: Goal, source: Source, recipe: Recipe, analysis: Analysis | None) -> Chosen:
-    """The cut of `goal`; of a budget, of the fewest layers that meet it."""
+    """The cut for `goal`; for a budget, that with the fewest layers that meets it."""
     checkpoint, selection = source.checkpoint, recipe.selection
     cast = DTYPES[recipe.compute.dtype] if recipe.compute.dtype else None
     asked = partial(why_not, checkpoint, trust_remote_code=recipe.compute.trust_remote_code)
     first = goal.count(checkpoint.depth)
     for n in range(first, checkpoint.depth) if goal.budget else [first]:
-        chosen = choose(
-            Goal(drop=Amount(count=n)) if goal.budget else goal,
-            checkpoint.depth,
-            analysis,
-            asked,
-            strategy=selection.strategy,
-            offset=selection.offset,
-            form=selection.form,
-        )
+        wanted = Goal(drop=Amount(count=n)) if goal.budget else goal
+        chosen = choose(wanted, checkpoint.depth, analysis, asked, **vars(selection))
         sizes = measure_sizes(checkpoint, chosen.plan.kept, cast)
         if goal.met(sizes.parameters, sizes.total_bytes):
             return chosen

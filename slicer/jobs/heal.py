@@ -1,9 +1,10 @@
-"""`slicer heal`: repairs a cut on disk, in closed form or by training, and writes what was verified."""
+"""`slicer heal`: repairs a cut on disk, in closed form or by training, and writes and verifies the result."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,12 +19,13 @@ from slicer.jobs.output import Result, Written, write_verified
 from slicer.jobs.recipe import Recipe
 from slicer.jobs.repair import repair
 from slicer.jobs.request import HealRequest, Output
-from slicer.model.load import Model, load_model
+from slicer.jobs.work import working
+from slicer.model.load import load_model
 from slicer.model.verify import Expected, expected_logits
 from slicer.model.walk import open_walk
 from slicer.plan.plan import Plan
 from slicer.plan.records import TextRecord
-from slicer.progress import Progress
+from slicer.progress import SILENT, Progress
 from slicer.runtime.distributed import Processes
 from slicer.runtime.files import write_atomically
 from slicer.runtime.memory import within_memory
@@ -33,21 +35,21 @@ if TYPE_CHECKING:
     from slicer.data.corpus import Corpus
 
 
-def heal(request: HealRequest, progress: Progress | None = None) -> Written | None:
+def heal(request: HealRequest, progress: Progress = SILENT) -> Written | None:
     """Repair a cut that slicer made: solve the weights around it again, or train it.
 
     In a distributed run every process calls this; the first one writes, and the others return None. Nothing appears at
-    the output directory unless everything succeeded; a training that was stopped, or fails, leaves its work directory
-    beside it, from which the same request resumes. Raises SlicerError children; see `slicer.errors`.
+    the output directory unless everything succeeded; a training or a fold that stops or fails leaves its work
+    directory beside it, from which the same request resumes. Raises SlicerError children; see `slicer.errors`.
     """
-    progress = progress or Progress()
     progress.stage("Opening the checkpoints")
     cut = open_cut(request.cut, request.source)  # the cut, its plan, its source: checked to belong together
     recipe = Recipe.of_heal(request, cut)
     recipe.announce(progress)
     if recipe.settings is None:
-        result, expected = folded(cut, recipe, progress)
-        return write_verified(result, expected, request.output, recipe.compute, progress)
+        with working(recipe, cut.source, request.output) as directory:
+            result, expected = folded(cut, recipe, directory, progress)
+            return write_verified(result, expected, request.output, recipe.compute, progress)
     from slicer.heal.finetune.trainer import resumable
 
     assert request.output.out is not None  # or the recipe is refused
@@ -60,14 +62,16 @@ def heal(request: HealRequest, progress: Progress | None = None) -> Written | No
     return written if processes.is_first else None
 
 
-def folded(cut: CutOnDisk, recipe: Recipe, progress: Progress) -> tuple[Result, Expected | None]:
-    """The cut with the weights around it solved again, and the logits that it must have.
+def folded(
+    cut: CutOnDisk, recipe: Recipe, directory: Path | None, progress: Progress
+) -> tuple[Result, Expected | None]:
+    """The cut with the weights around it solved again, and its expected logits; `directory` keeps finished stages.
 
     Written from the source by the plan of the cut, so an earlier repair is undone; companion files and figures are
     those of the cut.
     """
-    source, plan = cut.source, cut.plan
-    with open_walk(source.checkpoint, recipe.compute, loads=recipe.loads) as walk:
+    source, plan = cut.source, replace(cut.plan, memory=recipe.memory)
+    with open_walk(source.checkpoint, recipe.compute, loads=recipe.loads, directory=directory) as walk:
         text = read_text(recipe.text, source.path, walk, progress)
         patch = repair(source.checkpoint, walk, plan, text, recipe, progress)
         expected = expected_logits(walk, plan, patch.edits, recipe.verify, progress)
@@ -80,7 +84,7 @@ def folded(cut: CutOnDisk, recipe: Recipe, progress: Progress) -> tuple[Result, 
 def trained(
     cut: CutOnDisk, recipe: Recipe, work: Path, processes: Processes, progress: Progress
 ) -> tuple[Result, Expected | None]:
-    """The cut, trained, and what it must have; `work`: directory of this training alone, where a stopped one resumes.
+    """The trained cut, and its expected logits and loss; `work`: directory of this training, from which it resumes.
 
     Every process of a launch calls this; only in the first one are the two complete.
     """
@@ -90,8 +94,7 @@ def trained(
     spec, settings, compute = recipe.text, recipe.settings, recipe.compute
     assert spec is not None and settings is not None
 
-    def sampler() -> Model:
-        return load_model(cut.source.path, device=compute.device, trust_remote_code=compute.trust_remote_code)
+    sampler = partial(load_model, cut.source.path, device=compute.device, trust_remote_code=compute.trust_remote_code)
 
     def corpus_of() -> Corpus:
         with within_memory("sampling text from the source", ["--calibration DATA", "--device cpu"]):
@@ -112,11 +115,11 @@ def trained(
 
 
 def start(cut: CutOnDisk, recipe: Recipe, corpus: Corpus, work: Path, progress: Progress) -> CutOnDisk:
-    """What a training starts from: the cut folded on the training text, or without an earlier repair, written into
-    `work`; or the cut as it is.
+    """The checkpoint that training starts from: the cut folded on the training text, or without an earlier repair,
+    written into `work`; or the cut itself.
 
-    Decided once for all runs that resume each other. Raises HealError for a bare start of a cut that was repaired and
-    then had an adapter merged into it.
+    Decided by the first run, and the same for all runs that resume it. Raises HealError for a bare start of a cut that
+    was repaired and then had an adapter merged into it.
     """
     decided = work / "base.json"
     if not decided.is_file():
@@ -140,7 +143,7 @@ def _start(cut: CutOnDisk, recipe: Recipe, corpus: Corpus, base: Path, progress:
         text, unasked = corpus.to_fold_on(recipe.text), replace(recipe, asked=False)
         with (
             within_memory("in the fold", ["--train-from cut", "--device cpu"]),
-            open_walk(source.checkpoint, compute, loads=recipe.loads) as walk,
+            open_walk(source.checkpoint, compute, loads=recipe.loads, directory=base.parent) as walk,
         ):
             patch = repair(source.checkpoint, walk, plan, text, unasked, progress)
         if patch.record is None:
@@ -158,7 +161,7 @@ def _start(cut: CutOnDisk, recipe: Recipe, corpus: Corpus, base: Path, progress:
 def _write_trained(
     result: Result, expected: Expected | None, request: HealRequest, recipe: Recipe, progress: Progress
 ) -> Written:
-    """Write the result, then the adapter, which belongs to a checkpoint that is in place."""
+    """Write the result; then the adapter, if the checkpoint is in place."""
     from slicer.heal.finetune.result import save_adapter
 
     assert recipe.settings is not None and result.history is not None

@@ -19,17 +19,16 @@ from slicer.model.adapter import Place, adapter_logits, merged_spans, placed
 from slicer.model.verify import Expected
 from slicer.plan.plan import Plan
 from slicer.plan.records import MergeRecord
-from slicer.progress import Progress
-from slicer.runtime.memory import fits
+from slicer.progress import SILENT, Progress
+from slicer.runtime.memory import OVERHEAD, check_free, fits
 
 
-def merge(request: MergeRequest, progress: Progress | None = None) -> Written:
+def merge(request: MergeRequest, progress: Progress = SILENT) -> Written:
     """Merge the adapter into the checkpoint, written whole or not at all.
 
     With `renumber`, the layer numbers of the adapter are mapped by the checkpoint's plan, and those of dropped layers
     are left out. Raises HealError if the adapter does not fit, other SlicerErrors.
     """
-    progress = progress or Progress()
     progress.stage("Opening the checkpoint and the adapter")
     source = open_source(request.cut)
     base, trusted = source.checkpoint, request.compute.trust_remote_code
@@ -58,11 +57,12 @@ def _expected(
     request: MergeRequest, source: Source, adapter: Adapter, places: Sequence[Place], progress: Progress
 ) -> Expected | None:
     """The logits of the checkpoint with the adapter, where they are asked for or the model fits in memory."""
-    asked, compute = request.output.verify, request.compute
+    asked, compute, nbytes = request.output.verify, request.compute, 4 * source.checkpoint.parameters  # in float32
     if asked in ("none", "load"):
         return None
-    if asked == "auto" and not fits(4 * source.checkpoint.parameters, compute.device):  # in float32
+    if asked == "auto" and not fits(nbytes, compute):
         return None
+    check_free(OVERHEAD * nbytes, compute)
     progress.stage("Reference logits of the checkpoint with the adapter")
     try:
         return adapter_logits(source.checkpoint, adapter, places, compute)

@@ -7,18 +7,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from slicer.checkpoint import card, export
 from slicer.checkpoint import config as configs
 from slicer.checkpoint.export import Contents, check_output
 from slicer.checkpoint.hub import Source
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import Sizes, measure_sizes, sizes_of
+from slicer.figures import layers
+from slicer.figures.training import loss_curve
 from slicer.heal.patch import Patch
 from slicer.jobs.request import Output
 from slicer.measure.analysis import Analysis
 from slicer.model.verify import Errors, Expected, check_contents
 from slicer.plan.plan import Plan
-from slicer.plan.records import MergeRecord
+from slicer.plan.records import MergeRecord, plain
 from slicer.progress import Progress
 from slicer.runtime.compute import Compute
 from slicer.runtime.files import atomic_directory, check_space
@@ -29,15 +33,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """What is to be written, with the facts for its card and the summary.
+    """What to write, with the facts for the model card and the summary.
 
     Attributes:
         plan: of the result; written unless it drops nothing (a checkpoint that slicer did not make).
         before: sizes of the source.
-        name: of the directory, where none is given.
-        analysis: what the cut was chosen by, to be drawn. history: of a training, to be drawn.
+        name: of the directory, if none is given.
+        analysis: the measurements that the cut was chosen by, and history: of a training; both for the figures.
         warnings: about checkpoints that load but do not work everywhere.
-        merge: the adapter that is merged in, to be entered with the outcome of the check.
+        merge: the record of a merged adapter; the results of the check are added to it.
     """
 
     contents: Contents
@@ -63,23 +67,18 @@ class Result:
         """The cut of `plan` from `source`, repaired by `patch`.
 
         `origin`: the same cut on disk, whose companion files and figures are kept; None: the source's companion files.
-        Raises ArchitectureError where config.json cannot express the cut.
+        Raises ArchitectureError if config.json cannot express the cut.
         """
         checkpoint = source.checkpoint
         config = configs.sliced_config(checkpoint, plan, dtype=plan.dtype, trust_remote_code=trust_remote_code)
         contents = export.sliced(checkpoint, plan, patch.configured(config), patch.replaced, patch.added)
         if origin is not None:
             contents = replace(contents, origin=origin, continues=True)
-        # They are on how vLLM reads the source's own architecture.
+        # These warnings are about how vLLM reads the architecture of the source.
         native = plan.form != "blockwise" and len(plan.kept) < plan.depth
-        return cls(
-            contents,
-            replace(plan, healing=patch.record),
-            measure_sizes(checkpoint),
-            output_name(source.name, plan.size_name),
-            analysis,
-            warnings=tuple(configs.warnings(checkpoint.config, plan.kept, config)) if native else (),
-        )
+        warnings = tuple(configs.warnings(checkpoint.config, plan.kept, config)) if native else ()
+        name, plan = output_name(source.name, plan.size_name), replace(plan, healing=patch.record)
+        return cls(contents, plan, measure_sizes(checkpoint), name, analysis, warnings=warnings)
 
     @classmethod
     def of_base(
@@ -96,25 +95,19 @@ class Result:
         `plan`: of the base; the record of `patch`, if any, becomes its `healing`. `before`: sizes of the source; None:
         those of the base.
         """
-        healing = patch.record or plan.healing
-        return cls(
-            export.unchanged(base, patch.replaced),
-            replace(plan, healing=healing),
-            before or measure_sizes(base),
-            output_name(str(base.path), plan.size_name),
-            history=history,
-            merge=merge,
-        )
+        contents, name = export.unchanged(base, patch.replaced), output_name(str(base.path), plan.size_name)
+        plan = replace(plan, healing=patch.record or plan.healing)
+        return cls(contents, plan, before or measure_sizes(base), name, history=history, merge=merge)
 
 
 def output_name(source: str, size: str) -> str:
-    """The name of a result where none is given: "Llama-2-7b-hf-24L" of org/Llama-2-7b-hf@main and "24L"."""
+    """The name of a result if none is given: "Llama-2-7b-hf-24L" of org/Llama-2-7b-hf@main and "24L"."""
     name = source.rsplit("@", 1)[0] if not Path(source).exists() else str(Path(source).resolve())
     return f"{Path(name).name or 'model'}-{size}"
 
 
 def check_place(result: Result, output: Output) -> None:
-    """Raise OutputError where `result` cannot be written: the place is taken, or the space does not suffice."""
+    """Raise OutputError if `result` cannot be written: the directory may not be replaced, or the disk is too full."""
     out = output.out or Path(result.name)
     check_output(out, result.contents.origin, overwrite=output.overwrite)
     check_space(out, result.contents.total_bytes)
@@ -129,7 +122,7 @@ class Written:
         before, after: sizes of the source and of the result.
         verified: how the result was checked: "none", "load", "logits", or "nothing written".
         logits_error: largest difference from the expected logits, relative to the largest logit; rounding_error: the
-            part of it that rounding the weights makes.
+            part that comes from rounding the weights.
     """
 
     out: Path | None
@@ -143,42 +136,25 @@ class Written:
 
     def to_dict(self) -> dict[str, object]:
         """For `--json`: plain values, the plan under its own names."""
-        plan = self.plan
-        below = {
-            "no_attention": list(plan.no_attention),
-            "no_ffn": list(plan.no_ffn),
-            "joined": [list(pair) for pair in plan.joined],
-            "form": plan.form,
-        }
+        below = ("no_attention", "no_ffn", "joined", "form") if self.plan.below_layers else ()
+        cut = ("source", "revision", "model_type", "strategy", "kept", "dropped", *below, "distance", "runners_up")
         return {
             "out": None if self.out is None else str(self.out),
-            "source": plan.source,
-            "revision": plan.revision,
-            "model_type": plan.model_type,
-            "strategy": plan.strategy,
-            "kept": list(plan.kept),
-            "dropped": list(plan.dropped),
-            **(below if plan.below_layers else {}),
-            "distance": plan.distance,
-            "runners_up": [other.to_dict() for other in plan.runners_up],
+            **{name: plain(getattr(self.plan, name)) for name in cut},
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
-            "healing": plan.healing and plan.healing.to_dict(),
-            "merged": [record.to_dict() for record in plan.merged],
-            "verified": self.verified,
-            "logits_error": self.logits_error,
-            "rounding_error": self.rounding_error,
-            "warnings": list(self.warnings),
+            **{name: plain(getattr(self.plan, name)) for name in ("healing", "merged")},
+            **{name: plain(getattr(self, name)) for name in ("verified", "logits_error", "rounding_error", "warnings")},
         }
 
 
 def write_verified(
     result: Result, expected: Expected | None, output: Output, compute: Compute, progress: Progress
 ) -> Written:
-    """Write `result` to `output.out` (None: a directory named after it), checked, whole or not at all.
+    """Write `result` to `output.out` (None: a directory with its name), verified, whole or not at all.
 
     `expected`: the logits to compare with, and the text to measure the loss on, which becomes the record's
-    `loss.after`; None: keys, shapes and changed tensors are checked alone. `output.verify` "none" skips the check of
+    `loss.after`; None: only keys, shapes and changed tensors are checked. `output.verify` "none" skips the check of
     keys and shapes. Raises OutputError, VerificationError.
     """
     out, after = output.out or Path(result.name), sizes_of(result.contents)
@@ -201,7 +177,7 @@ def write_verified(
 
 
 def described(result: Result) -> Written:
-    """What would be written, of a dry run."""
+    """What would be written: the result of a dry run."""
     after = sizes_of(result.contents)
     return Written(None, result.plan, result.before, after, "nothing written", warnings=result.warnings)
 
@@ -209,15 +185,16 @@ def described(result: Result) -> Written:
 def _describe(result: Result, after: Sizes, directory: Path) -> None:
     """Write plan, figures and model card."""
     plan, origin, notes = result.plan, result.contents.origin, directory / "slicer"
-    if plan.gone != (frozenset(), frozenset()):  # else slicer did not make the checkpoint, and there is no plan of it
+    if plan.gone != (frozenset(), frozenset()):  # else slicer did not make the checkpoint, and there is no plan
         notes.mkdir(exist_ok=True)
         (notes / "plan.json").write_text(plan.to_json(), "utf-8")
     if result.analysis is not None:
         _draw(result.analysis, plan, notes)
     if result.history is not None:
-        import yaml
-
-        _draw_training(result.history, notes)
+        train, held_out, best = result.history.train, result.history.held_out, result.history.best
+        losses = {"train": train, "held_out": held_out, "best_step": best}
+        (notes / "training.json").write_text(json.dumps(losses, indent=1) + "\n", "utf-8")
+        loss_curve(train, held_out, best, notes / "training.png")
         if plan.healing is not None and plan.healing.training is not None:  # `--config` takes the file
             settings = yaml.safe_dump(dict(plan.healing.training.settings), sort_keys=False)
             (notes / "training.yaml").write_text(settings, "utf-8")
@@ -231,8 +208,6 @@ def _describe(result: Result, after: Sizes, directory: Path) -> None:
 
 
 def _draw(measured: Analysis, plan: Plan, directory: Path) -> None:
-    from slicer.figures import layers
-
     distances = measured.distances()
     (directory / "distances.json").write_text(distances.to_json(), "utf-8")
     if measured.sublayers and plan.below_layers:
@@ -241,11 +216,3 @@ def _draw(measured: Analysis, plan: Plan, directory: Path) -> None:
     chosen = (plan.dropped[0], n) if n and not plan.joined else None
     layers.heat_map(distances, directory / "distances.png", chosen=chosen, offset=plan.half_offset)
     layers.curves(distances, directory / "curves.png", chosen=chosen, offset=plan.half_offset)
-
-
-def _draw_training(history: TrainingHistory, directory: Path) -> None:
-    from slicer.figures.training import loss_curve
-
-    losses = {"train": history.train, "held_out": history.held_out, "best_step": history.best}
-    (directory / "training.json").write_text(json.dumps(losses, indent=1) + "\n", "utf-8")
-    loss_curve(history.train, history.held_out, history.best, directory / "training.png")

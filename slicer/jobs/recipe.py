@@ -1,9 +1,11 @@
-"""What a command does, decided once from its request: the repair, the text, the checks, where the model runs."""
+"""The recipe of a command: repair, text, checks, device and memory, decided once from its request."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from slicer.checkpoint import sublayers
 from slicer.checkpoint.config import sliced_config
@@ -17,33 +19,33 @@ from slicer.data.sources import TextSpec
 from slicer.errors import ArchitectureError, HealError, PlanError, UsageError
 from slicer.heal.finetune.settings import Training, TrainingSettings, resolve
 from slicer.jobs.request import Compensation, ConvertRequest, HealRequest, Selection, check_choice
-from slicer.plan.amounts import Goal
+from slicer.plan.amounts import Goal, spell_size
 from slicer.plan.plan import Plan
-from slicer.plan.records import SOLVERS
+from slicer.plan.records import SOLVERS, MemoryRecord
 from slicer.progress import Progress
+from slicer.runtime import memory
 from slicer.runtime.compute import Compute
 from slicer.runtime.distributed import Processes
 from slicer.runtime.files import check_space
-from slicer.runtime.memory import fits
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a command does. Made by `Recipe.of` or `Recipe.of_heal`; nothing decides again later.
+    """All decisions of a command. Made by `Recipe.of` or `Recipe.of_heal`, and never changed afterwards.
 
     Attributes:
-        goal, plan: how much to drop, or the plan that is replayed (or, of heal, that of the cut): one of the two.
+        goal, plan: how much to drop, or the replayed plan (for heal: the plan of the cut); one of the two is given.
         repair: weight compensation in closed form; its method is "none", "fold", "bias" or "linear".
-        asked: False for a fold that nobody asked for: it may fail, and is left out where it does not help.
-        unhealed: the reason why there is no repair, unless none was asked for.
-        text: the text that is measured, repaired or trained on; None: none is read.
-        halves: whether to measure within the layers too: needed, not wanted, or (None) where it can be done.
-        compute: where models run, in the precision of the result.
-        loads: whether the source fits in memory; else its layers are read one at a time.
-        verify: "none", "load" or "logits"; of a training also "auto": logits where they can be had.
+        asked: False for an automatic fold: it may fail, and is left out if it does not help.
+        unhealed: why there is no repair; None: there is one, or the request has "none".
+        text: the text to measure, repair or train on; None: no text is read.
+        halves: whether to measure between sublayers too: True (needed), False, or None (if possible).
+        compute: device, precision of the result, and memory (for a training: as in the request).
+        loads: whether the whole source fits in that memory; else its layers are read one at a time.
+        verify: "none", "load" or "logits"; for a training also "auto": logits if they can be computed.
         writes: False for a dry run.
-        training, settings: as asked, and every value used; None: nothing is trained.
-        notes: for the user, beforehand.
+        training, settings: as in the request, and every value used; None: nothing is trained.
+        notes: for the user, printed before the work.
     """
 
     goal: Goal | None
@@ -70,15 +72,21 @@ class Recipe:
 
     @property
     def needs_model(self) -> bool:
-        """Whether the source is run: to measure, to repair, or for its logits."""
+        """Whether the source model is run: to measure, to repair, or for its logits."""
         return self.measures or (self.writes and (self.repair.method != "none" or self.verify == "logits"))
+
+    @property
+    def memory(self) -> MemoryRecord | None:
+        """The memory budgets of the source model, for the plan; None if it is not run."""
+        host, device = self.compute.memory, self.compute.device_memory
+        return MemoryRecord(host, device, self.loads) if self.needs_model and host is not None else None
 
     @classmethod
     def of(cls, request: ConvertRequest, source: Source) -> Recipe:
-        """Of a conversion of `source`.
+        """The recipe of a conversion of `source`.
 
         Raises UsageError for options that contradict each other, PlanError for a goal out of reach or a plan of another
-        model, ArchitectureError for a cut that cannot be written, OutputError for a place that is taken.
+        model, ArchitectureError for a cut that cannot be written, OutputError for an output that may not be replaced.
         """
         checkpoint, output, compute = source.checkpoint, request.output, request.compute
         check_choice("--dtype", compute.dtype, tuple(DTYPES))
@@ -87,12 +95,16 @@ class Recipe:
         _check_goal(request, checkpoint)
         plan, notes = _replayed(request, checkpoint), []
         if plan is not None and plan.merged:
-            notes.append("an adapter was merged into that plan's checkpoint; slicer merge does it again to this one")
+            notes.append(
+                "an adapter was merged into the checkpoint of this plan; to merge it into this one, use slicer merge"
+            )
         measures = request.goal is not None and request.goal.measured(request.selection.strategy)
         repair, asked, why = _repair(request, plan, measures)
         text = _text(request, plan, reads=measures or repair.method != "none")
         runs = measures or (not output.dry_run and (repair.method != "none" or output.verify in ("auto", "logits")))
-        loads = runs and fits(checkpoint.bytes_as(compute.dtype), compute.device, compute.memory)
+        loads = False
+        if runs:
+            compute, loads = with_budgets(checkpoint, compute, None if plan is None else plan.memory)
         recipe = cls(
             request.goal,
             plan,
@@ -103,19 +115,21 @@ class Recipe:
             _halves(request, repair, checkpoint),
             compute,
             loads,
-            _verify(output.verify, loads) if not output.dry_run else "none",
+            _verify(output.verify, loads or text is not None) if not output.dry_run else "none",
             writes=not output.dry_run,
             unhealed=why,
             command=request.command,
         )
+        if recipe.needs_model:
+            check_memory(checkpoint, compute, loads)
         return replace(recipe, notes=(*notes, *_memory_notes(recipe, checkpoint, output.verify)))
 
     @classmethod
     def of_heal(cls, request: HealRequest, cut: CutOnDisk) -> Recipe:
-        """Of a repair or a training of a cut on disk.
+        """The recipe of a repair or a training of a cut on disk.
 
-        Raises UsageError for options that contradict each other, HealError for a cut that cannot be repaired so,
-        OutputError for a place that is taken.
+        Raises UsageError for options that contradict each other, HealError for a cut that cannot be repaired this way,
+        OutputError for an output that may not be replaced.
         """
         source, plan, output = cut.source.checkpoint, cut.plan, request.output
         if output.out is None:
@@ -124,20 +138,14 @@ class Recipe:
             check_output(output.out, path, overwrite=output.overwrite)
         check_space(output.out, cut.checkpoint.total_bytes)
         compute = replace(request.compute, dtype=plan.dtype)
-        loads = fits(source.bytes_as(compute.dtype), compute.device, compute.memory)
-        recipe = cls(
-            None,
-            plan,
-            Selection(form=plan.form),
-            replace(request.compensation, solver=request.compensation.solver or SOLVERS[0]),
-            True,
-            request.text.over(TextSpec()),
-            False,
-            compute,
-            loads,
-            _verify(output.verify, loads),
-            command=request.command,
-        )
+        if request.training is None:
+            compute, loads = with_budgets(source, compute)
+        else:  # no budgets yet: the first process trains with its part of the memory, then measures with all of it
+            loads = memory.fits(source.bytes_as(compute.dtype), compute)
+        selection, text = Selection(form=plan.form), request.text.over(TextSpec())
+        verify = _verify(output.verify, loads or request.training is None)
+        repair = replace(request.compensation, solver=request.compensation.solver or SOLVERS[0])
+        recipe = cls(None, plan, selection, repair, True, text, False, compute, loads, verify, command=request.command)
         if request.training is not None:
             return _trained(recipe, request.training, request, cut)
         if request.compensation.method != "fold":
@@ -147,17 +155,18 @@ class Recipe:
                 f"{request.cut}: an adapter was merged into it, and a fold would be solved without the adapter; fold "
                 "before merging, or train on: --method lora"
             )
+        check_memory(source, compute, loads)
         return replace(recipe, notes=_memory_notes(recipe, source, output.verify))
 
     def announce(self, progress: Progress) -> None:
-        """Pass on the notes, and what takes time first."""
+        """Show the notes and the first long stage."""
         for note in self.notes:
             progress.note(note)
         if self.needs_model:
-            progress.stage("Loading the model" if self.loads else "Reading what lies outside the layers")
+            progress.stage("Loading the model" if self.loads else "Reading the modules outside the layers")
 
     def marks(self, cut: CutOnDisk) -> Mapping[str, object]:
-        """JSON values that a training must share with the one whose work it resumes."""
+        """JSON values that must be equal for a training to resume the work of another."""
         return {
             "cut": cut.checkpoint.identity,
             "text": self.text and self.text.identity,
@@ -165,6 +174,43 @@ class Recipe:
             "fold": self.repair.solver,
             "source": cut.source.name,
         }
+
+
+def with_budgets(
+    checkpoint: Checkpoint, compute: Compute, recorded: MemoryRecord | None = None
+) -> tuple[Compute, bool]:
+    """(`compute` with its budgets as numbers, whether the whole `checkpoint` fits in them): as given, else `recorded`,
+    else the defaults. Raises UsageError for an unavailable device."""
+    if recorded is not None:
+        host, device = compute.memory or recorded.host, compute.device_memory or recorded.device
+        compute = replace(compute, memory=host, device_memory=device)
+    compute = memory.settled(compute)
+    files = Counter[Path]()
+    for span in checkpoint.tensors.values():
+        files[span.file] += span.nbytes
+    return compute, memory.fits(checkpoint.bytes_as(compute.dtype), compute, file=max(files.values()))
+
+
+def check_memory(checkpoint: Checkpoint, compute: Compute, loads: bool) -> None:
+    """Check the memory for what `with_budgets` decided, before work begins.
+
+    Raises UsageError for a budget that does not hold one layer, OutOfMemory if too little is free.
+    """
+    whole = checkpoint.bytes_as(compute.dtype)
+    if loads:
+        memory.check_free(memory.OVERHEAD * whole, compute)
+        return
+    loaded = measure_sizes(checkpoint, cast=DTYPES[compute.dtype] if compute.dtype else None).layer_bytes
+    layer = max(*loaded, *measure_sizes(checkpoint).layer_bytes)
+    on_device = layer + whole - sum(loaded)  # the modules outside the layers stay there
+    budgets = ("--memory", compute.memory, layer), ("--device-memory", compute.device_memory, on_device)
+    for option, budget, needed in budgets:
+        if budget is not None and budget < needed:
+            raise UsageError(
+                f"{option} {spell_size(budget)}: too little for one layer of {checkpoint.path}; give at least "
+                f"{spell_size(needed, up=True)}"
+            )
+    memory.check_free(layer if compute.device_memory is None else on_device, compute, limiting=False)
 
 
 def _check_goal(request: ConvertRequest, checkpoint: Checkpoint) -> None:
@@ -190,7 +236,7 @@ def _check_goal(request: ConvertRequest, checkpoint: Checkpoint) -> None:
 
 
 def _replayed(request: ConvertRequest, checkpoint: Checkpoint) -> Plan | None:
-    """The saved plan, in the form that is asked for. Raises PlanError or ArchitectureError where it does not fit."""
+    """The saved plan, in the form of the request. Raises PlanError or ArchitectureError if it does not fit."""
     plan = request.plan
     if plan is None:
         return None
@@ -206,10 +252,10 @@ def _replayed(request: ConvertRequest, checkpoint: Checkpoint) -> Plan | None:
 
 
 def _repair(request: ConvertRequest, plan: Plan | None, measures: bool) -> tuple[Compensation, bool, str | None]:
-    """(the repair, whether it was asked for, why there is none where that was not).
+    """(the repair, whether it was asked for, the reason if there is none without being asked for).
 
-    What was asked; else what the replayed plan had; else a fold, where text is named or measured anyway and every layer
-    keeps both sublayers; else none.
+    The requested repair; else that of the replayed plan; else a fold, if text is named or measured anyway and every
+    layer keeps both sublayers; else none.
     """
     given, none = request.compensation, Compensation("none")
     solver = given.solver or SOLVERS[0]
@@ -234,9 +280,9 @@ def _repair(request: ConvertRequest, plan: Plan | None, measures: bool) -> tuple
 
 
 def _text(request: ConvertRequest, plan: Plan | None, *, reads: bool) -> TextSpec | None:
-    """The text to read: what is given, over what the replayed plan recorded.
+    """The text to read: the given fields, over those that the replayed plan recorded.
 
-    Raises UsageError where a replay reads none and something is given about it.
+    Raises UsageError if a replay reads no text, but options of the text are given.
     """
     recorded = None
     if plan is not None:
@@ -254,7 +300,7 @@ def _text(request: ConvertRequest, plan: Plan | None, *, reads: bool) -> TextSpe
 
 
 def _halves(request: ConvertRequest, repair: Compensation, checkpoint: Checkpoint) -> bool | None:
-    """Whether to measure within the layers too: needed, not wanted, or (None) where it can be done, as it may win."""
+    """Whether to measure between sublayers too: True (needed), False, or None: if possible, for offset "auto"."""
     goal, offset = request.goal, request.selection.offset
     if offset == "half" or (goal is not None and goal.sublayers):
         return True
@@ -268,17 +314,18 @@ def _halves(request: ConvertRequest, repair: Compensation, checkpoint: Checkpoin
     return None
 
 
-def _verify(asked: str, loads: bool) -> str:
-    return asked if asked != "auto" else "logits" if loads else "load"
+def _verify(asked: str, runs: bool) -> str:
+    """`asked`; for "auto": "logits" if the source is loaded or run anyway, else "load"."""
+    return asked if asked != "auto" else "logits" if runs else "load"
 
 
 def _memory_notes(recipe: Recipe, checkpoint: Checkpoint, verify: str) -> tuple[str, ...]:
-    """What follows where the model does not fit in memory."""
+    """Notes for a model that does not fit in memory."""
     notes = []
     if recipe.writes and verify == "auto" and recipe.verify == "load":
-        notes.append("the model does not fit in memory: its keys and shapes are checked, its logits are not")
+        notes.append("the model does not fit in memory: keys and shapes are checked, logits are not (--verify logits)")
     if recipe.needs_model and not recipe.loads:
-        pickled = ", out of pickled .bin files" if checkpoint.is_bin else ""
+        pickled = ", from pickled .bin files" if checkpoint.is_bin else ""
         notes.append(f"the model does not fit in memory: its layers are read from disk one at a time{pickled}")
     return tuple(notes)
 
@@ -304,7 +351,7 @@ def _trained(recipe: Recipe, training: Training, request: HealRequest, cut: CutO
         processes=Processes.of_environment().world,
     )
     verify = output.verify
-    if verify == "auto" and not fits(4 * cut.checkpoint.parameters, request.compute.device):  # in float32
+    if verify == "auto" and not memory.fits(4 * cut.checkpoint.parameters, request.compute):  # in float32
         verify = "load"
     text = request.text.over(TextSpec(seed=training.seed))
     return replace(recipe, text=text, verify=verify, training=training, settings=settings, notes=tuple(words))

@@ -1,4 +1,4 @@
-"""Weight compensation of a cut in closed form: solved in memory, and placed where it is written."""
+"""Weight compensation of a cut in closed form: solved in memory, then placed in the tensors of the output."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from slicer.data.calibration import TokenBatches
 from slicer.errors import ArchitectureError, HealError, OutOfMemory
 from slicer.heal.compensate.fold import fold
 from slicer.heal.compensate.linear import linear, train
-from slicer.heal.patch import NONE, Patch, Solved, holds, place, written_dtype
+from slicer.heal.patch import NONE, Patch, holds, place, written_dtype
 from slicer.jobs.recipe import Recipe
 from slicer.jobs.request import Compensation
 from slicer.model.walk import Walk
 from slicer.plan.plan import Plan
-from slicer.plan.records import SOLVERS, Losses
+from slicer.plan.records import SOLVERS
 from slicer.progress import Progress
 from slicer.runtime import memory
 
@@ -26,12 +26,12 @@ def repair(
     how: Recipe | Compensation,
     progress: Progress,
 ) -> Patch:
-    """The repair of the cut of `plan` from the source `checkpoint`, over which `walk` is, fitted on `text`.
+    """The repair of the cut of `plan` from the source `checkpoint`, fitted on `text`; `walk`: over the source.
 
-    `NONE` where none is asked for. `walk.activations`, of the same text, spares the next fold the pass through the
-    source. Raises HealError and ArchitectureError where the cut cannot be repaired, OutOfMemory; a fold that nobody
-    asked for is left out with a note then, and where it does not lower the held-out loss. A training that would start
-    from that fold ends if memory runs out: started again, it may have enough.
+    `NONE` if the recipe has no repair. With `walk.activations` (of the same text), the next fold skips the pass through
+    the source. Raises HealError and ArchitectureError if the cut cannot be repaired, OutOfMemory. An automatic fold is
+    left out instead, with a note, also if it does not lower the held-out loss; but if memory runs out before a
+    training, OutOfMemory is raised, because a second run may have enough.
     """
     asked, compensation = (how.asked, how.repair) if isinstance(how, Recipe) else (True, how)
     if compensation.method == "none":
@@ -57,33 +57,24 @@ def repair(
                     progress=progress,
                 )
             else:
-                solved = _maps(walk, plan, text, compensation, progress)
+                assert compensation.method is not None
+                batches, seed = text.batches, text.record.seed
+                solved = linear(walk, batches, plan, compensation.method, compensation.rank, progress=progress)
+                if compensation.steps:  # of the constants or maps alone
+                    solved = train(walk, batches, plan, solved, compensation.steps, seed=seed, progress=progress)
     except (HealError, ArchitectureError) as error:
         if asked or (trains and isinstance(error, OutOfMemory)):
             raise
         progress.note(f"not healed: {error}")
     if solved is None:
-        memory.release()  # what the error held
+        memory.release()  # memory that the error referred to
         return NONE
-    if not solved.losses.falls:
-        progress.note(f"{'healed as asked' if asked else 'not healed'}: {_no_help(solved.losses)}")
+    losses = solved.losses
+    if not losses.falls:
+        progress.note(
+            f"{'healed as asked' if asked else 'not healed'}: it does not lower the loss on calibration text held out "
+            f"({losses.after:.4f} nats a token, {losses.before:.4f} without)"
+        )
         if not asked:
             return NONE
     return place(checkpoint, plan, solved, text.record, cast)
-
-
-def _maps(walk: Walk, plan: Plan, text: TokenBatches, compensation: Compensation, progress: Progress) -> Solved:
-    """Constants or linear maps behind the sublayers that stay, trained alone where steps are asked for."""
-    assert compensation.method is not None
-    solved = linear(walk, text.batches, plan, compensation.method, compensation.rank, progress=progress)
-    if compensation.steps:
-        steps, seed = compensation.steps, text.record.seed
-        solved = train(walk, text.batches, plan, solved, steps, seed=seed, progress=progress)
-    return solved
-
-
-def _no_help(losses: Losses) -> str:
-    return (
-        f"it does not lower the loss on calibration text held out ({losses.after:.4f} nats a token, "
-        f"{losses.before:.4f} without)"
-    )

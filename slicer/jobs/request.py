@@ -1,6 +1,6 @@
-"""What a command is asked to do: frozen values. In all of them None means "not given".
+"""Requests: the options of a job as frozen values. In all of them None means "not given".
 
-`slicer.jobs.recipe` applies the defaults, once; nothing rewrites a request.
+`slicer.jobs.recipe` applies the defaults, once; a request is never changed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Text:
     column: str | None = None
 
     def over(self, spec: TextSpec) -> TextSpec:
-        """`spec` with the fields that are given here in place of its own."""
+        """`spec` with the fields that are given here replaced."""
         return replace(spec, **{k: v for k, v in asdict(self).items() if v is not None})
 
     @classmethod
@@ -58,7 +58,7 @@ class Selection:
         strategy: "similarity", "deepest" or "tail".
         offset: of similarity: "whole" layers, "half"-offset blocks, or "auto", the closer of the two.
         form: how layers without attention or feed-forward are written: "blockwise" or "zeroed"; None: "blockwise"
-            where a layer lacks one, else "native".
+            if a layer lacks one, else "native".
     """
 
     strategy: str = "similarity"
@@ -78,10 +78,10 @@ class Compensation:
     """Weight compensation in closed form.
 
     Attributes:
-        method: "none", "fold", "bias", "linear" or "auto" (a fold where there is text and it helps).
+        method: "none", "fold", "bias", "linear" or "auto" (a fold if there is text and it helps).
         solver: of a fold, one of `SOLVERS`.
         rank: of linear maps.
-        steps: of training that a constant or a linear map then gets, alone.
+        steps: training steps of the constants or linear maps, and of nothing else.
     """
 
     method: str | None = None
@@ -93,11 +93,11 @@ class Compensation:
         check_choice("--heal", self.method, COMPENSATIONS)
         check_choice("--solver", self.solver, SOLVERS)
         if (self.method == "linear") != (self.rank is not None):
-            raise UsageError("--heal linear needs --rank, and only that does: --heal linear --rank 32")
+            raise UsageError("--heal linear needs --rank, and no other method has one: --heal linear --rank 32")
         if self.rank is not None and self.rank < 1:
             raise UsageError(f"--rank {self.rank}: must lie between 1 and the model's width")
         if self.steps and self.method not in MAPS:
-            raise UsageError("--heal-steps: trains the map of --heal bias or linear; give one of them")
+            raise UsageError("--heal-steps: trains what --heal bias or linear adds; give one of them")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Output:
 
     Attributes:
         out: the directory; None: named after the source, in the working directory.
-        verify: "none"; "load", every key and shape; "logits", also the logits; "auto": logits while the model fits.
+        verify: "none"; "load", every key and shape; "logits", also the logits; "auto": logits if the model fits.
         dry_run: nothing is written.
     """
 
@@ -137,13 +137,13 @@ class ConvertRequest:
     def __post_init__(self) -> None:
         if (self.goal is None) == (self.plan is None):
             raise UsageError(
-                "say how much to drop (--drop, --keep-layers, --max-params, --max-bytes, --drop-attention, --drop-ffn, "
-                "--drop-sublayers) or give --plan, not both"
+                "give either an amount to drop (--drop, --keep-layers, --max-params, --max-bytes, --drop-attention, "
+                "--drop-ffn, --drop-sublayers) or --plan"
             )
 
     @property
     def identity(self) -> dict[str, object]:
-        """JSON values that decide which cut this makes."""
+        """JSON values that determine the cut."""
         return {
             "source": self.source,
             "goal": None if self.goal is None else str(self.goal),
@@ -156,7 +156,7 @@ class ConvertRequest:
 
 @dataclass(frozen=True)
 class HealRequest:
-    """Repair `cut`, which slicer made of `source` (None: what its plan names): by `training`, else in closed form."""
+    """Repair `cut`, which slicer made from `source` (None: as in its plan): by `training`, else in closed form."""
 
     cut: str
     source: str | None = None
@@ -183,16 +183,16 @@ class MergeRequest:
 
 @dataclass(frozen=True)
 class Measures:
-    """What an analysis measures beside the distances between layers.
+    """What an analysis measures besides the distances between layers.
 
     Attributes:
-        positions: tokens of each sequence, evenly apart, that averages over tokens are taken on.
-        losses: block sizes of which every block is also scored by the loss without it.
-        greedy: layers to remove one after another by re-scored loss (SLEB); 0: none.
+        positions: number of tokens of each sequence, evenly spaced, that averages over tokens use.
+        losses: block sizes whose blocks are also measured by the loss without each of them.
+        greedy: number of layers to remove one by one, by the loss (SLEB); 0: none.
         taylor: |gradient x weight| of each layer.
-        sublayers: attention and feed-forward apart, and half-offset cuts.
+        sublayers: attention and feed-forward separately, and half-offset cuts.
         shapley: forward passes to spend on Shapley values of the layers, or of their sublayers; 0: none.
-        against: what these are shares of: "loss", "kl", or "task:NAME", the score of an lm-eval task.
+        against: the cost that these divide: "loss", "kl", or "task:NAME", the score of an lm-eval task.
         questions: of that task; data: its local files (None: the Hub's).
         healed: block sizes whose closest blocks are also compared by the loss after a fold.
     """
@@ -211,7 +211,7 @@ class Measures:
 
 @dataclass(frozen=True)
 class AnalyzeRequest:
-    """Measure `source` into the directory `out`; `beside`: another analysis to draw its sublayers against."""
+    """Measure `source` into the directory `out`; `beside`: another analysis, to plot both against each other."""
 
     source: str
     out: Path

@@ -1,118 +1,29 @@
-"""Results of an analysis: how much every block of layers changes the residual stream, by every metric.
-
-`Distances` is the table of one metric, `Analysis` all tables and what they were measured on: plain data with JSON in
-and out.
-"""
+"""Results of an analysis: the tables of all metrics and what they were measured on, plain data with JSON in and out."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slicer.errors import PlanError
+from slicer.errors import PlanError, unreadable
 from slicer.measure.metrics import title_of
+from slicer.plan.distances import SHARED
+from slicer.plan.distances import Distances as Distances
 from slicer.plan.plan import METRIC
 from slicer.plan.records import TextRecord, plain
 
 FORMAT = 1
 
 
-@dataclass(frozen=True)
-class Distances:
-    """One metric of every block measured; smaller means less change.
-
-    Attributes:
-        depth: L, the number of layers.
-        samples: sequences averaged over.
-        seq_len: tokens per sequence.
-        mean: n -> [d(0, n), d(1, 1+n), ..., d(L-n, L)]; angular distances in units of pi. NaN if not measured.
-        standard_error: of `mean` over samples, in the same form.
-        metric: its name in `slicer.measure.metrics.METRICS`.
-        difference_error: n -> standard errors of d(l, l+n) minus the smallest d of that n, paired by sample.
-    """
-
-    depth: int
-    samples: int
-    seq_len: int
-    mean: Mapping[int, Sequence[float]]
-    standard_error: Mapping[int, Sequence[float]]
-    metric: str = METRIC
-    difference_error: Mapping[int, Sequence[float]] = field(default_factory=dict)
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """The measured block sizes n, ascending."""
-        return tuple(sorted(self.mean))
-
-    def block(self, n: int) -> Sequence[float]:
-        """d(l, l+n) for l = 0..L-n. Raises PlanError if blocks of n were not measured."""
-        if n not in self.mean:
-            known = ", ".join(map(str, self.sizes))
-            raise PlanError(
-                f"{self.metric} was measured for blocks of {known} layers, not {n}; choose another metric, "
-                "or combine smaller blocks with --blocks"
-            )
-        return self.mean[n]
-
-    @property
-    def _rows(self) -> dict[str, Any]:
-        tables = {
-            "distances": self.mean,
-            "standard_error": self.standard_error,
-            "difference_error": self.difference_error,
-        }
-        return {
-            name: {str(n): [None if math.isnan(v) else v for v in row] for n, row in rows.items()}
-            for name, rows in tables.items()
-        }
-
-    def to_json(self) -> str:
-        """As JSON; equal data gives equal bytes."""
-        record = {
-            "metric": self.metric,
-            "unit": "pi radians" if self.metric.startswith("angular") else "1",
-            "depth": self.depth,
-            "samples": self.samples,
-            "seq_len": self.seq_len,
-            **self._rows,
-        }
-        return json.dumps(record, indent=1) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Distances:
-        """Read the output of `to_json`. Raises PlanError."""
-        try:
-            return cls._from_record(json.loads(text))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PlanError(f"not a distances file of slicer ({error}); measure again") from None
-
-    @classmethod
-    def _from_record(cls, record: Mapping[str, Any]) -> Distances:
-        return cls(
-            record["depth"],
-            record["samples"],
-            record["seq_len"],
-            mean=_rows_in(record["distances"]),
-            standard_error=_rows_in(record["standard_error"]),
-            metric=record.get("metric", METRIC),
-            difference_error=_rows_in(record.get("difference_error", {})),
-        )
-
-
-def _rows_in(rows: Mapping[str, Sequence[float | None]]) -> dict[int, list[float]]:
-    return {int(n): [math.nan if v is None else float(v) for v in row] for n, row in rows.items()}
-
-
 def _tables_out(tables: Mapping[str, Distances]) -> dict[str, Any]:
-    return {name: {"what": title_of(name), **table._rows} for name, table in tables.items()}
+    return {name: {"what": title_of(name), **table.rows} for name, table in tables.items()}
 
 
 def _tables_in(record: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Distances]:
-    return {name: Distances._from_record({**shared, **table, "metric": name}) for name, table in record.items()}
+    return {name: Distances.of({**shared, **table, "metric": name}) for name, table in record.items()}
 
 
 @dataclass(frozen=True)
@@ -161,21 +72,15 @@ class Analysis:
         """One metric's table over sublayers. Raises PlanError if it is missing."""
         if metric not in self.sublayers:
             known = ", ".join(self.sublayers)
-            raise PlanError(
-                f"no {metric} of attention and feed-forward sublayers in this analysis"
-                + (f"; choose from {known}" if known else "; run slicer analyze with --sublayers")
-            )
+            remedy = f"choose from {known}" if known else "run slicer analyze with --sublayers"
+            raise PlanError(f"no {metric} of attention and feed-forward sublayers in this analysis; {remedy}")
         return self.sublayers[metric]
 
     def to_json(self) -> str:
         """As JSON; equal data gives equal bytes."""
-        record: dict[str, Any] = {
-            "format": FORMAT,
-            **{k: plain(getattr(self, k)) for k in _PLAIN},
-            "positions": list(self.positions),
-            "greedy": [dict(step) for step in self.greedy],
-            "metrics": _tables_out(self.metrics),
-        }
+        listed = (*_PLAIN, "positions", "greedy")
+        record: dict[str, Any] = {"format": FORMAT, **{k: plain(getattr(self, k)) for k in listed}}
+        record["metrics"] = _tables_out(self.metrics)
         if self.sublayers:
             record["sublayers"] = _tables_out(self.sublayers)
         return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
@@ -187,7 +92,7 @@ class Analysis:
             record = json.loads(text)
             if record.get("format") != FORMAT:
                 raise ValueError(f"format {record.get('format')!r} is not {FORMAT}")
-            shared = {k: record[k] for k in ("depth", "samples", "seq_len")}
+            shared = {k: record[k] for k in SHARED}
             metrics = _tables_in(record["metrics"], shared)
             sublayers = _tables_in(record.get("sublayers") or {}, {**shared, "depth": 2 * record["depth"]})
             for table in (*metrics.values(), *sublayers.values()):
@@ -208,9 +113,8 @@ class Analysis:
         try:
             return cls.from_json(file.read_text("utf-8"), str(file))
         except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not text"
             raise PlanError(
-                f"{file}: cannot read the analysis ({reason}); create one with slicer analyze -o {path}"
+                f"{file}: cannot read the analysis ({unreadable(error)}); create one with slicer analyze -o {path}"
             ) from None
 
 

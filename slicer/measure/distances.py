@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,21 @@ from slicer.measure.metrics import METRICS, angles, check_finite, cka, fold_resi
 from slicer.measure.recorder import Portion, Recording, record
 from slicer.model.layers import watch
 from slicer.model.load import Model
+from slicer.model.states import Batches
 from slicer.model.sublayers import MidLayerTap
 from slicer.model.walk import Walk
 from slicer.plan.plan import METRIC
-from slicer.progress import Progress
+from slicer.progress import SILENT, Progress
 
 _AT_ONCE = 4  # sequences whose states are in memory at a time
+Rows = Mapping[int, torch.Tensor]  # size n of a block -> values by the block's start
 
 
 def measure(walk: Walk, text: TokenBatches, halves: bool | None, progress: Progress) -> Analysis:
     """The angular distances of last tokens over `text`, in one pass: an analysis with one metric.
 
     `halves`: between sublayers too; None: where the layers can be run within. Raises CalibrationError for states that
-    are not finite, ArchitectureError where `halves` are asked for and a layer lacks a sublayer, or cannot be run alone.
+    are not finite, ArchitectureError if `halves` are asked for and a layer lacks a sublayer, or cannot be run alone.
     """
     batches, sublayers = text.batches, {}
     if halves is not False:
@@ -44,8 +47,10 @@ def measure(walk: Walk, text: TokenBatches, halves: bool | None, progress: Progr
     if not sublayers and walk.loaded:
         layers = measure_loaded(walk.model, batches, progress)
     elif not sublayers:
-        with tempfile.TemporaryDirectory(prefix="slicer-") as work:
-            recording = record(walk, Portion.of(batches), Path(work), positions=1, progress=progress)
+        with tempfile.TemporaryDirectory(prefix="slicer-") as scratch:
+            kept = walk.directory is not None
+            place = walk.directory or Path(scratch)
+            recording = record(walk, Portion.of(batches), place, positions=1, resumable=kept, progress=progress)
             last = recording.sequences(0, recording.samples)[:, :, -1]
         layers = table(METRIC, angles(last.float()), seq_len=batches[0].shape[1])
     return Analysis(
@@ -54,22 +59,17 @@ def measure(walk: Walk, text: TokenBatches, halves: bool | None, progress: Progr
 
 
 @torch.inference_mode()
-def measure_loaded(model: Model, batches: Sequence[torch.Tensor], progress: Progress | None = None) -> Distances:
+def measure_loaded(model: Model, batches: Batches, progress: Progress = SILENT) -> Distances:
     """The angular distances of last tokens between the layers of a loaded model, also where these cannot be run one by
     one; `batches`: int64 [batch, seq] each, no padding.
 
     Keeps only the last token's states, [L+1, batch, d], and skips the logits.
     """
-    progress = progress or Progress()
     progress.stage("Measuring layers", len(batches), "batches")
-    found: list[torch.Tensor] = []
-    last: list[torch.Tensor] = []
+    found, last = list[torch.Tensor](), list[torch.Tensor]()
     device = model.get_input_embeddings().weight.device
 
-    def listener(index: int, states: torch.Tensor) -> None:
-        last.append(states[:, -1].detach().to(device, torch.float32))
-
-    with watch(model, listener):
+    with watch(model, lambda _, states: last.append(states[:, -1].detach().to(device, torch.float32))):
         for batch in batches:
             last.clear()
             model.base_model(input_ids=batch.to(device), use_cache=False)
@@ -80,9 +80,7 @@ def measure_loaded(model: Model, batches: Sequence[torch.Tensor], progress: Prog
     return table(METRIC, torch.cat(found), seq_len=batches[0].shape[1])
 
 
-def measure_halves(
-    walk: Walk, batches: Sequence[torch.Tensor], *, progress: Progress | None = None
-) -> tuple[Distances, Distances]:
+def measure_halves(walk: Walk, batches: Batches, *, progress: Progress = SILENT) -> tuple[Distances, Distances]:
     """The angular distances of last tokens between layers, and between sublayers (a table of depth 2L), in one pass
     over `batches` (int64 [batch, seq] each, no padding).
 
@@ -98,25 +96,18 @@ def measure_halves(
 def tables_of_halves(stacked: torch.Tensor, seq_len: int) -> dict[str, Distances]:
     """Every metric that averages over tokens, at each sequence's last token, between sublayers; `stacked`:
     [2L+1, samples, d] from `record_halves`."""
-    found: dict[str, list[torch.Tensor]] = {}
-    for one in torch.split(stacked, 1, 1):
-        for name, value in per_sequence(one[:, :, None]).items():
-            if METRICS[name].single:
-                found.setdefault(name, []).append(value)
-    return {name: table(name, torch.cat(values), seq_len=seq_len) for name, values in found.items()}
+    parts = [per_sequence(one[:, :, None]) for one in torch.split(stacked, 1, 1)]
+    names = [name for name in parts[0] if METRICS[name].single]
+    return {name: table(name, torch.cat([part[name] for part in parts]), seq_len=seq_len) for name in names}
 
 
-def record_halves(walk: Walk, batches: Sequence[torch.Tensor], *, progress: Progress | None = None) -> torch.Tensor:
+def record_halves(walk: Walk, batches: Batches, *, progress: Progress = SILENT) -> torch.Tensor:
     """The last token's residual stream before, inside and after every layer: [2L+1, samples, d].
 
     Raises as `measure_halves`.
     """
-    progress = progress or Progress()
-    states = walk.start(batches)
-    midway = MidLayerTap(walk)
-    points: list[list[torch.Tensor]] = [[] for _ in range(2 * walk.depth + 1)]
-    for state in states:
-        points[0].append(_last(state))
+    states, midway = walk.start(batches), MidLayerTap(walk)
+    points = [[_last(state) for state in states], *([] for _ in range(2 * walk.depth))]
     progress.stage("Measuring layers", walk.depth, "layers")
     for i in range(walk.depth):
         with walk.layer(i):
@@ -140,17 +131,14 @@ def _last(states: torch.Tensor) -> torch.Tensor:
 def distance_tables(recording: Recording, portion: Portion, progress: Progress) -> dict[str, Distances]:
     """Every metric of one pass, from what each process recorded of its portion."""
     progress.stage("Comparing layers", recording.samples, "sequences")
-    found: dict[str, list[torch.Tensor]] = {}
+    parts: list[dict[str, torch.Tensor]] = []
     for at in range(0, recording.samples, _AT_ONCE):
         until = min(at + _AT_ONCE, recording.samples)
-        for name, value in per_sequence(recording.sequences(at, until)).items():
-            found.setdefault(name, []).append(value)
+        parts.append(per_sequence(recording.sequences(at, until)))
         progress.advance(until - at)
-    joined = portion.join(*(torch.cat(values) for values in found.values()))
-    tables = {
-        name: table(name, values, seq_len=portion.seq_len, samples=portion.samples)
-        for name, values in zip(found, joined, strict=True)
-    }
+    joined = portion.join(*(torch.cat([part[name] for part in parts]) for name in parts[0]))
+    of_all = partial(table, seq_len=portion.seq_len, samples=portion.samples)
+    tables = {name: of_all(name, values) for name, values in zip(parts[0], joined, strict=True)}
     return {**tables, **_point_tables(recording, portion)}
 
 
@@ -162,13 +150,13 @@ def _point_tables(recording: Recording, portion: Portion) -> dict[str, Distances
     if portion.processes.world > 1 and sequences:
         points = _gathered(recording.points, depth + 1, recording, portion)
         mlp = _gathered(recording.mlp, depth, recording, portion) if recording.has_mlp else ()
-    tables = {}
-    if recording.point_count > 1:
-        value, pseudo = cka(points, sequences)
-        tables["cka"] = table("cka", pseudo, seq_len=portion.seq_len, samples=portion.samples, mean=value)
-        if recording.has_mlp:
-            residual = fold_residual(points, mlp, sequences)
-            tables["fold_residual"] = table("fold_residual", residual, seq_len=portion.seq_len, samples=portion.samples)
+    if recording.point_count <= 1:
+        return {}
+    value, pseudo = cka(points, sequences)
+    tables = {"cka": table("cka", pseudo, seq_len=portion.seq_len, samples=portion.samples, mean=value)}
+    if recording.has_mlp:
+        residual = fold_residual(points, mlp, sequences)
+        tables["fold_residual"] = table("fold_residual", residual, seq_len=portion.seq_len, samples=portion.samples)
     return tables
 
 
@@ -201,25 +189,14 @@ def table(
     metric: str, values: torch.Tensor, *, seq_len: int, samples: int | None = None, mean: torch.Tensor | None = None
 ) -> Distances:
     """The table of a metric from its values per sample, [samples, L+1, L+1]; `mean` if it is not their mean."""
-    depth = values.shape[-1] - 1
-    return table_of_rows(
-        metric,
-        {n: values.diagonal(n, -2, -1) for n in range(1, depth + 1)},
-        depth,
-        seq_len=seq_len,
-        samples=len(values) if samples is None else samples,
-        means=None if mean is None else {n: mean.diagonal(n) for n in range(1, depth + 1)},
-    )
+    depth, samples = values.shape[-1] - 1, len(values) if samples is None else samples
+    rows = {n: values.diagonal(n, -2, -1) for n in range(1, depth + 1)}
+    means = None if mean is None else {n: mean.diagonal(n) for n in rows}
+    return table_of_rows(metric, rows, depth, seq_len=seq_len, samples=samples, means=means)
 
 
 def table_of_rows(
-    metric: str,
-    rows: Mapping[int, torch.Tensor],
-    depth: int,
-    *,
-    seq_len: int,
-    samples: int,
-    means: Mapping[int, torch.Tensor] | None = None,
+    metric: str, rows: Rows, depth: int, *, seq_len: int, samples: int, means: Rows | None = None
 ) -> Distances:
     """The table of a metric from n -> [samples, L-n+1]; `means` if they are not the rows' means."""
     middle, errors, differences = {}, {}, {}

@@ -7,31 +7,30 @@ model's states at their cut. Each layer is read once per pass and run once for e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import torch
 
 from slicer.measure.analysis import Distances
 from slicer.measure.distances import table_of_rows, table_of_sums
 from slicer.measure.recorder import Portion
-from slicer.model.states import States
+from slicer.model.states import Batches, States
 from slicer.model.walk import Walk, next_token_loss
-from slicer.progress import Progress
+from slicer.progress import SILENT, Progress
 from slicer.runtime.workdir import Notebook
 
-
-@dataclass(frozen=True)
-class LossTables:
-    """The tables "loss" and "kl" of blocks left out; `base`: loss of the full model, nats per token."""
-
-    tables: Mapping[str, Distances]
-    base: float
+Layers = Collection[int]
 
 
-def block_losses(walk: Walk, portion: Portion, sizes: Sequence[int], book: Notebook, progress: Progress) -> LossTables:
-    """The rise of the loss without each block of the `sizes` (at least one), and the KL divergence from the full model.
+def block_losses(
+    walk: Walk, portion: Portion, sizes: Sequence[int], book: Notebook, progress: Progress
+) -> tuple[dict[str, Distances], float]:
+    """(tables "loss" and "kl": the rise of the loss without each block of the `sizes` (at least one), and the KL
+    divergence from the full model; loss of the full model, nats per token).
 
     Passes that `book` holds from an earlier run are not run again.
     """
@@ -47,7 +46,7 @@ def block_losses(walk: Walk, portion: Portion, sizes: Sequence[int], book: Noteb
         name: table_of_rows(name, found, depth, seq_len=portion.seq_len, samples=portion.samples)
         for name, found in rows.items()
     }
-    return LossTables(tables, float(base.mean()))
+    return tables, float(base.mean())
 
 
 def greedy_order(
@@ -65,10 +64,9 @@ def greedy_order(
         make = partial(leave_out, walk, portion.batches, candidates, gone, progress=progress)
         base, loss, _ = portion.join(*_taken(book, f"greedy-{','.join(map(str, removed))}", make))
         whole = whole if removed else float(base.mean())
-        mean = loss.mean(0)
-        best = int(mean.argmin())
-        removed.append(left[best])
-        steps.append({"layer": left[best], "loss": float(mean[best])})
+        least, best = loss.mean(0).min(0)
+        removed.append(left[int(best)])
+        steps.append({"layer": removed[-1], "loss": float(least)})
     return tuple(steps), whole
 
 
@@ -87,12 +85,7 @@ def _taken(book: Notebook, name: str, make: Callable[[], Sequence[torch.Tensor]]
 
 
 def leave_out(
-    walk: Walk,
-    batches: Sequence[torch.Tensor],
-    candidates: Sequence[Collection[int]],
-    without: Collection[int] = (),
-    *,
-    progress: Progress | None = None,
+    walk: Walk, batches: Batches, candidates: Sequence[Layers], without: Layers = (), *, progress: Progress = SILENT
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Measure the model without the layers `without`, and without these and the layers of each candidate.
 
@@ -100,7 +93,6 @@ def leave_out(
     [samples, candidates], and the KL divergence of each candidate's next-token distribution from the former's, mean
     over tokens [samples, candidates].
     """
-    progress = progress or Progress()
     states = walk.start(batches)
     streams: dict[int, States] = {}
     order = [i for i in range(walk.depth) if i not in without]
@@ -115,24 +107,16 @@ def leave_out(
                     if i not in candidates[c]:
                         walk.advance(i, stream)
             progress.advance()
-    base, losses, divergences = [], [], []
-    for b, tokens in enumerate(states.tokens):
-        for s in range(len(tokens)):
-            row = tokens[s : s + 1]
-            full = walk.log_probabilities(row, states[b][s : s + 1])
-            base.append(float(next_token_loss(full, row[0])))
-            mine, apart = [], []
-            for c in range(len(candidates)):
-                cut = walk.log_probabilities(row, streams[c][b][s : s + 1])
-                mine.append(float(next_token_loss(cut, row[0])))
-                apart.append(kl_divergence(full, cut))
-            losses.append(mine)
-            divergences.append(apart)
-    return (
-        torch.tensor(base, dtype=torch.float64),
-        torch.tensor(losses, dtype=torch.float64),
-        torch.tensor(divergences, dtype=torch.float64),
-    )
+    base = torch.zeros(sum(map(len, states.tokens)), dtype=torch.float64)
+    losses, divergences = base.new_zeros(2, len(base), len(candidates))
+    rows = ((b, s, row) for b, tokens in enumerate(states.tokens) for s, row in enumerate(torch.split(tokens, 1)))
+    for at, (b, s, row) in enumerate(rows):
+        full = walk.log_probabilities(row, states[b][s : s + 1])
+        base[at] = next_token_loss(full, row[0])
+        for c in range(len(candidates)):
+            cut = walk.log_probabilities(row, streams[c][b][s : s + 1])
+            losses[at, c], divergences[at, c] = next_token_loss(cut, row[0]), kl_divergence(full, cut)
+    return base, losses, divergences
 
 
 def kl_divergence(full: torch.Tensor, cut: torch.Tensor) -> float:
@@ -140,13 +124,12 @@ def kl_divergence(full: torch.Tensor, cut: torch.Tensor) -> float:
     return float((full.exp() * (full - cut)).sum(-1).mean())
 
 
-def taylor_scores(walk: Walk, batches: Sequence[torch.Tensor], *, progress: Progress | None = None) -> torch.Tensor:
+def taylor_scores(walk: Walk, batches: Batches, *, progress: Progress = SILENT) -> torch.Tensor:
     """First-order importance of each layer: the sum of |dL/dw * w| over its weights w, per sample: [samples, L].
 
     L is the loss of one sequence in nats per token. The backward pass recomputes each layer from its stored input, so
     only one layer is in memory at a time.
     """
-    progress = progress or Progress()
     rows = [row[None] for batch in batches for row in batch]
     states = walk.start(rows)
     kept = []  # x(0)..x(L-1), inputs of the layers
@@ -214,7 +197,7 @@ class Questions:
     """
 
     name: str
-    batches: Sequence[torch.Tensor]
+    batches: Batches
     choices: Sequence[Sequence[Choice]]
     right: Sequence[frozenset[int]]
 
@@ -229,17 +212,15 @@ class Questions:
 
         `chances(b, n)`: log probabilities [n, vocabulary] of the tokens after the last n positions of sequence b.
         """
-        by_batch: dict[int, set[Choice]] = {}
-        for choice in (c for choices in self.choices for c in choices):
-            by_batch.setdefault(choice.batch, set()).add(choice)
+        by_batch: defaultdict[int, set[Choice]] = defaultdict(set)
+        for choice in chain(*self.choices):
+            by_batch[choice.batch].add(choice)
         likelihood: dict[Choice, float] = {}
         for b, mine in by_batch.items():
             found = chances(b, max(len(choice.tokens) for choice in mine)).float()
             for choice in mine:
                 tokens = torch.tensor(choice.tokens, device=found.device)
                 likelihood[choice] = float(found[-len(tokens) :].gather(1, tokens[:, None]).sum())
-        wrong = []
-        for choices, right in zip(self.choices, self.right, strict=True):
-            row = [likelihood[choice] for choice in choices]
-            wrong.append(row.index(max(row)) not in right)
+        rows = ([likelihood[choice] for choice in choices] for choices in self.choices)
+        wrong = [row.index(max(row)) not in right for row, right in zip(rows, self.right, strict=True)]
         return torch.tensor(wrong, dtype=torch.float64)

@@ -7,21 +7,22 @@ continues after the last finished layer.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from slicer.measure.metrics import check_finite
 from slicer.model.layers import hidden_of
-from slicer.model.states import States
+from slicer.model.states import Batches, States
 from slicer.model.sublayers import mlp_of
 from slicer.model.walk import Walk
-from slicer.progress import Progress
+from slicer.progress import SILENT, Progress
 from slicer.runtime.distributed import Processes
 from slicer.runtime.files import atomic_file
 
@@ -38,14 +39,14 @@ class Portion:
         samples: sequences of all processes.
     """
 
-    batches: Sequence[torch.Tensor]
+    batches: Batches
     first: int
     samples: int
     processes: Processes = Processes()
 
     @classmethod
-    def of(cls, batches: Sequence[torch.Tensor], processes: Processes = Processes()) -> Portion:  # noqa: B008
-        """This process's portion of all `batches`. Raises UsageError where some process gets none."""
+    def of(cls, batches: Batches, processes: Processes = Processes()) -> Portion:  # noqa: B008
+        """This process's portion of all `batches`. Raises UsageError if some process gets none."""
         own, first = processes.of(batches)
         return cls(own, first, sum(map(len, batches)), processes)
 
@@ -65,8 +66,7 @@ class Recording:
 
     Attributes:
         directory: holds layer-000.safetensors (x(0)) to that of x(L).
-        depth: L.
-        samples: sequences S.
+        depth: L; samples: sequences S.
         positions: recorded tokens of each sequence, ascending; the last one is the sequence's last token.
         point_positions: those used by CKA and the fold residual, as indices into `positions`.
         point_sequences: sequences, of all processes together, whose points these two use.
@@ -100,8 +100,6 @@ class Recording:
         return self._read(layer + 1, "mlp", 0, sequences).flatten(0, 1)
 
     def _read(self, layer: int, name: str, first: int, last: int) -> torch.Tensor:
-        from safetensors import safe_open
-
         with safe_open(_file(self.directory, layer), "pt") as stored:
             tensor: torch.Tensor = stored.get_slice(name)[first:last]
         return tensor
@@ -121,7 +119,7 @@ def record(
     positions: int,
     points: int = 0,
     resumable: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Recording:
     """Run `portion` through all layers and record x(l) at `positions` tokens of each sequence.
 
@@ -129,7 +127,6 @@ def record(
     recorded too. With `resumable`, states are saved after every layer and a stopped recording continues; the caller
     must use the same model and batches. Raises CalibrationError for states that are not finite, OutputError.
     """
-    progress = progress or Progress()
     batches = portion.batches
     at = spread(portion.seq_len, positions)
     inner = spread(len(at), max(1, points // portion.samples)) if points else ()
@@ -141,8 +138,7 @@ def record(
     if resumable and not _resume(recording, states):
         states = walk.start(batches)
     if states.layer == 0:
-        kept = torch.cat([state[:, list(at)] for state in states])
-        _write(recording, 0, {"states": kept})
+        _write(recording, 0, {"states": torch.cat([state[:, list(at)] for state in states])})
     progress.stage("Measuring layers", walk.depth, "layers")
     if states.layer:
         progress.note(f"resuming after layer {states.layer - 1}")
@@ -163,11 +159,7 @@ def _advance(recording: Recording, walk: Walk, i: int, states: States) -> None:
     """Replace x(i) by x(i+1) and write its recorded parts."""
     at = list(recording.positions)
     inner = [recording.positions[p] for p in recording.point_positions]
-    kept: list[torch.Tensor] = []
-    outputs: list[torch.Tensor] = []
-
-    def keep(_batch: int, new: torch.Tensor) -> None:
-        kept.append(new[:, at].cpu())
+    kept, outputs = list[torch.Tensor](), list[torch.Tensor]()
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         tokens = states.tokens[len(outputs)]
@@ -178,7 +170,7 @@ def _advance(recording: Recording, walk: Walk, i: int, states: States) -> None:
         part = mlp_of(layer) if recording.has_mlp else None
         if part is not None:
             stack.enter_context(part.register_forward_hook(hook))
-        walk.advance(i, states, keep)
+        walk.advance(i, states, lambda _, new: kept.append(new[:, at].cpu()))
     tensors = {"states": torch.cat(kept)}
     check_finite(tensors["states"][None], first=i + 1)
     if recording.has_mlp:
@@ -191,8 +183,6 @@ def _file(directory: Path, layer: int) -> Path:
 
 
 def _write(recording: Recording, layer: int, tensors: dict[str, torch.Tensor]) -> None:
-    from safetensors.torch import save_file
-
     with atomic_file(_file(recording.directory, layer)) as part:
         save_file({k: v.contiguous() for k, v in tensors.items()}, part)
 

@@ -13,7 +13,6 @@ all states before that player.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
 from collections.abc import Sequence
@@ -23,10 +22,10 @@ import torch
 
 from slicer.errors import ArchitectureError, UsageError
 from slicer.measure.losses import Questions, kl_divergence
-from slicer.model.states import States
+from slicer.model.states import Batches, States
 from slicer.model.sublayers import attention_outputs, ffn_outputs, without_sublayers
 from slicer.model.walk import Walk, next_token_loss
-from slicer.progress import Progress
+from slicer.progress import SILENT, Progress
 
 AGAINST = ("loss", "kl")
 
@@ -49,14 +48,12 @@ class Values:
     @property
     def mean(self) -> list[float]:
         """The value of each player."""
-        return [float(v) for v in self.samples.mean(0)]
+        return list(map(float, self.samples.mean(0)))
 
     @property
     def standard_error(self) -> list[float]:
         """Standard error of each value; NaN for a single sample."""
-        if len(self.samples) < 2:
-            return [math.nan] * self.samples.shape[1]
-        return [float(v) for v in self.samples.std(0) / math.sqrt(len(self.samples))]
+        return list(map(float, self.samples.std(0) / math.sqrt(len(self.samples))))
 
 
 class Coalitions:
@@ -73,9 +70,7 @@ class Coalitions:
     Raises UsageError for an unknown `against`, ArchitectureError for a layer without one of the sublayers.
     """
 
-    def __init__(
-        self, walk: Walk, of: Sequence[torch.Tensor] | Questions, *, sublayers: bool, against: str = "loss"
-    ) -> None:
+    def __init__(self, walk: Walk, of: Batches | Questions, *, sublayers: bool, against: str = "loss") -> None:
         if against not in AGAINST:
             raise UsageError(f"--against {against!r}: choose from {', '.join(AGAINST)}")
         self._questions = of if isinstance(of, Questions) else None
@@ -90,8 +85,7 @@ class Coalitions:
                         "sublayers; measure whole layers"
                     )
         self.layer_runs = 0
-        start = walk.start(batches)
-        self._trail: list[States] = [start]  # x(0)..x(L) of the latest model
+        self._trail: list[States] = [walk.start(batches)]  # x(0)..x(L) of the latest model
         self._run(frozenset(), 0)
         self._whole = list(self._trail)
         self._gone: frozenset[int] = frozenset()
@@ -136,8 +130,7 @@ class Coalitions:
                     continue
                 states = self._trail[-1].copy()
                 states.layer = min(states.layer, i)
-                with walk.layer(i) as layer, contextlib.ExitStack() as stack:
-                    stack.enter_context(without_sublayers(layer, no_attention, no_ffn))
+                with walk.layer(i) as layer, without_sublayers(layer, no_attention, no_ffn):
                     walk.advance(i, states)
                 self.layer_runs += 1
                 self._trail.append(states)
@@ -148,15 +141,13 @@ class Coalitions:
 
         if self._questions is not None:
             return self._questions.errors(following)
+        if self._against == "kl" and last is self._last:
+            return torch.zeros(sum(map(len, last.tokens)), dtype=torch.float64)
         found = []
         for b, tokens in enumerate(last.tokens):
-            for s in range(len(tokens)):
-                row = tokens[s : s + 1]
+            for s, row in enumerate(torch.split(tokens, 1)):
                 chances = self._walk.log_probabilities(row, last[b][s : s + 1])
                 if self._against == "kl":
-                    if last is self._last:
-                        found.append(0.0)
-                        continue
                     full = self._walk.log_probabilities(row, self._last[b][s : s + 1])
                     found.append(kl_divergence(full, chances))
                 else:
@@ -164,9 +155,8 @@ class Coalitions:
         return torch.tensor(found, dtype=torch.float64)
 
 
-def leave_one_out(coalitions: Coalitions, progress: Progress | None = None) -> Values:
+def leave_one_out(coalitions: Coalitions, progress: Progress = SILENT) -> Values:
     """The rise in cost without each single player, one sample per sequence or question."""
-    progress = progress or Progress()
     progress.stage("Leaving out each player", coalitions.players, "players")
     columns = []
     for p in range(coalitions.players):
@@ -175,19 +165,17 @@ def leave_one_out(coalitions: Coalitions, progress: Progress | None = None) -> V
     return Values(torch.stack(columns, 1), float(coalitions.base.mean()), coalitions.passes)
 
 
-def shapley(coalitions: Coalitions, budget: float, *, seed: int = 0, progress: Progress | None = None) -> Values:
+def shapley(coalitions: Coalitions, budget: float, *, seed: int = 0, progress: Progress = SILENT) -> Values:
     """Shapley values of all players, from pairs of opposite orders until `budget` forward passes are used.
 
     Runs at least one pair; standard errors need two. Raises UsageError for a budget below 1.
     """
     if budget <= 0:
         raise UsageError(f"--shapley {budget:g}: pass a number of forward passes of at least 1")
-    progress = progress or Progress()
     progress.stage("Shapley values", math.ceil(budget), "passes")
     draw, before = random.Random(seed), coalitions.passes
     pairs: list[torch.Tensor] = []
-    reported = 0
-    longest, spent = 1.0, 0.0
+    reported, longest, spent = 0, 1.0, 0.0
     while not pairs or spent + longest <= budget:
         started = coalitions.passes
         order = draw.sample(range(coalitions.players), coalitions.players)

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from slicer.checkpoint import tensors
@@ -22,9 +23,9 @@ from slicer.checkpoint.keys import KeyMap
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sublayers import FEED_FORWARD, part_of
 from slicer.checkpoint.tensors import TensorSpan
-from slicer.errors import HealError
+from slicer.errors import HealError, reason_of
 from slicer.model.layers import is_conv1d, logits_of
-from slicer.model.load import build_on_meta, load_model, meta_tensors
+from slicer.model.load import build_on_meta, load_model
 from slicer.model.verify import Expected, probe_tokens
 from slicer.plan.plan import Plan
 from slicer.runtime.compat import named_as_loaded, quiet_bitsandbytes
@@ -61,11 +62,7 @@ def adapter_logits(checkpoint: Checkpoint, adapter: Adapter, places: Sequence[Pl
         from peft import PeftModel
     except ImportError:
         raise HealError("comparing logits needs peft: pip install 'slicer-llm[heal]', or use --verify load") from None
-    from safetensors.torch import save_file
-
-    model = load_model(
-        checkpoint.path, dtype="float32", device=compute.device, trust_remote_code=compute.trust_remote_code
-    )
+    model = load_model(checkpoint.path, compute, dtype="float32")
     tokens = probe_tokens(model.config.get_text_config().vocab_size)
     pairs = {str(place.module): adapter.pairs[place.origin] for place in places}
     with tempfile.TemporaryDirectory(prefix="slicer-adapter-") as scratch:
@@ -93,10 +90,9 @@ def adapter_logits(checkpoint: Checkpoint, adapter: Adapter, places: Sequence[Pl
             if missing:
                 raise ValueError(f"it skips {missing[0]}")
         except Exception as error:  # peft raises many kinds
-            reason = " ".join(str(error).split())[:200]
             raise HealError(
-                f"{adapter.path}: peft cannot apply it to {checkpoint.path}: {reason}; use --verify load to merge "
-                "without comparing logits"
+                f"{adapter.path}: peft cannot apply it to {checkpoint.path}: {reason_of(error)}; use --verify load to "
+                "merge without comparing logits"
             ) from None
         exact = logits_of(adapted.eval(), tokens)
         adapted.merge_adapter(safe_merge=True)
@@ -134,7 +130,7 @@ def placed(
     """
     plan = Plan.load(checkpoint.path) if renumber else None
     names = KeyMap(checkpoint)
-    model = build_on_meta(checkpoint.path, meta_tensors(checkpoint), trust_remote_code=trust_remote_code)[0]
+    model = build_on_meta(checkpoint, trust_remote_code=trust_remote_code)[0]
     modules = {
         names.key(f"{name}.weight"): (name, is_conv1d(module))
         for name, module in model.named_modules()

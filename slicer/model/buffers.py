@@ -31,7 +31,7 @@ _UNREFERENCED = 2  # sys.getrefcount of a pooled buffer that no tensor uses
 class Buffers:
     """Reads each group of tensors into one buffer. Thread-safe.
 
-    `capacity`: bytes of the largest group (see `room`), so that every buffer fits every group.
+    `capacity`: bytes of the largest group (see `buffer_bytes`), so that every buffer fits every group.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -48,7 +48,7 @@ class Buffers:
         plain = {key: span for key, span in spans.items() if span.key is None}
         for key in spans.keys() - plain.keys():
             found[key] = tensors.load(spans[key].file)[str(spans[key].key)].clone()
-        buffer = self._take(room(plain.values()))
+        buffer = self._take(buffer_bytes(plain.values()))
         at = 0
         for run in _runs(plain):
             file, start, end = run[0][1].file, run[0][1].start, max(span.end for _, span in run)
@@ -77,7 +77,7 @@ class Buffers:
             return torch.frombuffer(memory, dtype=torch.uint8)[:size]
 
 
-def room(spans: Iterable[TensorSpan]) -> int:
+def buffer_bytes(spans: Iterable[TensorSpan]) -> int:
     """Bytes of buffer that a group of tensors needs."""
     runs = _runs({str(at): span for at, span in enumerate(spans) if span.key is None})
     return sum(_rounded(max(span.end for _, span in run) - run[0][1].start + run[0][1].start % _PAGE) for run in runs)

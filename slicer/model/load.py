@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ import torch
 
 from slicer.checkpoint.architectures import table as architectures
 from slicer.checkpoint.reader import Checkpoint, read_config
-from slicer.checkpoint.tensors import TensorSpan, torch_dtype
+from slicer.checkpoint.tensors import DTYPES, TensorSpan, torch_dtype
 from slicer.errors import SourceError
 from slicer.runtime import memory
 from slicer.runtime.compute import Compute
@@ -23,33 +23,34 @@ Model = Any  # a transformers PreTrainedModel, which has no type hints
 
 def load_model(
     path: Path,
+    compute: Compute = Compute(),  # noqa: B008 (frozen)
     *,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
     quantization: Any = None,
     sharded: bool = False,
+    **changed: Any,
 ) -> Model:
     """Load `path` for inference: eval mode, no gradients.
 
-    `dtype` is "auto" (as stored) or a torch name; `device` as in `Compute`: with "auto" the model is spread over
-    several GPUs when one is too small, accelerate is installed and no other process is at work. `quantization` is
-    transformers' config of one, applied while loading. A model that is to be `sharded` over processes stays on
-    the CPU, or quantized on the GPU of its process. Raises SourceError with the reason.
+    `changed` are fields of `compute` with another value. On the device "auto" the model is spread over several GPUs
+    when one (its `device_memory`) is too small and no other process is at work. `quantization` is transformers' config
+    of one, applied while loading. A model that is to be `sharded` over processes stays on the CPU, or quantized on the
+    GPU of its process. Raises SourceError with the reason.
     """
-    target = Compute(device).torch_device()
-    arguments: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "local_files_only": True}
-    alone = device == "auto" and target == torch.device("cuda")  # not one of several processes
-    spread = alone and not sharded and _needs_several(path, dtype, target)
+    compute = replace(compute, **changed)
+    target = compute.torch_device()
+    given: dict[str, Any] = {"dtype": compute.dtype or "auto", "trust_remote_code": compute.trust_remote_code}
+    alone = compute.device == "auto" and target == torch.device("cuda")  # not one of several processes
+    spread = alone and not sharded and _needs_several(path, compute, target)
     if spread:
-        arguments["device_map"] = "auto"
+        given["device_map"] = "auto"
+    elif quantization is not None or (target.type != "cpu" and not sharded):  # straight there, not through the host
+        given["device_map"] = {"": target}
     if quantization is not None:
-        arguments.setdefault("device_map", {"": target})  # also where it is sharded: on this process's own GPU
-        arguments["quantization_config"] = quantization
+        given["quantization_config"] = quantization
     failing = f"{path}: transformers cannot load it"
-    model = _first_working(path, lambda auto: auto.from_pretrained(str(path), **arguments), failing)
+    model = _first_working(path, lambda auto: auto.from_pretrained(str(path), local_files_only=True, **given), failing)
     model.requires_grad_(False)
-    return model.eval() if spread or sharded or quantization is not None else model.eval().to(target)
+    return model.eval()
 
 
 def auto_classes(path: Path) -> list[Any]:
@@ -88,33 +89,22 @@ def _config(path: Path, trust_remote_code: bool) -> Any:
     return AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code, local_files_only=True)
 
 
-def meta_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Raw key -> meta tensor with the stored shape and dtype, for all tensors."""
-    return {
-        key: torch.empty(span.shape, dtype=torch_dtype(span.dtype), device="meta")
-        for key, span in checkpoint.tensors.items()
-    }
-
-
 def build_on_meta(
-    path: Path,
-    tensors: dict[str, torch.Tensor],
-    *,
-    config: Any = None,
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
+    checkpoint: Checkpoint, *, dtype: str = "auto", trust_remote_code: bool = False
 ) -> tuple[Model, dict[str, Any]]:
-    """(model of `path` on the meta device, transformers' report of how `tensors` (by raw key) match it).
+    """(model of `checkpoint` on the meta device, transformers' report of how its tensors match the model).
 
     The report has `missing_keys`, `unexpected_keys` and `mismatched_keys`. Reads no weights. Raises SourceError if no
     class can be built.
     """
+    path, stored = checkpoint.path, checkpoint.tensors.items()
+    tensors = {key: torch.empty(s.shape, dtype=torch_dtype(s.dtype), device="meta") for key, s in stored}
 
     def build(auto: Any) -> tuple[Model, dict[str, Any]]:
-        own = _config(path, trust_remote_code) if config is None else config
-        model, info = _model_class(auto, path, own, trust_remote_code).from_pretrained(
+        config = _config(path, trust_remote_code)
+        model, info = _model_class(auto, path, config, trust_remote_code).from_pretrained(
             None,
-            config=own,
+            config=config,
             state_dict=dict(tensors),
             dtype=dtype,
             device_map={"": "meta"},
@@ -150,8 +140,8 @@ def blueprint(path: Path, *, trust_remote_code: bool = False) -> Checkpoint:
 
     described, model = _first_working(path, build, f"{path}/config.json: transformers cannot build it")
     stored = str(architectures.text_config(config).get("dtype") or described.dtype or "bfloat16")
-    name = {"float32": "F32", "float16": "F16"}.get(stored.removeprefix("torch."), "BF16")
-    size = 4 if name == "F32" else 2
+    name = DTYPES.get(stored.removeprefix("torch."), "BF16")
+    size = torch_dtype(name).itemsize
     tensors = {  # a tied head is listed once, as stored
         key: TensorSpan(path / "config.json", name, tuple(value.shape), 0, size * value.numel())
         for key, value in model.named_parameters()
@@ -159,33 +149,18 @@ def blueprint(path: Path, *, trust_remote_code: bool = False) -> Checkpoint:
     return Checkpoint(path, config, tensors, {"format": "pt"})
 
 
-def _needs_several(path: Path, dtype: str, target: torch.device) -> bool:
-    from importlib.util import find_spec
-
-    size = Checkpoint.open(path).bytes_as(dtype)
-    return size * 1.1 > memory.free(target) and find_spec("accelerate") is not None
+def _needs_several(path: Path, compute: Compute, target: torch.device) -> bool:
+    return Checkpoint.open(path).bytes_as(compute.dtype) * 1.1 > memory.budget(compute, target)
 
 
 @contextlib.contextmanager
-def in_float32(model: Any) -> Iterator[bool]:
-    """Inside the block a loaded 16-bit `model` computes in float32, where there is memory for a copy of it.
-
-    Afterwards its parameters are the same tensors as before.
-    """
-    halves = [p for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
-    needed: Counter[torch.device] = Counter()
-    for parameter in halves:
-        needed[parameter.device] += 4 * parameter.numel()
-    if not halves or any(
-        device.type == "meta" or size > memory.COPY_SHARE * memory.free(device) for device, size in needed.items()
-    ):
-        yield False
-        return
-    before = [p.data for p in halves]
+def in_float32(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """Inside the block, 16-bit `parameters` hold float32 copies; afterwards their own tensors again."""
+    halves = [(p, p.data) for p in parameters if p.dtype in (torch.bfloat16, torch.float16)]
     try:
-        for parameter in halves:
-            parameter.data = parameter.data.float()
-        yield True
+        for parameter, data in halves:
+            parameter.data = data.float()
+        yield
     finally:
-        for parameter, data in zip(halves, before, strict=True):
+        for parameter, data in halves:
             parameter.data = data

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import re
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -20,9 +21,10 @@ from slicer.checkpoint import tensors
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.tensors import TensorSpan
 from slicer.errors import SourceError
-from slicer.model.buffers import Buffers, room
+from slicer.model.buffers import Buffers, buffer_bytes
 from slicer.model.layers import decoder_layers
-from slicer.model.load import build_on_meta, meta_tensors
+from slicer.model.load import build_on_meta
+from slicer.runtime.compute import Compute
 
 
 class OffloadedModel:
@@ -32,39 +34,34 @@ class OffloadedModel:
         model: the transformers model, in eval mode; parameters of absent layers are on the meta device.
         layers: its decoder layers.
         device: device of the weights.
-        reads_ahead: whether `fetch` reads the layer after while one is in use.
+        reads_ahead: whether `fetch` reads the next layer while one is in use.
         bytes_read: bytes of layers read from disk.
 
     Raises SourceError if tensors are missing or have wrong shapes.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, *, dtype: str = "auto", device: torch.device, trust_remote_code: bool = False
-    ) -> None:
-        self.checkpoint, self.device = checkpoint, device
-        self.model, report = build_on_meta(
-            checkpoint.path, meta_tensors(checkpoint), dtype=dtype, trust_remote_code=trust_remote_code
-        )
+    def __init__(self, checkpoint: Checkpoint, compute: Compute) -> None:
+        self.checkpoint, self.device = checkpoint, compute.torch_device()
+        trusted, dtype = compute.trust_remote_code, compute.dtype or "auto"
+        self.model, report = build_on_meta(checkpoint, dtype=dtype, trust_remote_code=trusted)
         for kind, words in (("missing_keys", "is missing"), ("mismatched_keys", "has the wrong shape")):
             for found in sorted(report.get(kind) or (), key=str):
                 name = found if isinstance(found, str) else found[0]
                 raise SourceError(f"{checkpoint.path}: tensor {name} {words}; fetch the checkpoint again")
         self.model.requires_grad_(False)
         self.layers: nn.ModuleList = decoder_layers(self.model)
-        self._spans: list[dict[str, TensorSpan]] = [{} for _ in self.layers]
-        outside = {}
+        # Layers beyond these are for multi-token prediction and never run.
         prefix = checkpoint.layer_prefix
-        for key, span in checkpoint.tensors.items():
-            index = key.removeprefix(prefix).split(".", 1)[0] if key.startswith(prefix) else ""
-            if not index.isdigit():
-                outside[key] = span
-            elif int(index) < len(self._spans):  # those beyond are for multi-token prediction and never run
-                self._spans[int(index)][key] = span
+        self._spans = [
+            {f"{prefix}{i}.{name}": span for name, span in layer.items()} for i, layer in enumerate(checkpoint.layers)
+        ]
+        within = re.compile(rf"{re.escape(prefix)}\d+\.")
+        outside = {key: _mapped(span) for key, span in checkpoint.tensors.items() if not within.match(key)}
         self.reads_ahead, self.bytes_read = True, 0
         self._coming: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
         self._reader: ThreadPoolExecutor | None = None
-        self._buffers = Buffers(max(room(spans.values()) for spans in self._spans))
-        self._load({key: _mapped(span) for key, span in outside.items()})
+        self._buffers = Buffers(max(buffer_bytes(spans.values()) for spans in self._spans))
+        self._load(outside)
         self._tie()
         self._fill_buffers()
         # `release` restores these same meta parameters, so that nothing else of the model changes.
@@ -88,7 +85,7 @@ class OffloadedModel:
         return stored
 
     def keep(self, index: int, stored: dict[str, torch.Tensor]) -> None:
-        """Keep what `fetch` gave, for the next call of it."""
+        """Keep the result of `fetch` for its next call."""
         ready: Future[dict[str, torch.Tensor]] = Future()
         ready.set_result(stored)
         self._coming = (index, ready)
@@ -105,7 +102,7 @@ class OffloadedModel:
     def place(self, index: int, stored: dict[str, torch.Tensor]) -> nn.Module:
         """Put weights (from `fetch`) into layer `index`, converted and on the device; returns the layer."""
         self._load(stored)
-        layer = self.layers[index]
+        layer = self.layers[index].requires_grad_(False)
         for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
             if tensor.device.type == "meta":
                 raise SourceError(

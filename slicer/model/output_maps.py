@@ -20,7 +20,7 @@ from torch import nn
 from slicer.checkpoint.architectures.table import ATTENTION_OUTPUTS, EXPERT_MODULES, FEED_FORWARD_OUTPUTS
 from slicer.model.layers import attached, first_given, hidden_of, is_conv1d, on_hidden
 
-_PROPORTIONAL = 0.05  # a change that arrives no further from a multiple of itself is passed on directly
+_PROPORTIONAL = 0.05  # largest relative distance of an arriving change from a multiple of itself, to be "direct"
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Output:
     Attributes:
         name: the module within the layer.
         kind: "direct", "normed" or "experts".
-        factor: what a direct change is multiplied by on its way; None where each token has its own factor.
+        factor: what multiplies a direct change on its way; None if each token has its own factor.
         norm: the module of the norm that follows.
     """
 
@@ -42,7 +42,7 @@ class Output:
 
     @property
     def transposed(self) -> bool:
-        """Whether the weight is stored [f, d], as GPT-2's Conv1D has it."""
+        """Whether the weight is stored as [f, d], as in GPT-2's Conv1D."""
         return is_conv1d(self.module)
 
     @property
@@ -72,18 +72,13 @@ def watching(layer: nn.Module, output: Output) -> Iterator[Observed]:
     """Keep the tensors of `output` in each run of the layer inside the block."""
     seen = Observed()
 
-    def into(module: nn.Module, args: Any) -> None:
-        seen.features = args[0]
-
-    def out_of(module: nn.Module, args: Any, result: Any) -> None:
-        seen.output = hidden_of(result)
+    def through(module: nn.Module, args: Any, result: Any) -> None:
+        seen.features, seen.output = args[0] if args else None, hidden_of(result)
 
     def out_of_norm(module: nn.Module, args: Any, result: Any) -> None:
         seen.normed = result
 
-    handles = [output.module.register_forward_hook(out_of)]
-    if output.kind != "experts":
-        handles.append(output.module.register_forward_pre_hook(into))
+    handles = [output.module.register_forward_hook(through)]
     if output.norm is not None:
         handles.append(layer.get_submodule(output.norm).register_forward_hook(out_of_norm))
     with attached(handles):
@@ -111,7 +106,7 @@ def find(
         for name in EXPERT_MODULES:
             module = modules.get(name)
             if module is not None and hasattr(module, "experts") and holds(name, module):
-                # The map of the sum is multiplied into shared experts too: they are not changed on their own.
+                # The map of the sum is multiplied into shared experts too, so they are not solved separately.
                 found = [_classified(layer, Output(name, module, kind="experts"), run)]
     return [output for output in found if output is not None]
 
@@ -125,7 +120,7 @@ def _classified(layer: nn.Module, output: Output, run: Callable[[], torch.Tensor
         output.kind = "normed"
         return output
     factors, apart = arriving(output, run)
-    if apart > _PROPORTIONAL:  # it also passes through the rest of the layer: only the direct way is counted
+    if apart > _PROPORTIONAL:  # the change also passes through the rest of the layer: count only the direct path
         output.factor = float(factors.mean())
     elif float(factors.std()) < _PROPORTIONAL * abs(mean := float(factors.mean())):
         output.factor = 1.0 if abs(mean - 1) < 0.02 else mean

@@ -1,6 +1,6 @@
-"""The pruned model: the source without what a plan removes, with changed weights and replacements in place.
+"""The pruned model: the source without the sublayers that a plan removes, with changed weights and replacements.
 
-`Edits` hold what changes, layer by layer; the same edits are applied to a loaded model (`pruned`, `shortened`), to the
+`Edits` hold the changes of each layer; the same edits are applied to a loaded model (`pruned`, `shortened`), to the
 layers of a streamed walk (`pruned_layer`), and to repeated runs on fixed text (`PrunedRun`).
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import nn
 from slicer.errors import ArchitectureError
 from slicer.model.layers import decoder_layers, hidden_in, logits_of, norm_eps, on_hidden
 from slicer.model.load import Model
-from slicer.model.states import States
+from slicer.model.states import Batches, States
 from slicer.model.sublayers import attention_outputs, bypass_sublayers, ffn_outputs, without_sublayers
 from slicer.model.walk import Walk, walk_loss
 from slicer.plan.plan import Plan
@@ -29,7 +29,7 @@ from slicer.plan.plan import Plan
 
 @dataclass(frozen=True)
 class Replacement:
-    """What is added to the residual stream x behind a sublayer: B z + c with z = g x / |x|, or the constant c alone.
+    """An addition to the residual stream x behind a sublayer: B z + c with z = g x / |x|, or only the constant c.
 
     Attributes:
         bias: c [d].
@@ -42,7 +42,7 @@ class Replacement:
     up: torch.Tensor | None = None
 
     def update(self, states: torch.Tensor, eps: float) -> torch.Tensor:
-        """What is added to `states` [.., d], in their dtype."""
+        """The addition to `states` [.., d], in their dtype."""
         if self.down is None or self.up is None or self.gain is None:
             return self.bias.to(states).expand_as(states)
         normed = nn.functional.rms_norm(states.float(), states.shape[-1:], None, eps).to(states.dtype)
@@ -53,12 +53,12 @@ class Replacement:
 
 @dataclass(frozen=True)
 class LayerEdit:
-    """What changes in one layer of the source.
+    """The changes of one layer of the source.
 
     Attributes:
         parameters: name within the layer -> the new tensor, in the shape of the old one.
         transforms: module within the layer -> T [d, d] float32 that its output is multiplied by (experts).
-        behind: "attention" or "ffn" -> what is added to the residual stream behind this sublayer, which stays.
+        behind: "attention" or "ffn" -> the addition to the residual stream behind this sublayer, which stays.
     """
 
     parameters: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -72,7 +72,7 @@ Gone = tuple[frozenset[int], frozenset[int]]  # (attention, feed-forward sublaye
 
 @contextlib.contextmanager
 def edited(layer: nn.Module, edit: LayerEdit | None, eps: float = 1e-6) -> Iterator[None]:
-    """Inside the block `layer` is changed by `edit`; afterwards it has its own tensors again.
+    """Inside the block, `layer` is changed by `edit`; afterwards its tensors are the old ones.
 
     `eps`: epsilon of the norm in low-rank replacements.
     """
@@ -95,7 +95,7 @@ def edited(layer: nn.Module, edit: LayerEdit | None, eps: float = 1e-6) -> Itera
 def pruned_layer(layer: nn.Module, i: int, gone: Gone, edit: LayerEdit | None, eps: float) -> Iterator[None]:
     """Inside the block `layer`, number i of the source, lacks its sublayers in `gone` and is changed by `edit`.
 
-    Raises ArchitectureError if it has no known sublayer of the kind.
+    Raises ArchitectureError if the layer has no known sublayer of that kind.
     """
     with without_sublayers(layer, i in gone[0], i in gone[1], i), edited(layer, edit, eps):
         yield
@@ -103,9 +103,9 @@ def pruned_layer(layer: nn.Module, i: int, gone: Gone, edit: LayerEdit | None, e
 
 @contextlib.contextmanager
 def pruned(model: Model, plan: Plan, edits: Edits) -> Iterator[None]:
-    """Inside the block the loaded source `model` computes what the cut of `plan` with `edits` does.
+    """Inside the block, the loaded source `model` computes the outputs of the cut of `plan` with `edits`.
 
-    Removed layers return their input: this is for checking and for measuring losses.
+    Removed layers still run and return their input: for checks and for measuring losses.
     """
     layers = decoder_layers(model)
     with contextlib.ExitStack() as stack:
@@ -119,30 +119,29 @@ def pruned_logits(
     walk: Walk, tokens: torch.Tensor, plan: Plan | None = None, edits: Edits | None = None
 ) -> torch.Tensor:
     """Logits [batch, seq, vocabulary], on the CPU, of `tokens` [batch, seq] by the model of `walk`, loaded or streamed,
-    without what `plan` removes (None: the whole model) and with `edits`."""
-    edits = edits or {}
+    without the sublayers that `plan` removes (None: the whole model) and with `edits`."""
+    plan, edits = plan or Plan.whole(walk.depth), edits or {}
     if walk.loaded:
-        with pruned(walk.model, plan, edits) if plan is not None else contextlib.nullcontext():
+        with pruned(walk.model, plan, edits):
             return logits_of(walk.model, tokens)
-    gone: Gone = plan.gone if plan is not None else (frozenset(), frozenset())
-    states = walk.start([tokens])
-    order = [i for i in range(walk.depth) if i not in gone[0] & gone[1]]
-    with walk.along(order):
-        for i in order:
-            with walk.layer(i) as layer, pruned_layer(layer, i, gone, edits.get(i), norm_eps(walk.model)):
-                walk.advance(i, states)
-    return walk.logits(states, 0).cpu()
+    run = PrunedRun(walk, plan, walk.start([tokens]), ())
+    (streams,) = run.ends([0], [_given(edits)])
+    return walk.head(tokens, streams[0]).cpu()
+
+
+EditOf = Callable[[int, nn.Module], LayerEdit | None]  # the change of a layer, made while its weights are in place
+Streams = dict[int, torch.Tensor]  # by batch: the residual stream, [batch, seq, d]
 
 
 class PrunedRun:
-    """The pruned model of a loaded walk, run from one layer on, on fixed text: fits run it many times.
+    """The pruned model of a walk, loaded or streamed, run from one layer on, on fixed text, as a fit does many times.
 
     Attributes:
         walk: over the source; its batches are those of `origin`.
-        gone: the sublayers removed.
+        gone: the removed sublayers.
         layers: those with a sublayer that stays, from `origin.layer` to the last.
         origin: the residual stream that enters the first of them.
-        target: that of the source behind its last layer, where it is needed.
+        target: the stream of the source behind its last layer, if it is needed.
         held: numbers of the batches held out of the fit.
     """
 
@@ -154,28 +153,53 @@ class PrunedRun:
         self.layers = [i for i in range(origin.layer, walk.depth) if i not in self.gone[0] & self.gone[1]]
 
     @classmethod
-    def of_source(
-        cls, walk: Walk, plan: Plan, batches: Sequence[torch.Tensor], held: Sequence[int], first: int
-    ) -> PrunedRun:
-        """From layer `first` on, or from the first layer that lacks something; runs the source on `batches`."""
+    def of_source(cls, walk: Walk, plan: Plan, batches: Batches, held: Sequence[int], first: int) -> PrunedRun:
+        """From layer `first` on, or an earlier layer with a removed sublayer; runs the source on `batches`."""
         first = min([first, *plan.gone[0], *plan.gone[1]])
         target = walk.run(walk.start(batches), range(first))
         target.layer, origin = first, target.copy()
         return cls(walk, plan, origin, held, walk.run(target, range(first, walk.depth)))
 
+    def ends(
+        self, batches: Iterable[int], edits: Sequence[EditOf], entering: Callable[[int, Streams], None] | None = None
+    ) -> list[Streams]:
+        """The stream behind the last layer, on the device, of the pruned model with each of `edits`.
+
+        Runs layer by layer, so that several edits share one read of each layer. `entering(i, streams)` gets the streams
+        that enter layer i, for each edit in turn.
+        """
+        found = [{b: self.origin[b].clone() for b in batches} for _ in edits]  # a layer may write into its input
+        with torch.no_grad(), self.walk.along(self.layers):
+            for i in self.layers:
+                with self.walk.layer(i) as layer:
+                    for streams, edit in zip(found, edits, strict=True):
+                        if entering is not None:
+                            entering(i, streams)
+                        with self.pruned(i, layer, edit(i, layer)):
+                            streams.update({b: self.walk.call(i, b, x) for b, x in streams.items()})
+        return found
+
+    def losses(self, edits: Sequence[Edits]) -> list[float]:
+        """The loss on the held-out batches, in nats a token, of the pruned model with each of `edits`."""
+        found = self.ends(self.held, [_given(each) for each in edits])
+        return [walk_loss(self.walk, self.origin.tokens, streams.__getitem__, self.held) for streams in found]
+
+    def pruned(self, i: int, layer: nn.Module, edit: LayerEdit | None) -> contextlib.AbstractContextManager[None]:
+        """Inside the block, `layer` (number i) is the layer of the pruned model with `edit`."""
+        return pruned_layer(layer, i, self.gone, edit, norm_eps(self.walk.model))
+
     @contextlib.contextmanager
     def prepared(self, edits: Edits) -> Iterator[None]:
-        """Inside the block the layers are those of the pruned model with `edits`."""
+        """Inside the block, all layers of a loaded model are those of the pruned model with `edits`."""
         with contextlib.ExitStack() as stack:
             for i in self.layers:
-                change = pruned_layer(self.walk.layers[i], i, self.gone, edits.get(i), norm_eps(self.walk.model))
-                stack.enter_context(change)
+                stack.enter_context(self.pruned(i, stack.enter_context(self.walk.layer(i)), edits.get(i)))
             yield
 
     def run(self, b: int, *, gradient: bool = False) -> torch.Tensor:
-        """Output of the layers, as they are now, for a batch: [batch, seq, d], on the device.
+        """Output of the layers, which are `prepared`, for a batch: [batch, seq, d], on the device.
 
-        With `gradient` it can be differentiated with respect to all that the layers compute.
+        With `gradient`, the output is differentiable with respect to everything that the layers compute.
         """
         states = self.origin[b].to(self.walk.device).clone()
         if gradient:
@@ -184,18 +208,17 @@ class PrunedRun:
             states = self.walk.call(i, b, states, gradient=gradient)
         return states
 
-    @torch.no_grad()
-    def loss(self) -> float:
-        """Nats a token on the batches held out, of the layers as they are now."""
-        return walk_loss(self.walk, self.origin.tokens, self.run, self.held)
+
+def _given(edits: Edits) -> EditOf:
+    return lambda i, layer: edits.get(i)
 
 
 @contextlib.contextmanager
 def shortened(model: Model, plan: Plan, config: Mapping[str, Any], edits: Edits | None = None) -> Iterator[None]:
-    """Inside the block `model` is its own cut: only the layers that `plan`, of whole layers, keeps, renumbered.
+    """Inside the block, `model` is cut: it has only the layers that `plan` (of whole layers) keeps, renumbered.
 
-    `config` is the sliced config.json (`slicer.checkpoint.config.sliced_config`). Nothing is copied: what shares the
-    model's config object sees the new fields, and afterwards everything is as it was.
+    `config` is the sliced config.json (`slicer.checkpoint.config.sliced_config`). Nothing is copied: all users of
+    the model's config object see the new fields. Afterwards everything is as before.
     """
     layers = decoder_layers(model)
     parent, name = _place_of(model, layers)
@@ -205,9 +228,9 @@ def shortened(model: Model, plan: Plan, config: Mapping[str, Any], edits: Edits 
     with tempfile.TemporaryDirectory(prefix="slicer-config-") as scratch:
         (Path(scratch) / "config.json").write_text(json.dumps(config), "utf-8")
         new = type(model.config).from_pretrained(scratch).get_text_config()
-    changed = {key: value for key, value in new.__dict__.items() if not key.startswith("_")}
-    # Set by loading, not by config.json: how attention runs, and in which precision.
-    changed = {key: value for key, value in changed.items() if key not in ("dtype", "torch_dtype")}
+    # Fields that loading sets, not config.json: the attention kernel and the precision.
+    loaded = ("dtype", "torch_dtype")
+    changed = {key: v for key, v in new.__dict__.items() if not key.startswith("_") and key not in loaded}
     numbers = [
         (module, attribute, getattr(module, attribute))
         for layer in layers

@@ -6,13 +6,17 @@ import math
 import os
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from slicer.errors import OutputError
 from slicer.runtime.files import atomic_file
+
+Batches = Sequence[torch.Tensor]  # int64 [batch, seq] each, no padding
 
 
 class StateBudget:
@@ -104,15 +108,11 @@ class States:
 
     def save(self, path: Path) -> None:
         """Write the states as safetensors, atomically. Raises OutputError."""
-        from safetensors.torch import save_file
-
         with atomic_file(path) as part:
             save_file({f"{b}": s for b, s in enumerate(self)}, part, metadata={"layer": str(self.layer)})
 
     def restore(self, path: Path) -> None:
         """Load states that `save` wrote for the same batches. Raises OSError or ValueError if they do not match."""
-        from safetensors import SafetensorError, safe_open
-
         try:
             with safe_open(path, "pt") as stored:
                 found = {b: stored.get_tensor(f"{b}") for b in range(len(self))}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,12 +14,12 @@ from torch.nn import functional
 from slicer.checkpoint import tensors
 from slicer.checkpoint.export import Contents
 from slicer.checkpoint.reader import Checkpoint
-from slicer.errors import SlicerError, VerificationError
-from slicer.model.load import Model, build_on_meta, meta_tensors
+from slicer.errors import SlicerError, VerificationError, reason_of
+from slicer.model.load import Model, build_on_meta
 from slicer.model.pruned import Edits, pruned_logits
 from slicer.model.walk import Walk, open_walk
 from slicer.plan.plan import Plan
-from slicer.progress import Progress
+from slicer.progress import SILENT, Progress
 from slicer.runtime.compute import Compute
 
 # Maximum rounding difference: both runs do the same operations on the same weights, so only the order of summation may
@@ -39,12 +39,12 @@ class Expected:
     """What a written checkpoint is checked against, computed before it is written.
 
     Attributes:
-        tokens: int64 [batch, seq], on which the logits were computed; None where no logits are compared.
+        tokens: int64 [batch, seq] on which the logits were computed; None: no logits are compared.
         logits: that the checkpoint must have, [batch, seq, V], on the CPU.
-        exact: those of weights that were not rounded to their stored dtype (adapters, training); None where nothing was
-            rounded. Where they are given, all logits are of float32 arithmetic.
-        text: (tokens, labels) int64 [batch, seq] of held-out text, labels below 0 where no loss is taken: the loss on
-            it is measured on the written checkpoint.
+        exact: logits of weights that are not rounded to their stored dtype (adapters, training); None: nothing was
+            rounded. If given, all logits are computed in float32.
+        text: (tokens, labels) int64 [batch, seq] of held-out text, labels below 0 at tokens without loss. The loss
+            of the written checkpoint is measured on it.
         loads: whether the checkpoint fits in memory; else its layers are read one at a time, and no loss is measured.
         text_dtype: torch name of the precision in which that loss is measured.
     """
@@ -63,7 +63,7 @@ class Errors:
 
     Attributes:
         same: largest difference from the expected logits, relative to the largest logit; None: not compared.
-        rounding: the same from the `exact` ones; None: there are none.
+        rounding: the same for the `exact` ones; None: there are none.
         loss: nats a token on the held-out text; None: not measured.
     """
 
@@ -73,7 +73,7 @@ class Errors:
 
 
 def expected_logits(
-    walk: Walk | None, plan: Plan, edits: Edits, verify: str, progress: Progress | None = None
+    walk: Walk | None, plan: Plan, edits: Edits, verify: str, progress: Progress = SILENT
 ) -> Expected | None:
     """The logits of the source, pruned by `plan` with `edits`, on a few random tokens, from a loaded or streamed walk.
 
@@ -81,20 +81,13 @@ def expected_logits(
     """
     if verify != "logits" or walk is None:
         return None
-    if progress is not None:
-        progress.stage("Reference logits of the pruned source")
+    progress.stage("Reference logits of the pruned source")
     tokens = probe_tokens(walk.model.config.get_text_config().vocab_size)
     return Expected(tokens, pruned_logits(walk, tokens, plan, edits), loads=walk.loaded)
 
 
 def check_contents(
-    directory: Path,
-    contents: Contents,
-    expected: Expected | None,
-    compute: Compute,
-    progress: Progress,
-    *,
-    load: bool = True,
+    directory: Path, contents: Contents, expected: Expected | None, compute: Compute, progress: Progress, load: bool
 ) -> Errors:
     """Check what was written to `directory`: with `load`, every key and shape on the meta device; the changed tensors
     bit for bit; then logits and loss, as far as they are `expected`.
@@ -115,7 +108,11 @@ def check_contents(
     if expected.tokens is not None and expected.logits is not None:
         progress.stage("Comparing logits")
         dtype = compute.dtype if expected.exact is None else "float32"
-        logits = _logits(directory, expected.tokens, replace(compute, dtype=dtype), expected.loads)
+        try:
+            with open_walk(Checkpoint.open(directory), replace(compute, dtype=dtype), loads=expected.loads) as walk:
+                logits = pruned_logits(walk, expected.tokens)
+        except SlicerError as error:
+            raise VerificationError(f"the written checkpoint does not load: {error}") from None
         same = compare_logits(logits, expected.logits)
         if expected.exact is not None:
             rounding = compare_logits(logits, expected.exact, _rounding(contents))
@@ -139,12 +136,11 @@ def check_load(path: Path, *, trust_remote_code: bool = False) -> None:
         checkpoint.check_layers()
         if (path / "generation_config.json").exists():
             transformers.GenerationConfig.from_pretrained(str(path), local_files_only=True)
-        _, problems = build_on_meta(path, meta_tensors(checkpoint), trust_remote_code=trust_remote_code)
+        _, problems = build_on_meta(checkpoint, trust_remote_code=trust_remote_code)
     except SlicerError as error:
         raise VerificationError(f"the written checkpoint cannot be opened: {error}") from None
     except Exception as error:  # config classes raise many kinds
-        reason = " ".join(str(error).split())[:300]
-        raise VerificationError(f"the written config cannot be loaded: {reason}") from None
+        raise VerificationError(f"the written config cannot be loaded: {reason_of(error)}") from None
     for kind, words in (
         ("missing_keys", "is missing"),
         ("unexpected_keys", "is not part of the architecture"),
@@ -160,17 +156,9 @@ def check_load(path: Path, *, trust_remote_code: bool = False) -> None:
             raise VerificationError(f"tensor {name} {words}{differ}{more}; the output was discarded")
 
 
-def check_tensors(path: Path, changed: Mapping[str, Callable[[], torch.Tensor]]) -> None:
-    """Check that the tensors `changed` are on disk bit for bit. Raises VerificationError naming one that is not."""
-    written = Checkpoint.open(path).tensors if changed else {}
-    for key, make in changed.items():
-        if key not in written or not torch.equal(tensors.read(written[key]), make().cpu()):
-            raise VerificationError(f"tensor {key} on disk differs from the healed weights; the output was discarded")
-
-
-def probe_tokens(vocab_size: int, seed: int = 0) -> torch.Tensor:
-    """Random token ids, int64 [2, 24], from the seed."""
-    return torch.randint(vocab_size, (2, 24), generator=torch.Generator().manual_seed(seed))
+def probe_tokens(vocab_size: int) -> torch.Tensor:
+    """The same random token ids each time, int64 [2, 24]."""
+    return torch.randint(vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
 @torch.inference_mode()
@@ -191,15 +179,6 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
     ahead = labels[:, 1:].flatten().to(logits.device)
     return functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ahead, reduction="sum")
-
-
-def _logits(directory: Path, tokens: torch.Tensor, compute: Compute, loads: bool) -> torch.Tensor:
-    """Logits of the written checkpoint. Raises VerificationError where transformers cannot load it."""
-    try:
-        with open_walk(Checkpoint.open(directory), compute, loads=loads) as walk:
-            return pruned_logits(walk, tokens)
-    except SlicerError as error:
-        raise VerificationError(f"the written checkpoint does not load: {error}") from None
 
 
 def _rounding(contents: Contents) -> float:

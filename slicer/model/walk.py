@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -19,14 +20,11 @@ from torch import nn
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import ArchitectureError, PlanError
 from slicer.model.layers import decoder_layers, hidden_in, hidden_of, replaced_forwards
-from slicer.model.load import load_model
-from slicer.model.states import StateBudget, States
+from slicer.model.load import in_float32, load_model
+from slicer.model.offload import OffloadedModel
+from slicer.model.states import Batches, StateBudget, States
 from slicer.runtime import memory
 from slicer.runtime.compute import Compute
-
-if TYPE_CHECKING:
-    from slicer.model.offload import OffloadedModel
-
 
 Listener = Callable[[int, torch.Tensor], None]
 _Call = Callable[[nn.Module, torch.Tensor], Any]  # calls a layer on hidden states, with recorded other arguments
@@ -54,6 +52,7 @@ class Walk:
         depth: L.
         trust_remote_code: whether the checkpoint's own Python code may run, for its tokenizer too.
         activations: cache for the folds of many cuts on one text; None: every fold runs the source itself.
+        directory: for states beyond the budget, and for finished stages of a fold; None: a temporary one, no stages.
     """
 
     def __init__(self, model: Any, offloaded: OffloadedModel | None, budget: StateBudget) -> None:
@@ -62,12 +61,14 @@ class Walk:
         self.depth = len(self.layers)
         self.trust_remote_code = False
         self.activations: SourceActivations | None = None
+        self.directory = budget.directory
         self._order: tuple[int, ...] = tuple(range(self.depth))
         self._calls: list[list[_Call]] = []  # by batch, then by layer
         self._known: dict[tuple[Any, ...], list[torch.Tensor]] = {}
         self._open: dict[int, int] = {}  # loaded layers -> number of `layer` blocks that use them
+        self._casts = False  # whether layers in use are float32
         self._shape: Callable[[torch.Tensor], Any] | None = None
-        self._passed_on: list[int] = []  # ids of what a layer returns besides its states
+        self._passed_on: list[int] = []  # ids of the values that a layer returns besides its states
 
     @classmethod
     def in_memory(cls, model: Any, *, memory_bytes: int | None = None, directory: Path | None = None) -> Self:
@@ -78,27 +79,25 @@ class Walk:
     def out_of_core(
         cls,
         checkpoint: Checkpoint | Path,
+        compute: Compute = Compute(),  # noqa: B008 (frozen)
         *,
-        dtype: str = "auto",
-        device: str = "auto",
-        memory_bytes: int | None = None,
         directory: Path | None = None,
-        trust_remote_code: bool = False,
-    ) -> Walk:
+        **changed: Any,
+    ) -> Self:
         """Walk over a checkpoint on disk, with one layer in memory while the next one is read.
 
-        `memory_bytes` limits weights and states together: states get what the layers leave. If it is too small for two
-        layers, the next one is not read ahead. `dtype` and `device` as in `load_model`. Raises SourceError.
+        `changed` are fields of `compute` with another value. Its `memory` limits weights and states together: states
+        get what the layers leave. If it is too small for two layers, the next one is not read ahead; None: no limit.
+        Raises SourceError.
         """
-        from slicer.model.offload import OffloadedModel
-
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = Checkpoint.open(checkpoint)
-        target = Compute(device).torch_device()
-        offloaded = OffloadedModel(checkpoint, dtype=dtype, device=target, trust_remote_code=trust_remote_code)
+        compute = replace(compute, **changed)
+        offloaded, limit = OffloadedModel(checkpoint, compute), compute.memory
         largest = max(map(offloaded.layer_bytes, range(len(offloaded.layers))))
-        ahead = memory_bytes is None or memory_bytes >= 3 * largest
-        limit = None if memory_bytes is None else max(0, memory_bytes - (2 if ahead else 1) * largest)
+        ahead = limit is None or limit >= 3 * largest
+        if limit is not None:
+            limit = max(0, limit - (2 if ahead else 1) * largest)
         offloaded.reads_ahead = ahead
         return cls(offloaded.model, offloaded, StateBudget(limit, directory))
 
@@ -129,6 +128,33 @@ class Walk:
         return self._offloaded.layer_bytes(i) if self._offloaded is not None else 0
 
     @contextlib.contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Inside the block, a 16-bit model computes in float32, loaded or streamed: each layer while it is in use, the
+        modules outside the layers all the time."""
+        within = {id(p) for layer in self.layers for p in layer.parameters()}
+        before, self._casts = self._casts, True
+        try:
+            with in_float32(p for p in self.model.parameters() if id(p) not in within):
+                yield
+        finally:
+            self._casts = before
+
+    @contextlib.contextmanager
+    def reserved(self, nbytes: int) -> Iterator[None]:
+        """Inside the block states leave so much more of the host's memory free; a block on a GPU needs none of it."""
+        limit = self._budget.limit
+        if limit is not None and self.device.type == "cpu":
+            self._budget.limit = max(0, limit - nbytes)
+        try:
+            yield
+        finally:
+            self._budget.limit = limit
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy on the host: in memory up to the budget, else in a file. Raises OutputError."""
+        return self._budget.tensor(tensor.shape, tensor.dtype, pin=tensor.is_cuda).copy_(tensor)
+
+    @contextlib.contextmanager
     def along(self, order: Sequence[int]) -> Iterator[None]:
         """Read layers ahead in this order inside the block. The default order is all layers."""
         before, self._order = self._order, tuple(order)
@@ -137,7 +163,7 @@ class Walk:
         finally:
             self._order = before
 
-    def start(self, batches: Sequence[torch.Tensor]) -> States:
+    def start(self, batches: Batches) -> States:
         """Record the arguments of every layer and return x(0) of every batch (int64 [batch, seq], no padding).
 
         Raises ArchitectureError if the layers pass each other more than hidden states.
@@ -159,18 +185,25 @@ class Walk:
         if self._offloaded is not None and not self._open.get(i):
             after = self._order[self._order.index(i) + 1] if i in self._order[:-1] else None
             self._offloaded.place(i, self._offloaded.fetch(i, after))
+        precision = self._precision(i)
         self._open[i] = self._open.get(i, 0) + 1
         try:
-            yield self.layers[i]
+            with precision:
+                yield self.layers[i]
         finally:
             self._open[i] -= 1
             if self._offloaded is not None and not self._open[i]:
                 self._offloaded.release(i)
 
+    def _precision(self, i: int) -> contextlib.AbstractContextManager[None]:
+        """For layer i, whose weights are in place: float32 inside `in_float32`, unless the layer is open already."""
+        casts = self._casts and not self._open.get(i)
+        return in_float32(self.layers[i].parameters()) if casts else contextlib.nullcontext()
+
     def advance(
         self, i: int, states: States, listener: Listener | None = None, *, only: Iterable[int] | None = None
-    ) -> States:
-        """Run layer i over all batches; replaces `states` in place by x(i+1) and returns them.
+    ) -> None:
+        """Run layer i over all batches; replaces `states` in place by x(i+1).
 
         `only`: the batches to run, if the others are no longer needed. `listener(b, x)` gets the new states of each
         batch, [batch, seq, d], on the device. Hooks on the module of `layer(i)` are active. States of any earlier layer
@@ -185,7 +218,6 @@ class Walk:
                     listener(b, new)
                 states[b] = new
         states.layer = i + 1
-        return states
 
     def call(self, i: int, batch: int, states: torch.Tensor, *, gradient: bool = False) -> torch.Tensor:
         """Output of layer i for `states`, [batch, seq, d], as x(i) of that batch; stores nothing.
@@ -193,9 +225,12 @@ class Walk:
         With `gradient`, the output is differentiable.
         """
         with self.layer(i) as layer, torch.set_grad_enabled(gradient):
-            device = next((p.device for p in layer.parameters()), self.device)
-            output = self._calls[batch][i](layer, states.to(device, non_blocking=states.is_pinned()))
-            return hidden_of(output)
+            states = states.to(self.device_of(layer), non_blocking=states.is_pinned())
+            return hidden_of(self._calls[batch][i](layer, states))
+
+    def device_of(self, layer: nn.Module) -> torch.device:
+        """The device of a layer in use."""
+        return next((p.device for p in layer.parameters()), self.device)
 
     def run(self, states: States, layers: Sequence[int]) -> States:
         """Advance through `layers` (ascending), reading ahead along them."""
@@ -237,14 +272,15 @@ class Walk:
             with replaced_forwards(self.layers, lambda i, _: record), contextlib.suppress(_Captured):
                 self._decoder(few)
             args, kwargs = found[0]
-            if self._offloaded is not None and not self._open.get(0):
-                stored = self._offloaded.fetch(0, None)
-                self._offloaded.place(0, stored)
+            reads = self._offloaded if not self._open.get(0) else None
+            if reads is not None:
+                stored = reads.fetch(0, None)
+                reads.place(0, stored)
+            with self._precision(0):
                 output = self.layers[0](*args, **kwargs)
-                self._offloaded.release(0)
-                self._offloaded.keep(0, stored)  # layer 0 is most likely used next
-            else:
-                output = self.layers[0](*args, **kwargs)
+            if reads is not None:
+                reads.release(0)
+                reads.keep(0, stored)  # layer 0 is most likely used next
         if isinstance(output, torch.Tensor):
             return lambda states: states
         rest = output[1:]
@@ -314,26 +350,17 @@ def open_walk(
     """A walk over the model of `checkpoint`, in the precision and on the device of `compute`.
 
     `loads`: whether the whole model is loaded; else its layers are read from disk one at a time. Weights and states
-    take up to `compute.memory` bytes; further states go to files in `directory`. The walk is closed when the block
-    ends, so a name that outlives the block keeps no model. Raises SourceError.
+    take up to `compute.memory` bytes of the host; further states go to files in `directory`. The walk is closed when
+    the block ends, so a name that outlives the block keeps no model. Raises SourceError.
     """
-    precision, limit = compute.dtype or "auto", memory.budget(compute.memory)
+    limit = memory.budget(compute)
     if loads:
-        model = load_model(
-            checkpoint.path, dtype=precision, device=compute.device, trust_remote_code=compute.trust_remote_code
-        )
-        left = max(0, limit - checkpoint.bytes_as(compute.dtype))
-        walk = Walk.in_memory(model, memory_bytes=left, directory=directory)
+        model = load_model(checkpoint.path, compute)
+        on_host = checkpoint.bytes_as(compute.dtype) if model.device.type == "cpu" else 0
+        walk = Walk.in_memory(model, memory_bytes=max(0, limit - on_host), directory=directory)
         del model
     else:
-        walk = Walk.out_of_core(
-            checkpoint,
-            dtype=precision,
-            device=compute.device,
-            memory_bytes=limit,
-            directory=directory,
-            trust_remote_code=compute.trust_remote_code,
-        )
+        walk = Walk.out_of_core(checkpoint, compute, memory=limit, directory=directory)
     walk.trust_remote_code = compute.trust_remote_code
     try:
         yield walk
@@ -349,9 +376,7 @@ def next_token_loss(log_probabilities: torch.Tensor, tokens: torch.Tensor, reduc
     return nn.functional.nll_loss(log_probabilities[:-1], following, reduction=reduction)
 
 
-def walk_loss(
-    walk: Walk, tokens: Sequence[torch.Tensor], last: Callable[[int], torch.Tensor], batches: Iterable[int]
-) -> float:
+def walk_loss(walk: Walk, tokens: Batches, last: Callable[[int], torch.Tensor], batches: Iterable[int]) -> float:
     """Mean next-token cross entropy of these `batches` of `tokens`, nats, from `last(b)`, [batch, seq, d], taken as
     x(L) of batch b. Computes the logits of one sequence at a time, because they are large."""
     total, count = 0.0, 0
@@ -367,11 +392,11 @@ def walk_loss(
 class SourceActivations:
     """Caches the output of every layer for a fixed set of batches, so repeated passes through the source are skipped.
 
-    Uses up to `room` bytes; layers that do not fit are run again.
+    Uses up to `budget` bytes; layers that do not fit are run again.
     """
 
-    def __init__(self, room: int) -> None:
-        self._room = room
+    def __init__(self, budget: int) -> None:
+        self._budget = budget
         self._kept: dict[int, list[torch.Tensor]] = {}
         self._tokens: list[torch.Tensor] | None = None
 
@@ -387,6 +412,6 @@ class SourceActivations:
             states.layer = i + 1
             return
         walk.advance(i, states)
-        if kept is None and states.nbytes <= self._room:
-            self._room -= states.nbytes
+        if kept is None and states.nbytes <= self._budget:
+            self._budget -= states.nbytes
             self._kept[i] = [state.clone() for state in states]

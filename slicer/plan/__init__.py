@@ -1,1 +1,1 @@
-"""What to drop: amounts as people write them, the blocks that can go, the choice, and the Plan that records it."""
+"""What to drop: amounts as users write them, ranked blocks, the choice, and the Plan that records it."""

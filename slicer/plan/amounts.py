@@ -1,4 +1,4 @@
-"""Amounts as people write them: how many layers or sublayers go, which ones, or how large the result may be."""
+"""Amounts as users write them: how many layers or sublayers to drop, which ones, or how large the result may be."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from slicer.errors import PlanError, UsageError
 
@@ -25,7 +26,7 @@ class Amount:
     layers: tuple[int, ...] | None = None
 
     def resolve(self, depth: int) -> int:
-        """n, the number of layers to drop of `depth`. Raises PlanError when that is nothing or everything."""
+        """The number of layers to drop out of `depth`. Raises PlanError if it is none or all of them."""
         check_layers(self.layers or (), depth)
         n = self._number(depth, "layers")
         if n >= depth:
@@ -33,9 +34,9 @@ class Amount:
         return n
 
     def resolve_sublayers(self, depth: int, what: str) -> int:
-        """n, the number to drop of what a model of `depth` layers has of `what`, a key of `SUBLAYERS`.
+        """The number of sublayers to drop in a model of `depth` layers; `what`: a key of `SUBLAYERS`.
 
-        All may go. Raises PlanError for nothing or more than all.
+        All may be dropped. Raises PlanError if the number is 0, or larger than the number of such sublayers.
         """
         total, name = depth * (2 if what == "sublayers" else 1), SUBLAYERS[what]
         n = self._number(total, name)
@@ -59,9 +60,9 @@ class Amount:
 class Goal:
     """How deep to cut.
 
-    At most one of `drop`, `keep`, `max_params` and `max_bytes` gives how many layers go; the budgets, the last two, ask
-    for the fewest that meet them. Beside the first two, or alone, `drop_attention`, `drop_ffn` and `drop_sublayers`
-    (either kind) give how many sublayers of the layers that stay go too.
+    At most one of `drop`, `keep`, `max_params` and `max_bytes` sets the number of layers to drop. The last two are
+    budgets: the fewest layers that meet them are dropped. `drop_attention`, `drop_ffn` and `drop_sublayers` (of either
+    kind) set the number of sublayers to drop in the other layers; give them alone, or with `drop` or `keep`.
     """
 
     drop: Amount | None = None
@@ -76,13 +77,13 @@ class Goal:
         given = sum(v is not None for v in (self.drop, self.keep, self.max_params, self.max_bytes))
         if given > 1 or (not given and not self.sublayers):
             raise UsageError(
-                "say how much to drop with exactly one of --drop, --keep-layers, --max-params and --max-bytes"
-                + ("" if given > 1 else ", or with --drop-attention, --drop-ffn or --drop-sublayers")
+                "give exactly one of --drop, --keep-layers, --max-params and --max-bytes"
+                + ("" if given > 1 else ", or --drop-attention, --drop-ffn or --drop-sublayers")
             )
         if self.sublayers and self.budget:
             raise UsageError(
-                "a budget (--max-params, --max-bytes) counts whole layers; give --drop-attention and the like alone, "
-                "or beside --drop or --keep-layers"
+                "a budget (--max-params, --max-bytes) counts whole layers; give --drop-attention, --drop-ffn and "
+                "--drop-sublayers alone, or with --drop or --keep-layers"
             )
         if self.drop_sublayers is not None and self.drop_sublayers.layers is not None:
             raise UsageError(
@@ -91,13 +92,13 @@ class Goal:
 
     @property
     def sublayers(self) -> dict[str, Amount]:
-        """What goes below the layer: "attention", "ffn", "sublayers" -> how much of it."""
+        """The sublayers to drop: "attention", "ffn" or "sublayers" -> amount."""
         amounts = {"attention": self.drop_attention, "ffn": self.drop_ffn, "sublayers": self.drop_sublayers}
         return {name: amount for name, amount in amounts.items() if amount is not None}
 
     @property
     def layers(self) -> bool:
-        """Whether whole layers go."""
+        """Whether whole layers are dropped."""
         return self.drop is not None or self.keep is not None or self.budget
 
     @property
@@ -107,16 +108,16 @@ class Goal:
 
     @property
     def named(self) -> tuple[int, ...] | None:
-        """The layers to drop, where they are named."""
+        """The layers to drop, if they are named."""
         return self.drop.layers if self.drop is not None else None
 
     def measured(self, strategy: str) -> bool:
-        """Whether choosing by `strategy` takes measurements of the model."""
+        """Whether a choice by `strategy` needs measurements of the model."""
         by_distance = self.layers and self.named is None and strategy == "similarity"
         return by_distance or any(amount.layers is None for amount in self.sublayers.values())
 
     def count(self, depth: int) -> int:
-        """The number of whole layers to drop of `depth`; of a budget, to try first. Raises PlanError."""
+        """The number of whole layers to drop out of `depth`; of a budget, the first one to try. Raises PlanError."""
         if self.drop is not None:
             return self.drop.resolve(depth)
         if self.keep is not None:
@@ -128,7 +129,7 @@ class Goal:
         return int(self.budget)
 
     def met(self, parameters: int, total_bytes: int) -> bool:
-        """Whether a model of so many parameters and bytes of weights is within the budget."""
+        """Whether a model with this number of parameters and bytes of weights is within the budget."""
         within_parameters = self.max_params is None or parameters <= self.max_params
         return within_parameters and (self.max_bytes is None or total_bytes <= self.max_bytes)
 
@@ -137,7 +138,7 @@ class Goal:
 
 
 def check_layers(layers: Iterable[int], depth: int, given: str = "") -> None:
-    """Raise PlanError, with `given` before it, for a layer that a model of `depth` layers does not have."""
+    """Raise PlanError for a layer that a model of `depth` layers does not have; the message starts with `given`."""
     for i in sorted(layers):
         if not 0 <= i < depth:
             raise PlanError(f"{given}layer {i} is not in the model, whose layers are 0-{depth - 1}")
@@ -165,37 +166,23 @@ def parse_amount(text: str, option: str = "--drop") -> Amount:
     return Amount(layers=tuple(sorted(layers)))
 
 
-def parse_goal(
-    drop: str | None = None,
-    keep: int | None = None,
-    max_params: str | None = None,
-    max_bytes: str | None = None,
-    drop_attention: str | None = None,
-    drop_ffn: str | None = None,
-    drop_sublayers: str | None = None,
-) -> Goal | None:
-    """The goal of the options of these names; None where none is given. Raises UsageError."""
-    given = (drop, keep, max_params, max_bytes, drop_attention, drop_ffn, drop_sublayers)
-    if all(value is None for value in given):
-        return None
-    return Goal(
-        parse_amount(drop) if drop is not None else None,
-        keep,
-        parse_size(max_params, "--max-params") if max_params is not None else None,
-        parse_size(max_bytes, "--max-bytes") if max_bytes is not None else None,
-        parse_amount(drop_attention, "--drop-attention") if drop_attention is not None else None,
-        parse_amount(drop_ffn, "--drop-ffn") if drop_ffn is not None else None,
-        parse_amount(drop_sublayers, "--drop-sublayers") if drop_sublayers is not None else None,
-    )
+def parse_goal(*, keep: int | None = None, **texts: str | None) -> Goal | None:
+    """The goal, from options that are named like the fields of `Goal`; None if none is given. Raises UsageError."""
+    given: dict[str, Any] = {} if keep is None else {"keep": keep}
+    for name, text in texts.items():
+        if text is not None:
+            read = parse_size if name.startswith("max_") else parse_amount
+            given[name] = read(text, f"--{name.replace('_', '-')}")
+    return Goal(**given) if given else None
 
 
-def parse_protected(text: str, depth: int, option: str = "--protect") -> frozenset[int]:
+def parse_protected(text: str, depth: int) -> frozenset[int]:
     """Read `0,1,-1` or `0-3,-2`: layers that must stay, negative ones counted from the end.
 
-    Raises UsageError for what is no list of layers, PlanError for a layer that is not in the model.
+    Raises UsageError if it is not a list of layers, PlanError for a layer that is not in the model.
     """
-    layers = _layers(text, option, "layers like 0,1,-1 or 0-3", depth)
-    check_layers(layers, depth, f"{option} {text}: ")
+    layers = _layers(text, "--protect", "layers like 0,1,-1 or 0-3", depth)
+    check_layers(layers, depth, f"--protect {text}: ")
     return frozenset(layers)
 
 
@@ -219,7 +206,7 @@ def _layers(text: str, option: str, forms: str, depth: int | None = None) -> lis
 
 def parse_depths(text: str, depth: int, option: str = "--drop") -> list[int]:
     """Numbers of layers to drop, 0 being the whole model: `0,2,4`, `0:8:2` (the end included), `0:0.5:0.05` or
-    `0.1,0.25`; ascending, each once. Raises UsageError for what is no list of them, PlanError for all of `depth`."""
+    `0.1,0.25`; ascending, each once. Raises UsageError if it is not such a list, PlanError for `depth` or more."""
     found: set[int] = set()
     for part in text.split(","):
         numbers = part.strip().split(":")
@@ -260,6 +247,14 @@ def parse_size(text: str, option: str) -> int:
     if size < 1:
         raise UsageError(f"{option} {text}: must be more than zero")
     return size
+
+
+def spell_size(nbytes: float, *, up: bool = False) -> str:
+    """Bytes in three digits, rounded down (or `up`), as `parse_size` reads them: "16.2GB"."""
+    unit = next((unit for unit in "TGM" if nbytes >= _UNITS[unit]), "K")
+    count = nbytes / _UNITS[unit]
+    step = 10.0 ** (len(str(int(count))) - 3)
+    return f"{round((math.ceil if up else math.floor)(count / step) * step, 2):g}{unit}B"
 
 
 def runs(layers: Iterable[int]) -> list[tuple[int, int]]:

@@ -1,47 +1,16 @@
-"""Distances -> the blocks of layers and the sublayers that can go, closest first. Pure arithmetic."""
+"""Distances -> the blocks of layers, or the sublayers, that can be dropped, closest first. Pure arithmetic."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from slicer.errors import PlanError
 from slicer.plan.amounts import spell_layers
+from slicer.plan.distances import Distances
 
 SURE = 2.0  # standard errors that a difference must exceed to count
-
-
-class BlockDistances(Protocol):
-    """What selection needs of an analysis."""
-
-    @property
-    def depth(self) -> int:
-        """L, the number of layers."""
-
-    def block(self, n: int) -> Sequence[float]:
-        """d(l, l+n) for every start l = 0..L-n."""
-
-
-class MeasuredDistances(BlockDistances, Protocol):
-    """What is needed to tell whether two cuts differ by more than their errors."""
-
-    @property
-    def samples(self) -> int:
-        """Sequences averaged over."""
-
-    @property
-    def sizes(self) -> Sequence[int]:
-        """The block sizes measured."""
-
-    @property
-    def standard_error(self) -> Mapping[int, Sequence[float]]:
-        """n -> the standard error of each d(l, l+n)."""
-
-    @property
-    def difference_error(self) -> Mapping[int, Sequence[float]]:
-        """n -> the standard error of d(l, l+n) minus the least of that n."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +49,9 @@ class Cut:
 
 @dataclass(frozen=True)
 class Doubt:
-    """How far the best choice is from the next: the difference, its standard error, and what would settle it.
+    """The difference between the best choice and the next, its standard error, and the samples that would decide.
 
-    Attributes:
-        samples: sequences that would make the difference as large as `SURE` standard errors; None when there is no
-            difference at all.
+    `samples`: sequences that would make the difference as large as `SURE` standard errors; None for no difference.
     """
 
     difference: float
@@ -92,11 +59,12 @@ class Doubt:
     samples: int | None
 
 
-def rank(distances: BlockDistances, n: int, protect: Collection[int] = ()) -> list[Block]:
-    """All blocks of n layers without a protected one, closest first; of equals the deeper one first.
+def rank(distances: Distances, n: int, protect: Collection[int] = ()) -> list[Block]:
+    """All blocks of n layers without a protected one, closest first; of equal blocks the deeper one first.
 
-    The deeper of two equal blocks disturbs fewer of the layers after it (section 3.1 of the paper). Blocks that were
-    not measured (NaN) are left out. Raises PlanError when no block is left.
+    The first is equation 6 of "The Unreasonable Ineffectiveness of the Deeper Layers": argmin over l of d(l, l+n). The
+    deeper of two equal blocks disturbs fewer of the layers after it (section 3.1 of the paper). Blocks that were not
+    measured (NaN) are left out. Raises PlanError when no block is left.
     """
     if not 0 < n < distances.depth:
         raise PlanError(f"cannot drop {n} of {distances.depth} layers; drop between 1 and {distances.depth - 1}")
@@ -107,18 +75,13 @@ def rank(distances: BlockDistances, n: int, protect: Collection[int] = ()) -> li
 
 
 def _closest_first(row: Sequence[float], n: int, allowed: Callable[[int], bool]) -> list[Block]:
-    """The blocks of a row of distances by start, without those not measured; of equals the deeper one first."""
+    """The blocks of a row of distances by start, without those not measured; of equal ones the deeper first."""
     found = [Block(start, n, float(d)) for start, d in enumerate(row) if not math.isnan(d) and allowed(start)]
     return sorted(found, key=lambda block: (block.distance, -block.start))
 
 
-def select(distances: BlockDistances, n: int) -> Block:
-    """Equation 6 of "The Unreasonable Ineffectiveness of the Deeper Layers": argmin over l of d(l, l+n)."""
-    return rank(distances, n)[0]
-
-
 def best_cuts(
-    distances: MeasuredDistances, n: int, blocks: int = 1, protect: Collection[int] = (), count: int = 4
+    distances: Distances, n: int, blocks: int = 1, protect: Collection[int] = (), count: int = 4
 ) -> list[Cut]:
     """The `count` best ways to drop n layers in at most `blocks` separate blocks, least sum of distances first.
 
@@ -140,7 +103,7 @@ def best_cuts(
         free[i] = 0 if i in protect else free[i + 1] + 1
         for left in range(n + 1):
             for k in range(blocks + 1):
-                # Keeping i comes first, so that of equals the deeper blocks win.
+                # Keeping i comes first, so that of equal sums the deeper blocks win.
                 found = list(after[i + 1].get((left, k), ()))
                 for size, row in rows.items():
                     if not k or size > left or size > free[i] or math.isnan(row[i]):
@@ -160,8 +123,8 @@ def best_cuts(
     return [Cut(cut) for _, cut in after[0][n, blocks]]
 
 
-def doubt(distances: MeasuredDistances, best: Cut, other: Cut) -> Doubt | None:
-    """Whether `best` and `other` cannot be told apart by `SURE` standard errors; None when they can, or are certain.
+def doubt(distances: Distances, best: Cut, other: Cut) -> Doubt | None:
+    """The doubt if `best` and `other` differ by less than `SURE` standard errors; None if by more, or for exact values.
 
     For single blocks of one size the error is that of the paired difference over the same samples; for cuts of several
     blocks, that of the blocks they do not share, taken as independent.
@@ -169,7 +132,7 @@ def doubt(distances: MeasuredDistances, best: Cut, other: Cut) -> Doubt | None:
     mine, theirs = ([b for b in a.blocks if b not in c.blocks] for a, c in ((best, other), (other, best)))
     if len(mine) == len(theirs) == 1 and mine[0].n == theirs[0].n and mine[0].n in distances.difference_error:
         row = distances.difference_error[mine[0].n]
-        # Against the least of this n; where neither is it (protected layers), the errors add up at worst.
+        # Relative to the best of this n; if neither is that one (protected layers), the sum is an upper bound.
         error = row[theirs[0].start] + row[mine[0].start]
     else:
         error = math.sqrt(sum(distances.standard_error[b.n][b.start] ** 2 for b in (*mine, *theirs)))
@@ -180,24 +143,19 @@ def doubt(distances: MeasuredDistances, best: Cut, other: Cut) -> Doubt | None:
     return Doubt(difference, error, needed)
 
 
-def rank_sublayers(
-    halves: BlockDistances, attention: Iterable[int], ffn: Iterable[int]
-) -> list[tuple[str, int, float]]:
-    """("attention" or "ffn", layer, distance across it) of these parts, closest first; of equals the deeper one first.
+def rank_sublayers(halves: Distances, attention: Iterable[int], ffn: Iterable[int]) -> list[tuple[str, int, float]]:
+    """("attention" or "ffn", layer, distance across it) of these sublayers, closest first; of equals the deeper.
 
-    `halves` has the half-layers of the model as its layers: attention i is number 2i, feed-forward part i number 2i+1.
+    `halves`: the table over sublayers. Attention i is number 2i, feed-forward i is number 2i + 1.
     """
     row = halves.block(1)
-    found = [("attention", i, float(row[2 * i])) for i in attention]
-    found += [("ffn", i, float(row[2 * i + 1])) for i in ffn]
-    return sorted(
-        (part for part in found if not math.isnan(part[2])),
-        key=lambda part: (part[2], -2 * part[1] - (part[0] == "ffn")),
-    )
+    numbers = [*(2 * i for i in attention), *(2 * i + 1 for i in ffn)]
+    found = _closest_first(row, 1, set(numbers).__contains__)
+    return [(("attention", "ffn")[part.start % 2], part.start // 2, part.distance) for part in found]
 
 
-def rank_offset(halves: BlockDistances, n: int, protect: Collection[int] = ()) -> list[Block]:
-    """All half-offset cuts that make the model n layers shallower and leave protected ones whole, closest first.
+def rank_offset(halves: Distances, n: int, protect: Collection[int] = ()) -> list[Block]:
+    """All half-offset cuts that make the model n layers shallower and keep protected layers whole, closest first.
 
     A block goes from after attention `start` to after attention `start` + n. `halves` as in `rank_sublayers`.
     """

@@ -1,7 +1,7 @@
 """A goal and what was measured -> the plan: which layers and sublayers to drop, for every command that chooses.
 
-First the layers, then, of those that stay, attention and feed-forward parts. Pure standard library: the caller measures
-the model, and passes a function that checks whether the architecture can express a plan.
+First the layers; then attention and feed-forward sublayers of the layers that stay. Pure standard library: the caller
+measures the model, and passes a function that checks whether the architecture can express a plan.
 """
 
 from __future__ import annotations
@@ -13,18 +13,10 @@ from itertools import islice
 from typing import Protocol
 
 from slicer.errors import ArchitectureError, PlanError
+from slicer.plan import blocks as ranking
 from slicer.plan.amounts import SUBLAYERS, Goal
-from slicer.plan.blocks import (
-    Cut,
-    Doubt,
-    MeasuredDistances,
-    best_cuts,
-    deepest,
-    doubt,
-    rank_offset,
-    rank_sublayers,
-    tail,
-)
+from slicer.plan.blocks import Cut, Doubt
+from slicer.plan.distances import Distances
 from slicer.plan.plan import METRIC, Plan
 from slicer.plan.records import RunnerUp, TextRecord
 
@@ -34,25 +26,25 @@ WhyNot = Callable[[Plan], str | None]
 
 
 class Measurements(Protocol):
-    """What choosing needs of an analysis."""
+    """What `choose` needs from an analysis."""
 
     @property
     def calibration(self) -> TextRecord | None:
-        """The text measured on."""
+        """The text that was measured on."""
 
     @property
     def greedy(self) -> Sequence[Mapping[str, float]]:
-        """ "layer" and "loss" of each step of the greedy order of removal, where it was measured."""
+        """ "layer" and "loss" of each step of the greedy removal order; empty if not measured."""
 
     @property
-    def sublayers(self) -> Mapping[str, MeasuredDistances]:
-        """Metric -> its table of half-layers, as in `halves`."""
+    def sublayers(self) -> Mapping[str, Distances]:
+        """Metric -> its table over sublayers, as in `halves`."""
 
-    def distances(self, metric: str) -> MeasuredDistances:
-        """One metric between layers. Raises PlanError when it was not measured."""
+    def distances(self, metric: str) -> Distances:
+        """One metric between layers. Raises PlanError if it was not measured."""
 
-    def halves(self, metric: str) -> MeasuredDistances:
-        """One metric between half-layers: attention i is number 2i, feed-forward part i number 2i + 1."""
+    def halves(self, metric: str) -> Distances:
+        """One metric between sublayers: attention i is number 2i, feed-forward i is number 2i + 1."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +52,8 @@ class Chosen:
     """The plan, with its runners-up.
 
     Attributes:
-        doubt: where the best two blocks of layers cannot be told apart.
-        passed_over: the closest cut, where the architecture cannot express it and another was taken.
+        doubt: set if the best two blocks of layers cannot be distinguished.
+        passed_over: the closest cut, if the architecture cannot express it and another was taken.
     """
 
     plan: Plan
@@ -83,15 +75,15 @@ def choose(
     form: str | None = None,
     seed: int = 0,
 ) -> Chosen:
-    """The plan that drops what `goal` asks of `depth` layers; of a budget, a single layer: its caller tries more.
+    """The plan for `goal` in a model of `depth` layers; for a budget, of one layer: the caller tries more.
 
-    `measured` may be None where `goal.measured(strategy)` is False. `why_not` gives the reason why a plan cannot be
+    `measured` may be None if `goal.measured(strategy)` is False. `why_not` gives the reason why a plan cannot be
     expressed, or None. `strategy`: "similarity" (the least distance by `metric`; "greedy" takes the measured order),
     "deepest", "tail", "deepest_expressible" or "random" (by `seed`). `offset`: blocks of "whole" layers, in at most
-    `blocks` of them, "half"-offset ones, or "auto": the closer of the two where both were measured. Layers of
+    `blocks` of them, "half"-offset ones, or "auto": the closer of the two if both were measured. Layers of
     `protect` stay whole. `form`: see `Plan.in_form`.
 
-    Raises PlanError where there is no such cut, ArchitectureError where none can be expressed.
+    Raises PlanError if there is no such cut, ArchitectureError if none can be expressed.
     """
     plan, unsure, passed_over = Plan.whole(depth), None, None
     if goal.layers:
@@ -110,7 +102,7 @@ def choose(
         if best.distance is not None:
             plan = _because(plan, best.distance, [*passed, *others], metric, measured)
         if measured is not None and not passed and best.cut and others and others[0].cut:
-            unsure = doubt(measured.distances(metric), best.cut, others[0].cut)
+            unsure = ranking.doubt(measured.distances(metric), best.cut, others[0].cut)
     if goal.sublayers:
         plan = _without_sublayers(plan, goal, measured, metric, protect, form)
         if (reason := why_not(plan)) is not None:
@@ -120,7 +112,7 @@ def choose(
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A cut of layers; the distance, the block in words, and the cut that it is, where that was measured."""
+    """A cut of layers; its distance and its blocks in words, if they were measured."""
 
     plan: Plan
     distance: float | None = None
@@ -134,10 +126,10 @@ def _unmeasured(n: int, depth: int, strategy: str, seed: int) -> Iterator[_Candi
     if strategy == "random":
         draw = random.Random(f"{seed} {n}")
         tries = (draw.sample(range(depth), n) for _ in range(_RANDOM_TRIES))
-    elif strategy == "deepest_expressible":  # the final layer stays where it can
+    elif strategy == "deepest_expressible":  # keeps the final layer if possible
         tries = (range(start, start + n) for start in (*range(depth - n - 1, -1, -1), depth - n))
     else:
-        tries = [{"deepest": deepest, "tail": tail}[strategy](depth, n)]
+        tries = [{"deepest": ranking.deepest, "tail": ranking.tail}[strategy](depth, n)]
     for layers in tries:
         drawn = seed if strategy == "random" else None
         yield _Candidate(replace(Plan.dropping(depth, layers), strategy=strategy, seed=drawn))
@@ -146,16 +138,16 @@ def _unmeasured(n: int, depth: int, strategy: str, seed: int) -> Iterator[_Candi
 def _by_distance(
     n: int, depth: int, measured: Measurements, metric: str, offset: str, blocks: int, protect: Collection[int]
 ) -> list[_Candidate]:
-    """All cuts of n layers by the least distance; of equals that of whole layers first."""
+    """All cuts of n layers smallest distance first; of equal ones that of whole layers first."""
     if metric == "greedy":
         return [_greedy(n, depth, measured.greedy, protect)]
     found: list[_Candidate] = []
     if offset != "half":
         count = depth if blocks == 1 else RUNNERS_UP + 1
-        for cut in best_cuts(measured.distances(metric), n, blocks, protect, count):
+        for cut in ranking.best_cuts(measured.distances(metric), n, blocks, protect, count):
             found.append(_Candidate(Plan.dropping(depth, cut.dropped), cut.distance, str(cut), cut))
     if offset == "half" or (offset == "auto" and metric in measured.sublayers):
-        for block in rank_offset(measured.halves(metric), n, protect):
+        for block in ranking.rank_offset(measured.halves(metric), n, protect):
             i, j = block.start, block.start + n
             plan = replace(Plan.dropping(depth, range(i + 1, j + 1)), joined=((i, j),))
             found.append(_Candidate(plan, block.distance, f"half-offset {i}-{j}"))
@@ -167,17 +159,11 @@ def _by_distance(
 def _because(
     plan: Plan, distance: float, others: Iterable[_Candidate], metric: str, measured: Measurements | None
 ) -> Plan:
-    """`plan` with why it was chosen, and before which others."""
+    """`plan` with the reason for the choice and the runners-up."""
     text = measured.calibration if measured is not None else None
-    return replace(
-        plan,
-        strategy="similarity",
-        distance=distance,
-        metric=metric,
-        runners_up=tuple(RunnerUp(o.block, o.distance or 0.0) for o in islice(others, RUNNERS_UP)),
-        calibration=text,
-        seed=None if text is None else text.seed,
-    )
+    runners_up = tuple(RunnerUp(o.block, o.distance or 0.0) for o in islice(others, RUNNERS_UP))
+    plan = replace(plan, strategy="similarity", distance=distance, metric=metric, runners_up=runners_up)
+    return replace(plan, calibration=text, seed=None if text is None else text.seed)
 
 
 def _greedy(n: int, depth: int, order: Sequence[Mapping[str, float]], protect: Collection[int]) -> _Candidate:
@@ -195,9 +181,8 @@ def _greedy(n: int, depth: int, order: Sequence[Mapping[str, float]], protect: C
 def _first_expressible(
     found: Iterator[_Candidate], form: str | None, why_not: WhyNot
 ) -> tuple[list[_Candidate], _Candidate, list[_Candidate]]:
-    """(those passed over, the first of `found` that can be expressed, the next); raises the first reason for none."""
-    passed: list[_Candidate] = []
-    reasons: list[str] = []
+    """(those passed over, the first of `found` that can be expressed, the next); raises the first reason if none."""
+    passed, reasons = list[_Candidate](), list[str]()
     for best in found:
         best = replace(best, plan=best.plan.in_form(form))
         if (reason := why_not(best.plan)) is None:
@@ -210,17 +195,17 @@ def _first_expressible(
 def _without_sublayers(
     plan: Plan, goal: Goal, measured: Measurements | None, metric: str, protect: Collection[int], form: str | None
 ) -> Plan:
-    """`plan` without the attention and feed-forward parts that `goal` asks for too: as named, or the closest."""
+    """`plan` without the sublayers that `goal` also drops: the named ones, or those with the smallest distance."""
     gone: dict[str, set[int]] = {"attention": set(), "ffn": set()}
     for what, amount in goal.sublayers.items():
         gone.get(what, set()).update(amount.layers or ())
-    plan.without(*gone.values())  # raises where a sublayer goes twice
+    plan.without(*gone.values())  # raises if a sublayer is named twice
     amounts = {what: amount for what, amount in goal.sublayers.items() if amount.layers is None}
     if amounts:
         assert measured is not None
         # In the blockwise form the first layer keeps its attention.
         first = plan.sublayers[0][0] if form != "zeroed" else None
-        ranked = rank_sublayers(
+        ranked = ranking.rank_sublayers(
             measured.halves(metric),
             (i for i, _ in plan.sublayers if i != first and i not in protect),
             (j for _, j in plan.sublayers if j not in protect),
@@ -232,14 +217,14 @@ def _without_sublayers(
             taken = [part for part in left if what in (part[0], "sublayers")][:n]
             if len(taken) < n:
                 raise PlanError(
-                    f"--drop-{what} {n}: only {len(taken)} {SUBLAYERS[what]} can go (those of dropped layers are gone, "
-                    "and in the blockwise form the first layer keeps its attention); drop fewer"
+                    f"--drop-{what} {n}: only {len(taken)} {SUBLAYERS[what]} can be dropped (none of dropped "
+                    "layers, and in the blockwise form not the first layer's attention); drop fewer"
                 )
             for kind, i, d in taken:
                 gone[kind].add(i)
                 distance += d
             left = [part for part in left if part not in taken]
-        names = {"attention": "attention", "ffn": "feed-forward part"}
+        names = {"attention": "attention", "ffn": "feed-forward"}
         next_best = (part for part in left if part[0] in amounts or "sublayers" in amounts)
         others = (_Candidate(plan, d, f"{names[kind]} of layer {i}") for kind, i, d in next_best)
         plan = _because(plan, distance, others, metric, measured)

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from slicer.errors import ArchitectureError, PlanError
+from slicer.errors import ArchitectureError, PlanError, unreadable
 from slicer.plan.amounts import check_layers, spell_layers
-from slicer.plan.records import HealingRecord, MergeRecord, Record, RunnerUp, TextRecord, plain
+from slicer.plan.records import HealingRecord, MemoryRecord, MergeRecord, Record, RunnerUp, TextRecord, plain
 
 FORMAT = 3  # 1 (whole layers) and 2 (below the layer) are read as well
 FORMS = ("native", "blockwise", "zeroed")
@@ -27,19 +27,20 @@ class Plan(Record):
     Attributes:
         depth: layers in the source.
         kept: indices of the layers that stay, ascending, in the source's numbering.
-        no_attention: kept layers without their attention; no_ffn: layers whose feed-forward part goes. Both number the
-            sublayers by the layer of the source they come from.
-        joined: (i, j) for each half-offset cut: the kept layer i runs its own attention and the feed-forward part of
-            the layer j, i < j; all between the two goes.
+        no_attention: kept layers without attention; no_ffn: kept layers without feed-forward. Both give the layer of
+            the source that the sublayer belongs to.
+        joined: (i, j) for each half-offset cut: the kept layer i runs its own attention and the feed-forward of layer
+            j, i < j; all sublayers between the two are dropped.
         form: how missing sublayers are written: "native" (none is missing), "blockwise" or "zeroed".
         strategy: "similarity", "deepest", "tail", "random" or "explicit".
-        distance: of what goes, by `metric` (summed over several blocks or sublayers), where it was measured.
+        distance: of what is dropped, by `metric` (summed over several blocks or sublayers), if it was measured.
         metric: a metric of `slicer analyze`; None in older plans: the angular distance (units of pi) of last tokens.
         calibration: the text that the distances were measured on.
         source: the Hub id or directory as the user gave it; revision: the Hub commit, if any.
         parent: the plan of the source, when the source was itself sliced.
         healing: how the cut was repaired; None: it was not.
         merged: the adapters that were merged in, one after another.
+        memory: the budgets with which the source was run; a replay uses them too. None: it was not run.
     """
 
     depth: int
@@ -63,6 +64,7 @@ class Plan(Record):
     no_ffn: tuple[int, ...] = ()
     joined: tuple[tuple[int, int], ...] = ()
     form: str = "native"
+    memory: MemoryRecord | None = None
 
     def __post_init__(self) -> None:
         if list(self.kept) != sorted(set(self.kept)) or any(not 0 <= i < self.depth for i in self.kept):
@@ -80,42 +82,42 @@ class Plan(Record):
                 )
         for what, gone, there in (
             ("attention", self.no_attention, [i for i, _ in self.sublayers]),
-            ("feed-forward part", self.no_ffn, [j for _, j in self.sublayers]),
+            ("feed-forward", self.no_ffn, [j for _, j in self.sublayers]),
         ):
             if list(gone) != sorted(set(gone)):
                 raise PlanError(f"the plan drops the {what} of a layer twice: {list(gone)}; name each once")
             if strange := [i for i in gone if i not in there]:
                 raise PlanError(
-                    f"the {what} of layer {strange[0]} goes twice: its layer is dropped too; name it once"
+                    f"the {what} of layer {strange[0]} is dropped twice: its layer is dropped too; name it once"
                     if strange[0] < self.depth
                     else f"layer {strange[0]} is not in the model, whose layers are 0-{self.depth - 1}"
                 )
         if both := [i for i, j in self.sublayers if i in self.no_attention and j in self.no_ffn]:
             raise PlanError(
-                f"the plan keeps layer {both[0]} without attention and feed-forward part; drop the layer instead"
+                f"the plan keeps layer {both[0]} without attention and without feed-forward; drop the layer instead"
             )
 
     @property
     def sublayers(self) -> tuple[tuple[int, int], ...]:
-        """For every layer of the result: (layer of the source its attention is from, that of its feed-forward part)."""
+        """For every layer of the result: (source layer of its attention, source layer of its feed-forward)."""
         other = dict(self.joined)
         return tuple((i, other.get(i, i)) for i in self.kept)
 
     @property
     def size_name(self) -> str:
-        """ "20L", and what is left of attention and feed-forward parts where some are missing: "24L-16A"."""
+        """ "20L", or "24L-16A" if sublayers are missing: the layers, those with attention, those with feed-forward."""
         layers = len(self.kept)
         attention = f"-{layers - len(self.no_attention)}A" if self.no_attention else ""
         return f"{layers}L{attention}" + (f"-{layers - len(self.no_ffn)}F" if self.no_ffn else "")
 
     @property
     def below_layers(self) -> bool:
-        """Whether there is more to it than which layers stay."""
+        """Whether the plan also joins layers, or drops or replaces single sublayers."""
         return bool(self.joined) or not self.complete
 
     @property
     def half_offset(self) -> tuple[int, int, float] | None:
-        """(i, j, distance) where all that goes is one measured block, from after attention i to after attention j."""
+        """(i, j, distance) if one measured block is dropped, from after attention i to after attention j; else None."""
         if len(self.joined) != 1 or self.distance is None:
             return None
         i, j = self.joined[0]
@@ -129,7 +131,7 @@ class Plan(Record):
 
     @property
     def gone(self) -> tuple[frozenset[int], frozenset[int]]:
-        """(attention, feed-forward parts) of the source that the result lacks, those of dropped layers included."""
+        """(attention, feed-forward) sublayers of the source that the result lacks, also those of dropped layers."""
         attention = {i for i, _ in self.sublayers if i not in self.no_attention}
         ffn = {j for _, j in self.sublayers if j not in self.no_ffn}
         every = frozenset(range(self.depth))
@@ -147,60 +149,41 @@ class Plan(Record):
 
     @classmethod
     def dropping(cls, depth: int, dropped: Iterable[int]) -> Plan:
-        """The plan that drops `dropped` (source indices) of `depth` layers. Raises PlanError where that is nothing."""
+        """The plan that drops `dropped` (source indices) of `depth` layers. Raises PlanError if it is empty."""
         gone = set(dropped)
         check_layers(gone, depth)
         if not gone:
             raise PlanError(f"the plan drops nothing: all {depth} layers stay; drop at least one")
         return cls(depth, tuple(i for i in range(depth) if i not in gone))
 
-    @classmethod
-    def cutting(
-        cls,
-        depth: int,
-        layers: Iterable[int] = (),
-        attention: Iterable[int] = (),
-        ffn: Iterable[int] = (),
-        form: str = "native",
-    ) -> Plan:
-        """The plan that drops `layers`, the attention of some and the feed-forward part of some (source indices).
-
-        A layer that would lose both sublayers is dropped. Raises PlanError for a sublayer named twice.
-        """
-        base = cls.dropping(depth, gone) if (gone := set(layers)) else cls.whole(depth)
-        return replace(base.without(attention, ffn), form=form)
-
     def without(self, attention: Iterable[int], ffn: Iterable[int]) -> Plan:
-        """This plan without these sublayers of its layers too; a layer that would lose both goes."""
+        """This plan, also without these sublayers; a layer that would lose both is dropped."""
         attention, ffn = {*attention, *self.no_attention}, {*ffn, *self.no_ffn}
         check_layers(attention | ffn, self.depth)
         empty = [(i, j) for i, j in self.sublayers if i in attention and j in ffn]
         heads, tails = {i for i, _ in empty}, {j for _, j in empty}
-        return replace(
-            self,
-            kept=tuple(i for i in self.kept if i not in heads),
-            joined=tuple(pair for pair in self.joined if pair not in empty),
-            no_attention=tuple(sorted(attention - heads)),
-            no_ffn=tuple(sorted(ffn - tails)),
-        )
+        kept = tuple(i for i in self.kept if i not in heads)
+        joined = tuple(pair for pair in self.joined if pair not in empty)
+        no_attention, no_ffn = tuple(sorted(attention - heads)), tuple(sorted(ffn - tails))
+        return replace(self, kept=kept, joined=joined, no_attention=no_attention, no_ffn=no_ffn)
 
     def in_form(self, asked: str | None) -> Plan:
-        """This plan in the form `asked`; None: "blockwise" where a sublayer is missing, else "native".
+        """This plan in the form `asked`; None: "blockwise" if a sublayer is missing, else "native".
 
-        Raises ArchitectureError where that form cannot leave a sublayer out.
+        Raises ArchitectureError if that form cannot leave a sublayer out.
         """
         missing = bool(self.no_attention or self.no_ffn)
         if asked == "native" and missing:
             raise ArchitectureError(
-                "--format native: each of its layers has attention and feed-forward part, and this cut leaves one "
-                "without; use --format blockwise or zeroed"
+                "--format native: every layer needs attention and feed-forward, and this cut removes one of "
+                "them; use --format blockwise or zeroed"
             )
         if asked == "zeroed" and not missing:
             asked = "native"
         return replace(self, form=asked or ("blockwise" if missing else "native"))
 
     def to_dict(self) -> dict[str, object]:
-        """JSON values: all fields of the plan, and what it drops, for readers."""
+        """JSON values: all fields of the plan, and (for readers) what it drops."""
         every = {f.name: plain(getattr(self, f.name)) for f in fields(self)}
         return {"format": FORMAT, **every, "dropped": list(self.dropped)}
 
@@ -241,18 +224,25 @@ class Plan(Record):
         try:
             return cls.from_json(file.read_text("utf-8"), str(path))
         except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not text"
-            raise PlanError(f"{path}: cannot read the plan ({reason}); give a plan.json that slicer wrote") from None
+            raise PlanError(
+                f"{path}: cannot read the plan ({unreadable(error)}); give a plan.json that slicer wrote"
+            ) from None
+
+
+def spell_left(plan: Plan) -> str:
+    """How many kept layers have attention or feed-forward, if some lack it: ", 18 with attention"."""
+    lacking = {"attention": plan.no_attention, "feed-forward": plan.no_ffn}
+    return "".join(f", {len(plan.kept) - len(gone)} with {what}" for what, gone in lacking.items() if gone)
 
 
 def spell_dropped(plan: Plan) -> str:
     """What a plan drops, in words: "layers 10-13", "attention of layers 3, 7"."""
     joined = dict(plan.joined)
     whole = set(plan.dropped) - {k for i, j in joined.items() for k in range(i + 1, j + 1)}
-    words = [f"from after attention {i} to after attention {j} (half-offset)" for i, j in plan.joined]
+    words = [f"half-offset block from after attention {i} to after attention {j}" for i, j in plan.joined]
     if whole:
         words.append(f"layer{'s' if len(whole) > 1 else ''} {spell_layers(whole)}")
-    for what, gone in (("attention", plan.no_attention), ("feed-forward part", plan.no_ffn)):
+    for what, gone in (("attention", plan.no_attention), ("feed-forward", plan.no_ffn)):
         if gone:
             words.append(f"{what} of layer{'s' if len(gone) > 1 else ''} {spell_layers(gone)}")
     return "; ".join(words)

@@ -1,4 +1,4 @@
-"""What plan.json records beside the layers: the texts, the losses, how the cut was repaired, what was merged in.
+"""What plan.json records besides the layers: the texts, the losses, how the cut was repaired, what was merged in.
 
 Frozen values of the standard library alone. `to_dict` gives JSON values; `of` reads them back, and what slicer 0.1
 wrote (formats 1 and 2), and raises PlanError naming the field at fault.
@@ -33,13 +33,13 @@ class Record:
     renamed: ClassVar[Mapping[str, str]] = {}
 
     def to_dict(self) -> dict[str, object]:
-        """JSON values; fields that are None or empty are left out where that is their default."""
+        """JSON values; fields that are None or empty are left out if that is their default."""
         found = {f.name: plain(getattr(self, f.name)) for f in fields(self)}
         return {k: v for k, v in found.items() if v not in (None, [], {}) or k in self._required()}
 
     @classmethod
     def of(cls, value: object, where: str = "record") -> Self:
-        """Read what `to_dict` gave. Fields that are not known are passed over. Raises PlanError naming the field."""
+        """Read what `to_dict` gave. Unknown fields are ignored. Raises PlanError naming the field."""
         if isinstance(value, cls):
             return value
         if not isinstance(value, Mapping):
@@ -48,14 +48,9 @@ class Record:
             given = cls.upgraded({cls.renamed.get(str(name), str(name)): v for name, v in value.items()})
         except (TypeError, KeyError, ValueError, AttributeError):
             raise _wrong(where, value, "what slicer wrote") from None
-        kinds = typing.get_type_hints(cls)
-        return cls(
-            **{
-                f.name: _read(kinds[f.name], given.get(f.name), f"{where}.{f.name}")
-                for f in fields(cls)
-                if f.name in given or f.name in cls._required()
-            }
-        )
+        kinds, names = typing.get_type_hints(cls), given.keys() | cls._required()
+        wanted = (f.name for f in fields(cls) if f.name in names)
+        return cls(**{name: _read(kinds[name], given.get(name), f"{where}.{name}") for name in wanted})
 
     @classmethod
     def _required(cls) -> set[str]:
@@ -106,7 +101,7 @@ def _wrong(where: str, value: object, wanted: str) -> PlanError:
 
 @dataclass(frozen=True)
 class RunnerUp(Record):
-    """A cut that was not chosen: in words, and its distance by the metric that chose."""
+    """A cut that was not chosen: in words, with its distance by the metric of the choice."""
 
     block: str
     distance: float
@@ -121,7 +116,7 @@ class TextRecord(Record):
         samples: sequences; seq_len: tokens in each.
         column: of a data set, the one that holds the text.
         sha256: of all token ids as int64, in order.
-        held_out: numbers of the sequences that took no part in the fit.
+        held_out: numbers of the sequences that were not used in the fit.
     """
 
     renamed = {"text_column": "column", "tokens_sha256": "sha256"}
@@ -137,10 +132,25 @@ class TextRecord(Record):
 
 
 @dataclass(frozen=True)
-class Losses(Record):
-    """Cross entropy in nats a token on text held out: of the source, of the cut before and after its repair.
+class MemoryRecord(Record):
+    """The memory budgets with which a cut was measured and repaired, and the decision made by them.
 
-    `solved`: of maps as they were solved, where steps of training followed. None: not measured.
+    Attributes:
+        host: bytes of the host's memory for weights and hidden states.
+        device: the same of each GPU; None: the model ran on the CPU.
+        loaded: whether the whole source was loaded; else its layers were read from disk one at a time.
+    """
+
+    host: int
+    device: int | None
+    loaded: bool
+
+
+@dataclass(frozen=True)
+class Losses(Record):
+    """Cross entropy on held-out text, in nats a token: of the source, of the cut before and after its repair.
+
+    `solved`: of maps as they were solved, if training steps followed. None: not measured.
     """
 
     renamed = {"sliced": "before", "cut": "before", "healed": "after"}
@@ -171,7 +181,7 @@ class SolvedMatrix(Record):
         layer: of the source; module: its name within the layer.
         way: "direct", "normed", "experts", "gain", "newton", ...: how it was solved; of a map behind the "attention" or
             "ffn" of the layer, the method.
-        strength: of the ridge; error_left: share of the squared error left on the sequences held out.
+        strength: of the ridge; error_left: share of the squared error that is left on the held-out sequences.
         change: |new - old| / |old|, of second-order steps.
     """
 
@@ -214,7 +224,7 @@ class CorpusRecord(Record):
 
 @dataclass(frozen=True)
 class RankRecord(Record):
-    """How the rank of the adapters was picked: by which metric, and the score of each, "none" being the cut before."""
+    """How the rank of the adapters was picked: by which metric, and the score of each ("none": before training)."""
 
     metric: str
     picked: int
@@ -250,7 +260,7 @@ class TrainingRecord(Record):
 
     @classmethod
     def upgraded(cls, record: dict[str, Any]) -> dict[str, Any]:
-        """0.1 had names of its own for settings that transformers and peft have too."""
+        """0.1 had other names for settings that transformers and peft also have."""
         for values in ("asked", "settings"):
             record[values] = {_SETTINGS.get(name, name): value for name, value in record[values].items()}
         return record
@@ -286,7 +296,7 @@ class HealingRecord(Record):
 
     @property
     def measured(self) -> Losses:
-        """The losses of the checkpoints; where these did not fit in memory, those measured in training."""
+        """The losses of the checkpoints; if these did not fit in memory, the losses measured in training."""
         if self.training is None or None not in (self.loss.before, self.loss.after):
             return self.loss
         held_out = self.training.held_out
@@ -294,12 +304,12 @@ class HealingRecord(Record):
 
     @property
     def adds_maps(self) -> bool:
-        """Whether maps stand behind sublayers; else the weights of the source were changed."""
+        """Whether constants or maps are added behind sublayers; else weights of the source were changed."""
         return self.method in MAPS
 
     @classmethod
     def upgraded(cls, record: dict[str, Any]) -> dict[str, Any]:
-        """0.1 wrote the text as "calibration", maps as "behind", and what training did beside the rest."""
+        """0.1 wrote the text as "calibration", maps as "behind", and training as fields of the repair itself."""
         corpus = record.get("data") or {}
         if text := record.get("calibration"):
             source = text.get("source") or corpus.get("source")

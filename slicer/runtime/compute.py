@@ -17,21 +17,24 @@ class Compute:
     """Where models run.
 
     Attributes:
-        device: "auto" (a GPU where there is one, else the CPU), "cpu", "cuda", "cuda:1".
+        device: "auto" (a GPU if there is one, else the CPU), "cpu", "cuda", "cuda:1".
         dtype: a torch name such as "bfloat16"; None: as stored.
-        memory: bytes that weights and hidden states may take; None: a safe part of what is free.
+        memory: bytes of the host's memory that weights and hidden states may take; None: a share of the total (see
+            `slicer.runtime.memory.settled`).
+        device_memory: the same of each GPU.
         trust_remote_code: whether a checkpoint's own Python code may run.
     """
 
     device: str = "auto"
     dtype: str | None = None
     memory: int | None = None
+    device_memory: int | None = None
     trust_remote_code: bool = False
 
     def torch_device(self) -> torch.device:
         """The device of this process; of several on one machine, each takes its own GPU for "auto".
 
-        Raises UsageError where the device is not available.
+        Raises UsageError if the device is not available.
         """
         import torch
 
@@ -46,14 +49,14 @@ class Compute:
             torch.empty(0, device=target)
         except (RuntimeError, AssertionError) as error:
             raise UsageError(
-                f"--device {self.device}: not available here ({str(error).splitlines()[0][:120]})"
+                f"--device {self.device}: not available here ({str(error).splitlines()[0][:120]}); use auto or cpu"
             ) from None
         return target
 
     def pinned(self) -> Compute:
-        """The same, with "auto" replaced by the device of this process where there are several.
+        """The same, with "auto" replaced by the device of this process if there are several processes.
 
-        A model is then never spread over the GPUs of the other processes, also not in what runs `distributed.alone`.
+        Then a model is never spread over the GPUs of other processes, not even inside `distributed.alone`.
         """
         several = self.device == "auto" and distributed.world() > 1
         return replace(self, device=str(self.torch_device())) if several else self

@@ -34,7 +34,7 @@ def world() -> int:
 
 
 def first_process() -> bool:
-    """Whether this process, of several or alone, is the one that prints and writes; joins no group to find out."""
+    """Whether this process, of several or alone, is the one that prints and writes; does not join the process group."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -56,7 +56,7 @@ def sharded() -> bool:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Inside the block this process is not one of several, also for accelerate, which caches what it once read."""
+    """Inside the block, this process counts as the only one, also for accelerate, which caches its environment."""
     from accelerate.state import AcceleratorState
 
     hidden = {name: os.environ.pop(name) for name in _OF_SEVERAL if name in os.environ}
@@ -82,7 +82,7 @@ class Processes:
             return cls()
         import torch
 
-        if torch.cuda.is_available():  # first: what is created before lands on the first GPU, for every process
+        if torch.cuda.is_available():  # first: tensors created before this are on the first GPU, for every process
             torch.cuda.set_device(on_this_machine()[0] % torch.cuda.device_count())
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group(
@@ -96,7 +96,7 @@ class Processes:
         return self.rank == 0
 
     def of(self, batches: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
-        """This process's batches, and the index of its first sample. Raises UsageError when some get none."""
+        """This process's batches, and the index of its first sample. Raises UsageError if some processes get none."""
         if len(batches) < self.world:
             raise UsageError(
                 f"{len(batches)} batches for {self.world} processes; give more --samples or a smaller --batch-size"

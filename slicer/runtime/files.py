@@ -1,7 +1,7 @@
-"""Files and directories that appear whole or not at all, disk space, and the fastest copy that the file system has.
+"""Files and directories that appear whole or not at all, disk space, and the fastest copy of the file system.
 
-A range of a file is copied by sharing its blocks (a reflink) where the file system can, else by the kernel
-(copy_file_range) into a file whose blocks were reserved; where it cannot do that either, through one small buffer.
+A range of a file is copied by sharing its blocks (a reflink) if the file system supports it; else by the
+kernel (copy_file_range) into a file with reserved blocks; else through one small buffer.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def write_atomically(file: Path, text: str) -> None:
 def atomic_directory(out: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of `out` and rename it to `out` when the block ends without an exception.
 
-    On any exception nothing is left: not the sibling, not the parents made for it. A sibling that a killed
-    process left is removed by the next run. With `replace` an existing `out` is exchanged in one step.
-    Raises OutputError when the place cannot be written.
+    After an exception nothing is left: neither the sibling nor the parent directories made for it. A sibling that was
+    left by a killed process is removed by the next run. With `replace` an existing `out` is exchanged in one step.
+    Raises OutputError if the place cannot be written.
     """
     parent = out.parent
     made = [p for p in (parent, *parent.parents) if not p.exists()]
@@ -67,17 +67,17 @@ def atomic_directory(out: Path, *, replace: bool = False) -> Iterator[Path]:
         _remove_abandoned(parent, out.name)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.slicer-{os.getpid()}-", dir=parent))
     except OSError as error:
-        _remove_empty(made)
+        remove_empty(made)
         raise not_writable(out, error) from None
     try:
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o777 & ~umask)  # mkdtemp's 0700 would outlive the rename
+        temporary.chmod(0o777 & ~umask)  # else the renamed directory would keep mkdtemp's 0700
         yield temporary
         _put(temporary, out, replace)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        _remove_empty(made)
+        remove_empty(made)
         denied = (*_DISK_FULL, errno.EACCES, errno.EROFS, errno.EPERM)
         if isinstance(error, OSError) and error.errno in denied:
             raise not_writable(out, error) from None
@@ -85,7 +85,7 @@ def atomic_directory(out: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def not_writable(place: Path, error: OSError) -> OutputError:
-    """The error to raise where `place` could not be written."""
+    """The error to raise if `place` could not be written."""
     if error.errno in _DISK_FULL:
         return OutputError(f"{place}: the disk is full; free some space or choose another place with -o")
     return OutputError(f"{place}: cannot be written ({error.strerror}); choose another place with -o")
@@ -108,7 +108,7 @@ def _put(temporary: Path, out: Path, replace: bool) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swap two directories in one step where the system can (Linux renameat2)."""
+    """Swap two directories in one step, if the system supports it (Linux renameat2); else return False."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
@@ -134,14 +134,15 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _remove_empty(directories: list[Path]) -> None:
+def remove_empty(directories: Iterable[Path]) -> None:
+    """Remove those of `directories` that are empty, in order."""
     for directory in directories:
         with contextlib.suppress(OSError):
             directory.rmdir()
 
 
 def check_space(place: Path, needed_bytes: int) -> None:
-    """Raise OutputError when `needed_bytes` will not fit on the disk that holds `place`."""
+    """Raise OutputError if the disk of `place` has less than `needed_bytes` free."""
     probe = next(p for p in (place, *place.parents) if p.exists())
     free = shutil.disk_usage(probe).free
     if free < needed_bytes:
@@ -152,7 +153,7 @@ def check_space(place: Path, needed_bytes: int) -> None:
 
 
 def digest_of(files: Iterable[Path]) -> str | None:
-    """A hash of the contents of `files` and of their names; None where there are none. Raises OutputError."""
+    """A hash of the contents of `files` and of their names; None if there are none. Raises OutputError."""
     total = hashlib.sha256()
     names = sorted(set(files))
     for file in names:
@@ -166,7 +167,7 @@ def digest_of(files: Iterable[Path]) -> str | None:
 
 
 def link_or_copy(old: str | Path, new: str | Path) -> None:
-    """Give the file `old` a second name, or copy it where the file system has no hard links."""
+    """Give the file `old` a second name, or copy it if the file system has no hard links."""
     try:
         os.link(old, new)
     except OSError:
@@ -174,7 +175,7 @@ def link_or_copy(old: str | Path, new: str | Path) -> None:
 
 
 def shares_blocks(source: Path, target: int, position: int) -> bool:
-    """Whether the file system can let the open file `target` share blocks with `source`; tried on one block, which is
+    """Whether the open file `target` can share blocks with `source` on this file system; tried on one block, which is
     written at the first block border from `position` on."""
     with open(source, "rb", buffering=0) as stream:
         return os.fstat(stream.fileno()).st_size >= BLOCK and _share(
@@ -221,7 +222,7 @@ def copy_range(
 
 
 def _share(source: int, start: int, target: int, position: int, length: int) -> bool:
-    """Share whole blocks between two files, or return False where that cannot be (Linux FICLONERANGE)."""
+    """Share whole blocks between two files, or return False if that is not supported (Linux FICLONERANGE)."""
     ficlonerange = 0x4020940D
     try:
         fcntl.ioctl(target, ficlonerange, struct.pack("=qQQQ", source, start, length, position))
@@ -233,7 +234,7 @@ def _share(source: int, start: int, target: int, position: int, length: int) -> 
 
 
 def _move(source: int, start: int, target: int, position: int, size: int, buffer: memoryview) -> int:
-    """Copy up to `size` bytes, in the kernel where it can, else through `buffer`; returns how many."""
+    """Copy up to `size` bytes, in the kernel if possible, else through `buffer`; returns the number copied."""
     try:
         moved = os.copy_file_range(source, target, min(size, _KERNEL_BYTES), start, position)
     except (OSError, AttributeError) as error:  # another system, or two file systems

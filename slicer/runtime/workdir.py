@@ -12,17 +12,21 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from slicer.errors import OutputError
 from slicer.runtime.distributed import Processes
-from slicer.runtime.files import not_writable, write_atomically
+from slicer.runtime.files import atomic_file, not_writable, remove_empty, write_atomically
+
+if TYPE_CHECKING:
+    import torch
 
 SIGN = "slicer-work.json"
 _OWN = ".slicer"  # the names of the lock, and of a sign that is being written, start with this
@@ -38,8 +42,8 @@ def beside(out: Path, kind: str = "training") -> Path:
 def lock(file: Path, *, shared: bool = False) -> IO[bytes] | None:
     """`file`, open and locked until it is closed or this process ends, however it ends.
 
-    None where another process has it. A `shared` lock is held beside others of its kind, and waits for one that is not.
-    Raises OSError where the file cannot be opened or the file system has no locks.
+    None if another process has it. Several `shared` locks can be held together; they wait for one that is not shared.
+    Raises OSError if the file cannot be opened or the file system has no locks.
     """
     while True:
         opened = open(file, "ab")  # noqa: SIM115
@@ -53,21 +57,21 @@ def lock(file: Path, *, shared: bool = False) -> IO[bytes] | None:
             if isinstance(error, BlockingIOError):
                 return None
             raise
-        opened.close()  # removed, and perhaps made again, before it was locked: lock the one that is there now
+        opened.close()  # the file was removed, and perhaps made again, before it was locked: lock the present one
 
 
 @dataclass
 class Workdir:
-    """A directory that slicer works in. `owned` and `claimed` make one; what is held longer calls `claim` and `close`.
+    """A directory that slicer works in. `owned` and `claimed` make one for a block; otherwise call `claim` and `close`.
 
     Attributes:
         path: the directory.
         identity: JSON values that a run must share with the one whose work it resumes.
         what: the contents, for messages, with an article.
-        overwrite: whether work of another identity is removed; None: the command has no such option.
-        shared: whether processes of the same identity may be at work there together.
-        resumable: whether there is work that would be lost; where there is none, another identity needs no permission.
-        removed: glob patterns, within the directory, of what is removed when work begins anew.
+        overwrite: whether work of another identity is removed; None: the command has no option for it.
+        shared: whether processes of the same identity may use it at the same time.
+        resumable: whether there is work that would be lost; if not, another identity needs no `overwrite`.
+        removed: glob patterns, within the directory, of what is removed when work starts over.
     """
 
     path: Path
@@ -78,21 +82,23 @@ class Workdir:
     resumable: Callable[[], bool] = lambda: True
     removed: tuple[str, ...] = ("*",)
     _lock: IO[bytes] | None = field(default=None, init=False, repr=False)
+    _made: list[Path] = field(default_factory=list, init=False, repr=False)  # directories around it
 
     def claim(self) -> None:
         """Make the directory, or take it where slicer made it, and lock it.
 
-        Raises OutputError where it is another's, another run is at work there, or it holds work of another identity.
+        Raises OutputError if slicer did not make it, another run is using it, or it holds work of another identity.
         """
         try:
             check_owner(self.path)
+            self._made = [parent for parent in self.path.parents if not parent.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = lock(self.path / _LOCK)
             alone = self._lock is not None
             if not alone:
                 if not self.shared:
                     raise OutputError(
-                        f"{self.path}: another run is at work there; wait for it, or choose another place with -o"
+                        f"{self.path}: another run is using it; wait for it, or choose another place with -o"
                     )
                 self._lock = lock(self.path / _LOCK, shared=True)
             self._take(alone)
@@ -112,11 +118,12 @@ class Workdir:
             self._lock = None
 
     def remove(self) -> None:
-        """Remove the directory and all that is in it."""
+        """Remove the directory and all that is in it, and the directories made around it that are empty."""
         shutil.rmtree(self.path, ignore_errors=True)
+        remove_empty(self._made)
 
     def _take(self, alone: bool) -> None:
-        """Check the identity of what lies there; `alone`, begin anew where that may be."""
+        """Check the identity of the work in the directory; with `alone`, start over if that is allowed."""
         found, identity = sign_of(self.path), json.loads(json.dumps(self.identity, default=str))
         if found is not None and found["what"] != self.what:
             raise _of_another(self.path, f"holds {found['what']}")
@@ -153,7 +160,7 @@ def _of_another(path: Path, reason: str) -> OutputError:
 
 
 def sign_of(directory: Path) -> dict[str, Any] | None:
-    """The content of the sign of `directory`, "what" and "identity"; None where there is no such file.
+    """The content of the sign of `directory`, "what" and "identity"; None if there is no such file.
 
     Raises OutputError for one that slicer did not write.
     """
@@ -166,12 +173,13 @@ def sign_of(directory: Path) -> dict[str, Any] | None:
         raise OutputError(f"{directory / SIGN}: not written by slicer; choose another place with -o") from None
 
 
-def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, str, str]:
-    """The first value that differs: its name, and how it is spelled on either side."""
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, ...]:
+    """(name, old value, new value) of the first value that differs, as text; of a nested one with both names."""
     key = next(k for k in {**now, **before} if k not in before or k not in now or before[k] != now[k])
     a, b = before.get(key), now.get(key)
     if isinstance(a, dict) and isinstance(b, dict):
-        return _difference(a, b)
+        inner, *values = _difference(a, b)
+        return f"{key} {inner}", *values
     return key, _spelled(before, key), _spelled(now, key)
 
 
@@ -181,22 +189,14 @@ def _spelled(values: Mapping[str, Any], key: str) -> str:
 
 
 @contextlib.contextmanager
-def owned(
-    path: Path,
-    processes: Processes = Processes(),  # noqa: B008 (frozen)
-    /,
-    *,
-    what: str = _TRAINING,
-    overwrite: bool | None = None,
-    resumable: Callable[[], bool] = lambda: True,
-    removed: tuple[str, ...] = ("*",),
-    **identity: Any,
-) -> Iterator[Workdir]:
+def owned(path: Path, processes: Processes = Processes(), /, **given: Any) -> Iterator[Workdir]:  # noqa: B008 (frozen)
     """Inside the block the first of `processes` holds the lock of `path`, whose identity was checked for all of them.
 
-    See `Workdir` for the arguments. Raises OutputError, in every process.
+    `given`: `what`, `overwrite`, `resumable` and `removed` of `Workdir`; the others are its identity. Raises
+    OutputError, in every process.
     """
-    work = Workdir(path, identity, what, overwrite, False, resumable, removed)
+    options = {name: given.pop(name) for name in ("what", "overwrite", "resumable", "removed") if name in given}
+    work = Workdir(path, given, **options)
     try:
         processes.first(work.claim)
         yield work
@@ -206,9 +206,9 @@ def owned(
 
 @contextlib.contextmanager
 def claimed(path: Path, processes: Processes = Processes(), /, **given: Any) -> Iterator[Workdir]:  # noqa: B008
-    """As `owned`, for work whose result goes elsewhere: the directory is removed when the block ends.
+    """As `owned`, for work whose result is written elsewhere: the directory is removed when the block ends.
 
-    It stays where the block is stopped by hand, or fails and there is something to resume.
+    It is kept if the block is interrupted, or fails and there is something to resume.
     """
     with owned(path, processes, **given) as work:
         try:
@@ -217,13 +217,13 @@ def claimed(path: Path, processes: Processes = Processes(), /, **given: Any) -> 
             if processes.is_first and not work.resumable():
                 work.remove()
             raise
-        processes.meet()  # the others may still read what lies there
+        processes.meet()  # the others may still read its files
         if processes.is_first:
             work.remove()
 
 
 class Notebook:
-    """Finished values (JSON) under a name each, kept in `file`, or in memory only where that is None."""
+    """Finished values (JSON) under a name each, kept in `file`, or only in memory if that is None."""
 
     def __init__(self, file: Path | None) -> None:
         self._file = file
@@ -238,3 +238,49 @@ class Notebook:
             if self._file is not None:
                 write_atomically(self._file, json.dumps(self.values) + "\n")
         return self.values[name]
+
+
+class Stages:
+    """Finished stages of a long computation: tensors and facts (JSON) under a name each, as files in `directory`; None:
+    nothing is kept.
+
+    `of`: bytes that must be equal for a run to resume from the stages of another; other stages are removed.
+    """
+
+    def __init__(self, directory: Path | None, of: bytes) -> None:
+        self._place = None if directory is None else directory / f"stages-{hashlib.sha256(of).hexdigest()[:16]}"
+        if directory is not None and self._place is not None:
+            for old in directory.glob("stages-*"):
+                if old != self._place:
+                    shutil.rmtree(old, ignore_errors=True)
+
+    def file(self, name: str) -> Path | None:
+        """The file of the stage of this name, whether it exists or not."""
+        return None if self._place is None else self._place / f"{name}.safetensors"
+
+    def load(self, name: str) -> tuple[dict[str, torch.Tensor], Any] | None:
+        """(tensors, facts) of a finished stage, or None."""
+        from safetensors import SafetensorError, safe_open
+
+        file = self.file(name)
+        if file is None or not file.is_file():
+            return None
+        try:
+            with safe_open(file, "pt") as stored:
+                return {key: stored.get_tensor(key) for key in stored.keys()}, json.loads(stored.metadata()["facts"])  # noqa: SIM118
+        except (SafetensorError, KeyError, TypeError, ValueError):  # damaged: compute it again
+            return None
+
+    def save(self, name: str, tensors: Mapping[str, torch.Tensor], facts: Any = None) -> None:
+        """Keep a finished stage. Raises OutputError."""
+        from safetensors.torch import save_file
+
+        if (file := self.file(name)) is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(file) as part:
+                save_file({k: t.contiguous() for k, t in tensors.items()}, part, {"facts": json.dumps(facts)})
+
+    def remove(self, name: str) -> None:
+        """Remove a stage that a later one replaces."""
+        if (file := self.file(name)) is not None:
+            file.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -36,6 +37,12 @@ def deepest_cut(sweep: OpenSweep, share: float, metric: str, grid: Grid, command
     def cell_of(n: int) -> Cell:
         return Cell(n, strategy, heal, seed if is_random(strategy, heal) else 0)
 
+    def expressible(n: int) -> bool:
+        with contextlib.suppress(ArchitectureError, PlanError):
+            plan_of(sweep, cell_of(n))
+            return True
+        return False
+
     def measure(n: int) -> Retained:
         cell = cell_of(n)
         cells.append(cell)
@@ -49,7 +56,7 @@ def deepest_cut(sweep: OpenSweep, share: float, metric: str, grid: Grid, command
     record_cells(sweep.store, cells, command)
     check_text(sweep, [cell_of(1)])
     run_cells(sweep, [UNPRUNED])
-    found = bisect([n for n in range(1, sweep.depth) if _expressible(sweep, cell_of(n))], measure)
+    found = bisect([n for n in range(1, sweep.depth) if expressible(n)], measure)
     if found.tried and all(cut.error for cut in found.tried):
         raise EvaluationError(f"--heal {heal}: no cut could be made: {found.tried[0].error}")
     record = {"share": share, "metric": metric, **asdict(found)}
@@ -64,14 +71,6 @@ def deepest_cut(sweep: OpenSweep, share: float, metric: str, grid: Grid, command
         )  # fmt: skip
         write_atomically(sweep.store.directory / "plan.json", plan.to_json())
     return found
-
-
-def _expressible(sweep: OpenSweep, cell: Cell) -> bool:
-    try:
-        plan_of(sweep, cell)
-    except (ArchitectureError, PlanError):
-        return False
-    return True
 
 
 _ONE_SIDED = 1.645  # 95%

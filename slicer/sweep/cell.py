@@ -8,17 +8,25 @@ from collections.abc import Iterable
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slicer.checkpoint.config import sliced_config
 from slicer.checkpoint.hub import Source
+from slicer.data.calibration import TokenBatches, read_text
 from slicer.data.sources import TextSpec
 from slicer.errors import EvaluationError, HealError, OutputError
 from slicer.evaluate import backends
 from slicer.evaluate.results import Evaluation
 from slicer.evaluate.suite import Suite
+from slicer.heal.finetune import model as adapters
 from slicer.heal.finetune.settings import Training
+from slicer.jobs.convert import convert
+from slicer.jobs.heal import heal
+from slicer.jobs.repair import repair
 from slicer.jobs.request import Compensation, ConvertRequest, HealRequest, Output, Text
+from slicer.model.load import load_model
+from slicer.model.pruned import shortened
+from slicer.model.walk import SourceActivations, Walk
 from slicer.plan.plan import Plan
 from slicer.plan.records import HealingRecord
 from slicer.progress import Progress
@@ -27,12 +35,8 @@ from slicer.runtime.compute import Compute
 from slicer.runtime.distributed import alone
 from slicer.runtime.workdir import owned
 from slicer.sweep.grid import Cell
+from slicer.sweep.prefix import Prefix
 from slicer.sweep.store import Store
-
-if TYPE_CHECKING:
-    from slicer.data.calibration import TokenBatches
-    from slicer.model.walk import Walk
-    from slicer.sweep.prefix import Prefix
 
 TRAINED = "qlora"
 
@@ -43,8 +47,8 @@ class SharedModel:
     Each part is made when a cell first needs it; `release` frees them all.
     """
 
-    def __init__(self, source: Source, compute: Compute, text: TextSpec, progress: Progress) -> None:
-        self.source, self.compute, self._spec, self._progress = source, compute, text, progress
+    def __init__(self, source: Source, compute: Compute, spec: TextSpec, progress: Progress) -> None:
+        self.source, self.compute, self.spec, self.progress = source, compute, spec, progress
 
     def release(self) -> None:
         """Free the memory for a training, which reads from files."""
@@ -55,37 +59,23 @@ class SharedModel:
     @cached_property
     def walk(self) -> Walk:
         """Over the loaded source; in a distributed run, on this process's GPU."""
-        from slicer.model.walk import SourceActivations, Walk
-
-        self._progress.stage("Loading the model")
-        walk = Walk.in_memory(_loaded(self.source.path, self.compute))
+        self.progress.stage("Loading the model")
+        walk = Walk.in_memory(load_model(self.source.path, self.compute))
         walk.trust_remote_code = self.compute.trust_remote_code
-        walk.activations = SourceActivations(int(memory.ACTIVATIONS_SHARE * memory.available()))
+        walk.activations = SourceActivations(int(memory.ACTIVATIONS_SHARE * memory.budget(self.compute)))
         return walk
 
     @cached_property
     def text(self) -> TokenBatches:
         """The calibration text for similarity and healing."""
-        from slicer.data.calibration import read_text
-
-        found = read_text(self._spec, self.source.path, self.walk, self._progress)
+        found = read_text(self.spec, self.source.path, self.walk, self.progress)
         assert found is not None
         return found
 
     @cached_property
     def prefix(self) -> Prefix:
         """Cache of the layers before the cuts."""
-        from slicer.sweep.prefix import Prefix
-
-        return Prefix(self.walk.model)
-
-
-def _loaded(path: Path, compute: Compute) -> Any:
-    from slicer.model.load import load_model
-
-    return load_model(
-        path, dtype=compute.dtype or "auto", device=compute.device, trust_remote_code=compute.trust_remote_code
-    )
+        return Prefix(self.walk.model, int(memory.KEPT_SHARE * memory.budget(self.compute)))
 
 
 def evaluated(model: Any, path: Path, suite: Suite, name: str) -> Evaluation:
@@ -96,16 +86,13 @@ def evaluated(model: Any, path: Path, suite: Suite, name: str) -> Evaluation:
 
 
 def in_memory(
-    cell: Cell, plan: Plan, shared: SharedModel, suite: Suite, name: str, progress: Progress
+    cell: Cell, plan: Plan, shared: SharedModel, suite: Suite, name: str
 ) -> tuple[Evaluation, HealingRecord | None]:
-    """A bare or folded cell. Raises ArchitectureError or HealError where the cut cannot be made or healed."""
-    from slicer.jobs.repair import repair
-    from slicer.model.pruned import shortened
-
+    """A bare or folded cell. Raises ArchitectureError or HealError if the cut cannot be made or healed."""
     checkpoint, compute = shared.source.checkpoint, shared.compute
     config = sliced_config(checkpoint, plan, trust_remote_code=compute.trust_remote_code)
     text = None if cell.heal == "none" else shared.text
-    patch = repair(checkpoint, shared.walk, plan, text, Compensation(cell.heal), progress)
+    patch = repair(checkpoint, shared.walk, plan, text, Compensation(cell.heal), shared.progress)
     first = min(*plan.dropped, *patch.edits, plan.depth)
     model = shared.walk.model
     with shared.prefix.shared(first), shortened(model, plan, config, patch.edits):
@@ -113,35 +100,30 @@ def in_memory(
 
 
 def on_disk(
-    plan: Plan, training: Training, text: TextSpec, shared: SharedModel, directory: Path, suite: Suite, name: str,
-    progress: Progress,
-) -> tuple[Evaluation, HealingRecord]:  # fmt: skip
-    """A trained cell, made in `directory`, which is removed afterwards. Resumes a stopped training.
-
-    Raises SlicerError children.
-    """
-    from slicer.jobs.convert import convert
-    from slicer.jobs.heal import heal
-
+    plan: Plan, training: Training, shared: SharedModel, directory: Path, suite: Suite, name: str
+) -> tuple[Evaluation, HealingRecord]:
+    """A trained cell, made in `directory`, which is removed afterwards. Resumes a stopped training. Raises SlicerError
+    children."""
     shared.release()
     cut, out = directory / "cut", directory / "healed"
     source, compute = shared.source.name, replace(shared.compute, dtype=None)
     with (
         owned(directory, what="an unfinished training of a sweep", overwrite=True,
-              training=asdict(training), text=text.identity, dropped=plan.dropped),
+              training=asdict(training), text=shared.spec.identity, dropped=plan.dropped),
         alone(),
     ):  # fmt: skip
         if not cut.is_dir():
             bare = Compensation("none")
             output = Output(cut, verify="load")
-            convert(ConvertRequest(source, plan=plan, compensation=bare, output=output, compute=compute), progress)
+            request = ConvertRequest(source, plan=plan, compensation=bare, output=output, compute=compute)
+            convert(request, shared.progress)
         if not out.is_dir():
             output = Output(out, verify="load")
-            request = HealRequest(str(cut), source, training, text=Text.of(text), output=output, compute=compute)
-            heal(request, progress)
+            text = Text.of(shared.spec)
+            heal(HealRequest(str(cut), source, training, text=text, output=output, compute=compute), shared.progress)
     record = Plan.load(out).healing
     assert record is not None
-    evaluation = evaluated(_loaded(out, shared.compute), out, suite, name)
+    evaluation = evaluated(load_model(out, shared.compute), out, suite, name)
     shutil.rmtree(directory, ignore_errors=True)
     with contextlib.suppress(OSError):  # not empty: another process trains in it
         directory.parent.rmdir()
@@ -157,8 +139,6 @@ def training_of(cell: Cell, training: Training) -> Training:
 def require(heals: Iterable[str]) -> None:
     """Raise EvaluationError if the libraries of a healing method are not installed."""
     if any(heal.startswith(TRAINED) for heal in heals):
-        from slicer.heal.finetune import model as adapters
-
         try:
             adapters.require(TRAINED)
         except HealError as error:

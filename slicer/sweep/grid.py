@@ -82,9 +82,7 @@ UNPRUNED = Cell(0, "none", "none")
 
 def cells(grid: Grid, depth: int) -> list[Cell]:
     """All cells for a model of `depth` layers: the unpruned model first, then by cost of healing, deep cuts first.
-
-    Raises UsageError or PlanError for invalid amounts.
-    """
+    Raises UsageError or PlanError for invalid amounts."""
     found = {UNPRUNED: None}
     counts = [n for n in parse_depths(grid.drop, depth) if n]
     for heal in sorted(grid.heals, key=lambda h: (HEALS.index(h.split("@")[0]), h)):

@@ -17,21 +17,17 @@ import torch
 from torch import nn
 
 from slicer.model.layers import decoder_layers, replaced_forwards
-from slicer.runtime.memory import KEPT_SHARE, available
 
 _HOST = torch.device("cpu")
 
 
 class Prefix:
-    """Cache of the outputs of layers 0 .. i of the unpruned `model` for each batch.
+    """Cache of the outputs of layers 0 .. i of the unpruned `model` for each batch, in up to `budget` bytes."""
 
-    `room`: bytes that the cache may use; None: a quarter of the free memory.
-    """
-
-    def __init__(self, model: Any, room: int | None = None) -> None:
+    def __init__(self, model: Any, budget: int) -> None:
         self._model = model
         self._layers = list(decoder_layers(model))
-        self._room = int(KEPT_SHARE * available()) if room is None else room
+        self._budget = budget
         self._kept: dict[tuple[int, str], Any] = {}  # (layers run, batch) -> what the last of them returned
         self._trusted: bool | None = None
         self._takes_cache_flag = "use_cache" in inspect.signature(model.forward).parameters
@@ -47,15 +43,13 @@ class Prefix:
         batch: list[str | None] = [None]
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            batch[0] = _name(args, kwargs)
-            if batch[0] is None:
-                return None
-            if self._trusted is None:
+            batch[0] = name = _name(args, kwargs)
+            if name is not None and self._trusted is None:
                 self._trusted = self._holds(start, args, kwargs)
-            if not self._trusted:
-                batch[0] = None
-                return None
-            return args, self._uncached(kwargs)
+            if name is not None and self._trusted:
+                return args, self._uncached(kwargs)
+            batch[0] = None
+            return None
 
         def instead(i: int, real: Any) -> Any:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -90,15 +84,13 @@ class Prefix:
 
     def _keep(self, start: int, name: str, output: Any) -> None:
         size = _bytes(output)
-        if size is not None and size <= self._room:
-            self._room -= size
+        if size is not None and size <= self._budget:
+            self._budget -= size
             self._kept[start, name] = _copy(output, _HOST)
 
     def _holds(self, start: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the layers pass each other only their return values; tested on one batch."""
-        given = self._uncached(kwargs)
-        found: list[Any] = []
-
+        given, found = self._uncached(kwargs), list[Any]()
         hook = self._layers[start - 1].register_forward_hook(lambda *called: found.append(called[-1]))
         run = self._model.forward  # not the model: its hook calls this function
         with torch.no_grad():

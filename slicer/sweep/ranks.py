@@ -20,6 +20,7 @@ from slicer.checkpoint.export import check_output
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import measure_sizes
 from slicer.errors import Diverged, EvaluationError, HealError, UsageError
+from slicer.evaluate.suite import Suite, SuiteSpec, evaluate
 from slicer.jobs.heal import heal
 from slicer.jobs.output import Written
 from slicer.jobs.recipe import Recipe
@@ -31,12 +32,12 @@ from slicer.progress import Progress
 from slicer.runtime.compute import Compute
 from slicer.runtime.distributed import Processes
 from slicer.runtime.files import write_atomically
-from slicer.runtime.workdir import beside, claimed
+from slicer.runtime.workdir import Notebook, beside, claimed
 
 LOSS = "loss"  # the metric that needs no task
 NONE = "none"  # the name under which the cut is scored as it is before training
 Score = tuple[float, float]  # value, higher is better, and its standard error
-Scorer = Callable[[Path], Score]
+Scorer = Callable[[Path, float | None], Score]  # of a checkpoint, and its loss on held-out text
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def _train(request: HealRequest, rank: int, work: Path, processes: Processes, pr
     """Train this rank unless that is done; returns whether there is a result, in `work/rank-N`."""
     assert request.training is not None
     place = work / f"rank-{rank}"
-    there, scored = processes.first(lambda: ((place / "config.json").is_file(), str(rank) in _scores(work)))
+    there, scored = processes.first(lambda: ((place / "config.json").is_file(), str(rank) in _scores(work).values))
     if there or scored:
         return there
     progress.note(f"rank {rank}")
@@ -103,7 +104,7 @@ def _train(request: HealRequest, rank: int, work: Path, processes: Processes, pr
         done = heal(replace(request, training=training, output=output), progress)
     except Diverged as error:
         progress.note(f"rank {rank}: {error}")
-        processes.first(lambda: _enter(work, str(rank), (-math.inf, 0.0)))
+        processes.first(lambda: _scores(work).take(str(rank), lambda: (-math.inf, 0.0)))
         return False
     if done is not None:
         checked = [done.verified, done.logits_error, done.rounding_error]
@@ -113,7 +114,7 @@ def _train(request: HealRequest, rank: int, work: Path, processes: Processes, pr
 
 def _pick(cut: CutOnDisk, request: HealRequest, metric: str, work: Path) -> Written:
     """Make the best rank the result. Raises HealError if there is none."""
-    output, scores = request.output, {name: value for name, (value, _) in _scores(work).items()}
+    output, scores = request.output, {name: value for name, (value, _) in _scores(work).values.items()}
     ranks = {int(name): value for name, value in scores.items() if name != NONE}
     best = max(ranks, key=lambda rank: (ranks[rank], -rank))
     if ranks[best] == -math.inf:
@@ -148,20 +149,15 @@ def _checked(place: Path, verify: str, compute: Compute) -> tuple[str, float | N
     return "load", None, None
 
 
-def _scorer(search: RankSearch, compute: Compute, progress: Progress) -> Scorer | None:
-    """The function that scores a checkpoint; None for the loss, which training measures.
-
-    Raises EvaluationError early if the task or its data is missing.
-    """
+def _scorer(search: RankSearch, compute: Compute, progress: Progress) -> Scorer:
+    """The function that scores a checkpoint. Raises EvaluationError early if the task or its data is missing."""
     if search.metric == LOSS:
-        return None
-    from slicer.evaluate.suite import Suite, SuiteSpec, evaluate
-
+        return lambda path, loss: (-math.inf if loss is None else -loss, 0.0)
     spec = SuiteSpec((search.metric,), data=search.data, limit=search.limit, share_limit=True)
     spec = replace(spec, device=compute.device, trust_remote_code=compute.trust_remote_code)
     suite = Suite(spec, progress)
 
-    def score(path: Path) -> Score:
+    def score(path: Path, loss: float | None) -> Score:
         found = evaluate(str(path), suite).primary(search.metric)
         if found is None:
             raise EvaluationError(f"{search.metric}: gives no score; choose another --rank-metric")
@@ -171,25 +167,16 @@ def _scorer(search: RankSearch, compute: Compute, progress: Progress) -> Scorer 
     return score
 
 
-def _score(rank: int, cut: Path, work: Path, scorer: Scorer | None) -> dict[str, Score]:
+def _score(rank: int, cut: Path, work: Path, scorer: Scorer) -> dict[str, Score]:
     """Score this rank, and the cut before training, unless that is done; returns all scores so far."""
-    place = work / f"rank-{rank}"
+    place, scores = work / f"rank-{rank}", _scores(work)
     healing = Plan.load(place).healing
     assert healing is not None
     for name, path, loss in ((str(rank), place, healing.measured.after), (NONE, cut, healing.measured.before)):
-        if name not in _scores(work):
-            by_loss = (-math.inf if loss is None else -loss, 0.0)
-            _enter(work, name, by_loss if scorer is None else scorer(path))
-    return _scores(work)
+        scores.take(name, partial(scorer, path, loss))
+    return scores.values
 
 
-def _enter(work: Path, name: str, score: Score) -> None:
-    write_atomically(work / "scores.json", json.dumps({**_scores(work), name: score}))
-
-
-def _scores(work: Path) -> dict[str, Score]:
+def _scores(work: Path) -> Notebook:
     """Name -> (score, standard error) so far; -inf for a diverged training."""
-    file = work / "scores.json"
-    if not file.is_file():
-        return {}
-    return {name: (value, error) for name, (value, error) in json.loads(file.read_text("utf-8")).items()}
+    return Notebook(work / "scores.json")

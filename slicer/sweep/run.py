@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from slicer.checkpoint.config import why_not
 from slicer.checkpoint.hub import Source, open_source
 from slicer.data.sources import TextSpec, check_sources, local_files
@@ -19,6 +21,7 @@ from slicer.evaluate.results import Evaluation
 from slicer.evaluate.suite import Suite, SuiteSpec, describe
 from slicer.heal.finetune.settings import Training
 from slicer.measure.analysis import Analysis
+from slicer.measure.distances import measure
 from slicer.plan.amounts import Amount, Goal
 from slicer.plan.choose import choose
 from slicer.plan.plan import Plan
@@ -97,9 +100,7 @@ def open_sweep(request: SweepRequest, progress: Progress) -> Iterator[OpenSweep]
 
 def _precision(request: SweepRequest, source: Source, compute: Compute) -> str:
     """The given dtype. For "auto": that of the unfinished sweep in the directory, else the faster one. It is recorded
-    because the free memory may change between runs, and the cells of a table must share one precision."""
-    import torch
-
+    because the cells of a table must share one precision, and other machines may have less memory."""
     asked = request.suite.dtype
     if asked != "auto":
         return asked
@@ -109,7 +110,7 @@ def _precision(request: SweepRequest, source: Source, compute: Compute) -> str:
         return str(begun["precision"])
     is_cpu = compute.pinned().torch_device().type == "cpu"
     float32_is_faster = is_cpu and not torch.cpu._is_amx_tile_supported()  # no matrix instructions for 16-bit numbers
-    return "float32" if float32_is_faster and memory.fits(source.checkpoint.bytes_as("float32"), "cpu") else asked
+    return "float32" if float32_is_faster and memory.fits(source.checkpoint.bytes_as("float32"), compute) else asked
 
 
 def run_cells(sweep: OpenSweep, cells: Sequence[Cell]) -> None:
@@ -144,7 +145,7 @@ def check_text(sweep: OpenSweep, cells: Sequence[Cell]) -> None:
 
 
 def plan_of(sweep: OpenSweep, cell: Cell) -> Plan:
-    """Which layers a cell drops. Raises PlanError, ArchitectureError where no such cut can be expressed."""
+    """Which layers a cell drops. Raises PlanError, ArchitectureError if no such cut can be expressed."""
     asked = partial(why_not, sweep.source.checkpoint, trust_remote_code=sweep.shared.compute.trust_remote_code)
     measured = _measured(sweep) if cell.strategy == "similarity" else None
     goal = Goal(drop=Amount(count=cell.n))
@@ -153,8 +154,6 @@ def plan_of(sweep: OpenSweep, cell: Cell) -> Plan:
 
 def _measured(sweep: OpenSweep) -> Analysis:
     """Measured once a sweep, by one process, and kept."""
-    from slicer.measure.distances import measure
-
     while (kept := sweep.store.get("distances")) is None:
         with sweep.store.claim("distances") as mine:
             if not mine:
@@ -191,9 +190,9 @@ def _evaluated(sweep: OpenSweep, cell: Cell, record: dict[str, Any]) -> Evaluati
     if cell.heal.startswith(TRAINED):
         training, place = training_of(cell, request.training), request.directory / "training" / cell.name
         record["training"] = asdict(training)
-        evaluation, healing = on_disk(plan, training, request.text, shared, place, suite, name, sweep.progress)
+        evaluation, healing = on_disk(plan, training, shared, place, suite, name)
     else:
-        evaluation, healing = in_memory(cell, plan, shared, suite, name, sweep.progress)
+        evaluation, healing = in_memory(cell, plan, shared, suite, name)
     if healing is not None:
         record["healing"] = replace(healing, tensors=()).to_dict()
     return evaluation

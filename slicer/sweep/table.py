@@ -21,10 +21,8 @@ from slicer.plan.records import HealingRecord
 
 @dataclass(frozen=True)
 class Row:
-    """One cell: the cut, its scores, and their difference from the unpruned model.
-
-    `evaluation` is None if the architecture cannot express the cut; `error` is the reason.
-    """
+    """One cell: the cut, its scores, and their difference from the unpruned model. `evaluation` is None if the
+    architecture cannot express the cut; `error` is the reason."""
 
     name: str
     n: int
@@ -166,35 +164,29 @@ def to_dict(table: Table) -> dict[str, Any]:
 
 def to_csv(table: Table) -> str:
     """One line per cell; floats at full precision, so that equal tables give equal bytes."""
-    header = ["n", "fraction", "strategy", "heal", "seed", "dropped", "distance"]
-    for task in table.tasks:
-        header += [task, f"{task} standard error", f"{task} chance", f"{task} p"]
-    if table.has_loss:
-        header += ["loss", "loss standard error", "loss / log V", "loss p"]
-    header += ["repetition", "distinct-2", "length", "error"]
+    rows = sorted(table.rows, key=lambda r: (r.strategy != "none", r.strategy, r.heal, r.seed, r.n))
+    lines = [_line(row, table) for row in rows]
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(header)
-    for row in sorted(table.rows, key=lambda r: (r.strategy != "none", r.strategy, r.heal, r.seed, r.n)):
-        writer.writerow(_line(row, table))
+    writer = csv.DictWriter(out, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
     return out.getvalue()
 
 
-def _line(row: Row, table: Table) -> list[Any]:
-    line: list[Any] = [
-        row.n, repr(row.fraction), row.strategy, row.heal, row.seed, " ".join(map(str, row.dropped)), row.distance,
-    ]  # fmt: skip
+def _line(row: Row, table: Table) -> dict[str, Any]:
+    line = {name: getattr(row, name) for name in ("n", "fraction", "strategy", "heal", "seed")}
+    line |= {"dropped": " ".join(map(str, row.dropped)), "distance": row.distance}
     for task in table.tasks:
         score, change = row.score(task), row.change(task)
-        line += [score and score.value, score and score.standard_error, score and score.chance]
-        line.append(change and change.p_value)
+        line |= {task: score and score.value, f"{task} standard error": score and score.standard_error}
+        line |= {f"{task} chance": score and score.chance, f"{task} p": change and change.p_value}
     if table.has_loss:
         loss, change = row.loss, row.change("c4")
-        line += [loss and loss.nats_per_token, loss and loss.standard_error, loss and loss.normalised]
-        line.append(change and change.p_value)
-    health = row.health
-    line += [health and health.repetition[0], health and health.distinct_2[0], health and health.length[0]]
-    return ["" if value is None else value for value in [*line, row.error]]
+        line |= {"loss": loss and loss.nats_per_token, "loss standard error": loss and loss.standard_error}
+        line |= {"loss / log V": loss and loss.normalised, "loss p": change and change.p_value}
+    for name in ("repetition", "distinct_2", "length"):
+        line[name.replace("_", "-")] = row.health and getattr(row.health, name)[0]
+    return {**line, "error": row.error}
 
 
 def value_of(row: Row, measure: str) -> tuple[float, float] | None:

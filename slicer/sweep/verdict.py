@@ -37,11 +37,8 @@ def judge(table: Table) -> Verdict:
         return Verdict(None, ("No cut is measured yet.",))
     informative = tuple(task for task in table.tasks if _is_informative(task, table.unpruned))
     if not informative and table.unpruned.loss is None:
-        why = (
-            "There is no recommendation: on every task the unpruned model is within two standard errors of "
-            f"chance, or fewer than {_FEWEST} items were used, and no loss was measured."
-        )
-        return Verdict(None, (why,))
+        why = "There is no recommendation: on every task the unpruned model is within two standard errors of chance, or"
+        return Verdict(None, (f"{why} fewer than {_FEWEST} items were used, and no loss was measured.",))
     harmless = [row for row in cuts if _harmless(row, table.unpruned, informative)]
     best = max(harmless, key=lambda r: (r.n, -_loss(r)), default=None)
     sentences = [_recommend(best, table, informative)]
@@ -50,9 +47,8 @@ def judge(table: Table) -> Verdict:
             f"{', '.join(weak)} {'is' if len(weak) == 1 else 'are'} not informative: the unpruned model is not "
             f"significantly above chance, or fewer than {_FEWEST} items were used."
         )
-    sentences += [sentence for measure in (*informative, "c4") if (sentence := _knee(table, measure))]
-    if sentence := _healing(table):
-        sentences.append(sentence)
+    found = [*(_knee(table, measure) for measure in (*informative, "c4")), _healing(table)]
+    sentences += [sentence for sentence in found if sentence]
     if informative and best is not None and (few := min(s.items for s in table.unpruned.scores)) < 1000:
         sentences.append(
             f"With {few} items, differences below about {2 * 0.5 / few**0.5:.0%} cannot be detected: "

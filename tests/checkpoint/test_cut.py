@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import sources
 import tiny
+from cuts import cutting
 
 from slicer.checkpoint.config import expand_config, why_not
 from slicer.checkpoint.hub import open_source
@@ -34,7 +35,7 @@ def test_a_source_is_opened_and_checked_at_once(tmp_path: Path) -> None:
 def test_the_reason_why_a_cut_cannot_be_written(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tiny.save_tiny("gemma2", tmp_path / "gemma2"))
     assert why_not(checkpoint, Plan.dropping(tiny.DEPTH, [2, 3])) is None
-    blockwise = Plan.cutting(tiny.DEPTH, attention=[2], form="blockwise")
+    blockwise = cutting(tiny.DEPTH, attention=[2], form="blockwise")
     assert "supports only" in (why_not(checkpoint, blockwise) or "")
 
 

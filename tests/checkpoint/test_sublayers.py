@@ -10,7 +10,7 @@ import files
 import pytest
 import tiny
 import torch
-from cuts import export
+from cuts import cutting, export
 
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sublayers import part_of
@@ -44,7 +44,7 @@ def difference(out: Path, source: Path, plan: Plan) -> float:
 @pytest.mark.parametrize("name", BLOCKWISE)
 def test_blockwise_is_the_original_without_those_parts(name: str, tmp_path: Path) -> None:
     source = tiny.save_tiny(name.split("-")[0], tmp_path / "source", **BLOCKWISE[name])
-    plan = Plan.cutting(tiny.DEPTH, layers=[2], attention=[1, 4], ffn=[0, 5], form="blockwise")
+    plan = cutting(tiny.DEPTH, layers=[2], attention=[1, 4], ffn=[0, 5], form="blockwise")
     out = export(Checkpoint.open(source), plan, tmp_path / "out")
     check_load(out)
     assert difference(out, source, plan) < 1e-5
@@ -59,7 +59,7 @@ def test_blockwise_is_the_original_without_those_parts(name: str, tmp_path: Path
 
 def test_a_layer_without_attention_keeps_no_keys_and_values(tmp_path: Path) -> None:
     source = tiny.save_tiny("qwen2", tmp_path / "source")
-    plan = Plan.cutting(tiny.DEPTH, attention=[2, 3], form="blockwise")
+    plan = cutting(tiny.DEPTH, attention=[2, 3], form="blockwise")
     model = load_model(export(Checkpoint.open(source), plan, tmp_path / "out"), device="cpu")
     tokens = probe_tokens(tiny.VOCAB)[:1, :9]
     cache = model(tokens, use_cache=True).past_key_values
@@ -71,7 +71,7 @@ def test_a_layer_without_attention_keeps_no_keys_and_values(tmp_path: Path) -> N
 @pytest.mark.parametrize("order", ["import slicer; import transformers", "import transformers; import slicer"])
 def test_transformers_loads_it_after_import_slicer(order: str, tmp_path: Path) -> None:
     source = tiny.save_tiny("llama", tmp_path / "source")
-    out = export(Checkpoint.open(source), Plan.cutting(tiny.DEPTH, attention=[3], form="blockwise"), tmp_path / "out")
+    out = export(Checkpoint.open(source), cutting(tiny.DEPTH, attention=[3], form="blockwise"), tmp_path / "out")
     code = (
         f"{order}\n"
         "import sys\n"
@@ -124,7 +124,7 @@ def test_feed_forward_parts_of_two_kinds_do_not_change_places(tmp_path: Path) ->
 @pytest.mark.parametrize("model_type", ["gemma3_text", "phi", "gpt2", "opt", "mixtral", "qwen3", "falcon"])
 def test_zeroed_loads_as_ever_and_adds_nothing(model_type: str, tmp_path: Path) -> None:
     source = tiny.save_tiny(model_type, tmp_path / "source")
-    plan = Plan.cutting(tiny.DEPTH, attention=[0, 3], ffn=[2], form="zeroed")
+    plan = cutting(tiny.DEPTH, attention=[0, 3], ffn=[2], form="zeroed")
     out = export(Checkpoint.open(source), plan, tmp_path / "out")
     check_load(out)
     assert difference(out, source, plan) < 1e-5
@@ -145,22 +145,22 @@ def test_what_the_blockwise_form_cannot_say(
 ) -> None:
     checkpoint = Checkpoint.open(tiny.save_tiny(model_type, tmp_path / "source"))
     with pytest.raises(ArchitectureError, match=reason):
-        export(checkpoint, Plan.cutting(tiny.DEPTH, **plan, form="blockwise"), tmp_path / "out")
+        export(checkpoint, cutting(tiny.DEPTH, **plan, form="blockwise"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_blockwise_checkpoint_can_lose_layers_but_not_its_first_attention(tmp_path: Path) -> None:
     source = tiny.save_tiny("llama", tmp_path / "source")
-    plan = Plan.cutting(tiny.DEPTH, attention=[1, 4], form="blockwise")
+    plan = cutting(tiny.DEPTH, attention=[1, 4], form="blockwise")
     first = Checkpoint.open(export(Checkpoint.open(source), plan, tmp_path / "first"))
     again = export(first, Plan.dropping(tiny.DEPTH, [3, 5]), tmp_path / "again")
-    whole = Plan.cutting(tiny.DEPTH, layers=[3, 5], attention=[1, 4])
+    whole = cutting(tiny.DEPTH, layers=[3, 5], attention=[1, 4])
     check_load(again)
     assert difference(again, source, whole) < 1e-5
     with pytest.raises(ArchitectureError, match="has no attention"):
         export(first, Plan.dropping(tiny.DEPTH, [0]), tmp_path / "never")
     with pytest.raises(PlanError, match="no attention to drop"):
-        export(first, Plan.cutting(tiny.DEPTH, attention=[4], form="blockwise"), tmp_path / "never")
+        export(first, cutting(tiny.DEPTH, attention=[4], form="blockwise"), tmp_path / "never")
 
 
 def test_where_post_attention_layernorm_stands() -> None:

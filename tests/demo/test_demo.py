@@ -21,7 +21,7 @@ from slicer.measure.analysis import Distances
 from slicer.measure.distances import measure_loaded
 from slicer.model.layers import bypass
 from slicer.model.load import load_model
-from slicer.plan.blocks import select
+from slicer.plan.blocks import rank
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_similar_layers_are_missed_less_than_random_ones(
     model: Any, held_out: torch.Tensor, distances: Distances, n: int
 ) -> None:
     whole = loss(model, held_out)
-    chosen = loss(model, held_out, select(distances, n).dropped) - whole
+    chosen = loss(model, held_out, rank(distances, n)[0].dropped) - whole
     draw = random.Random(n)
     others = [loss(model, held_out, draw.sample(range(distances.depth), n)) - whole for _ in range(8)]
     assert chosen < 0.75 * mean(others)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from cuts import changed, export
+from cuts import changed, cutting, export
 from torch import nn
 
 from slicer.checkpoint.config import sliced_config
@@ -76,12 +76,12 @@ CASES = {
     "a half-offset cut": Case("llama", HALF, {2: ("self_attn.o_proj.weight",), 4: ("mlp.down_proj.weight",)}),
     "attention and feed-forward sublayers": Case(
         "qwen2",
-        Plan.cutting(tiny.DEPTH, layers=[5], attention=[2], ffn=[4], **BLOCKWISE),
+        cutting(tiny.DEPTH, layers=[5], attention=[2], ffn=[4], **BLOCKWISE),
         {1: ("mlp.down_proj.weight",), 4: ("self_attn.o_proj.weight",)},
     ),
     "zeroed": Case(
         "granite",
-        Plan.cutting(tiny.DEPTH, attention=[2], ffn=[4], form="zeroed"),
+        cutting(tiny.DEPTH, attention=[2], ffn=[4], form="zeroed"),
         {1: ("mlp.down_proj.weight",), 4: ("self_attn.o_proj.weight",)},
     ),
     "stacked experts": Case("gpt_oss", Plan.dropping(tiny.DEPTH, [3]), transforms={2: "mlp"}),
@@ -89,10 +89,10 @@ CASES = {
     "a constant where a bias is": Case("gpt2", Plan.dropping(tiny.DEPTH, [3]), constants=((2, "ffn"),)),
     "a constant in new biases": Case("llama", Plan.dropping(tiny.DEPTH, [3]), constants=((2, "ffn"),)),
     "constants beside missing sublayers": Case(
-        "llama", Plan.cutting(tiny.DEPTH, attention=[2], ffn=[4], **BLOCKWISE), constants=((1, "ffn"), (4, "attention"))
+        "llama", cutting(tiny.DEPTH, attention=[2], ffn=[4], **BLOCKWISE), constants=((1, "ffn"), (4, "attention"))
     ),
     "low-rank maps": Case(
-        "mistral", Plan.cutting(tiny.DEPTH, attention=[2], ffn=[4], **BLOCKWISE), maps=((1, "ffn"), (4, "attention"))
+        "mistral", cutting(tiny.DEPTH, attention=[2], ffn=[4], **BLOCKWISE), maps=((1, "ffn"), (4, "attention"))
     ),
 }
 

@@ -14,6 +14,8 @@ import sources
 from commands import slicer, succeeds
 from processes import ForkServer
 
+from slicer.runtime import memory
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -308,3 +310,28 @@ def test_a_kill_leaves_no_output(forks: ForkServer, source: Path, tmp_path: Path
     left = list(tmp_path.glob("*")) + list(tmp_path.glob(".*/*"))
     assert bool(left) == (how == signal.SIGKILL)
     assert any(file.name == "README.md" for file in left) == (how == signal.SIGKILL and at == "rename")
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heal", ["none", "fold"])
+def test_the_same_bytes_whatever_memory_is_free(
+    heal: str, held_out_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["convert", "demo", "--drop", 4, "--heal", heal, "--calibration", held_out_file, "--samples", 16]
+    written = []
+    for free in (8e9, 20e6, 8e6):
+        monkeypatch.setattr(memory, "available", lambda free=free: int(free))
+        out = tmp_path / f"{free:.0f}"
+        succeeds(*command, "--seq-len", 48, "-o", out)
+        written.append(tree(out))
+    assert written[0] == written[1] == written[2]
+
+
+@pytest.mark.parametrize("command", ["convert", "analyze"])
+def test_less_than_a_layer_is_one_line_with_the_figure(command: str, text: Path, source: Path, tmp_path: Path) -> None:
+    more = ["--drop", 2] if command == "convert" else []
+    failed = slicer(command, source, *more, *calibrated(text), "--memory", "99KB", "-o", tmp_path / "out")
+    said = f"slicer: --memory 99KB: too little for one layer of {source}; give at least 124KB"
+    assert failed.exit_code == 2 and failed.stderr.strip() == said and not any(tmp_path.iterdir())

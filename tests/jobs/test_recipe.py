@@ -11,16 +11,15 @@ import sources
 
 from slicer.checkpoint.hub import Source, open_source
 from slicer.data.sources import TextSpec
-from slicer.errors import ArchitectureError, OutputError, PlanError, UsageError
-from slicer.jobs import recipe as recipes
+from slicer.errors import ArchitectureError, OutOfMemory, OutputError, PlanError, UsageError
 from slicer.jobs.convert import convert
 from slicer.jobs.recipe import Recipe
 from slicer.jobs.request import Compensation, ConvertRequest, Output, Selection, Text
 from slicer.plan.amounts import Goal, parse_amount
 from slicer.plan.plan import Plan
-from slicer.plan.records import CorpusRecord, HealingRecord, Losses, TextRecord, TrainingRecord
-from slicer.progress import Progress
+from slicer.plan.records import CorpusRecord, HealingRecord, Losses, MemoryRecord, TextRecord, TrainingRecord
 from slicer.runtime import memory
+from slicer.runtime.compute import Compute
 
 RECORDED = TextRecord("old.txt", 24, 48, 3, 5, "body")
 FOLD = HealingRecord("fold", RECORDED, Losses(3, 2, 1), solver="transform")
@@ -47,13 +46,6 @@ def made(source: Source, **given: Any) -> Recipe:
 
 def goal(**amounts: str) -> Goal:
     return Goal(**{name: parse_amount(text) for name, text in amounts.items()})
-
-
-def asks_about_memory(monkeypatch: pytest.MonkeyPatch, *answers: bool) -> list[bool]:
-    """`fits` gives these answers, and then an error; those that are left."""
-    left = list(answers)
-    monkeypatch.setattr(recipes, "fits", lambda *_: left.pop(0))
-    return left
 
 
 # --- text -----------------------------------------------------------------------------------------------------------
@@ -153,33 +145,74 @@ def test_it_is_measured_within_the_layers_where_that_can_be_used(
 # --- memory and checks ----------------------------------------------------------------------------------------------
 
 
+SMALL = Compute("cpu", memory=300_000)  # two layers of the source, whose weights take 880 kB
+
+
 @pytest.mark.parametrize(
-    ("asked", "loads", "checked"),
-    [("auto", True, "logits"), ("auto", False, "load"), ("logits", False, "logits"), ("none", True, "none")],
+    ("asked", "drop", "loads", "checked"),
+    [
+        *(("auto", "2", True, "logits"), ("auto", "2", False, "logits"), ("auto", "2-3", False, "load")),
+        *(("auto", "2-3", True, "logits"), ("logits", "2-3", False, "logits"), ("none", "2", True, "none")),
+    ],
 )
-def test_logits_are_compared_while_the_model_fits(
-    source: Source, monkeypatch: pytest.MonkeyPatch, asked: str, loads: bool, checked: str
+def test_logits_are_compared_where_the_model_fits_or_is_run_anyway(
+    source: Source, asked: str, drop: str, loads: bool, checked: str
 ) -> None:
-    left = asks_about_memory(monkeypatch, loads)
-    found = made(source, output=Output(verify=asked))
-    assert found.verify == checked and found.loads is loads and not left
+    compute = Compute("cpu") if loads else SMALL
+    found = made(source, goal=goal(drop=drop), output=Output(verify=asked), compute=compute)
+    assert found.verify == checked and found.loads is loads
     assert any("memory" in note for note in found.notes) is not loads
 
 
-def test_a_model_that_was_loaded_is_verified_by_its_logits(
-    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Once it is in memory, as much is not free a second time."""
-    needed = int(source.checkpoint.total_bytes * memory.OVERHEAD)
-    free = iter([2 * needed])
-    monkeypatch.setattr(memory, "available", lambda: next(free, needed // 2))
-
-    class Notes(Progress):
-        def note(self, text: str) -> None:
-            assert "does not fit" not in text
-
+def test_it_is_decided_once(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model that was loaded is verified by its logits, and nobody asks a second time."""
+    asked: list[int] = []
+    monkeypatch.setattr(memory, "fits", lambda nbytes, *_, **__: not asked and not asked.append(nbytes))  # type: ignore[func-returns-value]
     request = ConvertRequest(source.name, goal(drop="2-3"), output=Output(tmp_path / "out"))
-    assert convert(request, Notes()).verified == "logits"
+    assert convert(request).verified == "logits" and len(asked) == 1
+
+
+def test_the_plan_records_the_memory_and_a_replay_decides_the_same(source: Source, tmp_path: Path) -> None:
+    def memory_of(**given: Any) -> MemoryRecord | None:
+        return made(source, **given).memory
+
+    small = MemoryRecord(300_000, None, loaded=False)
+    assert memory_of(compute=SMALL) == small
+    assert memory_of(goal=goal(drop="2-3"), compute=SMALL) is None, "the model is not run"
+    replayed = {"plan": plan(FOLD, memory=small), "text": Text("t.txt")}
+    assert memory_of(**replayed) == small
+    found = memory_of(**replayed, compute=Compute("cpu", memory=10**9))
+    assert found == MemoryRecord(10**9, None, loaded=True), "what is given wins"
+    written = convert(ConvertRequest(source.name, goal(drop="2-3"), output=Output(tmp_path / "out"), compute=SMALL))
+    assert written.plan.memory is None
+    logits = Output(tmp_path / "logits", verify="logits")
+    written = convert(ConvertRequest(source.name, goal(drop="2-3"), output=logits, compute=SMALL))
+    assert written.plan.memory == small == Plan.load(tmp_path / "logits").memory
+
+
+@pytest.mark.parametrize(
+    ("compute", "words"),
+    [
+        (Compute("cpu", memory=10_000), "--memory 10KB: too little for one layer of .*; give at least 124KB$"),
+        (Compute("cuda"), "--device cuda: not available here .*; use auto or cpu$"),
+    ],
+)
+def test_memory_for_less_than_a_layer_and_a_device_that_is_not_there(
+    source: Source, compute: Compute, words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        made(source, compute=compute, output=Output(verify="logits"))
+
+
+def test_too_little_free_memory_is_an_error_and_not_another_way(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_UNNOTICED", 1000)
+    monkeypatch.setattr(memory, "available", lambda: 300_000)
+    with pytest.raises(OutOfMemory, match="too little memory is free: 1.14MB are needed .* --memory 300KB$"):
+        made(source)
+    assert not made(source, compute=Compute("cpu", memory=300_000), output=Output(verify="logits")).loads
+    assert made(source, goal=goal(drop="2-3"), output=Output(verify="none")).memory is None, "the model is not run"
 
 
 # --- what is refused before anything is loaded ------------------------------------------------------------------------
@@ -196,7 +229,7 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(source: Source, t
         (PlanError, "has 6", {"plan": Plan.dropping(9, [1])}),
         (OutputError, "not empty", {"output": Output(taken)}),
         (OutputError, "no config.json", {"output": Output(taken, overwrite=True)}),
-        (ArchitectureError, "native", {"plan": Plan.cutting(6, attention=[2]), "selection": Selection(form="native")}),
+        (ArchitectureError, "native", {"plan": Plan.whole(6).without([2], []), "selection": Selection(form="native")}),
     ]
     for kind, words, given in cases:
         with pytest.raises(kind, match=words):

@@ -147,8 +147,8 @@ def test_an_analysis_chooses_parts_by_any_metric(text: Path, tmp_path: Path) -> 
 BAD = {
     "attention of the first layer": (["--drop-attention", "0-0"], 1, "first layer needs its attention"),
     "the same layer twice": (["--drop-attention", "3,3"], 2, "names a layer twice"),
-    "a layer and its attention": (["--drop", "2-3", "--drop-attention", "3-4"], 1, "goes twice"),
-    "a layer and its feed-forward part": (["--drop", "2-3", "--drop-ffn", "2-2"], 1, "goes twice"),
+    "a layer and its attention": (["--drop", "2-3", "--drop-attention", "3-4"], 1, "dropped twice"),
+    "a layer and its feed-forward": (["--drop", "2-3", "--drop-ffn", "2-2"], 1, "dropped twice"),
     "a layer that is not there": (["--drop-ffn", "9-9"], 1, "layer 9 is not in the model"),
     "more than there are": (["--drop-attention", "7"], 1, "not so many"),
     "a list of sublayers": (["--drop-sublayers", "3,4"], 2, "--drop-attention and --drop-ffn"),
@@ -177,7 +177,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(name: str, source: Path, text:
 def test_a_broken_plan_is_named(source: Path, tmp_path: Path) -> None:
     for record, word in (
         ({"kept": [0, 1, 2, 3, 4, 5], "no_attention": [2, 2]}, "twice"),
-        ({"kept": [0, 1, 2], "no_ffn": [4]}, "goes twice"),
+        ({"kept": [0, 1, 2], "no_ffn": [4]}, "dropped twice"),
         ({"kept": [0, 1, 2], "joined": [[1, 4]]}, "half-offset"),
         ({"kept": [0, 1, 2], "joined": 3}, "joined must be a list"),
         ({"kept": [0, 1, 2], "form": "folded"}, "folded"),

@@ -50,16 +50,16 @@ def by_hand(model: Any, gone: set[int]) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("streamed", [False, True])
 def test_blocks_left_out(path: Path, model: Any, streamed: bool) -> None:
     walk = Walk.out_of_core(path, device="cpu") if streamed else Walk.in_memory(model)
-    found = losses.block_losses(walk, Portion.of(batches()), [2], Notebook(None), Progress())
+    tables, base = losses.block_losses(walk, Portion.of(batches()), [2], Notebook(None), Progress())
     whole, full = by_hand(model, set())
-    assert found.base == pytest.approx(float(whole.mean()), abs=1e-5)
+    assert base == pytest.approx(float(whole.mean()), abs=1e-5)
     for start in range(LAYERS - 1):
         loss, cut = by_hand(model, {start, start + 1})
-        assert found.tables["loss"].block(2)[start] == pytest.approx(float((loss - whole).mean()), abs=1e-5)
+        assert tables["loss"].block(2)[start] == pytest.approx(float((loss - whole).mean()), abs=1e-5)
         kl = (full.exp() * (full - cut)).sum(-1).mean()
-        assert found.tables["kl"].block(2)[start] == pytest.approx(float(kl), abs=1e-5)
+        assert tables["kl"].block(2)[start] == pytest.approx(float(kl), abs=1e-5)
         error = (loss - whole).std() / 2
-        assert found.tables["loss"].standard_error[2][start] == pytest.approx(float(error), abs=1e-5)
+        assert tables["loss"].standard_error[2][start] == pytest.approx(float(error), abs=1e-5)
 
 
 def test_greedy_removal_scores_again_after_each(model: Any, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.tensors import TensorSpan
 from slicer.errors import SourceError
 from slicer.model import buffers
-from slicer.model.buffers import Buffers, room
+from slicer.model.buffers import Buffers, buffer_bytes
 from tests.tiny import save_tiny
 
 
@@ -67,14 +67,14 @@ def test_reads_what_the_file_holds(spans: dict[str, TensorSpan], way: None) -> N
 def test_a_subset_leaves_the_rest_out(spans: dict[str, TensorSpan], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(buffers, "_GAP", 0)
     wanted = {key: spans[key] for key in ("t06", "t01")}
-    assert room(wanted.values()) < 4 * 4097 + 2 * 9000 + 4 * 4096
+    assert buffer_bytes(wanted.values()) < 4 * 4097 + 2 * 9000 + 4 * 4096
     found = Buffers(0).read(wanted)
     expected = load_file(spans["t01"].file)
     assert all(torch.equal(found[key], expected[key]) for key in wanted)
 
 
 def test_memory_is_used_again_only_when_nothing_lies_in_it(spans: dict[str, TensorSpan]) -> None:
-    pool = Buffers(room(spans.values()))
+    pool = Buffers(buffer_bytes(spans.values()))
     first = pool.read({"t03": spans["t03"]})
     view, address, copy = first["t03"][:100], first["t03"].data_ptr(), first["t03"].clone()
     del first

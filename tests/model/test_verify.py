@@ -79,7 +79,7 @@ def test_a_config_that_does_not_reload(checkpoint: Path) -> None:
 def check(checkpoint: Path, tokens: torch.Tensor, reference: torch.Tensor) -> float | None:
     contents = unchanged(Checkpoint.open(checkpoint))
     expected = verify.Expected(tokens, reference)
-    return verify.check_contents(checkpoint, contents, expected, Compute("cpu"), Progress()).same
+    return verify.check_contents(checkpoint, contents, expected, Compute("cpu"), Progress(), load=True).same
 
 
 def test_logits_of_another_model_are_caught(checkpoint: Path) -> None:

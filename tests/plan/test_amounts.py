@@ -113,7 +113,7 @@ def test_counts_keep_their_order() -> None:
 
 def test_a_goal_is_one_amount_of_layers_beside_those_of_sublayers() -> None:
     assert parse_goal() is None
-    goal = parse_goal("0.25", drop_attention="2")
+    goal = parse_goal(drop="0.25", drop_attention="2")
     assert goal is not None and goal.count(12) == 3 and goal.sublayers["attention"].count == 2
     for wrong in (
         {"drop": "1", "keep": 3},

@@ -9,7 +9,7 @@ import pytest
 
 from slicer.errors import PlanError
 from slicer.measure.analysis import Distances
-from slicer.plan.blocks import Block, Cut, best_cuts, deepest, doubt, rank, select, tail
+from slicer.plan.blocks import Block, Cut, best_cuts, deepest, doubt, rank, tail
 
 
 def distances(*rows: list[float]) -> Distances:
@@ -21,7 +21,7 @@ GIVEN = distances([0.4, 0.2, 0.1, 0.3], [0.5, 0.25, 0.25], [0.6, 0.5], [0.9])
 
 
 def test_the_least_distance_wins_and_of_equals_the_deeper() -> None:
-    assert (select(GIVEN, 1).dropped, select(GIVEN, 2).dropped, select(GIVEN, 3).dropped) == ((2,), (2, 3), (1, 2, 3))
+    assert [rank(GIVEN, n)[0].dropped for n in (1, 2, 3)] == [(2,), (2, 3), (1, 2, 3)]
 
 
 def test_the_rank_holds_every_block_once() -> None:
@@ -32,7 +32,7 @@ def test_the_rank_holds_every_block_once() -> None:
 @pytest.mark.parametrize("n", [0, 4, -1])
 def test_nothing_and_everything_are_refused(n: int) -> None:
     with pytest.raises(PlanError):
-        select(GIVEN, n)
+        rank(GIVEN, n)
 
 
 def test_the_papers_heuristic_keeps_the_final_layer() -> None:

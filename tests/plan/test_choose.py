@@ -1,4 +1,4 @@
-"""From a goal and distances to a plan: one way for every command, and honest about what cannot be told apart."""
+"""From a goal and distances to a plan: one function for every command, with a doubt where the best two are close."""
 
 from __future__ import annotations
 

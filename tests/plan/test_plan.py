@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from cuts import cutting
 
 from slicer.errors import ArchitectureError, PlanError
 from slicer.plan.plan import Plan
@@ -14,6 +15,7 @@ from slicer.plan.records import (
     CorpusRecord,
     HealingRecord,
     Losses,
+    MemoryRecord,
     MergeRecord,
     RankRecord,
     RunnerUp,
@@ -53,7 +55,7 @@ def full() -> Plan:
     return Plan(
         8, (0, 1, 4, 6, 7), "similarity", "org/name", "main", "llama", 0.25, "cka", (RunnerUp("3-4", 0.3),), text, 3,
         "bfloat16", {"torch": "1"}, "slicer convert", Plan.dropping(9, [2]), healing, (merge, merge), (0,), (7,),
-        ((1, 3),), "blockwise",
+        ((1, 3),), "blockwise", MemoryRecord(10**9, None, True),
     )  # fmt: skip
 
 
@@ -95,6 +97,7 @@ def test_bad_plans_are_refused_by_name(text: str) -> None:
         ({"merged": [{"adapter": 3}]}, r"plan.merged\[0\].adapter"),
         ({"parent": {"depth": 3}}, "plan.parent.kept"),
         ({"versions": ["1"]}, "plan.versions"),
+        ({"memory": {"host": "8GB", "device": None, "loaded": True}}, "plan.memory.host"),
     ],
 )
 def test_the_field_at_fault_is_named(change: dict[str, object], field: str) -> None:
@@ -108,7 +111,7 @@ def test_what_is_dropped_is_enough() -> None:
 
 
 def test_sublayers_go_and_a_layer_without_both_is_dropped() -> None:
-    plan = Plan.cutting(6, [1], attention=[2, 3], ffn=[3, 4])
+    plan = cutting(6, [1], attention=[2, 3], ffn=[3, 4])
     assert plan.dropped == (1, 3) and plan.no_attention == (2,) and plan.no_ffn == (4,)
     assert plan.without([4], []).dropped == (1, 3, 4)
     assert plan.gone == (frozenset({1, 2, 3}), frozenset({1, 3, 4})) and not plan.complete
@@ -117,11 +120,11 @@ def test_sublayers_go_and_a_layer_without_both_is_dropped() -> None:
     assert half.without([1], [3]).dropped == (1, 2, 3) and half.without([1], [3]).joined == ()
     for wrong in ({"layers": [2], "attention": [2]}, {"ffn": [6]}, {"layers": [-1]}):
         with pytest.raises(PlanError):
-            Plan.cutting(6, **wrong)  # type: ignore[arg-type]
+            cutting(6, **wrong)  # type: ignore[arg-type]
 
 
 def test_the_form_follows_from_what_is_missing() -> None:
-    missing, whole = Plan.cutting(6, attention=[2]), Plan.dropping(6, [2])
+    missing, whole = cutting(6, attention=[2]), Plan.dropping(6, [2])
     assert missing.in_form(None).form == "blockwise" and whole.in_form(None).form == "native"
     assert missing.in_form("zeroed").form == "zeroed" and whole.in_form("zeroed").form == "native"
     with pytest.raises(ArchitectureError, match="--format native"):

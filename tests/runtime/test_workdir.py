@@ -75,7 +75,7 @@ def test_one_run_at_a_time_and_the_next_goes_on_after_a_kill(tmp_path: Path) -> 
     work = tmp_path / "out.training"
     with (
         another_process(CLAIMED, work),
-        pytest.raises(OutputError, match="another run is at work"),
+        pytest.raises(OutputError, match="another run is using it"),
         claimed(work, steps=1),
     ):
         raise AssertionError("both are at work")
@@ -112,7 +112,7 @@ def test_work_of_other_options_needs_permission(tmp_path: Path) -> None:
         assert (work / "hours").is_file()
     given = {"text": {"seed": 1, "files": [(1, 2)]}, "steps": 10}
     with (
-        pytest.raises(OutputError, match=r"an unfinished training with seed 0, not 1.*--overwrite"),
+        pytest.raises(OutputError, match=r"an unfinished training with text seed 0, not 1.*--overwrite"),
         owned(work, overwrite=False, **given),
     ):
         raise AssertionError("it was used")

@@ -24,7 +24,7 @@ def test_logits_are_the_same_bits(model_type: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(save_tiny(model_type, tmp_path))
     model = tiny_model(model_type).eval()
     batches = [torch.randint(0, model.config.vocab_size, (1, n)) for n in (9, 12)]
-    prefix, taken = Prefix(model, room=10**7), []
+    prefix, taken = Prefix(model, budget=10**7), []
     for dropped in (d for d in CUTS if max(d) < checkpoint.depth - 1):
         plan = Plan.dropping(checkpoint.depth, dropped)
         config = sliced_config(checkpoint, plan)
@@ -48,7 +48,7 @@ def test_logits_are_the_same_bits(model_type: str, tmp_path: Path) -> None:
 
 def test_without_room_nothing_is_kept(tmp_path: Path) -> None:
     model = tiny_model("llama").eval()
-    prefix = Prefix(model, room=100)
+    prefix = Prefix(model, budget=100)
     tokens = torch.randint(0, model.config.vocab_size, (1, 9))
     with torch.no_grad():
         expected = model(tokens).logits
@@ -74,7 +74,7 @@ def test_layers_that_tell_each_other_more_are_left_alone(tmp_path: Path) -> None
 
     layers[0].forward, layers[3].forward = whisper, hear
     tokens = torch.randint(0, model.config.vocab_size, (1, 9))
-    prefix = Prefix(model, room=10**7)
+    prefix = Prefix(model, budget=10**7)
     with torch.no_grad():
         expected = model(tokens).logits
         for _ in range(2):

@@ -17,7 +17,6 @@ from slicer.checkpoint.hub import DEMO
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import measure_sizes
 from slicer.errors import Diverged, HealError, OutputError
-from slicer.evaluate import suite
 from slicer.evaluate.results import Evaluation, Score
 from slicer.heal.finetune.settings import Training
 from slicer.jobs.output import Written
@@ -47,8 +46,8 @@ def test_it_begins_with_the_largest_and_tries_the_others_where_that_hurts(
         value = scores[name.removeprefix("rank-") if name != "cut" else "none"]
         return Evaluation(path, (Score("mmlu", "acc", value, 0.02, 0.25, 100, 0),), None, None)
 
-    monkeypatch.setattr(suite, "Suite", lambda *_: None)
-    monkeypatch.setattr(suite, "evaluate", evaluate)
+    monkeypatch.setattr(ranks, "Suite", lambda *_: None)
+    monkeypatch.setattr(ranks, "evaluate", evaluate)
     whole = sources.save_llama(tmp_path / "whole")
     text = DEMO.parent / "heldout.txt"
     assert slicer("convert", whole, "--drop", "2-3", "--heal", "none", "-o", tmp_path / "cut").exit_code == 0

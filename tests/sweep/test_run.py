@@ -128,9 +128,9 @@ def test_what_keep_found_is_healed_again_as_it_was_measured(tmp_path: Path) -> N
 
 def test_a_passing_failure_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from slicer.errors import HealError, OutOfMemory
-    from slicer.jobs import repair
+    from slicer.sweep import cell as cells
 
-    whole = repair.repair
+    whole = cells.repair
 
     def short(*_: object, **__: object) -> None:
         raise OutOfMemory("out of memory; give --samples 8")
@@ -141,13 +141,13 @@ def test_a_passing_failure_is_no_result(tmp_path: Path, monkeypatch: pytest.Monk
     given = ["--heal", "fold", "--drop", "2", "--strategies", "deepest"]
     given += ["--calibration", str(DEMO.parent / "heldout.txt")]
     cell = tmp_path / "s" / "cells" / "002-deepest-fold.json"
-    monkeypatch.setattr(repair, "repair", short)
+    monkeypatch.setattr(cells, "repair", short)
     result = sweep(tmp_path / "s", *given)
     assert result.exit_code == 1 and "out of memory" in result.output and not cell.exists()
-    monkeypatch.setattr(repair, "repair", whole)
+    monkeypatch.setattr(cells, "repair", whole)
     assert sweep(tmp_path / "s", *given).exit_code == 0
     assert json.loads(cell.read_text())["evaluation"] is not None
-    monkeypatch.setattr(repair, "repair", unfit)
+    monkeypatch.setattr(cells, "repair", unfit)
     assert sweep(tmp_path / "t", *given).exit_code == 0
     assert "no matrix" in json.loads((tmp_path / "t" / "cells" / "002-deepest-fold.json").read_text())["error"]
 

@@ -27,11 +27,8 @@ def llama4_moe(new: Fields, old: Mapping[str, Any], kept: Sequence[int], depth: 
     """transformers reads `moe_layers`, vLLM the step: write the first, and the second if it can express the same."""
     new["moe_layers"] = moe = positions(old["moe_layers"], kept)
     step = old.get("interleave_moe_layer_step") or 1
-    for s in (step, *range(1, len(kept) + 2)):
-        if moe == [i for i in range(len(kept)) if (i + 1) % s == 0]:
-            if s != step:
-                new["interleave_moe_layer_step"] = s
-            return
+    if (found := even_step(moe, range(len(kept)), step)) not in (step, None):
+        new["interleave_moe_layer_step"] = found
 
 
 def gpt_neo_attention(new: Fields, old: Mapping[str, Any], kept: Sequence[int], depth: int) -> None:
@@ -51,14 +48,12 @@ def ernie_moe(new: Fields, old: Mapping[str, Any], kept: Sequence[int], depth: i
     moe = [at for at, i in enumerate(kept) if start <= i <= end and (i + 1) % step == 0]
     # An empty range starts past the last layer: an end of -1 would mean the last layer.
     first, last = (moe[0], moe[-1]) if moe else (len(kept), len(kept) - 1)
-    for s in (step, *range(1, len(kept) + 1)):
-        if moe == [i for i in range(first, last + 1) if (i + 1) % s == 0]:
-            new.update(moe_layer_start_index=first, moe_layer_end_index=last, moe_layer_interval=s)
-            return
-    raise ArchitectureError(
-        "moe_layer_interval: the kept expert layers are not evenly spaced, which ernie4_5_moe cannot express; "
-        f"drop multiples of {step} neighbouring layers"
-    )
+    if (found := even_step(moe, range(first, last + 1), step)) is None:
+        raise ArchitectureError(
+            "moe_layer_interval: the kept expert layers are not evenly spaced, which ernie4_5_moe cannot express; "
+            f"drop multiples of {step} neighbouring layers"
+        )
+    new.update(moe_layer_start_index=first, moe_layer_end_index=last, moe_layer_interval=found)
 
 
 def recurrent_blocks(new: Fields, old: Mapping[str, Any], kept: Sequence[int], depth: int) -> None:
@@ -113,6 +108,12 @@ def positions(members: Iterable[int], kept: Sequence[int]) -> list[int]:
     """New positions of the kept ones among the old indices `members`."""
     stay = set(members)
     return [at for at, i in enumerate(kept) if i in stay]
+
+
+def even_step(members: list[int], span: range, first: int) -> int | None:
+    """The step s for which `members` are the i of `span` with (i + 1) % s == 0, `first` if it does; None: none does."""
+    steps = (first, *range(1, span.stop + 2))
+    return next((s for s in steps if members == [i for i in span if (i + 1) % s == 0]), None)
 
 
 def check_length(name: str, values: Sequence[Any], depth: int) -> None:

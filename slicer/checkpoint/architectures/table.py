@@ -62,7 +62,7 @@ class Architecture:
 # A feed-forward sublayer, or its last map where it has no module of its own, by name within the layer; the first one is
 # what adds to the residual stream in a layer with several.
 FEED_FORWARDS = ("mlp", "feed_forward", "ffn", "mlp_block", "block_sparse_moe", "fc2", "shared_mlp")
-# The last linear map of the feed-forward part, or of the attention (or its equivalent), by module name within the
+# The last linear map of the feed-forward sublayer, or of the attention (or its equivalent), by module name within the
 # layer: it writes into the residual stream. The names mean the same in all rows of the table, so rows do not list them.
 FEED_FORWARD_OUTPUTS = (
     *("mlp.down_proj", "mlp.fc2", "mlp.c_proj", "mlp.fc_out", "mlp.dense_4h_to_h", "fc2", "mlp_block.down_proj"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from slicer.checkpoint.architectures.rules import positions
+from slicer.checkpoint.architectures.rules import even_step, positions
 
 # (old raw config, kept layers, old depth) -> how vLLM differs from transformers on the result, or None
 Note = Callable[[Mapping[str, Any], Sequence[int], int], str | None]
@@ -41,8 +41,7 @@ def llama4_step(old: Mapping[str, Any], kept: Sequence[int], depth: int) -> str 
     step = old.get("interleave_moe_layer_step") or 1
     moe = old.get("moe_layers")
     moe = [i for i in range(depth) if (i + 1) % step == 0] if moe is None else moe
-    at = positions(moe, kept)
-    if not any(at == [i for i in range(len(kept)) if (i + 1) % s == 0] for s in range(1, len(kept) + 2)):
+    if even_step(positions(moe, kept), range(len(kept)), step) is None:
         return (
             "vLLM places llama4's expert layers by interleave_moe_layer_step and ignores moe_layers, and no step gives "
             f"the layers of this cut: for vLLM, drop blocks of a multiple of {step} layers"

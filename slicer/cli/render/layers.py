@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from slicer.cli.render.progress import stdout
+from slicer.cli.render.progress import stdout, table
 from slicer.plan.amounts import runs, spell_layers
 from slicer.plan.plan import spell_dropped
 
@@ -24,26 +24,16 @@ def print_analysis(analysis: Analysis, out: Path) -> None:
     """Print the heat map, the best block of each size by each metric, and the output files."""
     console = stdout()
     distances = analysis.distances()
-    console.print(
-        f"{analysis.source}: {analysis.depth} layers, {analysis.samples} sequences of {analysis.seq_len} tokens"
-    )
-    console.print()
+    text = f"{analysis.samples} sequences of {analysis.seq_len} tokens"
+    console.print(f"{analysis.source}: {analysis.depth} layers, {text}\n")
     console.print("angular distance d(l, l+n), last token; scaled within each n from @ (closest) to blank")
-    for line in heat_lines(distances, width=max(20, min(console.width, 120) - 26)):
-        console.print(line)
-    console.print()
+    console.print("\n".join(heat_lines(distances, width=max(20, min(console.width, 120) - 26))) + "\n")
     sizes = sorted({max(1, round(analysis.depth * k / 8)) for k in range(1, 5)})
-    table = Table(title="closest block of n layers, its first layer", title_justify="left")
-    table.add_column("metric")
-    for n in sizes:
-        table.add_column(f"n = {n}", justify="right")
+    closest = table("closest block of n layers, its first layer", "metric", *(f"n = {n}" for n in sizes))
     for name, found in analysis.metrics.items():
-        row = []
-        for n in sizes:
-            values = [(v, -i) for i, v in enumerate(found.mean.get(n, ())) if not math.isnan(v)]
-            row.append(f"{-min(values)[1]} ({min(values)[0]:.4f})" if values else "-")
-        table.add_row(name, *row)
-    console.print(table)
+        rows = ([(v, -i) for i, v in enumerate(found.mean.get(n, ())) if not math.isnan(v)] for n in sizes)
+        closest.add_row(name, *(f"{-min(row)[1]} ({min(row)[0]:.4f})" if row else "-" for row in rows))
+    console.print(closest)
     if analysis.sublayers:
         console.print(_parts_table(analysis))
     if analysis.base_loss is not None:
@@ -51,23 +41,21 @@ def print_analysis(analysis: Analysis, out: Path) -> None:
     if analysis.greedy:
         order = ", ".join(f"{int(step['layer'])} ({step['loss']:.3f})" for step in analysis.greedy)
         console.print(f"greedy    {order}")
-    console.print(f"written   {out} (analysis.json and figures)")
-    console.print(f"next      slicer plan {out} --drop 0.25")
+    console.print(f"written   {out} (analysis.json and figures)\nnext      slicer plan {out} --drop 0.25")
 
 
 def _parts_table(analysis: Analysis) -> Table:
     """The least important attention and feed-forward sublayers by every metric."""
-    table = Table(title="least important attention and feed-forward sublayers", title_justify="left")
-    for name in ("metric", "attention", "feed-forward part"):
-        table.add_column(name)
+    title = "least important attention and feed-forward sublayers"
+    made = table(title, "metric", "attention", "feed-forward", texts=3)
     for name, found in analysis.sublayers.items():
         cells = []
         for at in (0, 1):
             row = list(found.block(1))[at::2]
             least = sorted(range(len(row)), key=row.__getitem__)[:3]
             cells.append(", ".join(f"{i} ({row[i]:.4f})" for i in least))
-        table.add_row(name, *cells)
-    return table
+        made.add_row(name, *cells)
+    return made
 
 
 def heat_lines(distances: Distances, width: int) -> list[str]:
@@ -99,31 +87,28 @@ def heat_lines(distances: Distances, width: int) -> list[str]:
 
 
 def print_chosen(chosen: Chosen, samples: int, file: Path) -> None:
-    """The chosen layers and why: the runners-up, their distance, and whether the best two can be told apart.
+    """The chosen layers and why: the runners-up, their distance, and whether the best two can be distinguished.
 
     `samples`: the sequences measured.
     """
     console = stdout()
     plan = chosen.plan
-    left = len(plan.kept)
+    dropped = f"{spell_layers(plan.dropped)} of {plan.depth} layers, {len(plan.kept)} stay"
     if plan.below_layers:
-        console.print(f"plan      drop {spell_dropped(plan)}, {left} layers stay")
-    else:
-        console.print(f"plan      drop {spell_layers(plan.dropped)} of {plan.depth} layers, {left} stay")
+        dropped = f"{spell_dropped(plan)}, {len(plan.kept)} layers stay"
+    console.print(f"plan      drop {dropped}")
     sublayers = bool(plan.no_attention or plan.no_ffn)
     total = " (sum over blocks)" if not sublayers and plan.metric != "greedy" and len(runs(plan.dropped)) > 1 else ""
     console.print(f"by        {plan.metric} {plan.distance:.4f}{total}")
     for other in plan.runners_up:
         more = "" if sublayers else f" (+{other.distance - (plan.distance or 0.0):.4f})"
         console.print(f"          next {other.block} at {other.distance:.4f}{more}")
-    if chosen.doubt is not None:
-        doubt = chosen.doubt
+    if (doubt := chosen.doubt) is not None:
         settle = "no number of samples can decide"
         if doubt.samples is not None:
             settle = f"about {doubt.samples:,} samples are needed to decide"
         console.print(
-            f"warning   the best two cannot be told apart on {samples} samples: they differ by "
+            f"warning   the best two cannot be distinguished on {samples} samples: they differ by "
             f"{doubt.difference:.4f} with a standard error of {doubt.error:.4f}; {settle}"
         )
-    console.print(f"written   {file}")
-    console.print(f"next      slicer convert {plan.source or 'SOURCE'} --plan {file}")
+    console.print(f"written   {file}\nnext      slicer convert {plan.source or 'SOURCE'} --plan {file}")

@@ -7,19 +7,9 @@ import os
 import time
 from collections.abc import Iterator
 
+from rich import progress as ui
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    ProgressColumn,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.progress import Progress as Bars
+from rich.table import Table
 
 from slicer.progress import Progress
 from slicer.runtime.distributed import first_process
@@ -32,7 +22,7 @@ class _Bars(Progress):
     """One line per stage; counted stages have a bar with rate and remaining time."""
 
     def __init__(self) -> None:
-        self._bars: Bars | None = None
+        self._bars: ui.Progress | None = None
         self._text, self._total, self._done = "", None, 0  # type: str, int | None, int
         self._printed = time.monotonic()
 
@@ -41,14 +31,14 @@ class _Bars(Progress):
         self._text, self._total, self._done, self._printed = text, total, 0, time.monotonic()
         if not STDERR.is_terminal:
             return
-        name, detail = TextColumn("{task.description}"), TextColumn("{task.fields[detail]}")
-        columns: list[ProgressColumn] = [name, BarColumn(), MofNCompleteColumn(), TextColumn(unit), detail]
+        name, bar, left = ui.TextColumn("{task.description}"), ui.BarColumn(), ui.TimeRemainingColumn()
+        columns: list[ui.ProgressColumn] = [name, bar, ui.DownloadColumn(), ui.TransferSpeedColumn(), left]
         if total is None:
-            columns = [SpinnerColumn(), name, TimeElapsedColumn()]
-        elif unit == "bytes":
-            columns = [name, BarColumn(), DownloadColumn(), TransferSpeedColumn()]
-        remaining = [] if total is None else [TimeRemainingColumn()]
-        self._bars = Bars(*columns, *remaining, console=STDERR, transient=True)
+            columns = [ui.SpinnerColumn(), name, ui.TimeElapsedColumn()]
+        elif unit != "bytes":
+            detail = ui.TextColumn("{task.fields[detail]}")
+            columns = [name, bar, ui.MofNCompleteColumn(), ui.TextColumn(unit), detail, left]
+        self._bars = ui.Progress(*columns, console=STDERR, transient=True)
         self._bars.start()
         self._bars.add_task(text, total=total, detail="")
 
@@ -90,5 +80,13 @@ def bars() -> Iterator[Progress]:
 
 
 def stdout() -> Console:
-    """The console that results are printed on."""
-    return Console(highlight=False, soft_wrap=True, markup=False)
+    """The console that results are printed on; 200 columns wide if piped, so that no table cell is cut."""
+    return Console(highlight=False, soft_wrap=True, markup=False, width=None if os.isatty(1) else 200)
+
+
+def table(title: str, *columns: str, texts: int = 1) -> Table:
+    """A table whose first columns, as many as `texts`, hold text, and the others numbers."""
+    made = Table(title=title, title_justify="left")
+    for at, name in enumerate(columns):
+        made.add_column(name, justify="left" if at < texts else "right")
+    return made

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
-from rich.table import Table
 
-from slicer.cli.render.progress import STDERR, stdout
+from slicer.cli.render.progress import STDERR, stdout, table
 from slicer.plan.amounts import spell_layers
-from slicer.plan.plan import METRIC, Plan, spell_dropped
+from slicer.plan.plan import METRIC, Plan, spell_dropped, spell_left
 from slicer.plan.records import HealingRecord
 
 if TYPE_CHECKING:
@@ -52,14 +49,14 @@ def print_written(done: Written) -> None:
     """Print the sizes before and after, what was dropped, repaired and merged, the checks and the warnings."""
     console = stdout()
     plan = done.plan
-    table = Table(title=f"{plan.source}: {_change(plan)}", title_justify="left")
-    for name in ("", "before", "after", "left"):
-        table.add_column(name, justify="left" if not name else "right")
-    for (label, old, before), (_, new, after) in zip(_rows(done.before), _rows(done.after), strict=True):
-        table.add_row(label, before, after, f"{new / old:.1%}" if old else "-")
+    before = f"{plan.depth} to " if len(plan.kept) < plan.depth else ""
+    title = f"{plan.source}: {before}{len(plan.kept)} layers{spell_left(plan)}"
+    sizes = table(title, "", "before", "after", "left")
+    for (label, old, was), (_, new, now) in zip(_rows(done.before), _rows(done.after), strict=True):
+        sizes.add_row(label, was, now, f"{new / old:.1%}" if old else "-")
     lines = []
     if not plan.merged or done.before != done.after:  # a merge changes no size
-        console.print(table)
+        console.print(sizes)
         layers = "" if plan.below_layers else "layers "
         lines.append(("dropped", f"{layers}{_dropped(plan)} ({_why(plan)})"))
         lines += [("", f"next best {other.block} at {other.distance:.4f}") for other in plan.runners_up[:2]]
@@ -89,17 +86,6 @@ _FORMS = {
     "blockwise": "blockwise: loads in vLLM if slicer is installed, and in transformers after 'import slicer'",
     "zeroed": "zeroed: loads everywhere, but costs as much as the original",
 }
-
-
-def _change(plan: Plan) -> str:
-    """For example "24 to 20 layers, 18 with attention"."""
-    layers = len(plan.kept)
-    words = f"{plan.depth} to {layers} layers" if layers < plan.depth else f"{layers} layers"
-    if plan.no_attention:
-        words += f", {layers - len(plan.no_attention)} with attention"
-    if plan.no_ffn:
-        words += f", {layers - len(plan.no_ffn)} with feed-forward part"
-    return words
 
 
 def _healed(record: HealingRecord) -> str:
@@ -158,17 +144,14 @@ def print_inspection(found: Inspection) -> None:
             ("healed", _healed(plan.healing) if plan.healing else "no"),
         ]
     for label, text in facts:
-        console.print(f"{label:<18}{text}")
+        console.print(f"{label:<20}{text}")
 
 
 def print_demo(shown: Shown) -> None:
     """Print what was written and a line from each model."""
     print_written(shown.written)
-    console = stdout()
-    console.print()
-    console.print(f"prompt    {shown.prompt}")
-    console.print(f"original  {shown.original}")
-    console.print(f"sliced    {shown.sliced}")
+    lines = (f"prompt    {shown.prompt}", f"original  {shown.original}", f"sliced    {shown.sliced}")
+    stdout().print("", *lines, sep="\n")
 
 
 def print_serving(path: Path, name: str, notes: Sequence[str]) -> None:
@@ -193,12 +176,10 @@ def print_ready(base_url: str, model: str, has_key: bool) -> None:
 
 
 def print_tables(tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]]) -> None:
-    """Print (title, head, rows) tables; the first column is text, the others numbers. Full width if piped."""
-    console = stdout() if os.isatty(1) else Console(highlight=False, markup=False, width=200)
+    """Print (title, head, rows) tables; the first column is text, the others numbers."""
+    console = stdout()
     for title, head, rows in tables:
-        table = Table(title=title, title_justify="left")
-        for at, name in enumerate(head):
-            table.add_column(name, justify="right" if at else "left")
+        shown = table(title, *head)
         for row in rows:
-            table.add_row(*row)
-        console.print(table)
+            shown.add_row(*row)
+        console.print(shown)

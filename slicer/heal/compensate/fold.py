@@ -7,16 +7,18 @@ sublayer. With z the inputs of a map W of the sublayer into the stream, W is rep
 x - h by least squares (`slicer.heal.compensate.regression`): `resolve`. `transform` is the special case D = (T - 1) W
 of ReplaceMe (arXiv 2505.02819), whose T acts on the sublayer's output.
 
-In memory, each solution of `resolve` is kept only if it lowers the loss on the held-out sequences; then all maps from
-one layer before the first gap on take second-order steps (`slicer.heal.compensate.newton`). A model that is streamed
-from disk gets the solutions alone.
+Each solution of `resolve` is kept only if it lowers the loss on the held-out sequences; then all maps from one layer
+before the first gap on take second-order steps (`slicer.heal.compensate.newton`). A model that is streamed from disk
+gets the same, layer by layer.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import itemgetter
 
 import torch
 from torch import nn
@@ -26,7 +28,6 @@ from slicer.heal.compensate.gaps import Gap, GapPass
 from slicer.heal.compensate.newton import STEPS, Newton
 from slicer.heal.compensate.regression import LayerFit, Solution, Split, gather, norm_gain, solve, split
 from slicer.heal.patch import Holds, Solved
-from slicer.model.load import in_float32
 from slicer.model.output_maps import Output, find, parameters_after
 from slicer.model.pruned import Edits, LayerEdit, PrunedRun, edited, pruned_layer
 from slicer.model.states import States
@@ -34,6 +35,7 @@ from slicer.model.walk import SourceActivations, Walk, walk_loss
 from slicer.plan.plan import Plan
 from slicer.plan.records import SOLVERS, Losses, SolvedMatrix
 from slicer.progress import Progress
+from slicer.runtime.workdir import Stages
 
 BEFORE = 1  # layers before the one of the first gap that take second-order steps too
 _NORM_STEPS = 3  # Gauss-Newton steps where a norm follows the map
@@ -55,20 +57,43 @@ def fold(
     `walk` is over the source; `batches` are int64 [batch, seq] without padding. `holds(i, name, module)`: whether the
     checkpoint holds the weights of a module of layer i under its name. `activations`, of the same model and batches,
     spares the next fold the pass through the source. New weights are rounded to the dtype `written` (None: the
-    model's), so that they are judged as they will be read. A 16-bit model computes in float32 where memory allows.
+    model's), so that they are judged as they will be read. A 16-bit model computes in float32.
 
     Raises HealError for too little text or where no weight can be changed, ArchitectureError where the attention of a
     layer is removed that runs beside its feed-forward sublayer.
+
+    In the directory of `walk`, if it has one, finished stages are kept: a fold that was stopped goes on after them.
     """
     if solver not in SOLVERS:
         raise UsageError(f"fold {solver!r}: choose one of {', '.join(SOLVERS)}")
     data = split(batches)
-    with in_float32(walk.model):
+    with walk.reserved(working_bytes(walk)), walk.in_float32():
         precision = str(walk.model.dtype).removeprefix("torch.")
-        folding = _Folding(walk, data, plan, holds, solver, written, progress or Progress())
+        stages = Stages(walk.directory, _identity(walk, data, plan, solver, written))
+        folding = _Folding(walk, data, plan, holds, solver, written, stages, progress or Progress())
         edits, report, losses = folding.run(activations)
     edits = {i: _in_own_dtype(walk.layers[i], edit) for i, edit in sorted(edits.items())}
     return Solved(edits, losses, "fold", solver, report=report, held_out=data.sequences, precision=precision)
+
+
+def _identity(walk: Walk, data: Split, plan: Plan, solver: str, written: torch.dtype | None) -> bytes:
+    """Equal for folds of one source that may go on with each other's stages."""
+    cut = (plan.kept, plan.no_attention, plan.no_ffn, plan.joined)
+    return repr((cut, solver, written, walk.model.dtype)).encode() + torch.cat(data.batches).numpy().tobytes()
+
+
+def working_bytes(walk: Walk) -> int:
+    """Bytes that a fold takes beside the model and the states.
+
+    Of a 16-bit model the float32 copies of one layer and of what lies outside the layers; and the sums of a solve,
+    8 (f^2 + 3 d f), or of a step, at most 4 (f^2 + 5 d f + 5 d^2).
+    """
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in walk.layers]
+    outside = sum(p.numel() for p in walk.model.parameters()) - sum(sizes)
+    shapes = [p.shape[-2:] for layer in walk.layers for p in layer.parameters() if p.ndim > 1]
+    d, f = int(walk.model.config.get_text_config().hidden_size), max(max(shape) for shape in shapes)
+    copies = 4 * (max(sizes) + outside) if walk.model.dtype in (torch.bfloat16, torch.float16) else 0
+    return copies + max(8 * (f**2 + 3 * d * f), 4 * (f**2 + 5 * d * f + 5 * d**2))
 
 
 @dataclass
@@ -94,98 +119,128 @@ class _Folding:
     holds: Holds
     solver: str
     written: torch.dtype | None
+    stages: Stages
     progress: Progress
     changes: dict[int, _Change] = field(default_factory=dict)
     least: float = 0.0  # the loss on the held-out sequences, with what was kept so far
     nearest: tuple[float, int, _Change] | None = None  # of the changes that were not kept
 
-    @property
-    def judges(self) -> bool:
-        """Whether each solution is kept only if it lowers the loss on the held-out sequences."""
-        return self.walk.loaded and self.solver == "resolve"
-
     def run(self, activations: SourceActivations | None) -> tuple[Edits, tuple[SolvedMatrix, ...], Losses]:
         """(the edits, what was solved, the losses on the held-out sequences)."""
         self.progress.stage("Healing the cut", self.walk.depth, "layers")
         both = GapPass(self.walk, self.data, self.plan, activations, self.progress)
-        bare: PrunedRun | None = None
-        if self.judges:
-            both.advance(max(0, both.gaps[0].layer - BEFORE))
-            bare = PrunedRun(self.walk, self.plan, both.source.copy(), self.data.held)
-            before = self.least = self._loss(bare)
-        for gap, target in both:
-            if gap.layer >= 0:
-                self._heal(gap, both, target)
-        if bare is None:
-            losses = both.finish()
-        else:
-            while both.source.layer < self.walk.depth:
-                both.advance_source()
-            run = PrunedRun(self.walk, self.plan, bare.origin, self.data.held, both.source)
+        if self.solver == "resolve":
+            run, before = self._solutions(both)
             after = self._steps(run)
             if not self.changes and self.nearest is not None:  # who asked for a fold gets the least bad one
                 after, layer, change = self.nearest
                 self.changes = {layer: change}
             source = walk_loss(self.walk, both.source.tokens, both.source.__getitem__, self.data.held)
             losses = Losses(source, before, after)
+        else:
+            for gap, target in both:
+                self._heal(gap, both, target)
+            losses = both.finish()
         if not self.changes:
             raise HealError("no weights next to the cut can take the fold, or none gains by it; use --heal none")
         report = tuple(entry for _, change in sorted(self.changes.items()) for entry in change.report)
         return {i: change.edit for i, change in self.changes.items()}, report, losses
 
-    def _loss(self, run: PrunedRun, edits: Edits | None = None) -> float:
-        with run.prepared(edits or {}):
-            return run.loss()
+    def _solutions(self, both: GapPass) -> tuple[PrunedRun, float]:
+        """Solve before every gap: the pruned model from one layer before the first gap on, and its loss as it was."""
+        source, first = both.source, max(0, both.gaps[0].layer - BEFORE)
+        done = self.stages.load("streams")
+        if done is not None and all(gap.layer < 0 or self.stages.load(_name(gap)) for gap in both.gaps):
+            streams, self.least = done
+            before, origin = self.least, source.copy()
+            for gap in both.gaps:
+                self._decide(gap, both.cut, source)
+            for b in range(len(source)):
+                origin[b], source[b] = streams[f"origin.{b}"], streams[f"target.{b}"]
+            origin.layer, source.layer = first, self.walk.depth
+        else:
+            both.advance(first)
+            origin = source.copy()
+            (before,) = PrunedRun(self.walk, self.plan, origin, self.data.held).losses([{}])
+            self.least = before
+            for gap, target in both:
+                self._heal(gap, both, target)
+            while source.layer < self.walk.depth:
+                both.advance_source()
+            streams = {
+                f"{name}.{b}": x
+                for name, states in (("origin", origin), ("target", source))
+                for b, x in enumerate(states)
+            }
+            self.stages.save("streams", streams, before)
+        return PrunedRun(self.walk, self.plan, origin, self.data.held, source), before
 
     def _heal(self, gap: Gap, both: GapPass, target: States) -> None:
-        """Solve the sublayer before `gap` so that it puts out `target`, then advance the cut through its layer.
+        """Solve the sublayer before `gap` so that it puts out `target`, then advance the cut through its layer."""
+        if gap.layer >= 0:
+            self._decide(gap, both.cut, target)
+            change = self.changes.get(gap.layer) or _Change()
+            with self.walk.layer(gap.layer) as layer, edited(layer, change.edit):
+                both.advance_cut(gap.layer)
+
+    def _decide(self, gap: Gap, cut: States, target: States) -> None:
+        """Enter the solution before `gap` into the changes, of `resolve` if it lowers the loss."""
+        if gap.layer < 0:
+            return
+        kept = self.stages.load(_name(gap))
+        if kept is None:
+            loss, change = self._best(gap, cut, target)
+            tensors = {f"p.{name}": t for name, t in change.parameters.items()}
+            tensors |= {f"t.{name}": t for name, t in change.transforms.items()}
+            self.stages.save(_name(gap), tensors, [loss, [entry.to_dict() for entry in change.report]])
+        else:
+            tensors, (loss, report) = kept
+            change = _Change(report=[SolvedMatrix.of(entry) for entry in report])
+            for name, tensor in tensors.items():
+                into = change.parameters if name.startswith("p.") else change.transforms
+                into[name[2:]] = tensor.to(self.walk.device)
+        if change.report and (self.solver != "resolve" or loss < self.least):
+            self.least, self.changes[gap.layer] = loss, change
+        elif change.report and (self.nearest is None or loss < self.nearest[0]):
+            self.nearest = loss, gap.layer, change
+
+    def _best(self, gap: Gap, cut: States, target: States) -> tuple[float, _Change]:
+        """(the loss on the held-out sequences, the solution with the least).
 
         Before a gap of whole layers `resolve` also tries to solve the attention first; before smaller gaps that only
-        fits noise.
+        fits noise. What is not judged has no loss.
         """
-        i, cut, best = gap.layer, both.cut, _Change()
-        ways: list[tuple[str, ...]] = [(gap.sublayer,)]
+        i, ways = gap.layer, list[tuple[str, ...]]([(gap.sublayer,)])
         whole = gap.sublayer == "ffn" and not gap.within
         if whole and self.solver == "resolve" and i not in self.plan.gone[0]:
             ways.append(("attention", "ffn"))
-        with self.walk.layer(i) as layer:
-            for sublayers in ways:
-                with pruned_layer(layer, i, self.plan.gone, None, 0.0):
-                    fit = LayerFit(self.walk, i, layer, cut, target, self.data.held)
-                    change = self._solved(fit, sublayers)
-                if not change.report:
-                    continue
-                if self.judges:
-                    run = PrunedRun(self.walk, self.plan, cut, self.data.held)
-                    loss = self._loss(run, {i: change.edit})
-                    if not loss < self.least:
-                        if self.nearest is None or loss < self.nearest[0]:
-                            self.nearest = loss, i, change
-                        continue
-                    self.least = loss
-                best = change
-                if not self.judges:
-                    break
-            if best.report:
-                self.changes[i] = best
-            with edited(layer, best.edit):
-                both.advance_cut(i)
+        with self.walk.layer(i) as layer, pruned_layer(layer, i, self.plan.gone, None, 0.0):
+            fit = LayerFit(self.walk, i, layer, cut, target, self.data.held)
+            solved = [change for way in ways if (change := self._solved(fit, way)).report]
+        if not solved or self.solver != "resolve":
+            return math.nan, solved[0] if solved else _Change()
+        losses = PrunedRun(self.walk, self.plan, cut, self.data.held).losses([{i: c.edit} for c in solved])
+        known = [math.inf if math.isnan(loss) else loss for loss in losses]
+        return min(zip(known, solved, strict=True), key=itemgetter(0))
 
     def _steps(self, run: PrunedRun) -> float:
         """Second-order steps from the changes so far; the loss on the held-out sequences after them."""
         self.progress.stage("Healing the cut: second-order steps", STEPS, "steps")
-        edits = {i: change.edit for i, change in self.changes.items()}
-        with run.prepared(edits), Newton(run, self.holds, self.written) as newton:
-            for number in range(STEPS):
-                if not newton.step(number):
-                    break
-                self.progress.advance()
-            for matrix in newton.stepped():
-                change = self.changes.setdefault(matrix.layer, _Change())
-                change.parameters[f"{matrix.name}.weight"] = matrix.weight.clone()
-                relative = round(float(matrix.delta.norm() / matrix.weight.float().norm()), 6)
-                change.report.append(SolvedMatrix(matrix.layer, matrix.name, "newton", change=relative))
-            return run.loss()
+        newton = Newton(run, {i: change.edit for i, change in self.changes.items()}, self.holds, self.written)
+        number, going = 0, True
+        if (kept := self.stages.load("steps")) is not None:
+            tensors, (number, going, *state) = kept
+            newton.resume(tensors, state)
+        while going and number < STEPS:
+            going, number = newton.step(number), number + 1
+            tensors, state = newton.state
+            self.stages.save("steps", tensors, [number, going, *state])
+            self.progress.advance()
+        for matrix, weight, relative in newton.stepped():
+            change = self.changes.setdefault(matrix.layer, _Change())
+            change.parameters[matrix.key] = weight
+            change.report.append(SolvedMatrix(matrix.layer, matrix.name, "newton", change=round(relative, 6)))
+        return run.losses([{i: change.edit for i, change in self.changes.items()}])[0]
 
     def _solved(self, fit: LayerFit, sublayers: Sequence[str]) -> _Change:
         """The new weights of one layer, sublayer after sublayer."""
@@ -238,3 +293,8 @@ def _in_own_dtype(layer: nn.Module, edit: LayerEdit) -> LayerEdit:
     """Rounded, where it was solved in a higher precision than the layer's."""
     own = dict(layer.named_parameters())
     return replace(edit, parameters={name: t.to(own[name].dtype) for name, t in edit.parameters.items()})
+
+
+def _name(gap: Gap) -> str:
+    """Of the stage that keeps the solution before a gap."""
+    return f"gap-{gap.start}"

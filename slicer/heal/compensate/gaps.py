@@ -1,4 +1,4 @@
-"""The gaps that a plan leaves between sublayers, and one pass over the source and the cut, layer by layer, in parallel.
+"""The gaps that a plan leaves between sublayers, and one pass of source and cut together, layer by layer.
 
 Sublayers are numbered 2l (attention of layer l of the source) and 2l + 1 (its feed-forward sublayer). A dropped block
 of n whole layers is a gap of 2n sublayers.
@@ -28,14 +28,14 @@ from slicer.progress import Progress
 
 @dataclass(frozen=True)
 class Gap:
-    """The sublayers [start, end) are removed; those beside them stay."""
+    """The sublayers [start, end) are removed; the sublayer before and the one behind stay."""
 
     start: int
     end: int
 
     @property
     def layer(self) -> int:
-        """The layer of the last sublayer before the gap; -1 where the gap begins the model."""
+        """The layer of the last sublayer before the gap; -1 if the gap is at the start of the model."""
         return (self.start - 1) // 2
 
     @property
@@ -45,12 +45,12 @@ class Gap:
 
     @property
     def behind(self) -> int:
-        """The layer of the first sublayer behind the gap; the depth of the model where the gap ends it."""
+        """The layer of the first sublayer behind the gap; the depth of the model if the gap is at its end."""
         return self.end // 2
 
     @property
     def within(self) -> bool:
-        """Whether that is its feed-forward sublayer, so that the gap ends within the layer."""
+        """Whether the gap ends within the layer `behind`, before its feed-forward."""
         return self.end % 2 == 1
 
 
@@ -97,7 +97,7 @@ class GapPass:
             self.cut.layer = gap.behind
 
     def advance(self, layer: int, only: range | None = None) -> None:
-        """Bring the source to this layer, and the cuts where they exist already; `only`: of these batches."""
+        """Advance the source, and the cuts if they exist already, to this layer; `only`: these batches."""
         for i in range(self.cut.layer, layer):
             with self._walk.layer(i):
                 if self.source.layer == i:
@@ -107,7 +107,7 @@ class GapPass:
                     self.advance_cut(i, only)
 
     def advance_source(self, only: range | None = None) -> None:
-        """The source through one layer."""
+        """Advance the source by one layer."""
         if only is None:
             self._activations.advance(self._walk, self.source.layer, self.source)
         else:
@@ -115,7 +115,7 @@ class GapPass:
         self._progress.advance()
 
     def advance_cut(self, i: int, only: range | None = None) -> None:
-        """The cut through layer i, as the layer is now, without the sublayers removed."""
+        """Advance the cut through layer i with its present weights, without the removed sublayers."""
         with self._pruned(i):
             self._walk.advance(i, self.cut, only=only)
 
@@ -136,13 +136,13 @@ class GapPass:
                 self._bare[b] = self._walk.call(i, b, self._bare[b]).cpu()
 
     def _within(self, i: int) -> States:
-        """The source's residual stream between the sublayers of layer i, from its stream at the input of that layer."""
+        """The residual stream of the source between the sublayers of layer i, from the input of that layer."""
         target = self.source.copy()
         with self._walk.layer(i) as layer:
             if self._midway.place(i, layer, partial(self._walk.call, i, 0, self.source[0])) is None:
                 raise ArchitectureError(
-                    f"layer {i} of {type(self._walk.model).__name__} runs attention and feed-forward part side by "
-                    "side, so the removal of its attention alone cannot be compensated; use --heal none"
+                    f"layer {i} of {type(self._walk.model).__name__} runs attention and feed-forward in "
+                    "parallel, so the removal of its attention alone cannot be compensated; use --heal none"
                 )
             for b in range(len(target)):
                 target[b] = self._midway.states(i, b, self.source[b])[0]

@@ -12,7 +12,7 @@ there. Gaps are filled in order. A constant is written into the output bias of t
 exact: no sublayer that stays reads the stream in between.
 
 `train` then takes steps of Adam on these parameters alone, on the loss L of `slicer.heal.compensate.objective`: a batch
-of calibration sequences a step, in an order drawn by the seed. A parameter moves at most about `RATE` of its own root
+of calibration sequences per step, in an order drawn by the seed. A parameter moves at most about `RATE` of its own root
 mean square in a step, less toward the end. The result is the step, or the start, with the lowest L on the held-out
 sequences.
 """
@@ -20,9 +20,10 @@ sequences.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,38 +34,31 @@ from slicer.heal.compensate.objective import Objective
 from slicer.heal.compensate.regression import SINKS, NormalEquations, Split, reduced_rank, solve, split, token_weights
 from slicer.heal.patch import Solved, check_method
 from slicer.model.layers import norm_eps
-from slicer.model.load import in_float32
 from slicer.model.pruned import Edits, LayerEdit, PrunedRun, Replacement
-from slicer.model.states import States
+from slicer.model.states import Batches, States
 from slicer.model.walk import Walk
 from slicer.plan.plan import Plan
 from slicer.plan.records import SolvedMatrix
-from slicer.progress import Progress
+from slicer.progress import SILENT, Progress
 
 RATE = 0.02
-WARM_UP = 0.1  # share of the steps in which the rate rises
-JUDGED = 16  # times that L is computed on the held-out sequences
+WARM_UP = 0.1  # share of the steps during which the rate rises
+JUDGED = 16  # number of times that L is computed on the held-out sequences
 _BETAS = (0.9, 0.99)
 _TRAINED = ("bias", "down", "up")
 
 
 def linear(
-    walk: Walk,
-    batches: Sequence[torch.Tensor],
-    plan: Plan,
-    method: str,
-    rank: int | None = None,
-    *,
-    progress: Progress | None = None,
+    walk: Walk, batches: Batches, plan: Plan, method: str, rank: int | None = None, *, progress: Progress = SILENT
 ) -> Solved:
-    """Fill the gaps that `plan` leaves in the source, over which `walk` is, by `method`: "bias" or "linear" of `rank`.
+    """Replace the sublayers that `plan` removes from the source of `walk` by `method`: "bias", or "linear" of `rank`.
 
-    `batches`: int64 [batch, seq], no padding. Raises HealError for too little text or where no sublayer stays before a
-    gap, ArchitectureError where the attention of a layer is removed that runs beside its feed-forward sublayer.
+    `batches`: int64 [batch, seq], no padding. Raises HealError for too little text or if no sublayer stays before a
+    gap, ArchitectureError if the attention of a layer with parallel attention and feed-forward is removed alone.
     """
     check_method(method, rank, walk.model.config.get_text_config().hidden_size)
     rank = rank if method == "linear" else None
-    progress, data = progress or Progress(), split(batches)
+    data = split(batches)
     progress.stage("Replacing the removed sublayers", walk.depth, "layers")
     both, eps = GapPass(walk, data, plan, None, progress), norm_eps(walk.model)
     edits: dict[int, LayerEdit] = {}
@@ -72,8 +66,8 @@ def linear(
     for gap, target in both:
         if gap.layer < 0:
             raise HealError(
-                f"nothing stands before the {'ffn' if gap.start % 2 else 'attention'} of layer {gap.start // 2}, so "
-                "its replacement has no place; keep the first layer, or heal with --heal fold"
+                f"no sublayer stays before the {'ffn' if gap.start % 2 else 'attention'} of layer {gap.start // 2}, so "
+                "a replacement cannot be added behind one; keep the first layer, or heal with --heal fold"
             )
         both.advance_cut(gap.layer)
         rows = partial(_rows, both.cut, target)
@@ -100,11 +94,10 @@ def _rows(cut: States, target: States) -> Iterator[Row]:
 
 def _constant(rows: partial[Iterator[Row]], data: Split) -> tuple[Replacement, float]:
     """(the constant, the share of the squared error left on the held-out sequences)."""
-    total, weights = torch.zeros(0), 0.0
-    for b, h, change, weight in rows():
+    total: Any = 0.0
+    weights = 0.0
+    for b, _, change, weight in rows():
         if b not in data.held:
-            if not len(total):
-                total = torch.zeros(h.shape[1], dtype=torch.float64)
             total += (weight[:, None] * change).sum(0, dtype=torch.float64)
             weights += float(weight.sum())
     bias = (total / weights).float()
@@ -119,7 +112,7 @@ def _constant(rows: partial[Iterator[Row]], data: Split) -> tuple[Replacement, f
 def _low_rank(
     rows: partial[Iterator[Row]], data: Split, gain: torch.Tensor, rank: int, eps: float
 ) -> tuple[Replacement, float] | None:
-    """(the map, the share of the squared error left on the held-out sequences); None where nothing lowers that."""
+    """(the map, the share of the squared error left on the held-out sequences); None if nothing lowers that."""
     equations: NormalEquations | None = None
     for b, h, change, weight in rows():
         z = gain * nn.functional.rms_norm(h, h.shape[-1:], None, eps)
@@ -145,18 +138,11 @@ def _gain(walk: Walk, gap: Gap) -> torch.Tensor:
 
 
 def train(
-    walk: Walk,
-    batches: Sequence[torch.Tensor],
-    plan: Plan,
-    solved: Solved,
-    steps: int,
-    *,
-    seed: int = 0,
-    progress: Progress | None = None,
+    walk: Walk, batches: Batches, plan: Plan, solved: Solved, steps: int, *, seed: int = 0, progress: Progress = SILENT
 ) -> Solved:
-    """`solved` after so many steps; the same bytes for the same seed.
+    """`solved` after this number of training steps; the same bytes for the same seed.
 
-    `batches` and `plan`: those that `solved` was fitted on. Raises HealError for a model that is streamed from disk,
+    `batches` and `plan`: those of the fit of `solved`. Raises HealError for a model that is streamed from disk,
     because every step would read it again.
     """
     if not walk.loaded:
@@ -164,21 +150,22 @@ def train(
     losses = replace(solved.losses, solved=solved.losses.after)
     if not solved.edits:
         return replace(solved, losses=losses, steps=steps)
-    with in_float32(walk.model):
+    with walk.in_float32():
         training = ReplacementTraining(walk, split(batches), plan, solved.edits)
-        best, edits = training.run(steps, seed, progress or Progress())
-        with training.pruned.prepared(edits):
-            losses = replace(losses, after=training.pruned.loss())
+        best, edits = training.run(steps, seed, progress)
+        losses = replace(losses, after=training.pruned.losses([edits])[0])
     return replace(solved, edits=edits, losses=losses, steps=steps, best_step=best)
 
 
 class ReplacementTraining:
-    """Steps on the replacements of `edits`. Attributes: `pruned`: the cut; `leaves`: the edits, as they are trained."""
+    """Trains the replacements of `edits`. Attributes: `pruned`: the cut; `leaves`: the edits in training."""
 
     def __init__(self, walk: Walk, data: Split, plan: Plan, edits: Edits) -> None:
         self.pruned = PrunedRun.of_source(walk, plan, data.batches, data.held, min(edits))
         self._objective = Objective(walk, self.pruned.target, data.held)
-        self.leaves = {i: _mapped(edit, _leaf) for i, edit in edits.items()}
+        self.leaves = {
+            i: _mapped(edit, lambda t: t.detach().float().clone().requires_grad_()) for i, edit in edits.items()
+        }
         self._parameters = [
             tensor
             for edit in self.leaves.values()
@@ -229,7 +216,7 @@ class ReplacementTraining:
     def judge(self) -> float:
         """L on the held-out sequences, nats a token, of the layers as they are now."""
         with torch.no_grad():
-            return self._objective.judge((b, self.pruned.run(b)) for b in self.pruned.held)[0]
+            return self._objective.judge([{b: self.pruned.run(b) for b in self.pruned.held}])[0][0]
 
 
 def rate(step: int, steps: int) -> float:
@@ -248,7 +235,3 @@ def _mapped(edit: LayerEdit, change: Callable[[torch.Tensor], torch.Tensor]) -> 
         return replace(replacement, **{n: change(t) for n, t in tensors.items() if t is not None})
 
     return replace(edit, behind={name: mapped(found) for name, found in edit.behind.items()})
-
-
-def _leaf(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().float().clone().requires_grad_()

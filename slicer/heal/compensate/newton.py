@@ -1,4 +1,4 @@
-"""Second-order steps on the loss itself, over a model in memory.
+"""Second-order steps on the loss itself.
 
 Least squares brings the residual stream close to the source's. These steps lower the loss L itself (see `objective`):
 KL(p || q) from the source's predictions, and the loss on the text. A step of K-FAC (Martens and Grosse, arXiv
@@ -10,14 +10,17 @@ where G takes the g of tokens drawn from q, so that G (x) A is the Fisher inform
 the noise of dL/dW in the flat directions outweighs what a full Newton step gains there: p parameters cost p / 2N nats
 on N tokens. Hence the large a and b. All matrices step together. The length of the step is searched on the held-out
 sequences, and is rejected if KL(p || q) on them is then more than `SLACK` above its value after least squares: the text
-must not lead the model away from the source. There is no learning rate: a step takes one forward and backward pass, and
-two Cholesky solves for each matrix.
+must not lead the model away from the source. There is no learning rate.
+
+A step takes one sweep forward, which keeps what enters each layer, and one backward, which runs each layer again to
+differentiate it, and solves for the directions of its matrices: a model that is streamed from disk is read twice, and
+only one layer with its factors is in memory. Lengths are compared in further sweeps, a few in each.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,8 +33,7 @@ from slicer.heal.compensate.regression import add_gram
 from slicer.heal.patch import Holds
 from slicer.model.layers import attached, is_conv1d
 from slicer.model.output_maps import Output
-from slicer.model.pruned import PrunedRun
-from slicer.runtime.memory import COPY_SHARE, free
+from slicer.model.pruned import Edits, LayerEdit, PrunedRun, Streams
 
 STEPS = 3
 DAMPING = (0.1, 1.0)  # a and b, in units of the mean of the diagonal of A and G
@@ -39,129 +41,153 @@ PARTS = 3  # each step takes another such part of the sequences, interleaved
 DRAWN = 4  # one batch in so many gives G
 SLACK = 0.01  # of KL(p || q), which a few sequences do not give more exactly
 _FIRST = 0.02  # length that is tried first: the largest change of a matrix, relative
-_HALVINGS = 5
+_ROUNDS = 5  # of doubling or halving the length
 
 
 class Newton:
-    """Takes steps on the output matrices of all sublayers of `run`. Inside its `with` block the model has the new
-    weights; afterwards its own.
+    """Takes steps on the output matrices of all sublayers of `run`.
 
     Args:
-        run: prepared; its target is needed. Its held-out batches choose the length of each step.
+        run: its target is needed. Its held-out batches choose the length of each step.
+        edits: the changes that the steps start from.
         holds: whether the checkpoint holds the weights of a module of a layer.
         written: what new weights are rounded to; None: their own dtype.
     """
 
-    def __init__(self, run: PrunedRun, holds: Holds, written: torch.dtype | None = None) -> None:
-        self._run, self._objective = run, Objective(run.walk, run.target, run.held)
-        found = (
-            (i, name, module)
+    def __init__(self, run: PrunedRun, edits: Edits, holds: Holds, written: torch.dtype | None = None) -> None:
+        self._run, self._start, self._written = run, edits, written
+        self._objective = Objective(run.walk, run.target, run.held)
+        self.matrices = {
+            i: [
+                Matrix(i, name, is_conv1d(module))
+                for name, module in run.walk.layers[i].named_modules()
+                if _stays(run, i, name) and _steps(run.walk.layers[i], name, module) and holds(i, name, module)
+            ]
             for i in run.layers
-            for name, module in run.walk.layers[i].named_modules()
-            if _stays(run, i, name) and _steps(run.walk.layers[i], name, module) and holds(i, name, module)
-        )
-        self.matrices = list(_affordable(found, written))
+        }
         self._size = _FIRST
-        self._loss, far = self.judge()
+        ((self._loss, far),) = self.judge([0.0])
         self._limit = (1 + SLACK) * far
 
-    def __enter__(self) -> Newton:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for matrix in self.matrices:
-            matrix.restore()
-
     def step(self, number: int) -> bool:
-        """Take step `number` (the first gathers A and G) if it lowers the loss on the sequences held out."""
-        if not self.matrices:
-            return False
-        self.gather(number % PARTS, curvature=number == 0)
-        if not all(bool(matrix.gradient.isfinite().all()) for matrix in self.matrices):
-            return False
-        directions = [matrix.direction() for matrix in self.matrices]
-        length, self._loss = self._search(directions)
-        for matrix, direction in zip(self.matrices, directions, strict=True):
-            if length > 0:
-                matrix.delta.add_(direction, alpha=length)
-            matrix.put(matrix.delta)
+        """Take step `number` if it lowers the loss on the sequences held out."""
+        for matrix, sums in self.sums(number % PARTS):
+            if not bool(sums.gradient.isfinite().all()):
+                return False
+            matrix.solve(sums, self._run.walk.keep)
+        largest = max((matrix.ratio for matrices in self.matrices.values() for matrix in matrices), default=0.0)
+        length, self._loss = self._search(largest) if largest > 0 else (0.0, self._loss)
+        for matrices in self.matrices.values():
+            for matrix in matrices:
+                matrix.step(length)
         return length > 0
 
-    def stepped(self) -> list[Matrix]:
-        """The matrices that have changed."""
-        return [matrix for matrix in self.matrices if bool(matrix.delta.any())]
+    @property
+    def state(self) -> tuple[dict[str, torch.Tensor], list[float]]:
+        """What `resume` takes to go on after the steps so far."""
+        every = (matrix for matrices in self.matrices.values() for matrix in matrices)
+        return {f"{m.layer}.{m.name}": m.delta for m in every if m.delta is not None}, [self._loss, self._size]
 
-    def judge(self) -> tuple[float, float]:
-        """L and KL(p || q) on the sequences held out."""
-        with torch.no_grad():
-            return self._objective.judge((b, self._run.run(b)) for b in self._run.held)
+    def resume(self, deltas: Mapping[str, torch.Tensor], numbers: Sequence[float]) -> None:
+        """Go on after the steps of another run, by its `state`."""
+        self._loss, self._size = numbers
+        for matrices in self.matrices.values():
+            for matrix in matrices:
+                delta = deltas.get(f"{matrix.layer}.{matrix.name}")
+                matrix.delta = None if delta is None else self._run.walk.keep(delta)
 
-    def gather(self, part: int, *, curvature: bool) -> None:
-        """dL/dW of every matrix on a part of the sequences fitted; with `curvature` also A and G."""
-        for matrix in self.matrices:
-            matrix.gradient.zero_()
+    def judge(self, lengths: Sequence[float]) -> list[tuple[float, float]]:
+        """L and KL(p || q) on the sequences held out, after each of these steps in the present directions."""
+        edits = [partial(self.edit, length=length) for length in lengths]
+        return self._objective.judge(self._run.ends(self._run.held, edits))
+
+    def edit(self, i: int, layer: nn.Module, *, length: float = 0.0) -> LayerEdit:
+        """The change of layer i, whose weights are in place, with a further step of this length."""
+        start, new = self._start.get(i) or LayerEdit(), {}
+        for matrix in self.matrices[i]:
+            own = layer.get_parameter(matrix.key).data
+            first = start.parameters.get(matrix.key, own).to(own)
+            new[matrix.key] = matrix.moved(first, length, self._written or own.dtype)
+        return replace(start, parameters={**start.parameters, **new})
+
+    def stepped(self) -> Iterator[tuple[Matrix, torch.Tensor, float]]:
+        """(matrix, its new weight, its change relative to that) of the matrices that have changed."""
+        for i, matrices in self.matrices.items():
+            changed = [(matrix, matrix.delta) for matrix in matrices if matrix.delta is not None]
+            if changed:
+                with self._run.walk.layer(i) as layer:
+                    new = self.edit(i, layer).parameters
+                for matrix, delta in changed:
+                    weight = new[matrix.key]
+                    yield matrix, weight, float(delta.norm()) / float(weight.float().norm())
+
+    def sums(self, part: int) -> Iterator[tuple[Matrix, Sums]]:
+        """What each matrix gathers from a part of the sequences fitted, from the last layer to the first."""
+        run, entering = self._run, dict[int, Streams]()
         generator = torch.Generator().manual_seed(0)
-        fitted = [b for b in range(len(self._run.origin)) if b not in self._run.held]
+        fitted = [b for b in range(len(run.origin)) if b not in run.held]
         fitted = fitted[part::PARTS] or fitted
-        with self._watching():
-            for at, b in enumerate(fitted):
-                draws = curvature and at % DRAWN == 0
-                last = self._run.run(b, gradient=True)
-                asked, drawn = self._objective.slopes(b, last.detach(), generator if draws else None)
-                seen = [matrix for matrix in self.matrices if matrix.u is not None and matrix.u.requires_grad]
-                outputs = [matrix.u for matrix in seen if matrix.u is not None]
-                slopes = torch.autograd.grad(last, outputs, asked, retain_graph=draws, allow_unused=True)
-                for matrix, slope in zip(seen, slopes, strict=True):
-                    matrix.take(slope, curvature)
-                if draws:
-                    slopes = torch.autograd.grad(last, outputs, drawn, allow_unused=True)
-                    for matrix, slope in zip(seen, slopes, strict=True):
-                        matrix.draw(slope)
 
-    @contextlib.contextmanager
-    def _watching(self) -> Iterator[None]:
-        """Inside the block each matrix keeps what went in and came out."""
+        def keep(i: int, streams: Streams) -> None:
+            entering[i] = {b: run.walk.keep(x) for b, x in streams.items()}
 
-        def watch(matrix: Matrix) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, result: torch.Tensor) -> None:
-                matrix.z, matrix.u = args[0].detach(), result
+        (last,) = run.ends(fitted, [self.edit], keep)
+        slopes: dict[int, list[torch.Tensor]] = {}  # along the stream, by batch: of L, and of the tokens drawn
+        for at, b in enumerate(fitted):
+            draws = at % DRAWN == 0
+            both = self._objective.slopes(b, last.pop(b), generator if draws else None)
+            slopes[b] = list(both[: 1 + draws])
+        backward = run.layers[::-1]
+        with run.walk.along(backward):
+            for i in backward:
+                with run.walk.layer(i) as layer, run.pruned(i, layer, self.edit(i, layer)):
+                    found = {m: Sums(layer.get_submodule(m.name), m) for m in self.matrices[i]}
+                    with attached(sums.module.register_forward_hook(sums.watch) for sums in found.values()):
+                        for b, x in entering.pop(i).items():
+                            slopes[b] = self._back(i, b, x.to(run.walk.device_of(layer)), slopes[b], found.values())
+                    yield from found.items()
 
-            return hook
+    def _back(
+        self, i: int, b: int, x: torch.Tensor, slopes: Sequence[torch.Tensor], watching: Collection[Sums]
+    ) -> list[torch.Tensor]:
+        """`slopes` along the output of layer i for its input x, taken back to x and, on the way, into `watching`."""
+        x = x.requires_grad_()
+        output = self._run.walk.call(i, b, x.clone(), gradient=True)  # a layer may write into its input
+        seen = [(sums, sums.u) for sums in watching if sums.u is not None and sums.u.requires_grad]
+        back = []
+        for k, slope in enumerate(slopes):
+            first, *others = torch.autograd.grad(
+                output,
+                [x, *(u for _, u in seen)],
+                slope.to(output.device),
+                retain_graph=k + 1 < len(slopes),
+                allow_unused=True,
+            )
+            back.append(first)
+            for (sums, _), found in zip(seen, others, strict=True):
+                if found is not None:
+                    sums.draw(found) if k else sums.take(found)
+        return back
 
-        try:
-            with attached(matrix.module.register_forward_hook(watch(matrix)) for matrix in self.matrices):
-                yield
-        finally:
-            for matrix in self.matrices:
-                matrix.z = matrix.u = None
-
-    def _search(self, directions: Sequence[torch.Tensor]) -> tuple[float, float]:
-        """(length, L): doubled or halved from a first guess as long as the loss on the sequences held out falls."""
-        largest = max(
-            float(direction.norm() / matrix.weight.float().norm().clamp_min(1e-12))
-            for matrix, direction in zip(self.matrices, directions, strict=True)
-        )
+    def _search(self, largest: float) -> tuple[float, float]:
+        """(length, L) with the least L on the sequences held out; `largest`: the relative change at length 1."""
         tried = {0.0: self._loss}
 
-        def loss(length: float) -> float:
-            if length not in tried:
-                for matrix, direction in zip(self.matrices, directions, strict=True):
-                    matrix.put(matrix.delta + length * direction)
-                found, far = self.judge()
-                tried[length] = found if far <= self._limit else float("inf")
-            return tried[length]
+        def best_with(lengths: Sequence[float]) -> float:
+            for length, (loss, far) in zip(lengths, self.judge(lengths), strict=True):
+                tried[length] = loss if far <= self._limit else float("inf")
+            return min(tried, key=tried.__getitem__)
 
-        length = self._size / max(largest, 1e-30)
-        if loss(length) < self._loss:
-            while loss(2 * length) < loss(length):
-                length *= 2
-        for _ in range(_HALVINGS):
-            if loss(length) < self._loss and loss(length) <= loss(length / 2):
+        first = self._size / largest
+        best = best_with([first / 2, first, 2 * first])
+        for _ in range(_ROUNDS):
+            least = min(length for length in tried if length)
+            if least < best < max(tried):
                 break
-            length /= 2
-        # Between a length that lowers the loss and its double, which does not.
-        loss((1.75 if loss(1.5 * length) < loss(length) else 1.25) * length)
-        best = min(tried, key=lambda tried_length: tried[tried_length])
+            from_, by = (best, 2.0) if best == max(tried) else (least, 0.5)
+            best = best_with([from_ * by, from_ * by * by])
+        if best:  # its half and its double have more loss
+            best = best_with([best * share for share in (0.75, 1.25, 1.5, 1.75)])
         self._size = best * largest or _FIRST
         return best, tried[best]
 
@@ -179,80 +205,82 @@ def _steps(layer: nn.Module, name: str, module: nn.Module) -> bool:
     return plain and not hasattr(layer.get_submodule(name.rpartition(".")[0].partition(".")[0]), "experts")
 
 
-def _affordable(matrices: Iterable[tuple[int, str, nn.Module]], written: torch.dtype | None) -> Iterator[Matrix]:
-    """Those of the first layers on each device whose sums fit into half of its free memory."""
-    room: dict[torch.device, int] = {}
-    for i, name, module in matrices:
-        weight = Output(name, module).weight
-        d, f = weight.shape
-        left = room.get(weight.device, int(COPY_SHARE * free(weight.device)))
-        room[weight.device] = left - 4 * (2 * d * f + d * d + f * f)
-        if room[weight.device] >= 0:
-            yield Matrix(i, name, module, written)
-
-
 class Matrix:
-    """A matrix W of a kept layer with its Kronecker-factored curvature: its change so far, and the sums of one pass.
+    """A matrix W [d, f] of a kept layer, and what the steps keep of it on the host.
 
     Attributes:
-        layer, name: the layer of the source, and the module within it.
-        delta: float32 [d, f], what was added to W so far.
-        gradient: dL/dW, float32 [d, f].
-        inputs, outputs: A [f, f] and G [d, d], float32.
+        layer, name: the layer of the source, and the module within it. key: its parameter.
+        delta: float32 [d, f], what was added to W so far; None: nothing.
+        ratio: |D| / |W|.
+    """
+
+    def __init__(self, layer: int, name: str, transposed: bool) -> None:
+        self.layer, self.name, self.key, self._transposed = layer, name, f"{name}.weight", transposed
+        self.delta: torch.Tensor | None = None
+        self.ratio = 0.0
+        self._direction: torch.Tensor | None = None
+
+    def moved(self, first: torch.Tensor, length: float, written: torch.dtype) -> torch.Tensor:
+        """W, which was `first`, with a further step of this length, rounded as it will be written; in the layout and
+        dtype of `first`."""
+        change = torch.zeros((), device=first.device) if self.delta is None else self.delta.to(first.device)
+        if length and self._direction is not None:
+            change = torch.add(change, self._direction.to(first.device), alpha=length)
+        elif self.delta is None:
+            return first
+        return (first.float() + (change.T if self._transposed else change)).to(written).to(first.dtype)
+
+    def solve(self, sums: Sums, keep: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Set D, up to a factor that all matrices share; A and G are factored in place."""
+        half = torch.cholesky_solve(sums.gradient, _factor(sums.outputs, DAMPING[1]), upper=True)
+        step = torch.cholesky_solve(half.T, _factor(sums.inputs, DAMPING[0]), upper=True)
+        self._direction = keep(-step.T)
+        self.ratio = float(self._direction.norm()) / max(sums.size, 1e-12)
+
+    def step(self, length: float) -> None:
+        """Add so much of D to W."""
+        if length and self._direction is not None:
+            self.delta = (
+                self._direction.mul_(length) if self.delta is None else self.delta.add_(self._direction, alpha=length)
+            )
+        self._direction = None
+
+
+class Sums:
+    """What one pass gathers of a matrix: float32, on its device.
+
+    Attributes:
+        gradient: dL/dW [d, f].
+        inputs, outputs: A [f, f], its upper triangle, and G [d, d].
+        size: |W|.
         z, u: input [.., f] and output [.., d] of the last run.
     """
 
-    def __init__(self, layer: int, name: str, module: nn.Module, written: torch.dtype | None = None) -> None:
-        self.layer, self.name, self.module = layer, name, module
-        output = Output(name, module)
-        weight = module.weight
-        assert isinstance(weight, nn.Parameter)
-        self._parameter, self._transposed, self._own = weight, output.transposed, weight.data
-        d, f = output.weight.shape
+    def __init__(self, module: nn.Module, matrix: Matrix) -> None:
+        self.module = module
+        weight = Output(matrix.name, module).weight
+        d, f = weight.shape
         new = partial(torch.zeros, dtype=torch.float32, device=weight.device)
-        self.delta, self.gradient = new(d, f), new(d, f)
+        self.gradient, self.size = new(d, f), float(weight.float().norm())
         self.inputs, self.outputs = new(f, f), new(d, d)
-        self._written = written or weight.dtype
-        self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
         self.z: torch.Tensor | None = None
         self.u: torch.Tensor | None = None
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """As it is now, in the layout and dtype of the checkpoint."""
-        return self._parameter.data
+    def watch(self, module: nn.Module, args: Any, result: torch.Tensor) -> None:
+        """A forward hook: keeps what went in and came out."""
+        self.z, self.u = args[0].detach(), result
 
-    def put(self, delta: torch.Tensor) -> None:
-        """Set W to its first value plus `delta`, in its own dtype, rounded as it will be written."""
-        change = delta.T if self._transposed else delta
-        self._parameter.data = (self._own.float() + change).to(self._written).to(self._own.dtype)
-
-    def restore(self) -> None:
-        """Put back the tensor that W was at first."""
-        self._parameter.data = self._own
-
-    def take(self, slope: torch.Tensor | None, curvature: bool) -> None:
-        """Add the tokens of one batch: dL/du [.., d] of the last run."""
-        if slope is None or self.z is None:
-            return
+    def take(self, slope: torch.Tensor) -> None:
+        """Add the tokens of the last run: `slope` is dL/du, [.., d]."""
+        assert self.z is not None
         z, g = self.z.flatten(0, -2).float(), slope.flatten(0, -2).float()
         self.gradient += g.T @ z
-        if curvature:
-            add_gram(self.inputs, z)
+        add_gram(self.inputs, z)
 
-    def draw(self, slope: torch.Tensor | None) -> None:
+    def draw(self, slope: torch.Tensor) -> None:
         """Add to G the gradients [.., d] of the log likelihood of drawn tokens."""
-        if slope is not None:
-            g = slope.flatten(0, -2).float()
-            self.outputs += g.T @ g
-
-    def direction(self) -> torch.Tensor:
-        """D, float32 [d, f], up to a factor that all matrices share; the first call factors A and G in place."""
-        if self._factors is None:
-            self._factors = _factor(self.outputs, DAMPING[1]), _factor(self.inputs, DAMPING[0])
-        left, right = self._factors
-        step = torch.cholesky_solve(self.gradient, left, upper=True)
-        return -torch.cholesky_solve(step.T, right, upper=True).T
+        g = slope.flatten(0, -2).float()
+        self.outputs += g.T @ g
 
 
 def _factor(matrix: torch.Tensor, strength: float) -> torch.Tensor:

@@ -6,15 +6,15 @@ With p the source's distribution over the next token, q the pruned model's, and 
 
 L is measured over the whole vocabulary. Its gradients are computed over a part of it: all likely tokens, and a sample
 of the others, because most rows of a large head add little and take most of the time. Each sampled token is weighted by
-the number of tokens that it represents, so the sum over the others is unbiased, and the loss still keeps the model from
-giving probability to tokens that no text has.
+the number of tokens that it represents, so the sum over the others is unbiased, and the loss still
+penalises probability on tokens that occur in no text.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,17 +23,16 @@ from torch import nn
 
 from slicer.model.states import States
 from slicer.model.walk import Walk
-from slicer.runtime.memory import KEPT_SHARE, free
 
 MIX = 0.25  # share of the text itself in the loss
-STRIDE = 2  # of the sequences held out, one position in so many is judged
+STRIDE = 2  # one position in this many of the held-out sequences is judged
 LIKELY = 12288  # most likely tokens that are all included; more only where the text has more tokens
 SAMPLE = 4096  # tokens that are sampled from the others
 _CHUNK = 128  # positions whose logits are held at a time
 
 
 class Objective:
-    """L of the model that `walk` goes over.
+    """L of the model of `walk`.
 
     Args:
         target: the states of the source behind its last layer, and the tokens.
@@ -42,39 +41,31 @@ class Objective:
 
     def __init__(self, walk: Walk, target: States, held: Sequence[int]) -> None:
         self._walk, self._target, self._held = walk, target, held
-        room = int(KEPT_SHARE * free(walk.device))
-        # p at the positions judged, as far as there is room; over all of them sum p log p, and each token's likelihood
-        self._known: dict[tuple[int, int], torch.Tensor] = {}
-        self._certainty = 0.0
-        likelihood: torch.Tensor | None = None
+        self._certainty = 0.0  # sum of p log p over the positions judged
+        likelihood: Any = 0.0
         for b in held:
             for at in self._positions(b):
                 p = self._source(b, at)
                 self._certainty -= float(torch.special.entr(p).double().sum())
-                sums = p.sum((0, 1))
-                likelihood = sums if likelihood is None else likelihood + sums
-                if p.nbytes <= room:
-                    room -= p.nbytes
-                    self._known[b, int(at[0])] = p
-        assert likelihood is not None
+                likelihood += p.sum((0, 1))
         self._vocabulary = choose(likelihood, torch.cat([tokens.flatten() for tokens in target.tokens]))
 
-    def judge(self, last: Iterator[tuple[int, torch.Tensor]]) -> tuple[float, float]:
-        """L and KL(p || q) from (batch, [batch, seq, d] behind the last layer) of all the batches held out."""
-        far, text, count = self._certainty, 0.0, 0
-        with torch.no_grad():
-            for b, states in last:
-                for at in self._positions(b):
-                    p = self._known.get((b, int(at[0])))
-                    p = self._source(b, at) if p is None else p
-                    logits = self._walk.head(self._target.tokens[b][:, at], states[:, at]).float()
+    @torch.no_grad()
+    def judge(self, models: Sequence[Mapping[int, torch.Tensor]]) -> list[tuple[float, float]]:
+        """L and KL(p || q) of each of `models`: by held-out batch, its stream behind the last layer [batch, seq, d]."""
+        far, text, count = [self._certainty] * len(models), [0.0] * len(models), 0
+        for b in self._held:
+            for at in self._positions(b):
+                p = self._source(b, at)
+                following, there = (t.to(p.device) for t in self._following(b, at))
+                count += p.shape[:-1].numel()
+                for k, model in enumerate(models):
+                    logits = self._walk.head(self._target.tokens[b][:, at], model[b][:, at]).float()
                     size = logits.logsumexp(-1)
-                    far += float((size - torch.linalg.vecdot(p, logits)).double().sum())
-                    following, there = self._following(b, at)
-                    right = logits.gather(-1, following.to(logits.device))[..., 0]
-                    text += float(((size - right) * there.to(logits.device)).double().sum())
-                    count += size.numel()
-        return ((1 - MIX) * far + MIX * text) / count, far / count
+                    far[k] += float((size - torch.linalg.vecdot(p, logits)).double().sum())
+                    right = logits.gather(-1, following)[..., 0]
+                    text[k] += float(((size - right) * there).double().sum())
+        return [(((1 - MIX) * f + MIX * t) / count, f / count) for f, t in zip(far, text, strict=True)]
 
     def slopes(
         self, b: int, last: torch.Tensor, generator: torch.Generator | None

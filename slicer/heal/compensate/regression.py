@@ -1,51 +1,60 @@
-"""Ridge regression on what a layer computes: held-out split, rows, normal equations, solution.
+"""Ridge regression on the inputs and outputs of a layer: held-out split, rows, normal equations, solution.
 
-With features z [tokens, f] that a weight W maps into the residual stream, and the change r [tokens, d] that the stream
-should have had, the new weight is W + D, where D [d, f] minimizes
+With features z [tokens, f] that a weight W maps into the residual stream, and the wanted change r [tokens, d] of the
+stream, the new weight is W + D, where D [d, f] minimizes
 
     sum_t w_t |r_t - D z_t|^2  +  lambda |D|^2
 
 A ridge on D is a ridge of the new weight toward the old one. w_t = 1 / |x_t|^2, because the norms behind the cut see
 the stream x relative to its length; the first positions of each sequence (attention sinks) are left out. lambda is
-chosen by the error on sequences held out of the fit. Products are computed in float32 for one sequence at a time and
+chosen by the error on held-out sequences. Products are computed in float32 for one sequence at a time and
 summed in float64.
+
+Solving works in place: G is the upper triangle of a matrix, and the Cholesky factor of G + lambda I its lower one, for
+one lambda after another. With C (see `NormalEquations`), the best D so far and the next one, this takes
+
+    8 (f^2 + 3 d f) bytes
+
+which is at most 2.5 times the 8 f^2 of G if f >= 2 d. In addition there are a few columns, and the held-out tokens,
+4 (f + d) bytes each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from slicer.errors import HealError
 from slicer.model.output_maps import Observed, Output, arriving, watching
-from slicer.model.states import States
+from slicer.model.states import Batches, States
 from slicer.model.walk import Walk
 
-HELD_OUT = 16  # one sequence in so many (at least one)
+HELD_OUT = 16  # one sequence in this many is held out (at least one)
 MIN_SEQUENCES = 4
 TOGETHER = 1024  # tokens in a batch, at most: gradients need all that the layers behind the cut compute on it
 SINKS = 4  # positions at the start of a sequence that are left out
 # lambda, in units of the mean of the diagonal of sum_t w_t z_t z_t^T
 STRENGTHS = tuple(10.0 ** (k / 2) for k in range(-8, 3))
-_BLOCKS = 8  # z^T z is symmetric: of so many block columns only the upper parts are multiplied out
+_BLOCKS = 8  # z^T z is symmetric: only the upper parts of this many block columns are computed
+_COLUMNS = 256  # columns that are factored, solved or multiplied at a time
 
 
 @dataclass(frozen=True)
 class Split:
-    """Calibration batches, int64 [batch, seq]; the sequences held out are in batches of their own, numbered `held`.
-    `sequences`: the numbers that these had over all batches before."""
+    """Calibration batches, int64 [batch, seq]; the held-out sequences are in separate batches, numbered `held`.
+    `sequences`: their numbers before the split, over all batches."""
 
     batches: list[torch.Tensor]
     held: range
     sequences: tuple[int, ...]
 
 
-def split(batches: Sequence[torch.Tensor]) -> Split:
-    """Hold one sequence in `HELD_OUT` out: these choose the ridge strengths and give the losses.
+def split(batches: Batches) -> Split:
+    """Hold out one sequence in `HELD_OUT`, to choose the ridge strengths and to measure the losses.
 
     Raises HealError for too few sequences.
     """
@@ -72,29 +81,28 @@ def add_gram(total: torch.Tensor, z: torch.Tensor) -> None:
         total[start : start + step, start:] += z[:, start : start + step].T @ z[:, start:]
 
 
-class NormalEquations:
-    """G = sum w z z^T [f, f] and C = sum w r z^T [d, f] of the tokens to fit; and the tokens held out, as they are.
+def _columns(count: int) -> list[slice]:
+    """0 .. count in blocks of `_COLUMNS`."""
+    return [slice(start, min(start + _COLUMNS, count)) for start in range(0, count, _COLUMNS)]
 
-    G takes 8 f^2 bytes, and solving twice as much again: 0.6 GB for f = 4,864, 2.9 GB for 11,008.
+
+class NormalEquations:
+    """G = sum w z z^T [f, f] and C = sum w r z^T [d, f] of the tokens to fit; and the held-out tokens themselves.
+
+    G is in the upper triangle of one matrix; `ridge` works in the lower one.
     """
 
     def __init__(self, features: int, outputs: int, device: torch.device | str = "cpu") -> None:
-        self._gram = torch.zeros(features, features, dtype=torch.float64, device=device)  # its upper triangle
+        self._gram = torch.zeros(features, features, dtype=torch.float64, device=device)  # G in its upper triangle
         self.cross = torch.zeros(outputs, features, dtype=torch.float64, device=device)
         self._held: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._held_weight = 0.0
 
     def add(
-        self,
-        features: torch.Tensor,
-        change: torch.Tensor,
-        weight: torch.Tensor | None = None,
-        *,
-        held_out: bool = False,
+        self, features: torch.Tensor, change: torch.Tensor, weight: torch.Tensor, *, held_out: bool = False
     ) -> None:
-        """Add tokens: `features` [tokens, f], `change` [tokens, d], `weight` [tokens] (one each where None)."""
-        weight = torch.ones(len(features), device=features.device) if weight is None else weight.float()
-        root = weight.sqrt()[:, None]
+        """Add tokens: `features` [tokens, f], `change` [tokens, d], `weight` [tokens]."""
+        root = weight.float().sqrt()[:, None]
         z, r = features.float() * root, change.float() * root
         if held_out:
             self._held.append((z, r))
@@ -105,22 +113,28 @@ class NormalEquations:
 
     @property
     def gram(self) -> torch.Tensor:
-        """G, both triangles."""
-        return self._gram.triu() + self._gram.triu(1).T
+        """G, both triangles; valid until `ridge` works in the lower one, or tokens are added."""
+        for at in _columns(len(self._gram)):
+            block = self._gram[at, at].triu()
+            self._gram[at, at] = block + block.triu(1).T
+            self._gram[at.stop :, at] = self._gram[at, at.stop :].T
+        return self._gram
 
     def error(self, delta: torch.Tensor | None) -> float:
-        """sum w |r - D z|^2 / sum w over the tokens held out; D = 0 where `delta` is None."""
+        """sum w |r - D z|^2 / sum w over the held-out tokens; `delta` None: D = 0."""
         total = 0.0
-        for z, r in self._held:
-            left = r if delta is None else r - z @ delta.T.float()
-            total += float(left.double().square().sum())
+        for at in _columns(len(self.cross)):
+            part = None if delta is None else delta[at].T.float()
+            for z, r in self._held:
+                left = r[:, at]
+                total += float((left if part is None else left - z @ part).double().square().sum())
         return total / max(self._held_weight, 1e-30)
 
 
 @dataclass(frozen=True)
 class Solution:
     """`delta`: D, float64 [d, f]. `strength`: lambda over the mean diagonal. `before`, `after`: the mean squared error
-    a token on the tokens held out, without D and with it."""
+    per held-out token, without D and with it."""
 
     delta: torch.Tensor
     strength: float
@@ -129,7 +143,7 @@ class Solution:
 
     @property
     def left(self) -> float:
-        """The share of the error that is left on tokens held out."""
+        """The share of the error that is left on the held-out tokens."""
         return self.after / self.before if self.before else 1.0
 
 
@@ -162,24 +176,50 @@ def solve(equations: NormalEquations) -> Solution | None:
 
 
 def ridge(gram: torch.Tensor, cross: torch.Tensor, strength: float) -> torch.Tensor | None:
-    """D = C (G + lambda I)^-1 by Cholesky, or None where G + lambda I is not positive to working precision.
+    """D = C (G + lambda I)^-1 by Cholesky, or None if G + lambda I is not positive to working precision.
 
-    lambda is `strength` times the mean of G's diagonal.
+    lambda is `strength` times the mean of G's diagonal. Reads the upper triangle of `gram` and overwrites the rest.
     """
-    damped = gram.clone()
-    mean = damped.diagonal().mean()
-    damped.diagonal().add_(strength * mean)
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    if int(failed) or not bool(mean > 0):
+    mean = gram.diagonal().mean()
+    blocks = _factor(gram, strength * mean) if bool(mean > 0) else None
+    if blocks is None:
         return None
-    return torch.cholesky_solve(cross.T, factor).T
+    # D L L^T = C: first D L = C L^-T, block by block from the left, then D from the right
+    delta = cross.clone()
+    for at, block in blocks:
+        delta[:, at].addmm_(delta[:, : at.start], gram[at, : at.start].T, alpha=-1)
+        delta[:, at] = torch.linalg.solve_triangular(block.T, delta[:, at], upper=True, left=False)
+    for at, block in reversed(blocks):
+        delta[:, at].addmm_(delta[:, at.stop :], gram[at.stop :, at], alpha=-1)
+        delta[:, at] = torch.linalg.solve_triangular(block, delta[:, at], upper=False, left=False)
+    return delta
+
+
+def _factor(gram: torch.Tensor, damping: torch.Tensor) -> list[tuple[slice, torch.Tensor]] | None:
+    """(columns, block on the diagonal) of L with L L^T = G + damping I, or None if that is not positive.
+
+    The part of L below these blocks replaces the lower triangle of `gram`; the upper one, G, stays.
+    """
+    blocks = []
+    for at in _columns(len(gram)):
+        left, below, behind = gram[at, : at.start], gram[at.stop :, at], gram[at.stop :, : at.start]
+        block = gram[at, at].triu()
+        block = block + block.triu(1).T
+        block.addmm_(left, left.T, alpha=-1).diagonal().add_(damping)
+        block, failed = torch.linalg.cholesky_ex(block)
+        if int(failed):
+            return None
+        below.copy_(gram[at, at.stop :].T).addmm_(behind, left.T, alpha=-1)
+        below.copy_(torch.linalg.solve_triangular(block.T, below, upper=True, left=False))
+        blocks.append((at, block))
+    return blocks
 
 
 def reduced_rank(
     solution: Solution, equations: NormalEquations, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(down [r, d], up [d, r], c [d]) of the best map of this rank, float64: up = U, down = U^T B, with U the leading
-    eigenvectors of B G B^T, the covariance of what the full solution puts out. The constant keeps full rank."""
+    eigenvectors of B G B^T, the covariance of the outputs of the full solution. The constant keeps full rank."""
     full, c = solution.delta[:, :-1], solution.delta[:, -1]
     gram = equations.gram[:-1, :-1]
     _, vectors = torch.linalg.eigh(full @ gram @ full.T)
@@ -189,11 +229,11 @@ def reduced_rank(
 
 @dataclass(frozen=True)
 class LayerFit:
-    """One layer, number `i` of the source: its input in the cut and the output that it should have, by batch.
+    """One layer, number `i` of the source: its input in the cut and its wanted output, by batch.
 
     Attributes:
-        layer: the module as it is now: with its weights in place, and without the sublayers removed.
-        entering, target: [batch, seq, d] each. held: numbers of the batches held out.
+        layer: the module in its present state: its weights in place, without the removed sublayers.
+        entering, target: [batch, seq, d] each. held: numbers of the held-out batches.
     """
 
     walk: Walk
@@ -215,7 +255,7 @@ def gather(fit: LayerFit, output: Output, solver: str) -> NormalEquations:
         for b in range(len(fit.entering)):
             h = fit.run(b)
             wanted = fit.target[b].to(h.device)
-            if output.factor is None:  # a gate of each token's own
+            if output.factor is None:  # a separate gate for each token
                 factors = arriving(output, partial(fit.run, b))[0]
             else:
                 factors = torch.full(h.shape[:2], output.factor, device=h.device)
@@ -255,11 +295,11 @@ def _through_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(change of u, weight) equivalent to the change r behind an RMS norm o = g u / |u|: a Gauss-Newton step.
 
-    Only the part of a change of u across u passes the norm, divided by u's root mean square.
+    Only the part of a change that is orthogonal to u passes the norm, divided by the root mean square of u.
     """
     size = u.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
     direction = u / size
-    gain = (direction * o).sum(0) / direction.square().sum(0).clamp_min(1e-12)  # g [d], from what went in and came out
+    gain = (direction * o).sum(0) / direction.square().sum(0).clamp_min(1e-12)  # g [d], from input and output
     wanted = (o + r) * gain / (gain.square() + 1e-4 * gain.square().mean())
     across = wanted - direction
     across = across - direction * (across * direction).mean(-1, keepdim=True)
@@ -267,12 +307,12 @@ def _through_norm(
 
 
 def norm_gain(fit: LayerFit, output: Output) -> tuple[torch.Tensor, float]:
-    """How the gain g [d] of the norm behind `output` should change, and the share of the squared error left on the
-    sequences held out.
+    """The change of the gain g [d] of the norm behind `output`, and the share of the squared error that is left on the
+    held-out sequences.
 
-    Each component apart: the g that brings g u / |u| closest to the output wanted, by least squares.
+    Each component separately: the g with which g u / |u| is closest to the wanted output, by least squares.
     """
-    sums = [torch.zeros(0)] * 2
+    sums: list[Any] = [0.0, 0.0]  # of the sequences fitted, and of those held out
     with watching(fit.layer, output) as seen:
         for b in range(len(fit.entering)):
             h = fit.run(b)
@@ -285,10 +325,9 @@ def norm_gain(fit: LayerFit, output: Output) -> tuple[torch.Tensor, float]:
                 weight = token_weights(wanted)[:, None]
                 terms = [weight * direction * r, weight * direction.square(), weight * r.square()]
                 added = torch.stack([term.sum(0) for term in terms]).double()
-                at = int(b in fit.held)
-                sums[at] = sums[at] + added if len(sums[at]) else added
+                sums[b in fit.held] += added
     cross, own, _ = sums[0]
-    change = cross / own.clamp_min(1e-30)
+    change: torch.Tensor = cross / own.clamp_min(1e-30)
     cross, own, power = sums[1]
     after = power - 2 * change * cross + change.square() * own
     return change, float(after.sum() / power.sum().clamp_min(1e-30))

@@ -43,7 +43,7 @@ class TrainingHistory:
 
     def to_json(self) -> str:
         """As JSON, for `from_json`."""
-        return json.dumps({**vars(self), "weights": self.weights and str(self.weights)})
+        return json.dumps(vars(self), default=str)
 
     @classmethod
     def from_json(cls, text: str) -> TrainingHistory:
@@ -84,9 +84,8 @@ class TrainingCallback(TrainerCallback):  # type: ignore[misc]
         if not self._unchecked:
             return
         self._unchecked = False
-        moved = not packed(model) and any(
-            p.grad is not None and bool(p.grad.ne(0).any()) for p in model.parameters() if p.requires_grad
-        )
+        gradients = (p.grad for p in model.parameters() if p.requires_grad and p.grad is not None)
+        moved = not packed(model) and any(bool(gradient.ne(0).any()) for gradient in gradients)
         accelerator = self.trainer.accelerator
         flags = accelerator.gather(torch.tensor([float(moved)], device=accelerator.device))
         if not bool(flags.any()):
@@ -99,8 +98,7 @@ class TrainingCallback(TrainerCallback):  # type: ignore[misc]
         return control
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> Any:
-        logs = logs or {}
-        if "loss" in logs:
+        if logs and "loss" in logs:
             self._enter(logs, state.global_step)
             self._show()
             if not math.isfinite(logs["loss"]) or not math.isfinite(logs.get("grad_norm") or 0.0):
@@ -117,11 +115,11 @@ class TrainingCallback(TrainerCallback):  # type: ignore[misc]
         self._enter(metrics, step)
         if history.best == step != before:
             self._keep()
-        since = [at for at in history.held_out if at > history.best]
+        since = sum(at > history.best for at in history.held_out)
         if not math.isfinite(metrics["eval_loss"]):
             history.ended = "diverged"
             control.should_training_stop, control.should_save = True, False
-        elif self._patience and len(since) >= self._patience and step < state.max_steps:
+        elif self._patience and since >= self._patience and step < state.max_steps:
             history.ended = "early"
             control.should_training_stop = True
         self._show()
@@ -130,9 +128,8 @@ class TrainingCallback(TrainerCallback):  # type: ignore[misc]
     def _show(self) -> None:
         history = self._history
         words = [f"loss {history.train[max(history.train)]:.3f}"] if history.train else []
-        if history.held_out:
-            words.append(f"held out {history.held_out[max(history.held_out)]:.4f}")
-            words.append(f"best {history.held_out[history.best]:.4f}")
+        if losses := history.held_out:
+            words += [f"held out {losses[max(losses)]:.4f}", f"best {losses[history.best]:.4f}"]
         self._progress.detail(", ".join(words))
 
     def _keep(self) -> None:

@@ -24,7 +24,7 @@ from slicer.model.layers import watch
 from slicer.model.load import Model, load_model
 from slicer.model.walk import Walk, open_walk
 from slicer.plan.amounts import runs
-from slicer.progress import Progress
+from slicer.progress import SILENT, Progress
 from slicer.runtime.compute import Compute
 from slicer.runtime.distributed import Processes
 from slicer.runtime.files import check_space, write_atomically
@@ -95,24 +95,18 @@ def distillation_loss(
 
         def cached() -> CachedTeacher:
             with within_memory("caching the teacher's outputs", ["--device cpu"]):
-                return cache_teacher(
-                    teacher, corpus.train, at, directory, stored, progress, states=states, logits=logits
-                )
+                kinds = {"states": states, "logits": logits}
+                return cache_teacher(teacher, corpus.train, at, directory, stored, progress, **kinds)
 
         outputs: CachedTeacher | LiveTeacher = processes.first_then_all(cached)
     else:
         if asked.teacher_4bit:
             require("qlora")
+        ways = ["--teacher-4bit"] * (not asked.teacher_4bit) + ["--teacher-cache DIR"]
+        quantization = nf4(settings.compute) if asked.teacher_4bit else None
         progress.stage("Loading the teacher")
-        ways = [*([] if asked.teacher_4bit else ["--teacher-4bit"]), "--teacher-cache DIR"]
         with within_memory("loading the teacher", ways):
-            model = load_model(
-                teacher.path,
-                dtype=settings.compute,
-                device=compute.pinned().device,
-                trust_remote_code=compute.trust_remote_code,
-                quantization=nf4(settings.compute) if asked.teacher_4bit else None,
-            )
+            model = load_model(teacher.path, compute.pinned(), dtype=settings.compute, quantization=quantization)
         unpack(model)
         outputs = LiveTeacher(model, at, states=states, logits=logits)
     return DistillationLoss(outputs, at, asked.mismatch_weight, asked.kl_weight)
@@ -256,8 +250,7 @@ class CachedTeacher:
         for i in range(last + 1):
             if i in self._states:
                 for b, first in enumerate(starts):
-                    kept = states[b].cpu().to(torch.bfloat16)
-                    self._states[i][first : first + len(batches[b])] = kept
+                    self._states[i][first : first + len(batches[b])] = states[b].cpu().to(torch.bfloat16)
             if i < last:
                 walk.advance(i, states)
         if self._top is None:
@@ -277,7 +270,7 @@ def cache_teacher(
     at: list[Junction],
     directory: Path,
     compute: Compute,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
     *,
     states: bool,
     logits: bool,
@@ -287,7 +280,6 @@ def cache_teacher(
     Raises HealError if the directory holds outputs of another teacher, text, cut or kind; OutputError if the disk is
     full.
     """
-    progress = progress or Progress()
     count, seq_len = len(sequences), len(sequences[0]["input_ids"])
     width = int(text_config(teacher.config)["hidden_size"])
     text = hashlib.sha256(b"".join(sequences.digests())).hexdigest()
@@ -306,7 +298,7 @@ def cache_teacher(
     done = 0 if cached.blank else int(found["done"])  # rows that were never computed are zeros
     if done >= count:
         return cached
-    loads = fits(teacher.bytes_as(compute.dtype), compute.device, compute.memory)
+    loads = fits(teacher.bytes_as(compute.dtype), compute)
     with open_walk(teacher, compute, loads=loads) as walk:
         progress.stage("Caching the teacher's outputs", count - done, "sequences")
         for start in range(done, count, _TOGETHER):

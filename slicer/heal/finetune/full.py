@@ -18,7 +18,7 @@ from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.tensors import TensorSpan
 from slicer.errors import HealError
 from slicer.model import layers, verify
-from slicer.model.load import build_on_meta, load_model, meta_tensors
+from slicer.model.load import build_on_meta, load_model
 from slicer.model.verify import Expected
 from slicer.runtime.compute import Compute
 
@@ -32,7 +32,7 @@ def homes_of(base: Checkpoint, *, trust_remote_code: bool = False) -> dict[str, 
     keys; stored keys that the model does not load stay unchanged. Raises HealError for a parameter that `base` lacks or
     has in another shape.
     """
-    model = build_on_meta(base.path, meta_tensors(base), trust_remote_code=trust_remote_code)[0]
+    model = build_on_meta(base, trust_remote_code=trust_remote_code)[0]
     names = KeyMap(base)
     state = dict(model.state_dict())
     buffers = set(_as_saved(model, {name: t for name, t in model.named_buffers() if name in state}))
@@ -84,9 +84,7 @@ def _rounded(old: TensorSpan, new: TensorSpan) -> TensorSpan:
 
 def trained_logits(base: Checkpoint, trained: Checkpoint, homes: Homes, compute: Compute) -> Expected:
     """Logits of the trained weights, exact and rounded to the dtypes that `base` stores them in, in float32."""
-    model = load_model(
-        trained.path, dtype="float32", device=compute.device, trust_remote_code=compute.trust_remote_code
-    )
+    model = load_model(trained.path, compute, dtype="float32")
     vocabulary = architectures.text_config(base.config).get("vocab_size") or model.config.vocab_size
     tokens = verify.probe_tokens(vocabulary)
     exact = layers.logits_of(model, tokens)

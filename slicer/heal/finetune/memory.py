@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from slicer.checkpoint.architectures.table import depth, text_config
@@ -95,21 +96,16 @@ def main() -> None:
     )
     print("| model | method | GPUs | weights | trained | unpacked | activations | logits | all |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for name, shape, rank, seq_len in models:
-        for method in ("qlora", "lora", "full"):
-            for gpus in (1, 2, 8):
-                row = needed(
-                    shape, method=method, rank=rank, micro_batch=1, seq_len=seq_len,
-                    gradient_checkpointing=True, gpus=gpus,
-                )  # fmt: skip
-                figures = " | ".join(f"{value / 1e9:.1f}" for value in row.values())
-                print(f"| {name} | {method} | {gpus} | {figures} |")
+    for (name, shape, rank, seq_len), method, gpus in product(models, ("qlora", "lora", "full"), (1, 2, 8)):
+        size = {"rank": rank, "micro_batch": 1, "seq_len": seq_len, "gpus": gpus}
+        row = needed(shape, method=method, gradient_checkpointing=True, **size)
+        figures = " | ".join(f"{value / 1e9:.1f}" for value in row.values())
+        print(f"| {name} | {method} | {gpus} | {figures} |")
 
 
 def to_load(settings: TrainingSettings, *, teacher: bool) -> list[str]:
     """The options with which loading the model to train needs less memory; `teacher`: one is loaded alongside."""
-    ways = _methods(settings)
-    return [*ways, *(["--teacher-4bit", "--teacher-cache DIR"] if teacher else []), "--device cpu"]
+    return [*_methods(settings), *(["--teacher-4bit", "--teacher-cache DIR"] if teacher else []), "--device cpu"]
 
 
 def to_train(settings: TrainingSettings, *, teacher: bool) -> list[str]:

@@ -8,6 +8,7 @@ checks for packed weights and missing gradients.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
+from transformers.pytorch_utils import Conv1D
 
 from slicer.checkpoint.adapter import WEIGHTS
 from slicer.checkpoint.architectures import table as architectures
@@ -47,16 +50,10 @@ def nf4(dtype: str) -> Any:
     """transformers' quantization config of NF4 with double quantization, with arithmetic in `dtype` (a torch name)."""
     from transformers import BitsAndBytesConfig
 
-    compute = getattr(torch, dtype)
-    # FSDP shards the stored tensors, and needs all of them in one dtype.
-    storage = {"bnb_4bit_quant_storage": compute} if sharded() else {}
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
-        **storage,
-    )
+    values = {"quant_type": "nf4", "use_double_quant": True, "compute_dtype": getattr(torch, dtype)}
+    if sharded():  # FSDP shards the stored tensors, and needs all of them in one dtype
+        values["quant_storage"] = values["compute_dtype"]
+    return BitsAndBytesConfig(load_in_4bit=True, **{f"bnb_4bit_{name}": value for name, value in values.items()})
 
 
 def load(base: Checkpoint, settings: TrainingSettings, compute: Compute) -> Model:
@@ -66,17 +63,12 @@ def load(base: Checkpoint, settings: TrainingSettings, compute: Compute) -> Mode
     HealError if no feed-forward matrix can have an adapter, or if some weights could not be written afterwards;
     torch.OutOfMemoryError if the model does not fit on all GPUs together.
     """
-    method, asked = settings.asked.method, settings.asked
+    asked, method = settings.asked, settings.asked.method
     if method == "full":
         homes_of(base, trust_remote_code=compute.trust_remote_code)
-    model = load_model(
-        base.path,
-        dtype="float32" if method == "full" else settings.compute,
-        device=compute.pinned().device,
-        trust_remote_code=compute.trust_remote_code,
-        quantization=nf4(settings.compute) if method == "qlora" else None,
-        sharded=sharded(),
-    )
+    place = replace(compute.pinned(), dtype="float32" if method == "full" else settings.compute)
+    quantization = nf4(settings.compute) if method == "qlora" else None
+    model = load_model(base.path, place, quantization=quantization, sharded=sharded())
     # accelerate leaves weights that fit on no GPU elsewhere, and they cannot be trained there.
     if not sharded() and any(weight.is_meta for weight in model.parameters()):
         raise torch.OutOfMemoryError("the GPUs are too small for the model")
@@ -84,20 +76,13 @@ def load(base: Checkpoint, settings: TrainingSettings, compute: Compute) -> Mode
     if asked.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if method == "full":
-        model.requires_grad_(True)
-        return model
+        return model.requires_grad_(True)
     import peft
 
     names = targets(model, base)
-    config = peft.LoraConfig(
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=asked.lora_dropout,
-        target_modules=names,
-        fan_in_fan_out=any(is_conv1d(model.get_submodule(name)) for name in names),
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+    values = {"r": settings.lora_r, "lora_alpha": settings.lora_alpha, "lora_dropout": asked.lora_dropout}
+    transposed = any(is_conv1d(model.get_submodule(name)) for name in names)
+    config = peft.LoraConfig(target_modules=names, fan_in_fan_out=transposed, task_type="CAUSAL_LM", **values)
     torch.manual_seed(asked.seed)  # A is random, B is zero
     unpack(model)
     with named_as_loaded():
@@ -105,7 +90,7 @@ def load(base: Checkpoint, settings: TrainingSettings, compute: Compute) -> Mode
 
 
 def targets(model: Model, checkpoint: Checkpoint) -> list[str]:
-    """Names of the matrices that get an adapter: the linear ones of every layer's feed-forward part.
+    """Names of the matrices that get an adapter: the linear ones of every layer's feed-forward sublayer.
 
     Found by structure with `slicer.model.sublayers.mlp_of`: gate, up and down projections of Llama and similar models,
     fc1 and fc2 of Phi and OPT, w1, w2 and c_proj of Qwen. Skips routers, and experts that are slices of one tensor
@@ -132,7 +117,7 @@ def targets(model: Model, checkpoint: Checkpoint) -> list[str]:
 
 
 def _feed_forward(layer: nn.Module, names: list[str]) -> list[str]:
-    """Those of the modules `names` of the layer that are in its feed-forward part."""
+    """Those of the modules `names` of the layer that are in its feed-forward sublayer."""
     part = mlp_of(layer)
     if part is not None and _linear(part):  # fc1 and fc2 are direct children of the layer
         return [name for name in names if "." not in name]
@@ -155,8 +140,7 @@ def _shape(module: Any) -> tuple[int, int]:
     if is_conv1d(module):
         return int(module.nx), int(module.nf)
     shape = int(module.out_features), int(module.in_features)
-    before = getattr(module, "source_cls", None)  # the class that a 4-bit layer replaced
-    return shape[::-1] if before is not None and before.__name__ == "Conv1D" else shape
+    return shape[::-1] if getattr(module, "source_cls", None) is Conv1D else shape  # the class that NF4 replaced
 
 
 def unpack(model: nn.Module) -> None:
@@ -187,7 +171,6 @@ _ADAPTER = "default"  # peft's default adapter name
 def wraps_adapter(model: Model) -> bool:
     """Whether `model` is a peft model wrapped by FSDP."""
     from peft import PeftModel
-    from torch.distributed.fsdp import FullyShardedDataParallel
 
     return isinstance(model, FullyShardedDataParallel) and isinstance(model.module, PeftModel)
 
@@ -203,12 +186,8 @@ def save_adapter(model: Model, state: Mapping[str, torch.Tensor], path: Path) ->
 
 def load_adapter(model: Model, path: Path) -> None:
     """Load an adapter written by `save_adapter` into a wrapped `model`; every process reads the file."""
-    from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
-
-    state = {}
-    for key, tensor in load_file(path / WEIGHTS).items():
-        name, _, kind = key.rpartition(".")
-        state[f"{name}.{_ADAPTER}.{kind}"] = tensor
+    parted = ((key.rpartition("."), tensor) for key, tensor in load_file(path / WEIGHTS).items())
+    state = {f"{name}.{_ADAPTER}.{kind}": tensor for (name, _, kind), tensor in parted}
     everywhere = FullStateDictConfig(offload_to_cpu=False, rank0_only=False)
     with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT, everywhere):
         found = model.load_state_dict(state, strict=False)

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from slicer.checkpoint.adapter import BASE, CONFIG, Adapter, note_base
+from slicer.checkpoint.export import check_replaceable
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.tensors import TensorSpan
 from slicer.errors import HealError, OutputError, UsageError
@@ -45,8 +46,7 @@ def result_of(
     """
     if weights is None:
         return {}, None
-    compared = verify in ("auto", "logits")
-    if compared:
+    if compared := verify in ("auto", "logits"):
         progress.stage("Reference logits of the trained weights")
     if settings.asked.method == "full":
         trained = Checkpoint.open(weights)
@@ -86,15 +86,7 @@ def check_adapter_output(
     for other in (out, *_work_directories(out), *sources):
         if real.is_relative_to(other.resolve()) or other.resolve().is_relative_to(real):
             raise OutputError(f"{option}: overlaps {other}; choose another directory")
-    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
-        raise OutputError(f"{option}: not a directory; choose another one")
-    if directory.is_dir() and any(directory.iterdir()):
-        if not overwrite:
-            raise OutputError(f"{option}: not empty; choose another directory, or use --overwrite")
-        if not (directory / CONFIG).is_file():
-            raise OutputError(
-                f"{option}: --overwrite replaces only adapters, and this has no {CONFIG}; remove it yourself"
-            )
+    check_replaceable(directory, "adapters", CONFIG, overwrite=overwrite, name=option)
     parent = next(path for path in real.parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{option}: {parent} is not writable; choose another directory")

@@ -90,13 +90,10 @@ def _result(
     text = corpus.held_out_batches(settings.micro_batch)
 
     def loss(checkpoint: Checkpoint) -> float | None:
-        """On the held-out text, nats a token; None where the model does not fit in memory."""
-        if not memory.fits(getattr(torch, settings.compute).itemsize * checkpoint.parameters, compute.device):
+        """On the held-out text, nats a token; None if the model does not fit in memory."""
+        if not memory.fits(getattr(torch, settings.compute).itemsize * checkpoint.parameters, compute):
             return None
-        model = load_model(
-            checkpoint.path, dtype=settings.compute, device=compute.device, trust_remote_code=compute.trust_remote_code
-        )
-        return text_loss(model, text)
+        return text_loss(load_model(checkpoint.path, compute, dtype=settings.compute), text)
 
     progress.stage("Measuring the loss before")
     losses = Losses(loss(source), loss(base.checkpoint))
@@ -105,21 +102,10 @@ def _result(
         expected = replace(expected or Expected(None, None), text=text, text_dtype=settings.compute)
     sources = {new: old for old, new in names_of(source, plan).items()}
     earlier = plan.healing.tensors if plan.healing else ()
-    record = HealingRecord(
-        asked.method,
-        text=None,
-        loss=losses,
-        tensors=tuple(sorted({*earlier, *(sources[key] for key in replaced)})),
-        steps=max(history.train, default=0),
-        best_step=history.best,
-        training=TrainingRecord(
-            start=plan.healing.method if plan.healing else "cut",
-            asked=asked.chosen,
-            settings=settings.to_dict(),
-            corpus=corpus.record,
-            held_out={step: round(value, 6) for step, value in history.held_out.items()},
-            ended=history.ended,
-        ),
-        earlier=plan.healing,
-    )
+    tensors = tuple(sorted({*earlier, *(sources[key] for key in replaced)}))
+    begun = plan.healing.method if plan.healing else "cut"
+    held_out = {step: round(value, 6) for step, value in history.held_out.items()}
+    training = TrainingRecord(begun, asked.chosen, settings.to_dict(), corpus.record, held_out, history.ended)
+    record = HealingRecord(asked.method, None, losses, tensors, training=training, earlier=plan.healing)
+    record = replace(record, steps=max(history.train, default=0), best_step=history.best)
     return Patch(replaced=replaced, record=record), expected

@@ -225,18 +225,11 @@ def resolve(
         if not adapters:
             notes.append(f"learning rate {learning_rate:g}: a tenth of the paper's value for adapters")
     compute = asked.compute if asked.compute != "auto" else "bfloat16" if on_gpu else "float32"
-    steps, warmup, lora_r = asked.max_steps, asked.warmup_steps, asked.lora_r or row.lora_r
-    return TrainingSettings(
-        asked,
-        micro_batch=micro_batch,
-        seq_len=seq_len,
-        learning_rate=learning_rate,
-        warmup_steps=min(WARMUP, steps // 10) if warmup is None else warmup,
-        lora_r=lora_r,
-        lora_alpha=float(lora_r) if asked.lora_alpha is None else asked.lora_alpha,
-        eval_every=min(asked.eval_every or max(1, steps // EVALUATIONS), steps),
-        compute=compute,
-    ), notes
+    steps, lora_r = asked.max_steps, asked.lora_r or row.lora_r
+    warmup = min(WARMUP, steps // 10) if asked.warmup_steps is None else asked.warmup_steps
+    alpha = float(lora_r) if asked.lora_alpha is None else asked.lora_alpha
+    every = min(asked.eval_every or max(1, steps // EVALUATIONS), steps)
+    return TrainingSettings(asked, micro_batch, seq_len, learning_rate, warmup, lora_r, alpha, every, compute), notes
 
 
 def paper_row(source: str, parameters: int) -> tuple[PaperRow, bool]:

@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging
 
 from slicer.data.corpus import IGNORED, Corpus
-from slicer.errors import Diverged, HealError
+from slicer.errors import Diverged, HealError, reason_of
 from slicer.heal.finetune import model as adapters
 from slicer.heal.finetune.callbacks import COMPLETE, NO_GRADIENT, TrainingCallback, TrainingHistory
 from slicer.heal.finetune.distillation import DistillationLoss
@@ -31,7 +31,7 @@ from slicer.heal.finetune.memory import to_train
 from slicer.heal.finetune.settings import TrainingSettings
 from slicer.model.load import Model
 from slicer.model.verify import cross_entropy
-from slicer.progress import Progress
+from slicer.progress import SILENT, Progress
 from slicer.runtime.distributed import first_process, sharded, world
 from slicer.runtime.files import write_atomically
 from slicer.runtime.memory import within_memory
@@ -45,7 +45,7 @@ def train(
     corpus: Corpus,
     settings: TrainingSettings,
     work: Path,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
     *,
     distillation: DistillationLoss | None = None,
 ) -> TrainingHistory:
@@ -55,7 +55,6 @@ def train(
     Raises HealError if no gradient reaches the trained weights; Diverged if the loss becomes non-finite before it
     improved; OutOfMemory, with the options that need less memory.
     """
-    progress = progress or Progress()
     logging.set_verbosity_error()
     last = _last_complete(work / "run")
     device = next(model.parameters()).device
@@ -78,8 +77,7 @@ def train(
         except (ImportError, RuntimeError, ValueError) as error:
             if settings.asked.report_to == "none":
                 raise
-            reason = " ".join(str(error).split())[:200]
-            raise HealError(f"--report-to {settings.asked.report_to}: {reason}") from None
+            raise HealError(f"--report-to {settings.asked.report_to}: {reason_of(error)}") from None
         if trainer.is_fsdp_enabled and "FULL" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type):
             raise HealError("FSDP: set fsdp_state_dict_type to FULL_STATE_DICT, to store the best weights")
         trainer.distillation = distillation
@@ -139,7 +137,6 @@ def _arguments(settings: TrainingSettings, output: Path, device: torch.device, *
         eval_on_start=not resumed,
         eval_strategy="steps",
         eval_steps=settings.eval_every,
-        save_strategy="steps",
         save_steps=settings.eval_every,
         save_total_limit=_KEPT,
         prediction_loss_only=True,
@@ -204,12 +201,9 @@ class _Trainer(Trainer):  # type: ignore[misc]
 
 def _last_complete(run: Path) -> Path | None:
     """The last complete checkpoint; removes incomplete ones."""
-    complete = []
-    for path in run.glob("checkpoint-*"):
-        if (path / COMPLETE).exists():
-            complete.append(path)
-        elif first_process():
-            shutil.rmtree(path, ignore_errors=True)
+    complete = {file.parent for file in run.glob(f"checkpoint-*/{COMPLETE}")}
+    for path in set(run.glob("checkpoint-*")) - complete if first_process() else ():
+        shutil.rmtree(path, ignore_errors=True)
     return max(complete, key=lambda path: int(path.name.split("-")[-1]), default=None)
 
 

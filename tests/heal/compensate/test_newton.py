@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from cuts import cutting
 from torch import nn
 
 from slicer.checkpoint.hub import DEMO
 from slicer.heal.compensate.fold import fold
-from slicer.heal.compensate.newton import DAMPING, SLACK, Matrix, Newton
+from slicer.heal.compensate.newton import DAMPING, SLACK, Matrix, Newton, Sums
 from slicer.heal.compensate.objective import MIX, Objective
 from slicer.model.layers import bypass
 from slicer.model.load import load_model
@@ -50,54 +51,57 @@ def loss(model: Any, batch: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_gradient_is_that_of_the_loss(model: Any, text: list[torch.Tensor]) -> None:
-    with Newton(run_of(model, text[:16], range(14, 16)), anything) as newton:
-        newton.gather(0, curvature=True)
-        weight = model.get_parameter("model.layers.7.mlp.down_proj.weight").requires_grad_()
-        try:
-            total = sum((loss(model, batch) for batch in text[:14][::3]), torch.zeros(()))
-            (expected,) = torch.autograd.grad(total, weight)
-        finally:
-            weight.requires_grad_(False)
-        (matrix,) = [m for m in newton.matrices if (m.layer, m.name) == (7, "mlp.down_proj")]
-        assert torch.allclose(matrix.gradient, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
-        assert bool((matrix.outputs.diagonal() > 0).all())
+    newton = Newton(run_of(model, text[:16], range(14, 16)), {}, anything)
+    found = {(m.layer, m.name): sums for m, sums in newton.sums(0)}[7, "mlp.down_proj"]
+    weight = model.get_parameter("model.layers.7.mlp.down_proj.weight").requires_grad_()
+    try:
+        total = sum((loss(model, batch) for batch in text[:14][::3]), torch.zeros(()))
+        (expected,) = torch.autograd.grad(total, weight)
+    finally:
+        weight.requires_grad_(False)
+    assert torch.allclose(found.gradient, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    assert bool((found.outputs.diagonal() > 0).all())
 
 
-def test_a_step_solves_with_both_factors() -> None:
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
+def test_a_step_solves_with_both_factors(transposed: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    matrix = Matrix(0, "m", nn.Linear(5, 3, bias=False))
+    matrix, module = Matrix(0, "m", transposed), nn.Linear(5, 3, bias=False).requires_grad_(False)
+    sums, first = Sums(module, matrix), module.weight.data.clone()
     z, g = torch.randn(40, 5, generator=generator), torch.randn(40, 3, generator=generator)
-    matrix.z = z
-    matrix.take(g, curvature=True)
-    matrix.draw(g)
+    sums.watch(module, (z,), g)
+    sums.take(g)
+    sums.draw(g)
     left, right = (
         m + strength * m.diagonal().mean() * torch.eye(len(m))
         for m, strength in ((g.T @ g, DAMPING[1]), (z.T @ z, DAMPING[0]))
     )
     expected = -torch.linalg.solve(left, g.T @ z) @ torch.linalg.inv(right)
-    assert torch.allclose(matrix.direction(), expected, atol=1e-5)
+    matrix.solve(sums, torch.clone)
+    matrix.step(2.0)
+    assert torch.allclose(matrix.ratio * first.norm(), expected.norm(), atol=1e-5)
+    stored = first.T if transposed else first
+    new = matrix.moved(stored, 0.0, torch.float32)
+    assert torch.allclose(new.T if transposed else new, first + 2 * expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "plan", [PLAN, Plan.cutting(12, attention=DROPPED, form="zeroed")], ids=["layers", "attention"]
-)
+@pytest.mark.parametrize("plan", [PLAN, cutting(12, attention=DROPPED, form="zeroed")], ids=["layers", "attention"])
 def test_steps_lower_the_loss_of_text_that_took_no_part(plan: Plan, model: Any, text: list[torch.Tensor]) -> None:
     """Neither fitted nor used to choose the lengths; and they lead no further from the source than they may."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     unseen = run_of(model, text[16:], range(8), plan)
     objective = Objective(unseen.walk, unseen.target, unseen.held)
+    newton = Newton(run_of(model, text[:16], range(14, 16), plan), {}, anything)
 
     def judge() -> tuple[float, float]:
-        with torch.no_grad():
-            return objective.judge((b, unseen.run(b)) for b in unseen.held)
+        (found,) = objective.judge(unseen.ends(unseen.held, [newton.edit]))
+        return found
 
-    run = run_of(model, text[:16], range(14, 16), plan)
-    with run.prepared({}), Newton(run, anything) as newton:
-        first, limit = judge(), (1 + SLACK) * newton.judge()[1]
-        assert newton.step(0) and newton.step(1)
-        second, far = judge(), newton.judge()[1]
-        stepped = {(matrix.layer, matrix.name) for matrix in newton.stepped()}
-    assert second[0] < first[0] and far <= limit
+    first, ((_, least),) = judge(), newton.judge([0.0])
+    assert newton.step(0) and newton.step(1)
+    second, ((_, far),) = judge(), newton.judge([0.0])
+    stepped = {(matrix.layer, matrix.name) for matrix, _, _ in newton.stepped()}
+    assert second[0] < first[0] and far <= (1 + SLACK) * least
     attention = {i for i, name in stepped if name == "self_attn.o_proj"}
     assert stepped and not attention & plan.gone[0]
     assert not {i for i, name in stepped if name == "mlp.down_proj"} & plan.gone[1]

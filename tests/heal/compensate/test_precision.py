@@ -10,11 +10,10 @@ from slicer.checkpoint.hub import DEMO
 from slicer.checkpoint.reader import Checkpoint
 from slicer.heal.compensate.fold import fold
 from slicer.heal.patch import holds, place, written_dtype
-from slicer.model.load import in_float32, load_model
+from slicer.model.load import load_model
 from slicer.model.pruned import PrunedRun
 from slicer.model.walk import Walk
 from slicer.plan.plan import Plan
-from slicer.runtime import memory
 
 PLAN = Plan.dropping(12, [4, 5])
 
@@ -39,15 +38,6 @@ def test_a_16_bit_model_is_folded_as_in_float32(text: list[torch.Tensor]) -> Non
     assert all(p.data_ptr() == before[name] for name, p in half.named_parameters())
 
 
-def test_it_stays_as_it_is_without_memory_for_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load_model(DEMO, dtype="bfloat16", device="cpu")
-    with in_float32(model) as cast:
-        assert cast and model.dtype == torch.float32
-    monkeypatch.setattr(memory, "available", lambda: 1 << 20)
-    with in_float32(model) as cast:
-        assert not cast and model.dtype == torch.bfloat16
-
-
 def test_new_weights_are_judged_as_they_will_be_written(text: list[torch.Tensor]) -> None:
     checkpoint, model = Checkpoint.open(DEMO), load_model(DEMO, dtype="float32", device="cpu")
     walk, written = Walk.in_memory(model), written_dtype(checkpoint, "BF16")
@@ -59,5 +49,4 @@ def test_new_weights_are_judged_as_they_will_be_written(text: list[torch.Tensor]
             assert stored.dtype == torch.bfloat16 and torch.equal(tensor, stored.float())
     sequences = list(torch.cat(text).split(1))
     run = PrunedRun.of_source(walk, PLAN, sequences, found.held_out, 0)
-    with run.prepared(found.edits):
-        assert found.losses.after == pytest.approx(run.loss(), abs=1e-4)
+    assert found.losses.after == pytest.approx(run.losses([found.edits])[0], abs=1e-4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy
 import pytest
 import torch
@@ -18,10 +20,10 @@ def data(tokens: int, f: int = 300, d: int = 7, noise: float = 0.0) -> tuple[tor
 
 
 def gathered(z: torch.Tensor, r: torch.Tensor, weight: torch.Tensor | None = None) -> NormalEquations:
-    equations = NormalEquations(z.shape[1], r.shape[1])
+    equations, weight = NormalEquations(z.shape[1], r.shape[1]), torch.ones(len(z)) if weight is None else weight
     for at, start in enumerate(range(0, len(z), 100)):
         piece = slice(start, start + 100)
-        equations.add(z[piece], r[piece], None if weight is None else weight[piece], held_out=at % 4 == 3)
+        equations.add(z[piece], r[piece], weight[piece], held_out=at % 4 == 3)
     return equations
 
 
@@ -48,6 +50,44 @@ def test_ridge_solves_the_stacked_system() -> None:
     expected = numpy.linalg.lstsq(stacked, target, rcond=None)[0].T
     found = ridge(gram, cross, strength)
     assert found is not None and numpy.allclose(found.numpy(), expected, atol=1e-9)
+
+
+def test_ridge_leaves_the_matrix_for_another_strength() -> None:
+    """In blocks of 256 columns, the last of them smaller, with the factor below the diagonal."""
+    z, r, _ = data(1200, f=600, noise=0.3)
+    whole, cross = z.double().T @ z.double(), r.double().T @ z.double()
+    gram = whole.triu()
+    for strength in (1e-4, 1.0, 1e-4):
+        found = ridge(gram, cross, strength)
+        damped = whole + strength * whole.diagonal().mean() * torch.eye(600, dtype=torch.float64)
+        expected = torch.cholesky_solve(cross.T, torch.linalg.cholesky(damped)).T
+        assert found is not None and float((found - expected).norm() / expected.norm()) < 1e-9
+    assert torch.equal(gram.triu(), whole.triu())
+    assert ridge(-gram.triu(), cross, 1e-4) is None
+    indefinite = whole.clone()
+    indefinite[500, 500] = -1
+    assert ridge(indefinite, cross, 1e-4) is None
+
+
+def test_both_triangles_after_a_solution_are_those_before() -> None:
+    equations = gathered(*data(1200, f=600, noise=0.3)[:2])
+    before = equations.gram.clone()
+    assert torch.equal(before, before.T)
+    assert solve(equations) is not None
+    assert torch.equal(equations.gram, before)
+
+
+def test_solving_takes_the_memory_of_the_formula() -> None:
+    """8 (f^2 + 3 d f) bytes, with what is there before: at most 2.5 times those of G."""
+    f, d = 2560, 1024
+    z, r, _ = data(2000, f, d, noise=0.3)
+    equations = gathered(z, r)
+    with torch.profiler.profile(profile_memory=True) as profiled:
+        assert solve(equations) is not None
+    steps = [event.nbytes() for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    most = 8 * (f * f + d * f) + max(itertools.accumulate(steps))
+    assert 0.95 < most / (8 * (f * f + 3 * d * f)) < 1.15
+    assert most < 2.5 * 8 * f * f
 
 
 def test_the_error_is_that_of_the_tokens() -> None:
@@ -91,8 +131,8 @@ def test_a_higher_rank_leaves_no_larger_error_on_what_it_is_fitted_to() -> None:
     truth = torch.randn(10, 12, generator=generator)
     r = z @ truth.T + 0.1 * torch.randn(400, 10, generator=generator)
     equations = NormalEquations(12, 10)
-    equations.add(z[:300], r[:300])
-    equations.add(z[300:], r[300:], held_out=True)
+    equations.add(z[:300], r[:300], torch.ones(300))
+    equations.add(z[300:], r[300:], torch.ones(100), held_out=True)
     solution = solve(equations)
     assert solution is not None
     errors = []

@@ -99,7 +99,7 @@ def test_the_written_checkpoint_has_the_trained_weights(
     contents = unchanged(base, spans)
     write(contents, tmp_path / "out")
     expected = trained_logits(base, trained, homes, CPU)
-    errors = check_contents(tmp_path / "out", contents, expected, CPU, Progress())
+    errors = check_contents(tmp_path / "out", contents, expected, CPU, Progress(), load=True)
     assert errors.same is not None and errors.same < 1e-5
     out = Checkpoint.open(tmp_path / "out").tensors
     assert {key: span.dtype for key, span in out.items()} == {key: s.dtype for key, s in base.tensors.items()}

