@@ -46,7 +46,7 @@ demo: $(VENV)/.core
 test: $(VENV)/.full
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
-# All four speak, then it fails if any did.
+# Runs all four; fails if one of them did.
 lint: $(VENV)/.full
 	@status=0; \
 	for check in "ruff check ." "ruff format --check ." "mypy" "python docs/generate.py --check"; do \

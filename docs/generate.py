@@ -234,8 +234,7 @@ def training() -> list[str]:
     return [
         "# Settings of training",
         generated(f"`{source_of(settings.Training)}` and `{source_of(memory.ModelShape)}`"),
-        "What `slicer heal` can be told when it trains, with the default of each value. `None` means: the value of "
-        "the table below.",
+        "The settings of training for `slicer heal`, with their defaults. `None` means: the value of the table below.",
         *described(settings.Training),
         "## Defaults by model",
         "The values of the paper (Gromov et al., appendix A.1). A model that is not listed gets the row of the model "

@@ -12,6 +12,7 @@
         │   ├── Diverged        the training loss became non-finite before it improved
         │   └── OutOfMemory     healing ran out of memory, or too little is free to begin
         ├── OutputError         the output cannot be written
+        │   └── DiskFull        the disk is full, or will be
         ├── VerificationError   the written checkpoint is wrong
         ├── EvaluationError     a task, its data or a result is missing or invalid
         ├── ServeError          vLLM is missing, cannot serve the checkpoint, or stopped
@@ -70,6 +71,10 @@ class OutOfMemory(HealError):
 
 class OutputError(SlicerError):
     """The output directory cannot be written."""
+
+
+class DiskFull(OutputError):
+    """The disk is full, or has too little space for what will be written."""
 
 
 class VerificationError(SlicerError):

@@ -154,7 +154,7 @@ VERIFY = expert(
     "the dropped layers bypassed. auto: logits if the model fits in memory or text is read.",
 )  # fmt: skip
 SHARDS = expert(
-    "--max-shard-size", metavar="SIZE", default=f"{Output.max_shard_bytes // 10**9}GB", help="Largest weight file."
+    "--max-shard-size", metavar="SIZE", default=f"{Output.max_shard_bytes // 10**9}GB", help="Maximum file size."
 )
 RESULT = (OVERWRITE, SHARDS, VERIFY, JSON)
 MEMORY = (
@@ -179,7 +179,7 @@ def text_options(default: str = "allenai/c4, streamed; self for the demo model")
         option("--samples", type=POSITIVE, show_default=str(spec.samples), help="Number of sequences."),
         option("--seq-len", type=click.IntRange(min=2), show_default=str(spec.seq_len), help="Tokens per sequence."),
         option("--seed", type=click.IntRange(min=0), show_default=str(spec.seed),
-               help="Seed of the choice of text and of training."),
+               help="Seed for the choice of text and for training."),
         expert("--batch-size", type=POSITIVE, show_default=str(spec.batch_size), help="Sequences per forward pass."),
         expert("--column", metavar="NAME", show_default=spec.column, help="Column of the data that holds the text."),
     )  # fmt: skip

@@ -18,7 +18,7 @@ from slicer.jobs.request import Compensation, HealRequest
 @group(
     "How to heal the cut",
     option("--base-model", "source", metavar="SOURCE", show_default="as in SLICED's plan",
-           help="What SLICED was sliced from."),
+           help="Model that SLICED was sliced from."),
     option("--method", type=click.Choice(["fold", *METHODS]), default="fold",
            help="fold: solve existing matrices again in closed form. qlora, lora: train adapters on the feed-forward, "
            "on 4-bit weights or those as stored, and merge them. full: train all weights."),

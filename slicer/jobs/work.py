@@ -8,7 +8,7 @@ from pathlib import Path
 
 from slicer.checkpoint.hub import Source
 from slicer.data.calibration import TokenBatches
-from slicer.errors import OutOfMemory, OutputError
+from slicer.errors import DiskFull, OutOfMemory
 from slicer.jobs.output import output_name
 from slicer.jobs.recipe import Recipe
 from slicer.jobs.request import Output
@@ -46,7 +46,7 @@ def working(recipe: Recipe, source: Source, output: Output) -> Iterator[Path | N
         try:
             yield work.path
         except Exception as error:
-            useless = not isinstance(error, (OutOfMemory, OutputError))
+            useless = not isinstance(error, (OutOfMemory, DiskFull))
             raise
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from slicer.errors import OutputError
+from slicer.errors import DiskFull
 from slicer.runtime.files import atomic_file
 
 Batches = Sequence[torch.Tensor]  # int64 [batch, seq] each, no padding
@@ -27,7 +27,7 @@ class StateBudget:
         self.used = 0
 
     def tensor(self, shape: Iterable[int], dtype: torch.dtype, *, pin: bool = False) -> torch.Tensor:
-        """An uninitialised tensor on the host; its bytes are released with it. Raises OutputError on a full disk."""
+        """An uninitialised tensor on the host; its bytes are released with it. Raises DiskFull."""
         shape = tuple(shape)
         nbytes = math.prod(shape) * dtype.itemsize
         if self.limit is not None and self.used + nbytes > self.limit:
@@ -54,7 +54,7 @@ def _mapped(shape: tuple[int, ...], dtype: torch.dtype, directory: Path | None) 
             os.unlink(name)
     except OSError as error:
         place = directory or Path(tempfile.gettempdir())
-        raise OutputError(
+        raise DiskFull(
             f"{place}: no space for {count * dtype.itemsize} bytes of hidden states ({error.strerror}); "
             "pass more --memory, fewer --samples, or use a disk with more space"
         ) from None

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from slicer.errors import OutputError
+from slicer.errors import DiskFull, OutputError
 
 BLOCK = 4096  # file systems share blocks of this size, and only between equal offsets within one
 _BUFFER = 1 << 16
@@ -39,8 +39,10 @@ def atomic_file(file: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.replace(file)
-    except OSError as error:
-        raise not_writable(file, error) from None
+    except Exception as error:
+        if (reason := _system_error(error)) is None:
+            raise
+        raise not_writable(file, reason) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -79,15 +81,23 @@ def atomic_directory(out: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         remove_empty(made)
         denied = (*_DISK_FULL, errno.EACCES, errno.EROFS, errno.EPERM)
-        if isinstance(error, OSError) and error.errno in denied:
-            raise not_writable(out, error) from None
+        if (reason := _system_error(error)) is not None and reason.errno in denied:
+            raise not_writable(out, reason) from None
         raise
+
+
+def _system_error(error: BaseException) -> OSError | None:
+    """The error of the system behind `error`: safetensors raises its own, with the number in the message."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return (
+        error if isinstance(error, OSError) else OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+    )
 
 
 def not_writable(place: Path, error: OSError) -> OutputError:
     """The error to raise if `place` could not be written."""
     if error.errno in _DISK_FULL:
-        return OutputError(f"{place}: the disk is full; free some space or choose another place with -o")
+        return DiskFull(f"{place}: the disk is full; free some space or choose another place with -o")
     return OutputError(f"{place}: cannot be written ({error.strerror}); choose another place with -o")
 
 
@@ -142,11 +152,11 @@ def remove_empty(directories: Iterable[Path]) -> None:
 
 
 def check_space(place: Path, needed_bytes: int) -> None:
-    """Raise OutputError if the disk of `place` has less than `needed_bytes` free."""
+    """Raise DiskFull if the disk of `place` has less than `needed_bytes` free."""
     probe = next(p for p in (place, *place.parents) if p.exists())
     free = shutil.disk_usage(probe).free
     if free < needed_bytes:
-        raise OutputError(
+        raise DiskFull(
             f"{place}: needs {needed_bytes / 1e9:.2f} GB but the disk has {free / 1e9:.2f} GB free; "
             "free some space or choose another place with -o"
         )

@@ -16,6 +16,7 @@ from slicer.plan.records import HealingRecord
 from slicer.runtime.files import write_atomically
 from slicer.sweep.grid import UNPRUNED, Cell, Grid, is_random
 from slicer.sweep.run import OpenSweep, check_text, plan_of, record_cells, run_cells
+from slicer.sweep.verdict import is_informative
 
 PROMISE = "promise.json"
 
@@ -56,6 +57,11 @@ def deepest_cut(sweep: OpenSweep, share: float, metric: str, grid: Grid, command
     record_cells(sweep.store, cells, command)
     check_text(sweep, [cell_of(1)])
     run_cells(sweep, [UNPRUNED])
+    whole = sweep.record(UNPRUNED)["evaluation"]
+    if metric != LOSS and not is_informative(metric, Evaluation.from_dict(whole)):
+        sweep.progress.note(
+            f"{metric}: the whole model is at chance, or there are too few items; every cut may retain that"
+        )
     found = bisect([n for n in range(1, sweep.depth) if expressible(n)], measure)
     if found.tried and all(cut.error for cut in found.tried):
         raise EvaluationError(f"--heal {heal}: no cut could be made: {found.tried[0].error}")

@@ -35,7 +35,7 @@ def judge(table: Table) -> Verdict:
     cuts = [row for row in table.rows if row.n and row.evaluation is not None]
     if not cuts:
         return Verdict(None, ("No cut is measured yet.",))
-    informative = tuple(task for task in table.tasks if _is_informative(task, table.unpruned))
+    informative = tuple(task for task in table.tasks if is_informative(task, table.unpruned))
     if not informative and table.unpruned.loss is None:
         why = "There is no recommendation: on every task the unpruned model is within two standard errors of chance, or"
         return Verdict(None, (f"{why} fewer than {_FEWEST} items were used, and no loss was measured.",))
@@ -60,7 +60,7 @@ def judge(table: Table) -> Verdict:
     return Verdict(best, tuple(sentences))
 
 
-def _is_informative(task: str, unpruned: Evaluation) -> bool:
+def is_informative(task: str, unpruned: Evaluation) -> bool:
     """Whether the score is informative: enough items, and the unpruned model is significantly above chance."""
     score = unpruned.primary(task)
     if score is None or score.items < _FEWEST or f"{task}/{score.metric}" not in unpruned.items:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from commands import slicer, succeeds
 from processes import ForkServer
+from safetensors import SafetensorError
 
 from slicer.heal.compensate import fold
 from slicer.heal.compensate.newton import STEPS, Newton
@@ -141,3 +142,26 @@ def test_out_of_memory_in_measuring_is_one_line(
     said = failed.stderr.strip().splitlines()[-1]
     assert failed.exit_code == 1 and said == "slicer: out of memory measuring; give --batch-size 1 or --device cpu"
     assert not (tmp_path / "out.work").exists()
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_work(
+    done: Path, held_out_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors reports it by an error of its own."""
+    import safetensors.torch
+
+    save: Callable[..., None] = safetensors.torch.save_file
+
+    def full(tensors: Any, file: Path, *given: Any) -> None:
+        if "steps" in file.name:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save(tensors, file, *given)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.torch, "save_file", full)
+        failed = slicer(*converting(held_out_file, out))
+    assert failed.exit_code == 1 and "steps.safetensors: the disk is full" in failed.stderr.splitlines()[-1]
+    assert [p.name for p in tmp_path.iterdir()] == ["out.work"]
+    succeeds(*converting(held_out_file, out))
+    assert tree(out) == tree(done)

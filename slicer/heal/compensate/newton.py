@@ -14,7 +14,8 @@ must not lead the model away from the source. There is no learning rate.
 
 A step takes one sweep forward, which keeps what enters each layer, and one backward, which runs each layer again to
 differentiate it, and solves for the directions of its matrices: a model that is streamed from disk is read twice, and
-only one layer with its factors is in memory. Lengths are compared in further sweeps, a few in each.
+the sums of one layer are in memory. A and G are those of the first step; their Cholesky factors are kept as the streams
+are. Lengths are compared in further sweeps, a few in each.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Newton:
 
     def step(self, number: int) -> bool:
         """Take step `number` if it lowers the loss on the sequences held out."""
-        for matrix, sums in self.sums(number % PARTS):
+        for matrix, sums in self.sums(number % PARTS, curvature=number == 0):
             if not bool(sums.gradient.isfinite().all()):
                 return False
             matrix.solve(sums, self._run.walk.keep)
@@ -89,7 +90,9 @@ class Newton:
         return {f"{m.layer}.{m.name}": m.delta for m in every if m.delta is not None}, [self._loss, self._size]
 
     def resume(self, deltas: Mapping[str, torch.Tensor], numbers: Sequence[float]) -> None:
-        """Go on after the steps of another run, by its `state`."""
+        """Continue after the steps of another run, by its `state`; gathers A and G again."""
+        for matrix, sums in self.sums(0, curvature=True):
+            matrix.factor(sums, self._run.walk.keep)
         self._loss, self._size = numbers
         for matrices in self.matrices.values():
             for matrix in matrices:
@@ -121,8 +124,9 @@ class Newton:
                     weight = new[matrix.key]
                     yield matrix, weight, float(delta.norm()) / float(weight.float().norm())
 
-    def sums(self, part: int) -> Iterator[tuple[Matrix, Sums]]:
-        """What each matrix gathers from a part of the sequences fitted, from the last layer to the first."""
+    def sums(self, part: int, *, curvature: bool) -> Iterator[tuple[Matrix, Sums]]:
+        """What each matrix gathers from a part of the fitted sequences, from the last layer to the first; A and G only
+        with `curvature`."""
         run, entering = self._run, dict[int, Streams]()
         generator = torch.Generator().manual_seed(0)
         fitted = [b for b in range(len(run.origin)) if b not in run.held]
@@ -134,14 +138,14 @@ class Newton:
         (last,) = run.ends(fitted, [self.edit], keep)
         slopes: dict[int, list[torch.Tensor]] = {}  # along the stream, by batch: of L, and of the tokens drawn
         for at, b in enumerate(fitted):
-            draws = at % DRAWN == 0
+            draws = curvature and at % DRAWN == 0
             both = self._objective.slopes(b, last.pop(b), generator if draws else None)
             slopes[b] = list(both[: 1 + draws])
         backward = run.layers[::-1]
         with run.walk.along(backward):
             for i in backward:
                 with run.walk.layer(i) as layer, run.pruned(i, layer, self.edit(i, layer)):
-                    found = {m: Sums(layer.get_submodule(m.name), m) for m in self.matrices[i]}
+                    found = {m: Sums(layer.get_submodule(m.name), m, curvature) for m in self.matrices[i]}
                     with attached(sums.module.register_forward_hook(sums.watch) for sums in found.values()):
                         for b, x in entering.pop(i).items():
                             slopes[b] = self._back(i, b, x.to(run.walk.device_of(layer)), slopes[b], found.values())
@@ -219,6 +223,7 @@ class Matrix:
         self.delta: torch.Tensor | None = None
         self.ratio = 0.0
         self._direction: torch.Tensor | None = None
+        self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def moved(self, first: torch.Tensor, length: float, written: torch.dtype) -> torch.Tensor:
         """W, which was `first`, with a further step of this length, rounded as it will be written; in the layout and
@@ -230,11 +235,18 @@ class Matrix:
             return first
         return (first.float() + (change.T if self._transposed else change)).to(written).to(first.dtype)
 
+    def factor(self, sums: Sums, keep: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Factor A and G in place, if `sums` has them, and keep the factors."""
+        if sums.inputs is not None and sums.outputs is not None:
+            self._factors = keep(_factor(sums.outputs, DAMPING[1])), keep(_factor(sums.inputs, DAMPING[0]))
+
     def solve(self, sums: Sums, keep: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Set D, up to a factor that all matrices share; A and G are factored in place."""
-        half = torch.cholesky_solve(sums.gradient, _factor(sums.outputs, DAMPING[1]), upper=True)
-        step = torch.cholesky_solve(half.T, _factor(sums.inputs, DAMPING[0]), upper=True)
-        self._direction = keep(-step.T)
+        """Set D, up to a factor that all matrices share, with A and G of `sums` or of an earlier step."""
+        self.factor(sums, keep)
+        assert self._factors is not None
+        left, right = (factor.to(sums.gradient.device) for factor in self._factors)
+        half = torch.cholesky_solve(sums.gradient, left, upper=True)
+        self._direction = keep(-torch.cholesky_solve(half.T, right, upper=True).T)
         self.ratio = float(self._direction.norm()) / max(sums.size, 1e-12)
 
     def step(self, length: float) -> None:
@@ -251,18 +263,19 @@ class Sums:
 
     Attributes:
         gradient: dL/dW [d, f].
-        inputs, outputs: A [f, f], its upper triangle, and G [d, d].
+        inputs, outputs: A [f, f], its upper triangle, and G [d, d]; None: not gathered.
         size: |W|.
         z, u: input [.., f] and output [.., d] of the last run.
     """
 
-    def __init__(self, module: nn.Module, matrix: Matrix) -> None:
+    def __init__(self, module: nn.Module, matrix: Matrix, curvature: bool) -> None:
         self.module = module
         weight = Output(matrix.name, module).weight
         d, f = weight.shape
         new = partial(torch.zeros, dtype=torch.float32, device=weight.device)
         self.gradient, self.size = new(d, f), float(weight.float().norm())
-        self.inputs, self.outputs = new(f, f), new(d, d)
+        self.inputs = new(f, f) if curvature else None
+        self.outputs = new(d, d) if curvature else None
         self.z: torch.Tensor | None = None
         self.u: torch.Tensor | None = None
 
@@ -275,12 +288,14 @@ class Sums:
         assert self.z is not None
         z, g = self.z.flatten(0, -2).float(), slope.flatten(0, -2).float()
         self.gradient += g.T @ z
-        add_gram(self.inputs, z)
+        if self.inputs is not None:
+            add_gram(self.inputs, z)
 
     def draw(self, slope: torch.Tensor) -> None:
         """Add to G the gradients [.., d] of the log likelihood of drawn tokens."""
-        g = slope.flatten(0, -2).float()
-        self.outputs += g.T @ g
+        if self.outputs is not None:
+            g = slope.flatten(0, -2).float()
+            self.outputs += g.T @ g
 
 
 def _factor(matrix: torch.Tensor, strength: float) -> torch.Tensor:

@@ -52,7 +52,7 @@ def loss(model: Any, batch: torch.Tensor) -> torch.Tensor:
 
 def test_the_gradient_is_that_of_the_loss(model: Any, text: list[torch.Tensor]) -> None:
     newton = Newton(run_of(model, text[:16], range(14, 16)), {}, anything)
-    found = {(m.layer, m.name): sums for m, sums in newton.sums(0)}[7, "mlp.down_proj"]
+    found = {(m.layer, m.name): sums for m, sums in newton.sums(0, curvature=True)}[7, "mlp.down_proj"]
     weight = model.get_parameter("model.layers.7.mlp.down_proj.weight").requires_grad_()
     try:
         total = sum((loss(model, batch) for batch in text[:14][::3]), torch.zeros(()))
@@ -60,14 +60,14 @@ def test_the_gradient_is_that_of_the_loss(model: Any, text: list[torch.Tensor]) 
     finally:
         weight.requires_grad_(False)
     assert torch.allclose(found.gradient, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
-    assert bool((found.outputs.diagonal() > 0).all())
+    assert found.outputs is not None and bool((found.outputs.diagonal() > 0).all())
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
 def test_a_step_solves_with_both_factors(transposed: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     matrix, module = Matrix(0, "m", transposed), nn.Linear(5, 3, bias=False).requires_grad_(False)
-    sums, first = Sums(module, matrix), module.weight.data.clone()
+    sums, first = Sums(module, matrix, curvature=True), module.weight.data.clone()
     z, g = torch.randn(40, 5, generator=generator), torch.randn(40, 3, generator=generator)
     sums.watch(module, (z,), g)
     sums.take(g)
