@@ -62,7 +62,7 @@ def fold(
     Raises HealError for too little text or where no weight can be changed, ArchitectureError where the attention of a
     layer is removed that runs beside its feed-forward sublayer.
 
-    In the directory of `walk`, if it has one, finished stages are kept: a fold that was stopped goes on after them.
+    In the directory of `walk`, if it has one, finished stages are kept: a fold that was stopped resumes after them.
     """
     if solver not in SOLVERS:
         raise UsageError(f"fold {solver!r}: choose one of {', '.join(SOLVERS)}")

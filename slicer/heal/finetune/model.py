@@ -24,11 +24,11 @@ from slicer.checkpoint.architectures import table as architectures
 from slicer.checkpoint.keys import KeyMap
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import HealError
-from slicer.heal.finetune.full import homes_of
 from slicer.heal.finetune.settings import TrainingSettings
 from slicer.model.layers import decoder_layers, is_conv1d
 from slicer.model.load import Model, load_model
 from slicer.model.sublayers import mlp_of
+from slicer.model.trained import homes_of
 from slicer.runtime.compat import named_as_loaded, quiet_bitsandbytes
 from slicer.runtime.compute import Compute
 from slicer.runtime.distributed import sharded

@@ -20,9 +20,9 @@ from slicer.checkpoint.export import check_replaceable
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.tensors import TensorSpan
 from slicer.errors import HealError, OutputError, UsageError
-from slicer.heal.finetune.full import homes_of, spans_of, trained_logits
 from slicer.heal.finetune.settings import TrainingSettings
 from slicer.model.adapter import adapter_logits, merged_spans, placed
+from slicer.model.trained import homes_of, spans_of, trained_logits
 from slicer.model.verify import Expected
 from slicer.progress import Progress
 from slicer.runtime.compute import Compute

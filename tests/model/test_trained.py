@@ -15,9 +15,9 @@ from slicer.checkpoint.export import unchanged, write
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import HealError
 from slicer.heal.finetune import model as adapters
-from slicer.heal.finetune.full import homes_of, spans_of, trained_logits
 from slicer.heal.finetune.settings import Training, resolve
 from slicer.model.load import load_model
+from slicer.model.trained import homes_of, spans_of, trained_logits
 from slicer.model.verify import check_contents
 from slicer.progress import Progress
 from slicer.runtime.compute import Compute

@@ -1,4 +1,4 @@
-"""Full training (`--method full`): maps the trained weights to the keys of the checkpoint.
+"""Weights trained in full (`--method full`), as transformers saves them, mapped to the keys of the checkpoint.
 
 transformers saves a model under its own names: with or without an outermost prefix, tied matrices once, and without old
 buffers. The mapping is computed on the meta device, before the first step.
