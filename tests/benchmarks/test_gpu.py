@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from fake_device import fake_cuda, needs_fake_cuda
 from phases_that_end import Ending
 
 from slicer.benchmarks import gpu
-from slicer.benchmarks.gpu import PHASES, Line, conversion_bytes, lines
+from slicer.benchmarks.gpu import PHASES, Bench, Line, conversion_bytes, lines
 from slicer.checkpoint.hub import DEMO
 from slicer.checkpoint.reader import Checkpoint
 from slicer.data.sources import TextSpec
@@ -76,6 +77,22 @@ def test_training_against_a_bare_loop(method: str, tmp_path: Path) -> None:
     speed, memory = bench(tmp_path).train(method)
     assert speed.passed is not None and memory.passed is not None
     assert all(way["tokens_per_second"] > 0 for way in speed.data.values())
+
+
+@needs_fake_cuda
+@pytest.mark.parametrize("phase", ["depth", "analyze", "convert", "train lora"])
+def test_on_a_pretended_device(phase: str, tmp_path: Path) -> None:
+    """What takes how long says nothing here; what the device holds, and computes, does."""
+    if phase == "train lora":
+        pytest.importorskip("peft")
+    for _ in bench(tmp_path).write():
+        pass
+    method, *arguments = phase.split()
+    with fake_cuda(1, memory=4e9):
+        found = list(getattr(Bench(tmp_path, "tiny", torch.device("cuda")), method)(*arguments))
+    same = [line for line in found if "same" in line.what or "falls" in line.what or "peak memory" in line.what]
+    assert len(same) == {"depth": 0, "analyze": 1, "convert": 6, "train lora": 1}[phase]
+    assert all(line.passed for line in same) and None not in {line.passed for line in found}, found
 
 
 def test_an_installed_wheel_has_no_rivals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
