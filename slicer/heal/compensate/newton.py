@@ -328,10 +328,13 @@ class Matrix:
         self.factor(sums)
         slope = sums.gradient
         left, right = (factor.to(slope.device) for factor in self.factors)
+        solved = torch.linalg.solve_triangular  # unlike cholesky_solve, it needs no copy of the factor
         for columns in torch.split(slope, _TOGETHER, 1):
-            columns.copy_(torch.cholesky_solve(columns, left, upper=True))
+            half = solved(left.mT, columns, upper=False)
+            columns.copy_(solved(left, half, upper=True))
         for rows in torch.split(slope, _TOGETHER):
-            rows.copy_(torch.cholesky_solve(rows.T, right, upper=True).T.neg_())
+            half = solved(right, rows, upper=True, left=False)
+            rows.copy_(solved(right.mT, half, upper=False, left=False).neg_())
         self.direction, self.ratio = [slope], float(slope.norm()) / max(sums.size, 1e-12)
 
     def step(self, length: float) -> None:
@@ -386,5 +389,5 @@ def _factor(matrix: torch.Tensor, strength: float) -> torch.Tensor:
     """U with U^T U = M + s m I, of M's upper triangle, in its place; m is the mean of M's diagonal."""
     mean = matrix.diagonal().mean()
     matrix.diagonal().add_(strength * mean if bool(mean > 0) else 1.0)
-    factor: torch.Tensor = torch.linalg.cholesky(matrix, upper=True, out=matrix)
-    return factor
+    torch.linalg.cholesky(matrix.mT, out=matrix.mT)  # its own layout, so no copy is made
+    return matrix
