@@ -133,7 +133,7 @@ class Newton:
         fitted = fitted[part::PARTS] or fitted
 
         def keep(i: int, streams: Streams) -> None:
-            entering[i] = {b: run.walk.keep(x) for b, x in streams.items()}
+            entering[i] = {b: run.walk.keep(x, on_device=True) for b, x in streams.items()}
 
         (last,) = run.ends(fitted, [self.edit], keep)
         slopes: dict[int, list[torch.Tensor]] = {}  # along the stream, by batch: of L, and of the tokens drawn
