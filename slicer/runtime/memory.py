@@ -180,6 +180,15 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
+@contextlib.contextmanager
+def released() -> Iterator[None]:
+    """A block with `release` at its end; as `@released()`, for a function whose models are gone when it returns."""
+    try:
+        yield
+    finally:
+        release()
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` is an allocation that failed, of the GPU's memory or the host's."""
     import torch
