@@ -28,7 +28,7 @@ from slicer.plan.records import TextRecord
 from slicer.progress import SILENT, Progress
 from slicer.runtime.distributed import Processes
 from slicer.runtime.files import write_atomically
-from slicer.runtime.memory import within_memory
+from slicer.runtime.memory import released, within_memory
 from slicer.runtime.workdir import beside, claimed
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def trained(
 
     sampler = partial(load_model, cut.source.path, device=compute.device, trust_remote_code=compute.trust_remote_code)
 
+    @released()
     def corpus_of() -> Corpus:
         with within_memory("sampling text from the source", ["--calibration DATA", "--device cpu"]):
             return prepare(

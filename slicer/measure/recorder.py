@@ -138,7 +138,7 @@ def record(
     if resumable and not _resume(recording, states):
         states = walk.start(batches)
     if states.layer == 0:
-        _write(recording, 0, {"states": torch.cat([state[:, list(at)] for state in states])})
+        _write(recording, 0, {"states": torch.cat([state[:, list(at)].cpu() for state in states])})
     progress.stage("Measuring layers", walk.depth, "layers")
     if states.layer:
         progress.note(f"resuming after layer {states.layer - 1}")

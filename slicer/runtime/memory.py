@@ -28,6 +28,7 @@ OVERHEAD = 1.3  # of a loaded model beside its weights: activations, buffers and
 # Shares of a budget that one use may take, so that the others keep theirs.
 KEPT_SHARE = 0.25  # outputs kept so that nothing is computed twice: of the first layers, of the source's head
 ACTIVATIONS_SHARE = 0.15  # the source's activations on the calibration text, kept for all cuts of a sweep
+STATES_SHARE = 0.5  # of what a GPU's budget leaves beside a model: hidden states; the rest is for computing with them
 _UNNOTICED = 1 << 29  # bytes: about what the libraries of a process take; whether so little is free is not checked
 _CGROUP_ROOT, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # (controller, limit, used, statistics, what counts as page cache in them) of the control groups, version 2 and 1.
@@ -147,6 +148,11 @@ def fits(nbytes: int, compute: Compute, *, file: int = 0) -> bool:
     return OVERHEAD * nbytes <= len(targets) * budget(compute, targets[0]) and file <= budget(compute)
 
 
+def for_states(compute: Compute, weights: int) -> int:
+    """Bytes of a GPU, by its budget, for hidden states beside `weights` bytes of a model there; 0 without a budget."""
+    return max(0, int(STATES_SHARE * ((compute.device_memory or 0) - OVERHEAD * weights)))
+
+
 def check_free(needed: float, compute: Compute, instead: str | None = "") -> None:
     """Raise OutOfMemory unless `needed` bytes are free where the model will be, an equal part on each device.
 
@@ -173,6 +179,15 @@ def release() -> None:
     gc.collect()  # models of transformers and peft are in reference cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def released() -> Iterator[None]:
+    """A block with `release` at its end; as `@released()`, for a function whose models are gone when it returns."""
+    try:
+        yield
+    finally:
+        release()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

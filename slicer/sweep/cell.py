@@ -99,6 +99,7 @@ def in_memory(
         return evaluated(model, shared.source.path, suite, name), patch.record
 
 
+@memory.released()
 def on_disk(
     plan: Plan, training: Training, shared: SharedModel, directory: Path, suite: Suite, name: str
 ) -> tuple[Evaluation, HealingRecord]:

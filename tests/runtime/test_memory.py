@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +185,19 @@ def test_it_is_told_from_other_errors() -> None:
     for other in (HealError("out of memory of it"), RuntimeError("shapes differ")):
         with pytest.raises(type(other), match=str(other)), memory.within_memory("here", ["A"]):
             raise other
+
+
+def test_what_a_function_loaded_is_gone_when_it_has_returned() -> None:
+    class Model:
+        def __init__(self) -> None:
+            self.itself = self  # models of transformers and peft are in cycles, too
+
+    loaded: list[weakref.ref[Model]] = []
+
+    @memory.released()
+    def use() -> int:
+        model = Model()
+        loaded.append(weakref.ref(model))
+        return 3
+
+    assert use() == use() == 3 and [model() for model in loaded] == [None, None]

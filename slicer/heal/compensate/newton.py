@@ -207,7 +207,7 @@ class Newton:
         layers = run.layers if after is None else [i for i in run.layers if i < after[0]]
 
         def keep(i: int, streams: Streams) -> None:
-            entering[i] = {b: run.walk.keep(x) for b, x in streams.items()}
+            entering[i] = {b: run.walk.keep(x, on_device=True) for b, x in streams.items()}
 
         (last,) = run.ends(fitted, [self.edit], keep, layers)
         slopes = self._slopes(last, curvature) if after is None else after[1]
