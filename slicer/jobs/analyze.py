@@ -25,7 +25,7 @@ from slicer.evaluate import lm_tasks
 from slicer.figures import layers as figures
 from slicer.heal.compensate.fold import fold
 from slicer.heal.patch import holds, written_dtype
-from slicer.jobs.recipe import check_memory, with_budgets
+from slicer.jobs.recipe import check_memory, text_to_solve_on, with_budgets
 from slicer.jobs.request import AnalyzeRequest, check_choice
 from slicer.measure.analysis import Analysis, Distances
 from slicer.measure.distances import distance_tables, record_halves, table_of_sums, tables_of_halves
@@ -59,9 +59,10 @@ def analyze(request: AnalyzeRequest, progress: Progress = SILENT) -> Analysis | 
     source = open_source(request.source)
     _check(request, source.checkpoint.depth)
     other = None if request.beside is None else Analysis.load(request.beside)
-    compute, text = request.compute, request.text.over(TextSpec())
-    compute, loads = with_budgets(source.checkpoint, compute)
-    check_memory(source.checkpoint, compute, loads)
+    solves, checkpoint = bool(request.measures.healed), source.checkpoint
+    text = text_to_solve_on(request.text, checkpoint) if solves else request.text.over(TextSpec())
+    compute, loads = with_budgets(checkpoint, request.compute)
+    check_memory(checkpoint, compute, loads)
     processes = Processes.of_environment()
     try:
         _check_place(request.out, overwrite=request.overwrite)
