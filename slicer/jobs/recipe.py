@@ -26,7 +26,6 @@ from slicer.progress import Progress
 from slicer.runtime import memory
 from slicer.runtime.compute import Compute
 from slicer.runtime.distributed import Processes
-from slicer.runtime.files import check_space
 
 # Tokens that a repair is solved on, at least, for each input of the widest matrix: docs/experiments/healing.md.
 TOKENS_AN_INPUT = 3
@@ -139,7 +138,6 @@ class Recipe:
             raise UsageError("--output-dir: give the directory of the healed checkpoint")
         for path in (cut.checkpoint.path, cut.source.path):
             check_output(output.out, path, overwrite=output.overwrite)
-        check_space(output.out, cut.checkpoint.total_bytes)
         compute = replace(request.compute, dtype=plan.dtype)
         if request.training is None:
             compute, loads = with_budgets(source, compute)
@@ -348,7 +346,7 @@ def _memory_notes(recipe: Recipe, checkpoint: Checkpoint, verify: str) -> tuple[
 
 def _trained(recipe: Recipe, training: Training, request: HealRequest, cut: CutOnDisk) -> Recipe:
     """`recipe` with the settings of a training."""
-    from slicer.heal.finetune.model import most_tokens, require
+    from slicer.heal.finetune.model import require
     from slicer.heal.finetune.result import check_adapter_output
 
     require(training.method)
@@ -357,18 +355,27 @@ def _trained(recipe: Recipe, training: Training, request: HealRequest, cut: CutO
         check_adapter_output(request.save_adapter, training.method, output.out, sources, overwrite=output.overwrite)
     if training.validation == "self" or (training.validation and request.text.source == "self"):
         raise UsageError("--validation: pass a file or data set, and do not combine it with --calibration self")
-    source = cut.source.checkpoint
-    settings, words = resolve(
-        training,
-        cut.plan.source or cut.source.name,
-        source.parameters,
-        most_tokens=most_tokens(source.config),
-        on_gpu=request.compute.torch_device().type == "cuda",
-        processes=Processes.of_environment().world,
-    )
+    name = cut.plan.source or cut.source.name
+    settings, words = settings_of(training, name, cut.source.checkpoint, request.compute)
     verify = output.verify
     if verify == "auto" and not memory.fits(4 * cut.checkpoint.parameters, request.compute):  # in float32
         verify = "load"
     if request.text.seed is None and recipe.text is not None:
         recipe = replace(recipe, text=replace(recipe.text, seed=training.seed))
     return replace(recipe, verify=verify, training=training, settings=settings, notes=tuple(words))
+
+
+def settings_of(
+    training: Training, name: str, source: Checkpoint, compute: Compute
+) -> tuple[TrainingSettings, list[str]]:
+    """(the settings of a training of a cut from `source`; notes about them). Raises UsageError."""
+    from slicer.heal.finetune.model import most_tokens
+
+    return resolve(
+        training,
+        name,
+        source.parameters,
+        most_tokens=most_tokens(source.config),
+        on_gpu=compute.torch_device().type == "cuda",
+        processes=Processes.of_environment().world,
+    )
