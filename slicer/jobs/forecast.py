@@ -83,6 +83,7 @@ class Clock(Progress):
         self._rates: Rates | None = None
         self._left: dict[str, float] = {}  # expected seconds of stages, as corrected
         self._stage, self._began = "", time.monotonic()
+        self._computes = set[str]()  # stages that do more than read
         self._factor = 1.0  # what the first long stage took, over its forecast
         self._cheaper: Callable[[float], Iterable[tuple[str, float]]] | None = None
         self._steps: list[float] = []
@@ -113,6 +114,7 @@ class Clock(Progress):
         )  # fmt: skip
         before = sum(self._left.get(name, 0.0) for name in seconds)
         self._left |= found.seconds
+        self._computes |= {stage.name for stage in work.stages if stage.flops}
         if not before:
             self.forecast = _joined(self.forecast, found)
         known = before and found.total / OFF < before < found.total * OFF
@@ -138,7 +140,7 @@ class Clock(Progress):
         if self._stage:
             took = self.took[self._stage] = self.took.get(self._stage, 0.0) + now - self._began
             expected = self._left.pop(self._stage, 0.0)
-            if expected and max(took, expected) > _CORRECTING and self._factor == 1:
+            if expected > _CORRECTING and self._stage in self._computes and self._factor == 1:
                 self._correct(took / expected)
         self._began = now
 

@@ -230,14 +230,18 @@ def test_short_work_is_not_announced(now: list[float]) -> None:
 def test_the_first_long_stage_corrects_the_rest(now: list[float], took: float, said: str | None) -> None:
     notes = Notes()
     clock = Clock(notes)
-    clock.expect(work({"one": 20, "two": 100}), Compute("cpu"))
+    before = work({"one": 20, "two": 100})
+    clock.expect(replace(before, stages=(Stage("Loading", reads=1e10), *before.stages)), Compute("cpu"))
+    clock.stage("Loading")  # says nothing about how fast this machine computes
+    now[0] += 100
     clock.stage("one")
     now[0] += took
     clock.stage("two")
     now[0] += 100
     clock.expect(work({"two": 100}), Compute("cpu"))  # the plan is chosen: nothing new
     forecast, done = clock.finish(None)
-    assert forecast.seconds == {"one": 20, "two": 100} and done.seconds == {"one": took, "two": 100}
+    assert forecast.seconds == {"Loading": 10, "one": 20, "two": 100}
+    assert done.seconds == {"Loading": 100, "one": took, "two": 100}
     assert len(notes.notes) == 1 + (said is not None) and (said is None or said in notes.notes[1])
 
 
