@@ -41,6 +41,7 @@ from slicer.runtime.workdir import beside as beside_of
 LIBRARIES = 600_000_000  # bytes resident before the model is used: Python, torch, transformers, the tokenizer
 _STRENGTHS = 5  # ridge strengths that a solve tries, usually
 _LENGTHS, _JUDGED = 6, 4  # lengths of a second-order step that are compared, usually, and in how many sweeps
+_POSITIONS = 128  # of each sequence, whose logits a step has in memory at a time
 _CHECKPOINTS = 3  # of a training, while the third is written: weights and two moments
 _FLOATS = {name: torch for torch, name in DTYPES.items()} | {"F64": "float64"}
 
@@ -211,16 +212,19 @@ def folding(shape: Shape, text: TextSpec, cut: Cut, *, streams: bool) -> list[St
 def folding_bytes(shape: Shape, text: TextSpec, cut: Cut) -> tuple[int, int]:
     """(bytes on the device where the model runs, bytes on the host) that a fold takes beside the model.
 
-    On the device float32 copies of a 16-bit layer and of what lies outside the layers, and the sums of a solve or of a
-    step. On the host three states of the whole text; and for each layer from the first that changes on, the factors of
-    A and G of its maps, their directions and changes, and what enters it on a part of the text.
+    On the device float32 copies of a 16-bit layer and of what lies outside the layers; and the sums of a solve or of a
+    step, or three tables of logits. On the host three states of the whole text; and for each layer from the first that
+    changes on, the factors of A and G of its maps, their directions and changes, two copies of these while they are
+    written, and what enters the layer on a part of the text.
     """
     tokens, d, f = text.samples * text.seq_len, shape.d, max(shape.maps)
     copies = 4 * (shape.outside + shape.layer_bytes // shape.itemsize) if shape.itemsize == 2 else 0
     sums = max(8 * (f**2 + 3 * d * f), 4 * (f**2 + 5 * d * f + 5 * d**2))
-    kept = cut.rest * sum(4 * (z * z + d * d + 2 * d * z) for z in shape.maps)
+    rows = max(1, min(text.batch_size, TOGETHER // text.seq_len))
+    logits = 3 * 4 * shape.vocabulary * rows * min(_POSITIONS, text.seq_len)
+    kept = cut.rest * sum(4 * (z * z + d * d + 4 * d * z) for z in shape.maps)
     states = 4 * d * tokens * (3 + cut.rest / PARTS)
-    return copies + sums, int(kept + states)
+    return copies + max(sums, logits), int(kept + states)
 
 
 def folding_disk(shape: Shape, text: TextSpec, cut: Cut) -> int:
