@@ -299,6 +299,18 @@ def test_analysis_is_announced_too(source: Source, text: Path, tmp_path: Path, m
     assert "this will take about" in result.stderr and "loss without each block of 2" in result.stderr
 
 
+def test_a_sweep_is_announced_without_its_evaluations(
+    held_out_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forecast, "LONG", 0.0)
+    result = succeeds(
+        "sweep", "demo", "--drop", "0,4", "--strategies", "similarity", "--heal", "none,fold", "--tasks", "c4",
+        "--text", held_out_file, "--limit", 2, "--calibration", held_out_file, "--samples", 16, "--seq-len", 32,
+        "-o", tmp_path / "sweep",
+    )  # fmt: skip
+    assert "folding 1 cells" in result.stderr and "beside the evaluation of each cell" in result.stderr
+
+
 def test_a_budget_is_foreseen_by_the_mean_layer(source: Source) -> None:
     layer = (source.checkpoint.parameters - 2 * 258 * 64 - 64) // 12
     goal = Goal(max_params=source.checkpoint.parameters - 3 * layer)
