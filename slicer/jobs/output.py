@@ -18,6 +18,7 @@ from slicer.checkpoint.sizes import Sizes, measure_sizes, sizes_of
 from slicer.figures import layers
 from slicer.figures.training import loss_curve
 from slicer.heal.patch import Patch
+from slicer.jobs.forecast import Clock, Forecast
 from slicer.jobs.request import Output
 from slicer.measure.analysis import Analysis
 from slicer.model.verify import Errors, Expected, check_contents
@@ -123,6 +124,7 @@ class Written:
         verified: how the result was checked: "none", "load", "logits", or "nothing written".
         logits_error: largest difference from the expected logits, relative to the largest logit; rounding_error: the
             part that comes from rounding the weights.
+        forecast, took: time, memory and disk as expected at the start, and as they were; None: there was no forecast.
     """
 
     out: Path | None
@@ -133,6 +135,8 @@ class Written:
     logits_error: float | None = None
     rounding_error: float | None = None
     warnings: tuple[str, ...] = ()
+    forecast: Forecast | None = None
+    took: Forecast | None = None
 
     def to_dict(self) -> dict[str, object]:
         """For `--json`: plain values, the plan under its own names."""
@@ -145,6 +149,7 @@ class Written:
             "after": self.after.to_dict(),
             **{name: plain(getattr(self.plan, name)) for name in ("healing", "merged")},
             **{name: plain(getattr(self, name)) for name in ("verified", "logits_error", "rounding_error", "warnings")},
+            **{name: found and found.to_dict() for name, found in (("forecast", self.forecast), ("took", self.took))},
         }
 
 
@@ -174,6 +179,12 @@ def write_verified(
             plan = replace(plan, merged=(*plan.merged, merge))
         _describe(replace(result, plan=plan), after, directory)
     return Written(out, plan, result.before, after, verified, errors.same, errors.rounding, result.warnings)
+
+
+def recorded(written: Written, clock: Clock) -> Written:
+    """`written` with its forecast and what it took."""
+    forecast, took = clock.finish(written.out)
+    return replace(written, forecast=forecast, took=took)
 
 
 def described(result: Result) -> Written:

@@ -13,13 +13,13 @@ from slicer.checkpoint.cut import CutOnDisk
 from slicer.checkpoint.export import check_output
 from slicer.checkpoint.hub import Source
 from slicer.checkpoint.reader import Checkpoint
-from slicer.checkpoint.sizes import measure_sizes
+from slicer.checkpoint.sizes import measure_sizes, widest_output
 from slicer.checkpoint.tensors import DTYPES
 from slicer.data.sources import TextSpec
 from slicer.errors import ArchitectureError, HealError, PlanError, UsageError
 from slicer.heal.compensate.fold import working_bytes
 from slicer.heal.finetune.settings import Training, TrainingSettings, resolve
-from slicer.jobs.request import Compensation, ConvertRequest, HealRequest, Selection, check_choice
+from slicer.jobs.request import Compensation, ConvertRequest, HealRequest, Selection, Text, check_choice
 from slicer.plan.amounts import Goal, spell_size
 from slicer.plan.plan import Plan
 from slicer.plan.records import SOLVERS, MemoryRecord
@@ -27,7 +27,9 @@ from slicer.progress import Progress
 from slicer.runtime import memory
 from slicer.runtime.compute import Compute
 from slicer.runtime.distributed import Processes
-from slicer.runtime.files import check_space
+
+# Tokens that a repair is solved on, at least, for each input of the widest matrix: docs/experiments/healing.md.
+TOKENS_AN_INPUT = 3
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Recipe:
             )
         measures = request.goal is not None and request.goal.measured(request.selection.strategy)
         repair, asked, why = _repair(request, plan, measures)
-        text = _text(request, plan, reads=measures or repair.method != "none")
+        text = _text(request, plan, repair, checkpoint, measures)
         runs = measures or (not output.dry_run and (repair.method != "none" or output.verify in ("auto", "logits")))
         loads = False
         if runs:
@@ -137,13 +139,12 @@ class Recipe:
             raise UsageError("--output-dir: give the directory of the healed checkpoint")
         for path in (cut.checkpoint.path, cut.source.path):
             check_output(output.out, path, overwrite=output.overwrite)
-        check_space(output.out, cut.checkpoint.total_bytes)
         compute = replace(request.compute, dtype=plan.dtype)
         if request.training is None:
             compute, loads = with_budgets(source, compute)
         else:  # no budgets yet: the first process trains with its part of the memory, then measures with all of it
             loads = memory.fits(source.bytes_as(compute.dtype), compute)
-        selection, text = Selection(form=plan.form), request.text.over(TextSpec())
+        selection, text = Selection(form=plan.form), text_to_solve_on(request.text, source)
         verify = _verify(output.verify, loads or request.training is None)
         repair = replace(request.compensation, solver=request.compensation.solver or SOLVERS[0])
         recipe = cls(None, plan, selection, repair, True, text, False, compute, loads, verify, command=request.command)
@@ -299,16 +300,27 @@ def _repair(request: ConvertRequest, plan: Plan | None, measures: bool) -> tuple
     return Compensation("fold", solver), False, None
 
 
-def _text(request: ConvertRequest, plan: Plan | None, *, reads: bool) -> TextSpec | None:
+def text_to_solve_on(given: Text, checkpoint: Checkpoint) -> TextSpec:
+    """The text of a repair in closed form: `given`, with more sequences by default where a matrix is wide."""
+    spec = given.over(TextSpec())
+    enough = -(-TOKENS_AN_INPUT * widest_output(checkpoint) // spec.seq_len)
+    return spec if given.samples is not None else replace(spec, samples=max(spec.samples, enough))
+
+
+def _text(
+    request: ConvertRequest, plan: Plan | None, repair: Compensation, checkpoint: Checkpoint, measures: bool
+) -> TextSpec | None:
     """The text to read: the given fields, over those that the replayed plan recorded.
 
     Raises UsageError if a replay reads no text, but options of the text are given.
     """
-    recorded = None
+    recorded, solves = None, repair.method != "none"
     if plan is not None:
         recorded = plan.healing.text if plan.healing is not None else plan.calibration
-    if reads:
-        return request.text.over(TextSpec() if recorded is None else TextSpec.of_record(recorded))
+    if measures or solves:
+        if recorded is not None:
+            return request.text.over(TextSpec.of_record(recorded))
+        return text_to_solve_on(request.text, checkpoint) if solves else request.text.over(TextSpec())
     given = [name for name, value in asdict(request.text).items() if value is not None]
     if given and plan is not None and request.compensation.method != "none":
         option = {"source": "calibration", "column": "text-column"}.get(given[0], given[0].replace("_", "-"))
@@ -352,7 +364,7 @@ def _memory_notes(recipe: Recipe, checkpoint: Checkpoint, verify: str) -> tuple[
 
 def _trained(recipe: Recipe, training: Training, request: HealRequest, cut: CutOnDisk) -> Recipe:
     """`recipe` with the settings of a training."""
-    from slicer.heal.finetune.model import most_tokens, require
+    from slicer.heal.finetune.model import require
     from slicer.heal.finetune.result import check_adapter_output
 
     require(training.method)
@@ -361,17 +373,27 @@ def _trained(recipe: Recipe, training: Training, request: HealRequest, cut: CutO
         check_adapter_output(request.save_adapter, training.method, output.out, sources, overwrite=output.overwrite)
     if training.validation == "self" or (training.validation and request.text.source == "self"):
         raise UsageError("--validation: pass a file or data set, and do not combine it with --calibration self")
-    source = cut.source.checkpoint
-    settings, words = resolve(
-        training,
-        cut.plan.source or cut.source.name,
-        source.parameters,
-        most_tokens=most_tokens(source.config),
-        on_gpu=request.compute.torch_device().type == "cuda",
-        processes=Processes.of_environment().world,
-    )
+    name = cut.plan.source or cut.source.name
+    settings, words = settings_of(training, name, cut.source.checkpoint, request.compute)
     verify = output.verify
     if verify == "auto" and not memory.fits(4 * cut.checkpoint.parameters, request.compute):  # in float32
         verify = "load"
-    text = request.text.over(TextSpec(seed=training.seed))
-    return replace(recipe, text=text, verify=verify, training=training, settings=settings, notes=tuple(words))
+    if request.text.seed is None and recipe.text is not None:
+        recipe = replace(recipe, text=replace(recipe.text, seed=training.seed))
+    return replace(recipe, verify=verify, training=training, settings=settings, notes=tuple(words))
+
+
+def settings_of(
+    training: Training, name: str, source: Checkpoint, compute: Compute
+) -> tuple[TrainingSettings, list[str]]:
+    """(the settings of a training of a cut from `source`; notes about them). Raises UsageError."""
+    from slicer.heal.finetune.model import most_tokens
+
+    return resolve(
+        training,
+        name,
+        source.parameters,
+        most_tokens=most_tokens(source.config),
+        on_gpu=compute.torch_device().type == "cuda",
+        processes=Processes.of_environment().world,
+    )

@@ -16,7 +16,7 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from slicer.errors import DiskFull, OutputError
@@ -160,6 +160,22 @@ def check_space(place: Path, needed_bytes: int) -> None:
             f"{place}: needs {needed_bytes / 1e9:.2f} GB but the disk has {free / 1e9:.2f} GB free; "
             "free some space or choose another place with -o"
         )
+
+
+def check_disk(needed: Mapping[Path, int]) -> None:
+    """Raise DiskFull if a disk has too little free for all the bytes that are `needed` in directories on it.
+
+    Unfinished work that a directory holds already counts; a checkpoint there does not, because the new one is written
+    before it is removed.
+    """
+    by_disk: dict[int, dict[Path, int]] = {}
+    for place, nbytes in needed.items():
+        probe = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
+        continues = not (place / "config.json").is_file()
+        held = sum(f.lstat().st_blocks * 512 for f in place.rglob("*") if f.is_file()) if continues else 0
+        by_disk.setdefault(probe.stat().st_dev, {})[place] = max(0, nbytes - held)
+    for places in by_disk.values():
+        check_space(max(places, key=places.__getitem__), sum(places.values()))
 
 
 def digest_of(files: Iterable[Path]) -> str | None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import resource
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -170,6 +172,22 @@ def check_free(needed: float, compute: Compute, instead: str | None = "") -> Non
                 f"free; close other programs, or raise the limit of the container{less}"
                 + (f", or give {instead}" if instead else "")
             )
+
+
+def peak() -> int:
+    """The most bytes of the host's memory that this process had, with the pages of files that it maps."""
+    with contextlib.suppress(OSError, StopIteration):  # getrusage would include the parent's at the fork
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def peak_on_gpu() -> int:
+    """The most bytes that torch allocated on one GPU; 0 if none was used."""
+    import torch
+
+    return max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())), default=0)
 
 
 def release() -> None:

@@ -12,6 +12,7 @@ import sources
 from slicer.checkpoint.hub import Source, open_source
 from slicer.data.sources import TextSpec
 from slicer.errors import ArchitectureError, OutOfMemory, OutputError, PlanError, UsageError
+from slicer.jobs import recipe
 from slicer.jobs.convert import convert
 from slicer.jobs.recipe import Recipe
 from slicer.jobs.request import Compensation, ConvertRequest, Output, Selection, Text
@@ -71,6 +72,22 @@ def test_what_is_said_about_a_text_that_no_replay_reads_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=f"{option}: "):
         made(source, plan=plan(healing), text=Text(**said))
+
+
+@pytest.mark.parametrize(("wide", "samples"), [(4864, 64), (11008, 129), (28672, 336)])
+def test_a_wide_matrix_is_solved_on_more_text_by_default(
+    source: Source, monkeypatch: pytest.MonkeyPatch, wide: int, samples: int
+) -> None:
+    monkeypatch.setattr(recipe, "widest_output", lambda checkpoint: wide)
+    bare, recorded = Compensation("none"), plan(FOLD)
+    for given, expected in (
+        ({}, samples),
+        ({"text": Text(seq_len=512)}, max(64, -(-samples // 2))),
+        ({"text": Text(samples=7)}, 7),
+        ({"compensation": bare}, 64),
+        ({"plan": recorded}, RECORDED.samples),
+    ):
+        assert (found := made(source, **given).text) is not None and found.samples == expected
 
 
 def test_no_text_is_read_where_none_is_needed(source: Source) -> None:
