@@ -20,7 +20,7 @@ from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import measure_sizes, width
 from slicer.checkpoint.tensors import DTYPE_BITS, DTYPES
 from slicer.data.sources import TextSpec
-from slicer.heal.compensate.fold import BEFORE
+from slicer.heal.compensate.fold import BEFORE, working_bytes
 from slicer.heal.compensate.gaps import gaps_of
 from slicer.heal.compensate.newton import DRAWN, PARTS, STEPS
 from slicer.heal.compensate.objective import LIKELY, SAMPLE, STRIDE
@@ -212,27 +212,25 @@ def folding(shape: Shape, text: TextSpec, cut: Cut, *, streams: bool) -> list[St
 def folding_bytes(shape: Shape, text: TextSpec, cut: Cut) -> tuple[int, int]:
     """(bytes on the device where the model runs, bytes on the host) that a fold takes beside the model.
 
-    On the device float32 copies of a 16-bit layer and of what lies outside the layers; and the sums of a solve or of a
-    step, or three tables of logits. On the host three states of the whole text; and for each layer from the first that
-    changes on, the factors of A and G of its maps, their directions and changes, two copies of these while they are
-    written, and what enters the layer on a part of the text.
+    On the device see `working_bytes`. On the host three states of the whole text; and for each layer from the first
+    that changes on, its steps so far, and what enters it on a part of the text.
     """
-    tokens, d, f = text.samples * text.seq_len, shape.d, max(shape.maps)
-    copies = 4 * (shape.outside + shape.layer_bytes // shape.itemsize) if shape.itemsize == 2 else 0
-    sums = max(8 * (f**2 + 3 * d * f), 4 * (f**2 + 5 * d * f + 5 * d**2))
-    rows = max(1, min(text.batch_size, TOGETHER // text.seq_len))
-    logits = 3 * 4 * shape.vocabulary * rows * min(_POSITIONS, text.seq_len)
-    kept = cut.rest * sum(4 * (z * z + d * d + 4 * d * z) for z in shape.maps)
+    tokens, d = text.samples * text.seq_len, shape.d
+    layer, casts = shape.layer_bytes // shape.itemsize, shape.itemsize == 2
+    batch = min(text.batch_size * text.seq_len, max(TOGETHER, text.seq_len))
+    device = working_bytes(layer, d, max(shape.maps), shape.vocabulary, casts=casts, tokens=batch)
+    kept = cut.rest * sum(4 * d * z for z in shape.maps)
     states = 4 * d * tokens * (3 + cut.rest / PARTS)
-    return copies + max(sums, logits), int(kept + states)
+    return device, int(kept + states)
 
 
 def folding_disk(shape: Shape, text: TextSpec, cut: Cut) -> int:
-    """Bytes that the stages of a fold take in the work directory: two states of the text, the steps so far and those
-    that replace them, the solutions."""
+    """Bytes that the stages of a fold take in the work directory: two states of the text; the factors of A and G, the
+    directions, the steps so far and those that replace them; the solutions."""
     states = 2 * 4 * shape.d * text.samples * text.seq_len
     changes = sum(4 * shape.d * z for z in shape.maps)
-    return states + (2 * cut.rest + cut.gaps) * changes
+    factors = sum(4 * (z * z + shape.d**2) for z in shape.maps)
+    return states + (3 * cut.rest + cut.gaps) * changes + cut.rest * factors
 
 
 def training(shape: Shape, settings: TrainingSettings, layers: int, teacher: Shape | None) -> Stage:

@@ -169,9 +169,10 @@ class Recipe:
         outside = (span for span in checkpoint.tensors.values() if len(span.shape) == 2 and id(span) not in within)
         embedding = max(outside, key=lambda span: span.numel)
         return working_bytes(
-            ({name: span.shape for name, span in layer.items()} for layer in layers),
-            d=embedding.shape[1],
-            vocabulary=embedding.shape[0],
+            max(sum(span.numel for span in layer.values()) for layer in layers),
+            embedding.shape[1],
+            widest_output(checkpoint),
+            embedding.shape[0],
             casts=(DTYPES[self.compute.dtype] if self.compute.dtype else embedding.dtype) in ("BF16", "F16"),
             tokens=self.text.batch_size * self.text.seq_len,
         )
