@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -218,12 +219,14 @@ def check_memory(checkpoint: Checkpoint, compute: Compute, loads: bool, working:
     Raises UsageError for a budget that does not hold one layer, OutOfMemory if too little is free.
     """
     whole = checkpoint.bytes_as(compute.dtype)
-    if loads:
-        memory.check_free(max(memory.OVERHEAD * whole, whole + working), compute)
-        return
     loaded = measure_sizes(checkpoint, cast=DTYPES[compute.dtype] if compute.dtype else None).layer_bytes
     layer = max(*loaded, *measure_sizes(checkpoint).layer_bytes)
     on_device = layer + whole - sum(loaded)  # the modules outside the layers stay there
+    streamed = working + (layer if compute.device_memory is None else on_device)
+    instead = "--heal none" if working else None
+    if loads:
+        memory.check_free(max(memory.OVERHEAD * whole, whole + working), compute, streamed, instead)
+        return
     budgets = ("--memory", compute.memory, layer), ("--device-memory", compute.device_memory, on_device)
     for option, budget, needed in budgets:
         if budget is not None and budget < needed:
@@ -231,8 +234,7 @@ def check_memory(checkpoint: Checkpoint, compute: Compute, loads: bool, working:
                 f"{option} {spell_size(budget)}: too little for one layer of {checkpoint.path}; give at least "
                 f"{spell_size(needed, up=True)}"
             )
-    needed = working + (layer if compute.device_memory is None else on_device)
-    memory.check_free(needed, compute, instead="--heal none" if working else None)
+    memory.check_free(streamed, compute, math.inf, instead)
 
 
 def _check_goal(request: ConvertRequest, checkpoint: Checkpoint) -> None:

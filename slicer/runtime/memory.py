@@ -155,10 +155,10 @@ def for_states(compute: Compute, weights: int) -> int:
     return max(0, int(STATES_SHARE * ((compute.device_memory or 0) - OVERHEAD * weights)))
 
 
-def check_free(needed: float, compute: Compute, instead: str | None = "") -> None:
+def check_free(needed: float, compute: Compute, least: float = 0, instead: str | None = None) -> None:
     """Raise OutOfMemory unless `needed` bytes are free where the model will be, an equal part on each device.
 
-    `instead`: the option that takes less; "": a smaller budget; None: there is none.
+    `least`: bytes that a run with a smaller budget needs. `instead`: an option that takes less.
     """
     targets = devices(compute)
     needed /= len(targets)
@@ -166,11 +166,12 @@ def check_free(needed: float, compute: Compute, instead: str | None = "") -> Non
         found = free(device)
         if needed > max(found, _UNNOTICED):
             place, option = ("", "--memory") if device.type == "cpu" else (f" on {device}", "--device-memory")
-            less = f", or use no more than that: {option} {spell_size(found)}" if instead == "" else ""
+            ways = ["close other programs", "raise the limit of the container"]
+            ways += [f"use no more than that: {option} {spell_size(found)}"] if least / len(targets) <= found else []
+            ways += [f"give {instead}"] if instead else []
             raise OutOfMemory(
                 f"too little memory is free{place}: {spell_size(needed, up=True)} are needed, {spell_size(found)} are "
-                f"free; close other programs, or raise the limit of the container{less}"
-                + (f", or give {instead}" if instead else "")
+                f"free; {', '.join(ways[:-1])}, or {ways[-1]}"
             )
 
 

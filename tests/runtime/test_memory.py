@@ -163,7 +163,7 @@ def test_too_little_that_is_free_is_an_error_with_both_figures() -> None:
     with pytest.raises(OutOfMemory, match="on cuda:1: 9.67GB are needed, 8.58GB are free; .* --device-memory 8.58GB"):
         memory.check_free(18 * GIB, Compute())
     with pytest.raises(OutOfMemory, match="container, or give --heal none$"):
-        memory.check_free(49 * GIB, Compute("cpu"), instead="--heal none")
+        memory.check_free(49 * GIB, Compute("cpu"), 50 * GIB, "--heal none")
 
 
 def test_whether_a_small_model_has_room_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:

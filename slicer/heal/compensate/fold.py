@@ -104,7 +104,7 @@ def working_bytes(layer: int, d: int, f: int, vocabulary: int, *, casts: bool, t
     copies = 4 * (layer + d * min(vocabulary, LIKELY + SAMPLE)) if casts else 0
     solving = 8 * (f**2 + d * f) + 8 * (d * f + d**2)
     stepping = 4 * (f**2 + d * f + 6 * d**2) + 4 * tokens * (10 * f + 20 * d)
-    return copies + max(solving, stepping, 4 * 4 * LOGITS)
+    return copies + max(solving, stepping, 4 * 4 * min(LOGITS, tokens * vocabulary))
 
 
 def _reserved(walk: Walk, data: Split) -> int:
