@@ -39,6 +39,7 @@ from slicer.runtime.rates import Rates
 from slicer.runtime.workdir import beside as beside_of
 
 LIBRARIES = 600_000_000  # bytes resident before the model is used: Python, torch, transformers, the tokenizer
+TRAINING = "Training"  # the stage that counts the steps of a training
 _STRENGTHS = 5  # ridge strengths that a solve tries, usually
 _LENGTHS, _JUDGED = 6, 4  # lengths of a second-order step that are compared, usually, and in how many sweeps
 _POSITIONS = 128  # of each sequence, whose logits a step has in memory at a time
@@ -246,7 +247,7 @@ def training(shape: Shape, settings: TrainingSettings, layers: int, teacher: Sha
         sequence += _through(teacher, teacher.depth, length)
     measured = (1 + math.ceil(asked.max_steps / settings.eval_every)) * asked.validation_samples
     flops = asked.max_steps * asked.batch_size * sequence + measured * once
-    return Stage("Training", {settings.compute: flops / world()})
+    return Stage(TRAINING, {settings.compute: flops / world()})
 
 
 def _through(shape: Shape, layers: int, length: int) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from slicer.checkpoint.export import FORECAST
-from slicer.jobs.costs import Work, seconds_of, total_flops
+from slicer.jobs.costs import TRAINING, Work, seconds_of, total_flops
 from slicer.plan.amounts import DAY, spell_seconds, spell_size
 from slicer.progress import Progress
 from slicer.runtime import memory, rates
@@ -94,9 +94,7 @@ class Clock(Progress):
         """The clock that `shown` is already, or a new one."""
         return shown if isinstance(shown, Clock) else cls(shown)
 
-    def expect(
-        self, work: Work, compute: Compute, *, announce: bool = True, always: bool = False, disk: bool = True
-    ) -> Forecast:
+    def expect(self, work: Work, compute: Compute, *, always: bool = False, disk: bool = True) -> Forecast:
         """The forecast of work that comes now; announced if it takes more than a minute, or `always`.
 
         Announced again only where it has changed by more than `OFF`. Raises DiskFull if the `disk` has too little
@@ -118,7 +116,7 @@ class Clock(Progress):
         if not before:
             self.forecast = _joined(self.forecast, found)
         known = before and found.total / OFF < before < found.total * OFF
-        if announce and (always or (found.is_long and not known)):
+        if always or (found.is_long and not known):
             self.note(f"this will take {found}{work.about}")
             self._name_cuts(found.total, work.cheaper)
         self._cheaper = work.cheaper
@@ -157,8 +155,8 @@ class Clock(Progress):
 
     def advance(self, amount: int = 1) -> None:
         self._shown.advance(amount)
-        expected = self._left.get(self._stage)
-        if self._cheaper is None or expected is None or self._total is None or amount > 1 or len(self._steps) > _FEW:
+        expected = self._left.get(TRAINING)
+        if self._stage != TRAINING or not expected or self._total is None or amount > 1 or len(self._steps) > _FEW:
             return
         self._steps.append(time.monotonic())
         if len(self._steps) > _FEW:

@@ -248,7 +248,12 @@ def test_the_first_long_stage_corrects_the_rest(now: list[float], took: float, s
 def test_the_first_steps_correct_a_training(now: list[float]) -> None:
     notes = Notes()
     clock = Clock(notes)
-    clock.expect(work({"Training": 1000}, cheaper=lambda share: [("--max-steps 1", share)]), Compute("cpu"))
+    both = {"Healing the cut": 50, "Training": 1000}
+    clock.expect(work(both, cheaper=lambda share: [("--max-steps 1", share)]), Compute("cpu"))
+    clock.stage("Healing the cut", 12, "layers")
+    for _ in range(10):
+        now[0] += 5
+        clock.advance()
     clock.stage("Training", 1000, "steps")
     for _ in range(10):
         now[0] += 200
