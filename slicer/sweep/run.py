@@ -94,7 +94,7 @@ def open_sweep(request: SweepRequest, progress: Progress) -> Iterator[OpenSweep]
             "calibration_files": digest_of(local_files(request.text)),
         }  # fmt: skip
         with contextlib.closing(Store(request.directory, settings)) as store:
-            shared = SharedModel(source, compute, request.text, progress)
+            shared = SharedModel(source, compute, request.text, request.directory, progress)
             yield OpenSweep(request, source, suite, store, shared, progress)
 
 
@@ -192,7 +192,7 @@ def _evaluated(sweep: OpenSweep, cell: Cell, record: dict[str, Any]) -> Evaluati
         record["training"] = asdict(training)
         evaluation, healing = on_disk(plan, training, shared, place, suite, name)
     else:
-        evaluation, healing = in_memory(cell, plan, shared, suite, name)
+        evaluation, healing = in_memory(cell, plan, shared, sweep.store.stages(cell.name), suite, name)
     if healing is not None:
         record["healing"] = replace(healing, tensors=()).to_dict()
     return evaluation
