@@ -90,6 +90,7 @@ class Recipe:
         """
         checkpoint, output, compute = source.checkpoint, request.output, request.compute
         check_choice("--dtype", compute.dtype, tuple(DTYPES))
+        check_device(compute)
         if output.out is not None and not output.dry_run:
             check_output(output.out, source.path, overwrite=output.overwrite)
         _check_goal(request, checkpoint)
@@ -134,6 +135,7 @@ class Recipe:
         source, plan, output = cut.source.checkpoint, cut.plan, request.output
         if output.out is None:
             raise UsageError("--output-dir: give the directory of the healed checkpoint")
+        check_device(request.compute)
         for path in (cut.checkpoint.path, cut.source.path):
             check_output(output.out, path, overwrite=output.overwrite)
         check_space(output.out, cut.checkpoint.total_bytes)
@@ -147,6 +149,8 @@ class Recipe:
         repair = replace(request.compensation, solver=request.compensation.solver or SOLVERS[0])
         recipe = cls(None, plan, selection, repair, True, text, False, compute, loads, verify, command=request.command)
         if request.training is not None:
+            if not loads:
+                check_memory(source, compute, loads)
             return _trained(recipe, request.training, request, cut)
         if request.compensation.method != "fold":
             raise UsageError(f"--method {request.compensation.method}: a cut on disk is healed by fold or by training")
@@ -181,8 +185,7 @@ def with_budgets(
 ) -> tuple[Compute, bool]:
     """(`compute` with its budgets as numbers, whether the whole `checkpoint` fits in them): as given, else `recorded`,
     else the defaults. Raises UsageError for an unavailable device, or for the memory of one that is not used."""
-    if compute.device_memory is not None and compute.torch_device().type != "cuda":
-        raise UsageError("--device-memory: the model runs on the CPU; give --memory")
+    check_device(compute)
     if recorded is not None:
         host, device = compute.memory or recorded.host, compute.device_memory or recorded.device
         compute = replace(compute, memory=host, device_memory=device)
@@ -191,6 +194,17 @@ def with_budgets(
     for span in checkpoint.tensors.values():
         files[span.file] += span.nbytes
     return compute, memory.fits(checkpoint.bytes_as(compute.dtype), compute, file=max(files.values()))
+
+
+def check_device(compute: Compute) -> None:
+    """Raise UsageError for an unavailable device, or for the memory of one that is not used; also where no model runs.
+
+    Without such options torch is not imported.
+    """
+    if compute.device_memory is not None and compute.torch_device().type != "cuda":
+        raise UsageError("--device-memory: the model runs on the CPU; give --memory")
+    if compute.device not in ("auto", "cpu"):
+        compute.torch_device()
 
 
 def check_memory(checkpoint: Checkpoint, compute: Compute, loads: bool) -> None:
