@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import json
 import random
+import runpy
 import shutil
 import signal
 import subprocess
@@ -157,7 +158,6 @@ def run(scratch: Path, command: Sequence[str], kill_after: float | None = None) 
 
 def work(log: Path, command: Sequence[str]) -> None:
     """The command itself, in its own process; writes to `log` what it does, one line at once."""
-    from slicer.cli.main import main
     from slicer.jobs import work
     from slicer.model.walk import Walk
     from slicer.runtime.workdir import Stages
@@ -191,7 +191,8 @@ def work(log: Path, command: Sequence[str]) -> None:
     vars(work)["write_atomically"] = written
     Stages.save = saved  # type: ignore[method-assign]
     note("begun")
-    main([str(word) for word in command])
+    sys.argv = ["slicer", *command]
+    runpy.run_module("slicer", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from slicer.measure.analysis import Analysis
 from slicer.measure.distances import measure
 from slicer.model.walk import Walk
 from slicer.progress import Progress
-from slicer.runtime.files import write_atomically
+from slicer.runtime.files import within_disk, write_atomically
 from slicer.runtime.memory import smaller, within_memory
 from slicer.runtime.versions import versions
 from slicer.runtime.workdir import beside, claimed
@@ -44,7 +44,8 @@ def working(recipe: Recipe, source: Source, output: Output) -> Iterator[Path | N
         halves=recipe.halves, versions=versions(),
     ) as work:  # fmt: skip
         try:
-            yield work.path
+            with within_disk(place):
+                yield work.path
         except Exception as error:
             useless = not isinstance(error, (OutOfMemory, DiskFull))
             raise

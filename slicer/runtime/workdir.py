@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from slicer.errors import OutputError
 from slicer.runtime.distributed import Processes
-from slicer.runtime.files import atomic_file, not_writable, remove_empty, write_atomically
+from slicer.runtime.files import atomic_file, not_writable, remove_empty, within_disk, write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -193,13 +193,14 @@ def owned(path: Path, processes: Processes = Processes(), /, **given: Any) -> It
     """Inside the block the first of `processes` holds the lock of `path`, whose identity was checked for all of them.
 
     `given`: `what`, `overwrite`, `resumable` and `removed` of `Workdir`; the others are its identity. Raises
-    OutputError, in every process.
+    OutputError, in every process; DiskFull for a full disk inside the block.
     """
     options = {name: given.pop(name) for name in ("what", "overwrite", "resumable", "removed") if name in given}
     work = Workdir(path, given, **options)
     try:
         processes.first(work.claim)
-        yield work
+        with within_disk(path):
+            yield work
     finally:
         work.close()
 

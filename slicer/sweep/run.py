@@ -30,7 +30,7 @@ from slicer.progress import Progress
 from slicer.runtime import memory
 from slicer.runtime.compute import Compute
 from slicer.runtime.distributed import world
-from slicer.runtime.files import digest_of, write_atomically
+from slicer.runtime.files import digest_of, within_disk, write_atomically
 from slicer.sweep.cell import TRAINED, SharedModel, check_alike, evaluated, in_memory, on_disk, require, training_of
 from slicer.sweep.grid import UNPRUNED, Cell
 from slicer.sweep.store import Store, began_with
@@ -95,7 +95,8 @@ def open_sweep(request: SweepRequest, progress: Progress) -> Iterator[OpenSweep]
         }  # fmt: skip
         with contextlib.closing(Store(request.directory, settings)) as store:
             shared = SharedModel(source, compute, request.text, request.directory, progress)
-            yield OpenSweep(request, source, suite, store, shared, progress)
+            with within_disk(request.directory):
+                yield OpenSweep(request, source, suite, store, shared, progress)
 
 
 def _precision(request: SweepRequest, source: Source, compute: Compute) -> str:
