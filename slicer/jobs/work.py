@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from slicer.checkpoint.hub import Source
 from slicer.data.calibration import TokenBatches
-from slicer.errors import DiskFull, OutOfMemory
+from slicer.errors import DiskFull, OutOfMemory, PlanError
 from slicer.jobs.output import output_name
 from slicer.jobs.recipe import Recipe
 from slicer.jobs.request import Output
@@ -60,8 +60,10 @@ def measured(walk: Walk | None, text: TokenBatches | None, recipe: Recipe, progr
         return None
     file = None if walk.directory is None else walk.directory / _MEASURED
     if file is not None and file.is_file():
-        progress.note(f"resuming from {walk.directory}")
-        return Analysis.load(file)
+        with suppress(PlanError):  # damaged: measure again
+            kept = Analysis.load(file)
+            progress.note(f"resuming from {walk.directory}")
+            return kept
     with within_memory("measuring", smaller(len(text.batches[0]))):
         analysis = measure(walk, text, recipe.halves, progress)
     if file is not None:
