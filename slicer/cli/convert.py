@@ -180,6 +180,7 @@ def convert_then_heal(
     from slicer.jobs.convert import convert
     from slicer.jobs.heal import heal
     from slicer.jobs.output import output_name
+    from slicer.jobs.recipe import default_place
     from slicer.runtime.distributed import Processes
     from slicer.runtime.workdir import SIGN, beside, check_owner, claimed
     from slicer.sweep.ranks import heal_with_best_rank
@@ -188,9 +189,11 @@ def convert_then_heal(
     out, overwrite, method = request.output.out, request.output.overwrite, healing.training.method
     cut = bare(request)
     require(method)
-    source = open_source(request.source).path
-    if out is not None:  # before the cut is made, which may take a long time
-        check_output(out, source, overwrite=overwrite)
+    opened = open_source(request.source)
+    source = opened.path
+    if (known := out or default_place(request, opened)) is not None:  # before the cut is made, which may take long
+        check_output(known, source, overwrite=overwrite)
+    if out is not None:
         check_adapter_output(healing.save_adapter, method, out, [source], overwrite=overwrite)
     place = beside(out, "cut") if out is not None else Path(output_name(request.source, "cut"))
     path = place / "cut"

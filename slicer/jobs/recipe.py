@@ -18,6 +18,7 @@ from slicer.checkpoint.tensors import DTYPES
 from slicer.data.sources import TextSpec
 from slicer.errors import ArchitectureError, HealError, PlanError, UsageError
 from slicer.heal.finetune.settings import Training, TrainingSettings, resolve
+from slicer.jobs.output import output_name
 from slicer.jobs.request import Compensation, ConvertRequest, HealRequest, Selection, check_choice
 from slicer.plan.amounts import Goal, spell_size
 from slicer.plan.plan import Plan
@@ -95,6 +96,8 @@ class Recipe:
             check_output(output.out, source.path, overwrite=output.overwrite)
         _check_goal(request, checkpoint)
         plan, notes = _replayed(request, checkpoint), []
+        if not output.dry_run and (place := default_place(request, source)) is not None:
+            check_output(place, source.path, overwrite=output.overwrite)
         if plan is not None and plan.merged:
             notes.append(
                 "an adapter was merged into the checkpoint of this plan; to merge it into this one, use slicer merge"
@@ -229,6 +232,16 @@ def check_memory(checkpoint: Checkpoint, compute: Compute, loads: bool) -> None:
     memory.check_free(layer if compute.device_memory is None else on_device, compute, limiting=False)
 
 
+def default_place(request: ConvertRequest, source: Source) -> Path | None:
+    """The directory of a result that is given none, if its name is known before the layers are chosen; else None.
+    Raises PlanError for a number of layers that the source does not have."""
+    goal, depth = request.goal, source.checkpoint.depth
+    if request.output.out is not None or (goal is not None and (goal.sublayers or goal.budget)):
+        return None
+    size = request.plan.size_name if request.plan is not None else f"{depth - goal.count(depth)}L" if goal else ""
+    return Path(output_name(source.name, size))
+
+
 def _check_goal(request: ConvertRequest, checkpoint: Checkpoint) -> None:
     """Raise PlanError or ArchitectureError, before anything is measured, for a goal that no cut reaches."""
     goal = request.goal
@@ -286,12 +299,12 @@ def _repair(request: ConvertRequest, plan: Plan | None, measures: bool) -> tuple
         return none, True, words
     goal = request.goal
     missing = bool(goal and goal.sublayers) or bool(plan and (plan.no_attention or plan.no_ffn))
-    if not measures and request.text.source is None:
-        words = "there is no calibration text; --calibration DATA heals the cut"
-        return none, True, words if plan is None or given.method else None
     if missing and given.method is None:
         words = "attention or feed-forward of some layers is missing; --heal fold, bias or linear heals such a cut"
         return none, True, words
+    if not measures and request.text.source is None:
+        missed = "" if plan is None or given.method else "the plan has no healing, and "
+        return none, True, f"{missed}there is no calibration text; --calibration DATA heals the cut"
     return Compensation("fold", solver), False, None
 
 

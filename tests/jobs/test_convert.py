@@ -15,6 +15,8 @@ import torch
 from commands import slicer, succeeds
 from processes import ForkServer
 
+from slicer.jobs import work
+from slicer.plan.plan import Plan
 from slicer.runtime import memory
 
 
@@ -214,7 +216,6 @@ def test_a_wrong_result_never_appears(source: Path, tmp_path: Path, monkeypatch:
     """The check compares logits with the source's: swap two layers behind its back and it must see."""
     from slicer.checkpoint import sublayers
     from slicer.checkpoint.reader import Checkpoint
-    from slicer.plan.plan import Plan
 
     honest = sublayers.tensors_of
 
@@ -328,6 +329,28 @@ def test_the_same_bytes_whatever_memory_is_free(
         succeeds(*command, "--seq-len", 48, "-o", out)
         written.append(tree(out))
     assert written[0] == written[1] == written[2]
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [(["--drop", 2], "tiny-llama-4L"), (["--drop", 0.5], "tiny-llama-3L"), (["--keep-layers", 5], "tiny-llama-5L"),
+     (["--drop", 2, "--heal", "lora"], "tiny-llama-4L"), (["--plan", "plan.json"], "tiny-llama-5L")],
+    ids=["count", "fraction", "kept", "training", "plan"],
+)  # fmt: skip
+def test_an_occupied_place_is_known_before_anything_is_measured(
+    given: list[object], name: str, text: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where slicer names it, if the number of layers is known."""
+    (tmp_path / "plan.json").write_text(Plan.dropping(6, [3]).to_json())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "mine").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(work, "measure", None)
+    failed = slicer("convert", source, *given, *calibrated(text))
+    said = failed.stderr.strip().splitlines()[-1]
+    assert failed.exit_code == 1 and said.startswith(f"slicer: {name}: not empty; choose another directory with -o")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 COPIES = ["--drop", "1-2", "--heal", "none", "--verify", "load"]  # no model is run
