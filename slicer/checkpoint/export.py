@@ -120,6 +120,12 @@ def copy_companions(source: Path, directory: Path) -> None:
             shutil.copyfile(file, directory / relative)
 
 
+def output_name(source: str, size: str) -> str:
+    """The name of a result if none is given: "Llama-2-7b-hf-24L" of org/Llama-2-7b-hf@main and "24L"."""
+    name = source.rsplit("@", 1)[0] if not Path(source).exists() else str(Path(source).resolve())
+    return f"{Path(name).name or 'model'}-{size}"
+
+
 def check_output(out: Path, source: Path, *, overwrite: bool = False) -> None:
     """Raise OutputError if `out` may not be written: occupied, not replaceable, or overlapping with `source`."""
     real, real_source = out.resolve(), source.resolve()

@@ -169,11 +169,11 @@ def bare(request: ConvertRequest) -> ConvertRequest:
 
 def foresee_training(request: ConvertRequest, healing: HealRequest, progress: Progress) -> None:
     """Show the forecast of a training, of a source whose weights need not be here."""
+    from slicer.checkpoint.export import output_name
     from slicer.checkpoint.hub import open_source
     from slicer.jobs.convert import without_weights
     from slicer.jobs.forecast import Clock
     from slicer.jobs.heal import expected_training
-    from slicer.jobs.output import output_name
 
     source = without_weights(request) or open_source(request.source)
     work = expected_training(request, healing, source, request.output.out or Path(output_name(source.name, "cut")))
@@ -188,14 +188,14 @@ def convert_then_heal(
     The cut lies in OUT.cut until the training is done, so that the same request resumes. Without a directory for the
     result it is SOURCE-cut, and the result is named after the cut. `search`: how to pick the rank of the adapters.
     """
-    from slicer.checkpoint.export import check_output
+    from slicer.checkpoint.export import check_output, output_name
     from slicer.checkpoint.hub import open_source
     from slicer.heal.finetune.model import require
     from slicer.heal.finetune.result import check_adapter_output
     from slicer.jobs.convert import convert
     from slicer.jobs.forecast import Clock
     from slicer.jobs.heal import expected_training, heal
-    from slicer.jobs.output import output_name
+    from slicer.jobs.recipe import default_place
     from slicer.runtime.distributed import Processes
     from slicer.runtime.workdir import SIGN, beside, check_owner, claimed
     from slicer.sweep.ranks import heal_with_best_rank
@@ -205,8 +205,9 @@ def convert_then_heal(
     cut = bare(request)
     require(method)
     source = open_source(request.source)
-    if out is not None:  # before the cut is made, which may take a long time
-        check_output(out, source.path, overwrite=overwrite)
+    if (known := out or default_place(request, source)) is not None:  # before the cut is made, which may take long
+        check_output(known, source.path, overwrite=overwrite)
+    if out is not None:
         check_adapter_output(healing.save_adapter, method, out, [source.path], overwrite=overwrite)
     progress = clock = Clock.over(progress)
     clock.expect(

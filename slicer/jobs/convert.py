@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from slicer.checkpoint.config import why_not
+from slicer.checkpoint.export import output_name
 from slicer.checkpoint.hub import Source, open_source, resolve
 from slicer.checkpoint.reader import has_weights, refuse_quantized
 from slicer.checkpoint.sizes import measure_sizes
@@ -17,7 +18,7 @@ from slicer.errors import OutOfMemory, PlanError, SourceError, UsageError
 from slicer.heal.patch import NONE, form_for
 from slicer.jobs.costs import work_of
 from slicer.jobs.forecast import Clock
-from slicer.jobs.output import Result, Written, check_place, described, output_name, recorded, write_verified
+from slicer.jobs.output import Result, Written, check_place, described, recorded, write_verified
 from slicer.jobs.recipe import Recipe
 from slicer.jobs.repair import repair
 from slicer.jobs.request import ConvertRequest

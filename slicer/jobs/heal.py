@@ -32,7 +32,7 @@ from slicer.progress import SILENT, Progress
 from slicer.runtime.distributed import Processes
 from slicer.runtime.files import write_atomically
 from slicer.runtime.memory import released, within_memory
-from slicer.runtime.workdir import beside, claimed
+from slicer.runtime.workdir import beside, claimed, undamaged
 
 if TYPE_CHECKING:
     from slicer.data.corpus import Corpus
@@ -61,7 +61,7 @@ def heal(request: HealRequest, progress: Progress = SILENT) -> Written | None:
     processes, place = Processes.of_environment(), beside(request.output.out)
     with claimed(
         place, processes, overwrite=request.output.overwrite, resumable=lambda: resumable(place), **recipe.marks(cut)
-    ) as work:  # fmt: skip
+    ) as work, undamaged(place):  # fmt: skip
         result, expected = trained(cut, recipe, work.path, processes, progress)
         written = processes.first(lambda: _write_trained(result, expected, request, recipe, progress))
     return recorded(written, clock) if processes.is_first else None

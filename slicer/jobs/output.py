@@ -11,7 +11,7 @@ import yaml
 
 from slicer.checkpoint import card, export
 from slicer.checkpoint import config as configs
-from slicer.checkpoint.export import Contents, check_output
+from slicer.checkpoint.export import Contents, check_output, output_name
 from slicer.checkpoint.hub import Source
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import Sizes, measure_sizes, sizes_of
@@ -99,12 +99,6 @@ class Result:
         contents, name = export.unchanged(base, patch.replaced), output_name(str(base.path), plan.size_name)
         plan = replace(plan, healing=patch.record or plan.healing)
         return cls(contents, plan, before or measure_sizes(base), name, history=history, merge=merge)
-
-
-def output_name(source: str, size: str) -> str:
-    """The name of a result if none is given: "Llama-2-7b-hf-24L" of org/Llama-2-7b-hf@main and "24L"."""
-    name = source.rsplit("@", 1)[0] if not Path(source).exists() else str(Path(source).resolve())
-    return f"{Path(name).name or 'model'}-{size}"
 
 
 def check_place(result: Result, output: Output) -> None:

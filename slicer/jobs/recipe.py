@@ -11,7 +11,7 @@ from pathlib import Path
 from slicer.checkpoint import sublayers
 from slicer.checkpoint.config import sliced_config
 from slicer.checkpoint.cut import CutOnDisk
-from slicer.checkpoint.export import check_output
+from slicer.checkpoint.export import check_output, output_name
 from slicer.checkpoint.hub import Source
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import measure_sizes, widest_output
@@ -94,10 +94,13 @@ class Recipe:
         """
         checkpoint, output, compute = source.checkpoint, request.output, request.compute
         check_choice("--dtype", compute.dtype, tuple(DTYPES))
+        check_device(compute)
         if output.out is not None and not output.dry_run:
             check_output(output.out, source.path, overwrite=output.overwrite)
         _check_goal(request, checkpoint)
         plan, notes = _replayed(request, checkpoint), []
+        if not output.dry_run and (place := default_place(request, source)) is not None:
+            check_output(place, source.path, overwrite=output.overwrite)
         if plan is not None and plan.merged:
             notes.append(
                 "an adapter was merged into the checkpoint of this plan; to merge it into this one, use slicer merge"
@@ -138,6 +141,7 @@ class Recipe:
         source, plan, output = cut.source.checkpoint, cut.plan, request.output
         if output.out is None:
             raise UsageError("--output-dir: give the directory of the healed checkpoint")
+        check_device(request.compute)
         for path in (cut.checkpoint.path, cut.source.path):
             check_output(output.out, path, overwrite=output.overwrite)
         compute = replace(request.compute, dtype=plan.dtype)
@@ -150,6 +154,8 @@ class Recipe:
         repair = replace(request.compensation, solver=request.compensation.solver or SOLVERS[0])
         recipe = cls(None, plan, selection, repair, True, text, False, compute, loads, verify, command=request.command)
         if request.training is not None:
+            if not loads:
+                check_memory(source, compute, loads)
             return _trained(recipe, request.training, request, cut)
         if request.compensation.method != "fold":
             raise UsageError(f"--method {request.compensation.method}: a cut on disk is healed by fold or by training")
@@ -201,8 +207,7 @@ def with_budgets(
 ) -> tuple[Compute, bool]:
     """(`compute` with its budgets as numbers, whether the whole `checkpoint` fits in them): as given, else `recorded`,
     else the defaults. Raises UsageError for an unavailable device, or for the memory of one that is not used."""
-    if compute.device_memory is not None and compute.torch_device().type != "cuda":
-        raise UsageError("--device-memory: the model runs on the CPU; give --memory")
+    check_device(compute)
     if recorded is not None:
         host, device = compute.memory or recorded.host, compute.device_memory or recorded.device
         compute = replace(compute, memory=host, device_memory=device)
@@ -211,6 +216,17 @@ def with_budgets(
     for span in checkpoint.tensors.values():
         files[span.file] += span.nbytes
     return compute, memory.fits(checkpoint.bytes_as(compute.dtype), compute, file=max(files.values()))
+
+
+def check_device(compute: Compute) -> None:
+    """Raise UsageError for an unavailable device, or for the memory of one that is not used; also where no model runs.
+
+    Without such options torch is not imported.
+    """
+    if compute.device_memory is not None and compute.torch_device().type != "cuda":
+        raise UsageError("--device-memory: the model runs on the CPU; give --memory")
+    if compute.device not in ("auto", "cpu"):
+        compute.torch_device()
 
 
 def check_memory(checkpoint: Checkpoint, compute: Compute, loads: bool, working: int = 0) -> None:
@@ -235,6 +251,16 @@ def check_memory(checkpoint: Checkpoint, compute: Compute, loads: bool, working:
                 f"{spell_size(needed, up=True)}"
             )
     memory.check_free(streamed, compute, math.inf, instead)
+
+
+def default_place(request: ConvertRequest, source: Source) -> Path | None:
+    """The directory of a result that is given none, if its name is known before the layers are chosen; else None.
+    Raises PlanError for a number of layers that the source does not have."""
+    goal, depth = request.goal, source.checkpoint.depth
+    if request.output.out is not None or (goal is not None and (goal.sublayers or goal.budget)):
+        return None
+    size = request.plan.size_name if request.plan is not None else f"{depth - goal.count(depth)}L" if goal else ""
+    return Path(output_name(source.name, size))
 
 
 def _check_goal(request: ConvertRequest, checkpoint: Checkpoint) -> None:
@@ -294,12 +320,12 @@ def _repair(request: ConvertRequest, plan: Plan | None, measures: bool) -> tuple
         return none, True, words
     goal = request.goal
     missing = bool(goal and goal.sublayers) or bool(plan and (plan.no_attention or plan.no_ffn))
-    if not measures and request.text.source is None:
-        words = "there is no calibration text; --calibration DATA heals the cut"
-        return none, True, words if plan is None or given.method else None
     if missing and given.method is None:
         words = "attention or feed-forward of some layers is missing; --heal fold, bias or linear heals such a cut"
         return none, True, words
+    if not measures and request.text.source is None:
+        missed = "" if plan is None or given.method else "the plan has no healing, and "
+        return none, True, f"{missed}there is no calibration text; --calibration DATA heals the cut"
     return Compensation("fold", solver), False, None
 
 

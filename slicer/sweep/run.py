@@ -45,7 +45,7 @@ from slicer.progress import Progress
 from slicer.runtime import memory
 from slicer.runtime.compute import Compute
 from slicer.runtime.distributed import world
-from slicer.runtime.files import digest_of, write_atomically
+from slicer.runtime.files import digest_of, within_disk, write_atomically
 from slicer.sweep.cell import TRAINED, SharedModel, check_alike, evaluated, in_memory, on_disk, require, training_of
 from slicer.sweep.grid import UNPRUNED, Cell
 from slicer.sweep.store import Store, began_with
@@ -109,8 +109,9 @@ def open_sweep(request: SweepRequest, progress: Progress) -> Iterator[OpenSweep]
             "calibration_files": digest_of(local_files(request.text)),
         }  # fmt: skip
         with contextlib.closing(Store(request.directory, settings)) as store:
-            shared = SharedModel(source, compute, request.text, progress)
-            yield OpenSweep(request, source, suite, store, shared, progress)
+            shared = SharedModel(source, compute, request.text, request.directory, progress)
+            with within_disk(request.directory):
+                yield OpenSweep(request, source, suite, store, shared, progress)
 
 
 def _precision(request: SweepRequest, source: Source, compute: Compute) -> str:
@@ -244,7 +245,7 @@ def _evaluated(sweep: OpenSweep, cell: Cell, record: dict[str, Any]) -> Evaluati
         record["training"] = asdict(training)
         evaluation, healing = on_disk(plan, training, shared, place, suite, name)
     else:
-        evaluation, healing = in_memory(cell, plan, shared, suite, name)
+        evaluation, healing = in_memory(cell, plan, shared, sweep.store.stages(cell.name), suite, name)
     if healing is not None:
         record["healing"] = replace(healing, tensors=()).to_dict()
     return evaluation

@@ -136,9 +136,11 @@ def test_where_nothing_is_healed_the_reason_is_given(source: Source) -> None:
         ({"goal": goal(drop="2-3")}, "--calibration"),
         ({"goal": goal(drop_attention="2")}, "--heal fold"),
         ({"plan": plan(TRAINED)}, "qlora"),
+        ({"plan": plan()}, "the plan has no healing, and there is no calibration text; --calibration"),
     ):
         assert word in (made(source, **given).unhealed or ""), given
-    for given in ({"plan": plan()}, {"goal": goal(drop="2-3"), "compensation": Compensation("none")}, {}):
+    bare = Compensation("none")
+    for given in ({"plan": plan(), "compensation": bare}, {"goal": goal(drop="2-3"), "compensation": bare}, {}):
         assert made(source, **given).unhealed is None
 
 
