@@ -50,9 +50,11 @@ def seconds_of(work: Callable[[], Any], device: Any) -> float:
 
 
 def memory_of(field: str) -> int:
-    """Bytes of this process by a field of /proc/self/status. (getrusage would include the parent's at the fork.)"""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    """Bytes of this process by a field of /proc/self/status; by VmRSS in sandboxes that do not have the field.
+    (getrusage would include the parent's at the fork.)"""
+    lines = (line.partition(":") for line in Path("/proc/self/status").read_text().splitlines())
+    known = {name: value for name, _, value in lines}
+    return 1024 * int((known.get(field) or known["VmRSS"]).split()[0])
 
 
 def peak_memory(on_gpu: bool) -> int:

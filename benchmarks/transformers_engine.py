@@ -44,7 +44,7 @@ def main() -> None:
     model = _load(contestant, dtype, device, workload.seed)
     synchronize(device)
     loaded = time.perf_counter() - started
-    run = partial(_answer, model, device, workload.output_len)
+    run = partial(generate, model, device, workload.output_len)
     asked = prompts(workload, contestant.vocabulary, max(64, *workload.concurrency, workload.batch), spec["salt"])
     run(asked[:1])
     once = run(asked[1:2])["e2e_ms"][0] / 1000
@@ -81,7 +81,7 @@ def _load(contestant: Contestant, dtype: Any, device: Any, seed: int) -> Any:
     return model.eval()
 
 
-def _answer(model: Any, device: Any, output_len: int, asked: list[list[int]]) -> dict[str, Any]:
+def generate(model: Any, device: Any, output_len: int, asked: list[list[int]]) -> dict[str, Any]:
     """Prefill and greedy decoding of one batch, step by step; times in milliseconds, once for every prompt."""
     cache = None
     with torch.inference_mode():

@@ -157,10 +157,11 @@ def test_without_a_fold_little_more_than_a_layer_is_on_the_device(machines: Mach
 
 
 def test_so_are_those_of_a_model_that_the_device_does_not_hold(machine: Machine) -> None:
+    """With less room there, states are on the host between the layers: nothing that is written depends on it."""
     out = machine.directory / "small-device"
     expected = machine.run("streamed")
     result, peaks = machine.slicer(*ALL["streamed"][:-2], "--device-memory", "4MB", "-o", out)
-    assert result.exit_code == 0 and peaks == machine.done["streamed"][1], result.output
+    assert result.exit_code == 0 and 1e6 < peaks[0] < machine.done["streamed"][1][0], result.output
     assert (out / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
 
 

@@ -346,6 +346,42 @@ def test_streams_wait_for_each_other(cuda: FakeCuda) -> None:
     assert torch.equal(x.cpu() + 1, y.cpu())
 
 
+def test_memory_of_one_stream_is_not_freed_while_another_uses_it(cuda: FakeCuda) -> None:
+    pinned, side, main = numbers(4, 4).pin_memory(), torch.cuda.Stream(), torch.cuda.current_stream()
+
+    def use(record: bool) -> torch.Tensor:
+        with torch.cuda.stream(side):
+            x = pinned.to(ZERO, non_blocking=True)
+        main.wait_stream(side)
+        if record:
+            x.record_stream(main)
+        return x + 1
+
+    use(record=True)
+    use(record=False)
+    with pytest.raises(RuntimeError, match="freed without record_stream"):
+        torch.cuda.synchronize()
+    y = use(record=True)
+    with torch.cuda.stream(side):
+        x = pinned.to(ZERO, non_blocking=True)
+    side.synchronize()
+    z = x + y
+    main.synchronize()  # then it may be freed without
+    del x
+    assert torch.equal(z.cpu(), pinned + (pinned + 1))
+
+
+def test_registered_memory_is_pinned() -> None:
+    with fake_cuda(1, pinnable=1000) as cuda:
+        runtime, memory = torch.cuda.cudart(), torch.zeros(100, dtype=torch.uint8)
+        assert runtime.cudaHostRegister(memory.data_ptr(), 100, 0) == 0
+        assert memory[5:].is_pinned() and cuda.pinned == 100
+        assert runtime.cudaHostRegister(memory.data_ptr(), 100, 0) != 0
+        assert runtime.cudaHostUnregister(memory.data_ptr()) == 0
+        assert not memory.is_pinned() and cuda.pinned == 0
+        assert runtime.cudaHostRegister(memory.data_ptr(), 1001, 0) != 0
+
+
 # ---------------------------------------------------------------- the block
 
 

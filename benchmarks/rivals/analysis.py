@@ -23,7 +23,7 @@ import torch
 
 from slicer.benchmarks.page import markdown_table
 from slicer.benchmarks.process import seconds_of
-from slicer.benchmarks.rivals.script import in_rounds, options
+from slicer.benchmarks.script import in_rounds, options
 from slicer.checkpoint.hub import DEMO
 from slicer.measure.distances import distance_tables, measure_loaded
 from slicer.measure.metrics import points_affordable

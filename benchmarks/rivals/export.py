@@ -31,7 +31,7 @@ from pathlib import Path
 
 from slicer.benchmarks.page import markdown_table
 from slicer.benchmarks.process import memory_of, run_module
-from slicer.benchmarks.rivals.script import drop_cache, in_rounds, options, write_llama
+from slicer.benchmarks.script import drop_cache, in_rounds, options, write_llama
 
 MERGEKIT = "mergekit==0.1.5"
 

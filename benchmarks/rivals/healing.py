@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from slicer.benchmarks.process import peak_memory
-from slicer.benchmarks.rivals.script import options
+from slicer.benchmarks.script import options
 from slicer.checkpoint.hub import DEMO
 from slicer.checkpoint.reader import Checkpoint
 from slicer.data.calibration import token_batches

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from slicer.benchmarks.page import markdown_table
 from slicer.benchmarks.process import Peak, memory_of, module_command, run_module
-from slicer.benchmarks.rivals.script import VOCABULARY, drop_cache, options, write_llama
+from slicer.benchmarks.script import VOCABULARY, drop_cache, options, read_plainly, write_llama
 
 HIDDEN, INTERMEDIATE, HEADS = 5120, 13824, 40
 LAYER_PARAMETERS = 4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE + 2 * HIDDEN
@@ -139,18 +139,6 @@ def work(model: Path, out: Path, tokens: int, layers: int, memory: str) -> dict[
         walked = time.perf_counter() - began
         distance_tables(found, portion, Progress())
     return {"walk_seconds": walked, "first": watch.first, "peak": memory_of("VmHWM"), "anonymous": anonymous.most}
-
-
-def read_plainly(path: Path, most: int = 10) -> float:
-    """MB/s of reading the first `most` layer files in order."""
-    drop_cache(path)
-    buffer = bytearray(16 << 20)
-    total, started = 0, time.perf_counter()
-    for file in sorted(path.glob("layer-*.safetensors"))[:most]:
-        with open(file, "rb", buffering=0) as stream:
-            while count := stream.readinto(buffer):
-                total += count
-    return total / (time.perf_counter() - started) / 1e6
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from slicer.benchmarks.page import markdown_table
-from slicer.benchmarks.rivals.script import options
+from slicer.benchmarks.script import options
 from slicer.checkpoint import hub
 from slicer.checkpoint.reader import Checkpoint
 from slicer.data.calibration import token_batches

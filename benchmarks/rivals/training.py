@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from slicer.benchmarks.process import Peak, memory_of, peak_memory, run_module, synchronize
-from slicer.benchmarks.rivals.script import options
+from slicer.benchmarks.script import options
 from slicer.checkpoint.hub import DEMO
 from slicer.checkpoint.reader import Checkpoint
 from slicer.data.corpus import prepare

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _NOTHING: Mapping[str, TensorSpan] = MappingProxyType({})
 
+FORECAST = "forecast.json"  # in slicer/: of the run that wrote a checkpoint, and of no other
+
 
 @dataclass(frozen=True)
 class Contents:
@@ -96,7 +98,7 @@ def write(
     text = json.dumps(contents.config, indent=2, ensure_ascii=False) + "\n"
     (directory / "config.json").write_text(text, "utf-8")
     for file in sorted((contents.origin / "slicer").glob("*")) if contents.continues else ():
-        if inside(contents.origin, f"slicer/{file.name}").is_file():
+        if file.name != FORECAST and inside(contents.origin, f"slicer/{file.name}").is_file():
             (directory / "slicer").mkdir(exist_ok=True)
             shutil.copyfile(file, directory / "slicer" / file.name)
     tensors, metadata, cast = contents.tensors, contents.metadata, contents.cast
@@ -116,6 +118,12 @@ def copy_companions(source: Path, directory: Path) -> None:
         if inside(source, relative.as_posix()).is_file():
             (directory / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, directory / relative)
+
+
+def output_name(source: str, size: str) -> str:
+    """The name of a result if none is given: "Llama-2-7b-hf-24L" of org/Llama-2-7b-hf@main and "24L"."""
+    name = source.rsplit("@", 1)[0] if not Path(source).exists() else str(Path(source).resolve())
+    return f"{Path(name).name or 'model'}-{size}"
 
 
 def check_output(out: Path, source: Path, *, overwrite: bool = False) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from slicer.checkpoint import hub
 from slicer.checkpoint.architectures import table as architectures
+from slicer.checkpoint.architectures.table import ATTENTION_OUTPUTS, FEED_FORWARD_OUTPUTS
 from slicer.checkpoint.export import Contents
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.tensors import TensorSpan
@@ -65,6 +66,19 @@ def sizes_of(contents: Contents) -> Sizes:
     return measure_sizes(written, cast=contents.cast)
 
 
+def width(config: Mapping[str, Any]) -> int:
+    """d, the width of the residual stream, from the fields of a text model's config; 0 if it has none."""
+    return int(config.get("hidden_size") or config.get("n_embd") or config.get("d_model") or 0)
+
+
+def widest_output(checkpoint: Checkpoint) -> int:
+    """f: the most inputs of any map into the residual stream. A sum of experts has one map, of d inputs."""
+    d = width(architectures.text_config(checkpoint.config)) or 1
+    names = {f"{name}.weight" for name in (*ATTENTION_OUTPUTS, *FEED_FORWARD_OUTPUTS)}
+    maps = (span for layer in checkpoint.layers for name, span in layer.items() if name in names)
+    return max((span.numel // d for span in maps if len(span.shape) == 2), default=d)
+
+
 def _expert_share(config: Mapping[str, Any]) -> float:
     """The share of the routed experts that each token uses."""
     total = next((config[k] for k in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(k)), None)
@@ -96,7 +110,7 @@ def _kv_bytes(layer: Mapping[str, TensorSpan], config: Mapping[str, Any], cast: 
     fused = next((s for k, s in layer.items() if re.search(r"(qkv\w*|c_attn|query_key_value|Wqkv)\.weight$", k)), None)
     if fused is None:
         return 0
-    hidden = config.get("hidden_size") or config.get("n_embd") or config.get("d_model") or 0
+    hidden = width(config)
     heads = config.get("num_attention_heads") or config.get("n_head") or config.get("n_heads") or 1
     kv_heads = config.get("num_key_value_heads") or config.get("num_kv_heads") or heads
     if config.get("multi_query") and not config.get("new_decoder_architecture"):

@@ -82,7 +82,7 @@ _AMOUNTS = ("drop", "keep_layers", "max_params", "max_bytes", "drop_attention", 
     "Output",
     groups.output_dir(help="Output directory.", show_default="SOURCE's name and the layers left, e.g. model-24L"),
     groups.OVERWRITE,
-    option("--dry-run", default=False, help="Show the plan and the sizes; write nothing."),
+    option("--dry-run", default=False, help="Show the plan, the sizes and the forecast; write nothing."),
     groups.dtype_option(help="Cast the weights, and measure with them.", show_default="as stored, bit for bit"),
     groups.SHARDS,
     groups.VERIFY,
@@ -112,6 +112,8 @@ def convert(source: str, **given: Any) -> None:
     with progress.bars() as bars:
         done: Written | None
         if healing is None or request.output.dry_run:
+            if healing is not None:
+                foresee_training(request, healing, bars)
             done = run(request if healing is None else bare(request), bars)
         else:
             done = convert_then_heal(request, healing, bars, search)
@@ -166,6 +168,19 @@ def bare(request: ConvertRequest) -> ConvertRequest:
     return replace(request, compensation=Compensation("none"), selection=selection, command=None)
 
 
+def foresee_training(request: ConvertRequest, healing: HealRequest, progress: Progress) -> None:
+    """Show the forecast of a training, of a source whose weights need not be here."""
+    from slicer.checkpoint.export import output_name
+    from slicer.checkpoint.hub import open_source
+    from slicer.jobs.convert import without_weights
+    from slicer.jobs.forecast import Clock
+    from slicer.jobs.heal import expected_training
+
+    source = without_weights(request) or open_source(request.source)
+    work = expected_training(request, healing, source, request.output.out or Path(output_name(source.name, "cut")))
+    Clock.over(progress).expect(work, request.compute, always=True, disk=False)
+
+
 def convert_then_heal(
     request: ConvertRequest, healing: HealRequest, progress: Progress, search: RankSearch | None = None
 ) -> Written | None:
@@ -174,13 +189,14 @@ def convert_then_heal(
     The cut lies in OUT.cut until the training is done, so that the same request resumes. Without a directory for the
     result it is SOURCE-cut, and the result is named after the cut. `search`: how to pick the rank of the adapters.
     """
-    from slicer.checkpoint.export import check_output
+    from slicer.checkpoint.export import check_output, output_name
     from slicer.checkpoint.hub import open_source
     from slicer.heal.finetune.model import require
     from slicer.heal.finetune.result import check_adapter_output
     from slicer.jobs.convert import convert
-    from slicer.jobs.heal import heal
-    from slicer.jobs.output import output_name
+    from slicer.jobs.forecast import Clock
+    from slicer.jobs.heal import expected_training, heal
+    from slicer.jobs.recipe import default_place
     from slicer.runtime.distributed import Processes
     from slicer.runtime.workdir import SIGN, beside, check_owner, claimed
     from slicer.sweep.ranks import heal_with_best_rank
@@ -189,10 +205,15 @@ def convert_then_heal(
     out, overwrite, method = request.output.out, request.output.overwrite, healing.training.method
     cut = bare(request)
     require(method)
-    source = open_source(request.source).path
-    if out is not None:  # before the cut is made, which may take a long time
-        check_output(out, source, overwrite=overwrite)
-        check_adapter_output(healing.save_adapter, method, out, [source], overwrite=overwrite)
+    source = open_source(request.source)
+    if (known := out or default_place(request, source)) is not None:  # before the cut is made, which may take long
+        check_output(known, source.path, overwrite=overwrite)
+    if out is not None:
+        check_adapter_output(healing.save_adapter, method, out, [source.path], overwrite=overwrite)
+    progress = clock = Clock.over(progress)
+    clock.expect(
+        expected_training(request, healing, source, out or Path(output_name(source.name, "cut"))), request.compute
+    )
     place = beside(out, "cut") if out is not None else Path(output_name(request.source, "cut"))
     path = place / "cut"
 

@@ -181,7 +181,8 @@ def text_options(default: str = "allenai/c4, streamed; self for the demo model")
         option("--calibration", metavar="DATA", show_default=default,
                help="Text to measure and heal on: a Hub data set, a .jsonl, .txt or .parquet file, task:NAME for the "
                "prompts of an lm-eval task, or self: text sampled from the model. Separate several by commas."),
-        option("--samples", type=POSITIVE, show_default=str(spec.samples), help="Number of sequences."),
+        option("--samples", type=POSITIVE, show_default=f"{spec.samples}; to heal a wide model, more",
+               help="Number of sequences."),
         option("--seq-len", type=click.IntRange(min=2), show_default=str(spec.seq_len), help="Tokens per sequence."),
         option("--seed", type=click.IntRange(min=0), show_default=str(spec.seed),
                help="Seed for the choice of text and for training."),

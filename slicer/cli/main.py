@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -24,6 +25,7 @@ from slicer.cli.report import report
 from slicer.cli.serve import serve
 from slicer.cli.sweep import sweep
 from slicer.errors import SlicerError, reason_of
+from slicer.runtime.files import within_disk
 
 
 class _Group(cloup.Group):
@@ -34,7 +36,8 @@ class _Group(cloup.Group):
         debug = "--debug" in arguments
         signal.signal(signal.SIGTERM, _terminate)
         try:
-            end = super().main(arguments, **{**extra, "standalone_mode": False})
+            with within_disk(Path.cwd()):
+                end = super().main(arguments, **{**extra, "standalone_mode": False})
             sys.exit(end if isinstance(end, int) else 0)
         except click.exceptions.NoArgsIsHelpError as error:
             click.echo(error.format_message())

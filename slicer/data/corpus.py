@@ -155,6 +155,8 @@ def prepare(
             "lower --train-seq-len or --train-batch-size"
         )
     train, held_out = (Sequences(directory / f"{name}.bin", size.seq_len) for name in ("train", "held-out"))
+    if (len(train), len(held_out)) != (record.train_sequences, record.held_out_sequences):
+        raise CalibrationError(f"{directory}: damaged: its files are not as long as they were; remove it to start over")
     if set(train.digests()) & set(held_out.digests()):
         raise HealError(
             f"{record.source}: held-out sequences are among the training sequences; pass other --validation text"

@@ -25,8 +25,10 @@ from slicer.evaluate import lm_tasks
 from slicer.figures import layers as figures
 from slicer.heal.compensate.fold import fold
 from slicer.heal.patch import holds, written_dtype
-from slicer.jobs.recipe import check_memory, with_budgets
-from slicer.jobs.request import AnalyzeRequest, check_choice
+from slicer.jobs.costs import work_of_analysis
+from slicer.jobs.forecast import Clock
+from slicer.jobs.recipe import check_memory, text_to_solve_on, with_budgets
+from slicer.jobs.request import CANDIDATES, AnalyzeRequest, check_choice
 from slicer.measure.analysis import Analysis, Distances
 from slicer.measure.distances import distance_tables, record_halves, table_of_sums, tables_of_halves
 from slicer.measure.losses import Questions, block_losses, greedy_order, taylor_table
@@ -45,7 +47,6 @@ from slicer.runtime.memory import smaller, within_memory
 from slicer.runtime.versions import versions
 from slicer.runtime.workdir import Notebook, claimed
 
-CANDIDATES = 4  # number of closest blocks of a size that are compared by their loss after a fold
 _PARTIAL = ".partial"  # holds one work directory a process; removed at the end
 
 
@@ -55,16 +56,19 @@ def analyze(request: AnalyzeRequest, progress: Progress = SILENT) -> Analysis | 
     If stopped, the same request resumes after the last finished layer or pass. In a distributed run every process
     calls this, and all but the first return None. Raises SlicerError children; see `slicer.errors`.
     """
+    progress = clock = Clock.over(progress)
     progress.stage("Opening the checkpoint")
     source = open_source(request.source)
     _check(request, source.checkpoint.depth)
     other = None if request.beside is None else Analysis.load(request.beside)
-    compute, text = request.compute, request.text.over(TextSpec())
-    compute, loads = with_budgets(source.checkpoint, compute)
-    check_memory(source.checkpoint, compute, loads)
+    solves, checkpoint = bool(request.measures.healed), source.checkpoint
+    text = text_to_solve_on(request.text, checkpoint) if solves else request.text.over(TextSpec())
+    compute, loads = with_budgets(checkpoint, request.compute)
+    check_memory(checkpoint, compute, loads)
     processes = Processes.of_environment()
     try:
         _check_place(request.out, overwrite=request.overwrite)
+        clock.expect(work_of_analysis(request.measures, checkpoint, text, compute, request.out, loads=loads), compute)
         # Each process has a directory of its own, which need not be on the same disk.
         with claimed(
             request.out / _PARTIAL / str(processes.rank), what="an unfinished analysis", overwrite=request.overwrite,

@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slicer.checkpoint.cut import CutOnDisk, open_cut
+from slicer.checkpoint.hub import Source
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import measure_sizes
 from slicer.data.calibration import read_text
 from slicer.errors import HealError
 from slicer.heal.finetune.memory import to_finish
 from slicer.heal.patch import NONE
-from slicer.jobs.output import Result, Written, write_verified
-from slicer.jobs.recipe import Recipe
+from slicer.jobs.costs import Cut, Work, dropped_by, work_of, work_of_training
+from slicer.jobs.forecast import Clock
+from slicer.jobs.output import Result, Written, recorded, write_verified
+from slicer.jobs.recipe import Recipe, settings_of, text_to_solve_on
 from slicer.jobs.repair import repair
-from slicer.jobs.request import HealRequest, Output
+from slicer.jobs.request import ConvertRequest, HealRequest, Output
 from slicer.jobs.work import working
 from slicer.model.load import load_model
 from slicer.model.verify import Expected, expected_logits
@@ -28,8 +31,8 @@ from slicer.plan.records import TextRecord
 from slicer.progress import SILENT, Progress
 from slicer.runtime.distributed import Processes
 from slicer.runtime.files import write_atomically
-from slicer.runtime.memory import within_memory
-from slicer.runtime.workdir import beside, claimed
+from slicer.runtime.memory import released, within_memory
+from slicer.runtime.workdir import beside, claimed, undamaged
 
 if TYPE_CHECKING:
     from slicer.data.corpus import Corpus
@@ -42,24 +45,52 @@ def heal(request: HealRequest, progress: Progress = SILENT) -> Written | None:
     the output directory unless everything succeeded; a training or a fold that stops or fails leaves its work
     directory beside it, from which the same request resumes. Raises SlicerError children; see `slicer.errors`.
     """
+    progress = clock = Clock.over(progress)
     progress.stage("Opening the checkpoints")
     cut = open_cut(request.cut, request.source)  # the cut, its plan, its source: checked to belong together
     recipe = Recipe.of_heal(request, cut)
+    assert request.output.out is not None  # or the recipe is refused
+    clock.expect(expected_work(cut, recipe, request.output.out), recipe.compute)
     recipe.announce(progress)
     if recipe.settings is None:
         with working(recipe, cut.source, request.output) as directory:
             result, expected = folded(cut, recipe, directory, progress)
-            return write_verified(result, expected, request.output, recipe.compute, progress)
+            return recorded(write_verified(result, expected, request.output, recipe.compute, progress), clock)
     from slicer.heal.finetune.trainer import resumable
 
-    assert request.output.out is not None  # or the recipe is refused
     processes, place = Processes.of_environment(), beside(request.output.out)
     with claimed(
         place, processes, overwrite=request.output.overwrite, resumable=lambda: resumable(place), **recipe.marks(cut)
-    ) as work:  # fmt: skip
+    ) as work, undamaged(place):  # fmt: skip
         result, expected = trained(cut, recipe, work.path, processes, progress)
         written = processes.first(lambda: _write_trained(result, expected, request, recipe, progress))
-    return written if processes.is_first else None
+    return recorded(written, clock) if processes.is_first else None
+
+
+def expected_work(cut: CutOnDisk, recipe: Recipe, out: Path) -> Work:
+    """The work of a repair or a training of `cut` into `out`."""
+    source, plan, settings, text = cut.source.checkpoint, cut.plan, recipe.settings, recipe.text
+    if settings is None or text is None:
+        return work_of(recipe, source, out, plan)
+    start, healed = settings.asked.start, plan.healing is not None
+    fold = Cut.of(plan) if start == "fold" and not healed and not plan.merged else None
+    base = fold is not None or (start == "cut" and healed)
+    return work_of_training(settings, text, recipe.compute, source, len(plan.kept), out, fold, base=base)
+
+
+def expected_training(request: ConvertRequest, healing: HealRequest, source: Source, out: Path) -> Work:
+    """The work of `convert` with the training `healing`, into `out`, beside choosing the cut."""
+    assert healing.training is not None
+    checkpoint, plan, strategy = source.checkpoint, request.plan, request.selection.strategy
+    settings, _ = settings_of(healing.training, source.name, checkpoint, request.compute)
+    n = len(plan.dropped) if plan is not None else dropped_by(request.goal, checkpoint, request.compute.dtype)
+    fold = Cut.of(plan) if plan is not None else Cut.expected(request.goal, strategy, checkpoint.depth, n)
+    folds = healing.training.start == "fold"
+    text = text_to_solve_on(healing.text, checkpoint)
+    return work_of_training(
+        settings, text, request.compute, checkpoint, checkpoint.depth - n, out, fold if folds else None,
+        base=folds, cut=True,
+    )  # fmt: skip
 
 
 def folded(
@@ -96,6 +127,7 @@ def trained(
 
     sampler = partial(load_model, cut.source.path, device=compute.device, trust_remote_code=compute.trust_remote_code)
 
+    @released()
     def corpus_of() -> Corpus:
         with within_memory("sampling text from the source", ["--calibration DATA", "--device cpu"]):
             return prepare(

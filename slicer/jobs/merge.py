@@ -14,6 +14,7 @@ from slicer.checkpoint.hub import Source, open_source
 from slicer.errors import HealError
 from slicer.heal.patch import Patch
 from slicer.jobs.output import Result, Written, check_place, write_verified
+from slicer.jobs.recipe import check_device
 from slicer.jobs.request import MergeRequest
 from slicer.model.adapter import Place, adapter_logits, merged_spans, placed
 from slicer.model.verify import Expected
@@ -30,6 +31,7 @@ def merge(request: MergeRequest, progress: Progress = SILENT) -> Written:
     are left out. Raises HealError if the adapter does not fit, other SlicerErrors.
     """
     progress.stage("Opening the checkpoint and the adapter")
+    check_device(request.compute)
     source = open_source(request.cut)
     base, trusted = source.checkpoint, request.compute.trust_remote_code
     if not request.renumber:

@@ -11,13 +11,14 @@ import yaml
 
 from slicer.checkpoint import card, export
 from slicer.checkpoint import config as configs
-from slicer.checkpoint.export import Contents, check_output
+from slicer.checkpoint.export import Contents, check_output, output_name
 from slicer.checkpoint.hub import Source
 from slicer.checkpoint.reader import Checkpoint
 from slicer.checkpoint.sizes import Sizes, measure_sizes, sizes_of
 from slicer.figures import layers
 from slicer.figures.training import loss_curve
 from slicer.heal.patch import Patch
+from slicer.jobs.forecast import Clock, Forecast
 from slicer.jobs.request import Output
 from slicer.measure.analysis import Analysis
 from slicer.model.verify import Errors, Expected, check_contents
@@ -100,12 +101,6 @@ class Result:
         return cls(contents, plan, before or measure_sizes(base), name, history=history, merge=merge)
 
 
-def output_name(source: str, size: str) -> str:
-    """The name of a result if none is given: "Llama-2-7b-hf-24L" of org/Llama-2-7b-hf@main and "24L"."""
-    name = source.rsplit("@", 1)[0] if not Path(source).exists() else str(Path(source).resolve())
-    return f"{Path(name).name or 'model'}-{size}"
-
-
 def check_place(result: Result, output: Output) -> None:
     """Raise OutputError if `result` cannot be written: the directory may not be replaced, or the disk is too full."""
     out = output.out or Path(result.name)
@@ -123,6 +118,7 @@ class Written:
         verified: how the result was checked: "none", "load", "logits", or "nothing written".
         logits_error: largest difference from the expected logits, relative to the largest logit; rounding_error: the
             part that comes from rounding the weights.
+        forecast, took: time, memory and disk as expected at the start, and as they were; None: there was no forecast.
     """
 
     out: Path | None
@@ -133,6 +129,8 @@ class Written:
     logits_error: float | None = None
     rounding_error: float | None = None
     warnings: tuple[str, ...] = ()
+    forecast: Forecast | None = None
+    took: Forecast | None = None
 
     def to_dict(self) -> dict[str, object]:
         """For `--json`: plain values, the plan under its own names."""
@@ -145,6 +143,7 @@ class Written:
             "after": self.after.to_dict(),
             **{name: plain(getattr(self.plan, name)) for name in ("healing", "merged")},
             **{name: plain(getattr(self, name)) for name in ("verified", "logits_error", "rounding_error", "warnings")},
+            **{name: found and found.to_dict() for name, found in (("forecast", self.forecast), ("took", self.took))},
         }
 
 
@@ -174,6 +173,12 @@ def write_verified(
             plan = replace(plan, merged=(*plan.merged, merge))
         _describe(replace(result, plan=plan), after, directory)
     return Written(out, plan, result.before, after, verified, errors.same, errors.rounding, result.warnings)
+
+
+def recorded(written: Written, clock: Clock) -> Written:
+    """`written` with its forecast and what it took."""
+    forecast, took = clock.finish(written.out)
+    return replace(written, forecast=forecast, took=took)
 
 
 def described(result: Result) -> Written:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -10,16 +11,16 @@ from pathlib import Path
 from slicer.checkpoint import sublayers
 from slicer.checkpoint.config import sliced_config
 from slicer.checkpoint.cut import CutOnDisk
-from slicer.checkpoint.export import check_output
+from slicer.checkpoint.export import check_output, output_name
 from slicer.checkpoint.hub import Source
 from slicer.checkpoint.reader import Checkpoint
-from slicer.checkpoint.sizes import measure_sizes
+from slicer.checkpoint.sizes import measure_sizes, widest_output
 from slicer.checkpoint.tensors import DTYPES
 from slicer.data.sources import TextSpec
 from slicer.errors import ArchitectureError, HealError, PlanError, UsageError
 from slicer.heal.compensate.fold import working_bytes
 from slicer.heal.finetune.settings import Training, TrainingSettings, resolve
-from slicer.jobs.request import Compensation, ConvertRequest, HealRequest, Selection, check_choice
+from slicer.jobs.request import Compensation, ConvertRequest, HealRequest, Selection, Text, check_choice
 from slicer.plan.amounts import Goal, spell_size
 from slicer.plan.plan import Plan
 from slicer.plan.records import SOLVERS, MemoryRecord
@@ -27,7 +28,9 @@ from slicer.progress import Progress
 from slicer.runtime import memory
 from slicer.runtime.compute import Compute
 from slicer.runtime.distributed import Processes
-from slicer.runtime.files import check_space
+
+# Tokens that a repair is solved on, at least, for each input of the widest matrix: docs/experiments/healing.md.
+TOKENS_AN_INPUT = 3
 
 
 @dataclass(frozen=True)
@@ -91,17 +94,20 @@ class Recipe:
         """
         checkpoint, output, compute = source.checkpoint, request.output, request.compute
         check_choice("--dtype", compute.dtype, tuple(DTYPES))
+        check_device(compute)
         if output.out is not None and not output.dry_run:
             check_output(output.out, source.path, overwrite=output.overwrite)
         _check_goal(request, checkpoint)
         plan, notes = _replayed(request, checkpoint), []
+        if not output.dry_run and (place := default_place(request, source)) is not None:
+            check_output(place, source.path, overwrite=output.overwrite)
         if plan is not None and plan.merged:
             notes.append(
                 "an adapter was merged into the checkpoint of this plan; to merge it into this one, use slicer merge"
             )
         measures = request.goal is not None and request.goal.measured(request.selection.strategy)
         repair, asked, why = _repair(request, plan, measures)
-        text = _text(request, plan, reads=measures or repair.method != "none")
+        text = _text(request, plan, repair, checkpoint, measures)
         runs = measures or (not output.dry_run and (repair.method != "none" or output.verify in ("auto", "logits")))
         loads = False
         if runs:
@@ -135,19 +141,21 @@ class Recipe:
         source, plan, output = cut.source.checkpoint, cut.plan, request.output
         if output.out is None:
             raise UsageError("--output-dir: give the directory of the healed checkpoint")
+        check_device(request.compute)
         for path in (cut.checkpoint.path, cut.source.path):
             check_output(output.out, path, overwrite=output.overwrite)
-        check_space(output.out, cut.checkpoint.total_bytes)
         compute = replace(request.compute, dtype=plan.dtype)
         if request.training is None:
             compute, loads = with_budgets(source, compute)
         else:  # no budgets yet: the first process trains with its part of the memory, then measures with all of it
             loads = memory.fits(source.bytes_as(compute.dtype), compute)
-        selection, text = Selection(form=plan.form), request.text.over(TextSpec())
+        selection, text = Selection(form=plan.form), text_to_solve_on(request.text, source)
         verify = _verify(output.verify, loads or request.training is None)
         repair = replace(request.compensation, solver=request.compensation.solver or SOLVERS[0])
         recipe = cls(None, plan, selection, repair, True, text, False, compute, loads, verify, command=request.command)
         if request.training is not None:
+            if not loads:
+                check_memory(source, compute, loads)
             return _trained(recipe, request.training, request, cut)
         if request.compensation.method != "fold":
             raise UsageError(f"--method {request.compensation.method}: a cut on disk is healed by fold or by training")
@@ -168,9 +176,10 @@ class Recipe:
         outside = (span for span in checkpoint.tensors.values() if len(span.shape) == 2 and id(span) not in within)
         embedding = max(outside, key=lambda span: span.numel)
         return working_bytes(
-            ({name: span.shape for name, span in layer.items()} for layer in layers),
-            d=embedding.shape[1],
-            vocabulary=embedding.shape[0],
+            max(sum(span.numel for span in layer.values()) for layer in layers),
+            embedding.shape[1],
+            widest_output(checkpoint),
+            embedding.shape[0],
             casts=(DTYPES[self.compute.dtype] if self.compute.dtype else embedding.dtype) in ("BF16", "F16"),
             tokens=self.text.batch_size * self.text.seq_len,
         )
@@ -198,8 +207,7 @@ def with_budgets(
 ) -> tuple[Compute, bool]:
     """(`compute` with its budgets as numbers, whether the whole `checkpoint` fits in them): as given, else `recorded`,
     else the defaults. Raises UsageError for an unavailable device, or for the memory of one that is not used."""
-    if compute.device_memory is not None and compute.torch_device().type != "cuda":
-        raise UsageError("--device-memory: the model runs on the CPU; give --memory")
+    check_device(compute)
     if recorded is not None:
         host, device = compute.memory or recorded.host, compute.device_memory or recorded.device
         compute = replace(compute, memory=host, device_memory=device)
@@ -210,18 +218,31 @@ def with_budgets(
     return compute, memory.fits(checkpoint.bytes_as(compute.dtype), compute, file=max(files.values()))
 
 
+def check_device(compute: Compute) -> None:
+    """Raise UsageError for an unavailable device, or for the memory of one that is not used; also where no model runs.
+
+    Without such options torch is not imported.
+    """
+    if compute.device_memory is not None and compute.torch_device().type != "cuda":
+        raise UsageError("--device-memory: the model runs on the CPU; give --memory")
+    if compute.device not in ("auto", "cpu"):
+        compute.torch_device()
+
+
 def check_memory(checkpoint: Checkpoint, compute: Compute, loads: bool, working: int = 0) -> None:
     """Check the memory for what `with_budgets` decided, before work begins; `working`: bytes beside the model.
 
     Raises UsageError for a budget that does not hold one layer, OutOfMemory if too little is free.
     """
     whole = checkpoint.bytes_as(compute.dtype)
-    if loads:
-        memory.check_free(max(memory.OVERHEAD * whole, whole + working), compute)
-        return
     loaded = measure_sizes(checkpoint, cast=DTYPES[compute.dtype] if compute.dtype else None).layer_bytes
     layer = max(*loaded, *measure_sizes(checkpoint).layer_bytes)
     on_device = layer + whole - sum(loaded)  # the modules outside the layers stay there
+    streamed = working + (layer if compute.device_memory is None else on_device)
+    instead = "--heal none" if working else None
+    if loads:
+        memory.check_free(max(memory.OVERHEAD * whole, whole + working), compute, streamed, instead)
+        return
     budgets = ("--memory", compute.memory, layer), ("--device-memory", compute.device_memory, on_device)
     for option, budget, needed in budgets:
         if budget is not None and budget < needed:
@@ -229,8 +250,17 @@ def check_memory(checkpoint: Checkpoint, compute: Compute, loads: bool, working:
                 f"{option} {spell_size(budget)}: too little for one layer of {checkpoint.path}; give at least "
                 f"{spell_size(needed, up=True)}"
             )
-    needed = working + (layer if compute.device_memory is None else on_device)
-    memory.check_free(needed, compute, instead="--heal none" if working else None)
+    memory.check_free(streamed, compute, math.inf, instead)
+
+
+def default_place(request: ConvertRequest, source: Source) -> Path | None:
+    """The directory of a result that is given none, if its name is known before the layers are chosen; else None.
+    Raises PlanError for a number of layers that the source does not have."""
+    goal, depth = request.goal, source.checkpoint.depth
+    if request.output.out is not None or (goal is not None and (goal.sublayers or goal.budget)):
+        return None
+    size = request.plan.size_name if request.plan is not None else f"{depth - goal.count(depth)}L" if goal else ""
+    return Path(output_name(source.name, size))
 
 
 def _check_goal(request: ConvertRequest, checkpoint: Checkpoint) -> None:
@@ -290,25 +320,36 @@ def _repair(request: ConvertRequest, plan: Plan | None, measures: bool) -> tuple
         return none, True, words
     goal = request.goal
     missing = bool(goal and goal.sublayers) or bool(plan and (plan.no_attention or plan.no_ffn))
-    if not measures and request.text.source is None:
-        words = "there is no calibration text; --calibration DATA heals the cut"
-        return none, True, words if plan is None or given.method else None
     if missing and given.method is None:
         words = "attention or feed-forward of some layers is missing; --heal fold, bias or linear heals such a cut"
         return none, True, words
+    if not measures and request.text.source is None:
+        missed = "" if plan is None or given.method else "the plan has no healing, and "
+        return none, True, f"{missed}there is no calibration text; --calibration DATA heals the cut"
     return Compensation("fold", solver, adapt=given.adapt), False, None
 
 
-def _text(request: ConvertRequest, plan: Plan | None, *, reads: bool) -> TextSpec | None:
+def text_to_solve_on(given: Text, checkpoint: Checkpoint) -> TextSpec:
+    """The text of a repair in closed form: `given`, with more sequences by default where a matrix is wide."""
+    spec = given.over(TextSpec())
+    enough = -(-TOKENS_AN_INPUT * widest_output(checkpoint) // spec.seq_len)
+    return spec if given.samples is not None else replace(spec, samples=max(spec.samples, enough))
+
+
+def _text(
+    request: ConvertRequest, plan: Plan | None, repair: Compensation, checkpoint: Checkpoint, measures: bool
+) -> TextSpec | None:
     """The text to read: the given fields, over those that the replayed plan recorded.
 
     Raises UsageError if a replay reads no text, but options of the text are given.
     """
-    recorded = None
+    recorded, solves = None, repair.method != "none"
     if plan is not None:
         recorded = plan.healing.text if plan.healing is not None else plan.calibration
-    if reads:
-        return request.text.over(TextSpec() if recorded is None else TextSpec.of_record(recorded))
+    if measures or solves:
+        if recorded is not None:
+            return request.text.over(TextSpec.of_record(recorded))
+        return text_to_solve_on(request.text, checkpoint) if solves else request.text.over(TextSpec())
     given = [name for name, value in asdict(request.text).items() if value is not None]
     if given and plan is not None and request.compensation.method != "none":
         option = {"source": "calibration", "column": "text-column"}.get(given[0], given[0].replace("_", "-"))
@@ -352,7 +393,7 @@ def _memory_notes(recipe: Recipe, checkpoint: Checkpoint, verify: str) -> tuple[
 
 def _trained(recipe: Recipe, training: Training, request: HealRequest, cut: CutOnDisk) -> Recipe:
     """`recipe` with the settings of a training."""
-    from slicer.heal.finetune.model import most_tokens, require
+    from slicer.heal.finetune.model import require
     from slicer.heal.finetune.result import check_adapter_output
 
     require(training.method)
@@ -361,17 +402,27 @@ def _trained(recipe: Recipe, training: Training, request: HealRequest, cut: CutO
         check_adapter_output(request.save_adapter, training.method, output.out, sources, overwrite=output.overwrite)
     if training.validation == "self" or (training.validation and request.text.source == "self"):
         raise UsageError("--validation: pass a file or data set, and do not combine it with --calibration self")
-    source = cut.source.checkpoint
-    settings, words = resolve(
-        training,
-        cut.plan.source or cut.source.name,
-        source.parameters,
-        most_tokens=most_tokens(source.config),
-        on_gpu=request.compute.torch_device().type == "cuda",
-        processes=Processes.of_environment().world,
-    )
+    name = cut.plan.source or cut.source.name
+    settings, words = settings_of(training, name, cut.source.checkpoint, request.compute)
     verify = output.verify
     if verify == "auto" and not memory.fits(4 * cut.checkpoint.parameters, request.compute):  # in float32
         verify = "load"
-    text = request.text.over(TextSpec(seed=training.seed))
-    return replace(recipe, text=text, verify=verify, training=training, settings=settings, notes=tuple(words))
+    if request.text.seed is None and recipe.text is not None:
+        recipe = replace(recipe, text=replace(recipe.text, seed=training.seed))
+    return replace(recipe, verify=verify, training=training, settings=settings, notes=tuple(words))
+
+
+def settings_of(
+    training: Training, name: str, source: Checkpoint, compute: Compute
+) -> tuple[TrainingSettings, list[str]]:
+    """(the settings of a training of a cut from `source`; notes about them). Raises UsageError."""
+    from slicer.heal.finetune.model import most_tokens
+
+    return resolve(
+        training,
+        name,
+        source.parameters,
+        most_tokens=most_tokens(source.config),
+        on_gpu=compute.torch_device().type == "cuda",
+        processes=Processes.of_environment().world,
+    )

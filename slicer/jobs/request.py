@@ -20,6 +20,7 @@ from slicer.runtime.compute import Compute
 STRATEGIES = ("similarity", "deepest", "tail")
 OFFSETS = ("auto", "whole", "half")
 COMPENSATIONS = ("none", "auto", "fold", *MAPS)
+CANDIDATES = 4  # closest blocks of a size that an analysis compares by their loss after a fold
 VERIFICATIONS = ("auto", "none", "load", "logits")
 
 

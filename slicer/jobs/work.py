@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from slicer.checkpoint.export import output_name
 from slicer.checkpoint.hub import Source
 from slicer.data.calibration import TokenBatches
-from slicer.errors import DiskFull, OutOfMemory
-from slicer.jobs.output import output_name
+from slicer.errors import DiskFull, OutOfMemory, PlanError
 from slicer.jobs.recipe import Recipe
 from slicer.jobs.request import Output
 from slicer.measure.analysis import Analysis
 from slicer.measure.distances import measure
 from slicer.model.walk import Walk
 from slicer.progress import Progress
-from slicer.runtime.files import write_atomically
+from slicer.runtime.files import within_disk, write_atomically
 from slicer.runtime.memory import smaller, within_memory
 from slicer.runtime.versions import versions
 from slicer.runtime.workdir import beside, claimed
@@ -44,7 +44,8 @@ def working(recipe: Recipe, source: Source, output: Output) -> Iterator[Path | N
         halves=recipe.halves, versions=versions(),
     ) as work:  # fmt: skip
         try:
-            yield work.path
+            with within_disk(place):
+                yield work.path
         except Exception as error:
             useless = not isinstance(error, (OutOfMemory, DiskFull))
             raise
@@ -59,8 +60,10 @@ def measured(walk: Walk | None, text: TokenBatches | None, recipe: Recipe, progr
         return None
     file = None if walk.directory is None else walk.directory / _MEASURED
     if file is not None and file.is_file():
-        progress.note(f"resuming from {walk.directory}")
-        return Analysis.load(file)
+        with suppress(PlanError):  # damaged: measure again
+            kept = Analysis.load(file)
+            progress.note(f"resuming from {walk.directory}")
+            return kept
     with within_memory("measuring", smaller(len(text.batches[0]))):
         analysis = measure(walk, text, recipe.halves, progress)
     if file is not None:

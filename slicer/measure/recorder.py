@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -138,7 +138,7 @@ def record(
     if resumable and not _resume(recording, states):
         states = walk.start(batches)
     if states.layer == 0:
-        _write(recording, 0, {"states": torch.cat([state[:, list(at)] for state in states])})
+        _write(recording, 0, {"states": torch.cat([state[:, list(at)].cpu() for state in states])})
     progress.stage("Measuring layers", walk.depth, "layers")
     if states.layer:
         progress.note(f"resuming after layer {states.layer - 1}")
@@ -192,7 +192,10 @@ def _resume(recording: Recording, states: States) -> bool:
     saved = recording.directory / STATES
     if not saved.is_file():
         return True
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, SafetensorError):
         states.restore(saved)
-        return all(_file(recording.directory, i).is_file() for i in range(states.layer + 1))
+        for i in range(states.layer + 1):
+            with safe_open(_file(recording.directory, i), "pt"):  # reads the header, and checks the length
+                pass
+        return True
     return False

@@ -30,6 +30,7 @@ from slicer.model.verify import Expected, probe_tokens
 from slicer.plan.plan import Plan
 from slicer.runtime.compat import named_as_loaded, quiet_bitsandbytes
 from slicer.runtime.compute import Compute
+from slicer.runtime.memory import released
 
 
 def merged_spans(checkpoint: Checkpoint, adapter: Adapter, places: Iterable[Place]) -> dict[str, TensorSpan]:
@@ -45,6 +46,7 @@ def _merged(span: TensorSpan, adapter: Adapter, place: Place) -> torch.Tensor:
     return (old.float() + (delta.T if place.transposed else delta)).to(old.dtype)
 
 
+@released()
 def adapter_logits(checkpoint: Checkpoint, adapter: Adapter, places: Sequence[Place], compute: Compute) -> Expected:
     """The logits, in float32, of the checkpoint with the adapter: merged by peft and rounded to the stored dtypes, and
     exact, unmerged.

@@ -1,5 +1,7 @@
 """A transformers model whose decoder layers are loaded from disk one at a time and released again.
 
+While one layer is in use the next one is read, and copied to the GPU if that has room for two.
+
 The model is the real class, built on the meta device. Raw keys are converted by transformers' own loading code
 (renamings, fused experts, dtypes), as in `from_pretrained`. Everything outside the decoder layers is memory-mapped, so
 an embedding takes only the memory of the rows in use.
@@ -58,9 +60,11 @@ class OffloadedModel:
         within = re.compile(rf"{re.escape(prefix)}\d+\.")
         outside = {key: _mapped(span) for key, span in checkpoint.tensors.items() if not within.match(key)}
         self.reads_ahead, self.bytes_read = True, 0
+        on_gpu = self.device.type == "cuda"
+        self._copies: Any = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
         self._coming: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
         self._reader: ThreadPoolExecutor | None = None
-        self._buffers = Buffers(max(buffer_bytes(spans.values()) for spans in self._spans))
+        self._buffers = Buffers(max(buffer_bytes(spans.values()) for spans in self._spans), pinned=on_gpu)
         self._load(outside)
         self._tie()
         self._fill_buffers()
@@ -71,8 +75,16 @@ class OffloadedModel:
         """Bytes of layer `index` on disk."""
         return sum(span.nbytes for span in self._spans[index].values())
 
-    def fetch(self, index: int, after: int | None) -> dict[str, torch.Tensor]:
-        """The stored tensors of layer `index`, by raw key; then layer `after` is read ahead, in another thread."""
+    def device_bytes(self, layers: int) -> int:
+        """Bytes on the device of the modules outside the layers and of `layers` layers, the largest."""
+        placed = {t for t in (*self.model.parameters(), *self.model.buffers()) if t.device.type != "meta"}
+        outside = sum(int(tensor.nbytes) for tensor in placed)
+        loaded = [sum(tensor.nbytes for *_, tensor in layer) for layer in self._empty]
+        return outside + layers * max(*loaded, *map(self.layer_bytes, range(len(loaded))))
+
+    def fetch(self, index: int, after: int | None, *, copies: bool = False) -> dict[str, torch.Tensor]:
+        """The stored tensors of layer `index`, by raw key, on the host or the device; then layer `after` is read ahead,
+        in another thread, which also `copies` it to a GPU."""
         if self._coming is not None and self._coming[0] == index:
             stored = self._coming[1].result()
         else:
@@ -80,8 +92,10 @@ class OffloadedModel:
             stored = self._read(index)
         self._coming = None
         if self.reads_ahead and after is not None:
-            self._reader = self._reader or ThreadPoolExecutor(1, thread_name_prefix="slicer-read")
-            self._coming = (after, self._reader.submit(self._read, after))
+            self._reader = self._reader or self._new_reader()
+            copies = copies and self._copies is not None
+            computed = torch.cuda.current_stream(self.device).record_event() if copies else None
+            self._coming = (after, self._reader.submit(self._ahead, after, computed))
         return stored
 
     def keep(self, index: int, stored: dict[str, torch.Tensor]) -> None:
@@ -99,8 +113,30 @@ class OffloadedModel:
         self.bytes_read += self.layer_bytes(index)
         return self._buffers.read(self._spans[index])
 
+    def _new_reader(self) -> ThreadPoolExecutor:
+        name = "slicer-read"
+        if self._copies is None:
+            return ThreadPoolExecutor(1, name)
+        # A thread begins on the first GPU, which may be another process's.
+        return ThreadPoolExecutor(1, name, initializer=torch.cuda.set_device, initargs=(self._copies.device,))
+
+    def _ahead(self, index: int, computed: torch.cuda.Event | None) -> dict[str, torch.Tensor]:
+        """The stored tensors of layer `index`: on the host, or, if the event `computed` is given, on the device in the
+        place of the layer before the present one, which is computed by then."""
+        stored = self._read(index)
+        if computed is None:
+            return stored
+        computed.synchronize()
+        with torch.cuda.stream(self._copies):
+            moved = {key: t.to(self.device, non_blocking=t.is_pinned()) for key, t in stored.items()}
+        self._copies.synchronize()  # only then may the buffer of `stored` be filled again, and `moved` be used
+        return moved
+
     def place(self, index: int, stored: dict[str, torch.Tensor]) -> nn.Module:
         """Put weights (from `fetch`) into layer `index`, converted and on the device; returns the layer."""
+        for tensor in stored.values():
+            if tensor.is_cuda:  # its memory belongs to the copies, which wait for this stream before they use it again
+                tensor.record_stream(torch.cuda.current_stream(self.device))
         self._load(stored)
         layer = self.layers[index].requires_grad_(False)
         for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:

@@ -1,4 +1,5 @@
-"""Hidden states of all sequences between two layers: in memory up to a limit, the rest in memory-mapped files."""
+"""Hidden states of all sequences between two layers: on the GPU up to a limit, then in the host's memory up to another,
+the rest in memory-mapped files."""
 
 from __future__ import annotations
 
@@ -20,25 +21,34 @@ Batches = Sequence[torch.Tensor]  # int64 [batch, seq] each, no padding
 
 
 class StateBudget:
-    """Memory budget in bytes for states; what does not fit goes to files in `directory`."""
+    """Memory budget in bytes for states: `on_device` of the GPU that computes them, `limit` of the host; None: any
+    number. What does not fit goes to files in `directory`."""
 
-    def __init__(self, limit: int | None = None, directory: Path | None = None) -> None:
-        self.limit, self.directory = limit, directory
-        self.used = 0
+    def __init__(self, limit: int | None = None, directory: Path | None = None, on_device: int = 0) -> None:
+        self.limit, self.directory, self.on_device = limit, directory, on_device
+        self._used = {"cpu": 0, "cuda": 0}
 
     def tensor(self, shape: Iterable[int], dtype: torch.dtype, *, pin: bool = False) -> torch.Tensor:
         """An uninitialised tensor on the host; its bytes are released with it. Raises DiskFull."""
         shape = tuple(shape)
-        nbytes = math.prod(shape) * dtype.itemsize
-        if self.limit is not None and self.used + nbytes > self.limit:
+        if self.limit is not None and self._used["cpu"] + math.prod(shape) * dtype.itemsize > self.limit:
             return _mapped(shape, dtype, self.directory)
-        tensor = torch.empty(shape, dtype=dtype, pin_memory=pin)
-        self.used += nbytes
-        weakref.finalize(tensor, self._give_back, nbytes)
+        return self._counted(torch.empty(shape, dtype=dtype, pin_memory=pin))
+
+    def like(self, value: torch.Tensor) -> torch.Tensor:
+        """A new tensor for the states `value`: on their GPU if it fits, else on the host. Raises DiskFull."""
+        if value.is_cuda and self._used["cuda"] + value.nbytes <= self.on_device:
+            return self._counted(torch.empty(value.shape, dtype=value.dtype, device=value.device))
+        pin = value.is_cuda or value.is_pinned()  # copies to the device need not wait then
+        return self.tensor(value.shape, value.dtype, pin=pin)
+
+    def _counted(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._count(tensor.device.type, tensor.nbytes)
+        weakref.finalize(tensor, self._count, tensor.device.type, -tensor.nbytes)
         return tensor
 
-    def _give_back(self, nbytes: int) -> None:
-        self.used -= nbytes
+    def _count(self, device: str, nbytes: int) -> None:
+        self._used[device] += nbytes
 
 
 def _mapped(shape: tuple[int, ...], dtype: torch.dtype, directory: Path | None) -> torch.Tensor:
@@ -61,7 +71,8 @@ def _mapped(shape: tuple[int, ...], dtype: torch.dtype, directory: Path | None) 
 
 
 class States:
-    """x(`layer`) of every batch: `states[b]` is a host tensor [batch, seq, d] in the model's dtype.
+    """x(`layer`) of every batch: `states[b]` is a tensor [batch, seq, d] in the model's dtype, by the budget on the GPU
+    or the host. No result may depend on that: move it to one device before anything is computed from it.
 
     Attributes:
         layer: l, the layer that these states enter (l = L: the final norm).
@@ -89,8 +100,7 @@ class States:
         """Replace a batch's states by `value` (on any device)."""
         held = self._held[batch]
         if held is None or held.shape != value.shape or held.dtype != value.dtype:
-            pin = value.is_cuda or value.is_pinned()  # copies to the device need not wait then
-            self._held[batch] = held = self._budget.tensor(value.shape, value.dtype, pin=pin)
+            self._held[batch] = held = self._budget.like(value)
         held.copy_(value)
 
     @property
@@ -109,7 +119,7 @@ class States:
     def save(self, path: Path) -> None:
         """Write the states as safetensors, atomically. Raises OutputError."""
         with atomic_file(path) as part:
-            save_file({f"{b}": s for b, s in enumerate(self)}, part, metadata={"layer": str(self.layer)})
+            save_file({f"{b}": s.cpu() for b, s in enumerate(self)}, part, metadata={"layer": str(self.layer)})
 
     def restore(self, path: Path) -> None:
         """Load states that `save` wrote for the same batches. Raises OSError or ValueError if they do not match."""

@@ -21,6 +21,7 @@ from slicer.model import layers, verify
 from slicer.model.load import build_on_meta, load_model
 from slicer.model.verify import Expected
 from slicer.runtime.compute import Compute
+from slicer.runtime.memory import released
 
 Homes = Mapping[str, tuple[str, ...]]
 
@@ -82,6 +83,7 @@ def _rounded(old: TensorSpan, new: TensorSpan) -> TensorSpan:
     return old.made("trained", lambda: tensors.read(new).to(tensors.torch_dtype(old.dtype)))
 
 
+@released()
 def trained_logits(base: Checkpoint, trained: Checkpoint, homes: Homes, compute: Compute) -> Expected:
     """Logits of the trained weights, exact and rounded to the dtypes that `base` stores them in, in float32."""
     model = load_model(trained.path, compute, dtype="float32")

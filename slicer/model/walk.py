@@ -8,6 +8,7 @@ states.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -70,11 +71,15 @@ class Walk:
         self._casts = False  # whether layers in use are float32
         self._shape: Callable[[torch.Tensor], Any] | None = None
         self._passed_on: list[int] = []  # ids of the values that a layer returns besides its states
+        self._spare = 0.0  # bytes of the GPU beside two streamed layers; below 0, it holds one
 
     @classmethod
-    def in_memory(cls, model: Any, *, memory_bytes: int | None = None, directory: Path | None = None) -> Self:
-        """Walk over a loaded model, on its own devices. States beyond `memory_bytes` go to files in `directory`."""
-        return cls(model, None, StateBudget(memory_bytes, directory))
+    def in_memory(
+        cls, model: Any, *, memory_bytes: int | None = None, directory: Path | None = None, on_device: int = 0
+    ) -> Self:
+        """Walk over a loaded model, on its own devices. States beyond `on_device` bytes of the GPU go to the host, and
+        beyond `memory_bytes` there to files in `directory`."""
+        return cls(model, None, StateBudget(memory_bytes, directory, on_device))
 
     @classmethod
     def out_of_core(
@@ -89,7 +94,7 @@ class Walk:
 
         `changed` are fields of `compute` with another value. Its `memory` limits weights and states together: states
         get what the layers leave. If it is too small for two layers, the next one is not read ahead; None: no limit.
-        Raises SourceError.
+        Its `device_memory`, in the same way: of a GPU, where without one no states are kept. Raises SourceError.
         """
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = Checkpoint.open(checkpoint)
@@ -100,7 +105,11 @@ class Walk:
         if limit is not None:
             limit = max(0, limit - (2 if ahead else 1) * largest)
         offloaded.reads_ahead = ahead
-        return cls(offloaded.model, offloaded, StateBudget(limit, directory))
+        resident = offloaded.device_bytes(layers=2)
+        on_device = memory.for_states(compute, resident) if offloaded.device.type == "cuda" else 0
+        walk = cls(offloaded.model, offloaded, StateBudget(limit, directory, on_device))
+        walk._spare = math.inf if compute.device_memory is None else compute.device_memory - resident
+        return walk
 
     def close(self) -> None:
         """Release the model. A closed walk cannot run; a name that still refers to it keeps no memory."""
@@ -141,17 +150,24 @@ class Walk:
 
     @contextlib.contextmanager
     def reserved(self, nbytes: int) -> Iterator[None]:
-        """Inside the block states leave so much more of the host's memory free; a block on a GPU needs none of it."""
-        limit = self._budget.limit
-        if limit is not None and self.device.type == "cpu":
-            self._budget.limit = max(0, limit - nbytes)
+        """Inside the block states, and on a GPU the layer that is read ahead, leave so much more memory free, of the
+        device that computes."""
+        budget = self._budget
+        limit, on_device, spare = budget.limit, budget.on_device, self._spare
+        if self.device.type == "cuda":
+            budget.on_device, self._spare = max(0, on_device - nbytes), spare - nbytes
+        elif limit is not None:
+            budget.limit = max(0, limit - nbytes)
         try:
             yield
         finally:
-            self._budget.limit = limit
+            budget.limit, budget.on_device, self._spare = limit, on_device, spare
 
-    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy on the host: in memory up to the budget, else in a file. Raises OutputError."""
+    def keep(self, tensor: torch.Tensor, *, on_device: bool = False) -> torch.Tensor:
+        """A copy on the host: in memory up to the budget, else in a file. With `on_device` it is where states would be:
+        on its GPU as long as they fit there. Raises OutputError."""
+        if on_device:
+            return self._budget.like(tensor).copy_(tensor)
         return self._budget.tensor(tensor.shape, tensor.dtype, pin=tensor.is_cuda).copy_(tensor)
 
     @contextlib.contextmanager
@@ -184,7 +200,7 @@ class Walk:
         """Layer i with its weights on the device; they are freed when the outermost block for i ends."""
         if self._offloaded is not None and not self._open.get(i):
             after = self._order[self._order.index(i) + 1] if i in self._order[:-1] else None
-            self._offloaded.place(i, self._offloaded.fetch(i, after))
+            self._offloaded.place(i, self._offloaded.fetch(i, after, copies=self._spare >= 0))
         precision = self._precision(i)
         self._open[i] = self._open.get(i, 0) + 1
         try:
@@ -350,14 +366,18 @@ def open_walk(
     """A walk over the model of `checkpoint`, in the precision and on the device of `compute`.
 
     `loads`: whether the whole model is loaded; else its layers are read from disk one at a time. Weights and states
-    take up to `compute.memory` bytes of the host; further states go to files in `directory`. The walk is closed when
-    the block ends, so a name that outlives the block keeps no model. Raises SourceError.
+    take up to `compute.device_memory` bytes of a GPU (no states if there are several) and `compute.memory` of the host;
+    further states go to files in `directory`. The walk is closed when the block ends, so a name that outlives the block
+    keeps no model. Raises SourceError.
     """
+    compute = memory.settled(compute)
     limit = memory.budget(compute)
     if loads:
-        model = load_model(checkpoint.path, compute)
-        on_host = checkpoint.bytes_as(compute.dtype) if model.device.type == "cpu" else 0
-        walk = Walk.in_memory(model, memory_bytes=max(0, limit - on_host), directory=directory)
+        model, weights = load_model(checkpoint.path, compute), checkpoint.bytes_as(compute.dtype)
+        on_host = weights if model.device.type == "cpu" else 0
+        spread = len({p.device for p in model.parameters()}) > 1
+        on_device = 0 if spread else memory.for_states(compute, weights)
+        walk = Walk.in_memory(model, memory_bytes=max(0, limit - on_host), directory=directory, on_device=on_device)
         del model
     else:
         walk = Walk.out_of_core(checkpoint, compute, memory=limit, directory=directory)
@@ -414,4 +434,4 @@ class SourceActivations:
         walk.advance(i, states)
         if kept is None and states.nbytes <= self._budget:
             self._budget -= states.nbytes
-            self._kept[i] = [state.clone() for state in states]
+            self._kept[i] = [state.to("cpu", copy=True) for state in states]

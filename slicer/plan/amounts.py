@@ -14,6 +14,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 _BINARY = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _AMOUNTS = "a fraction like 0.4, a count like 8, a block like 24-31 or a list like 3,7,9-12"
 _MOST_LAYERS = 100_000  # a typing error is refused before a range of that length is made
+DAY = 86400.0  # seconds
 SUBLAYERS = {"attention": "attention sublayers", "ffn": "feed-forward sublayers", "sublayers": "sublayers"}
 
 
@@ -255,6 +256,14 @@ def spell_size(nbytes: float, *, up: bool = False) -> str:
     count = nbytes / _UNITS[unit]
     step = 10.0 ** (len(str(int(count))) - 3)
     return f"{round((math.ceil if up else math.floor)(count / step) * step, 2):g}{unit}B"
+
+
+def spell_seconds(seconds: float) -> str:
+    """ "40 s", "6 min", "2.5 h", "4 days", "1.5 years": two digits."""
+    for unit, name in ((365 * DAY, "years"), (DAY, "days"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 1.5 * unit:
+            return f"{float(f'{seconds / unit:.2g}'):g} {name}"
+    return f"{seconds:.0f} s"
 
 
 def runs(layers: Iterable[int]) -> list[tuple[int, int]]:

@@ -21,7 +21,7 @@ from slicer.plan.plan import METRIC, Plan
 from slicer.plan.records import HealingRecord
 from slicer.report import figures
 from slicer.report.figures import Figure
-from slicer.runtime.files import write_atomically
+from slicer.runtime.files import atomic_file, write_atomically
 from slicer.runtime.versions import __version__
 from slicer.sweep import verdict
 from slicer.sweep.table import Row, Table, read_table
@@ -32,7 +32,7 @@ _RECOMMENDED = "report/plan.json"
 
 def write_report(directory: Path) -> tuple[Path, Path]:
     """Write report.html and report.md (figures in report/) into `directory`; returns both paths. Raises EvaluationError
-    if there is nothing to report, or a file is damaged."""
+    if there is nothing to report, or a file is damaged; OutputError if one cannot be written."""
     from jinja2 import Environment, PackageLoader
 
     found = collect(directory)
@@ -40,9 +40,10 @@ def write_report(directory: Path) -> tuple[Path, Path]:
     try:
         figures.mkdir(exist_ok=True)
         for figure in found["figures"]:
-            (figures / figure.name).write_bytes(figure.data)
+            with atomic_file(figures / figure.name) as part:
+                part.write_bytes(figure.data)
         if found["recommended"] is not None:
-            (directory / _RECOMMENDED).write_text(found["recommended"].to_json(), "utf-8")
+            write_atomically(directory / _RECOMMENDED, found["recommended"].to_json())
         else:  # remove the recommendation of an earlier report
             (directory / _RECOMMENDED).unlink(missing_ok=True)
     except OSError as error:

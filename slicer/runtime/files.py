@@ -16,16 +16,18 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from slicer.errors import DiskFull, OutputError
+from slicer.errors import DiskFull, OutputError, SlicerError
+from slicer.plan.amounts import spell_size
 
 BLOCK = 4096  # file systems share blocks of this size, and only between equal offsets within one
 _BUFFER = 1 << 16
 _KERNEL_BYTES = 1 << 23  # of one call to the kernel: small enough to report progress and to be interrupted
 _NO_KERNEL_COPY = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_TORCH_CANNOT_WRITE = re.compile(r"PytorchStreamWriter failed writing|inline_container.* unexpected pos", re.DOTALL)
 
 
 @contextlib.contextmanager
@@ -82,16 +84,52 @@ def atomic_directory(out: Path, *, replace: bool = False) -> Iterator[Path]:
         remove_empty(made)
         denied = (*_DISK_FULL, errno.EACCES, errno.EROFS, errno.EPERM)
         if (reason := _system_error(error)) is not None and reason.errno in denied:
-            raise not_writable(out, reason) from None
+            raise _disk_full(error, out) or not_writable(out, reason) from None
+        if isinstance(error, SlicerError):  # it may name a file in the sibling
+            error.args = (str(error).replace(str(temporary), str(out)),)
         raise
 
 
 def _system_error(error: BaseException) -> OSError | None:
-    """The error of the system behind `error`: safetensors raises its own, with the number in the message."""
+    """The error of the system behind `error`: safetensors raises its own, with the number in the message; torch one
+    without, where a disk is full."""
+    if isinstance(error, OSError):
+        return error
     found = re.search(r"\(os error (\d+)\)", str(error))
-    return (
-        error if isinstance(error, OSError) else OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
-    )
+    number = int(found[1]) if found else errno.ENOSPC if _TORCH_CANNOT_WRITE.search(str(error)) else None
+    return None if number is None else OSError(number, os.strerror(number))
+
+
+@contextlib.contextmanager
+def within_disk(*places: Path) -> Iterator[None]:
+    """A full disk inside the block, of one of `places` or of temporary files, is raised as DiskFull: libraries raise
+    errors of their own."""
+    try:
+        yield
+    except Exception as error:
+        if (full := _disk_full(error, *places)) is None:
+            raise
+        raise full from None
+
+
+def _disk_full(error: BaseException, *places: Path) -> DiskFull | None:
+    """The error to raise if `error` means that a disk is full. Most such errors do not name a file: then it is the
+    place with the least free space."""
+    reason, temporary = _system_error(error), Path(tempfile.gettempdir())
+    if reason is None or reason.errno not in _DISK_FULL:
+        return None
+    named = [Path(str(reason.filename))] if reason.filename else []
+    place = min(named or [*places, temporary], key=_free)
+    if place == temporary:
+        return DiskFull(f"{place}: the disk is full; free some space or set TMPDIR to a directory on another disk")
+    full = not_writable(place, reason)
+    assert isinstance(full, DiskFull)
+    return full
+
+
+def _free(place: Path) -> int:
+    """Bytes free on the disk of `place`, which need not be there yet."""
+    return shutil.disk_usage(next(p for p in (place, *place.absolute().parents) if p.exists())).free
 
 
 def not_writable(place: Path, error: OSError) -> OutputError:
@@ -153,13 +191,28 @@ def remove_empty(directories: Iterable[Path]) -> None:
 
 def check_space(place: Path, needed_bytes: int) -> None:
     """Raise DiskFull if the disk of `place` has less than `needed_bytes` free."""
-    probe = next(p for p in (place, *place.parents) if p.exists())
-    free = shutil.disk_usage(probe).free
+    free = _free(place)
     if free < needed_bytes:
         raise DiskFull(
-            f"{place}: needs {needed_bytes / 1e9:.2f} GB but the disk has {free / 1e9:.2f} GB free; "
-            "free some space or choose another place with -o"
+            f"{place}: needs {spell_size(needed_bytes, up=True)} but the disk has {spell_size(free)} free; free some "
+            "space or choose another place with -o"
         )
+
+
+def check_disk(needed: Mapping[Path, int]) -> None:
+    """Raise DiskFull if a disk has too little free for all the bytes that are `needed` in directories on it.
+
+    Unfinished work that a directory holds already counts; a checkpoint there does not, because the new one is written
+    before it is removed.
+    """
+    by_disk: dict[int, dict[Path, int]] = {}
+    for place, nbytes in needed.items():
+        probe = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
+        continues = not (place / "config.json").is_file()
+        held = sum(f.lstat().st_blocks * 512 for f in place.rglob("*") if f.is_file()) if continues else 0
+        by_disk.setdefault(probe.stat().st_dev, {})[place] = max(0, nbytes - held)
+    for places in by_disk.values():
+        check_space(max(places, key=places.__getitem__), sum(places.values()))
 
 
 def digest_of(files: Iterable[Path]) -> str | None:

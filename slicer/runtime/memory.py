@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import resource
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +30,7 @@ OVERHEAD = 1.3  # of a loaded model beside its weights: activations, buffers and
 # Shares of a budget that one use may take, so that the others keep theirs.
 KEPT_SHARE = 0.25  # outputs kept so that nothing is computed twice: of the first layers, of the source's head
 ACTIVATIONS_SHARE = 0.15  # the source's activations on the calibration text, kept for all cuts of a sweep
+STATES_SHARE = 0.5  # of what a GPU's budget leaves beside a model: hidden states; the rest is for computing with them
 _UNNOTICED = 1 << 29  # bytes: about what the libraries of a process take; whether so little is free is not checked
 _CGROUP_ROOT, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # (controller, limit, used, statistics, what counts as page cache in them) of the control groups, version 2 and 1.
@@ -147,10 +150,15 @@ def fits(nbytes: int, compute: Compute, *, file: int = 0) -> bool:
     return OVERHEAD * nbytes <= len(targets) * budget(compute, targets[0]) and file <= budget(compute)
 
 
-def check_free(needed: float, compute: Compute, instead: str | None = "") -> None:
+def for_states(compute: Compute, weights: int) -> int:
+    """Bytes of a GPU, by its budget, for hidden states beside `weights` bytes of a model there; 0 without a budget."""
+    return max(0, int(STATES_SHARE * ((compute.device_memory or 0) - OVERHEAD * weights)))
+
+
+def check_free(needed: float, compute: Compute, least: float = 0, instead: str | None = None) -> None:
     """Raise OutOfMemory unless `needed` bytes are free where the model will be, an equal part on each device.
 
-    `instead`: the option that takes less; "": a smaller budget; None: there is none.
+    `least`: bytes that a run with a smaller budget needs. `instead`: an option that takes less.
     """
     targets = devices(compute)
     needed /= len(targets)
@@ -158,12 +166,29 @@ def check_free(needed: float, compute: Compute, instead: str | None = "") -> Non
         found = free(device)
         if needed > max(found, _UNNOTICED):
             place, option = ("", "--memory") if device.type == "cpu" else (f" on {device}", "--device-memory")
-            less = f", or use no more than that: {option} {spell_size(found)}" if instead == "" else ""
+            ways = ["close other programs", "raise the limit of the container"]
+            ways += [f"use no more than that: {option} {spell_size(found)}"] if least / len(targets) <= found else []
+            ways += [f"give {instead}"] if instead else []
             raise OutOfMemory(
                 f"too little memory is free{place}: {spell_size(needed, up=True)} are needed, {spell_size(found)} are "
-                f"free; close other programs, or raise the limit of the container{less}"
-                + (f", or give {instead}" if instead else "")
+                f"free; {', '.join(ways[:-1])}, or {ways[-1]}"
             )
+
+
+def peak() -> int:
+    """The most bytes of the host's memory that this process had, with the pages of files that it maps."""
+    with contextlib.suppress(OSError, StopIteration):  # getrusage would include the parent's at the fork
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def peak_on_gpu() -> int:
+    """The most bytes that torch allocated on one GPU; 0 if none was used."""
+    import torch
+
+    return max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())), default=0)
 
 
 def release() -> None:
@@ -173,6 +198,15 @@ def release() -> None:
     gc.collect()  # models of transformers and peft are in reference cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def released() -> Iterator[None]:
+    """A block with `release` at its end; as `@released()`, for a function whose models are gone when it returns."""
+    try:
+        yield
+    finally:
+        release()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -19,11 +19,12 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import IO, TYPE_CHECKING, Any
 
-from slicer.errors import OutputError
+from slicer.errors import OutputError, reason_of
 from slicer.runtime.distributed import Processes
-from slicer.runtime.files import atomic_file, not_writable, remove_empty, write_atomically
+from slicer.runtime.files import atomic_file, not_writable, remove_empty, within_disk, write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -118,8 +119,15 @@ class Workdir:
             self._lock = None
 
     def remove(self) -> None:
-        """Remove the directory and all that is in it, and the directories made around it that are empty."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Remove the directory and all that is in it, and the directories made around it that are empty.
+
+        The sign goes last: what is left after a stop on the way still belongs to slicer.
+        """
+        others = [entry for entry in self.path.iterdir() if entry.name != SIGN] if self.path.is_dir() else []
+        with contextlib.suppress(OSError):
+            for entry in others:
+                _remove(entry)
+            shutil.rmtree(self.path)
         remove_empty(self._made)
 
     def _take(self, alone: bool) -> None:
@@ -140,9 +148,13 @@ class Workdir:
             for pattern in self.removed:
                 for old in self.path.glob(pattern):
                     if not old.name.startswith(_OWN):
-                        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+                        _remove(old)
             sign = {"what": self.what, "identity": identity}
             write_atomically(self.path / SIGN, json.dumps(sign, indent=1) + "\n")
+
+
+def _remove(entry: Path) -> None:
+    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 def check_owner(path: Path) -> None:
@@ -169,8 +181,13 @@ def sign_of(directory: Path) -> dict[str, Any] | None:
         return {"what": str(found["what"]), "identity": dict(found["identity"])}
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError):
-        raise OutputError(f"{directory / SIGN}: not written by slicer; choose another place with -o") from None
+    except OSError as error:
+        raise not_writable(directory, error) from None
+    except (ValueError, KeyError, TypeError):
+        raise OutputError(
+            f"{directory / SIGN}: damaged, or not written by slicer; remove {directory}, or choose another place with "
+            "-o"
+        ) from None
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, ...]:
@@ -193,13 +210,14 @@ def owned(path: Path, processes: Processes = Processes(), /, **given: Any) -> It
     """Inside the block the first of `processes` holds the lock of `path`, whose identity was checked for all of them.
 
     `given`: `what`, `overwrite`, `resumable` and `removed` of `Workdir`; the others are its identity. Raises
-    OutputError, in every process.
+    OutputError, in every process; DiskFull for a full disk inside the block.
     """
     options = {name: given.pop(name) for name in ("what", "overwrite", "resumable", "removed") if name in given}
     work = Workdir(path, given, **options)
     try:
         processes.first(work.claim)
-        yield work
+        with within_disk(path):
+            yield work
     finally:
         work.close()
 
@@ -222,6 +240,20 @@ def claimed(path: Path, processes: Processes = Processes(), /, **given: Any) -> 
             work.remove()
 
 
+@contextlib.contextmanager
+def undamaged(work: Path) -> Iterator[None]:
+    """A file of the directory `work` that libraries cannot read, inside the block, is raised as OutputError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (json.JSONDecodeError, SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise
+        reason = reason_of(error)[:100]
+        raise OutputError(f"{work}: damaged, so it cannot be resumed ({reason}); remove it to start over") from None
+
+
 class Notebook:
     """Finished values (JSON) under a name each, kept in `file`, or only in memory if that is None."""
 
@@ -229,7 +261,8 @@ class Notebook:
         self._file = file
         self.values: dict[str, Any] = {}
         if file is not None and file.is_file():
-            self.values = json.loads(file.read_text("utf-8"))
+            with contextlib.suppress(ValueError, TypeError):  # damaged: make them again
+                self.values = dict(json.loads(file.read_text("utf-8")))
 
     def take(self, name: str, make: Callable[[], Any]) -> Any:
         """What `make` returned under this name, now or in an earlier run."""
@@ -262,12 +295,12 @@ class Stages:
         from safetensors import SafetensorError, safe_open
 
         file = self._file(name)
-        if file is None or not file.is_file():
+        if file is None:
             return None
         try:
             with safe_open(file, "pt") as stored:
                 return {key: stored.get_tensor(key) for key in stored.keys()}, json.loads(stored.metadata()["facts"])  # noqa: SIM118
-        except (SafetensorError, KeyError, TypeError, ValueError):  # damaged: compute it again
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):  # not there, or damaged: compute it
             return None
 
     def save(self, name: str, tensors: Mapping[str, torch.Tensor], facts: Any = None) -> None:

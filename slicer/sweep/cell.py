@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,7 @@ from slicer.progress import Progress
 from slicer.runtime import memory
 from slicer.runtime.compute import Compute
 from slicer.runtime.distributed import alone
+from slicer.runtime.versions import versions
 from slicer.runtime.workdir import owned
 from slicer.sweep.grid import Cell
 from slicer.sweep.prefix import Prefix
@@ -44,11 +45,13 @@ TRAINED = "qlora"
 class SharedModel:
     """The source, loaded once for all cells in memory, with what they share: text, prefix, activations of the source.
 
-    Each part is made when a cell first needs it; `release` frees them all.
+    Each part is made when a cell first needs it; `release` frees them all. `directory` is the sweep's, which keeps the
+    text.
     """
 
-    def __init__(self, source: Source, compute: Compute, spec: TextSpec, progress: Progress) -> None:
+    def __init__(self, source: Source, compute: Compute, spec: TextSpec, directory: Path, progress: Progress) -> None:
         self.source, self.compute, self.spec, self.progress = source, compute, spec, progress
+        self.directory = directory
 
     def release(self) -> None:
         """Free the memory for a training, which reads from files."""
@@ -60,7 +63,7 @@ class SharedModel:
     def walk(self) -> Walk:
         """Over the loaded source; in a distributed run, on this process's GPU."""
         self.progress.stage("Loading the model")
-        walk = Walk.in_memory(load_model(self.source.path, self.compute))
+        walk = Walk.in_memory(load_model(self.source.path, self.compute), directory=self.directory)
         walk.trust_remote_code = self.compute.trust_remote_code
         walk.activations = SourceActivations(int(memory.ACTIVATIONS_SHARE * memory.budget(self.compute)))
         return walk
@@ -70,12 +73,24 @@ class SharedModel:
         """The calibration text for similarity and healing."""
         found = read_text(self.spec, self.source.path, self.walk, self.progress)
         assert found is not None
-        return found
+        return replace(found, kinds=())  # cells are judged by their scores
 
     @cached_property
     def prefix(self) -> Prefix:
         """Cache of the layers before the cuts."""
         return Prefix(self.walk.model, int(memory.KEPT_SHARE * memory.budget(self.compute)))
+
+    @contextlib.contextmanager
+    def resumable(self, directory: Path) -> Iterator[None]:
+        """Inside the block a fold keeps its finished stages in `directory`, or resumes after those of a stopped one of
+        the same source and versions. Raises OutputError."""
+        same = {"checkpoint": self.source.checkpoint.identity, "versions": versions()}
+        with owned(directory, what="an unfinished fold of a sweep", overwrite=True, **same):
+            self.walk.directory = directory
+            try:
+                yield
+            finally:
+                self.walk.directory = self.directory
 
 
 def evaluated(model: Any, path: Path, suite: Suite, name: str) -> Evaluation:
@@ -86,19 +101,22 @@ def evaluated(model: Any, path: Path, suite: Suite, name: str) -> Evaluation:
 
 
 def in_memory(
-    cell: Cell, plan: Plan, shared: SharedModel, suite: Suite, name: str
+    cell: Cell, plan: Plan, shared: SharedModel, directory: Path, suite: Suite, name: str
 ) -> tuple[Evaluation, HealingRecord | None]:
-    """A bare or folded cell. Raises ArchitectureError or HealError if the cut cannot be made or healed."""
+    """A bare or folded cell; `directory` keeps the finished stages of a fold. Raises ArchitectureError or HealError if
+    the cut cannot be made or healed."""
     checkpoint, compute = shared.source.checkpoint, shared.compute
     config = sliced_config(checkpoint, plan, trust_remote_code=compute.trust_remote_code)
-    text = None if cell.heal == "none" else shared.text
-    patch = repair(checkpoint, shared.walk, plan, text, Compensation(cell.heal), shared.progress)
+    text, how = None if cell.heal == "none" else shared.text, Compensation(cell.heal)
+    with contextlib.nullcontext() if text is None else shared.resumable(directory):
+        patch = repair(checkpoint, shared.walk, plan, text, how, shared.progress)
     first = min(*plan.dropped, *patch.edits, plan.depth)
     model = shared.walk.model
     with shared.prefix.shared(first), shortened(model, plan, config, patch.edits):
         return evaluated(model, shared.source.path, suite, name), patch.record
 
 
+@memory.released()
 def on_disk(
     plan: Plan, training: Training, shared: SharedModel, directory: Path, suite: Suite, name: str
 ) -> tuple[Evaluation, HealingRecord]:

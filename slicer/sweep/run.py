@@ -19,7 +19,22 @@ from slicer.data.sources import TextSpec, check_sources, local_files
 from slicer.errors import ArchitectureError, EvaluationError, HealError, OutOfMemory
 from slicer.evaluate.results import Evaluation
 from slicer.evaluate.suite import Suite, SuiteSpec, describe
+from slicer.heal.compensate.regression import TOGETHER
 from slicer.heal.finetune.settings import Training
+from slicer.jobs.costs import (
+    LIBRARIES,
+    Cut,
+    Shape,
+    Stage,
+    Work,
+    folding,
+    folding_bytes,
+    measuring,
+    total_flops,
+    work_of_training,
+)
+from slicer.jobs.forecast import Clock
+from slicer.jobs.recipe import settings_of
 from slicer.measure.analysis import Analysis
 from slicer.measure.distances import measure
 from slicer.plan.amounts import Amount, Goal
@@ -30,7 +45,7 @@ from slicer.progress import Progress
 from slicer.runtime import memory
 from slicer.runtime.compute import Compute
 from slicer.runtime.distributed import world
-from slicer.runtime.files import digest_of, write_atomically
+from slicer.runtime.files import digest_of, within_disk, write_atomically
 from slicer.sweep.cell import TRAINED, SharedModel, check_alike, evaluated, in_memory, on_disk, require, training_of
 from slicer.sweep.grid import UNPRUNED, Cell
 from slicer.sweep.store import Store, began_with
@@ -94,8 +109,9 @@ def open_sweep(request: SweepRequest, progress: Progress) -> Iterator[OpenSweep]
             "calibration_files": digest_of(local_files(request.text)),
         }  # fmt: skip
         with contextlib.closing(Store(request.directory, settings)) as store:
-            shared = SharedModel(source, compute, request.text, progress)
-            yield OpenSweep(request, source, suite, store, shared, progress)
+            shared = SharedModel(source, compute, request.text, request.directory, progress)
+            with within_disk(request.directory):
+                yield OpenSweep(request, source, suite, store, shared, progress)
 
 
 def _precision(request: SweepRequest, source: Source, compute: Compute) -> str:
@@ -123,6 +139,8 @@ def run_cells(sweep: OpenSweep, cells: Sequence[Cell]) -> None:
     require({cell.heal for cell in cells})
     check_alike(store, cells, sweep.request.training)
     check_text(sweep, cells)
+    if (work := expected_work(sweep, [cell for cell in cells if store.get(cell.name) is None])).stages:
+        Clock(sweep.progress).expect(work, sweep.shared.compute)
     while todo := [cell for cell in cells if store.get(cell.name) is None]:
         worked = False
         for cell in todo:
@@ -142,6 +160,41 @@ def check_text(sweep: OpenSweep, cells: Sequence[Cell]) -> None:
     measures = sweep.store.get("distances") is None and any(c.strategy == "similarity" for c in left)
     if measures or any(cell.heal != "none" for cell in left):
         check_sources(sweep.request.text)
+
+
+def expected_work(sweep: OpenSweep, cells: Sequence[Cell]) -> Work:
+    """The work of `cells` beside their evaluation, whose time the first finished ones tell."""
+    checkpoint, compute, text, depth = sweep.source.checkpoint, sweep.shared.compute, sweep.request.text, sweep.depth
+    shape, stages = Shape.of(checkpoint, compute.dtype), list[Stage]()
+    if sweep.store.get("distances") is None and any(cell.strategy == "similarity" for cell in cells):
+        stages.append(measuring(shape, text, streams=False))
+    healed = [cell for cell in cells if cell.heal != "none" and cell.n]
+    cuts = [Cut.expected(None, cell.strategy, depth, cell.n) for cell in healed]
+    flops = total_flops(stage for cut in cuts for stage in folding(shape, text, cut, streams=False))
+    if healed:
+        stages.append(Stage(f"Folding {len(healed)} cells", flops))
+    trainings, disk = list[Stage](), dict[Path, int]()
+    for cell in healed:
+        if cell.heal.startswith(TRAINED):
+            place = sweep.request.directory / "training" / cell.name
+            asked = training_of(cell, sweep.request.training)
+            settings, _ = settings_of(asked, sweep.request.source, checkpoint, compute)
+            work = work_of_training(
+                settings, text, compute, checkpoint, depth - cell.n, place, None, base=True, cut=True
+            )
+            trainings += [stage for stage in work.stages if stage.flops]
+            disk = {place: max(sum(work.disk.values()), *disk.values(), 0)}  # one at a time
+    if trainings:
+        stages.append(Stage(f"Training {len(trainings)} cells", total_flops(trainings)))
+    device, kept = folding_bytes(shape, text, max(cuts, key=lambda cut: cut.rest)) if cuts else (0, 0)
+    on_gpu, weights = compute.torch_device().type == "cuda", shape.total_bytes + device
+    activations = min(depth * shape.itemsize * shape.d * text.samples * text.seq_len if cuts else 0,
+                      int(memory.ACTIVATIONS_SHARE * memory.budget(compute)))  # fmt: skip
+    host = LIBRARIES + kept + activations + (0 if on_gpu else weights)
+    tokens, file = min(text.batch_size * text.seq_len, TOGETHER), next(iter(checkpoint.tensors.values())).file
+    return Work(
+        tuple(stages), host, weights if on_gpu else 0, disk, shape, tokens, file, "; beside the evaluation of each cell"
+    )
 
 
 def plan_of(sweep: OpenSweep, cell: Cell) -> Plan:
@@ -192,7 +245,7 @@ def _evaluated(sweep: OpenSweep, cell: Cell, record: dict[str, Any]) -> Evaluati
         record["training"] = asdict(training)
         evaluation, healing = on_disk(plan, training, shared, place, suite, name)
     else:
-        evaluation, healing = in_memory(cell, plan, shared, suite, name)
+        evaluation, healing = in_memory(cell, plan, shared, sweep.store.stages(cell.name), suite, name)
     if healing is not None:
         record["healing"] = replace(healing, tensors=()).to_dict()
     return evaluation

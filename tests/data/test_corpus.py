@@ -104,6 +104,15 @@ def test_a_short_text_is_seen_again_and_one_too_short_refused(tmp_path: Path) ->
         corpus(documents(tmp_path / "b.jsonl", 1), tmp_path / "other")
 
 
+def test_a_file_that_was_cut_short_is_no_corpus(tmp_path: Path) -> None:
+    text = documents(tmp_path / "text.jsonl", 40)
+    corpus(text, tmp_path / "work")
+    file = tmp_path / "work" / "train.bin"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CalibrationError, match="work: damaged.* remove it"):
+        corpus(text, tmp_path / "work")
+
+
 def test_one_long_document_can_be_split(tmp_path: Path) -> None:
     file = tmp_path / "book.txt"
     file.write_text((DEMO.parent / "heldout.txt").read_text("utf-8").replace("\n", " "))

@@ -7,7 +7,8 @@ gradients live beside their leaves, a full device raises `torch.OutOfMemoryError
 - a `non_blocking` copy from or to memory that is not pinned raises (CUDA silently waits);
 - new device memory is filled with not-a-number, and so is the target of a `non_blocking` copy to the host until
   something waits for it; a pinned source that changes before its copy was waited for raises;
-- work on one stream with what another stream wrote (or still reads) raises, unless the one waits for the other.
+- work on one stream with what another stream wrote (or still reads) raises, unless the one waits for the other; so does
+  freeing memory that another stream than its first may still use, without `record_stream`.
 
 How: torch's CPU build lacks only CUDA's kernels. `device.cpp` registers devices, memory and generators (a C++
 compiler is needed, a few seconds once); one kernel runs every operation on the CPU, on the same memory. Not there:
@@ -61,13 +62,18 @@ needs_fake_cuda = pytest.mark.skipif(why_not() is not None, reason=str(why_not()
 
 @contextlib.contextmanager
 def fake_cuda(
-    devices: int = 2, memory: float = 80e9, *, reported: float | None = None, pageable: bool = False
+    devices: int = 2,
+    memory: float = 80e9,
+    *,
+    reported: float | None = None,
+    pageable: bool = False,
+    pinnable: float | None = None,
 ) -> Iterator[FakeCuda]:
     """Inside it this process has so many CUDA devices of `memory` bytes each; no tensor on them is of use afterwards.
 
     `reported` is what a device tells of its size, where that should be less than it really takes: a small model is
     then spread over several, and its activations still have room. With `pageable`, `non_blocking` copies from and to
-    memory that is not pinned wait, as CUDA's do, and do not raise.
+    memory that is not pinned wait, as CUDA's do, and do not raise. `pinnable`: bytes of the host that can be pinned.
 
     transformers' warming of the device's memory is left out: it fails on devices of less than 1.3e9 bytes.
     `torch.manual_seed` seeds the devices as well. Libraries that remember whether there is CUDA (transformers,
@@ -81,6 +87,8 @@ def fake_cuda(
     library = _library()
     library.install(devices, (ctypes.c_int64 * devices)(*[int(memory)] * devices))
     fake = FakeCuda(library, devices, int(reported or memory), reported is not None, pageable)
+    if pinnable is not None:
+        library.limit_pinned(ctypes.c_int64(int(pinnable)))
     with contextlib.ExitStack() as stack:
         stack.callback(_forget)
         stack.callback(library.uninstall)
@@ -149,7 +157,7 @@ def _library() -> Any:
             raise RuntimeError(f"{source.name} does not compile:\n{made.stderr[-3000:]}")
         own.rename(built)
     library = ctypes.CDLL(str(built))
-    for name in ("live_bytes", "reserved_bytes", "peak_bytes", "block_serial"):
+    for name in ("live_bytes", "reserved_bytes", "peak_bytes", "block_serial", "take_freed"):
         getattr(library, name).restype = ctypes.c_int64
     library.block_serial.argtypes = [ctypes.c_void_p]
     register()
@@ -203,6 +211,12 @@ def _replacements(fake: FakeCuda) -> Iterator[tuple[Any, str, Any]]:
             is_integrated=0,
         )
 
+    def register(address: int, nbytes: int, flags: int) -> int:
+        return int(library.pin(ctypes.c_void_p(address), ctypes.c_int64(nbytes)))
+
+    def unregister(address: int) -> int:
+        return int(library.unpin(ctypes.c_void_p(address)))
+
     def synchronize(device: Any = None) -> None:
         fake.clocks.settle(fake.clocks.everything(index_of(device)))
 
@@ -237,12 +251,13 @@ def _replacements(fake: FakeCuda) -> Iterator[tuple[Any, str, Any]]:
     yield cuda, "ipc_collect", lambda: None
     yield cuda, "mem_get_info", mem_get_info
     yield cuda, "synchronize", synchronize
+    yield cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=unregister)
     yield cuda, "Stream", Stream
     yield cuda, "Event", Event
     yield cuda, "current_stream", current_stream
     yield cuda, "default_stream", default_stream
     yield cuda, "set_stream", set_stream
-    yield torch.Tensor, "record_stream", lambda tensor, stream: None
+    yield torch.Tensor, "record_stream", lambda tensor, stream: fake.clocks.recorded(tensor, stream)
     yield torch.UntypedStorage, "__new__", new_storage
     if modeling := sys.modules.get("transformers.modeling_utils"):
         yield modeling, "caching_allocator_warmup", lambda *what: None

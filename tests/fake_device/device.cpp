@@ -17,6 +17,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <vector>
 
 namespace {
 
@@ -38,6 +39,7 @@ struct Block {
 };
 std::map<char*, Block> blocks;
 std::mutex lock;
+std::vector<int64_t> freed;  // serials of device memory
 thread_local DeviceIndex current = 0;
 
 void check_index(int index) {
@@ -46,12 +48,22 @@ void check_index(int index) {
 
 // ---------------------------------------------------------------- memory
 
-void release(void* start) {
+void forget(void* start) {
   std::lock_guard<std::mutex> hold(lock);
   auto block = blocks.find(static_cast<char*>(start));
   live[block->second.place] -= block->second.bytes;
+  if (block->second.place < kDevices) freed.push_back(block->second.serial);
   blocks.erase(block);
+}
+
+void release(void* start) {
+  forget(start);
   std::free(start);
+}
+
+int64_t next_serial() {
+  static int64_t serial = 0;
+  return ++serial;
 }
 
 void* obtain(size_t wanted, int place) {
@@ -64,8 +76,7 @@ void* obtain(size_t wanted, int place) {
   void* start = std::aligned_alloc(512, bytes);
   TORCH_CHECK(start != nullptr, "no memory on the machine that pretends to have CUDA devices");
   std::memset(start, 0xff, bytes);  // not a number in every floating type: what is read before it is written shows
-  static int64_t serial = 0;
-  blocks[static_cast<char*>(start)] = {bytes, place, ++serial};
+  blocks[static_cast<char*>(start)] = {bytes, place, next_serial()};
   live[place] += bytes;
   reserved[place] = std::max(reserved[place], live[place]);
   peak[place] = std::max(peak[place], live[place]);
@@ -233,6 +244,7 @@ void install(int count, const int64_t* memory) {
     reserved[i] = peak[i] = live[i] = 0;
   }
   current = 0;
+  freed.clear();
   c10::impl::registerDeviceGuard(DeviceType::CUDA, &guard);
   c10::SetAllocator(DeviceType::CUDA, &device_memory);
   // torch has made its hooks already, for good: the ones of this file take their place in the same object.
@@ -257,6 +269,25 @@ int64_t block_serial(void* start) {
   std::lock_guard<std::mutex> hold(lock);
   auto block = blocks.find(static_cast<char*>(start));
   return block == blocks.end() ? 0 : block->second.serial;
+}
+int pin(char* start, int64_t bytes) {
+  std::lock_guard<std::mutex> hold(lock);
+  if (live[kPinned] + bytes > limits[kPinned] || blocks.count(start)) return 1;
+  blocks[start] = {bytes, kPinned, next_serial()};
+  live[kPinned] += bytes;
+  return 0;
+}
+int unpin(char* start) {
+  forget(start);
+  return 0;
+}
+void limit_pinned(int64_t bytes) { limits[kPinned] = bytes; }
+int64_t take_freed() {
+  std::lock_guard<std::mutex> hold(lock);
+  if (freed.empty()) return 0;
+  const int64_t serial = freed.back();
+  freed.pop_back();
+  return serial;
 }
 int64_t live_bytes(int place) { return live[place]; }
 int64_t reserved_bytes(int place) { return reserved[place]; }

@@ -7,6 +7,7 @@ before its copy was waited for; and the target of a copy to the host holds nothi
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -28,11 +29,23 @@ def _merge(into: Clock, clock: Clock) -> None:
 
 @dataclass
 class _Touched:
-    """Who last wrote a piece of device memory, and who has read it since: stream -> its count then."""
+    """Who last wrote a piece of device memory, and who has read it since: stream -> its count then; the stream that its
+    memory is of, which is the first to write, and those that `record_stream` named."""
 
     writer: Key | None = None
     written: int = 0
     readers: Clock = field(default_factory=dict)
+    owner: Key | None = None
+    recorded: set[Key] = field(default_factory=set)
+
+
+def _in_turn(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(self: Clocks, *args: Any) -> Any:
+        with self._turn:
+            return method(self, *args)
+
+    return call
 
 
 @dataclass
@@ -47,9 +60,10 @@ class _Pending:
 
 class Clocks:
     """What each stream, and the host, may take as done (vector clocks); operations are only tracked
-    once there are side streams."""
+    once there are side streams. Threads take turns."""
 
     def __init__(self) -> None:
+        self._turn = threading.RLock()
         self._done: Clock = {}  # pieces of work of each stream
         self._known: dict[Key, Clock] = {}
         self._host: Clock = {}
@@ -60,6 +74,7 @@ class Clocks:
 
     # which stream
 
+    @_in_turn
     def new_stream(self) -> int:
         self._streams += 1
         return self._streams
@@ -76,19 +91,24 @@ class Clocks:
     def known(self, device: torch.device) -> Clock:
         return self.known_to(self.current(device))
 
+    @_in_turn
     def known_to(self, key: Key) -> Clock:
         clock = self._known.setdefault(key, {})
         _merge(clock, self._host)
         clock[key] = self._done.get(key, 0)
         return dict(clock)
 
+    @_in_turn
     def everything(self, device: int | None = None) -> Clock:
         return {key: n for key, n in self._done.items() if device in (None, key[0])}
 
+    @_in_turn
     def wait(self, key: Key, clock: Clock) -> None:
         """The stream `key` waits for all of `clock`."""
+        self._take_freed()
         _merge(self._known.setdefault(key, {}), clock)
 
+    @_in_turn
     def meet(self, a: torch.device, b: torch.device) -> None:
         """A copy between devices waits for, and is waited for by, the current streams of both."""
         both = [self.current(a), self.current(b)]
@@ -97,8 +117,10 @@ class Clocks:
             for clock in clocks:
                 self.wait(key, clock)
 
+    @_in_turn
     def settle(self, clock: Clock) -> None:
         """The host waits for all of `clock`: the copies in it arrive, or are found spoilt."""
+        self._take_freed()
         _merge(self._host, clock)
         ready = [p for p in self._pending if p.count <= clock.get(p.key, 0)]
         self._pending = [p for p in self._pending if p.count > clock.get(p.key, 0)]
@@ -107,10 +129,12 @@ class Clocks:
 
     # work
 
+    @_in_turn
     def work(self, device: torch.device, tensors: list[torch.Tensor], written: list[torch.Tensor]) -> None:
         """A piece of work on the device's current stream; RuntimeError where it races with another stream."""
         if device.type != "cuda":
             return
+        self._take_freed()
         key = self.current(device)
         self._done[key] = self._done.get(key, 0) + 1
         if not self._streams:
@@ -127,10 +151,29 @@ class Clocks:
                 self._check(any(known.get(k, 0) < n for k, n in at.readers.items() if k != key), key, "reads")
                 self.wrote(device, t)
 
+    @_in_turn
     def wrote(self, device: torch.device, tensor: torch.Tensor) -> None:
         if self._streams and tensor.numel():
-            key = self.current(device)
-            self._touched[self._serial(tensor)] = _Touched(key, self._done.get(key, 0))
+            key, before = self.current(device), self._at(tensor)
+            touched = _Touched(key, self._done.get(key, 0), owner=before.owner or key, recorded=before.recorded)
+            self._touched[self._serial(tensor)] = touched
+
+    @_in_turn
+    def recorded(self, tensor: torch.Tensor, stream: Stream) -> None:
+        """`tensor.record_stream(stream)`."""
+        self._at(tensor).recorded.add(stream.key)
+
+    def _take_freed(self) -> None:
+        """Check the memory that was freed since: it is for other tensors of the stream that it is of."""
+        while serial := int(running().library.take_freed()):
+            touched = self._touched.pop(serial, None)
+            if touched is not None and touched.owner is not None:
+                known = self.known_to(touched.owner)
+                users = {**touched.readers, **({touched.writer: touched.written} if touched.writer else {})}
+                for key in users.keys() - touched.recorded - {touched.owner}:
+                    self._check(
+                        known.get(key, 0) < users[key], touched.owner, "uses, though it is freed without record_stream"
+                    )
 
     def _at(self, tensor: torch.Tensor) -> _Touched:
         return self._touched.setdefault(self._serial(tensor), _Touched())
@@ -147,6 +190,7 @@ class Clocks:
 
     # copies that nobody waits for
 
+    @_in_turn
     def promise(self, device: torch.device, target: torch.Tensor, source: torch.Tensor) -> None:
         """A copy to the host: the target holds nothing of use until it was waited for."""
         value = on_host(source).clone()
@@ -160,6 +204,7 @@ class Clocks:
         )
         target.data.fill_(lost)
 
+    @_in_turn
     def borrow(self, device: torch.device, source: torch.Tensor, target: torch.Tensor) -> None:
         """A copy to the device: the source must stay as it is until it was waited for."""
         value = source.detach().clone()
@@ -171,6 +216,7 @@ class Clocks:
 
         self._later(device, source, unchanged)
 
+    @_in_turn
     def deliver(self, device: torch.device, source: torch.Tensor) -> None:
         """A copy with host memory that an earlier copy still uses: in order on one stream, else it must have waited."""
         address, known = source.untyped_storage().data_ptr(), self.known(device)

@@ -183,6 +183,18 @@ def test_killed_it_goes_on(forks: ForkServer, path: Path, text: Path, done: Path
     assert not (out / ".partial").exists()
 
 
+@pytest.mark.parametrize("damaged", ["layer-002.safetensors", "states.safetensors", "passes.json"])
+def test_what_is_damaged_is_measured_again(
+    damaged: str, forks: ForkServer, path: Path, text: Path, done: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    forks.start(*command(path, text, out), hold=("os.rename", "layer-004.safetensors")).kill_held()
+    file = out / ".partial" / "0" / damaged
+    file.write_bytes(file.read_bytes()[:100] if file.is_file() else b'{"losses')
+    again = slicer(*command(path, text, out))
+    assert again.exit_code == 0 and apart(Analysis.load(out), Analysis.load(done)) <= 1e-6, again.output
+
+
 def test_an_unfinished_run_of_something_else_is_kept(path: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with owned(out / ".partial" / "0", what="an unfinished analysis", source="another") as work:

@@ -11,9 +11,12 @@ from pathlib import Path
 import files
 import pytest
 import sources
+import torch
 from commands import slicer, succeeds
 from processes import ForkServer
 
+from slicer.jobs import work
+from slicer.plan.plan import Plan
 from slicer.runtime import memory
 
 
@@ -213,7 +216,6 @@ def test_a_wrong_result_never_appears(source: Path, tmp_path: Path, monkeypatch:
     """The check compares logits with the source's: swap two layers behind its back and it must see."""
     from slicer.checkpoint import sublayers
     from slicer.checkpoint.reader import Checkpoint
-    from slicer.plan.plan import Plan
 
     honest = sublayers.tensors_of
 
@@ -329,18 +331,67 @@ def test_the_same_bytes_whatever_memory_is_free(
     assert written[0] == written[1] == written[2]
 
 
-@pytest.mark.parametrize("command", ["convert", "analyze"])
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [(["--drop", 2], "tiny-llama-4L"), (["--drop", 0.5], "tiny-llama-3L"), (["--keep-layers", 5], "tiny-llama-5L"),
+     (["--drop", 2, "--heal", "lora"], "tiny-llama-4L"), (["--plan", "plan.json"], "tiny-llama-5L")],
+    ids=["count", "fraction", "kept", "training", "plan"],
+)  # fmt: skip
+def test_an_occupied_place_is_known_before_anything_is_measured(
+    given: list[object], name: str, text: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where slicer names it, if the number of layers is known."""
+    (tmp_path / "plan.json").write_text(Plan.dropping(6, [3]).to_json())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "mine").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(work, "measure", None)
+    failed = slicer("convert", source, *given, *calibrated(text))
+    said = failed.stderr.strip().splitlines()[-1]
+    assert failed.exit_code == 1 and said.startswith(f"slicer: {name}: not empty; choose another directory with -o")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+COPIES = ["--drop", "1-2", "--heal", "none", "--verify", "load"]  # no model is run
+
+
+@pytest.mark.parametrize("command", ["convert", "analyze", "heal", "heal by training"])
 def test_less_than_a_layer_is_one_line_with_the_figure(command: str, text: Path, source: Path, tmp_path: Path) -> None:
-    more = ["--drop", 2] if command == "convert" else []
-    failed = slicer(command, source, *more, *calibrated(text), "--memory", "99KB", "-o", tmp_path / "out")
+    name, *more = {
+        "convert": ["convert", source, "--drop", 2],
+        "analyze": ["analyze", source],
+        "heal": ["heal", tmp_path / "cut"],
+        "heal by training": ["heal", tmp_path / "cut", "--method", "lora"],
+    }[command]
+    succeeds("convert", source, *COPIES, "-o", tmp_path / "cut")
+    failed = slicer(name, *more, *calibrated(text), "--memory", "99KB", "-o", tmp_path / "out")
     said = f"slicer: --memory 99KB: too little for one layer of {source}; give at least 124KB"
-    assert failed.exit_code == 2 and failed.stderr.strip() == said and not any(tmp_path.iterdir())
+    assert failed.exit_code == 2 and failed.stderr.strip() == said and os.listdir(tmp_path) == ["cut"]
 
 
-def test_the_memory_of_a_gpu_that_is_not_used_is_refused(text: Path, source: Path, tmp_path: Path) -> None:
-    given = ["--drop", 2, *calibrated(text), "--device", "cpu", "--device-memory", "4GB"]
-    failed = slicer("convert", source, *given, "-o", tmp_path / "out")
-    assert failed.exit_code == 2 and failed.stderr.strip().startswith(
-        "slicer: --device-memory: the model runs on the CPU"
+@pytest.mark.parametrize("option", [["--device", "cuda:7"], ["--device-memory", "4GB"]], ids=["device", "its memory"])
+@pytest.mark.parametrize(
+    "command", ["convert", "convert, which copies", "analyze", "heal", "heal by training", "merge"]
+)
+def test_a_device_that_is_not_there_is_refused(
+    command: str, option: list[str], text: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the command would not use it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cut, place = tmp_path / "cut", tmp_path / "place"
+    succeeds("convert", source, *COPIES, "-o", cut)
+    given: dict[str, list[object]] = {
+        "convert": [source, "--drop", 2, *calibrated(text)],
+        "convert, which copies": [source, *COPIES],
+        "analyze": [source, *calibrated(text)],
+        "heal": [cut, *calibrated(text)],
+        "heal by training": [cut, *calibrated(text), "--method", "lora"],
+        "merge": [cut, cut],
+    }
+    failed = slicer(command.split()[0].rstrip(","), *given[command], *option, "-o", place / "out")
+    said = (
+        f"slicer: {option[0]}{f' {option[1]}: not available' if 'cuda:7' in option else ': the model runs on the CPU'}"
     )
-    assert not any(tmp_path.iterdir())
+    assert failed.exit_code == 2 and failed.stderr.strip().startswith(said) and "\n" not in failed.stderr.strip()
+    assert not place.exists()

@@ -171,7 +171,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(bare: Path, text: list[object]
         ([bare, "--base-model", twin, *text], "differs"),
         ([tiny, *text], "plan"),
         ([bare, *text[:2], "--samples", 2, "--seq-len", 16], "too few"),
-        ([bare, *text[:2], "--samples", 100000], "too short"),
+        ([bare, *text[:2], "--solver", "transform", "--samples", 100], "too short"),
         ([bare, "--calibration", tmp_path / "none.txt"], "none.txt"),
     ]
     for given, word in cases:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from slicer.heal.compensate.newton import STEPS, Newton
 from slicer.heal.compensate.objective import Objective
 from slicer.jobs import analyze, work
 from slicer.model import verify
-from slicer.runtime.workdir import Stages
+from slicer.runtime.workdir import SIGN, Stages
 
 
 def tree(path: Path) -> dict[str, bytes]:
@@ -102,6 +104,52 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(
     if not out.exists():
         succeeds(*converting(held_out_file, out))
     assert tree(out) == tree(done) and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.fixture(scope="module")
+def stopped(held_out_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work directory of a conversion that was stopped in its last step."""
+    out = tmp_path_factory.mktemp("stopped") / "out"
+    save: Callable[..., None] = Stages.save
+
+    def stop(self: Stages, name: str, tensors: Any, facts: Any = None) -> None:
+        save(self, name, tensors, facts)
+        if name == "steps" and facts[0] == STEPS - 1:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stages, "save", stop)
+        assert slicer(*converting(held_out_file, out)).exit_code == 130
+    return out.with_name("out.work")
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut short", "random bytes"])
+@pytest.mark.parametrize("files", ["measured.json", "stages-*/*", "text/*/*"])
+def test_what_is_damaged_in_the_directory_is_made_again(
+    damage: str, files: str, stopped: Path, done: Path, held_out_file: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(stopped, tmp_path / "out.work")
+    found = list((tmp_path / "out.work").glob(files))
+    for file in found:
+        content = file.read_bytes()
+        half, other = content[: len(content) // 2], random.Random(0).randbytes(5000)
+        file.write_bytes({"empty": b"", "cut short": half, "random bytes": other}[damage])
+    assert found
+    succeeds(*converting(held_out_file, tmp_path / "out"))
+    assert tree(tmp_path / "out") == tree(done) and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("content", ["", '{"what": "unfin', "[]", '{"what": "another thing", "identity": {}}'])
+def test_a_directory_whose_sign_is_damaged_is_one_line(
+    content: str, stopped: Path, held_out_file: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "out.work"
+    shutil.copytree(stopped, place)
+    (place / SIGN).write_text(content)
+    failed = slicer(*converting(held_out_file, tmp_path / "out"))
+    said = failed.stderr.strip().splitlines()
+    assert failed.exit_code == 1 and len(said) == 1 and str(place) in said[0]
+    assert (place / "measured.json").is_file() and os.listdir(tmp_path) == ["out.work"], "nothing was removed"
 
 
 def test_other_work_in_the_directory_is_one_line(held_out_file: Path, tmp_path: Path) -> None:

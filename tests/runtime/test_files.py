@@ -7,13 +7,15 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from slicer.errors import OutputError
+from slicer.errors import DiskFull, OutputError
 from slicer.runtime import files
 
 
@@ -189,3 +191,35 @@ def test_a_source_that_becomes_shorter_is_an_error(tmp_path: Path) -> None:
     source.write_bytes(bytes(100))
     with open(tmp_path / "target", "wb") as target, pytest.raises(OSError, match="shorter"):
         files.copy_range(source, 0, 200, target.fileno(), 0, shared=False, progress=lambda _: None)
+
+
+TORCH_CANNOT_WRITE = "[enforce fail at inline_container.cc:672] . unexpected pos 95296 vs 95188"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), RuntimeError(TORCH_CANNOT_WRITE),
+     SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")],
+    ids=["Python", "torch", "safetensors"],
+)  # fmt: skip
+def test_a_full_disk_is_one_line_whoever_found_it(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It names the place with the least free space: most errors name none."""
+    full = tmp_path / "work"
+    monkeypatch.setattr(files, "_free", lambda place: 0 if place == full else 10**9)
+    with pytest.raises(DiskFull, match=f"^{full}: the disk is full; .* -o$"), files.within_disk(full):
+        raise error
+    full = Path(tempfile.gettempdir())
+    with pytest.raises(DiskFull, match=f"^{full}: the disk is full; .*TMPDIR"), files.within_disk(tmp_path / "work"):
+        raise error
+    with pytest.raises(type(other := RuntimeError("unexpected")), match="unexpected"), files.within_disk(tmp_path):
+        raise other
+
+
+def test_a_message_names_the_directory_that_was_asked_for(tmp_path: Path) -> None:
+    """Not the sibling that is gone."""
+    out = tmp_path / "out"
+    with pytest.raises(DiskFull, match=f"^{out}: needs 9000TB") as caught, files.atomic_directory(out) as directory:
+        files.check_space(directory, 9 * 10**15)
+    assert "slicer-" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,7 @@ def test_too_little_that_is_free_is_an_error_with_both_figures() -> None:
     with pytest.raises(OutOfMemory, match="on cuda:1: 9.67GB are needed, 8.58GB are free; .* --device-memory 8.58GB"):
         memory.check_free(18 * GIB, Compute())
     with pytest.raises(OutOfMemory, match="container, or give --heal none$"):
-        memory.check_free(49 * GIB, Compute("cpu"), instead="--heal none")
+        memory.check_free(49 * GIB, Compute("cpu"), 50 * GIB, "--heal none")
 
 
 def test_whether_a_small_model_has_room_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,3 +185,19 @@ def test_it_is_told_from_other_errors() -> None:
     for other in (HealError("out of memory of it"), RuntimeError("shapes differ")):
         with pytest.raises(type(other), match=str(other)), memory.within_memory("here", ["A"]):
             raise other
+
+
+def test_what_a_function_loaded_is_gone_when_it_has_returned() -> None:
+    class Model:
+        def __init__(self) -> None:
+            self.itself = self  # models of transformers and peft are in cycles, too
+
+    loaded: list[weakref.ref[Model]] = []
+
+    @memory.released()
+    def use() -> int:
+        model = Model()
+        loaded.append(weakref.ref(model))
+        return 3
+
+    assert use() == use() == 3 and [model() for model in loaded] == [None, None]

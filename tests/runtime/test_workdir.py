@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from slicer.errors import OutputError
-from slicer.runtime.workdir import SIGN, Notebook, Workdir, beside, claimed, lock, owned, sign_of
+from slicer.runtime.workdir import SIGN, Notebook, Workdir, beside, claimed, lock, owned, sign_of, undamaged
 
 
 @contextmanager
@@ -221,3 +223,33 @@ def test_a_value_that_is_null_on_one_side_only_is_named(tmp_path: Path) -> None:
         pass
     with pytest.raises(OutputError, match="teacher null, not unknown"), owned(tmp_path / "w", steps=1):
         raise AssertionError("it was used")
+
+
+def test_the_sign_is_removed_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So what is left of a removal that was stopped can be removed by the next run."""
+    place = tmp_path / "work"
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), claimed(place, steps=1) as work:
+        for name in "abc":
+            (work.path / name).mkdir()
+        patch.setattr(shutil, "rmtree", stop)
+    assert sign_of(place) is not None
+    with claimed(place, steps=1):
+        pass
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [json.JSONDecodeError("no value", "", 0), SafetensorError("header too small"), EOFError(),
+     RuntimeError("PytorchStreamReader failed")],
+    ids=["json", "safetensors", "pickle", "torch"],
+)  # fmt: skip
+def test_a_file_that_cannot_be_read_is_one_line_with_the_remedy(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=f"^{tmp_path}: damaged.*; remove it to start over$"), undamaged(tmp_path):
+        raise error
+    with pytest.raises(RuntimeError, match="^other$"), undamaged(tmp_path):
+        raise RuntimeError("other")

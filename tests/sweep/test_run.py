@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -16,7 +19,11 @@ from slicer.checkpoint.reader import Checkpoint
 from slicer.cli.main import main
 from slicer.errors import OutputError
 from slicer.evaluate.suite import Suite, SuiteSpec, evaluate
+from slicer.heal.compensate import fold
+from slicer.heal.compensate.newton import STEPS, Newton
 from slicer.plan.plan import Plan
+from slicer.runtime.workdir import Stages
+from slicer.sweep import run as cells_in_order
 from slicer.sweep.store import Store
 from slicer.sweep.table import read_table
 
@@ -66,6 +73,76 @@ def test_a_killed_sweep_ends_with_the_same_table(forks: ForkServer, swept: Path,
     assert sweep(directory, "--heal", "none,fold").exit_code == 0
     assert (directory / "table.csv").read_bytes() == (swept / "table.csv").read_bytes()
     assert {file: file.stat().st_mtime_ns for file in done} == stamps, "finished cells were run again"
+
+
+def test_stopped_after_every_stage_of_a_fold_it_does_nothing_twice(
+    swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def counted(owner: Any, name: str) -> None:
+        before = getattr(owner, name)
+
+        def call(*given: Any, **more: Any) -> Any:
+            calls.append(name)
+            return before(*given, **more)
+
+        monkeypatch.setattr(owner, name, call)
+
+    for owner, name in ((cells_in_order, "measure"), (fold, "solve"), (Newton, "step")):
+        counted(owner, name)
+    save: Callable[..., None] = Stages.save
+    saved: list[str] = []
+
+    def stop(self: Stages, name: str, *given: Any) -> None:
+        save(self, name, *given)
+        saved.append(name)
+        raise KeyboardInterrupt
+
+    directory = tmp_path / "s"
+    with monkeypatch.context() as patch:
+        patch.setattr(Stages, "save", stop)
+        while (result := sweep(directory, "--heal", "none,fold")).exit_code:
+            assert result.exit_code == 130, result.output
+            found = list(directory.glob("folds/*/stages-*/*"))
+            assert len({file.parent for file in found}) <= 1, "stages of finished cells are removed"
+    stopped, calls[:] = list(calls), []
+    assert sweep(tmp_path / "whole", "--heal", "none,fold").exit_code == 0
+    assert sorted(stopped) == sorted(calls)
+    assert saved.count("tokens") == 1 and saved.count("streams") == 2 and saved.count("steps") == 2 * STEPS
+    assert (directory / "table.csv").read_bytes() == (swept / "table.csv").read_bytes()
+    assert not (directory / "folds").exists()
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_table(forks: ForkServer, swept: Path, tmp_path: Path) -> None:
+    directory, moments = tmp_path / "s", random.Random(0)
+    for _ in range(6):
+        run = forks.start("sweep", "demo", *GRID, *FIXED, "--heal", "none,fold", "-o", directory, modules=EVALUATION)
+        try:
+            run.wait(timeout=moments.uniform(0.5, 12))
+        except AssertionError:
+            run.kill()
+    assert sweep(directory, "--heal", "none,fold").exit_code == 0
+    assert (directory / "table.csv").read_bytes() == (swept / "table.csv").read_bytes()
+    assert not (directory / "folds").exists()
+
+
+def test_stages_of_another_version_or_of_a_finished_cell_are_removed(swept: Path, tmp_path: Path) -> None:
+    """Killed between the two, a cell that is stored has stages still; those of another version are not resumed."""
+    directory = tmp_path / "s"
+    shutil.copytree(swept, directory)
+    finished = directory / "folds" / "004-similarity-fold"
+    finished.mkdir(parents=True)
+    (finished / "x").write_text("x")
+    unfinished = directory / "folds" / "004-random-fold-s0"
+    (unfinished / "stages-1").mkdir(parents=True)
+    (unfinished / "slicer-work.json").write_text(
+        '{"what": "an unfinished fold of a sweep", "identity": {"versions": 1}}'
+    )
+    (directory / "cells" / "004-random-fold-s0.json").unlink()
+    assert sweep(directory, "--heal", "none,fold").exit_code == 0
+    assert (directory / "table.csv").read_bytes() == (swept / "table.csv").read_bytes()
+    assert not (directory / "folds").exists()
 
 
 def test_two_processes_share_the_cells(forks: ForkServer, swept: Path, tmp_path: Path) -> None:

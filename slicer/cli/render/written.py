@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from slicer.cli.render.progress import STDERR, stdout, table
-from slicer.plan.amounts import spell_layers
+from slicer.plan.amounts import spell_layers, spell_seconds, spell_size
 from slicer.plan.plan import METRIC, Plan, spell_dropped, spell_left
 from slicer.plan.records import HealingRecord
 
@@ -78,6 +78,9 @@ def print_written(done: Written) -> None:
     if plan.form != "native":
         lines.append(("form", _FORMS[plan.form]))
     lines.append(("verified", f"{done.verified}{_errors(done)}"))
+    if done.took is not None and done.forecast is not None and (done.took.is_long or done.forecast.is_long):
+        took, forecast = spell_seconds(done.took.total), spell_seconds(done.forecast.total)
+        lines.append(("took", f"{took} (forecast {forecast}), {spell_size(done.took.host_bytes)} of memory"))
     lines += [("warning", warning) for warning in done.warnings]
     lines.append(("written", str(done.out) if done.out else "nothing (dry run)"))
     for label, text in lines:

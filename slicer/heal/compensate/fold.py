@@ -15,7 +15,7 @@ from disk gets the same, layer by layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import itemgetter
@@ -90,38 +90,34 @@ def _identity(walk: Walk, data: Split, plan: Plan, solver: str, written: torch.d
     return repr(values).encode() + torch.cat(data.batches).numpy().tobytes()
 
 
-def working_bytes(
-    layers: Iterable[Mapping[str, Sequence[int]]], d: int, vocabulary: int, *, casts: bool, tokens: int
-) -> int:
+def working_bytes(layer: int, d: int, f: int, vocabulary: int, *, casts: bool, tokens: int) -> int:
     """Bytes that a fold takes beside the stored model and the states.
 
     Args:
-        layers: of each layer, the shapes of its parameters by name.
-        d, vocabulary: the hidden size, and the rows of the head.
+        layer: parameters of the largest layer.
+        d, f: the hidden size, and the inputs of the widest matrix that is solved.
+        vocabulary: rows of the head.
         casts: whether the model is one of 16 bits, which computes in float32: one layer, and a part of the head.
         tokens: those of a batch.
 
     These are the sums of a solve, 8 (f^2 + d f) bytes, with both ways to solve a layer, or those of a step,
     4 (f^2 + d f) and six matrices [d, d], with what differentiating a layer keeps of a batch.
     """
-    sizes, f = [0], d
-    for layer in layers:
-        sizes.append(sum(map(math.prod, layer.values())))
-        for name, shape in layer.items():
-            if name.removesuffix(".weight").endswith((*ATTENTION_OUTPUTS, *FEED_FORWARD_OUTPUTS)):
-                f = max(f, *shape)
-    copies = 4 * (max(sizes) + d * min(vocabulary, LIKELY + SAMPLE)) if casts else 0
+    copies = 4 * (layer + d * min(vocabulary, LIKELY + SAMPLE)) if casts else 0
     solving = 8 * (f**2 + d * f) + 8 * (d * f + d**2)
     stepping = 4 * (f**2 + d * f + 6 * d**2) + 4 * tokens * (10 * f + 20 * d)
-    return copies + max(solving, stepping, 4 * 4 * LOGITS)
+    return copies + max(solving, stepping, 4 * 4 * min(LOGITS, tokens * vocabulary))
 
 
 def _reserved(walk: Walk, data: Split) -> int:
     """`working_bytes` for the model of `walk`."""
-    config = walk.model.config.get_text_config()
+    config, outputs = walk.model.config.get_text_config(), (*ATTENTION_OUTPUTS, *FEED_FORWARD_OUTPUTS)
+    shapes = [{name: p.shape for name, p in layer.named_parameters()} for layer in walk.layers]
+    maps = (shape for layer in shapes for name, shape in layer.items() if name.removesuffix(".weight") in outputs)
     return working_bytes(
-        ({name: p.shape for name, p in layer.named_parameters()} for layer in walk.layers),
+        max(sum(map(math.prod, layer.values())) for layer in shapes),
         int(config.hidden_size),
+        max((max(shape) for shape in maps), default=int(config.hidden_size)),
         int(config.vocab_size),
         casts=walk.model.dtype in HALVES,
         tokens=data.batches[0].numel(),

@@ -87,7 +87,7 @@ class GapPass:
             self.advance(max(gap.layer, 0))
             if self.cut is self.source:
                 self.cut = self.source.copy()
-                self._bare = {b: self.source[b].clone() for b in self._held}
+                self._bare = {b: self.source[b].to("cpu", copy=True) for b in self._held}
             while self.source.layer < gap.behind:
                 self.advance_source()
             target = self._within(gap.behind) if gap.within else self.source

@@ -78,7 +78,8 @@ def linear(
         edits[gap.layer] = LayerEdit(behind={gap.sublayer: replacement})
         report.append(SolvedMatrix(gap.layer, gap.sublayer, method, error_left=round(left, 6)))
         for b in range(len(both.cut)):
-            both.cut[b] = both.cut[b] + replacement.update(both.cut[b], eps)
+            h = both.cut[b].cpu()
+            both.cut[b] = h + replacement.update(h, eps)
     return Solved(edits, both.finish(), method, rank=rank, report=tuple(report), held_out=data.sequences)
 
 
@@ -88,7 +89,7 @@ Row = tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]
 def _rows(cut: States, target: States) -> Iterator[Row]:
     """(batch, h [tokens, d], x - h, weight) without the first positions."""
     for b in range(len(cut)):
-        h, x = (states[b][:, SINKS:].float().flatten(0, 1) for states in (cut, target))
+        h, x = (states[b].cpu()[:, SINKS:].float().flatten(0, 1) for states in (cut, target))
         yield b, h, x - h, token_weights(x)
 
 

@@ -21,7 +21,7 @@ at: of the forward sweep it repeats the layers before that one.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -100,7 +100,7 @@ class Newton:
         length, self._loss = self._search(number, largest) if largest > 0 else (0.0, self._loss)
         for matrices in self.matrices.values():
             for matrix in matrices:
-                matrix.step(length)
+                matrix.step(length, self._run.walk.keep)
         return length > 0
 
     def _keep(self, i: int, what: str, facts: Any = None) -> None:
@@ -209,7 +209,7 @@ class Newton:
         layers = run.layers if after is None else [i for i in run.layers if i < after[0]]
 
         def keep(i: int, streams: Streams) -> None:
-            entering[i] = {b: run.walk.keep(x) for b, x in streams.items()}
+            entering[i] = {b: run.walk.keep(x, on_device=True) for b, x in streams.items()}
 
         (last,) = run.ends(fitted, [self.edit], keep, layers)
         slopes = self._slopes(last, curvature) if after is None else after[1]
@@ -339,11 +339,11 @@ class Matrix:
             rows.copy_(solved(right.mT, half, upper=False, left=False).neg_())
         self.direction, self.ratio = [slope], float(slope.norm()) / max(sums.size, 1e-12)
 
-    def step(self, length: float) -> None:
+    def step(self, length: float, keep: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Add so much of D to W."""
         if length and self.direction:
             step = self.direction[0]
-            self.delta = step.mul(length) if self.delta is None else self.delta.add_(step, alpha=length)
+            self.delta = keep(step * length) if self.delta is None else self.delta.add_(step, alpha=length)
         self.direction = []
 
 

@@ -89,6 +89,7 @@ def _result(
     plan, source, asked = base.plan, base.source.checkpoint, settings.asked
     text = corpus.held_out_batches(settings.micro_batch)
 
+    @memory.released()
     def loss(checkpoint: Checkpoint) -> float | None:
         """On the held-out text, nats a token; None if the model does not fit in memory."""
         if not memory.fits(getattr(torch, settings.compute).itemsize * checkpoint.parameters, compute):

@@ -80,7 +80,7 @@ def test_a_step_solves_with_both_factors(transposed: bool) -> None:
     )
     expected = -torch.linalg.solve(left, g.T @ z) @ torch.linalg.inv(right)
     matrix.solve(sums)
-    matrix.step(2.0)
+    matrix.step(2.0, torch.clone)
     assert torch.allclose(matrix.ratio * first.norm(), expected.norm(), atol=1e-5)
     stored = first.T if transposed else first
     new = matrix.moved(stored, 0.0, torch.float32)

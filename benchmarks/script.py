@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: command-line options, rounds, the page cache, a synthetic checkpoint."""
+"""What the scripts share: command-line options, rounds, the page cache, plain reading, a synthetic checkpoint."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import random
 import re
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,6 +48,18 @@ def drop_cache(path: Path) -> None:
         with open(file, "rb") as stream:
             os.fsync(stream.fileno())
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_plainly(path: Path, most: int = 10) -> float:
+    """MB/s of reading the first `most` layer files in order."""
+    drop_cache(path)
+    buffer = bytearray(16 << 20)
+    total, started = 0, time.perf_counter()
+    for file in sorted(path.glob("layer-*.safetensors"))[:most]:
+        with open(file, "rb", buffering=0) as stream:
+            while count := stream.readinto(buffer):
+                total += count
+    return total / (time.perf_counter() - started) / 1e6
 
 
 def write_llama(path: Path, shard_size: str | None = None, **shape: int) -> None:
