@@ -216,8 +216,8 @@ def comparing(shape: Shape, cut: Cut, *, streams: bool) -> Stage:
     """The distance from the source on text of all kinds: one pass of the source, and two of the rest of the cut."""
     tokens = (len(SHIPPED) + 2) * DOCUMENTS * TOKENS  # with code, and the kind of the calibration text
     flops = (shape.depth + 2 * cut.rest) * shape.forward(tokens, TOKENS) + 3 * shape.head(tokens)
-    reads = (shape.depth + cut.rest) * shape.layer_bytes
-    return Stage("Comparing with the source", {"float32": flops}, reads if streams else 0.0)
+    reads = streams * (shape.depth + cut.rest) * shape.layer_bytes
+    return Stage("Comparing with the source", {"float32": flops}, reads)
 
 
 def folding_bytes(shape: Shape, text: TextSpec, cut: Cut) -> tuple[int, int]:
@@ -294,11 +294,8 @@ def work_of(
         if measures and recipe.measures:
             stages.insert(-1, measuring(shape, text, streams=streams))
         if solves:
-            cut = (
-                Cut.of(plan)
-                if plan is not None
-                else Cut.expected(recipe.goal, recipe.selection.strategy, checkpoint.depth, dropped)
-            )
+            cut = Cut.expected(recipe.goal, recipe.selection.strategy, checkpoint.depth, dropped)
+            cut = cut if plan is None else Cut.of(plan)
             solving = folding(shape, text, cut, streams=streams)
             folds = recipe.repair.method == "fold" and recipe.repair.solver == SOLVERS[0]
             stages[-1:-1] = [*(solving if folds else solving[:1]), comparing(shape, cut, streams=streams)]

@@ -108,7 +108,9 @@ def test_the_flops_are_those_that_torch_counts(held_out_file: Path, tmp_path: Pa
     with counted:
         convert(request, Stages())
     stages = [stage for stage in work.stages if stage.flops]
-    assert [stage.name.partition(":")[0] for stage in stages] == ["Measuring layers", *2 * ["Healing the cut"]]
+    assert [stage.name.partition(":")[0] for stage in stages] == [
+        "Measuring layers", *2 * ["Healing the cut"], "Comparing with the source"
+    ]  # fmt: skip
     for stage in stages:
         # solving is not counted: it is small here
         assert 1 / 1.5 < sum(stage.flops.values()) / counted.flops[stage.name] < 1.5, stage.name
@@ -152,7 +154,7 @@ def test_too_little_disk_is_refused_before_any_work(
         failed = slicer(*command, "-o", tmp_path / f"out-{number}")
         assert failed.exit_code == 1 and set(tmp_path.iterdir()) == before
         assert f"out-{number}" in failed.stderr.splitlines()[-1] and "needs" in failed.stderr, failed.stderr
-        assert "0.00 GB free" in failed.stderr.splitlines()[-1]
+        assert "10KB free" in failed.stderr.splitlines()[-1]
 
 
 def test_what_a_stopped_run_left_counts_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
