@@ -1,7 +1,7 @@
 """The forecast of a command, shown before work of more than a minute; what it then took; and a clock between the two.
 
 The amounts of work follow from headers (`slicer.jobs.costs`), the rates of this machine from a first second of the same
-arithmetic (`slicer.runtime.rates`). What the first long stage really took corrects the rest.
+arithmetic (`slicer.runtime.rates`). What each long stage really took corrects the rest.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Forecast:
 
 
 class Clock(Progress):
-    """Passes progress on, takes the time of each stage, and corrects the forecast by what the first long stage took.
+    """Passes progress on, takes the time of each stage, and corrects the forecast by what each long stage took.
 
     Attributes:
         forecast: what was expected first, of all stages announced so far.
@@ -84,7 +84,7 @@ class Clock(Progress):
         self._left: dict[str, float] = {}  # expected seconds of stages, as corrected
         self._stage, self._began = "", time.monotonic()
         self._computes = set[str]()  # stages that do more than read
-        self._factor = 1.0  # what the first long stage took, over its forecast
+        self._factor = 1.0  # what the last long stage took, over its first forecast
         self._cheaper: Callable[[float], Iterable[tuple[str, float]]] | None = None
         self._steps: list[float] = []
         self._total: int | None = None
@@ -138,13 +138,13 @@ class Clock(Progress):
         if self._stage:
             took = self.took[self._stage] = self.took.get(self._stage, 0.0) + now - self._began
             expected = self._left.pop(self._stage, 0.0)
-            if expected > _CORRECTING and self._stage in self._computes and self._factor == 1:
+            if expected > _CORRECTING and self._stage in self._computes:
                 self._correct(took / expected)
         self._began = now
 
     def _correct(self, factor: float) -> None:
         """Multiply what is left by `factor`, and say so where that changes much."""
-        self._factor = factor
+        self._factor *= factor
         before = sum(self._left.values())
         self._left = {name: factor * s for name, s in self._left.items()}
         if not 1 / OFF < factor < OFF and max(before, factor * before) > LONG:
