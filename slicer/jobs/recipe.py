@@ -17,6 +17,7 @@ from slicer.checkpoint.sizes import measure_sizes
 from slicer.checkpoint.tensors import DTYPES
 from slicer.data.sources import TextSpec
 from slicer.errors import ArchitectureError, HealError, PlanError, UsageError
+from slicer.heal.compensate.fold import working_bytes
 from slicer.heal.finetune.settings import Training, TrainingSettings, resolve
 from slicer.jobs.output import output_name
 from slicer.jobs.request import Compensation, ConvertRequest, HealRequest, Selection, check_choice
@@ -125,7 +126,7 @@ class Recipe:
             command=request.command,
         )
         if recipe.needs_model:
-            check_memory(checkpoint, compute, loads)
+            check_memory(checkpoint, compute, loads, working=recipe.working_bytes(checkpoint))
         return replace(recipe, notes=(*notes, *_memory_notes(recipe, checkpoint, output.verify)))
 
     @classmethod
@@ -162,8 +163,24 @@ class Recipe:
                 f"{request.cut}: an adapter was merged into it, and a fold would be solved without the adapter; fold "
                 "before merging, or train on: --method lora"
             )
-        check_memory(source, compute, loads)
+        check_memory(source, compute, loads, working=recipe.working_bytes(source))
         return replace(recipe, notes=_memory_notes(recipe, source, output.verify))
+
+    def working_bytes(self, checkpoint: Checkpoint) -> int:
+        """Bytes that the repair takes beside the model of `checkpoint` and the hidden states."""
+        if not self.writes or self.repair.method != "fold" or self.text is None:
+            return 0
+        layers = checkpoint.layers
+        within = {id(span) for layer in layers for span in layer.values()}
+        outside = (span for span in checkpoint.tensors.values() if len(span.shape) == 2 and id(span) not in within)
+        embedding = max(outside, key=lambda span: span.numel)
+        return working_bytes(
+            ({name: span.shape for name, span in layer.items()} for layer in layers),
+            d=embedding.shape[1],
+            vocabulary=embedding.shape[0],
+            casts=(DTYPES[self.compute.dtype] if self.compute.dtype else embedding.dtype) in ("BF16", "F16"),
+            tokens=self.text.batch_size * self.text.seq_len,
+        )
 
     def announce(self, progress: Progress) -> None:
         """Show the notes and the first long stage."""
@@ -210,14 +227,14 @@ def check_device(compute: Compute) -> None:
         compute.torch_device()
 
 
-def check_memory(checkpoint: Checkpoint, compute: Compute, loads: bool) -> None:
-    """Check the memory for what `with_budgets` decided, before work begins.
+def check_memory(checkpoint: Checkpoint, compute: Compute, loads: bool, working: int = 0) -> None:
+    """Check the memory for what `with_budgets` decided, before work begins; `working`: bytes beside the model.
 
     Raises UsageError for a budget that does not hold one layer, OutOfMemory if too little is free.
     """
     whole = checkpoint.bytes_as(compute.dtype)
     if loads:
-        memory.check_free(memory.OVERHEAD * whole, compute)
+        memory.check_free(max(memory.OVERHEAD * whole, whole + working), compute)
         return
     loaded = measure_sizes(checkpoint, cast=DTYPES[compute.dtype] if compute.dtype else None).layer_bytes
     layer = max(*loaded, *measure_sizes(checkpoint).layer_bytes)
@@ -229,7 +246,8 @@ def check_memory(checkpoint: Checkpoint, compute: Compute, loads: bool) -> None:
                 f"{option} {spell_size(budget)}: too little for one layer of {checkpoint.path}; give at least "
                 f"{spell_size(needed, up=True)}"
             )
-    memory.check_free(layer if compute.device_memory is None else on_device, compute, limiting=False)
+    needed = working + (layer if compute.device_memory is None else on_device)
+    memory.check_free(needed, compute, instead="--heal none" if working else None)
 
 
 def default_place(request: ConvertRequest, source: Source) -> Path | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -151,16 +150,3 @@ def blueprint(path: Path, *, trust_remote_code: bool = False) -> Checkpoint:
 
 def _needs_several(path: Path, compute: Compute, target: torch.device) -> bool:
     return Checkpoint.open(path).bytes_as(compute.dtype) * 1.1 > memory.budget(compute, target)
-
-
-@contextlib.contextmanager
-def in_float32(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
-    """Inside the block, 16-bit `parameters` hold float32 copies; afterwards their own tensors again."""
-    halves = [(p, p.data) for p in parameters if p.dtype in (torch.bfloat16, torch.float16)]
-    try:
-        for parameter, data in halves:
-            parameter.data = data.float()
-        yield
-    finally:
-        for parameter, data in halves:
-            parameter.data = data

@@ -171,7 +171,7 @@ def parameters_after(output: Output, delta: torch.Tensor) -> dict[str, torch.Ten
     """Name -> new tensor of `output` when D [d, f] is added to W; a column beyond f is added to the bias."""
     weight, bias = output.weight, output.bias
     features = weight.shape[1]
-    new = (weight.double() + delta[:, :features].to(weight.device)).to(weight.dtype)
+    new = (delta[:, :features].to(weight.device) + weight).to(weight.dtype)  # summed in float64
     changed = {f"{output.name}.weight": (new.T if output.transposed else new).contiguous()}
     if bias is not None and delta.shape[1] > features:
         changed[f"{output.name}.bias"] = (bias.double() + delta[:, -1].to(bias.device)).to(bias.dtype)

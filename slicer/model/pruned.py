@@ -161,16 +161,21 @@ class PrunedRun:
         return cls(walk, plan, origin, held, walk.run(target, range(first, walk.depth)))
 
     def ends(
-        self, batches: Iterable[int], edits: Sequence[EditOf], entering: Callable[[int, Streams], None] | None = None
+        self,
+        batches: Iterable[int],
+        edits: Sequence[EditOf],
+        entering: Callable[[int, Streams], None] | None = None,
+        layers: Sequence[int] | None = None,
     ) -> list[Streams]:
         """The stream behind the last layer, on the device, of the pruned model with each of `edits`.
 
         Runs layer by layer, so that several edits share one read of each layer. `entering(i, streams)` gets the streams
-        that enter layer i, for each edit in turn.
+        that enter layer i, for each edit in turn. `layers`: the first ones, to run no others.
         """
+        layers = self.layers if layers is None else layers
         found = [{b: self.origin[b].clone() for b in batches} for _ in edits]  # a layer may write into its input
-        with torch.no_grad(), self.walk.along(self.layers):
-            for i in self.layers:
+        with torch.no_grad(), self.walk.along(layers):
+            for i in layers:
                 with self.walk.layer(i) as layer:
                     for streams, edit in zip(found, edits, strict=True):
                         if entering is not None:

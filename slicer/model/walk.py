@@ -20,8 +20,9 @@ from torch import nn
 from slicer.checkpoint.reader import Checkpoint
 from slicer.errors import ArchitectureError, PlanError
 from slicer.model.layers import decoder_layers, hidden_in, hidden_of, replaced_forwards
-from slicer.model.load import in_float32, load_model
+from slicer.model.load import load_model
 from slicer.model.offload import OffloadedModel
+from slicer.model.precision import in_float32, outside_in_float32
 from slicer.model.states import Batches, StateBudget, States
 from slicer.runtime import memory
 from slicer.runtime.compute import Compute
@@ -129,12 +130,11 @@ class Walk:
 
     @contextlib.contextmanager
     def in_float32(self) -> Iterator[None]:
-        """Inside the block, a 16-bit model computes in float32, loaded or streamed: each layer while it is in use, the
-        modules outside the layers all the time."""
-        within = {id(p) for layer in self.layers for p in layer.parameters()}
+        """Inside the block, a 16-bit model computes in float32, loaded or streamed; each layer is cast while it is in
+        use."""
         before, self._casts = self._casts, True
         try:
-            with in_float32(p for p in self.model.parameters() if id(p) not in within):
+            with outside_in_float32(self.model, self.layers):
                 yield
         finally:
             self._casts = before

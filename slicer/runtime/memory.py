@@ -147,10 +147,10 @@ def fits(nbytes: int, compute: Compute, *, file: int = 0) -> bool:
     return OVERHEAD * nbytes <= len(targets) * budget(compute, targets[0]) and file <= budget(compute)
 
 
-def check_free(needed: float, compute: Compute, limiting: bool = True) -> None:
+def check_free(needed: float, compute: Compute, instead: str | None = "") -> None:
     """Raise OutOfMemory unless `needed` bytes are free where the model will be, an equal part on each device.
 
-    `limiting`: whether a smaller budget would help.
+    `instead`: the option that takes less; "": a smaller budget; None: there is none.
     """
     targets = devices(compute)
     needed /= len(targets)
@@ -158,10 +158,11 @@ def check_free(needed: float, compute: Compute, limiting: bool = True) -> None:
         found = free(device)
         if needed > max(found, _UNNOTICED):
             place, option = ("", "--memory") if device.type == "cpu" else (f" on {device}", "--device-memory")
-            less = f", or use no more than that: {option} {spell_size(found)}" if limiting else ""
+            less = f", or use no more than that: {option} {spell_size(found)}" if instead == "" else ""
             raise OutOfMemory(
-                f"too little memory is free{place}: {spell_size(needed, up=True)} are needed for the model, "
-                f"{spell_size(found)} are free; close other programs{less}"
+                f"too little memory is free{place}: {spell_size(needed, up=True)} are needed, {spell_size(found)} are "
+                f"free; close other programs, or raise the limit of the container{less}"
+                + (f", or give {instead}" if instead else "")
             )
 
 

@@ -311,3 +311,11 @@ class Stages:
             file.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(file) as part:
                 save_file({k: t.contiguous() for k, t in tensors.items()}, part, {"facts": json.dumps(facts)})
+
+    def keep(
+        self, name: str, tensors: Mapping[str, torch.Tensor], facts: Any = None
+    ) -> tuple[dict[str, Any], Any] | None:
+        """Save a finished stage and load it: its tensors are then mapped from the file, without memory of their own.
+        None: nothing is kept. Raises OutputError."""
+        self.save(name, tensors, facts)
+        return self.load(name)

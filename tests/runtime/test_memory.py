@@ -157,12 +157,12 @@ def test_every_process_of_the_machine_loads_its_own(monkeypatch: pytest.MonkeyPa
 def test_too_little_that_is_free_is_an_error_with_both_figures() -> None:
     memory.check_free(47 * GIB, Compute("cpu"))
     memory.check_free(15 * GIB, Compute())
-    with pytest.raises(OutOfMemory, match="52.7GB are needed .* 51.5GB are free; close .* --memory 51.5GB"):
+    with pytest.raises(OutOfMemory, match="52.7GB are needed, 51.5GB are free; close .* --memory 51.5GB"):
         memory.check_free(49 * GIB, Compute("cpu"))
-    with pytest.raises(OutOfMemory, match="on cuda:1: 9.67GB are needed .* 8.58GB are free; .* --device-memory 8.58GB"):
+    with pytest.raises(OutOfMemory, match="on cuda:1: 9.67GB are needed, 8.58GB are free; .* --device-memory 8.58GB"):
         memory.check_free(18 * GIB, Compute())
-    with pytest.raises(OutOfMemory, match="close other programs$"):
-        memory.check_free(49 * GIB, Compute("cpu"), limiting=False)
+    with pytest.raises(OutOfMemory, match="container, or give --heal none$"):
+        memory.check_free(49 * GIB, Compute("cpu"), instead="--heal none")
 
 
 def test_whether_a_small_model_has_room_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:

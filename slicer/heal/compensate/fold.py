@@ -15,7 +15,7 @@ gets the same, layer by layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import itemgetter
@@ -23,12 +23,15 @@ from operator import itemgetter
 import torch
 from torch import nn
 
+from slicer.checkpoint.architectures.table import ATTENTION_OUTPUTS, FEED_FORWARD_OUTPUTS
 from slicer.errors import HealError, UsageError
 from slicer.heal.compensate.gaps import Gap, GapPass
 from slicer.heal.compensate.newton import STEPS, Newton
+from slicer.heal.compensate.objective import LIKELY, LOGITS, SAMPLE
 from slicer.heal.compensate.regression import LayerFit, Solution, Split, gather, norm_gain, solve, split
 from slicer.heal.patch import Holds, Solved
 from slicer.model.output_maps import Output, find, parameters_after
+from slicer.model.precision import HALVES
 from slicer.model.pruned import Edits, LayerEdit, PrunedRun, edited, pruned_layer
 from slicer.model.states import Batches, States
 from slicer.model.walk import SourceActivations, Walk, walk_loss
@@ -67,8 +70,9 @@ def fold(
     if solver not in SOLVERS:
         raise UsageError(f"fold {solver!r}: choose one of {', '.join(SOLVERS)}")
     data = split(batches)
-    with walk.reserved(working_bytes(walk)), walk.in_float32():
-        precision = str(walk.model.dtype).removeprefix("torch.")
+    stored: torch.dtype = walk.model.dtype
+    precision = str(torch.float32 if stored in HALVES else stored).removeprefix("torch.")
+    with walk.reserved(_reserved(walk, data)), walk.in_float32():
         stages = Stages(walk.directory, _identity(walk, data, plan, solver, written))
         folding = _Folding(walk, data, plan, holds, solver, written, stages, progress)
         edits, report, losses = folding.run(activations)
@@ -84,18 +88,42 @@ def _identity(walk: Walk, data: Split, plan: Plan, solver: str, written: torch.d
     return repr(values).encode() + torch.cat(data.batches).numpy().tobytes()
 
 
-def working_bytes(walk: Walk) -> int:
-    """Bytes that a fold takes beside the model and the states.
+def working_bytes(
+    layers: Iterable[Mapping[str, Sequence[int]]], d: int, vocabulary: int, *, casts: bool, tokens: int
+) -> int:
+    """Bytes that a fold takes beside the stored model and the states.
 
-    Of a 16-bit model the float32 copies of one layer and of what lies outside the layers; and the sums of a solve,
-    8 (f^2 + 3 d f), or of a step, at most 4 (f^2 + 5 d f + 5 d^2).
+    Args:
+        layers: of each layer, the shapes of its parameters by name.
+        d, vocabulary: the hidden size, and the rows of the head.
+        casts: whether the model is one of 16 bits, which computes in float32: one layer, and a part of the head.
+        tokens: those of a batch.
+
+    These are the sums of a solve, 8 (f^2 + d f) bytes, with both ways to solve a layer, or those of a step,
+    4 (f^2 + d f) and six matrices [d, d], with what differentiating a layer keeps of a batch.
     """
-    sizes = [sum(p.numel() for p in layer.parameters()) for layer in walk.layers]
-    outside = sum(p.numel() for p in walk.model.parameters()) - sum(sizes)
-    shapes = [p.shape[-2:] for layer in walk.layers for p in layer.parameters() if p.ndim > 1]
-    d, f = int(walk.model.config.get_text_config().hidden_size), max(max(shape) for shape in shapes)
-    copies = 4 * (max(sizes) + outside) if walk.model.dtype in (torch.bfloat16, torch.float16) else 0
-    return copies + max(8 * (f**2 + 3 * d * f), 4 * (f**2 + 5 * d * f + 5 * d**2))
+    sizes, f = [0], d
+    for layer in layers:
+        sizes.append(sum(map(math.prod, layer.values())))
+        for name, shape in layer.items():
+            if name.removesuffix(".weight").endswith((*ATTENTION_OUTPUTS, *FEED_FORWARD_OUTPUTS)):
+                f = max(f, *shape)
+    copies = 4 * (max(sizes) + d * min(vocabulary, LIKELY + SAMPLE)) if casts else 0
+    solving = 8 * (f**2 + d * f) + 8 * (d * f + d**2)
+    stepping = 4 * (f**2 + d * f + 6 * d**2) + 4 * tokens * (10 * f + 20 * d)
+    return copies + max(solving, stepping, 4 * 4 * LOGITS)
+
+
+def _reserved(walk: Walk, data: Split) -> int:
+    """`working_bytes` for the model of `walk`."""
+    config = walk.model.config.get_text_config()
+    return working_bytes(
+        ({name: p.shape for name, p in layer.named_parameters()} for layer in walk.layers),
+        int(config.hidden_size),
+        int(config.vocab_size),
+        casts=walk.model.dtype in HALVES,
+        tokens=data.batches[0].numel(),
+    )
 
 
 @dataclass
@@ -228,7 +256,9 @@ class _Folding:
     def _steps(self, run: PrunedRun) -> float:
         """Second-order steps from the changes so far; the loss on the held-out sequences after them."""
         self.progress.stage("Healing the cut: second-order steps", STEPS, "steps")
-        newton = Newton(run, {i: change.edit for i, change in self.changes.items()}, self.holds, self.written)
+        newton = Newton(
+            run, {i: change.edit for i, change in self.changes.items()}, self.holds, self.written, self.stages
+        )
         number, going = 0, True
         if (kept := self.stages.load("steps")) is not None:
             tensors, (number, going, *state) = kept

@@ -124,7 +124,7 @@ def _low_rank(
     if solution is None:
         return None
     down, up, c = reduced_rank(solution, equations, rank)
-    left = equations.error(torch.cat([up @ down, c[:, None]], 1)) / max(equations.error(None), 1e-30)
+    left = equations.error(torch.cat([up @ down, c[:, None]], 1).__getitem__) / max(equations.error(None), 1e-30)
     return Replacement(c.float(), gain, down.float(), up.float()), left
 
 

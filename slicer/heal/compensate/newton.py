@@ -14,13 +14,14 @@ must not lead the model away from the source. There is no learning rate.
 
 A step takes one sweep forward, which keeps what enters each layer, and one backward, which runs each layer again to
 differentiate it, and solves for the directions of its matrices: a model that is streamed from disk is read twice, and
-the sums of one layer are in memory. A and G are those of the first step; their Cholesky factors are kept as the streams
-are. Lengths are compared in further sweeps, a few in each.
+the sums of one layer are in memory. A and G are those of the first step; their Cholesky factors are kept. Lengths are
+compared in further sweeps, a few in each. A step that was stopped resumes at the layer, or at the lengths, that it was
+at: of the forward sweep it repeats the layers before that one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -35,6 +36,7 @@ from slicer.heal.patch import Holds
 from slicer.model.layers import attached, is_conv1d
 from slicer.model.output_maps import Output
 from slicer.model.pruned import Edits, LayerEdit, PrunedRun, Streams
+from slicer.runtime.workdir import Stages
 
 STEPS = 3
 DAMPING = (0.1, 1.0)  # a and b, in units of the mean of the diagonal of A and G
@@ -42,6 +44,8 @@ PARTS = 3  # each step takes another such part of the sequences, interleaved
 DRAWN = 4  # one batch in so many gives G
 SLACK = 0.01  # of KL(p || q), which a few sequences do not give more exactly
 _FIRST = 0.02  # length that is tried first: the largest change of a matrix, relative
+Slopes = dict[int, list[torch.Tensor]]  # along the stream, by batch: of L, and of the tokens drawn
+_TOGETHER = 256  # columns, then rows of a gradient that are solved at a time
 _ROUNDS = 5  # of doubling or halving the length
 
 
@@ -53,10 +57,18 @@ class Newton:
         edits: the changes that the steps start from.
         holds: whether the checkpoint holds the weights of a module of a layer.
         written: what new weights are rounded to; None: their own dtype.
+        stages: where what a step has finished is kept.
     """
 
-    def __init__(self, run: PrunedRun, edits: Edits, holds: Holds, written: torch.dtype | None = None) -> None:
-        self._run, self._start, self._written = run, edits, written
+    def __init__(
+        self,
+        run: PrunedRun,
+        edits: Edits,
+        holds: Holds,
+        written: torch.dtype | None = None,
+        stages: Stages = Stages(None, b""),  # noqa: B008 (nothing is kept)
+    ) -> None:
+        self._run, self._start, self._written, self._stages = run, edits, written, stages
         self._objective = Objective(run.walk, run.target, run.held)
         self.matrices = {
             i: [
@@ -67,21 +79,65 @@ class Newton:
             for i in run.layers
         }
         self._size = _FIRST
-        ((self._loss, far),) = self.judge([0.0])
+        ((self._loss, far),) = self.judge([0.0], "before the steps")
         self._limit = (1 + SLACK) * far
 
     def step(self, number: int) -> bool:
         """Take step `number` if it lowers the loss on the sequences held out."""
-        for matrix, sums in self.sums(number % PARTS, curvature=number == 0):
-            if not bool(sums.gradient.isfinite().all()):
+        for i, found, slopes in self.sums(number % PARTS, curvature=number == 0, after=self._resumed(number)):
+            if not all(bool(sums.gradient.isfinite().all()) for sums in found.values()):
                 return False
-            matrix.solve(sums, self._run.walk.keep)
+            for matrix, sums in found.items():
+                matrix.solve(sums)
+            if number == 0:
+                self._keep(i, "factors")
+            self._keep(i, "direction", [matrix.ratio for matrix in found])
+            flat = {f"{b}.{k}": slope for b, both in slopes.items() for k, slope in enumerate(both)}
+            self._stages.save("slopes", flat, [number, i])
         largest = max((matrix.ratio for matrices in self.matrices.values() for matrix in matrices), default=0.0)
-        length, self._loss = self._search(largest) if largest > 0 else (0.0, self._loss)
+        length, self._loss = self._search(number, largest) if largest > 0 else (0.0, self._loss)
         for matrices in self.matrices.values():
             for matrix in matrices:
                 matrix.step(length)
         return length > 0
+
+    def _keep(self, i: int, what: str, facts: Any = None) -> None:
+        """Keep a tensor, or several, of each matrix of layer i on the host: as a stage, or else as states are."""
+        own = [(matrix, getattr(matrix, what)) for matrix in self.matrices[i]]
+        tensors = {f"{m.name}.{k}": t for m, each in own for k, t in enumerate(each)}
+        kept = self._stages.keep(f"{what}-{i}", tensors, facts)
+        tensors = {name: self._run.walk.keep(t) for name, t in tensors.items()} if kept is None else kept[0]
+        for matrix, each in own:
+            setattr(matrix, what, [tensors[f"{matrix.name}.{k}"] for k in range(len(each))])
+
+    def _take(self, i: int, what: str, count: int) -> Any:
+        """Take what `_keep` kept as a stage of layer i, `count` tensors of each matrix; gives its facts, None if there
+        is no such stage."""
+        if (kept := self._stages.load(f"{what}-{i}")) is None:
+            return None
+        tensors, facts = kept
+        for matrix in self.matrices[i]:
+            setattr(matrix, what, [tensors[f"{matrix.name}.{k}"] for k in range(count)])
+        return facts or ()
+
+    def _resumed(self, number: int) -> tuple[int, Slopes] | None:
+        """(the last layer that step `number` has finished, the slopes that enter it), of a run that was stopped."""
+        kept = self._stages.load("slopes")
+        if kept is None or kept[1][0] != number:
+            return None
+        flat, (_, last) = kept
+        for i in (i for i in self._run.layers if i >= last):
+            if (ratios := self._take(i, "direction", 1)) is None or (number == 0 and not self._has_factors(i)):
+                return None
+            for matrix, ratio in zip(self.matrices[i], ratios, strict=True):
+                matrix.ratio = ratio
+        slopes: Slopes = {}
+        for name in sorted(flat):
+            slopes.setdefault(int(name.partition(".")[0]), []).append(flat[name].to(self._run.walk.device))
+        return last, slopes
+
+    def _has_factors(self, i: int) -> bool:
+        return self._take(i, "factors", 2) is not None
 
     @property
     def state(self) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -90,19 +146,32 @@ class Newton:
         return {f"{m.layer}.{m.name}": m.delta for m in every if m.delta is not None}, [self._loss, self._size]
 
     def resume(self, deltas: Mapping[str, torch.Tensor], numbers: Sequence[float], *, ends: bool) -> None:
-        """Continue after the steps of another run, by its `state`; gathers A and G again, unless there it `ends`."""
-        for matrix, sums in () if ends else self.sums(0, curvature=True):
-            matrix.factor(sums, self._run.walk.keep)
+        """Continue after the steps of another run, by its `state`; A and G are needed unless it `ends` there."""
+        if not ends and not all(map(self._has_factors, self._run.layers)):
+            for i, found, _ in self.sums(0, curvature=True):
+                for matrix, sums in found.items():
+                    matrix.factor(sums)
+                self._keep(i, "factors")
         self._loss, self._size = numbers
         for matrices in self.matrices.values():
             for matrix in matrices:
                 delta = deltas.get(f"{matrix.layer}.{matrix.name}")
                 matrix.delta = None if delta is None else self._run.walk.keep(delta)
 
-    def judge(self, lengths: Sequence[float]) -> list[tuple[float, float]]:
-        """L and KL(p || q) on the sequences held out, after each of these steps in the present directions."""
-        edits = [partial(self.edit, length=length) for length in lengths]
-        return self._objective.judge(self._run.ends(self._run.held, edits))
+    def judge(self, lengths: Sequence[float], when: str | None = None) -> list[tuple[float, float]]:
+        """L and KL(p || q) on the sequences held out, after each of these steps in the present directions.
+
+        A run that was stopped gives what it found under the same `when`.
+        """
+        done = None if when is None else self._stages.load(f"judged {when}")
+        if done is None:
+            edits = [partial(self.edit, length=length) for length in lengths]
+            found = self._objective.judge(self._run.ends(self._run.held, edits))
+            if when is not None:
+                self._stages.save(f"judged {when}", {}, found)
+        else:
+            found = [(loss, far) for loss, far in done[1]]
+        return found
 
     def edit(self, i: int, layer: nn.Module, *, length: float = 0.0) -> LayerEdit:
         """The change of layer i, whose weights are in place, with a further step of this length."""
@@ -124,24 +193,25 @@ class Newton:
                     weight = new[matrix.key]
                     yield matrix, weight, float(delta.norm()) / float(weight.float().norm())
 
-    def sums(self, part: int, *, curvature: bool) -> Iterator[tuple[Matrix, Sums]]:
-        """What each matrix gathers from a part of the fitted sequences, from the last layer to the first; A and G only
-        with `curvature`."""
+    def sums(
+        self, part: int, *, curvature: bool, after: tuple[int, Slopes] | None = None
+    ) -> Iterator[tuple[int, dict[Matrix, Sums], Slopes]]:
+        """What each matrix gathers from a part of the fitted sequences; A and G only with `curvature`.
+
+        From the last layer to the first: (the layer, the sums of its matrices, the slopes along what enters it).
+        `after`: a layer and those slopes, to go on behind it.
+        """
         run, entering = self._run, dict[int, Streams]()
-        generator = torch.Generator().manual_seed(0)
         fitted = [b for b in range(len(run.origin)) if b not in run.held]
         fitted = fitted[part::PARTS] or fitted
+        layers = run.layers if after is None else [i for i in run.layers if i < after[0]]
 
         def keep(i: int, streams: Streams) -> None:
             entering[i] = {b: run.walk.keep(x) for b, x in streams.items()}
 
-        (last,) = run.ends(fitted, [self.edit], keep)
-        slopes: dict[int, list[torch.Tensor]] = {}  # along the stream, by batch: of L, and of the tokens drawn
-        for at, b in enumerate(fitted):
-            draws = curvature and at % DRAWN == 0
-            both = self._objective.slopes(b, last.pop(b), generator if draws else None)
-            slopes[b] = list(both[: 1 + draws])
-        backward = run.layers[::-1]
+        (last,) = run.ends(fitted, [self.edit], keep, layers)
+        slopes = self._slopes(last, curvature) if after is None else after[1]
+        backward = layers[::-1]
         with run.walk.along(backward):
             for i in backward:
                 with run.walk.layer(i) as layer, run.pruned(i, layer, self.edit(i, layer)):
@@ -149,7 +219,16 @@ class Newton:
                     with attached(sums.module.register_forward_hook(sums.watch) for sums in found.values()):
                         for b, x in entering.pop(i).items():
                             slopes[b] = self._back(i, b, x.to(run.walk.device_of(layer)), slopes[b], found.values())
-                    yield from found.items()
+                    yield i, found, slopes
+
+    def _slopes(self, last: Streams, curvature: bool) -> Slopes:
+        """The slopes along the stream `last` behind the last layer, which is freed."""
+        generator, slopes = torch.Generator().manual_seed(0), Slopes()
+        for at, b in enumerate(list(last)):
+            draws = curvature and at % DRAWN == 0
+            both = self._objective.slopes(b, last.pop(b), generator if draws else None)
+            slopes[b] = list(both[: 1 + draws])
+        return slopes
 
     def _back(
         self, i: int, b: int, x: torch.Tensor, slopes: Sequence[torch.Tensor], watching: Collection[Sums]
@@ -173,12 +252,13 @@ class Newton:
                     sums.draw(found) if k else sums.take(found)
         return back
 
-    def _search(self, largest: float) -> tuple[float, float]:
+    def _search(self, number: int, largest: float) -> tuple[float, float]:
         """(length, L) with the least L on the sequences held out; `largest`: the relative change at length 1."""
         tried = {0.0: self._loss}
 
         def best_with(lengths: Sequence[float]) -> float:
-            for length, (loss, far) in zip(lengths, self.judge(lengths), strict=True):
+            judged = self.judge(lengths, f"in step {number}, {len(tried)}")
+            for length, (loss, far) in zip(lengths, judged, strict=True):
                 tried[length] = loss if far <= self._limit else float("inf")
             return min(tried, key=tried.__getitem__)
 
@@ -217,47 +297,52 @@ class Matrix:
     Attributes:
         layer, name: the layer of the source, and the module within it. key: its parameter.
         delta: float32 [d, f], what was added to W so far; None: nothing.
+        factors: of G and of A, as `_factor`. direction: D, up to a factor that all matrices share. Empty: not known.
         ratio: |D| / |W|.
     """
 
     def __init__(self, layer: int, name: str, transposed: bool) -> None:
         self.layer, self.name, self.key, self._transposed = layer, name, f"{name}.weight", transposed
         self.delta: torch.Tensor | None = None
+        self.factors: list[torch.Tensor] = []
+        self.direction: list[torch.Tensor] = []
         self.ratio = 0.0
-        self._direction: torch.Tensor | None = None
-        self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def moved(self, first: torch.Tensor, length: float, written: torch.dtype) -> torch.Tensor:
         """W, which was `first`, with a further step of this length, rounded as it will be written; in the layout and
         dtype of `first`."""
         change = torch.zeros((), device=first.device) if self.delta is None else self.delta.to(first.device)
-        if length and self._direction is not None:
-            change = torch.add(change, self._direction.to(first.device), alpha=length)
+        if length and self.direction:
+            change = torch.add(change, self.direction[0].to(first.device), alpha=length)
         elif self.delta is None:
             return first
         return (first.float() + (change.T if self._transposed else change)).to(written).to(first.dtype)
 
-    def factor(self, sums: Sums, keep: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Factor A and G in place, if `sums` has them, and keep the factors."""
+    def factor(self, sums: Sums) -> None:
+        """Factor G and A in place, if `sums` has them."""
         if sums.inputs is not None and sums.outputs is not None:
-            self._factors = keep(_factor(sums.outputs, DAMPING[1])), keep(_factor(sums.inputs, DAMPING[0]))
+            self.factors = [_factor(sums.outputs, DAMPING[1]), _factor(sums.inputs, DAMPING[0])]
 
-    def solve(self, sums: Sums, keep: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Set D, up to a factor that all matrices share, with A and G of `sums` or of an earlier step."""
-        self.factor(sums, keep)
-        assert self._factors is not None
-        left, right = (factor.to(sums.gradient.device) for factor in self._factors)
-        half = torch.cholesky_solve(sums.gradient, left, upper=True)
-        self._direction = keep(-torch.cholesky_solve(half.T, right, upper=True).T)
-        self.ratio = float(self._direction.norm()) / max(sums.size, 1e-12)
+    def solve(self, sums: Sums) -> None:
+        """Find D, in place of the gradient, with A and G of `sums` or of an earlier step."""
+        self.factor(sums)
+        slope = sums.gradient
+        left, right = (factor.to(slope.device) for factor in self.factors)
+        solved = torch.linalg.solve_triangular  # unlike cholesky_solve, it needs no copy of the factor
+        for columns in torch.split(slope, _TOGETHER, 1):
+            half = solved(left.mT, columns, upper=False)
+            columns.copy_(solved(left, half, upper=True))
+        for rows in torch.split(slope, _TOGETHER):
+            half = solved(right, rows, upper=True, left=False)
+            rows.copy_(solved(right.mT, half, upper=False, left=False).neg_())
+        self.direction, self.ratio = [slope], float(slope.norm()) / max(sums.size, 1e-12)
 
     def step(self, length: float) -> None:
         """Add so much of D to W."""
-        if length and self._direction is not None:
-            self.delta = (
-                self._direction.mul_(length) if self.delta is None else self.delta.add_(self._direction, alpha=length)
-            )
-        self._direction = None
+        if length and self.direction:
+            step = self.direction[0]
+            self.delta = step.mul(length) if self.delta is None else self.delta.add_(step, alpha=length)
+        self.direction = []
 
 
 class Sums:
@@ -304,5 +389,5 @@ def _factor(matrix: torch.Tensor, strength: float) -> torch.Tensor:
     """U with U^T U = M + s m I, of M's upper triangle, in its place; m is the mean of M's diagonal."""
     mean = matrix.diagonal().mean()
     matrix.diagonal().add_(strength * mean if bool(mean > 0) else 1.0)
-    factor: torch.Tensor = torch.linalg.cholesky(matrix, upper=True, out=matrix)
-    return factor
+    torch.linalg.cholesky(matrix.mT, out=matrix.mT)  # its own layout, so no copy is made
+    return matrix

@@ -28,7 +28,8 @@ MIX = 0.25  # share of the text itself in the loss
 STRIDE = 2  # one position in this many of the held-out sequences is judged
 LIKELY = 12288  # most likely tokens that are all included; more only where the text has more tokens
 SAMPLE = 4096  # tokens that are sampled from the others
-_CHUNK = 128  # positions whose logits are held at a time
+_Piece = tuple[slice, slice]  # sequences of a batch, positions
+LOGITS = 1 << 23  # numbers: logits are computed for as many tokens at a time as have no more
 
 
 class Objective:
@@ -41,10 +42,11 @@ class Objective:
 
     def __init__(self, walk: Walk, target: States, held: Sequence[int]) -> None:
         self._walk, self._target, self._held = walk, target, held
+        self._size = int(walk.model.config.get_text_config().vocab_size)
         self._certainty = 0.0  # sum of p log p over the positions judged
         likelihood: Any = 0.0
         for b in held:
-            for at in self._positions(b):
+            for at in self._pieces(b, STRIDE, self._size):
                 p = self._source(b, at)
                 self._certainty -= float(torch.special.entr(p).double().sum())
                 likelihood += p.sum((0, 1))
@@ -55,12 +57,12 @@ class Objective:
         """L and KL(p || q) of each of `models`: by held-out batch, its stream behind the last layer [batch, seq, d]."""
         far, text, count = [self._certainty] * len(models), [0.0] * len(models), 0
         for b in self._held:
-            for at in self._positions(b):
+            for at in self._pieces(b, STRIDE, self._size):
                 p = self._source(b, at)
                 following, there = (t.to(p.device) for t in self._following(b, at))
                 count += p.shape[:-1].numel()
                 for k, model in enumerate(models):
-                    logits = self._walk.head(self._target.tokens[b][:, at], model[b][:, at]).float()
+                    logits = self._walk.head(self._target.tokens[b][at], model[b][at]).float()
                     size = logits.logsumexp(-1)
                     far[k] += float((size - torch.linalg.vecdot(p, logits)).double().sum())
                     right = logits.gather(-1, following)[..., 0]
@@ -78,37 +80,42 @@ class Objective:
         tokens = self._target.tokens[b]
         with narrowed(self._walk.model, self._vocabulary) as part:
             offset = self._vocabulary.offset if part else None
-            for at in torch.split(torch.arange(last.shape[1]), _CHUNK):
+            for at in self._pieces(b, 1, len(self._vocabulary.tokens) if part else self._size):
                 wanted = self._wanted(b, at, offset)
-                x = last[:, at].requires_grad_()
-                logits = self._walk.head(tokens[:, at], x, gradient=True)
+                x = last[at].detach().requires_grad_()
+                logits = self._walk.head(tokens[at], x, gradient=True)
                 q = _chances(logits.detach(), offset)
                 keep = generator is not None
-                asked[:, at] = torch.autograd.grad(
-                    logits, x, wanted.neg_().add_(q).to(logits.dtype), retain_graph=keep
-                )[0]
+                asked[at] = torch.autograd.grad(logits, x, wanted.neg_().add_(q).to(logits.dtype), retain_graph=keep)[0]
                 if generator is not None:
                     point = torch.rand((*q.shape[:-1], 1), generator=generator).to(q.device)
                     token = torch.searchsorted(q.cumsum(-1), point).clamp_(max=q.shape[-1] - 1)
                     slope = q.scatter_add_(-1, token, -torch.ones_like(point)).to(logits.dtype)
-                    drawn[:, at] = torch.autograd.grad(logits, x, slope)[0]
+                    drawn[at] = torch.autograd.grad(logits, x, slope)[0]
         return asked, drawn
 
-    def _positions(self, b: int) -> tuple[torch.Tensor, ...]:
-        return torch.split(torch.arange(0, self._target.tokens[b].shape[1], STRIDE), _CHUNK)
+    def _pieces(self, b: int, stride: int, vocabulary: int) -> Iterator[_Piece]:
+        """The tokens of a batch, every `stride`-th of each sequence, as many at a time as `LOGITS` allows."""
+        rows, length = self._target.tokens[b].shape
+        most = max(1, LOGITS // vocabulary)
+        together = max(1, most * stride // length)
+        for row in range(0, rows, together):
+            for first in range(0, length, most * stride):
+                yield slice(row, row + together), slice(first, min(first + most * stride, length), stride)
 
-    def _source(self, b: int, at: torch.Tensor, offset: torch.Tensor | None = None) -> torch.Tensor:
-        """p at the positions `at`: float32 [batch, positions, vocabulary]."""
+    def _source(self, b: int, at: _Piece, offset: torch.Tensor | None = None) -> torch.Tensor:
+        """p of the tokens `at`: float32 [sequences, positions, vocabulary]."""
         with torch.no_grad():
-            return _chances(self._walk.head(self._target.tokens[b][:, at], self._target[b][:, at]), offset)
+            return _chances(self._walk.head(self._target.tokens[b][at], self._target[b][at]), offset)
 
-    def _following(self, b: int, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The token after each position, int64 [batch, positions, 1]; and 1 where there is one, else 0, [positions]."""
-        tokens = self._target.tokens[b]
-        there = (at + 1 < tokens.shape[1]).float()
-        return tokens[:, (at + 1).clamp(max=tokens.shape[1] - 1)][..., None], there
+    def _following(self, b: int, at: _Piece) -> tuple[torch.Tensor, torch.Tensor]:
+        """The token after each of `at`, int64 [sequences, positions, 1]; and 1 where there is one, else 0,
+        [positions]."""
+        tokens, positions = self._target.tokens[b][at[0]], torch.arange(at[1].start, at[1].stop, at[1].step) + 1
+        there = (positions < tokens.shape[1]).float()
+        return tokens[:, positions.clamp(max=tokens.shape[1] - 1)][..., None], there
 
-    def _wanted(self, b: int, at: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
+    def _wanted(self, b: int, at: _Piece, offset: torch.Tensor | None) -> torch.Tensor:
         """(1 - MIX) p + MIX (the token that follows): dL/dlogits is q less this. In the narrowed vocabulary where there
         is an offset."""
         p = self._source(b, at, offset)

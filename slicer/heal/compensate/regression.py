@@ -11,16 +11,17 @@ chosen by the error on held-out sequences. Products are computed in float32 for 
 summed in float64.
 
 Solving works in place: G is the upper triangle of a matrix, and the Cholesky factor of G + lambda I its lower one, for
-one lambda after another. With C (see `NormalEquations`), the best D so far and the next one, this takes
+one lambda after another. To compare them, D is computed a few rows at a time; the D that is best replaces C (see
+`NormalEquations`). This takes
 
-    8 (f^2 + 3 d f) bytes
+    8 (f^2 + d f) bytes
 
-which is at most 2.5 times the 8 f^2 of G if f >= 2 d. In addition there are a few columns, and the held-out tokens,
-4 (f + d) bytes each.
+and a few rows and columns, and the held-out tokens, 4 (f + d) bytes each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -120,11 +121,11 @@ class NormalEquations:
             self._gram[at.stop :, at] = self._gram[at, at.stop :].T
         return self._gram
 
-    def error(self, delta: torch.Tensor | None) -> float:
-        """sum w |r - D z|^2 / sum w over the held-out tokens; `delta` None: D = 0."""
+    def error(self, rows: Callable[[slice], torch.Tensor] | None) -> float:
+        """sum w |r - D z|^2 / sum w over the held-out tokens; `rows(at)`: these rows of D; None: D = 0."""
         total = 0.0
         for at in _columns(len(self.cross)):
-            part = None if delta is None else delta[at].T.float()
+            part = None if rows is None else rows(at).T.float()
             for z, r in self._held:
                 left = r[:, at]
                 total += float((left if part is None else left - z @ part).double().square().sum())
@@ -148,18 +149,18 @@ class Solution:
 
 
 def solve(equations: NormalEquations) -> Solution | None:
-    """The ridge solution with the strength that is best on the held-out tokens; None if none is better than D = 0."""
-    gram = equations.gram
-    best: tuple[float, float, torch.Tensor] | None = None
+    """The ridge solution with the strength that is best on the held-out tokens; None if none is better than D = 0.
+
+    It replaces C: `equations` cannot be solved again.
+    """
+    gram, cross = equations.gram, equations.cross
     errors: dict[int, float] = {}
 
     def error(at: int) -> float:
-        nonlocal best
         if at not in errors:
-            delta = ridge(gram, equations.cross, STRENGTHS[at])
-            errors[at] = float("inf") if delta is None else equations.error(delta)
-            if delta is not None and (best is None or errors[at] < best[0]):
-                best = (errors[at], STRENGTHS[at], delta)
+            factor = _factor(gram, STRENGTHS[at])
+            rows = None if factor is None else lambda some: _solved(gram, factor, cross[some].clone())
+            errors[at] = float("inf") if rows is None else equations.error(rows)
         return errors[at]
 
     # The error falls and then rises with the strength: walk downhill from the middle.
@@ -170,37 +171,45 @@ def solve(equations: NormalEquations) -> Solution | None:
             break
         at = near
     before = equations.error(None)
-    if best is None or not best[0] < before:
+    if not errors[at] < before:
         return None
-    return Solution(best[2], best[1], before, best[0])
+    return Solution(ridge(gram, cross, STRENGTHS[at]), STRENGTHS[at], before, errors[at])
 
 
-def ridge(gram: torch.Tensor, cross: torch.Tensor, strength: float) -> torch.Tensor | None:
-    """D = C (G + lambda I)^-1 by Cholesky, or None if G + lambda I is not positive to working precision.
+def ridge(gram: torch.Tensor, cross: torch.Tensor, strength: float) -> torch.Tensor:
+    """D = C (G + lambda I)^-1 by Cholesky, in place of C; lambda is `strength` times the mean of G's diagonal.
 
-    lambda is `strength` times the mean of G's diagonal. Reads the upper triangle of `gram` and overwrites the rest.
+    Reads the upper triangle of `gram` and overwrites the rest. Raises ValueError if G + lambda I is not positive to
+    working precision.
     """
-    mean = gram.diagonal().mean()
-    blocks = _factor(gram, strength * mean) if bool(mean > 0) else None
-    if blocks is None:
-        return None
-    # D L L^T = C: first D L = C L^-T, block by block from the left, then D from the right
-    delta = cross.clone()
-    for at, block in blocks:
+    factor = _factor(gram, strength)
+    if factor is None:
+        raise ValueError("the matrix is not positive")
+    return _solved(gram, factor, cross)
+
+
+_Factor = list[tuple[slice, torch.Tensor]]  # (columns, block on the diagonal) of L; the rest of L is below G
+
+
+def _solved(gram: torch.Tensor, factor: _Factor, delta: torch.Tensor) -> torch.Tensor:
+    """Some rows of D with D L L^T = C, in place of the same rows of C, which `delta` holds."""
+    for at, block in factor:  # C L^-T, block by block from the left, then D from the right
         delta[:, at].addmm_(delta[:, : at.start], gram[at, : at.start].T, alpha=-1)
         delta[:, at] = torch.linalg.solve_triangular(block.T, delta[:, at], upper=True, left=False)
-    for at, block in reversed(blocks):
+    for at, block in reversed(factor):
         delta[:, at].addmm_(delta[:, at.stop :], gram[at.stop :, at], alpha=-1)
         delta[:, at] = torch.linalg.solve_triangular(block, delta[:, at], upper=False, left=False)
     return delta
 
 
-def _factor(gram: torch.Tensor, damping: torch.Tensor) -> list[tuple[slice, torch.Tensor]] | None:
-    """(columns, block on the diagonal) of L with L L^T = G + damping I, or None if that is not positive.
+def _factor(gram: torch.Tensor, strength: float) -> _Factor | None:
+    """L with L L^T = G + lambda I, lambda = `strength` times the mean of G's diagonal; None if that is not positive.
 
-    The part of L below these blocks replaces the lower triangle of `gram`; the upper one, G, stays.
+    The part of L below its blocks on the diagonal replaces the lower triangle of `gram`; the upper one, G, stays.
     """
-    blocks = []
+    blocks, damping = [], strength * gram.diagonal().mean()
+    if not bool(damping > 0):
+        return None
     for at in _columns(len(gram)):
         left, below, behind = gram[at, : at.start], gram[at.stop :, at], gram[at.stop :, : at.start]
         block = gram[at, at].triu()

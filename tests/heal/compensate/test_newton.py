@@ -52,7 +52,8 @@ def loss(model: Any, batch: torch.Tensor) -> torch.Tensor:
 
 def test_the_gradient_is_that_of_the_loss(model: Any, text: list[torch.Tensor]) -> None:
     newton = Newton(run_of(model, text[:16], range(14, 16)), {}, anything)
-    found = {(m.layer, m.name): sums for m, sums in newton.sums(0, curvature=True)}[7, "mlp.down_proj"]
+    every = (found for _, found, _ in newton.sums(0, curvature=True))
+    found = {(m.layer, m.name): sums for layer in every for m, sums in layer.items()}[7, "mlp.down_proj"]
     weight = model.get_parameter("model.layers.7.mlp.down_proj.weight").requires_grad_()
     try:
         total = sum((loss(model, batch) for batch in text[:14][::3]), torch.zeros(()))
@@ -77,7 +78,7 @@ def test_a_step_solves_with_both_factors(transposed: bool) -> None:
         for m, strength in ((g.T @ g, DAMPING[1]), (z.T @ z, DAMPING[0]))
     )
     expected = -torch.linalg.solve(left, g.T @ z) @ torch.linalg.inv(right)
-    matrix.solve(sums, torch.clone)
+    matrix.solve(sums)
     matrix.step(2.0)
     assert torch.allclose(matrix.ratio * first.norm(), expected.norm(), atol=1e-5)
     stored = first.T if transposed else first

@@ -49,7 +49,7 @@ def test_ridge_solves_the_stacked_system() -> None:
     target = numpy.vstack([r.double().numpy(), numpy.zeros((20, 7))])
     expected = numpy.linalg.lstsq(stacked, target, rcond=None)[0].T
     found = ridge(gram, cross, strength)
-    assert found is not None and numpy.allclose(found.numpy(), expected, atol=1e-9)
+    assert numpy.allclose(found.numpy(), expected, atol=1e-9)
 
 
 def test_ridge_leaves_the_matrix_for_another_strength() -> None:
@@ -58,15 +58,16 @@ def test_ridge_leaves_the_matrix_for_another_strength() -> None:
     whole, cross = z.double().T @ z.double(), r.double().T @ z.double()
     gram = whole.triu()
     for strength in (1e-4, 1.0, 1e-4):
-        found = ridge(gram, cross, strength)
+        found = ridge(gram, cross.clone(), strength)
         damped = whole + strength * whole.diagonal().mean() * torch.eye(600, dtype=torch.float64)
         expected = torch.cholesky_solve(cross.T, torch.linalg.cholesky(damped)).T
-        assert found is not None and float((found - expected).norm() / expected.norm()) < 1e-9
+        assert float((found - expected).norm() / expected.norm()) < 1e-9
     assert torch.equal(gram.triu(), whole.triu())
-    assert ridge(-gram.triu(), cross, 1e-4) is None
     indefinite = whole.clone()
     indefinite[500, 500] = -1
-    assert ridge(indefinite, cross, 1e-4) is None
+    for other in (-gram.triu(), indefinite):
+        with pytest.raises(ValueError, match="not positive"):
+            ridge(other, cross, 1e-4)
 
 
 def test_both_triangles_after_a_solution_are_those_before() -> None:
@@ -78,7 +79,7 @@ def test_both_triangles_after_a_solution_are_those_before() -> None:
 
 
 def test_solving_takes_the_memory_of_the_formula() -> None:
-    """8 (f^2 + 3 d f) bytes, with what is there before: at most 2.5 times those of G."""
+    """8 (f^2 + d f) bytes, with what is there before, and a few rows and columns."""
     f, d = 2560, 1024
     z, r, _ = data(2000, f, d, noise=0.3)
     equations = gathered(z, r)
@@ -86,8 +87,7 @@ def test_solving_takes_the_memory_of_the_formula() -> None:
         assert solve(equations) is not None
     steps = [event.nbytes() for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     most = 8 * (f * f + d * f) + max(itertools.accumulate(steps))
-    assert 0.95 < most / (8 * (f * f + 3 * d * f)) < 1.15
-    assert most < 2.5 * 8 * f * f
+    assert 0.95 < most / (8 * (f * f + d * f)) < 1.25
 
 
 def test_the_error_is_that_of_the_tokens() -> None:
@@ -96,7 +96,7 @@ def test_the_error_is_that_of_the_tokens() -> None:
     held = torch.cat([torch.arange(s, s + 100) for s in range(300, 1000, 400)])
     delta = truth.double() * 0.9
     exact = float((r[held].double() - z[held].double() @ delta.T).square().sum(1).mean())
-    assert equations.error(delta) == pytest.approx(exact, rel=1e-4)
+    assert equations.error(delta.__getitem__) == pytest.approx(exact, rel=1e-4)
 
 
 def test_a_linear_change_is_found() -> None:
@@ -139,9 +139,9 @@ def test_a_higher_rank_leaves_no_larger_error_on_what_it_is_fitted_to() -> None:
     for rank in (1, 3, 6, 10):
         down, up, c = reduced_rank(solution, equations, rank)
         assert torch.linalg.matrix_rank(up @ down) == rank
-        errors.append(equations.error(torch.cat([up @ down, c[:, None]], 1)))
+        errors.append(equations.error(torch.cat([up @ down, c[:, None]], 1).__getitem__))
     assert errors == sorted(errors, reverse=True)
-    assert errors[-1] == pytest.approx(equations.error(solution.delta), rel=1e-6)
+    assert errors[-1] == pytest.approx(equations.error(solution.delta.__getitem__), rel=1e-6)
 
 
 @pytest.mark.parametrize(("sequences", "held"), [(4, 1), (16, 1), (40, 2), (64, 4)])
