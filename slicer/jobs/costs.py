@@ -44,7 +44,6 @@ LIBRARIES = 600_000_000  # bytes resident before the model is used: Python, torc
 TRAINING = "Training"  # the stage that counts the steps of a training
 _STRENGTHS = 5  # ridge strengths that a solve tries, usually
 _LENGTHS, _JUDGED = 6, 4  # lengths of a second-order step that are compared, usually, and in how many sweeps
-_POSITIONS = 128  # of each sequence, whose logits a step has in memory at a time
 _CHECKPOINTS = 3  # of a training, while the third is written: weights and two moments
 _FLOATS = {name: torch for torch, name in DTYPES.items()} | {"F64": "float64"}
 
