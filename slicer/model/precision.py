@@ -77,6 +77,7 @@ def _casting_rows(module: nn.Embedding) -> Iterator[Any]:
 
 def _multiplied(head: nn.Linear, states: torch.Tensor) -> torch.Tensor:
     """What `head` returns for `states`, in float32."""
+    states = states.to(head.weight.device)  # as the forward replaced does, in a spread model
     parts = [functional.linear(states, rows.float()) for rows in torch.split(head.weight, _ROWS)]
     logits = torch.cat(parts, -1)
     return logits if head.bias is None else logits + head.bias.float()
