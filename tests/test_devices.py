@@ -37,8 +37,8 @@ SUBLAYERS = ["convert", "demo", "--drop-sublayers", 6, *FEW]
 # name -> arguments; a relative path is in the machine's directory, and what makes it runs first.
 WRITES: dict[str, list[object]] = {
     "demo": ["demo", "--drop", 5],
-    "whole": [*CUT, "--offset", "whole"],
-    "half": [*CUT, "--offset", "half"],
+    "whole": [*CUT, "--offset", "whole", "--heal", "fold"],
+    "half": [*CUT, "--offset", "half", "--heal", "fold"],
     "sublayers": [*SUBLAYERS, "--heal", "fold"],
     "bias": [*CUT, "--heal", "bias", "--heal-steps", 3],
     "linear": [*CUT, "--heal", "linear", "--rank", 8, "--heal-steps", 3],
@@ -49,7 +49,7 @@ WRITES: dict[str, list[object]] = {
     "merge": ["merge", Path("bare"), Path("adapter")],
 }
 STREAMS: dict[str, list[object]] = {
-    "streamed": [*CUT, "--offset", "whole", *STREAMED],
+    "streamed": [*CUT, "--offset", "whole", "--heal", "fold", *STREAMED],
     "streamed-sublayers": [*SUBLAYERS, "--heal", "bias", *STREAMED],
     "streamed-fold": ["heal", Path("bare"), *FEW, *STREAMED],
 }
@@ -294,7 +294,7 @@ def test_it_finds_a_weight_that_never_leaves_the_device(
         assert span.make is not None
         return span.make().detach().contiguous()
 
-    command = [*CUT, "--offset", "half", "-o", tmp_path / "out"]
+    command = [*CUT, "--offset", "half", "--heal", "fold", "-o", tmp_path / "out"]
     monkeypatch.setattr(_Placing, "_span", span)
     assert machines(1).slicer(*command)[0].exit_code == 0
     monkeypatch.setattr(tensors, "_content", content)

@@ -32,7 +32,7 @@ from typing import Any
 
 from slicer.benchmarks.page import markdown_table
 from slicer.benchmarks.process import module_command
-from slicer.benchmarks.rivals.script import options
+from slicer.benchmarks.script import options
 from slicer.plan.plan import Plan
 
 _END = "the result"

@@ -93,7 +93,7 @@ class Shape:
         matrices = tuple((s.shape[-2], s.shape[-1]) for s in middle.values() if len(s.shape) >= 2)
         stored = max((s.nbytes, s.dtype) for s in checkpoint.tensors.values())[1]
         own = dtype or _FLOATS.get(stored, "float32")
-        cast = DTYPES[dtype] if dtype else None
+        cast = DTYPES[dtype] if dtype not in (None, "auto") else None
         within = sum(s.numel for layer in checkpoint.layers for s in layer.values())
         return cls(
             sizes.depth,
@@ -293,8 +293,10 @@ def work_of(
         if measures and recipe.measures:
             stages.insert(-1, measuring(shape, text, streams=streams))
         if solves:
-            cut = Cut.expected(recipe.goal, recipe.selection.strategy, checkpoint.depth, dropped)
-            cut = cut if plan is None else Cut.of(plan)
+            if plan is None:
+                cut = Cut.expected(recipe.goal, recipe.selection.strategy, checkpoint.depth, dropped)
+            else:
+                cut = Cut.of(plan)
             solving = folding(shape, text, cut, streams=streams)
             folds = recipe.repair.method == "fold" and recipe.repair.solver == SOLVERS[0]
             stages[-1:-1] = [*(solving if folds else solving[:1]), comparing(shape, cut, streams=streams)]

@@ -30,7 +30,22 @@ def tree(path: Path) -> dict[str, bytes]:
 
 
 def converting(text: Path, out: Path) -> list[object]:
-    return ["convert", "demo", "--drop", 4, "--calibration", text, "--samples", 16, "--seq-len", 48, "-o", out]
+    return [
+        "convert",
+        "demo",
+        "--drop",
+        4,
+        "--heal",
+        "fold",
+        "--calibration",
+        text,
+        "--samples",
+        16,
+        "--seq-len",
+        48,
+        "-o",
+        out,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +190,7 @@ def test_out_of_memory_in_healing_that_was_asked_for_keeps_the_work(
     counted(monkeypatch, work, "measure", calls)
     for name, advised in (("same", False), ("advised", True)):
         out = tmp_path / name
-        command = [*converting(held_out_file, out), "--heal", "fold"]
+        command = converting(held_out_file, out)
         with monkeypatch.context() as patch:
             patch.setattr(Newton, "step", full)
             failed = slicer(*command)
@@ -196,7 +211,7 @@ def test_out_of_memory_in_measuring_is_one_line(
 
     monkeypatch.setattr(owner, name, full)
     _, *given = converting(held_out_file, tmp_path / "out")
-    failed = slicer(command, *(given if command == "convert" else [given[0], *given[3:]]))
+    failed = slicer(command, *(given if command == "convert" else [given[0], *given[5:]]))
     said = failed.stderr.strip().splitlines()[-1]
     assert failed.exit_code == 1 and said == "slicer: out of memory measuring; give --batch-size 1 or --device cpu"
     assert not (tmp_path / "out.work").exists()

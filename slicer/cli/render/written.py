@@ -121,7 +121,7 @@ def _healed(record: HealingRecord) -> str:
             least = min(unseen, key=lambda kind: kind.closed)
             mean = sum(kind.closed for kind in unseen) / len(unseen)
             parts.append(f"{mean:.0%} on kinds it never read (least: {least.closed:.0%} on {least.kind})")
-        return f"{record.method}{rank}: closes {', '.join(parts)} of the distance from the source"
+        return f"{record.method}{rank}: of the distance from the source it closes {', '.join(parts)}"
     steps = [("", loss.before), (" to ", loss.solved), (" to ", loss.after)]
     words = "".join(f"{word}{value:.3f}" for word, value in steps if value is not None)
     source = "" if loss.source is None else f" (all layers: {loss.source:.3f})"

@@ -194,9 +194,13 @@ class _Folding:
             for i in range(first, self.walk.depth):
                 self.walk.advance(i, ends, only=self.data.held)
             self.objective = Objective(self.walk, ends, self.data.held, self.adapts)
-            run = PrunedRun(self.walk, self.plan, origin, self.data.held)
-            (before,) = run.losses([{}])
-            (self.least,) = start = self._judged(run, [_Change()])
+            if (kept := self.stages.load("start")) is None:
+                run = PrunedRun(self.walk, self.plan, origin, self.data.held)
+                before, start = *run.losses([{}]), *self._judged(run, [_Change()])
+                self.stages.save("start", {}, [before, start])
+            else:
+                before, start = kept[1]
+            self.least = start
             for gap, target in both:
                 self._heal(gap, both, target)
             while source.layer < self.walk.depth:
@@ -206,7 +210,7 @@ class _Folding:
                 for name, states in (("origin", origin), ("target", source))
                 for b, x in enumerate(states)
             }
-            self.stages.save("streams", streams, [before, *start])
+            self.stages.save("streams", streams, [before, start])
         return PrunedRun(self.walk, self.plan, origin, self.data.held, source), before
 
     def _heal(self, gap: Gap, both: GapPass, target: States) -> None:

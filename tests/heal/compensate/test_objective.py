@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from slicer.heal.compensate import objective
-from slicer.heal.compensate.objective import Objective, choose, narrowed
+from slicer.heal.compensate.objective import ADAPTS, Objective, choose, narrowed
 from slicer.model.walk import Walk
 
 
@@ -59,8 +59,8 @@ def test_slopes_over_a_part_are_nearly_those_over_all(
     states = walk.start(list(torch.tensor(held_out_ids[: 4 * 96]).view(-1, 96).split(1)))
     walk.run(states, range(walk.depth))
     last = states[0] + 0.5 * torch.randn(states[0].shape, generator=torch.Generator().manual_seed(0))
-    part, _ = Objective(walk, states, range(3, 4)).slopes(0, last, None)
+    part, _ = Objective(walk, states, range(3, 4), ADAPTS).slopes(0, last, None)
     monkeypatch.setattr(objective, "LIKELY", 10**6)
-    whole, _ = Objective(walk, states, range(3, 4)).slopes(0, last, None)
+    whole, _ = Objective(walk, states, range(3, 4), ADAPTS).slopes(0, last, None)
     assert not torch.equal(part, whole)
     assert float(torch.cosine_similarity(part.flatten(), whole.flatten(), dim=0)) > 0.95
