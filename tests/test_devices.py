@@ -146,7 +146,7 @@ def test_a_checkpoint_that_is_written_is_right(name: str, machine: Machine, mach
 def test_layers_that_are_read_one_at_a_time_are_on_the_device(name: str, machine: Machine, machines: Machines) -> None:
     out = machine.run(name)
     loaded = machines(1).run("whole") and machines(1).done["whole"][1][0]
-    assert 1e6 < machine.done[name][1][0] < 0.8 * loaded
+    assert 1e6 < machine.done[name][1][0] < 0.85 * loaded, "the sums of a solve are there in both"
     assert losses(out) and near(losses(out), losses(machines(0).run(name)))
 
 

@@ -83,7 +83,8 @@ class Shape:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, dtype: str | None = None) -> Shape:
-        """The shape of `checkpoint`, loaded as `dtype`, a torch name; None: as stored."""
+        """The shape of `checkpoint`, loaded as `dtype`, a torch name; None or "auto": as stored."""
+        dtype = None if dtype == "auto" else dtype
         config, sizes = text_config(checkpoint.config), measure_sizes(checkpoint)
         middle = checkpoint.layers[checkpoint.depth // 2]
         d = width(config) or 1
@@ -93,7 +94,7 @@ class Shape:
         matrices = tuple((s.shape[-2], s.shape[-1]) for s in middle.values() if len(s.shape) >= 2)
         stored = max((s.nbytes, s.dtype) for s in checkpoint.tensors.values())[1]
         own = dtype or _FLOATS.get(stored, "float32")
-        cast = DTYPES[dtype] if dtype not in (None, "auto") else None
+        cast = DTYPES[dtype] if dtype else None
         within = sum(s.numel for layer in checkpoint.layers for s in layer.values())
         return cls(
             sizes.depth,

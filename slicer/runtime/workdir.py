@@ -287,6 +287,11 @@ class Stages:
                 if old != self._place:
                     shutil.rmtree(old, ignore_errors=True)
 
+    @property
+    def kept(self) -> bool:
+        """Whether anything is kept."""
+        return self._place is not None
+
     def _file(self, name: str) -> Path | None:
         return None if self._place is None else self._place / f"{name}.safetensors"
 
@@ -311,11 +316,3 @@ class Stages:
             file.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(file) as part:
                 save_file({k: t.contiguous() for k, t in tensors.items()}, part, {"facts": json.dumps(facts)})
-
-    def keep(
-        self, name: str, tensors: Mapping[str, torch.Tensor], facts: Any = None
-    ) -> tuple[dict[str, Any], Any] | None:
-        """Save a finished stage and load it: its tensors are then mapped from the file, without memory of their own.
-        None: nothing is kept. Raises OutputError."""
-        self.save(name, tensors, facts)
-        return self.load(name)

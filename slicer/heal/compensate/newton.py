@@ -21,6 +21,7 @@ at: of the forward sweep it repeats the layers before that one.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -89,8 +90,9 @@ class Newton:
         for i, found, slopes in self.sums(number % PARTS, curvature=number == 0, after=self._resumed(number)):
             if not all(bool(sums.gradient.isfinite().all()) for sums in found.values()):
                 return False
-            for matrix, sums in found.items():
-                matrix.solve(sums)
+            with self._at_hand(i, "factors", 2) if number else contextlib.nullcontext():
+                for matrix, sums in found.items():
+                    matrix.solve(sums)
             if number == 0:
                 self._keep(i, "factors")
             self._keep(i, "direction", [matrix.ratio for matrix in found])
@@ -98,19 +100,28 @@ class Newton:
             self._stages.save("slopes", flat, [number, i])
         largest = max((matrix.ratio for matrices in self.matrices.values() for matrix in matrices), default=0.0)
         length, self._loss = self._search(number, largest) if largest > 0 else (0.0, self._loss)
-        for matrices in self.matrices.values():
-            for matrix in matrices:
-                matrix.step(length, self._run.walk.keep)
+        for i, matrices in self.matrices.items():
+            with self._at_hand(i, "direction", 1):
+                for matrix in matrices:
+                    matrix.step(length, self._run.walk.keep)
         return length > 0
 
     def _keep(self, i: int, what: str, facts: Any = None) -> None:
         """Keep a tensor, or several, of each matrix of layer i on the host: as a stage, or else as states are."""
         own = [(matrix, getattr(matrix, what)) for matrix in self.matrices[i]]
-        tensors = {f"{m.name}.{k}": t for m, each in own for k, t in enumerate(each)}
-        kept = self._stages.keep(f"{what}-{i}", tensors, facts)
-        tensors = {name: self._run.walk.keep(t) for name, t in tensors.items()} if kept is None else kept[0]
+        self._stages.save(f"{what}-{i}", {f"{m.name}.{k}": t for m, each in own for k, t in enumerate(each)}, facts)
         for matrix, each in own:
-            setattr(matrix, what, [tensors[f"{matrix.name}.{k}"] for k in range(len(each))])
+            setattr(matrix, what, [] if self._stages.kept else [self._run.walk.keep(t) for t in each])
+
+    @contextlib.contextmanager
+    def _at_hand(self, i: int, what: str, count: int) -> Iterator[None]:
+        """Inside the block, the matrices of layer i have what `_keep` kept as a stage."""
+        taken = self._stages.kept and self._take(i, what, count) is not None
+        try:
+            yield
+        finally:
+            for matrix in self.matrices[i] if taken else ():
+                setattr(matrix, what, [])
 
     def _take(self, i: int, what: str, count: int) -> Any:
         """Take what `_keep` kept as a stage of layer i, `count` tensors of each matrix; gives its facts, None if there
@@ -132,14 +143,15 @@ class Newton:
             if (ratios := self._take(i, "direction", 1)) is None or (number == 0 and not self._has_factors(i)):
                 return None
             for matrix, ratio in zip(self.matrices[i], ratios, strict=True):
-                matrix.ratio = ratio
+                matrix.ratio, matrix.direction = ratio, []
         slopes: Slopes = {}
         for name in sorted(flat):
             slopes.setdefault(int(name.partition(".")[0]), []).append(flat[name].to(self._run.walk.device))
         return last, slopes
 
     def _has_factors(self, i: int) -> bool:
-        return self._take(i, "factors", 2) is not None
+        with self._at_hand(i, "factors", 2):
+            return all(matrix.factors for matrix in self.matrices[i])
 
     @property
     def state(self) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -178,10 +190,11 @@ class Newton:
     def edit(self, i: int, layer: nn.Module, *, length: float = 0.0) -> LayerEdit:
         """The change of layer i, whose weights are in place, with a further step of this length."""
         start, new = self._start.get(i) or LayerEdit(), {}
-        for matrix in self.matrices[i]:
-            own = layer.get_parameter(matrix.key).data
-            first = start.parameters.get(matrix.key, own).to(own)
-            new[matrix.key] = matrix.moved(first, length, self._written or own.dtype)
+        with self._at_hand(i, "direction", 1) if length else contextlib.nullcontext():
+            for matrix in self.matrices[i]:
+                own = layer.get_parameter(matrix.key).data
+                first = start.parameters.get(matrix.key, own).to(own)
+                new[matrix.key] = matrix.moved(first, length, self._written or own.dtype)
         return replace(start, parameters={**start.parameters, **new})
 
     def stepped(self) -> Iterator[tuple[Matrix, torch.Tensor, float]]:
