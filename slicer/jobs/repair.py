@@ -74,6 +74,11 @@ def repair(
         memory.release()  # memory that the error referred to
         return NONE
     kinds = faithfulness(walk, plan, solved.edits, text.kinds, progress)
+    if kinds and text.record.source != "self" and not any(kind.seen for kind in kinds):
+        progress.note(
+            f"{text.record.source}: too short, or too few documents, to keep some of them for the report; it has other "
+            "kinds of text only (fewer --samples leave more)"
+        )
     if worse := [kind for kind in kinds if kind.rises]:
         which = ", ".join(f"{kind.kind} (KL {kind.before:.3f} to {kind.after:.3f})" for kind in worse)
         progress.note(f"{'healed as asked' if asked else 'not healed'}: it leads away from the source on {which}")
