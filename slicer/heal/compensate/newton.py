@@ -31,6 +31,7 @@ import torch
 from torch import nn
 
 from slicer.checkpoint.architectures.table import ATTENTION_OUTPUTS, FEED_FORWARD_OUTPUTS
+from slicer.errors import OutputError
 from slicer.heal.compensate.objective import Objective
 from slicer.heal.compensate.regression import add_gram
 from slicer.heal.patch import Holds
@@ -115,12 +116,13 @@ class Newton:
 
     @contextlib.contextmanager
     def _at_hand(self, i: int, what: str, count: int) -> Iterator[None]:
-        """Inside the block, the matrices of layer i have what `_keep` kept as a stage."""
-        taken = self._stages.kept and self._take(i, what, count) is not None
+        """Inside the block, the matrices of layer i have what `_keep` kept as a stage. Raises OutputError."""
+        if self._stages.kept and self._take(i, what, count) is None:
+            raise OutputError(f"{what} of layer {i}: gone from the work directory; give the same command again")
         try:
             yield
         finally:
-            for matrix in self.matrices[i] if taken else ():
+            for matrix in self.matrices[i] if self._stages.kept else ():
                 setattr(matrix, what, [])
 
     def _take(self, i: int, what: str, count: int) -> Any:
@@ -150,8 +152,10 @@ class Newton:
         return last, slopes
 
     def _has_factors(self, i: int) -> bool:
-        with self._at_hand(i, "factors", 2):
-            return all(matrix.factors for matrix in self.matrices[i])
+        found = self._take(i, "factors", 2) is not None
+        for matrix in self.matrices[i]:
+            matrix.factors = []
+        return found
 
     @property
     def state(self) -> tuple[dict[str, torch.Tensor], list[float]]:
