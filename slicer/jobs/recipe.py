@@ -19,6 +19,7 @@ from slicer.checkpoint.tensors import DTYPES
 from slicer.data.sources import TextSpec
 from slicer.errors import ArchitectureError, HealError, PlanError, UsageError
 from slicer.heal.compensate.fold import working_bytes
+from slicer.heal.compensate.regression import TOGETHER
 from slicer.heal.finetune.settings import Training, TrainingSettings, resolve
 from slicer.jobs.request import Compensation, ConvertRequest, HealRequest, Selection, Text, check_choice
 from slicer.plan.amounts import Goal, spell_size
@@ -182,7 +183,7 @@ class Recipe:
             widest_output(checkpoint),
             embedding.shape[0],
             casts=(DTYPES[self.compute.dtype] if self.compute.dtype else embedding.dtype) in ("BF16", "F16"),
-            tokens=self.text.batch_size * self.text.seq_len,
+            tokens=max(self.text.seq_len, min(TOGETHER, self.text.batch_size * self.text.seq_len)),
         )
 
     def announce(self, progress: Progress) -> None:

@@ -36,7 +36,7 @@ from slicer.model.states import Batches, States
 from slicer.model.walk import Walk
 
 MIN_SEQUENCES = 4
-TOGETHER = 1024  # tokens in a batch, at most: gradients need all that the layers behind the cut compute on it
+TOGETHER = 512  # tokens in a batch, at most: gradients need all that the layers behind the cut compute on it
 SINKS = 4  # positions at the start of a sequence that are left out
 # lambda, in units of the mean of the diagonal of sum_t w_t z_t z_t^T
 STRENGTHS = tuple(10.0 ** (k / 2) for k in range(-8, 3))
