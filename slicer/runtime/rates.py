@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -67,22 +68,25 @@ def _products(shapes: list[tuple[int, int]], tokens: int, dtype: str, amount: fl
 
 
 def _seconds(work: Callable[[], Any], times: float, device: torch.device) -> float:
-    """Mean seconds of `work`, which is to be done so many `times`."""
+    """Median seconds of `work`, which is to be done so many `times`: other programs disturb single calls."""
     import torch
 
-    started, count, least = time.perf_counter(), -1, 0.0
+    first, spent = 0.0, list[float]()
     with torch.inference_mode():
         while True:
+            started = time.perf_counter()
             work()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            count, spent = count + 1, time.perf_counter() - started
-            if not count:  # the first call loads kernels and touches new memory
-                started, least = time.perf_counter(), spent
-                if least * times < _SECONDS:
-                    return least
-            elif spent > min(_SECONDS, _SHARE * least * times):
-                return spent / count
+            seconds = time.perf_counter() - started
+            if not first:  # the first call loads kernels and touches new memory
+                first = seconds
+                if first * times < _SECONDS:
+                    return first
+                continue
+            spent.append(seconds)
+            if sum(spent) > min(_SECONDS, _SHARE * first * times):
+                return statistics.median(spent)
 
 
 def _reading(file: Path) -> float | None:
