@@ -24,7 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
-pytest_plugins = ("demo_fixtures", "task_fixtures")  # of several folders
+pytest_plugins = ("demo_fixtures", "device_fixtures", "task_fixtures")  # of several folders
 
 gc.set_threshold(50_000, 20, 20)  # the default takes a fifth of the time of importing torch and transformers
 

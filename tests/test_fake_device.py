@@ -6,30 +6,15 @@ import copy
 import gc
 import io
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.utils.checkpoint
-from fake_device import FakeCuda, fake_cuda, needs_fake_cuda
+from fake_device import ONE, ZERO, FakeCuda, fake_cuda, needs_fake_cuda, numbers
 
 pytestmark = needs_fake_cuda
-
-ZERO, ONE = torch.device("cuda", 0), torch.device("cuda", 1)
-
-
-@pytest.fixture
-def cuda() -> Iterator[FakeCuda]:
-    """Two devices of a gigabyte."""
-    with fake_cuda(devices=2, memory=1e9) as fake:
-        yield fake
-
-
-def numbers(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
-
 
 # ---------------------------------------------------------------- what is refused
 

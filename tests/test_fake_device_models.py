@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +9,9 @@ import pytest
 import tiny
 import torch
 import torch.utils.checkpoint
-from fake_device import FakeCuda, fake_cuda, needs_fake_cuda
+from fake_device import ONE, ZERO, FakeCuda, fake_cuda, needs_fake_cuda, numbers
 
 pytestmark = needs_fake_cuda
-
-ZERO, ONE = torch.device("cuda", 0), torch.device("cuda", 1)
-
-
-@pytest.fixture
-def cuda() -> Iterator[FakeCuda]:
-    """Two devices of a gigabyte."""
-    with fake_cuda(devices=2, memory=1e9) as fake:
-        yield fake
-
-
-def numbers(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
 
 
 def test_gradients_live_beside_their_leaves(cuda: FakeCuda) -> None:

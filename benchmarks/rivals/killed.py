@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from slicer.benchmarks.page import markdown_table
 from slicer.benchmarks.process import module_command
@@ -185,14 +186,14 @@ def work(log: Path, command: Sequence[str]) -> None:
         write(file, text)
         note("kept", file.name)
 
-    changes: dict[str, Any] = {"start": started, "call": called}
-    for name, function in changes.items():
-        setattr(Walk, name, function)
-    vars(work)["write_atomically"] = written
-    Stages.save = saved  # type: ignore[method-assign]
     note("begun")
     sys.argv = ["slicer", *command]
-    runpy.run_module("slicer", run_name="__main__", alter_sys=True)
+    with (
+        mock.patch.multiple(Walk, start=started, call=called),
+        mock.patch.object(Stages, "save", saved),
+        mock.patch.object(work, "write_atomically", written),
+    ):
+        runpy.run_module("slicer", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

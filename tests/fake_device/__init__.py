@@ -60,6 +60,14 @@ def why_not() -> str | None:
 needs_fake_cuda = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 
+ZERO, ONE = torch.device("cuda", 0), torch.device("cuda", 1)
+
+
+def numbers(*shape: int) -> torch.Tensor:
+    """The same random numbers for one number of dimensions, on the CPU."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
 @contextlib.contextmanager
 def fake_cuda(
     devices: int = 2,
